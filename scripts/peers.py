@@ -1,0 +1,205 @@
+"""Real peers on free loopback ports: Mosquitto and swtpm, for the demo and for the tests.
+
+Each is a context manager that starts a process, waits until it listens, and ends it. A peer can be killed, stopped and
+started again on the same port and state, which is how a broker or a TPM dies and comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+START_TIMEOUT = 10.0
+
+
+def free_port(count: int = 1) -> int:
+    """A loopback port that is free, and so are the `count` - 1 after it."""
+    for _ in range(100):
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                for offset in range(1, count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + offset))
+            except (OSError, OverflowError):
+                continue
+            return port
+    raise RuntimeError("no free loopback ports")
+
+
+class Peer:
+    """A server process of somebody else's program."""
+
+    program: str
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """The command line."""
+        raise NotImplementedError
+
+    def listening(self) -> bool:
+        """Whether it takes connections."""
+        raise NotImplementedError
+
+    @property
+    def log(self) -> str:
+        """What it has said so far."""
+        return (self.directory / "log").read_text(errors="replace")
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
+        path = shutil.which(self.program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+        if path is None:
+            raise RuntimeError(f"{self.program} is not installed; scripts/setup installs it")
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen([path, *self.command()], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        end = time.monotonic() + START_TIMEOUT
+        while not self.listening():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise RuntimeError(f"{self.program} did not start: {self.log}")
+            time.sleep(0.01)  # there is no event to wait for: only a connection tells
+
+    def kill(self) -> None:
+        """End it as a loss of power would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def terminate(self) -> None:
+        """End it in its own good order."""
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+            self.process = None
+
+    def freeze(self) -> None:
+        """Stop it in mid-work: it neither answers nor closes its connections."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Mosquitto(Peer):
+    """A Mosquitto broker that keeps its sessions over a restart, with TCP_NODELAY as it should be set."""
+
+    program = "mosquitto"
+
+    def __init__(self, directory: Path, *extra: str) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+        user = pwd.getpwuid(os.getuid()).pw_name
+        lines = [
+            f"listener {self.port} 127.0.0.1",
+            "allow_anonymous true",
+            "set_tcp_nodelay true",
+            f"user {user}",  # or it would change to a user that cannot read this directory
+            "persistence true",
+            f"persistence_location {directory}/",
+            "autosave_on_changes true",
+            "autosave_interval 1",
+            *extra,
+        ]
+        (directory / "mosquitto.conf").write_text("\n".join(lines) + "\n")
+
+    def command(self) -> list[str]:
+        return ["-c", str(self.directory / "mosquitto.conf")]
+
+    @property
+    def url(self) -> str:
+        """``mqtt://127.0.0.1:PORT``."""
+        return f"mqtt://127.0.0.1:{self.port}"
+
+    def listening(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+
+class Swtpm(Peer):
+    """A simulated TPM 2.0. Its state stays in `directory`, so that it is the same TPM after a restart."""
+
+    program = "swtpm"
+
+    def __init__(self, directory: Path, *, startup: bool = True) -> None:
+        super().__init__(directory)
+        self.port = free_port(2)
+        self.startup = startup
+
+    def command(self) -> list[str]:
+        flags = "not-need-init,startup-clear" if self.startup else "not-need-init"
+        return [
+            "socket",
+            "--tpm2",
+            *("--tpmstate", f"dir={self.directory}"),
+            *("--server", f"type=tcp,port={self.port},bindaddr=127.0.0.1"),
+            *("--ctrl", f"type=tcp,port={self.port + 1},bindaddr=127.0.0.1"),
+            *("--flags", flags),
+        ]
+
+    @property
+    def tcti(self) -> str:
+        """What tpm2-tss calls it."""
+        return f"swtpm:host=127.0.0.1,port={self.port}"
+
+    @property
+    def uri(self) -> str:
+        """The key store in it."""
+        return f"tpm2:{self.tcti}"
+
+    def new_chip(self) -> None:
+        """Forget everything, as a replaced board would have; to be called while it is not running."""
+        assert self.process is None
+        for file in self.directory.glob("*.permall"):
+            file.unlink()
+
+    def listening(self) -> bool:
+        # The control port: a connection to the other one would be served before ours.
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port + 1), 1):
+            return True
+        return False
+
+
+class Daemon(Peer):
+    """``stationkey serve``, its log in JSON."""
+
+    program = sys.executable
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        super().__init__(directory)
+        self.arguments = arguments
+
+    def command(self) -> list[str]:
+        return ["-m", "stationkey", "serve", "--log-format", "json", *self.arguments]
+
+    def listening(self) -> bool:
+        return '"event": "ready"' in self.log

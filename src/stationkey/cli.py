@@ -1,0 +1,348 @@
+"""The ``stationkey`` command. Each subcommand imports what it needs when it runs: ``schema`` loads no TPM stack."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from stationkey import __version__, config
+from stationkey.errors import StationKeyError
+from stationkey.profiles import Algorithm, CertificateType
+
+if TYPE_CHECKING:
+    from stationkey.ledger import KeyRecord
+
+EXIT_REJECTED: Final = 3
+EXIT_NO_ANSWER: Final = 4
+_PREFIX: Final = "STATIONKEY"
+
+
+class _Commands(click.Group):
+    """The one place where the error family becomes words on standard error and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StationKeyError as error:
+            click.echo(f"stationkey: {error.message}", err=True)
+            if error.hint:
+                click.echo(f"  {error.hint}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
+)
+@click.version_option(__version__, prog_name="stationkey", message="%(prog)s %(version)s")
+def main() -> None:
+    """Give an EV charging station its keys.
+
+    stationkey answers Josev's generate_csr over MQTT with a certificate signing request for a key that is made in the
+    station's TPM and never leaves it.
+
+    Every option can also be set by the environment, as shown by each command's --help.
+    """
+
+
+_broker = click.option(
+    "--broker",
+    envvar=f"{_PREFIX}_BROKER",
+    show_envvar=True,
+    metavar="URL",
+    help=f"MQTT broker, mqtt://HOST:PORT.  [default: {config.DEFAULT_BROKER}]",
+)
+_topic_prefix = click.option(
+    "--topic-prefix",
+    envvar=f"{_PREFIX}_TOPIC_PREFIX",
+    show_envvar=True,
+    metavar="PREFIX",
+    help="Put before both topics; a / is added where it ends in none.",
+)
+_state_dir = click.option(
+    "--state-dir",
+    envvar=f"{_PREFIX}_STATE_DIR",
+    show_envvar=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help=f"Where the ledger is kept.  [default: {config.DEFAULT_STATE_DIR}]",
+)
+_config = click.option(
+    "--config",
+    "config_file",
+    envvar=f"{_PREFIX}_CONFIG",
+    show_envvar=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Configuration file (TOML).",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _file(path: Path | None) -> config.File:
+    return config.File() if path is None else config.read_file(path)
+
+
+@main.command()
+@_broker
+@click.option(
+    "--keystore",
+    envvar=f"{_PREFIX}_KEYSTORE",
+    show_envvar=True,
+    metavar="URI",
+    help="Key store: tpm2:TCTI, such as tpm2:device:/dev/tpmrm0 or tpm2:swtpm:host=127.0.0.1,port=2321; or software:."
+    f"  [default: tpm2:device:{config.DEFAULT_DEVICE}, if there is one]",
+)
+@click.option(
+    "--allow-software-keys",
+    envvar=f"{_PREFIX}_ALLOW_SOFTWARE_KEYS",
+    show_envvar=True,
+    is_flag=True,
+    default=None,
+    help="Let software: be the key store. Its keys are not protected.",
+)
+@_state_dir
+@_topic_prefix
+@click.option(
+    "--log-format",
+    envvar=f"{_PREFIX}_LOG_FORMAT",
+    show_envvar=True,
+    type=click.Choice(["text", "json"]),
+    help="Format of the log on standard error.  [default: text]",
+)
+@_config
+def serve(
+    broker: str | None,
+    keystore: str | None,
+    allow_software_keys: bool | None,
+    state_dir: Path | None,
+    topic_prefix: str | None,
+    log_format: config.LogFormat | None,
+    config_file: Path | None,
+) -> None:
+    """Answer generate_csr until told to stop.
+
+    Options on the command line win over the environment, which wins over the configuration file.
+    """
+    settings = config.settle(
+        _file(config_file),
+        broker=broker,
+        topic_prefix=topic_prefix,
+        keystore=keystore,
+        allow_software_keys=allow_software_keys,
+        state_dir=state_dir,
+        log_format=log_format,
+    )
+    from stationkey import daemon, logs  # noqa: PLC0415 - see the module's docstring
+
+    logs.set_up(settings.log_format)
+    daemon.run(settings)
+
+
+@main.command()
+@click.argument("certificate_type", type=click.Choice([str(name) for name in CertificateType]))
+@click.option("--common-name", required=True, help="CN: SECC ID, or serial number of the station.")
+@click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
+@click.option("--country-name", required=True, help="C: two letters.")
+@click.option("--algorithm", type=click.Choice([str(name) for name in Algorithm]), help="Key and signature.")
+@click.option("--evse-id", help="EVSE that the key is for.")
+@click.option("--id", "request_id", metavar="UUID", help="Id of the request.  [default: a new one]")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds to wait.")
+@_broker
+@_topic_prefix
+@_json
+def request(
+    certificate_type: str,
+    common_name: str,
+    organization_name: str,
+    country_name: str,
+    algorithm: str | None,
+    evse_id: str | None,
+    request_id: str | None,
+    timeout: float,
+    broker: str | None,
+    topic_prefix: str | None,
+    as_json: bool,
+) -> None:
+    r"""Ask for a CSR, as Josev does, and print it.
+
+    CERTIFICATE_TYPE says what the certificate is for. What is asked goes out as it is given: whether it is right is
+    for the charging station to say.
+
+    \b
+    Exit status: 0 accepted, 3 rejected, 4 no answer in time, 2 wrong usage, 1 anything else.
+    """
+    from msgspec import UNSET  # noqa: PLC0415 - see the module's docstring
+
+    from stationkey import messages  # noqa: PLC0415 - see the module's docstring
+    from stationkey.josev import ask  # noqa: PLC0415 - see the module's docstring
+    from stationkey.mqtt import Broker  # noqa: PLC0415 - see the module's docstring
+
+    if request_id is not None and not messages.is_usable_id(request_id):
+        raise click.BadParameter("no UUID of the form 8-4-4-4-12: nobody could answer it", param_hint="--id")
+    asked = messages.generate_csr(
+        request_id or str(uuid.uuid4()),
+        messages.GenerateCsrData(
+            certificate_type=CertificateType(certificate_type),
+            common_name=common_name,
+            organization_name=organization_name,
+            country_name=country_name,
+            evse_id=UNSET if evse_id is None else evse_id,
+            algorithm=UNSET if algorithm is None else Algorithm(algorithm),
+        ),
+    )
+    address = Broker.parse(broker or config.DEFAULT_BROKER)
+    response = asyncio.run(ask(address, asked, topic_prefix=topic_prefix or "", timeout=timeout))
+    if response is None:
+        click.echo(f"stationkey: no answer to {asked.id} within {timeout:g} s", err=True)
+        click.echo("  is stationkey serve running, on this broker and with this topic prefix?", err=True)
+        sys.exit(EXIT_NO_ANSWER)
+    if as_json:
+        click.echo(messages.encode(response).decode())
+    elif response.data.status == "accepted" and response.data.csr is not UNSET:
+        click.echo(response.data.csr, nl=False)
+    if response.data.status == "rejected":
+        click.echo(f"stationkey: {asked.id} was rejected; the log of the charging station says why", err=True)
+        sys.exit(EXIT_REJECTED)
+
+
+@main.group()
+def keys() -> None:
+    """Look at the keys on record. Works while the daemon runs."""
+
+
+def _ledger_keys(state_dir: Path | None, config_file: Path | None, prefix: str = "") -> list[KeyRecord]:
+    from stationkey.ledger import DATABASE_NAME, Ledger  # noqa: PLC0415 - see the module's docstring
+
+    directory = state_dir or Path(_file(config_file).state_dir or config.DEFAULT_STATE_DIR)
+    ledger = Ledger(directory / DATABASE_NAME, read_only=True)
+    try:
+        return ledger.keys(prefix)
+    finally:
+        ledger.close()
+
+
+def _key_json(key: KeyRecord) -> dict[str, object]:
+    from base64 import b64encode  # noqa: PLC0415 - see the module's docstring
+
+    return {
+        "key_id": key.key_id,
+        "state": key.state,
+        "certificate_type": key.certificate_type,
+        "evse_id": key.evse_id,
+        "algorithm": key.algorithm,
+        "key_type": key.key_type,
+        "keystore": key.scheme,
+        "common_name": key.common_name,
+        "organization_name": key.organization_name,
+        "country_name": key.country_name,
+        "created_at": _time(key.created_at),
+        "request_ids": list(key.request_ids),
+        "subject_public_key_info": b64encode(key.public).decode(),
+    }
+
+
+def _time(milliseconds: int) -> str:
+    from datetime import UTC, datetime  # noqa: PLC0415 - see the module's docstring
+
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@keys.command("list")
+@_state_dir
+@_config
+@_json
+def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """List the keys, oldest first."""
+    found = _ledger_keys(state_dir, config_file)
+    if as_json:
+        click.echo(json.dumps([_key_json(key) for key in found], indent=2))
+        return
+    if not found:
+        click.echo("no keys yet")
+        return
+    from rich.console import Console  # noqa: PLC0415 - see the module's docstring
+    from rich.table import Table  # noqa: PLC0415 - see the module's docstring
+    from rich.text import Text  # noqa: PLC0415 - see the module's docstring
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "KEY TYPE", "COMMON NAME", "CREATED"):
+        table.add_column(heading, no_wrap=heading in {"KEY", "CREATED"})
+    for key in found:
+        row = (key.key_id, key.state, key.certificate_type, key.evse_id or "-", key.key_type, key.common_name)
+        # Text, not str: a name may look like markup.
+        table.add_row(*map(Text, row), Text(_time(key.created_at)))
+    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+
+
+@keys.command("show")
+@click.argument("key_id", metavar="ID")
+@_state_dir
+@_config
+@_json
+def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """Show one key. ID is its name, or as much of its beginning as no other key has."""
+    found = _ledger_keys(state_dir, config_file, key_id) if key_id else []
+    if len(found) != 1:
+        raise StationKeyError(
+            f"{len(found)} keys begin with {key_id}" if found else f"there is no key {key_id}",
+            reason="key_not_found",
+            hint="stationkey keys list shows them all",
+        )
+    shown = _key_json(found[0])
+    if as_json:
+        click.echo(json.dumps(shown, indent=2))
+        return
+    for name, value in shown.items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        click.echo(f"{name.replace('_', ' '):<24}{'-' if text is None else text}")
+
+
+@main.command()
+@click.argument("name", required=False)
+def schema(name: str | None) -> None:
+    r"""Print the contract: the JSON Schema of a message, or the AsyncAPI document.
+
+    \b
+    NAME is one of
+      generate_csr.request
+      generate_csr.response
+      certificate_installation_status.update
+      asyncapi
+    Without NAME, all of them are printed as one JSON object.
+    """
+    from stationkey import schema as schemas  # noqa: PLC0415 - see the module's docstring
+
+    if name is not None and name not in schemas.NAMES:
+        raise click.BadParameter(f"{name!r} is none of {', '.join(schemas.NAMES)}", param_hint="NAME")
+    documents = {known: schemas.document(known) for known in schemas.NAMES if name in {None, known}}
+    click.echo(json.dumps(documents if name is None else documents[name], indent=2, ensure_ascii=False))
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that completes stationkey's commands and options.
+
+    For bash: stationkey completion bash > /etc/bash_completion.d/stationkey
+    """
+    from click.shell_completion import get_completion_class  # noqa: PLC0415 - see the module's docstring
+
+    complete = get_completion_class(shell)
+    assert complete is not None  # the argument's choice
+    click.echo(complete(main, {}, "stationkey", "_STATIONKEY_COMPLETE").source())
+
+
+if __name__ == "__main__":
+    main()

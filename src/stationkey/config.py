@@ -1,0 +1,239 @@
+"""Configuration: a TOML file, the environment and the command line, to frozen values.
+
+Precedence: command line, environment, file, default. The command line and the environment are read by `stationkey.cli`
+(each option has its ``STATIONKEY_…`` variable); this module reads the file and puts the rest over it.
+
+What a CA may want otherwise than the standards' profiles can be overridden for each certificate type. What no
+station's certificate may have (CA:true, a subject without C, O or CN, a uncritical keyUsage) cannot, and is refused at
+start rather than when a certificate is due.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from stationkey.errors import ConfigurationError
+from stationkey.profiles import (
+    PROFILES,
+    CertificateProfile,
+    CertificateType,
+    EvseIdPlacement,
+    ExtendedKeyUsage,
+    KeyUsage,
+)
+
+DEFAULT_BROKER: Final = "mqtt://127.0.0.1:1883"
+DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"
+DEFAULT_DEVICE: Final = "/dev/tpmrm0"
+"""The kernel's resource manager: the one TPM device that several programs can share."""
+MAX_FILE: Final = 1024 * 1024
+
+T = TypeVar("T")
+LogFormat = Literal["text", "json"]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+
+
+class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file; a name that it does not know is a mistake to be told, not to be passed over."""
+
+
+class Deadlines(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[deadlines]``: seconds within which a request is answered, one way or the other.
+
+    30 s is as long as a hung TPM may keep Josev waiting. RSA gets 60 s, because a hardware TPM searches for primes for
+    tens of seconds.
+    """
+
+    ec: Seconds = 30.0
+    rsa: Seconds = 60.0
+
+
+class CsrOverrides(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[csr.CERTIFICATE_TYPE]``: what this operator's CA wants otherwise than the profile."""
+
+    domain_component: Annotated[str, Meta(max_length=64, pattern=r"^[\x20-\x7e]*$")] | UnsetType = UNSET
+    key_usage: list[KeyUsage] | UnsetType = UNSET
+    extended_key_usage: list[ExtendedKeyUsage] | UnsetType = UNSET
+    extended_key_usage_critical: bool | UnsetType = UNSET
+    evse_id: EvseIdPlacement | UnsetType = UNSET
+
+
+class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The configuration file. Every name is optional."""
+
+    broker: str | None = None
+    topic_prefix: str | None = None
+    client_id: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    keystore: str | None = None
+    allow_software_keys: bool | None = None
+    state_dir: str | None = None
+    log_format: LogFormat | None = None
+    deadlines: Deadlines = Deadlines()
+    csr: dict[CertificateType, CsrOverrides] = msgspec.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the daemon runs by.
+
+    Attributes:
+        broker: ``mqtt://HOST:PORT``.
+        keystore: key-store URI.
+        allow_software_keys: whether ``software:`` is let in.
+        state_dir: where the ledger is.
+        topic_prefix: put before both topics.
+        client_id: MQTT client identifier, or None for one of the state directory's own.
+        log_format: of the log.
+        deadlines: see `Deadlines`.
+        profiles: the profile of each certificate type, overrides included.
+    """
+
+    broker: str
+    keystore: str
+    allow_software_keys: bool
+    state_dir: Path
+    topic_prefix: str
+    client_id: str | None
+    log_format: LogFormat
+    deadlines: Deadlines
+    profiles: Mapping[CertificateType, CertificateProfile]
+
+
+def read_file(path: Path) -> File:
+    """Read a configuration file.
+
+    Raises:
+        ConfigurationError: it cannot be read, is no TOML, or says something that cannot be; the message names where.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise ConfigurationError(f"the configuration file {path} is too large", reason="config_unreadable")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"the configuration file {path} cannot be read: {error.strerror}", reason="config_unreadable"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is no TOML: {error}", reason="config_invalid") from None
+    _refuse_fixed(path, table)
+    try:
+        file = msgspec.convert(table, File)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{path}: {error}", reason="config_invalid") from None
+    apply_overrides(file.csr)  # refuses what cannot be, whether or not the caller asks for profiles
+    return file
+
+
+_FIXED: Final = {
+    **dict.fromkeys(
+        ("ca", "basic_constraints", "basic_constraints_critical", "path_length"),
+        "basicConstraints is always critical, with CA:false: a station's certificate signs no other",
+    ),
+    **dict.fromkeys(
+        ("subject", "country_name", "organization_name", "common_name"),
+        "the subject always has C, O and CN, and they come with each request",
+    ),
+    "key_usage_critical": "keyUsage is always critical [RFC 5280 4.2.1.3]",
+}
+"""What one might want to override, and why it cannot be."""
+
+
+def _refuse_fixed(path: Path, table: dict[str, object]) -> None:
+    sections = table.get("csr")
+    if not isinstance(sections, dict):
+        return
+    for name, section in sections.items():
+        for field in section if isinstance(section, dict) else ():
+            if field in _FIXED:
+                raise ConfigurationError(
+                    f"{path}: [csr.{name}] {field} cannot be configured: {_FIXED[field]}", reason="config_invalid"
+                )
+
+
+def apply_overrides(
+    overrides: Mapping[CertificateType, CsrOverrides],
+) -> Mapping[CertificateType, CertificateProfile]:
+    """The standards' profiles with the operator's overrides put over them.
+
+    Raises:
+        ConfigurationError: keyUsage without digitalSignature: no TLS handshake could be signed with the key.
+    """
+    profiles = dict(PROFILES)
+    for certificate_type, override in overrides.items():
+        profile = profiles[certificate_type]
+        changes: dict[str, object] = {}
+        if override.domain_component is not UNSET:
+            changes["domain_component"] = override.domain_component or None
+        if override.key_usage is not UNSET:
+            if KeyUsage.DIGITAL_SIGNATURE not in override.key_usage:
+                raise ConfigurationError(
+                    f"[csr.{certificate_type}] key_usage must have digitalSignature", reason="config_invalid"
+                )
+            changes["key_usage"] = tuple(override.key_usage)
+        if override.extended_key_usage is not UNSET:
+            changes["extended_key_usage"] = tuple(override.extended_key_usage)
+        if override.extended_key_usage_critical is not UNSET:
+            changes["extended_key_usage_critical"] = override.extended_key_usage_critical
+        if override.evse_id is not UNSET:
+            changes["evse_id_placement"] = override.evse_id
+        profiles[certificate_type] = dataclasses.replace(profile, **changes)  # type: ignore[arg-type] # names and types are those of CsrOverrides
+    return MappingProxyType(profiles)
+
+
+def settle(
+    file: File,
+    *,
+    broker: str | None = None,
+    topic_prefix: str | None = None,
+    keystore: str | None = None,
+    allow_software_keys: bool | None = None,
+    state_dir: Path | None = None,
+    log_format: LogFormat | None = None,
+) -> Settings:
+    """Put what the command line or the environment said (not None) over the file, and the file over the defaults.
+
+    Raises:
+        ConfigurationError: no key store is named, and this machine has no ``/dev/tpmrm0``.
+    """
+    return Settings(
+        broker=broker or file.broker or DEFAULT_BROKER,
+        topic_prefix=_first(topic_prefix, file.topic_prefix) or "",
+        client_id=file.client_id,
+        keystore=keystore or file.keystore or default_keystore(),
+        allow_software_keys=bool(_first(allow_software_keys, file.allow_software_keys)),
+        state_dir=state_dir or Path(file.state_dir or DEFAULT_STATE_DIR),
+        log_format=log_format or file.log_format or "text",
+        deadlines=file.deadlines,
+        profiles=apply_overrides(file.csr),
+    )
+
+
+def _first(value: T | None, otherwise: T | None) -> T | None:
+    return otherwise if value is None else value
+
+
+def default_keystore() -> str:
+    """The URI of this machine's TPM behind the kernel's resource manager.
+
+    Raises:
+        ConfigurationError: it has none. Nothing else is ever chosen in its place.
+    """
+    if Path(DEFAULT_DEVICE).exists():
+        return f"tpm2:device:{DEFAULT_DEVICE}"
+    raise ConfigurationError(
+        f"this machine has no {DEFAULT_DEVICE}, and no key store was named",
+        reason="keystore_unnamed",
+        hint="name one with --keystore, for example tpm2:device:/dev/tpm0 or tpm2:swtpm:host=127.0.0.1,port=2321",
+    )

@@ -1,0 +1,174 @@
+"""Key stores: where the private keys live.
+
+A store makes a key, signs with it, tells its public part and destroys it; and says before a key is made whether it can
+make one of that kind. Stores are synchronous and belong to one thread, `KeyStoreThread`. They are named by URI:
+
+- ``tpm2:<TCTI>``, for example ``tpm2:device:/dev/tpmrm0`` or ``tpm2:swtpm:host=127.0.0.1,port=2321``;
+- ``software:``, keys in plain memory and on disk. For trying only; never a fallback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from stationkey.errors import ConfigurationError
+from stationkey.profiles import Algorithm, KeyType
+
+if TYPE_CHECKING:
+    from stationkey.csr import PrivateKey, PublicKey
+
+__all__ = ["KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
+
+
+def key_id_of(public: bytes) -> str:
+    """Name a key: the first 80 bits, in hexadecimal, of the SHA-256 of its subjectPublicKeyInfo.
+
+    Whoever holds the CSR or the certificate can compute it, and a name can never stand for two keys.
+    """
+    return hashlib.sha256(public).hexdigest()[:20]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRef:
+    """All that is needed to use a key again, if its store is at hand.
+
+    Attributes:
+        scheme: URI scheme of the store that made it: ``tpm2`` or ``software``.
+        key_type: curve or RSA size.
+        public: subjectPublicKeyInfo in DER [RFC 5280 4.1.2.7].
+        private: what the store needs to load the private part. From ``tpm2:`` the wrapped blob as the DER of a
+            ``TSS2 PRIVATE KEY``, which opens only in the TPM that made it; from ``software:`` a PKCS#8 in the clear.
+            Never shown by repr.
+    """
+
+    scheme: str
+    key_type: KeyType
+    public: bytes = field(repr=False)
+    private: bytes = field(repr=False)
+
+    @property
+    def key_id(self) -> str:
+        """See `key_id_of`."""
+        return key_id_of(self.public)
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether a store can serve an algorithm. True where it can.
+
+    Attributes:
+        key_type: what kind of key it would make, or None.
+        missing: where it cannot, the capability that the device lacks, in words.
+    """
+
+    key_type: KeyType | None
+    missing: str = ""
+
+    def __bool__(self) -> bool:
+        return self.key_type is not None
+
+
+class KeyStore(Protocol):
+    """What every key store does. Not thread-safe: all calls come from the thread that opened it."""
+
+    @property
+    def uri(self) -> str:
+        """The URI that the store was opened by."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What it is, in words, for the log: vendor and firmware, or that keys are not protected."""
+        ...
+
+    def supports(self, algorithm: Algorithm) -> Support:
+        """Ask the device, without making a key.
+
+        Raises:
+            KeyStoreError: the device cannot be asked.
+        """
+        ...
+
+    def generate(self, algorithm: Algorithm) -> KeyRef:
+        """Make a key pair for `algorithm`.
+
+        Raises:
+            UnsupportedAlgorithm: the device cannot; no key was made.
+            KeyStoreError: the device failed; no key is left behind in it.
+        """
+        ...
+
+    def signer(self, key: KeyRef) -> AbstractContextManager[PrivateKey]:
+        """Load a key for signing; it is unloaded at the end of the ``with`` block.
+
+        Raises:
+            KeyStoreError: the key is not of this store or of this device, or the device failed.
+        """
+        ...
+
+    def public_key(self, key: KeyRef) -> PublicKey:
+        """The public part of a key. Needs no device."""
+        ...
+
+    def private_pem(self, key: KeyRef) -> bytes:
+        """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
+        ...
+
+    def destroy(self, key: KeyRef) -> None:
+        """Remove from the device whatever it holds of a key. What the ledger holds is the ledger's to remove."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the device. The store can be used again afterwards: it opens the device anew."""
+        ...
+
+
+def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[[], KeyStore]:
+    """Check a key-store URI and give a function that opens it, to be called in the thread that will own it.
+
+    Raises:
+        ConfigurationError: unknown scheme, ``tpm2:`` without a TCTI, or ``software:`` without `allow_software_keys`.
+    """
+    scheme, colon, rest = uri.partition(":")
+    if scheme == "tpm2" and colon:
+        if not rest:
+            # With no TCTI given, tpm2-tss falls through to whatever listens on localhost:2321.
+            raise ConfigurationError(
+                "the key store URI tpm2: names no TPM",
+                reason="keystore_uri_invalid",
+                hint="for example tpm2:device:/dev/tpmrm0, or tpm2:swtpm:host=127.0.0.1,port=2321",
+            )
+
+        def open_tpm2() -> KeyStore:
+            from stationkey.keystore.tpm2 import Tpm2KeyStore  # noqa: PLC0415 - only a daemon pays for tpm2-tss
+
+            return Tpm2KeyStore(rest)
+
+        return open_tpm2
+    if scheme == "software" and colon:
+        if rest:
+            raise ConfigurationError(
+                f"the key store URI {uri!r} should be just 'software:'", reason="keystore_uri_invalid"
+            )
+        if not allow_software_keys:
+            raise ConfigurationError(
+                "a software key store leaves private keys unprotected, and is refused",
+                reason="software_keys_refused",
+                hint="name a TPM, or give --allow-software-keys to try things out without one",
+            )
+
+        def open_software() -> KeyStore:
+            from stationkey.keystore.software import SoftwareKeyStore  # noqa: PLC0415 - nor this one
+
+            return SoftwareKeyStore()
+
+        return open_software
+    raise ConfigurationError(
+        f"{uri!r} is no key store URI",
+        reason="keystore_uri_invalid",
+        hint="it begins with tpm2: or software:, for example tpm2:device:/dev/tpmrm0",
+    )

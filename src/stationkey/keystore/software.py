@@ -1,0 +1,75 @@
+"""The ``software:`` key store: keys without protection, for trying things out where there is no TPM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from stationkey.csr import PrivateKey, PublicKey
+from stationkey.errors import KeyStoreError
+from stationkey.keystore import KeyRef, Support
+from stationkey.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
+
+_CURVES: Final = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
+_SCHEME: Final = "software"
+
+
+class SoftwareKeyStore:
+    """Keys made and used by OpenSSL in this process. Whoever can read the ledger has them."""
+
+    uri = "software:"
+    description = "software keys, NOT PROTECTED: whoever reads the state directory has them"
+
+    def supports(self, algorithm: Algorithm) -> Support:
+        return Support(ALGORITHMS[algorithm].key_types[0])
+
+    def generate(self, algorithm: Algorithm) -> KeyRef:
+        kind = ALGORITHMS[algorithm].key_types[0]
+        private_key: PrivateKey
+        if isinstance(kind, EllipticCurve):
+            private_key = ec.generate_private_key(_CURVES[kind])
+        else:
+            private_key = rsa.generate_private_key(public_exponent=65537, key_size=kind.bits)
+        return KeyRef(
+            scheme=_SCHEME,
+            key_type=kind,
+            public=private_key.public_key().public_bytes(
+                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            ),
+            private=_pkcs8(private_key, serialization.Encoding.DER),
+        )
+
+    @contextmanager
+    def signer(self, key: KeyRef) -> Iterator[PrivateKey]:
+        yield _load(key)
+
+    def public_key(self, key: KeyRef) -> PublicKey:
+        return _load(key).public_key()
+
+    def private_pem(self, key: KeyRef) -> bytes:
+        return _pkcs8(_load(key), serialization.Encoding.PEM)
+
+    def destroy(self, key: KeyRef) -> None:
+        """Nothing to do: the ledger has the only copy."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def _pkcs8(private_key: PrivateKey, encoding: serialization.Encoding) -> bytes:
+    return private_key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def _load(key: KeyRef) -> PrivateKey:
+    if key.scheme != _SCHEME:
+        raise KeyStoreError(
+            f"key {key.key_id} was made by a {key.scheme}: key store, and this one is software:",
+            reason="key_of_another_store",
+        )
+    private_key = serialization.load_der_private_key(key.private, password=None)
+    assert isinstance(private_key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)  # this store makes no other
+    return private_key

@@ -1,0 +1,140 @@
+"""The one thread that owns the key store, and what happens when a call on it never returns.
+
+A TPM command blocks without a time limit, and a context must not be used from two threads. So every use of a store is a
+job for this thread, each with a deadline that the one who waits enforces: what comes too late is thrown away, key
+included. Where a call is still out past its deadline, the next job is not made to wait for it for ever: the thread is
+given up, a new one with a store of its own takes over, and the old one ends as soon as its call returns.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from stationkey.errors import KeyStoreError
+from stationkey.keystore import KeyStore
+
+T = TypeVar("T")
+
+MAX_ABANDONED: Final = 1
+"""How many threads may be stuck in a call at a time, besides the one in use. Each holds a connection to the TPM."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    run: Callable[[KeyStore], Any]
+    expires: float  # by time.monotonic
+    future: Future[Any]
+
+
+class _Worker(threading.Thread):
+    """Takes jobs from the shared queue until it is told to stop or given up."""
+
+    def __init__(self, name: str, open_store: Callable[[], KeyStore], jobs: queue.SimpleQueue[_Job | None]) -> None:
+        super().__init__(name=name, daemon=True)  # a call that never returns must not keep the process from ending
+        self._open_store = open_store
+        self._jobs = jobs
+        self.abandoned = False
+        self.expires: float | None = None
+        """When the job in hand is overdue, by time.monotonic; None between jobs."""
+
+    def run(self) -> None:
+        store: KeyStore | None = None
+        while not self.abandoned:
+            job = self._jobs.get()
+            if job is None:
+                break
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            if time.monotonic() >= job.expires:
+                job.future.set_exception(overdue())
+                continue
+            self.expires = job.expires
+            try:
+                if store is None:
+                    store = self._open_store()
+                result = job.run(store)
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
+                job.future.set_exception(error)
+            else:
+                job.future.set_result(result)
+            self.expires = None
+        if store is not None:
+            store.close()
+
+
+def overdue() -> KeyStoreError:
+    """The error of a job that was not done in time."""
+    return KeyStoreError(
+        "the key store did not answer in time",
+        reason="keystore_timeout",
+        hint="a TPM that is hung needs a reset; nothing was kept of this request",
+    )
+
+
+class KeyStoreThread:
+    """Runs jobs on the key store, one at a time, on a thread of its own.
+
+    Args:
+        open_store: opens the store; called in the thread that will own it, when the first job comes.
+    """
+
+    def __init__(self, open_store: Callable[[], KeyStore]) -> None:
+        self._open_store = open_store
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._abandoned: list[_Worker] = []
+        self._count = 0
+        self._worker = self._start()
+
+    def _start(self) -> _Worker:
+        self._count += 1
+        worker = _Worker(f"keystore-{self._count}", self._open_store, self._jobs)
+        worker.start()
+        return worker
+
+    def submit(self, run: Callable[[KeyStore], T], *, timeout: float) -> Future[T]:
+        """Queue a job.
+
+        Args:
+            run: the job; it gets the store.
+            timeout: seconds from now after which the job is not begun any more, and counts as hung if it was.
+
+        Returns:
+            A future with the job's result or its error, which is a `StationKeyError` unless there is a fault in the
+            job itself. Whoever waits for it must give up after `timeout` on his own: a hung call fulfils nothing.
+        """
+        future: Future[T] = Future()
+        now = time.monotonic()
+        with self._lock:
+            self._abandoned = [worker for worker in self._abandoned if worker.is_alive()]
+            if self.hung and len(self._abandoned) < MAX_ABANDONED:
+                self._worker.abandoned = True
+                self._abandoned.append(self._worker)
+                self._worker = self._start()
+        self._jobs.put(_Job(run, now + timeout, future))
+        return future
+
+    @property
+    def hung(self) -> bool:
+        """Whether the job in hand is past its deadline."""
+        expires = self._worker.expires
+        return expires is not None and time.monotonic() > expires
+
+    def close(self, timeout: float = 1.0) -> bool:
+        """End the thread after the jobs queued so far, and close the store.
+
+        Args:
+            timeout: seconds to wait for it.
+
+        Returns:
+            Whether it ended in time. One that is stuck in a call is left behind.
+        """
+        self._jobs.put(None)
+        self._worker.join(timeout)
+        return not self._worker.is_alive()

@@ -1,0 +1,70 @@
+"""Logs: one readable line an event, or one JSON object an event. Values are escaped, so that no name can forge a line.
+
+Plain `logging` with two formatters: structlog would cost 60 ms at start and 5 MiB (see ``docs/architecture.md``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Final, TextIO
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_PLAIN: Final = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, object]:
+    """What was given as ``extra``."""
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in text)
+
+
+class TextFormatter(logging.Formatter):
+    """``2026-11-23T10:00:00.000Z INFO accepted request_id=… key_id=…``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line; a traceback, which only a fault of ours has, follows on lines of its own."""
+        pairs = "".join(f" {name}={_value(value)}" for name, value in fields_of(record).items())
+        line = f"{_timestamp(record)} {record.levelname:<7} {_printable(record.getMessage())}{pairs}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object: ``time``, ``level``, ``event``, and the fields of the event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, ASCII."""
+        event: dict[str, object] = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            "logger": record.name,
+            **fields_of(record),
+        }
+        if record.exc_info:
+            event["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(event, default=str)
+
+
+def set_up(log_format: str, *, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    """Send the logs of this process to `stream` (default: standard error), as ``text`` or ``json``."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)

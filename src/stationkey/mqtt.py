@@ -1,0 +1,653 @@
+"""The MQTT edge: bytes in, bytes out, QoS 1 both ways, and nothing lost while a broker or this process is away.
+
+Requests are acknowledged to the broker only after their answer is with it: until then the broker holds them for the
+persistent session and sends them again. That is why this stands on paho-mqtt itself and not on aiomqtt, which leaves no
+say over acknowledgements (checked in 2.5.1).
+
+MQTT 5 first; a broker that knows only 3.1.1 is spoken to in that. Every socket has TCP_NODELAY: with Nagle's algorithm
+and delayed acknowledgements one request takes some 80 ms instead of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self, TypeVar
+from urllib.parse import urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from stationkey.errors import BrokerError, ConfigurationError, MessageError
+from stationkey.messages import (
+    REQUEST_TOPIC,
+    RESPONSE_TOPIC,
+    CertificateInstallationStatus,
+    GenerateCsrRequest,
+    GenerateCsrResponse,
+    decode,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from stationkey.errors import StationKeyError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT: Final = 1883
+KEEPALIVE: Final = 30
+"""Seconds between signs of life on an idle connection [MQTT 5 3.1.2.10]."""
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds for a broker to accept a connection, and for every later answer from it that is waited for."""
+SESSION_EXPIRY: Final = 7 * 24 * 3600
+"""Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
+MAX_IN_HAND: Final = 64
+"""How many messages are in hand at a time. The broker holds the rest: an RSA key takes its time."""
+FIRST_DELAY: Final = 0.1
+LAST_DELAY: Final = 30.0
+"""Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
+the stations of a site do not all come back at the same moment."""
+
+_UNSUPPORTED_PROTOCOL_VERSION: Final = 132
+"""MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Where the broker is: ``mqtt://HOST[:PORT]``."""
+
+    host: str
+    port: int = DEFAULT_PORT
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """Read a broker URL.
+
+        Raises:
+            ConfigurationError: another scheme, no host, a port out of range, or a password in it.
+        """
+        hint = "for example mqtt://127.0.0.1:1883"
+        try:
+            parts = urlsplit(url)
+            port = DEFAULT_PORT if parts.port is None else parts.port
+        except ValueError as error:
+            raise ConfigurationError(f"{url!r} is no broker URL: {error}", reason="broker_invalid", hint=hint) from None
+        if parts.username is not None or parts.password is not None:
+            raise ConfigurationError(
+                "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
+                reason="broker_invalid",
+            )
+        if parts.scheme != "mqtt" or not parts.hostname or parts.path not in {"", "/"} or parts.query or port == 0:
+            raise ConfigurationError(f"{url!r} is no broker URL", reason="broker_invalid", hint=hint)
+        return cls(parts.hostname, port)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"mqtt://{host}:{self.port}"
+
+
+class ConnectionLost(BrokerError):
+    """The connection ended while something was under way on it."""
+
+
+class ProtocolRefused(BrokerError):
+    """The broker does not speak this version of MQTT, or closed the connection before it said anything."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A message received, not acknowledged yet."""
+
+    payload: bytes
+    connection: MqttConnection
+    mid: int
+    qos: int
+
+    def acknowledge(self) -> None:
+        """Tell the broker that it need not send this again. Too late on a connection that was lost: then it will."""
+        self.connection.acknowledge(self)
+
+
+class MqttConnection:
+    """One network connection to a broker, in the running event loop; `connect` makes one, ``async with`` closes it.
+
+    Args:
+        broker: where to connect to.
+        client_id: client identifier; with `persistent`, the broker's session belongs to it.
+        persistent: keep the session (subscriptions, unacknowledged messages) at the broker between connections.
+        protocol: MQTT version to speak.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        client_id: str,
+        persistent: bool,
+        protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
+    ) -> None:
+        self._broker = broker
+        self._persistent = persistent
+        self._loop = asyncio.get_running_loop()
+        self._received: asyncio.Queue[Message] = asyncio.Queue()
+        self._paused = False
+        self._accepted: asyncio.Future[None] = self._loop.create_future()
+        self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+        """Done, with the reason, when the connection has ended."""
+        self._sock: socket.socket | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._is_v5 = protocol is MQTTProtocolVersion.MQTTv5
+        self._client = client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=protocol,
+            clean_session=None if self._is_v5 else not persistent,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.connect_timeout = CONNECT_TIMEOUT / 2
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        client.on_socket_open = self._on_socket_open
+        client.on_socket_close = self._on_socket_close
+        client.on_socket_register_write = self._on_socket_register_write
+        client.on_socket_unregister_write = self._on_socket_unregister_write
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            ProtocolRefused: the broker does not speak this version of MQTT.
+            BrokerError: no connection.
+        """
+        properties = None
+        arguments: dict[str, Any] = {}
+        if self._is_v5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho types its client only
+            properties.SessionExpiryInterval = SESSION_EXPIRY if self._persistent else 0
+            properties.ReceiveMaximum = MAX_IN_HAND
+            arguments = {"clean_start": not self._persistent, "properties": properties}
+        try:
+            # Name look-up and TCP connect block; paho has no other way.
+            await _in_thread(
+                lambda: self._client.connect(self._broker.host, self._broker.port, KEEPALIVE, **arguments),
+                name="mqtt-connect",
+            )
+        except (OSError, ValueError) as error:
+            raise BrokerError(f"no broker at {self._broker}: {error}", reason="broker_unreachable") from None
+        try:
+            await asyncio.wait_for(asyncio.shield(self._accepted), CONNECT_TIMEOUT)
+        except TimeoutError:
+            self._drop("no answer to CONNECT")
+            raise BrokerError(f"{self._broker} did not answer as an MQTT broker", reason="broker_unreachable") from None
+        except BaseException:
+            self._drop("not connected")
+            raise
+        self._keeper = self._loop.create_task(self._keep_alive(), name="mqtt-keepalive")
+
+    async def close(self) -> None:
+        """Say DISCONNECT, as far as there is anybody to hear it, and close."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if not self.lost.done():
+            self._client.disconnect()
+            # paho ends the connection once the DISCONNECT is written; a broker that does not read must not hold us.
+            await asyncio.wait({self.lost}, timeout=1.0)
+        self._drop("closed")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def subscribe(self, topic: str) -> None:
+        """Subscribe at QoS 1.
+
+        Raises:
+            BrokerError: the broker refuses, for want of rights perhaps.
+            ConnectionLost: it went away.
+        """
+        code, mid = self._client.subscribe(topic, qos=1)
+        if (await self._answer(code, mid)).is_failure:
+            raise BrokerError(
+                f"the broker refuses a subscription to {topic}",
+                reason="subscription_refused",
+                hint="look at its access control list",
+            )
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """Publish at QoS 1, not retained, and wait until the broker has it.
+
+        Raises:
+            BrokerError: the broker refuses (only MQTT 5 lets it say so).
+            ConnectionLost: it went away; whether it has the message is not known.
+        """
+        info = self._client.publish(topic, payload, qos=1)
+        reason = await self._answer(info.rc, info.mid)
+        if reason.is_failure:
+            raise BrokerError(
+                f"the broker refuses to take a message on {topic}: {reason}",
+                reason="publication_refused",
+                hint="look at its access control list",
+            )
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Raises:
+            ConnectionLost: the connection has ended. What was received before comes first.
+        """
+        if self._received.empty():
+            getter = self._loop.create_task(self._received.get(), name="mqtt-receive")
+            try:
+                await asyncio.wait((getter, self.lost), return_when=asyncio.FIRST_COMPLETED)
+                if not getter.done():
+                    raise self._connection_lost()
+                message = getter.result()
+            finally:
+                getter.cancel()
+        else:
+            message = self._received.get_nowait()
+        if self._paused and self._received.qsize() < MAX_IN_HAND // 2 and self._sock is not None:
+            self._paused = False
+            self._loop.add_reader(self._sock, self._client.loop_read)
+        return message
+
+    def acknowledge(self, message: Message) -> None:
+        """Send the PUBACK for a message of this connection; see `Message.acknowledge`."""
+        if not self.lost.done() and message.qos > 0:
+            self._client.ack(message.mid, message.qos)
+
+    async def _answer(self, code: MQTTErrorCode, mid: int | None) -> ReasonCode:
+        """Wait for the broker's answer to the packet `mid`."""
+        if self.lost.done() or code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
+            raise self._connection_lost()
+        waiting: asyncio.Future[ReasonCode] = self._loop.create_future()
+        self._waiting[mid] = waiting
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                return await waiting
+        except TimeoutError:
+            self._drop(f"no acknowledgement within {CONNECT_TIMEOUT:g} s")
+            raise self._connection_lost() from None
+        finally:
+            self._waiting.pop(mid, None)
+
+    def _connection_lost(self) -> ConnectionLost:
+        why = self.lost.result() if self.lost.done() else "not connected"
+        return ConnectionLost(f"the connection to {self._broker} ended: {why}", reason="connection_lost")
+
+    async def _keep_alive(self) -> None:
+        while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - it has to be asked
+            await asyncio.sleep(1.0)
+        self._drop("no sign of life")
+
+    def _drop(self, why: str) -> None:
+        """End the connection from this side, whatever state it is in."""
+        sock = self._sock
+        self._on_socket_close(self._client, None, sock)
+        if sock is not None:
+            sock.close()
+        self._end(why)
+
+    def _end(self, why: str) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result(why)
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(self._connection_lost())
+        if not self._accepted.done():
+            # Some brokers that know no MQTT 5 close the connection without a word.
+            self._accepted.set_exception(
+                ProtocolRefused(f"{self._broker} closed the connection: {why}", reason="broker_refuses")
+            )
+            self._accepted.exception()  # looked at, so that nobody is told that nobody looked
+
+    # paho's callbacks. Those about the socket come, during connect, from the executor's thread.
+
+    def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._loop.call_soon_threadsafe(self._watch, sock)
+
+    def _watch(self, sock: socket.socket) -> None:
+        if sock.fileno() != -1:
+            self._loop.add_reader(sock, self._client.loop_read)
+
+    def _on_socket_close(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        if self._sock is not None and self._sock.fileno() != -1:
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+        self._sock = None
+
+    def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        self._loop.call_soon_threadsafe(self._watch_write, sock)
+
+    def _watch_write(self, sock: socket.socket) -> None:
+        if sock.fileno() != -1 and self._client.want_write():
+            self._loop.add_writer(sock, self._client.loop_write)
+
+    def _on_socket_unregister_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        if sock.fileno() != -1:
+            self._loop.remove_writer(sock)
+
+    def _on_connect(
+        self, client: paho.Client, userdata: object, flags: object, reason: ReasonCode, properties: object
+    ) -> None:
+        if self._accepted.done():
+            return
+        if not reason.is_failure:
+            self._accepted.set_result(None)
+        elif reason.value == _UNSUPPORTED_PROTOCOL_VERSION:
+            self._accepted.set_exception(
+                ProtocolRefused(f"{self._broker} does not speak this MQTT version", reason="broker_refuses")
+            )
+        else:
+            self._accepted.set_exception(
+                BrokerError(f"{self._broker} refuses the connection: {reason}", reason="broker_refuses")
+            )
+
+    def _on_disconnect(
+        self, client: paho.Client, userdata: object, flags: object, reason: ReasonCode, properties: object
+    ) -> None:
+        self._end(str(reason))
+
+    def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
+        self._received.put_nowait(Message(bytes(message.payload), self, message.mid, message.qos))
+        if self._received.qsize() >= MAX_IN_HAND and self._sock is not None:
+            self._paused = True  # TCP's own flow control holds the rest back
+            self._loop.remove_reader(self._sock)
+
+    def _on_publish(
+        self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
+    ) -> None:
+        self._answered(mid, reason)
+
+    def _on_subscribe(
+        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
+    ) -> None:
+        self._answered(mid, reasons[0])
+
+    def _answered(self, mid: int, reason: ReasonCode) -> None:
+        waiting = self._waiting.get(mid)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reason)
+
+
+async def connect(broker: Broker, *, client_id: str, persistent: bool) -> MqttConnection:
+    """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
+
+    Raises:
+        BrokerError: neither.
+    """
+    connection = MqttConnection(broker, client_id=client_id, persistent=persistent)
+    try:
+        await connection.open()
+    except ProtocolRefused as error:
+        log.debug("trying MQTT 3.1.1: %s", error)
+        older = MQTTProtocolVersion.MQTTv311
+        connection = MqttConnection(broker, client_id=client_id, persistent=persistent, protocol=older)
+        await connection.open()
+    return connection
+
+
+async def _in_thread(call: Callable[[], T], *, name: str) -> T:
+    """The result of a blocking call; in a thread that, unlike the event loop's own, a process may end without."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the one who waits is to have it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+async def _unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; or None where `stopping` comes first, and `work` was cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def topics(prefix: str) -> tuple[str, str]:
+    """The topics of requests and of responses, `prefix` put before both.
+
+    Args:
+        prefix: a topic level or several; a ``/`` between it and the rest is added where it ends in none. May be empty.
+
+    Raises:
+        ConfigurationError: it has a wildcard, a NUL, or begins with ``$`` (reserved for the broker).
+    """
+    if any(character in prefix for character in "+#\0") or prefix.startswith("$"):
+        raise ConfigurationError(f"{prefix!r} cannot begin a topic", reason="topic_prefix_invalid")
+    if prefix and not prefix.endswith("/"):
+        prefix += "/"
+    return prefix + REQUEST_TOPIC, prefix + RESPONSE_TOPIC
+
+
+class Answering(Protocol):
+    """What the edge needs of the service; `stationkey.service.StationKeyService` has it."""
+
+    async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
+        """Answer a request."""
+
+    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
+        """Refuse a message that is wrong and has an id."""
+
+    def pass_over(self, error: StationKeyError) -> None:
+        """Note a message that is wrong and cannot be answered."""
+
+    async def note_status(self, status: CertificateInstallationStatus) -> None:
+        """Take note of what became of a certificate."""
+
+    async def undelivered(self) -> list[GenerateCsrResponse]:
+        """Answers on record that no broker has confirmed."""
+
+    async def delivered(self, response: GenerateCsrResponse) -> None:
+        """Note that the broker has an answer."""
+
+
+@dataclass(slots=True, eq=False)
+class _InHand:
+    """A message that is being answered."""
+
+    message: Message
+
+    def takes_over(self, again: Message) -> bool:
+        """Whether `again` is this message, sent once more over a new connection; then it is the one to acknowledge.
+
+        The same payload on the same connection is a second request, and gets an answer of its own.
+        """
+        if again.connection is self.message.connection or again.payload != self.message.payload:
+            return False
+        self.message = again
+        return True
+
+
+class MqttEdge:
+    """Takes requests from a broker to a service and its answers back, for as long as it runs.
+
+    Args:
+        broker: where the broker is.
+        service: answers the requests.
+        client_id: of the persistent session; the same at every start.
+        topic_prefix: see `topics`.
+        on_ready: called whenever the subscription stands.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        service: Answering,
+        *,
+        client_id: str,
+        topic_prefix: str = "",
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._broker = broker
+        self._service = service
+        self._client_id = client_id
+        self._request_topic, self._response_topic = topics(topic_prefix)
+        self._on_ready = on_ready
+        self._connection: MqttConnection | None = None
+        self._connected = asyncio.Event()
+        self._free = asyncio.Semaphore(MAX_IN_HAND)
+        self._in_hand: set[_InHand] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event, *, drain: float) -> None:
+        """Serve until `stop` is set; then finish what is in hand.
+
+        Args:
+            stop: ends the service.
+            drain: seconds for what is in hand to be answered. What is not, the broker sends again at the next start.
+        """
+        self._spawn(self._deliver_recorded(), "deliver-recorded")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        delay = FIRST_DELAY
+        try:
+            while not stop.is_set():
+                try:
+                    connection = await _unless(stopping, self._connect())
+                    if connection is None:
+                        return
+                    delay = FIRST_DELAY
+                    await self._serve(connection, stopping, drain)
+                except BrokerError as error:
+                    wait = delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
+                    log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
+                    await asyncio.wait([stopping], timeout=wait)
+                    delay = min(delay * 2, LAST_DELAY)
+        finally:
+            stopping.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connect(self) -> MqttConnection:
+        """A connection on which the subscription stands."""
+        connection = await connect(self._broker, client_id=self._client_id, persistent=True)
+        try:
+            await connection.subscribe(self._request_topic)
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def _serve(self, connection: MqttConnection, stopping: asyncio.Task[bool], drain: float) -> None:
+        """Serve on one connection until it is lost, or until told to stop and what is in hand is finished."""
+        async with connection:
+            self._connection = connection
+            self._connected.set()
+            self._on_ready()
+            try:
+                await _unless(stopping, self._receive(connection))
+                await self._drain(drain)
+            finally:
+                self._connection = None
+                self._connected.clear()
+
+    async def _receive(self, connection: MqttConnection) -> NoReturn:
+        while True:
+            message = await connection.receive()
+            if any(in_hand.takes_over(message) for in_hand in self._in_hand):
+                continue
+            await self._free.acquire()
+            self._spawn(self._handle(_InHand(message)), "answer")
+
+    async def _drain(self, seconds: float) -> None:
+        if self._tasks:
+            _, left = await asyncio.wait(self._tasks, timeout=seconds)
+            if left:
+                log.warning("%d requests were not finished; the broker will send them again", len(left))
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, in_hand: _InHand) -> None:
+        """Answer one message, and acknowledge it once the answer is with the broker."""
+        self._in_hand.add(in_hand)
+        try:
+            response = await self._respond(in_hand.message.payload)
+            if response is not None:
+                await self._deliver(response)
+            in_hand.message.acknowledge()
+        except Exception:
+            # A fault of ours. Acknowledged all the same: the broker would send it for ever.
+            log.exception("a message could not be dealt with; this is a fault of stationkey")
+            in_hand.message.acknowledge()
+        finally:
+            self._in_hand.discard(in_hand)
+            self._free.release()
+
+    async def _respond(self, payload: bytes) -> GenerateCsrResponse | None:
+        try:
+            message = decode(payload)
+        except MessageError as error:
+            if error.request_id is not None:
+                return await self._service.reject(error.request_id, error)
+            self._service.pass_over(error)
+            return None
+        match message:
+            case GenerateCsrRequest():
+                return await self._service.answer(message)
+            case CertificateInstallationStatus():
+                await self._service.note_status(message)
+        return None
+
+    async def _deliver(self, response: GenerateCsrResponse) -> None:
+        """Publish an answer; over a new connection where one is lost, for as long as it takes."""
+        payload = encode(response)
+        while True:
+            await self._connected.wait()
+            connection = self._connection
+            if connection is None:
+                continue
+            try:
+                await connection.publish(self._response_topic, payload)
+            except ConnectionLost:
+                self._connected.clear()  # the next connection sets it again
+                continue
+            except BrokerError as error:
+                log.error("the answer is lost: %s", error, extra={"request_id": response.id, "reason": error.reason})
+                return
+            await self._service.delivered(response)
+            return
+
+    async def _deliver_recorded(self) -> None:
+        """Publish what an earlier run answered and could not hand over."""
+        await self._connected.wait()
+        for response in await self._service.undelivered():
+            log.info("publishing an answer of an earlier run", extra={"request_id": response.id})
+            await self._deliver(response)
