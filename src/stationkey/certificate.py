@@ -1,0 +1,184 @@
+"""Hold an installed certificate against the key and the profile that it should have. Pure: bytes and values in.
+
+What is found here is said to the operator; only a certificate for another key keeps a key from being activated
+[A02.FR.06 leaves the verification of the chain to who installed it].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.x509.oid import NameOID
+
+from stationkey.csr import HASHES, PrivateKey, key_type
+from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.profiles import CertificateProfile, KeyUsage
+
+_USAGE_FIELDS: Final = {KeyUsage.DIGITAL_SIGNATURE: "digital_signature", KeyUsage.KEY_AGREEMENT: "key_agreement"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chain:
+    """A leaf certificate and what came with it, in the order of the file.
+
+    Attributes:
+        certificates: leaf first, as OCPP's ``certificateChain`` has them.
+    """
+
+    certificates: tuple[x509.Certificate, ...]
+
+    @property
+    def leaf(self) -> x509.Certificate:
+        """The station's own certificate."""
+        return self.certificates[0]
+
+    @property
+    def public(self) -> bytes:
+        """SubjectPublicKeyInfo of the leaf, in DER."""
+        return self.leaf.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+    @property
+    def not_after(self) -> int:
+        """When the leaf expires, Unix time in seconds."""
+        return int(self.leaf.not_valid_after_utc.timestamp())
+
+    @property
+    def not_before(self) -> int:
+        """When the leaf begins to be valid, Unix time in seconds."""
+        return int(self.leaf.not_valid_before_utc.timestamp())
+
+    def pem(self) -> str:
+        """All certificates, in PEM [RFC 7468]."""
+        encoded = (certificate.public_bytes(serialization.Encoding.PEM) for certificate in self.certificates)
+        return b"".join(encoded).decode("ascii")
+
+
+def read_chain(content: bytes) -> Chain | None:
+    """The certificates in a file, PEM or DER; None where it holds none that can be read."""
+    try:
+        if b"-----BEGIN CERTIFICATE-----" in content:
+            chain = Chain(tuple(x509.load_pem_x509_certificates(content)))
+        else:
+            chain = Chain((x509.load_der_x509_certificate(content),))
+        chain.public  # noqa: B018 - an unreadable key makes the certificate useless here
+    except (ValueError, TypeError, CryptographyUnsupported):
+        return None
+    return chain
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What the request asked for, to hold the certificate against."""
+
+    profile: CertificateProfile
+    common_name: str
+    organization_name: str
+    country_name: str
+    public: bytes
+
+
+def differences(chain: Chain, expected: Expected, *, now: float) -> list[str]:
+    """What in a certificate is otherwise than asked for, each in words; empty where nothing is.
+
+    Args:
+        chain: leaf first.
+        expected: the request and its profile.
+        now: Unix time in seconds, by a clock that may be wrong: validity is told, and never decides.
+    """
+    leaf = chain.leaf
+    found = []
+    if chain.public != expected.public:
+        found.append("key: the certificate is for another key")
+    names = (
+        ("C", NameOID.COUNTRY_NAME, expected.country_name),
+        ("O", NameOID.ORGANIZATION_NAME, expected.organization_name),
+        ("CN", NameOID.COMMON_NAME, expected.common_name),
+        ("DC", NameOID.DOMAIN_COMPONENT, expected.profile.domain_component),
+    )
+    for label, oid, wanted in names:
+        has = [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(oid)]
+        if has != ([] if wanted is None else [wanted]):
+            found.append(f"{label}: the certificate has {', '.join(has) or 'none'}, {wanted or 'none'} was asked for")
+    found += _usage_differences(leaf, expected.profile)
+    found += _validity_differences(leaf, now)
+    found += _order_differences(chain)
+    return found
+
+
+def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> list[str]:
+    found = []
+    try:
+        usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
+        missing = [bit for bit in profile.key_usage if bit in _USAGE_FIELDS and not getattr(usage, _USAGE_FIELDS[bit])]
+        if missing:
+            found.append(f"usage: keyUsage lacks {', '.join(missing)}")
+    except x509.ExtensionNotFound:
+        found.append("usage: no keyUsage")
+    except ValueError as error:
+        return [f"usage: the extensions cannot be read: {error}"]
+    try:
+        if leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+            found.append("usage: CA:true")
+    except x509.ExtensionNotFound:
+        pass  # a leaf without basicConstraints is no CA [RFC 5280 4.2.1.9]
+    return found
+
+
+def _validity_differences(leaf: x509.Certificate, now: float) -> list[str]:
+    moment = datetime.fromtimestamp(now, UTC)
+    if moment < leaf.not_valid_before_utc:
+        return [f"validity: begins at {leaf.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}, which is still to come"]
+    if moment > leaf.not_valid_after_utc:
+        return [f"validity: ended at {leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"]
+    return []
+
+
+def _order_differences(chain: Chain) -> list[str]:
+    for subject, issuer in zip(chain.certificates, chain.certificates[1:], strict=False):
+        try:
+            subject.verify_directly_issued_by(issuer)
+        except (ValueError, TypeError, InvalidSignature, CryptographyUnsupported):
+            return ["chain order: each certificate should be followed by the one that issued it"]
+    return []
+
+
+def prove(private_key: PrivateKey, public_key: object, challenge: bytes) -> None:
+    """Sign `challenge` with the private key, and verify the signature with the public one.
+
+    Args:
+        private_key: in the TPM.
+        public_key: of the certificate, or of the key itself where no certificate is at hand.
+        challenge: never used before.
+
+    Raises:
+        KeyStoreError: they do not belong together, or the key does not sign.
+        StationKeyError: the public key is neither elliptic curve nor RSA.
+    """
+    sha256 = HASHES["sha256"]
+    try:
+        if isinstance(private_key, ec.EllipticCurvePrivateKey) and isinstance(public_key, ec.EllipticCurvePublicKey):
+            public_key.verify(private_key.sign(challenge, ec.ECDSA(sha256)), challenge, ec.ECDSA(sha256))
+            return
+        if isinstance(private_key, rsa.RSAPrivateKey) and isinstance(public_key, rsa.RSAPublicKey):
+            signature = private_key.sign(challenge, padding.PKCS1v15(), sha256)
+            public_key.verify(signature, challenge, padding.PKCS1v15(), sha256)
+            return
+    except InvalidSignature:
+        pass
+    try:
+        kind = str(key_type(public_key))
+    except StationKeyError:
+        kind = "of another kind"
+    raise KeyStoreError(
+        f"the private key and the certificate's key ({kind}) do not belong together",
+        reason="certificate_of_another_key",
+    )
