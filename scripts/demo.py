@@ -1,23 +1,32 @@
-"""``make demo``: a broker, a TPM simulator and the real daemon; one CSR of each kind; then all of it is gone again."""
+"""``make demo``: the real daemon between a broker and a TPM simulator, asked for every kind of CSR there is.
+
+Then the whole circle, from a CSMS's trigger to a TLS session with the key in the TPM; and all of it is gone again.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from peers import Daemon, Mosquitto, Swtpm
+from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm
 from rich.console import Console
 from rich.table import Table
 
-from stationkey import ALGORITHMS, PROFILES, Algorithm, CertificateType, inspect_csr
+from stationkey import ALGORITHMS, PROFILES, Algorithm, Broker, CertificateType, inspect_csr
+from stationkey.csms import CertificateAnswered, Csms
+from stationkey.ocpp import OcppVersion
+from stationkey.station import Station, StationSettings
 
 STATIONKEY = [sys.executable, "-m", "stationkey"]
 SECC_ID = "DE-ABC-S-STATION42"
 SERIAL_NUMBER = "9783161484100"
+ORGANIZATION = "Über Strom GmbH"
 
 
 def ask(broker: Mosquitto, certificate_type: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +68,7 @@ def show_accepted(console: Console, broker: Mosquitto) -> bool:
             answer = ask(
                 broker,
                 certificate_type,
-                *("--common-name", common_name, "--organization-name", "Über Strom GmbH", "--country-name", "DE"),
+                *("--common-name", common_name, "--organization-name", ORGANIZATION, "--country-name", "DE"),
                 *("--algorithm", algorithm),
             )
             took = time.perf_counter() - started
@@ -88,7 +97,7 @@ def show_rejected(console: Console, broker: Mosquitto, daemon: Daemon) -> bool:
     answer = ask(
         broker,
         CertificateType.V2G20_CERTIFICATE,
-        *("--common-name", SECC_ID, "--organization-name", "Über Strom GmbH", "--country-name", "GER"),
+        *("--common-name", SECC_ID, "--organization-name", ORGANIZATION, "--country-name", "GER"),
         *("--algorithm", Algorithm.ECDSA_SHA512),
     )
     reasons = [event for line in daemon.log.splitlines() if (event := json.loads(line)).get("reason")]
@@ -99,22 +108,113 @@ def show_rejected(console: Console, broker: Mosquitto, daemon: Daemon) -> bool:
     return answer.returncode == 3 and len(reasons) == 1  # noqa: PLR2004 - the exit status of a rejected request
 
 
+async def show_circle(console: Console, broker: Mosquitto, folder: Path) -> bool:
+    """Trigger, CSR, signature, installation: for each certificate type, over OCPP 2.1."""
+    console.print("The whole circle, a CSMS on one side and the charging station on the other, OCPP 2.1 in between:\n")
+    async with Csms(organization=ORGANIZATION) as csms:
+        anchors = folder / "anchors.pem"
+        anchors.write_text(csms.trust_anchors_pem())
+        settings = StationSettings(
+            csms=csms.url,
+            identity="CS001",
+            versions=(OcppVersion.V21,),
+            broker=Broker.parse(broker.url),
+            common_name=SECC_ID,
+            organization_name=ORGANIZATION,
+            country_name="DE",
+            state_dir=folder / "josev",
+            certificate_dir=folder / "certificates",
+            trust_anchors=anchors,
+        )
+        station = Station(settings, lambda words, _: console.print(f"  {words}", markup=False))
+        playing = asyncio.create_task(station.run())
+        try:
+            await csms.connected(settings.identity)
+            everything_right = True
+            for certificate_type in CertificateType:
+                console.print(f"[bold]{certificate_type}")
+                await csms.trigger(settings.identity, certificate_type)
+                everything_right &= (await csms.next(CertificateAnswered)).accepted
+                await station.settled()
+        finally:
+            playing.cancel()
+            await asyncio.gather(playing, return_exceptions=True)
+    console.print()
+    return everything_right
+
+
+def until_active(state_dir: Path) -> bool:
+    """Whether the daemon has made a key of each type active: a status is answered by nobody, so one has to look."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        files = list((state_dir / "active").glob("*.pem"))
+        if len(files) == len(CertificateType):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def show_handshakes(console: Console, keystore: str, state_dir: Path) -> bool:
+    """A TLS session with each active key, signed for in the TPM."""
+    console.print("A TLS handshake on loopback with each active key, which is in the TPM all the while:")
+    everything_right = True
+    for certificate_type in CertificateType:
+        checked = subprocess.run(
+            [
+                *STATIONKEY,
+                "tls-config",
+                "--keystore",
+                keystore,
+                "--state-dir",
+                str(state_dir),
+                "--check",
+                certificate_type,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        everything_right &= checked.returncode == 0
+        for line in (checked.stdout if checked.returncode == 0 else checked.stderr).splitlines():
+            console.print(f"  {line}", markup=False)
+    console.print("\nThe keys at the end:")
+    listed = subprocess.run(
+        [*STATIONKEY, "keys", "list", "--state-dir", str(state_dir)], capture_output=True, text=True, check=True
+    )
+    console.print(listed.stdout, markup=False, highlight=False)
+    return everything_right
+
+
 def main() -> int:
     """Run the demo; 0 if everything was as it should be."""
     console = Console(width=None if sys.stdout.isatty() else 160)
-    with (
-        tempfile.TemporaryDirectory(prefix="stationkey-demo-") as folder,
-        Mosquitto(Path(folder) / "broker") as broker,
-        Swtpm(Path(folder) / "tpm") as tpm,
-        Daemon(
-            Path(folder) / "daemon",
-            *("--broker", broker.url, "--keystore", tpm.uri, "--state-dir", f"{folder}/state"),
-        ) as daemon,
-    ):
-        console.print(f"Mosquitto at {broker.url}, a TPM 2.0 (swtpm) at {tpm.tcti}, and stationkey serve between them.")
-        console.print("Asking with stationkey request, as Josev would:\n")
-        right = show_accepted(console, broker) and show_rejected(console, broker, daemon)
-        daemon.terminate()
+    with tempfile.TemporaryDirectory(prefix="stationkey-demo-") as name:
+        folder = Path(name)
+        (folder / "stationkey.toml").write_text(f'[josev]\ncertificate_dir = "{folder}/certificates"\n')
+        state_dir = folder / "state"
+        with (
+            Mosquitto(folder / "broker") as broker,
+            Swtpm(folder / "tpm") as tpm,
+            Bus(folder / "bus") as bus,
+            ResourceManager(folder / "manager", tpm=tpm.tcti, bus=bus) as manager,
+        ):
+            os.environ.update(manager.environment)
+            keystore = f"tpm2:{manager.tcti}"
+            daemon = Daemon(
+                folder / "daemon",
+                *("--broker", broker.url, "--keystore", keystore),
+                *("--state-dir", str(state_dir), "--config", str(folder / "stationkey.toml")),
+            )
+            with daemon:
+                console.print(
+                    f"Mosquitto at {broker.url}, a TPM 2.0 (swtpm) behind a resource manager as in a station,"
+                )
+                console.print("and stationkey serve between them. Asking with stationkey request, as Josev would:\n")
+                right = show_accepted(console, broker) and show_rejected(console, broker, daemon)
+                right = asyncio.run(show_circle(console, broker, folder)) and right
+                right = until_active(state_dir) and right
+                right = show_handshakes(console, keystore, state_dir) and right
+                daemon.terminate()
     console.print("Everything that was started is stopped, and its files are gone.")
     if not right:
         console.print("[red]Something above is not as it should be.")

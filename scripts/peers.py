@@ -37,6 +37,11 @@ def free_port(count: int = 1) -> int:
     raise RuntimeError("no free loopback ports")
 
 
+def search_path() -> str:
+    """Where programs are: Debian keeps some servers out of a user's PATH."""
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+
+
 class Peer:
     """A server process of somebody else's program."""
 
@@ -62,7 +67,7 @@ class Peer:
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
-        path = shutil.which(self.program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+        path = shutil.which(self.program, path=search_path())
         if path is None:
             raise RuntimeError(f"{self.program} is not installed; scripts/setup installs it")
         with (self.directory / "log").open("ab") as log:
@@ -187,6 +192,63 @@ class Swtpm(Peer):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port + 1), 1):
             return True
         return False
+
+
+class Bus(Peer):
+    """A D-Bus of its own: the resource manager is called through one."""
+
+    program = "dbus-daemon"
+
+    @property
+    def address(self) -> str:
+        """What clients find it by."""
+        return f"unix:path={self.directory}/bus"
+
+    def command(self) -> list[str]:
+        return ["--session", "--nofork", "--nopidfile", f"--address={self.address}"]
+
+    def listening(self) -> bool:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(f"{self.directory}/bus")
+            return True
+        return False
+
+
+class ResourceManager(Peer):
+    """tpm2-abrmd in front of a TPM."""
+
+    program = "env"
+    tcti = "tabrmd:bus_type=session"
+
+    def __init__(self, directory: Path, *, tpm: str, bus: Bus) -> None:
+        super().__init__(directory)
+        self._tpm = tpm
+        self.environment = {"DBUS_SESSION_BUS_ADDRESS": bus.address}
+
+    def command(self) -> list[str]:
+        program = shutil.which("tpm2-abrmd", path=search_path())
+        if program is None:
+            raise RuntimeError("tpm2-abrmd is not installed; scripts/setup installs it")
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return [*variables, program, "--allow-root", "--session", f"--tcti={self._tpm}"]
+
+    def listening(self) -> bool:
+        question = ("NameHasOwner", "string:com.intel.tss2.Tabrmd")
+        answer = subprocess.run(
+            [
+                "dbus-send",
+                "--print-reply=literal",
+                "--dest=org.freedesktop.DBus",
+                "/",
+                f"org.freedesktop.DBus.{question[0]}",
+                question[1],
+            ],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return "true" in answer.stdout
 
 
 class Daemon(Peer):

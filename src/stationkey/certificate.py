@@ -16,6 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsuppor
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.oid import NameOID
+from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
 from stationkey.csr import HASHES, PrivateKey, key_type
 from stationkey.errors import KeyStoreError, StationKeyError
@@ -149,6 +150,30 @@ def _order_differences(chain: Chain) -> list[str]:
         except (ValueError, TypeError, InvalidSignature, CryptographyUnsupported):
             return ["chain order: each certificate should be followed by the one that issued it"]
     return []
+
+
+def untrusted(chain: Chain, anchors: bytes) -> str:
+    """Why a chain does not lead to one of the roots in `anchors` (PEM) [RFC 5280 6.1]; empty where it does.
+
+    Names and purposes are the profile's to check (`differences`): a SECC's certificate names no host.
+    """
+    ca = ExtensionPolicy.permit_all().require_present(x509.BasicConstraints, Criticality.AGNOSTIC, _is_ca)
+    verifier = (
+        PolicyBuilder()
+        .store(Store(x509.load_pem_x509_certificates(anchors)))
+        .extension_policies(ca_policy=ca, ee_policy=ExtensionPolicy.permit_all())
+        .build_client_verifier()
+    )
+    try:
+        verifier.verify(chain.leaf, list(chain.certificates[1:]))
+    except (VerificationError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _is_ca(_policy: object, _certificate: object, constraints: x509.BasicConstraints | None) -> None:
+    if constraints is None or not constraints.ca:
+        raise ValueError("a certificate in the chain is no CA's")
 
 
 def prove(private_key: PrivateKey, public_key: object, challenge: bytes) -> None:

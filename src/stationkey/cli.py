@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,8 +28,47 @@ EXIT_NO_ANSWER: Final = 4
 _PREFIX: Final = "STATIONKEY"
 
 
+_ELSEWHERE: Final = {
+    "csms": ("stationkey.cli_csms", "csms"),
+    "josev": ("stationkey.cli_josev", "josev"),
+    "tls-config": ("stationkey.cli_tls", "tls_config"),
+}
+"""Commands that stand in modules of their own, imported when they are asked for: module and name."""
+
+
+def _without(command: str, library: str) -> click.Command:
+    """What stands for a command whose libraries are not installed: a station does not need them."""
+
+    @click.command(command, context_settings={"ignore_unknown_options": True}, add_help_option=False)
+    @click.argument("anything", nargs=-1)
+    def without(anything: tuple[str, ...]) -> None:  # noqa: ARG001 - click gives it
+        raise StationKeyError(
+            f"stationkey {command} needs {library}, which is not installed",
+            reason="extra_missing",
+            hint="pip install 'stationkey[josev]'",
+        )
+
+    without.help = f"(Needs {library}, which is not installed.)"
+    return without
+
+
 class _Commands(click.Group):
     """The one place where the error family becomes words on standard error and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, name = _ELSEWHERE[cmd_name]
+        try:
+            command: click.Command = getattr(import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("stationkey"):
+                raise
+            return _without(cmd_name, error.name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -450,7 +490,7 @@ def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | 
 @main.command()
 @click.argument("name", required=False)
 def schema(name: str | None) -> None:
-    r"""Print the contract: the JSON Schema of a message, or the AsyncAPI document.
+    """Print the contract: the JSON Schema of a message, or the AsyncAPI document.
 
     \b
     NAME is one of
@@ -459,7 +499,7 @@ def schema(name: str | None) -> None:
       certificate_installation_status.update
       asyncapi
     Without NAME, all of them are printed as one JSON object.
-    """
+    """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
     from stationkey import schema as schemas  # noqa: PLC0415 - see the module's docstring
 
     if name is not None and name not in schemas.NAMES:

@@ -105,7 +105,16 @@ def subject(request: GenerateCsrRequest, profile: CertificateProfile) -> x509.Na
 
 
 def _extensions(request: GenerateCsrRequest, profile: CertificateProfile) -> list[tuple[x509.ExtensionType, bool]]:
-    """The extensions of the profile, each with its criticality."""
+    """The extensions of the CSR, each with its criticality."""
+    extensions = extensions_of(profile)
+    if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SAN_URI:
+        uri = x509.UniformResourceIdentifier(f"urn:evse:{request.evse_id}")
+        extensions.append((x509.SubjectAlternativeName([uri]), False))
+    return extensions
+
+
+def extensions_of(profile: CertificateProfile) -> list[tuple[x509.ExtensionType, bool]]:
+    """The extensions of the profile, each with its criticality: of the CSR, and of the certificate that a CA makes."""
     usage = set(profile.key_usage)
     extensions: list[tuple[x509.ExtensionType, bool]] = [
         (
@@ -127,9 +136,6 @@ def _extensions(request: GenerateCsrRequest, profile: CertificateProfile) -> lis
         purposes = x509.ExtendedKeyUsage([_EXTENDED_KEY_USAGE[purpose] for purpose in profile.extended_key_usage])
         extensions.append((purposes, profile.extended_key_usage_critical))
     extensions.append((x509.BasicConstraints(ca=False, path_length=None), True))
-    if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SAN_URI:
-        uri = x509.UniformResourceIdentifier(f"urn:evse:{request.evse_id}")
-        extensions.append((x509.SubjectAlternativeName([uri]), False))
     return extensions
 
 

@@ -5,8 +5,20 @@ from __future__ import annotations
 import asyncio
 import uuid
 
-from stationkey.messages import GenerateCsrRequest, GenerateCsrResponse, decode_response, encode
+from msgspec import UNSET
+
+from stationkey.messages import (
+    CERTIFICATE_INSTALLATION_STATUS,
+    CertificateInstallationStatus,
+    CertificateInstallationStatusData,
+    GenerateCsrRequest,
+    GenerateCsrResponse,
+    InstallationStatus,
+    decode_response,
+    encode,
+)
 from stationkey.mqtt import Broker, connect, topics
+from stationkey.profiles import CertificateType
 
 
 async def ask(
@@ -41,3 +53,37 @@ async def ask(
                         return response
     except TimeoutError:
         return None
+
+
+async def report_status(
+    broker: Broker,
+    certificate_type: CertificateType,
+    status: InstallationStatus,
+    *,
+    evse_id: str | None = None,
+    topic_prefix: str = "",
+) -> None:
+    """Tell the charging station what became of a certificate, by ``certificate_installation_status``.
+
+    Args:
+        broker: where the broker is.
+        certificate_type: of which certificate.
+        status: what became of it.
+        evse_id: EVSE that its key is for, or None.
+        topic_prefix: see `stationkey.mqtt.topics`.
+
+    Raises:
+        BrokerError: the broker cannot be reached, or does not take it.
+    """
+    message = CertificateInstallationStatus(
+        id=str(uuid.uuid4()),
+        name=CERTIFICATE_INSTALLATION_STATUS,
+        type="update",
+        data=CertificateInstallationStatusData(
+            certificate_type=certificate_type, status=status, evse_id=UNSET if evse_id is None else evse_id
+        ),
+    )
+    topic, _ = topics(topic_prefix)
+    client_id = f"stationkey-josev-{uuid.uuid4().hex[:12]}"
+    async with await connect(broker, client_id=client_id, persistent=False) as connection:
+        await connection.publish(topic, encode(message))

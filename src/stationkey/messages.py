@@ -121,11 +121,14 @@ class GenerateCsrResponse(_Frozen, frozen=True, kw_only=True):
     data: GenerateCsrResult
 
 
+InstallationStatus = Literal["installed", "deleted", "failed_installation"]
+
+
 class CertificateInstallationStatusData(_Frozen, frozen=True, kw_only=True):
     """``data`` of a ``certificate_installation_status`` update."""
 
     certificate_type: CertificateType
-    status: Literal["installed", "deleted", "failed_installation"]
+    status: InstallationStatus
     private_key_path: str | UnsetType = UNSET
     evse_id: EvseId | UnsetType = UNSET
 

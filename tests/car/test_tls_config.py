@@ -1,0 +1,255 @@
+"""``stationkey tls-config``: the configuration, and what --check says about a key, in words and by exit status."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from authority import Authority, pem, write
+from click.testing import CliRunner, Result
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from peers import Swtpm
+
+from stationkey import tls
+from stationkey.cli import main
+from stationkey.errors import ConfigurationError
+from stationkey.keystore import keystore_opener
+from stationkey.profiles import Algorithm, CertificateType
+
+CHARGING_STATION, V2G, V2G20 = CertificateType
+CLIENT_ONLY = [(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)]
+TCTI = "device:/dev/tpmrm0"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A TPM with nothing in front of it, a CA, and a state directory."""
+
+    tpm: Swtpm
+    authority: Authority
+    state_dir: Path
+
+    def active(
+        self,
+        certificate_type: CertificateType,
+        algorithm: Algorithm = Algorithm.ECDSA_SHA256,
+        *,
+        evse: str = "",
+        days: int = 60,
+        chain: bool = True,
+    ) -> Path:
+        """Key and chain as the daemon puts them under ``active/``."""
+        store = keystore_opener(self.tpm.uri)()
+        try:
+            key = store.generate(algorithm)
+        finally:
+            store.close()
+        public = serialization.load_der_public_key(key.public)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "DEABCS0123456789")])
+        wanted = CLIENT_ONLY if certificate_type is CHARGING_STATION else []
+        leaf = self.authority.issuer.sign(name, public, wanted, days=days)
+        directory = self.state_dir / "active"
+        directory.mkdir(exist_ok=True)
+        certificates = pem([leaf]) + self.authority.sub_cas if chain else ""
+        return write(directory / f"{certificate_type}{evse}.pem", key.pem().decode() + certificates)
+
+    def check(self, checked: str | Path, *, keystore: str | None = None, **environment: str) -> Result:
+        arguments = [
+            "--keystore",
+            keystore or self.tpm.uri,
+            "--state-dir",
+            str(self.state_dir),
+            "--check",
+            str(checked),
+        ]
+        return CliRunner(env=environment).invoke(main, ["tls-config", *arguments])
+
+
+@pytest.fixture(scope="module")
+def tpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path_factory.mktemp("tls-config") / "swtpm") as tpm:
+        yield tpm
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority(ec.SECP256R1())
+
+
+@pytest.fixture
+def bench(tpm: Swtpm, authority: Authority, tmp_path: Path) -> Bench:
+    return Bench(tpm, authority, tmp_path)
+
+
+def test_the_configuration_loads_default_before_tpm2_and_prefers_only_the_tpms_signatures() -> None:
+    parser = configparser.ConfigParser()
+    parser.read_string("[top]\n" + tls.openssl_configuration(tcti=TCTI))
+    start = parser[parser["top"]["openssl_conf"]]
+    assert list(parser[start["providers"]]) == ["default", "tpm2"]
+    assert parser[start["alg_section"]]["default_properties"] == "?tpm2.signature=yes"
+
+
+def test_openssl_itself_reads_the_configuration(bench: Bench, tmp_path: Path) -> None:
+    configuration = tmp_path / "openssl.cnf"
+    arguments = ["tls-config", "--keystore", bench.tpm.uri, "--out", str(configuration)]
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, done.output) == (0, "")
+    variables = tls.environment(configuration, tcti=bench.tpm.tcti)
+    listed = subprocess.run(
+        ["openssl", "list", "-providers"], env=variables, capture_output=True, text=True, check=True
+    )
+    assert [line.strip() for line in listed.stdout.splitlines() if line.startswith("  ") and line[2] != " "] == [
+        "default",
+        "tpm2",
+    ]
+
+
+def test_what_is_printed_names_both_variables_that_a_service_needs(bench: Bench) -> None:
+    done = CliRunner().invoke(main, ["tls-config", "--keystore", bench.tpm.uri])
+    assert done.exit_code == 0
+    assert done.stdout == tls.openssl_configuration(tcti=bench.tpm.tcti)
+    assert "OPENSSL_CONF" in done.stdout
+    assert f"TPM2OPENSSL_TCTI  {bench.tpm.tcti}" in done.stdout
+
+
+def test_a_tcti_cannot_add_lines_to_the_configuration() -> None:
+    with pytest.raises(ConfigurationError, match="control character"):
+        tls.openssl_configuration(tcti="device:/dev/tpm0\n[evil]")
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm", "said"),
+    [
+        pytest.param(V2G, Algorithm.ECDSA_SHA256, "TLSv1.2 server, ECDHE-ECDSA-AES128-SHA256: ok", id="iso15118-2"),
+        pytest.param(V2G20, Algorithm.ECDSA_SHA512, "TLSv1.3 server, TLS_AES_256_GCM_SHA384: ok", id="iso15118-20"),
+    ],
+)
+def test_a_good_key_is_checked_as_a_car_would(
+    bench: Bench, kind: CertificateType, algorithm: Algorithm, said: str
+) -> None:
+    file = bench.active(kind, algorithm)
+    done = bench.check(kind)
+    assert (done.exit_code, done.output) == (0, f"{file.name}: {said}\n")
+
+
+def test_all_evses_of_a_type_are_checked(bench: Bench) -> None:
+    for evse in ("", ".DE%2AABC%2AE1", ".DE%2AABC%2AE2"):
+        bench.active(V2G, evse=evse)
+    done = bench.check(V2G)
+    assert done.exit_code == 0
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [
+        "v2g_certificate.DE%2AABC%2AE1.pem",
+        "v2g_certificate.DE%2AABC%2AE2.pem",
+        "v2g_certificate.pem",
+    ]
+
+
+def test_a_file_of_any_name_is_checked_in_both_versions_of_tls(bench: Bench, tmp_path: Path) -> None:
+    file = bench.active(V2G).rename(tmp_path / "any.pem")
+    done = bench.check(file)
+    assert done.exit_code == 0
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["TLSv1.2", "TLSv1.3"]
+
+
+def test_a_key_for_clients_finds_no_room_in_a_tpm_without_resource_manager(bench: Bench) -> None:
+    """Three slots are too few for a TLS client; test_wss.py shows the same with a resource manager."""
+    bench.active(CHARGING_STATION)
+    done = bench.check(CHARGING_STATION)
+    assert done.exit_code == tls.EXIT_TPM, done.output
+    assert "no room" in done.stderr
+    assert "tpm2:device:/dev/tpmrm0" in done.stderr
+
+
+def test_a_missing_provider_is_told_with_the_package_to_install(bench: Bench, tmp_path: Path) -> None:
+    bench.active(V2G)
+    done = bench.check(V2G, OPENSSL_MODULES=str(tmp_path))
+    assert done.exit_code == tls.EXIT_PROVIDER
+    assert "tpm2 provider is missing" in done.stderr
+    assert "tpm2-openssl" in done.stderr
+
+
+def test_a_tpm_that_is_not_there_is_told(bench: Bench) -> None:
+    bench.active(V2G)
+    done = bench.check(V2G, keystore="tpm2:device:/dev/null/none")
+    assert done.exit_code == tls.EXIT_TPM
+    assert "the TPM cannot be reached" in done.stderr
+
+
+def test_a_tpm_that_hangs_is_told_within_the_bound(bench: Bench, swtpm: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.active(V2G)
+    monkeypatch.setattr(tls, "TIMEOUT", 1.0)
+    swtpm.freeze()
+    done = bench.check(V2G, keystore=swtpm.uri)
+    swtpm.thaw()
+    assert done.exit_code == tls.EXIT_TPM
+    assert "hangs" in done.stderr
+
+
+def test_a_key_of_another_tpm_is_told(bench: Bench, swtpm: Swtpm) -> None:
+    Bench(swtpm, bench.authority, bench.state_dir).active(V2G)
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_KEY
+    assert "another TPM" in done.stderr
+
+
+def test_an_expired_certificate_is_told(bench: Bench) -> None:
+    bench.active(V2G, days=-1)
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_KEY
+    assert "certificate has expired" in done.stderr
+
+
+def test_a_key_that_no_car_of_iso15118_2_can_use_is_told(bench: Bench) -> None:
+    bench.active(V2G, Algorithm.RSA_SHA256)
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_KEY
+    assert "no handshake" in done.stderr
+
+
+def test_a_certificate_of_another_key_is_told(bench: Bench) -> None:
+    one, other = bench.active(V2G), bench.active(V2G, evse=".DE%2AABC%2AE1")
+    head, mark, _ = one.read_text().partition("-----BEGIN CERTIFICATE-----")
+    write(one, head + mark + other.read_text().partition(mark)[2])
+    done = bench.check(one)
+    assert done.exit_code == tls.EXIT_KEY
+    assert "do not belong together" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param(None, "there is no active v2g_certificate", id="no-file"),
+        pytest.param("key", "has no certificate", id="key-without-chain"),
+        pytest.param("chain", "has no private key", id="chain-without-key"),
+    ],
+)
+def test_what_is_missing_under_active_is_told(bench: Bench, content: str | None, said: str) -> None:
+    if content == "key":
+        bench.active(V2G, chain=False)
+    elif content == "chain":
+        file = bench.active(V2G)
+        write(file, file.read_text().partition("-----END TSS2 PRIVATE KEY-----\n")[2])
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_FILE
+    assert said in done.stderr
+
+
+def test_a_software_key_store_needs_no_configuration() -> None:
+    done = CliRunner().invoke(main, ["tls-config", "--keystore", "software:"])
+    assert done.exit_code == 1
+    assert "is no TPM" in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        main, ["tls-config", "--keystore", f"tpm2:{TCTI}", "--out", str(tmp_path / "no" / "file")]
+    )
+    assert done.exit_code == 1
+    assert "cannot be written" in done.stderr
