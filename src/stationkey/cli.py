@@ -174,14 +174,14 @@ def request(
     topic_prefix: str | None,
     as_json: bool,
 ) -> None:
-    r"""Ask for a CSR, as Josev does, and print it.
+    """Ask for a CSR, as Josev does, and print it.
 
     CERTIFICATE_TYPE says what the certificate is for. What is asked goes out as it is given: whether it is right is
     for the charging station to say.
 
     \b
     Exit status: 0 accepted, 3 rejected, 4 no answer in time, 2 wrong usage, 1 anything else.
-    """
+    """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     from msgspec import UNSET  # noqa: PLC0415 - see the module's docstring
 
     from stationkey import messages  # noqa: PLC0415 - see the module's docstring
@@ -312,7 +312,7 @@ def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_
 @main.command()
 @click.argument("name", required=False)
 def schema(name: str | None) -> None:
-    r"""Print the contract: the JSON Schema of a message, or the AsyncAPI document.
+    """Print the contract: the JSON Schema of a message, or the AsyncAPI document.
 
     \b
     NAME is one of
@@ -320,8 +320,9 @@ def schema(name: str | None) -> None:
       generate_csr.response
       certificate_installation_status.update
       asyncapi
+
     Without NAME, all of them are printed as one JSON object.
-    """
+    """  # noqa: D301 - as above
     from stationkey import schema as schemas  # noqa: PLC0415 - see the module's docstring
 
     if name is not None and name not in schemas.NAMES:

@@ -135,7 +135,7 @@ def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[
     """
     scheme, colon, rest = uri.partition(":")
     if scheme == "tpm2" and colon:
-        if not rest:
+        if not rest.partition(":")[0].strip():
             # With no TCTI given, tpm2-tss falls through to whatever listens on localhost:2321.
             raise ConfigurationError(
                 "the key store URI tpm2: names no TPM",
