@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import Algorithm, KeyType
@@ -21,7 +21,7 @@ from stationkey.profiles import Algorithm, KeyType
 if TYPE_CHECKING:
     from stationkey.csr import PrivateKey, PublicKey
 
-__all__ = ["KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
+__all__ = ["Abandonable", "KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
 
 
 def key_id_of(public: bytes) -> str:
@@ -124,6 +124,18 @@ class KeyStore(Protocol):
 
     def close(self) -> None:
         """Let go of the device. The store can be used again afterwards: it opens the device anew."""
+        ...
+
+
+@runtime_checkable
+class Abandonable(Protocol):
+    """A store whose device another store may take over while a call to this one is still out."""
+
+    def abandon(self) -> None:
+        """Send the device nothing more: what this store holds loaded there is the other's to clear away.
+
+        The one method that may be called from any thread.
+        """
         ...
 
 

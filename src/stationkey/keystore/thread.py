@@ -3,7 +3,8 @@
 A TPM command blocks without a time limit, and a context must not be used from two threads. So every use of a store is a
 job for this thread, each with a deadline that the one who waits enforces: what comes too late is thrown away, key
 included. Where a call is still out past its deadline, the next job is not made to wait for it for ever: the thread is
-given up, a new one with a store of its own takes over, and the old one ends as soon as its call returns.
+given up, a new one with a store of its own takes over, and the old one ends as soon as its call returns. From then on
+the old store is abandoned: were it to tidy up in the TPM, it might unload what the new one has just loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from stationkey.errors import KeyStoreError
-from stationkey.keystore import KeyStore
+from stationkey.keystore import Abandonable, KeyStore
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class _Worker(threading.Thread):
         self._open_store = open_store
         self._jobs = jobs
         self._clock = clock
+        self._store: KeyStore | None = None
         self._turn = threading.Lock()  # a job ends, or its worker is given up: never both at once
         self._abandoned = False
         self._expires: float | None = None  # when the job in hand is overdue; None between jobs
@@ -60,10 +62,12 @@ class _Worker(threading.Thread):
         """End the thread as soon as its overdue job returns; False, and nothing done, where there is no such job."""
         with self._turn:
             self._abandoned = self.hung
+            store: object = self._store
+            if self._abandoned and isinstance(store, Abandonable):
+                store.abandon()
             return self._abandoned
 
     def run(self) -> None:
-        store: KeyStore | None = None
         while True:
             job = self._jobs.get()
             if job is None:
@@ -75,9 +79,7 @@ class _Worker(threading.Thread):
                 continue
             self._expires = job.expires
             try:
-                if store is None:
-                    store = self._open_store()
-                result = job.run(store)
+                result = job.run(self._open())
             except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
                 job.future.set_exception(error)
             else:
@@ -86,8 +88,17 @@ class _Worker(threading.Thread):
                 self._expires = None
                 if self._abandoned:
                     break
-        if store is not None:
-            store.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _open(self) -> KeyStore:
+        if self._store is None:
+            store = self._open_store()
+            with self._turn:
+                if self._abandoned:
+                    raise overdue()
+                self._store = store
+        return self._store
 
 
 def overdue() -> KeyStoreError:

@@ -20,6 +20,7 @@ that thread's to notice.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -75,6 +76,7 @@ from stationkey.profiles import (
 )
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 SRK_HANDLE: Final = 0x81000001
 """Where the SRK persists [TCG TPM v2.0 Provisioning Guidance 7.5.1]."""
@@ -90,15 +92,15 @@ KEY_ATTRIBUTES: Final = (
 )
 """Attributes of every key made here [TPM 2.0 part 2, 8.3]."""
 
-_SRK_ATTRIBUTES: Final = (
+_SRK_NEEDED: Final = (
     TPMA_OBJECT.FIXEDTPM
     | TPMA_OBJECT.FIXEDPARENT
     | TPMA_OBJECT.SENSITIVEDATAORIGIN
     | TPMA_OBJECT.USERWITHAUTH
-    | TPMA_OBJECT.NODA
     | TPMA_OBJECT.RESTRICTED
     | TPMA_OBJECT.DECRYPT
 )
+_SRK_ATTRIBUTES: Final = _SRK_NEEDED | TPMA_OBJECT.NODA
 
 _SCHEME: Final = "tpm2"
 _CURVES: Final[dict[KeyType, Any]] = {SECP256R1: TPM2_ECC.NIST_P256, SECP521R1: TPM2_ECC.NIST_P521}
@@ -143,6 +145,7 @@ class Tpm2KeyStore:
         self._fresh: tuple[KeyRef, Any] | None = None
         self._supported: dict[Algorithm, Support] = {}
         self._has_create_loaded = True
+        self._abandoned = False
 
     @property
     def description(self) -> str:
@@ -184,14 +187,20 @@ class Tpm2KeyStore:
         self._flush_fresh()
         self._forget()
 
+    def abandon(self) -> None:
+        """Never unload anything again, nor begin a command: see `stationkey.keystore.Abandonable`."""
+        self._abandoned = True
+
     # The device: opened when first used, and anew whenever it was lost.
 
     def _with_device(self, command: Callable[[], T]) -> T:
         """Run `command` on an open context; where the TPM was lost, cleared, reset or full, mend that and try again."""
+        self._refuse_if_abandoned()
         if self._esapi is not None:
             try:
                 return command()
             except TSS2_Exception as error:
+                self._refuse_if_abandoned()
                 if not self._mend(error):
                     raise self._failure(error) from None
         try:
@@ -200,6 +209,10 @@ class Tpm2KeyStore:
             return command()
         except TSS2_Exception as error:
             raise self._failure(error) from None
+
+    def _refuse_if_abandoned(self) -> None:
+        if self._abandoned:
+            raise KeyStoreError(f"the TPM at {self._tcti} answered too late", reason="keystore_timeout")
 
     def _mend(self, error: TSS2_Exception) -> bool:
         """Put the device in order after `error`; True where the command is worth another try."""
@@ -309,7 +322,7 @@ class Tpm2KeyStore:
             wrong = f"a key of type {public.type}"
         elif public.parameters.eccDetail.curveID != TPM2_ECC.NIST_P256:
             wrong = f"a key on the curve {public.parameters.eccDetail.curveID}"
-        elif attributes & _SRK_ATTRIBUTES != _SRK_ATTRIBUTES or attributes & TPMA_OBJECT.SIGN_ENCRYPT:
+        elif attributes & _SRK_NEEDED != _SRK_NEEDED:  # with these, no TPM lets it sign
             wrong = f"a key with the attributes {attributes}"
         if wrong is not None:
             raise KeyStoreError(
@@ -317,6 +330,9 @@ class Tpm2KeyStore:
                 reason="srk_unfit",
                 hint=f"if nothing else needs it, remove it with: tpm2_evictcontrol -C o -c {SRK_HANDLE:#x}",
             )
+        if not attributes & TPMA_OBJECT.NODA:
+            # tpm2_createprimary makes it so by default; keys may hang on it, so it is used, and said.
+            log.warning("the storage root key lacks noda: three losses of power in a row can lock the TPM for a while")
         return srk
 
     def _make_srk(self, esapi: ESAPI) -> Any:
@@ -327,12 +343,13 @@ class Tpm2KeyStore:
         try:
             return esapi.evict_control(ESYS_TR.OWNER, primary, SRK_HANDLE)
         finally:
-            esapi.flush_context(primary)
+            self._flush(primary)
 
     def _flush_strays(self, esapi: ESAPI) -> None:
         """Unload every transient object of a bare TPM: they are of clients that died, for this is its only user now."""
         self._fresh = None
         for handle in _handles(esapi, _FIRST_TRANSIENT, _LAST_TRANSIENT):
+            self._refuse_if_abandoned()
             esapi.flush_context(esapi.tr_from_tpmpublic(handle))
 
     # The commands. Each runs inside _with_device.
@@ -444,7 +461,7 @@ class Tpm2KeyStore:
 
     def _flush(self, handle: Any) -> None:
         """Unload a key. A TPM that is lost has unloaded it already, or a new context will."""
-        if self._esapi is None:
+        if self._esapi is None or self._abandoned:
             return
         try:
             self._esapi.flush_context(handle)
