@@ -209,8 +209,10 @@ def request(
         sys.exit(EXIT_NO_ANSWER)
     if as_json:
         click.echo(messages.encode(response).decode())
-    elif response.data.status == "accepted" and response.data.csr is not UNSET:
+    elif response.data.csr is not UNSET:
         click.echo(response.data.csr, nl=False)
+    if response.data.status == "accepted" and response.data.csr is UNSET:
+        raise StationKeyError(f"{asked.id} was accepted, but the answer has no CSR in it", reason="csr_missing")
     if response.data.status == "rejected":
         click.echo(f"stationkey: {asked.id} was rejected; the log of the charging station says why", err=True)
         sys.exit(EXIT_REJECTED)

@@ -15,7 +15,7 @@ from stationkey.errors import KeyStoreError, StationKeyError
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread, overdue
 from stationkey.ledger import Ledger, StateDirectory
-from stationkey.mqtt import Broker, MqttEdge
+from stationkey.mqtt import Broker, MqttEdge, unless
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
 
@@ -43,7 +43,12 @@ async def serve(settings: Settings) -> None:
         ledger = Ledger(state.database)
         keystore = KeyStoreThread(open_store)
         try:
-            await _introduce(settings, keystore)
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, _stopping, stop)
+            # A TPM that hangs must not keep a signal waiting.
+            await unless(asyncio.create_task(stop.wait(), name="stop"), _introduce(settings, keystore))
             service = StationKeyService(
                 keystore,
                 ledger,
@@ -58,12 +63,10 @@ async def serve(settings: Settings) -> None:
                 topic_prefix=settings.topic_prefix,
                 on_ready=_ready,
             )
-            stop = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, _stopping, stop)
-            await edge.run(stop, drain=DRAIN)
-            service.close()
+            try:
+                await edge.run(stop, drain=DRAIN)
+            finally:
+                service.close()
             log.info("stopped", extra=dict(service.counts))
         finally:
             keystore.close()

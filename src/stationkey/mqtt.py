@@ -444,7 +444,7 @@ async def _in_thread(call: Callable[[], T], *, name: str) -> T:
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
-async def _unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:
+async def unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`; or None where `end` comes first, and `work` was cancelled."""
     task = asyncio.ensure_future(work)
     try:
@@ -565,7 +565,7 @@ class MqttEdge:
         try:
             while not stop.is_set():
                 try:
-                    connection = await _unless(stopping, self._connect())
+                    connection = await unless(stopping, self._connect())
                     if connection is None:
                         break
                     delay = FIRST_DELAY
@@ -599,7 +599,7 @@ class MqttEdge:
             self._connected.set()
             self._on_ready()
             try:
-                await _unless(stopping, self._receive(connection))
+                await unless(stopping, self._receive(connection))
                 await self._drain(drain)
             finally:
                 self._disconnected(connection)
@@ -617,7 +617,7 @@ class MqttEdge:
                 continue
             acquire = self._free.acquire()
             # What is in hand may itself wait for the next connection, so a loss must be noticed meanwhile.
-            if not await (_unless(connection.lost, acquire) if self._free.locked() else acquire):
+            if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
                 continue  # never acknowledged, so the broker sends it again
             self._spawn(self._handle(_InHand(message)), "answer")
 

@@ -71,7 +71,7 @@ class StationKeyService:
         self.counts: Counter[str] = Counter()
 
     async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
-        """Answer a request. Never raises a `StationKeyError`: what goes wrong is logged, recorded and ``rejected``."""
+        """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``."""
         async with self._one_at_a_time(request.id):
             try:
                 if (answered := await self._on_ledger(self._ledger.find_answer, request.id)) is not None:
@@ -81,6 +81,9 @@ class StationKeyService:
                 await self._on_ledger(self._record, request, key, csr)
             except StationKeyError as error:
                 return await self.reject(request.id, error)
+            except Exception:
+                log.exception("a fault of stationkey", extra={"request_id": request.id})
+                return await self.reject(request.id, StationKeyError("a fault of ours", reason="internal_error"))
         self.counts["accepted"] += 1
         log.info("accepted", extra={"request_id": request.id, "key_id": key.key_id, **_about(request)})
         return messages.accepted(request, csr)

@@ -106,7 +106,7 @@ def overdue() -> KeyStoreError:
     return KeyStoreError(
         "the key store did not answer in time",
         reason="keystore_timeout",
-        hint="a TPM that is hung needs a reset; nothing was kept of this request",
+        hint="it is busy with other requests, or the TPM is hung and needs a reset; nothing was kept of this one",
     )
 
 
