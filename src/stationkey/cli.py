@@ -388,8 +388,15 @@ def _order(
         key = _one_key(ledger, key_id)
         if ask is not None:
             click.confirm(f"{ask} {key.key_id} ({key.certificate_type}, {key.state})?", abort=True, err=True)
+            if (now := _one_key(ledger, key.key_id).state) != key.state:
+                raise StationKeyError(
+                    f"{key.key_id} has become {now} meanwhile; nothing was changed",
+                    reason="key_changed",
+                    hint="ask anew",
+                )
         state = ledger.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
         ActiveDirectory(ledger.path.parent).sync(ledger.active_files)
+        ledger.wipe()
     click.echo(f"{key.key_id} is {state}")
 
 
