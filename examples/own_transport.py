@@ -12,7 +12,7 @@ import asyncio
 import logging
 import sys
 import tempfile
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, aclosing, closing
 from pathlib import Path
 
 from stationkey import (
@@ -56,9 +56,9 @@ async def handle(service: StationKeyService, payload: bytes) -> None:
         await service.delivered(response)
 
 
-async def serve(service: StationKeyService) -> None:
+async def serve(keystore: KeyStoreThread, ledger: Ledger) -> None:
     """Take requests until there are no more. They are answered side by side, so not always in the order they came."""
-    async with asyncio.TaskGroup() as tasks:
+    async with aclosing(StationKeyService(keystore, ledger)) as service, asyncio.TaskGroup() as tasks:
         while payload := await asyncio.to_thread(sys.stdin.buffer.readline):
             tasks.create_task(handle(service, payload))
 
@@ -78,8 +78,7 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
         keystore = stack.enter_context(closing(KeyStoreThread(opener)))
-        service = stack.enter_context(closing(StationKeyService(keystore, ledger)))
-        asyncio.run(serve(service))
+        asyncio.run(serve(keystore, ledger))
     return 0
 
 

@@ -15,8 +15,9 @@ from click.testing import CliRunner, Result
 from peers import Mosquitto, free_port
 
 from stationkey import __version__, cli, schema
-from stationkey.ledger import Ledger, StateDirectory
+from stationkey.ledger import Ledger
 from stationkey.profiles import Algorithm, CertificateType
+from stationkey.state import StateDirectory
 
 ASK = [
     "request",

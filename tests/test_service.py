@@ -7,9 +7,10 @@ import logging
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -80,15 +81,15 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def answering(keystore: KeyStoreThread, ledger: Ledger) -> Iterator[StationKeyService]:
-    with closing(StationKeyService(keystore, ledger, clock=lambda: 1_700_000_000.5)) as opened:
+async def answering(keystore: KeyStoreThread, ledger: Ledger) -> AsyncIterator[StationKeyService]:
+    async with aclosing(StationKeyService(keystore, ledger, clock=lambda: 1_700_000_000.5)) as opened:
         yield opened
 
 
 @pytest.fixture
-def impatient(keystore: KeyStoreThread, ledger: Ledger) -> Iterator[StationKeyService]:
+async def impatient(keystore: KeyStoreThread, ledger: Ledger) -> AsyncIterator[StationKeyService]:
     """A service whose requests are overdue at once where the store hangs."""
-    with closing(StationKeyService(keystore, ledger, deadline=0.05, rsa_deadline=0.05)) as opened:
+    async with aclosing(StationKeyService(keystore, ledger, deadline=0.05, rsa_deadline=0.05)) as opened:
         yield opened
 
 
@@ -181,16 +182,17 @@ async def test_different_requests_at_once_get_a_key_each(answering: StationKeySe
 
 
 async def test_an_answer_is_on_record_when_it_is_given(
-    answering: StationKeyService, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    answering: StationKeyService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[str] = []
-    record_answer = ledger.record_answer
+    record_answer = Ledger.record_answer
 
-    def record(asked: GenerateCsrRequest, key: KeyRef, csr: str, *, state: str, now: int) -> None:
-        record_answer(asked, key, csr, state=state, now=now)
+    def record(own: Ledger, asked: GenerateCsrRequest, key: KeyRef, csr: str, **terms: Any) -> list[str]:
+        crowded = record_answer(own, asked, key, csr, **terms)
         recorded.append(csr)
+        return crowded
 
-    monkeypatch.setattr(ledger, "record_answer", record)
+    monkeypatch.setattr(Ledger, "record_answer", record)
     response = await answering.answer(request())
     assert recorded == [csr_of(response)]
 
@@ -203,8 +205,8 @@ async def test_a_ledger_that_cannot_write_costs_the_request_and_leaves_no_key(
 
     asked = request()
     with monkeypatch.context() as fault:
-        fault.setattr(ledger, "record_answer", full)
-        fault.setattr(ledger, "record_rejection", full)
+        fault.setattr(Ledger, "record_answer", full)
+        fault.setattr(Ledger, "record_rejection", full)
         response = await answering.answer(asked)
     assert response.data.status == "rejected"
     assert ledger.keys() == []
@@ -274,12 +276,11 @@ async def test_an_answer_is_undelivered_until_it_is_said_to_be_delivered(
     assert await answering.undelivered() == [sent, unsent]
     await answering.delivered(sent)
     await answering.delivered(refused)
-    answering.close()
+    await answering.aclose()
     ledger.close()
-    with (
-        closing(Ledger(tmp_path / "ledger.sqlite3")) as reopened,
-        closing(StationKeyService(keystore, reopened)) as later,
-    ):
+    async with AsyncExitStack() as stack:
+        reopened = stack.enter_context(closing(Ledger(tmp_path / "ledger.sqlite3")))
+        later = await stack.enter_async_context(aclosing(StationKeyService(keystore, reopened)))
         assert await later.undelivered() == [unsent]
 
 

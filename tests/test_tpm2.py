@@ -248,7 +248,7 @@ def test_the_public_part_of_a_key_is_known_without_the_tpm(swtpm: Swtpm, store: 
     key = store.generate(P256)
     swtpm.kill()
     assert isinstance(store.public_key(key), ec.EllipticCurvePublicKey)
-    assert store.private_pem(key)
+    assert key.pem()
 
 
 def test_a_store_tells_which_tpm_it_is(store: Tpm2KeyStore) -> None:

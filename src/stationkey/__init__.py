@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stationkey.josev import ask
     from stationkey.keystore import KeyRef, KeyStore, keystore_opener
     from stationkey.keystore.thread import KeyStoreThread
-    from stationkey.ledger import Ledger, StateDirectory
+    from stationkey.ledger import Ledger
     from stationkey.messages import (
         CertificateInstallationStatus,
         GenerateCsrData,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from stationkey.mqtt import Broker, MqttEdge
     from stationkey.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateProfile, CertificateType
     from stationkey.service import StationKeyService
+    from stationkey.state import StateDirectory
 
 _HOME: Final = {
     "csr": ("CsrSummary", "build_csr", "inspect_csr", "to_pem"),
@@ -57,7 +58,7 @@ _HOME: Final = {
     "josev": ("ask",),
     "keystore": ("KeyRef", "KeyStore", "keystore_opener"),
     "keystore.thread": ("KeyStoreThread",),
-    "ledger": ("Ledger", "StateDirectory"),
+    "ledger": ("Ledger",),
     "messages": (
         "CertificateInstallationStatus",
         "GenerateCsrData",
@@ -72,6 +73,7 @@ _HOME: Final = {
     "mqtt": ("Broker", "MqttEdge"),
     "profiles": ("ALGORITHMS", "PROFILES", "Algorithm", "CertificateProfile", "CertificateType"),
     "service": ("StationKeyService",),
+    "state": ("StateDirectory",),
 }
 _MODULES: Final = {name: module for module, names in _HOME.items() for name in names}
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,10 +16,11 @@ import click
 
 from stationkey import __version__, config
 from stationkey.errors import StationKeyError
+from stationkey.lifecycle import KeyEvent
 from stationkey.profiles import Algorithm, CertificateType
 
 if TYPE_CHECKING:
-    from stationkey.ledger import KeyRecord
+    from stationkey.ledger import KeyRecord, Ledger
 
 EXIT_REJECTED: Final = 3
 EXIT_NO_ANSWER: Final = 4
@@ -220,18 +224,31 @@ def request(
 
 @main.group()
 def keys() -> None:
-    """Look at the keys on record. Works while the daemon runs."""
+    """Look at the keys on record, and end them. Works while the daemon runs."""
 
 
-def _ledger_keys(state_dir: Path | None, config_file: Path | None, prefix: str = "") -> list[KeyRecord]:
+@contextmanager
+def _ledger(state_dir: Path | None, config_file: Path | None, *, write: bool = False) -> Iterator[Ledger]:
     from stationkey.ledger import DATABASE_NAME, Ledger  # noqa: PLC0415 - see the module's docstring
 
     directory = state_dir or Path(_file(config_file).state_dir or config.DEFAULT_STATE_DIR)
-    ledger = Ledger(directory / DATABASE_NAME, read_only=True)
+    ledger = Ledger(directory / DATABASE_NAME, read_only=not write, make=False)
     try:
-        return ledger.keys(prefix)
+        yield ledger
     finally:
         ledger.close()
+
+
+def _one_key(ledger: Ledger, key_id: str) -> KeyRecord:
+    """The key that `key_id` is the beginning of the name of."""
+    found = ledger.keys(key_id) if key_id else []
+    if len(found) != 1:
+        raise StationKeyError(
+            f"{len(found)} keys begin with {key_id}" if found else f"there is no key {key_id}",
+            reason="key_not_found",
+            hint="stationkey keys list shows them all",
+        )
+    return found[0]
 
 
 def _key_json(key: KeyRecord) -> dict[str, object]:
@@ -239,7 +256,8 @@ def _key_json(key: KeyRecord) -> dict[str, object]:
 
     return {
         "key_id": key.key_id,
-        "state": key.state,
+        "state": str(key.state),
+        "installation_failed": key.failed,
         "certificate_type": key.certificate_type,
         "evse_id": key.evse_id,
         "algorithm": key.algorithm,
@@ -249,6 +267,7 @@ def _key_json(key: KeyRecord) -> dict[str, object]:
         "organization_name": key.organization_name,
         "country_name": key.country_name,
         "created_at": _time(key.created_at),
+        "certificate_expires_at": None if key.not_after is None else _time(key.not_after * 1000),
         "request_ids": list(key.request_ids),
         "subject_public_key_info": b64encode(key.public).decode(),
     }
@@ -260,55 +279,181 @@ def _time(milliseconds: int) -> str:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@keys.command("list")
-@_state_dir
-@_config
-@_json
-def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
-    """List the keys, oldest first."""
-    found = _ledger_keys(state_dir, config_file)
-    if as_json:
-        click.echo(json.dumps([_key_json(key) for key in found], indent=2))
-        return
-    if not found:
-        click.echo("no keys yet")
-        return
+def _age(milliseconds: int) -> str:
+    """How long ago, by this machine's clock: days, or hours, or minutes."""
+    minutes = max(0, int(time.time() - milliseconds / 1000)) // 60
+    for unit, length in (("d", 24 * 60), ("h", 60)):
+        if minutes >= length:
+            return f"{minutes // length}{unit}"
+    return f"{minutes}min"
+
+
+def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console  # noqa: PLC0415 - see the module's docstring
     from rich.table import Table  # noqa: PLC0415 - see the module's docstring
     from rich.text import Text  # noqa: PLC0415 - see the module's docstring
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "KEY TYPE", "COMMON NAME", "CREATED"):
-        table.add_column(heading, no_wrap=heading in {"KEY", "CREATED"})
-    for key in found:
-        row = (key.key_id, key.state, key.certificate_type, key.evse_id or "-", key.key_type, key.common_name)
-        # Text, not str: a name may look like markup.
-        table.add_row(*map(Text, row), Text(_time(key.created_at)))
-    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
-    console.print(table)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading == headings[0])
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text, not str: a name may look like markup
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@keys.command("list")
+@_state_dir
+@_config
+@_json
+def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """List the keys, in the order in which they were made."""
+    with _ledger(state_dir, config_file) as ledger:
+        found = ledger.keys()
+    if as_json:
+        click.echo(json.dumps([_key_json(key) for key in found], indent=2))
+    elif found:
+        _print_table(
+            ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "ALGORITHM", "COMMON NAME", "AGE", "CERTIFICATE EXPIRES"),
+            [
+                (
+                    key.key_id,
+                    f"{key.state}, failed" if key.failed and key.state == "pre-activation" else str(key.state),
+                    key.certificate_type,
+                    key.evse_id or "-",
+                    key.algorithm,
+                    key.common_name,
+                    _age(key.created_at),
+                    "-" if key.not_after is None else _time(key.not_after * 1000),
+                )
+                for key in found
+            ],
+        )
+    else:
+        click.echo("no keys yet")
+
+
+_key_id = click.argument("key_id", metavar="ID")
 
 
 @keys.command("show")
-@click.argument("key_id", metavar="ID")
+@_key_id
 @_state_dir
 @_config
 @_json
 def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Show one key. ID is its name, or as much of its beginning as no other key has."""
-    found = _ledger_keys(state_dir, config_file, key_id) if key_id else []
-    if len(found) != 1:
-        raise StationKeyError(
-            f"{len(found)} keys begin with {key_id}" if found else f"there is no key {key_id}",
-            reason="key_not_found",
-            hint="stationkey keys list shows them all",
-        )
-    shown = _key_json(found[0])
+    with _ledger(state_dir, config_file) as ledger:
+        shown = _key_json(_one_key(ledger, key_id))
     if as_json:
         click.echo(json.dumps(shown, indent=2))
         return
     for name, value in shown.items():
         text = ", ".join(value) if isinstance(value, list) else value
         click.echo(f"{name.replace('_', ' '):<24}{'-' if text is None else text}")
+
+
+@keys.command("history")
+@_key_id
+@_state_dir
+@_config
+@_json
+def keys_history(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """Show everything that happened to a key, first to last, with time and reason."""
+    with _ledger(state_dir, config_file) as ledger:
+        events = ledger.history(_one_key(ledger, key_id).key_id)
+    if as_json:
+        shown = [
+            {
+                "at": _time(event.at),
+                "event": event.event,
+                "state": event.state,
+                "reason": event.reason,
+                "message_id": event.message_id,
+            }
+            for event in events
+        ]
+        click.echo(json.dumps(shown, indent=2))
+        return
+    _print_table(
+        ("TIME", "EVENT", "STATE AFTER IT", "REASON", "MESSAGE"),
+        [(_time(event.at), event.event, event.state, event.reason or "-", event.message_id or "-") for event in events],
+    )
+
+
+def _order(
+    key_id: str, event: KeyEvent, reason: str, state_dir: Path | None, config_file: Path | None, *, ask: str | None
+) -> None:
+    """Do to a key what the operator orders, in the ledger and under active/."""
+    from stationkey.active import ActiveDirectory  # noqa: PLC0415 - see the module's docstring
+
+    with _ledger(state_dir, config_file, write=True) as ledger:
+        key = _one_key(ledger, key_id)
+        if ask is not None:
+            click.confirm(f"{ask} {key.key_id} ({key.certificate_type}, {key.state})?", abort=True, err=True)
+            if (now := _one_key(ledger, key.key_id).state) != key.state:
+                raise StationKeyError(
+                    f"{key.key_id} has become {now} meanwhile; nothing was changed",
+                    reason="key_changed",
+                    hint="ask anew",
+                )
+        state = ledger.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
+        ActiveDirectory(ledger.path.parent).sync(ledger.active_files)
+        ledger.wipe()
+    click.echo(f"{key.key_id} is {state}")
+
+
+_yes = click.option("--yes", is_flag=True, help="Do not ask.")
+_reason = click.option("--reason", default="by the operator", help="For the history.")
+
+
+@keys.command("retire")
+@_key_id
+@_reason
+@_state_dir
+@_config
+def keys_retire(key_id: str, reason: str, state_dir: Path | None, config_file: Path | None) -> None:
+    """Take an active key out of use. It is kept for the grace period, and then destroyed."""
+    _order(key_id, KeyEvent.RETIRED, reason, state_dir, config_file, ask=None)
+
+
+@keys.command("destroy")
+@_key_id
+@_yes
+@_reason
+@_state_dir
+@_config
+def keys_destroy(key_id: str, yes: bool, reason: str, state_dir: Path | None, config_file: Path | None) -> None:
+    """Destroy a key for good: its private part is wiped from the ledger and from active/."""
+    ask = None if yes else "Destroy"
+    _order(key_id, KeyEvent.DESTRUCTION_ORDERED, reason, state_dir, config_file, ask=ask)
+
+
+@keys.command("mark-compromised")
+@_key_id
+@_yes
+@_reason
+@_state_dir
+@_config
+def keys_mark_compromised(
+    key_id: str, yes: bool, reason: str, state_dir: Path | None, config_file: Path | None
+) -> None:
+    """Say that a key may be known to others. It is taken out of use at once; have its certificate revoked."""
+    ask = None if yes else "Mark as compromised"
+    _order(key_id, KeyEvent.COMPROMISE_REPORTED, reason, state_dir, config_file, ask=ask)
+
+
+@keys.command("export-public")
+@_key_id
+@_state_dir
+@_config
+def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | None) -> None:
+    """Print the public part of a key, as a PEM PUBLIC KEY."""
+    from ssl import DER_cert_to_PEM_cert  # noqa: PLC0415 - see the module's docstring
+
+    with _ledger(state_dir, config_file) as ledger:
+        key = _one_key(ledger, key_id)
+    # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
+    click.echo(DER_cert_to_PEM_cert(key.public).replace("CERTIFICATE", "PUBLIC KEY"), nl=False)
 
 
 @main.command()

@@ -29,6 +29,7 @@ from stationkey.profiles import (
     ExtendedKeyUsage,
     KeyUsage,
 )
+from stationkey.terms import DAY, Bounds, Terms
 
 DEFAULT_BROKER: Final = "mqtt://127.0.0.1:1883"
 DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"
@@ -39,6 +40,7 @@ MAX_FILE: Final = 1024 * 1024
 T = TypeVar("T")
 LogFormat = Literal["text", "json"]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
+Days = Annotated[float, Meta(gt=0, le=36_500)]
 
 
 class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +68,42 @@ class CsrOverrides(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     evse_id: EvseIdPlacement | UnsetType = UNSET
 
 
+class Lifecycle(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[lifecycle]``: how long keys and records last, and how many there may be.
+
+    Days are days of the daemon's running time, all its runs together: a clock that is set right by years ends no key.
+    """
+
+    pending_days: Days = 30.0
+    failed_days: Days = 1.0
+    grace_days: Days = 7.0
+    answer_days: Days = 90.0
+    pending_limit: Annotated[int, Meta(ge=1, le=100)] = 8
+    pending_total: Annotated[int, Meta(ge=1, le=10_000)] = 256
+    history_limit: Annotated[int, Meta(ge=0, le=100_000)] = 1000
+
+    def terms(self) -> Terms:
+        """The same, as the service takes it."""
+        return Terms(
+            pending=int(self.pending_days * DAY),
+            failed=int(self.failed_days * DAY),
+            grace=int(self.grace_days * DAY),
+            answers=int(self.answer_days * DAY),
+            bounds=Bounds(
+                pending_limit=self.pending_limit,
+                pending_total=self.pending_total,
+                history_limit=self.history_limit,
+            ),
+        )
+
+
+class Josev(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[josev]``: what is known of the Josev beside us."""
+
+    certificate_dir: str | None = None
+    """Where it puts the certificates that it installs: a status is then held against them."""
+
+
 class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The configuration file. Every name is optional."""
 
@@ -77,6 +115,8 @@ class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state_dir: str | None = None
     log_format: LogFormat | None = None
     deadlines: Deadlines = Deadlines()
+    lifecycle: Lifecycle = Lifecycle()
+    josev: Josev = Josev()
     csr: dict[CertificateType, CsrOverrides] = msgspec.field(default_factory=dict)
 
 
@@ -93,6 +133,8 @@ class Settings:
         client_id: MQTT client identifier, or None for one of the state directory's own.
         log_format: of the log.
         deadlines: see `Deadlines`.
+        terms: see `Lifecycle`.
+        certificate_dir: see `Josev`.
         profiles: the profile of each certificate type, overrides included.
     """
 
@@ -104,6 +146,8 @@ class Settings:
     client_id: str | None
     log_format: LogFormat
     deadlines: Deadlines
+    terms: Terms
+    certificate_dir: Path | None
     profiles: Mapping[CertificateType, CertificateProfile]
 
 
@@ -216,6 +260,8 @@ def settle(
         state_dir=state_dir or Path(file.state_dir or DEFAULT_STATE_DIR),
         log_format=log_format or file.log_format or "text",
         deadlines=file.deadlines,
+        terms=file.lifecycle.terms(),
+        certificate_dir=None if file.josev.certificate_dir is None else Path(file.josev.certificate_dir),
         profiles=apply_overrides(file.csr),
     )
 

@@ -11,13 +11,14 @@ from typing import Final
 
 from stationkey import __version__
 from stationkey.config import Settings
-from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.errors import PASSING, KeyStoreError, StationKeyError
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread, overdue
-from stationkey.ledger import Ledger, StateDirectory
+from stationkey.ledger import Ledger
 from stationkey.mqtt import Broker, MqttEdge, unless
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
+from stationkey.state import StateDirectory
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ DRAIN: Final = 7.0
 """Seconds that requests in hand get after SIGTERM; with what closing takes, the process ends within 10."""
 FIRST_LOOK: Final = 10.0
 """Seconds that the key store gets at start to say what it is, before the daemon goes on without having heard."""
-_PASSING: Final = frozenset({"tpm_unreachable", "keystore_timeout", "tpm_lockout", "tpm_full"})
-"""Troubles with the key store that may be over by the next request; the daemon starts in spite of them."""
 
 
 async def serve(settings: Settings) -> None:
@@ -55,7 +54,10 @@ async def serve(settings: Settings) -> None:
                 profiles=settings.profiles,
                 deadline=settings.deadlines.ec,
                 rsa_deadline=settings.deadlines.rsa,
+                terms=settings.terms,
+                certificate_dir=settings.certificate_dir,
             )
+            await service.custody.show_active()
             edge = MqttEdge(
                 broker,
                 service,
@@ -64,9 +66,14 @@ async def serve(settings: Settings) -> None:
                 on_ready=_ready,
             )
             try:
-                await edge.run(stop, drain=DRAIN)
+                async with asyncio.TaskGroup() as tasks:
+                    sweeping = tasks.create_task(service.custody.run(), name="sweep")
+                    telling = tasks.create_task(service.custody.tell_unusable(), name="tell-unusable")
+                    await edge.run(stop, drain=DRAIN)
+                    sweeping.cancel()
+                    telling.cancel()
             finally:
-                service.close()
+                await service.aclose()
             log.info("stopped", extra=dict(service.counts))
         finally:
             keystore.close()
@@ -91,7 +98,7 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
         )
     except (KeyStoreError, TimeoutError) as error:
         failure = error if isinstance(error, KeyStoreError) else overdue()
-        if failure.reason not in _PASSING:
+        if failure.reason not in PASSING:
             raise failure from None
         log.error("requests will be rejected until this is over: %s", failure, extra={"reason": failure.reason})
         return

@@ -8,6 +8,7 @@ authorisation value, no private blob, no password.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 
 class Fault(StrEnum):
@@ -23,6 +24,10 @@ class Fault(StrEnum):
     """The ledger: a full disk, a damaged or newer database, a state directory in use."""
     BROKER = "broker"
     """The MQTT broker."""
+
+
+PASSING: Final = frozenset({"tpm_unreachable", "keystore_timeout", "tpm_lockout", "tpm_full"})
+"""Reasons of troubles with the key store that may be over at the next try."""
 
 
 class StationKeyError(Exception):

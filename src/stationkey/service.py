@@ -1,6 +1,6 @@
 """The answer to ``generate_csr``: seen before? allowed? key, CSR, written down, answer.
 
-This is the only place where the event loop and the blocking world meet: the key store's thread, and the ledger's.
+What becomes of the key afterwards is `stationkey.custody`'s part.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from pathlib import Path
+from typing import Final
 
 from stationkey import messages
+from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.csr import build_csr, to_pem
+from stationkey.custody import KeyCustody, RunningTime
 from stationkey.errors import Fault, RequestRefused, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
-from stationkey.keystore.thread import KeyStoreThread, overdue
+from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Answered, Ledger, content_digest
 from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
 from stationkey.profiles import ALGORITHMS, PROFILES, CertificateProfile, CertificateType, RsaModulus, is_secc_id
+from stationkey.terms import Terms
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEADLINE: Final = 30.0
 """Seconds within which a request for an EC key is answered, one way or the other."""
 RSA_DEADLINE: Final = 60.0
 """The same for RSA: a hardware TPM searches for primes for tens of seconds."""
-PRE_ACTIVATION: Final = "pre-activation"
-"""State of a key whose CSR was answered and whose certificate is not installed [NIST SP 800-57 part 1, 7.1]."""
 
 
 class StationKeyService:
@@ -44,9 +44,12 @@ class StationKeyService:
         profiles: the profile of each certificate type, the operator's overrides included.
         deadline: seconds allowed for a request, EC.
         rsa_deadline: seconds allowed for a request, RSA.
+        terms: how long keys and records last, and how many there may be.
+        certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
         clock: Unix time in seconds.
 
     Attributes:
+        custody: keeps the keys through the rest of their lives.
         counts: how many requests had which outcome: ``accepted``, ``repeated``, or the reason of a refusal.
     """
 
@@ -58,27 +61,41 @@ class StationKeyService:
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
         deadline: float = DEADLINE,
         rsa_deadline: float = RSA_DEADLINE,
+        terms: Terms | None = None,
+        certificate_dir: Path | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._keystore = keystore
-        self._ledger = ledger
+        self._ledger = LedgerThread(ledger)
+        self._terms = terms or Terms()
+        self._running = RunningTime(ledger.running)
         self._profiles = profiles
         self._deadline = deadline
         self._rsa_deadline = rsa_deadline
         self._clock = clock
-        self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._in_hand: dict[str, _Turn] = {}
         self.counts: Counter[str] = Counter()
+        self.custody = KeyCustody(
+            keystore,
+            self._ledger,
+            state_dir=ledger.path.parent,
+            running=self._running,
+            terms=self._terms,
+            profiles=profiles,
+            certificate_dir=certificate_dir,
+            clock=clock,
+            counts=self.counts,
+        )
 
     async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
         """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``."""
         async with self._one_at_a_time(request.id):
             try:
-                if (answered := await self._on_ledger(self._ledger.find_answer, request.id)) is not None:
+                if (answered := await self._ledger(Ledger.find_answer, request.id)) is not None:
                     return self._repeat(request, answered)
                 self._warn(request)
                 key, csr = await self._generate(request)
-                await self._on_ledger(self._record, request, key, csr)
+                await self._record(request, key, csr)
             except StationKeyError as error:
                 return await self.reject(request.id, error)
             except Exception:
@@ -94,7 +111,9 @@ class StationKeyService:
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
         log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
         try:
-            await self._on_ledger(self._record_rejection, request_id, error)
+            await self._ledger(
+                Ledger.record_rejection, request_id, reason=error.reason, message=str(error), now=self._now()
+            )
         except StationKeyError as failure:
             log.error("the rejection is not on record: %s", failure, extra={"request_id": request_id})
         return messages.rejected(request_id)
@@ -105,12 +124,8 @@ class StationKeyService:
         log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
-        """Take note of what became of a certificate."""
-        log.info(
-            "certificate %s",
-            status.data.status,
-            extra={"message_id": status.id, "certificate_type": str(status.data.certificate_type)},
-        )
+        """Take note of what became of a certificate; see `KeyCustody.note_status`."""
+        await self.custody.note_status(status)
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
         """The accepted answers that were recorded, and that no `delivered` was told of: to be published (again)."""
@@ -121,17 +136,21 @@ class StationKeyService:
                 type="response",
                 data=messages.GenerateCsrResult(status="accepted", csr=answered.csr),
             )
-            for answered in await self._on_ledger(self._ledger.undelivered)
+            for answered in await self._ledger(Ledger.undelivered)
         ]
 
     async def delivered(self, response: GenerateCsrResponse) -> None:
         """Note that the transport has handed an answer over, so that it is not published again at the next start."""
         if response.data.status == "accepted":
-            await self._on_ledger(self._ledger.mark_delivered, response.id)
+            await self._ledger(Ledger.mark_delivered, response.id)
 
-    def close(self) -> None:
-        """Wait for what the ledger has in hand. The ledger and the key store are the caller's to close."""
-        self._ledger_thread.shutdown()
+    async def aclose(self) -> None:
+        """Write the running time down and wait for the ledger. Ledger and key store are the caller's to close."""
+        try:
+            await self._ledger(Ledger.write_running, self._running.now())
+        except StationKeyError as error:
+            log.error("%s", error, extra={"reason": error.reason})
+        self._ledger.close()
 
     # The steps.
 
@@ -139,6 +158,12 @@ class StationKeyService:
         """The answer to an id that was answered before (decision 6)."""
         if answered.digest != content_digest(request):
             raise RequestRefused("the id was used before, with other content", reason="id_reused")
+        if answered.destroyed:
+            raise RequestRefused(
+                "the id was answered before, and its key is gone since",
+                reason="key_destroyed",
+                hint="ask with a new id",
+            )
         self.counts["repeated"] += 1
         log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id})
         return messages.accepted(request, answered.csr)
@@ -164,29 +189,29 @@ class StationKeyService:
             with store.signer(key) as private_key:
                 return key, to_pem(build_csr(request, private_key, profile))
 
-        timeout = self._timeout(request)
-        job = self._keystore.submit(generate, timeout=timeout)
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(job), timeout)
-        except TimeoutError:
-            raise overdue() from None
+        return await on_keystore(self._keystore, generate, timeout=self._timeout(request))
 
     def _timeout(self, request: GenerateCsrRequest) -> float:
         kinds = ALGORITHMS[request.algorithm].key_types
         return self._rsa_deadline if isinstance(kinds[0], RsaModulus) else self._deadline
 
-    def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: str) -> None:
-        self._ledger.record_answer(request, key, csr, state=PRE_ACTIVATION, now=self._now())
-
-    def _record_rejection(self, request_id: str, error: StationKeyError) -> None:
-        self._ledger.record_rejection(request_id, reason=error.reason, message=str(error), now=self._now())
+    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: str) -> None:
+        running = self._running.now()
+        crowded = await self._ledger(
+            Ledger.record_answer,
+            request,
+            key,
+            csr,
+            now=self._now(),
+            running=running,
+            due=running + self._terms.pending,
+            bounds=self._terms.bounds,
+        )
+        for key_id in crowded:
+            log.warning("too many keys were pending: the oldest is destroyed", extra={"key_id": key_id})
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
-
-    async def _on_ledger(self, call: Callable[..., T], *arguments: object) -> T:
-        # Shielded: a commit under way is waited for by nobody else, and must not be half-forgotten at a cancellation.
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._ledger_thread, call, *arguments))
 
     @asynccontextmanager
     async def _one_at_a_time(self, request_id: str) -> AsyncIterator[None]:

@@ -9,11 +9,13 @@ make one of that kind. Stores are synchronous and belong to one thread, `KeyStor
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import Algorithm, KeyType
@@ -24,12 +26,18 @@ if TYPE_CHECKING:
 __all__ = ["Abandonable", "KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
 
 
+_PEM_LABELS: Final = {"tpm2": "TSS2 PRIVATE KEY", "software": "PRIVATE KEY"}
+
+
+KEY_ID_LENGTH: Final = 20
+
+
 def key_id_of(public: bytes) -> str:
     """Name a key: the first 80 bits, in hexadecimal, of the SHA-256 of its subjectPublicKeyInfo.
 
     Whoever holds the CSR or the certificate can compute it, and a name can never stand for two keys.
     """
-    return hashlib.sha256(public).hexdigest()[:20]
+    return hashlib.sha256(public).hexdigest()[:KEY_ID_LENGTH]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +62,12 @@ class KeyRef:
     def key_id(self) -> str:
         """See `key_id_of`."""
         return key_id_of(self.public)
+
+    def pem(self) -> bytes:
+        """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
+        label = _PEM_LABELS[self.scheme]
+        lines = textwrap.wrap(base64.b64encode(self.private).decode("ascii"), 64)
+        return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +126,6 @@ class KeyStore(Protocol):
 
     def public_key(self, key: KeyRef) -> PublicKey:
         """The public part of a key. Needs no device."""
-        ...
-
-    def private_pem(self, key: KeyRef) -> bytes:
-        """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
         ...
 
     def destroy(self, key: KeyRef) -> None:

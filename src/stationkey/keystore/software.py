@@ -41,7 +41,9 @@ class SoftwareKeyStore:
             public=private_key.public_key().public_bytes(
                 serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
             ),
-            private=_pkcs8(private_key, serialization.Encoding.DER),
+            private=private_key.private_bytes(
+                serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ),
         )
 
     @contextmanager
@@ -51,18 +53,11 @@ class SoftwareKeyStore:
     def public_key(self, key: KeyRef) -> PublicKey:
         return _load(key).public_key()
 
-    def private_pem(self, key: KeyRef) -> bytes:
-        return _pkcs8(_load(key), serialization.Encoding.PEM)
-
     def destroy(self, key: KeyRef) -> None:
         """Nothing to do: the ledger has the only copy."""
 
     def close(self) -> None:
         """Nothing to do."""
-
-
-def _pkcs8(private_key: PrivateKey, encoding: serialization.Encoding) -> bytes:
-    return private_key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def _load(key: KeyRef) -> PrivateKey:

@@ -173,10 +173,6 @@ class Tpm2KeyStore:
     def public_key(self, key: KeyRef) -> PublicKey:
         return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
 
-    def private_pem(self, key: KeyRef) -> bytes:
-        pem: bytes = _blob(key).to_pem()
-        return pem
-
     def destroy(self, key: KeyRef) -> None:
         """Unload it where it is loaded. The TPM holds nothing else of it: the wrapped blob is all there is."""
         _own(key)

@@ -1,0 +1,373 @@
+"""What becomes of a key after its CSR was answered: which key a status means, proof, activation, expiry, destruction.
+
+The ledger is the truth. Every step is one transaction there; the files under ``active/`` are made to show it after the
+step, and again at every start. So a loss of power at any moment leaves either the state before or the state after, and
+at most a file that the next start puts right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from stationkey.active import ActiveDirectory
+from stationkey.bridge import LedgerThread, on_keystore
+from stationkey.certificate import Chain, Expected, differences, prove
+from stationkey.csr import PrivateKey
+from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
+from stationkey.installation import KeyFinder
+from stationkey.keystore import KeyRef, KeyStore
+from stationkey.keystore.thread import KeyStoreThread
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.lifecycle import IllegalTransition, KeyEvent
+from stationkey.messages import CertificateInstallationStatus
+from stationkey.profiles import PROFILES, CertificateProfile, CertificateType
+from stationkey.terms import Terms
+
+log = logging.getLogger(__name__)
+
+SWEEP: Final = 60.0
+"""Seconds between two looks at what is due; also the most running time that a loss of power takes back."""
+PROOF_DEADLINE: Final = 30.0
+"""Seconds for a key to be loaded and to sign."""
+RETRY_FIRST: Final = 1.0
+RETRY_LAST: Final = 60.0
+"""Seconds between tries at a status that needs a TPM which is away; doubled in between."""
+MAX_WAITING: Final = 16
+"""How many of them wait at a time: they must not take the places of requests."""
+
+
+class RunningTime:
+    """How long the daemon has run, all runs together; goes on from what the ledger says.
+
+    Args:
+        so_far: milliseconds in earlier runs.
+        clock: seconds of a clock that never jumps; the default goes on while the machine is suspended.
+    """
+
+    def __init__(
+        self, so_far: int, clock: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
+    ) -> None:
+        self._so_far = so_far
+        self._clock = clock
+        self._started = clock()
+
+    def now(self) -> int:
+        """Milliseconds."""
+        return self._so_far + int((self._clock() - self._started) * 1000)
+
+
+class KeyCustody:
+    """Keeps the keys of one ledger and one key store through the rest of their lives.
+
+    Args:
+        keystore: the key store's thread.
+        ledger: the ledger's.
+        state_dir: where ``active/`` is.
+        running: the running time.
+        terms: how long, how many.
+        profiles: of each certificate type, overrides included.
+        certificate_dir: where Josev puts the certificates it installs, or None.
+        clock: Unix time in seconds.
+        counts: outcomes are counted here.
+    """
+
+    def __init__(
+        self,
+        keystore: KeyStoreThread,
+        ledger: LedgerThread,
+        *,
+        state_dir: Path,
+        running: RunningTime,
+        terms: Terms | None = None,
+        profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
+        certificate_dir: Path | None = None,
+        clock: Callable[[], float] = time.time,
+        counts: Counter[str] | None = None,
+    ) -> None:
+        self._keystore = keystore
+        self._ledger = ledger
+        self._active = ActiveDirectory(state_dir)
+        self._running = running
+        self._terms = terms or Terms()
+        self._profiles = profiles
+        self._finder = KeyFinder(self._active.path, certificate_dir)
+        self._clock = clock
+        self._counts: Counter[str] = Counter() if counts is None else counts
+        self._one_at_a_time = asyncio.Lock()
+        self._in_order = asyncio.Lock()
+        self._waiting = 0
+        self._trouble: KeyStoreError | None = None
+
+    # A status.
+
+    async def note_status(self, status: CertificateInstallationStatus) -> None:
+        """Take a status to the key that it means. What cannot be done is logged and counted, never guessed.
+
+        While the TPM is away the status waits, and those that come after it wait for their turn: ``deleted`` must not
+        overtake the ``installed`` before it. None is acknowledged to the broker until it was dealt with.
+        """
+        about = {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
+        if self._trouble is not None and self._waiting >= MAX_WAITING:
+            self._refuse(status, self._trouble, about)
+            return
+        self._waiting += 1
+        try:
+            async with self._in_order:
+                await self._settle(status, about)
+        except StationKeyError as error:
+            self._refuse(status, error, about)
+        finally:
+            self._waiting -= 1
+
+    async def _settle(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
+        """Do what a status says, as soon as the key store is there for it."""
+        delay = RETRY_FIRST
+        try:
+            while True:
+                try:
+                    async with self._one_at_a_time:
+                        await self._note(status, about)
+                    return
+                except KeyStoreError as error:
+                    if error.reason not in PASSING:
+                        raise
+                    self._trouble = error
+                    log.warning("%s; trying again in %g s", error, delay, extra={**about, "reason": error.reason})
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RETRY_LAST)
+        finally:
+            self._trouble = None
+
+    def _refuse(
+        self, status: CertificateInstallationStatus, error: StationKeyError, about: Mapping[str, object]
+    ) -> None:
+        self._counts[error.reason] += 1
+        log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
+
+    async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
+        if await self._ledger(Ledger.counts_as_repeat, status.id):
+            log.info("'%s' was said before", status.data.status, extra=dict(about))
+            return
+        match status.data.status:
+            case "installed":
+                await self._installed(status, about)
+            case "failed_installation":
+                await self._failed(status, about)
+            case "deleted":
+                await self._deleted(status, about)
+
+    async def _installed(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
+        found = await self._ledger(self._finder.installed, status)
+        if found is None:
+            log.info("the certificate's key is active already", extra=dict(about))
+            return
+        key, chain = found.key, found.chain
+        await self._prove(key, chain)
+        if chain is not None:
+            self._compare(key, chain, about)
+        replaced = await self._ledger(
+            Ledger.activate,
+            key.key_id,
+            chain=None if chain is None else chain.pem(),
+            not_after=None if chain is None else chain.not_after,
+            reason="Josev installed its certificate",
+            now=self._now(),
+            grace_due=self._running.now() + self._terms.grace,
+            message_id=status.id,
+        )
+        self._counts["installed"] += 1
+        log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
+        await self.show_active()
+
+    async def _failed(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
+        key = await self._ledger(self._finder.failed, status)
+        if key.failed:
+            log.info("the failure was told before", extra={**about, "key_id": key.key_id})
+            return
+        await self._ledger(
+            Ledger.apply,
+            key.key_id,
+            KeyEvent.INSTALLATION_FAILED,
+            reason="Josev could not install its certificate",
+            now=self._now(),
+            due=min(key.due or self._running.now() + self._terms.failed, self._running.now() + self._terms.failed),
+            message_id=status.id,
+        )
+        self._counts["failed_installation"] += 1
+        log.warning("installation failed", extra={**about, "key_id": key.key_id})
+
+    async def _deleted(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
+        key = await self._ledger(self._finder.deleted, status)
+        await self._destroy(key.key_id, KeyEvent.DELETED, "Josev deleted its certificate", status.id)
+        self._counts["deleted"] += 1
+        log.info("key destroyed", extra={**about, "key_id": key.key_id})
+        await self.show_active()
+
+    # Before "active".
+
+    async def _prove(self, key: KeyRecord, chain: Chain | None) -> None:
+        """Show that key and certificate work together; without a certificate, that the key works."""
+        reference = await self._key_ref(key.key_id)
+
+        def sign(store: KeyStore) -> None:
+            with _loaded(store, reference) as private_key:
+                public_key = store.public_key(reference) if chain is None else chain.leaf.public_key()
+                prove(private_key, public_key, secrets.token_bytes(32))
+
+        await on_keystore(self._keystore, sign, timeout=PROOF_DEADLINE)
+
+    def _compare(self, key: KeyRecord, chain: Chain, about: Mapping[str, object]) -> None:
+        expected = Expected(
+            profile=self._profiles[CertificateType(key.certificate_type)],
+            common_name=key.common_name,
+            organization_name=key.organization_name,
+            country_name=key.country_name,
+            public=key.public,
+        )
+        for difference in differences(chain, expected, now=self._clock()):
+            self._counts["certificate_differs"] += 1
+            log.warning(
+                "the certificate differs from its profile: %s", difference, extra={**about, "key_id": key.key_id}
+            )
+
+    async def _key_ref(self, key_id: str) -> KeyRef:
+        reference = await self._ledger(Ledger.key_ref, key_id)
+        if reference is None:
+            raise LedgerError(f"key {key_id} has no private part any more", reason="key_destroyed")
+        return reference
+
+    # Destruction, expiry, start.
+
+    async def _destroy(self, key_id: str, event: KeyEvent, reason: str, message_id: str | None = None) -> None:
+        """Destroy a key: in the device first, where there is anything of it, then for good on disk."""
+        reference = await self._ledger(Ledger.key_ref, key_id)
+        if reference is not None:
+            try:
+                await on_keystore(self._keystore, lambda store: store.destroy(reference), timeout=PROOF_DEADLINE)
+            except KeyStoreError as error:
+                # A key of a TPM that is away or was exchanged: what is on disk is all that is left of it.
+                log.warning("%s", error, extra={"key_id": key_id, "reason": error.reason})
+        await self._ledger(Ledger.apply, key_id, event, reason=reason, now=self._now(), message_id=message_id)
+
+    async def show_active(self) -> None:
+        """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
+        try:
+            written = await self._ledger(lambda ledger: self._active.sync(ledger.active_files))
+        except LedgerError as error:
+            self._counts[error.reason] += 1
+            log.error("%s", error, extra={"reason": error.reason})
+            return
+        for path in written:
+            log.info("written", extra={"file": str(path)})
+
+    async def sweep(self) -> None:
+        """End what is due, forget what is old, and write the running time down."""
+        running = self._running.now()
+        await self._ledger(Ledger.write_running, running)
+        await self._ledger(
+            Ledger.adopt, pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
+        )
+        for key_id in await self._ledger(Ledger.due, running):
+            async with self._one_at_a_time:
+                await self._expire(key_id, running)
+        while await self._ledger(
+            Ledger.forget,
+            keep=self._terms.bounds.history_limit,
+            answered_before=running - self._terms.answers,
+        ):
+            pass
+        await self.show_active()
+        # Last, because they need the most room: a full disk must not keep a file in active/ that has to go.
+        await self._ledger(Ledger.wipe)
+        await self._ledger(Ledger.checkpoint)
+
+    async def _expire(self, key_id: str, running: int) -> None:
+        """End a key, if a status or an operator's command has not been faster."""
+        if not await self._ledger(Ledger.is_due, key_id, running):
+            return
+        try:
+            await self._destroy(key_id, KeyEvent.EXPIRED, "its time was over")
+        except IllegalTransition as error:
+            log.info("%s", error, extra={"key_id": key_id, "reason": error.reason})
+            return
+        log.info("key expired", extra={"key_id": key_id})
+
+    async def run(self) -> None:
+        """Sweep now and then until cancelled. A full disk or a TPM that is away is logged, and tried again."""
+        while True:
+            try:
+                await self.sweep()
+                due = await self._ledger(Ledger.next_due)
+            except StationKeyError as error:
+                log.error("%s", error, extra={"reason": error.reason})
+                due = None
+            left = SWEEP if due is None else (due - self._running.now()) / 1000
+            await asyncio.sleep(min(SWEEP, max(left, 0.05)))
+
+    async def tell_unusable(self) -> None:
+        """Say which keys the present key store can no longer use: another TPM, or one that was cleared.
+
+        One key at a time, so that a request that comes meanwhile waits for no more than one. While the TPM is away,
+        this waits for it.
+        """
+        try:
+            for key in await self._ledger(Ledger.usable):
+                delay = RETRY_FIRST
+                while not await self._tell_if_unusable(key):
+                    await asyncio.sleep(delay)
+                    delay = min(delay * 2, RETRY_LAST)
+        except LedgerError as error:
+            log.error("not every key was tried: %s", error, extra={"reason": error.reason})
+
+    async def _tell_if_unusable(self, key: KeyRecord) -> bool:
+        """Try a key; False where the key store is away, so that nobody knows."""
+        reference = await self._ledger(Ledger.key_ref, key.key_id)
+        if reference is None:
+            return True
+        try:
+            await on_keystore(self._keystore, partial(_load, key=reference), timeout=PROOF_DEADLINE)
+        except KeyStoreError as error:
+            if error.reason in PASSING:
+                return False
+            self._counts["key_unusable"] += 1
+            log.error(
+                "this key cannot be used: %s",
+                error,
+                extra={
+                    "key_id": key.key_id,
+                    "state": str(key.state),
+                    "certificate_type": key.certificate_type,
+                    "reason": error.reason,
+                },
+            )
+        return True
+
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
+
+@contextmanager
+def _loaded(store: KeyStore, key: KeyRef) -> Iterator[PrivateKey]:
+    try:
+        with store.signer(key) as private_key:
+            yield private_key
+    except (ValueError, TypeError) as error:
+        raise KeyStoreError(
+            f"the private part on record cannot be read: {error}",
+            reason="key_damaged",
+            hint="restore a backup of the state directory, or ask for a new certificate",
+        ) from None
+
+
+def _load(store: KeyStore, key: KeyRef) -> None:
+    with _loaded(store, key):
+        pass

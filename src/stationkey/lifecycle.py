@@ -1,0 +1,109 @@
+"""The life of a key: a table, and nothing else.
+
+States are those of NIST SP 800-57 part 1 revision 5, section 7. `docs/lifecycle.md` shows the diagram that `mermaid`
+makes from the table; a test fails where they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from stationkey.errors import StationKeyError
+
+
+class KeyState(StrEnum):
+    """Where a key is in its life."""
+
+    PRE_ACTIVATION = "pre-activation"
+    """Its CSR was answered; no certificate is installed. Used for nothing but proofs of possession."""
+    ACTIVE = "active"
+    """Its certificate is installed. One key at the most for each certificate type and EVSE."""
+    DEACTIVATED = "deactivated"
+    """Another key took its place, or the operator retired it. Kept for a grace period: sessions may still use it."""
+    COMPROMISED = "compromised"
+    """The operator says that it may be known to others. Kept as evidence until he destroys it."""
+    DESTROYED = "destroyed"
+    """Its private part is gone, everywhere. What happened to it stays on record for a while."""
+
+
+class KeyEvent(StrEnum):
+    """What can happen to a key."""
+
+    INSTALLED = "installed"
+    """Josev installed its certificate."""
+    INSTALLATION_FAILED = "installation failed"
+    """Josev could not. The certificate may yet be installed at another try; the key ends soon if it is not."""
+    REPLACED = "replaced"
+    """Another key became active for the same certificate type and EVSE [A02.FR.08]."""
+    RETIRED = "retired"
+    """The operator takes it out of use."""
+    EXPIRED = "expired"
+    """Its time is over: no certificate came, or the grace period ended [A02.FR.10]."""
+    DELETED = "deleted"
+    """Josev deleted its certificate."""
+    DESTRUCTION_ORDERED = "destruction ordered"
+    """The operator wants it gone."""
+    COMPROMISE_REPORTED = "compromise reported"
+    """The operator says that it may be known to others."""
+
+
+TRANSITIONS: Final[Mapping[tuple[KeyState, KeyEvent], KeyState]] = MappingProxyType(
+    {
+        (KeyState.PRE_ACTIVATION, KeyEvent.INSTALLED): KeyState.ACTIVE,
+        (KeyState.PRE_ACTIVATION, KeyEvent.INSTALLATION_FAILED): KeyState.PRE_ACTIVATION,
+        (KeyState.PRE_ACTIVATION, KeyEvent.EXPIRED): KeyState.DESTROYED,
+        (KeyState.PRE_ACTIVATION, KeyEvent.DELETED): KeyState.DESTROYED,
+        (KeyState.PRE_ACTIVATION, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,
+        (KeyState.PRE_ACTIVATION, KeyEvent.COMPROMISE_REPORTED): KeyState.COMPROMISED,
+        (KeyState.ACTIVE, KeyEvent.REPLACED): KeyState.DEACTIVATED,
+        (KeyState.ACTIVE, KeyEvent.RETIRED): KeyState.DEACTIVATED,
+        (KeyState.ACTIVE, KeyEvent.DELETED): KeyState.DESTROYED,
+        (KeyState.ACTIVE, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,
+        (KeyState.ACTIVE, KeyEvent.COMPROMISE_REPORTED): KeyState.COMPROMISED,
+        (KeyState.DEACTIVATED, KeyEvent.EXPIRED): KeyState.DESTROYED,
+        (KeyState.DEACTIVATED, KeyEvent.DELETED): KeyState.DESTROYED,
+        (KeyState.DEACTIVATED, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,
+        (KeyState.DEACTIVATED, KeyEvent.COMPROMISE_REPORTED): KeyState.COMPROMISED,
+        (KeyState.COMPROMISED, KeyEvent.DELETED): KeyState.DESTROYED,
+        (KeyState.COMPROMISED, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,
+    }
+)
+"""(state, event) to the state after it. What is not here is illegal."""
+
+INITIAL: Final = KeyState.PRE_ACTIVATION
+"""The state of a key whose CSR was just answered."""
+
+
+class IllegalTransition(StationKeyError):
+    """An event that cannot happen to a key in its state. Nothing was changed."""
+
+
+def step(state: KeyState, event: KeyEvent) -> KeyState:
+    """The state after `event`.
+
+    Raises:
+        IllegalTransition: `event` cannot happen in `state`.
+    """
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise IllegalTransition(
+            f"a key that is {state} cannot have the event '{event}'", reason="illegal_transition"
+        ) from None
+
+
+def mermaid() -> str:
+    """The table as a Mermaid state diagram."""
+    names = {state: state.name.lower() for state in KeyState}
+    lines = ["stateDiagram-v2"]
+    lines += [f'    state "{state}" as {names[state]}' for state in KeyState]
+    lines.append(f"    [*] --> {names[INITIAL]}: CSR answered")
+    edges: dict[tuple[KeyState, KeyState], list[KeyEvent]] = {}
+    for (state, event), after in TRANSITIONS.items():
+        edges.setdefault((state, after), []).append(event)
+    lines += [f"    {names[a]} --> {names[b]}: {', '.join(events)}" for (a, b), events in edges.items()]
+    lines.append(f"    {names[KeyState.DESTROYED]} --> [*]")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,44 @@
+"""How long keys and records last, and how many there may be. Values only; `stationkey.config` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+DAY: Final = 86_400_000
+"""Milliseconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How many.
+
+    Attributes:
+        pending_limit: pending keys for one certificate type and EVSE. A CSMS may answer the first CSR after later ones
+            were sent (OCTT TC_A_23), so it is more than one; eight are more than any retry scheme sends in a row.
+        pending_total: pending keys in all. EVSE IDs come over MQTT, and there are many of them.
+        history_limit: destroyed keys that stay on record: years of renewals, in less than a MiB.
+    """
+
+    pending_limit: int = 8
+    pending_total: int = 256
+    history_limit: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How long, in milliseconds of running time: a station's clock may be years off until it has been set.
+
+    Attributes:
+        pending: of a key whose certificate does not come. A CSMS that lets a person sign takes days.
+        failed: of a key after its certificate failed to install: time for another try.
+        grace: of a key after it was replaced or retired: TLS sessions may still use it.
+        answers: how long an id is remembered once its key is no longer pending; nobody retries for so long.
+        bounds: see `Bounds`.
+    """
+
+    pending: int = 30 * DAY
+    failed: int = 1 * DAY
+    grace: int = 7 * DAY
+    answers: int = 90 * DAY
+    bounds: Bounds = field(default_factory=Bounds)
