@@ -105,15 +105,16 @@ class KeyCustody:
         self._one_at_a_time = asyncio.Lock()
         self._in_order = asyncio.Lock()
         self._waiting = 0
-        self._trouble: KeyStoreError | None = None
+        self._trouble: StationKeyError | None = None
 
     # A status.
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
         """Take a status to the key that it means. What cannot be done is logged and counted, never guessed.
 
-        While the TPM is away the status waits, and those that come after it wait for their turn: ``deleted`` must not
-        overtake the ``installed`` before it. None is acknowledged to the broker until it was dealt with.
+        While the TPM is away or the disk is full the status waits, and those that come after it wait for their turn:
+        ``deleted`` must not overtake the ``installed`` before it. None is acknowledged to the broker until it was dealt
+        with.
         """
         about = {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
         if self._trouble is not None and self._waiting >= MAX_WAITING:
@@ -129,7 +130,7 @@ class KeyCustody:
             self._waiting -= 1
 
     async def _settle(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        """Do what a status says, as soon as the key store is there for it."""
+        """Do what a status says, as soon as key store and ledger are there for it."""
         delay = RETRY_FIRST
         try:
             while True:
@@ -137,7 +138,7 @@ class KeyCustody:
                     async with self._one_at_a_time:
                         await self._note(status, about)
                     return
-                except KeyStoreError as error:
+                except (KeyStoreError, LedgerError) as error:
                     if error.reason not in PASSING:
                         raise
                     self._trouble = error

@@ -737,6 +737,8 @@ _DAMAGED: Final = (
 )
 _REASONS: Final = {
     "SQLITE_FULL": ("disk_full", "make room; requests are served again as soon as there is some"),
+    "SQLITE_IOERR_SHMSIZE": ("disk_full", "make room; requests are served again as soon as there is some"),
+    "SQLITE_BUSY": ("ledger_busy", "does a stationkey keys command hold it?"),
     "SQLITE_READONLY": ("ledger_read_only", "the state directory must be writable"),
     "SQLITE_CANTOPEN": ("ledger_unusable", "does the state directory exist, and may this user write there?"),
     "SQLITE_NOTADB": _DAMAGED,
