@@ -77,7 +77,7 @@ def test_help_says_what_a_command_is_for_and_what_each_option_does(
     assert result.exit_code == 0
     assert f"Usage: main {' '.join(path)}".strip() in result.output
     assert command.help
-    assert command.help.split(".")[0].split("\n")[0] in result.output
+    assert command.help.split(".")[0].split("\n")[0] in " ".join(result.output.split())
     assert "\b" not in result.output
     assert "\\b" not in result.output
     for parameter in command.params:
@@ -271,7 +271,7 @@ def test_the_script_for_bash_is_one_that_bash_takes() -> None:
     ("line", "expected"),
     [
         ("stationkey ", {"serve", "request", "keys", "schema", "completion"}),
-        ("stationkey keys ", {"list", "show"}),
+        ("stationkey keys d", {"destroy"}),
         ("stationkey request ", set(CertificateType)),
         ("stationkey request v2g_certificate --algorithm ", set(Algorithm)),
         ("stationkey serve --allow", {"--allow-software-keys"}),

@@ -74,6 +74,7 @@ class StationKeyService:
         self._rsa_deadline = rsa_deadline
         self._clock = clock
         self._in_hand: dict[str, _Turn] = {}
+        self._closed = False
         self.counts: Counter[str] = Counter()
         self.custody = KeyCustody(
             keystore,
@@ -146,6 +147,9 @@ class StationKeyService:
 
     async def aclose(self) -> None:
         """Write the running time down and wait for the ledger. Ledger and key store are the caller's to close."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             await self._ledger(Ledger.write_running, self._running.now())
         except StationKeyError as error:
