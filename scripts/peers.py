@@ -65,13 +65,18 @@ class Peer:
         """What it has said so far."""
         return (self.directory / "log").read_text(errors="replace")
 
-    def start(self) -> None:
-        """Start it, and wait until it listens."""
+    def launch(self) -> None:
+        """Start it, and wait for nothing."""
         path = shutil.which(self.program, path=search_path())
         if path is None:
             raise RuntimeError(f"{self.program} is not installed; scripts/setup installs it")
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen([path, *self.command()], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
+        self.launch()
+        assert self.process is not None
         end = time.monotonic() + START_TIMEOUT
         while not self.listening():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -252,16 +257,29 @@ class ResourceManager(Peer):
 
 
 class Daemon(Peer):
-    """``stationkey serve``, its log in JSON."""
+    """``stationkey serve``, its log in JSON. The log goes on from one run to the next."""
 
     program = sys.executable
 
     def __init__(self, directory: Path, *arguments: str) -> None:
         super().__init__(directory)
         self.arguments = arguments
+        self._earlier = 0
 
     def command(self) -> list[str]:
         return ["-m", "stationkey", "serve", "--log-format", "json", *self.arguments]
 
+    def launch(self) -> None:
+        log = self.directory / "log"
+        self._earlier = log.stat().st_size if log.exists() else 0
+        super().launch()
+
+    @property
+    def run_log(self) -> str:
+        """What it has said in this run, or in the last one."""
+        with (self.directory / "log").open("rb") as log:
+            log.seek(self._earlier)
+            return log.read().decode(errors="replace")
+
     def listening(self) -> bool:
-        return '"event": "ready"' in self.log
+        return '"event": "ready"' in self.run_log

@@ -29,7 +29,7 @@ from stationkey.mqtt import Broker
 from stationkey.ocpp import NotCarried, OcppVersion
 from stationkey.pki import Misbehaviour
 from stationkey.profiles import Algorithm, CertificateType
-from stationkey.station import SigningRefused, Station, StationSettings
+from stationkey.station import Pending, PendingFile, SigningRefused, Station, StationSettings
 
 ORGANIZATION = "Über Strom GmbH"
 IDENTITY = "CS001"
@@ -97,7 +97,7 @@ class Trial:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    def keys(self) -> list[KeyRecord]:
+    def on_record(self) -> list[KeyRecord]:
         ledger = Ledger(self.folder / "state" / "ledger.sqlite3", read_only=True)
         try:
             return ledger.keys()
@@ -108,7 +108,7 @@ class Trial:
         """The key, once the daemon has it in `state`: the status travels by MQTT, and nobody answers it."""
         async with asyncio.timeout(10):
             while True:
-                keys = self.keys()
+                keys = self.on_record()
                 if keys and keys[number].state == state and keys[number].failed == failed:
                     return keys[number]
                 await asyncio.sleep(0.02)
@@ -146,7 +146,7 @@ async def test_v2g20_is_refused_in_words_where_the_version_cannot_carry_it(trial
         await csms.connected(IDENTITY)
         with pytest.raises(NotCarried, match="cannot carry"):
             await station.renew(V2G20)
-    assert trial.keys() == []  # nobody was even asked
+    assert trial.on_record() == []  # nobody was even asked
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ async def test_the_same_csr_is_sent_again_while_no_certificate_comes(trial: Tria
             await station.settled()
             assert len([event for event in csms.events if isinstance(event, CsrAccepted)]) == 3
     assert len(set(csrs)) == 1
-    assert len(trial.keys()) == 1
+    assert len(trial.on_record()) == 1
 
 
 async def test_the_answer_to_the_first_of_three_csrs_activates_the_first_key(trial: Trial) -> None:
@@ -217,7 +217,7 @@ async def test_the_answer_to_the_first_of_three_csrs_activates_the_first_key(tri
             assert (await csms.next(CertificateAnswered)).accepted
             await station.settled()
             await trial.key_is("active", number=0)
-    assert [str(key.state) for key in trial.keys()] == ["active", "pre-activation", "pre-activation"]
+    assert [str(key.state) for key in trial.on_record()] == ["active", "pre-activation", "pre-activation"]
 
 
 @pytest.mark.parametrize("misbehaviour", [Misbehaviour.REJECT])
@@ -243,12 +243,12 @@ async def test_a_csms_that_knows_another_organisation_refuses_in_words(trial: Tr
 
 
 async def test_one_trigger_at_a_time(trial: Trial) -> None:
-    async with Csms(organization=ORGANIZATION, misbehaviour=Misbehaviour.NEVER) as csms:
-        async with trial.josev(trial.settings(csms)):
-            await csms.connected(IDENTITY)
-            assert await csms.trigger(IDENTITY, V2G) == "Accepted"
-            await csms.next(CsrAccepted)
-            assert await csms.trigger(IDENTITY, CHARGING_STATION) == "Rejected"
+    csms = Csms(organization=ORGANIZATION, misbehaviour=Misbehaviour.NEVER)
+    async with csms, trial.josev(trial.settings(csms)):
+        await csms.connected(IDENTITY)
+        assert await csms.trigger(IDENTITY, V2G) == "Accepted"
+        await csms.next(CsrAccepted)
+        assert await csms.trigger(IDENTITY, CHARGING_STATION) == "Rejected"
 
 
 async def test_a_restart_goes_on_with_the_same_csr(trial: Trial) -> None:
@@ -264,7 +264,7 @@ async def test_a_restart_goes_on_with_the_same_csr(trial: Trial) -> None:
             await station.settled()
             await trial.key_is("active")
             assert (await csms.next(CsrAccepted)).csr == first
-    assert len(trial.keys()) == 1
+    assert len(trial.on_record()) == 1
 
 
 async def test_a_renewal_replaces_the_key(trial: Trial) -> None:
@@ -273,7 +273,7 @@ async def test_a_renewal_replaces_the_key(trial: Trial) -> None:
             await station.renew(V2G)
             await station.settled()
             await trial.key_is("active")
-    assert [str(key.state) for key in trial.keys()] == ["deactivated", "active"]
+    assert [str(key.state) for key in trial.on_record()] == ["deactivated", "active"]
 
 
 async def test_a_station_that_rejects_ends_the_renewal(trial: Trial) -> None:
@@ -308,9 +308,8 @@ async def test_the_command_renews_and_ends(trial: Trial) -> None:
         ended = await asyncio.to_thread(_run, command)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("verified and installed") == 2
-    async with asyncio.timeout(10):
-        while [str(key.state) for key in trial.keys()] != ["active", "active"]:
-            await asyncio.sleep(0.02)
+    await trial.key_is("active", number=0)
+    await trial.key_is("active", number=1)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -318,8 +317,6 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_is_pending_survives_as_json(tmp_path: Path) -> None:
-    from stationkey.station import Pending, PendingFile
-
     file = PendingFile(tmp_path / "pending.json")
     for number in range(12):
         file.add(Pending(certificate_type=V2G, evse_id=None, csr=f"csr {number}", request_id=number))

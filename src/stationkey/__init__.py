@@ -32,9 +32,11 @@ if TYPE_CHECKING:
         GenerateCsrData,
         GenerateCsrRequest,
         GenerateCsrResponse,
+        accepted,
         decode,
         encode,
         generate_csr,
+        rejected,
     )
     from stationkey.mqtt import Broker, MqttEdge
     from stationkey.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateProfile, CertificateType
@@ -62,9 +64,11 @@ _HOME: Final = {
         "GenerateCsrData",
         "GenerateCsrRequest",
         "GenerateCsrResponse",
+        "accepted",
         "decode",
         "encode",
         "generate_csr",
+        "rejected",
     ),
     "mqtt": ("Broker", "MqttEdge"),
     "profiles": ("ALGORITHMS", "PROFILES", "Algorithm", "CertificateProfile", "CertificateType"),
@@ -101,6 +105,7 @@ __all__ = [
     "StationKeyService",
     "UnsupportedAlgorithm",
     "__version__",
+    "accepted",
     "ask",
     "build_csr",
     "decode",
@@ -108,6 +113,7 @@ __all__ = [
     "generate_csr",
     "inspect_csr",
     "keystore_opener",
+    "rejected",
     "to_pem",
 ]
 

@@ -7,8 +7,11 @@ and at every start, which also repairs what a loss of power left behind.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,10 @@ DIRECTORY_NAME: Final = "active"
 _SUFFIX: Final = ".pem"
 _UNFINISHED: Final = ".new"
 _LOCK: Final = ".lock"
+_MODE: Final = 0o700
+
+LOCK_TIMEOUT: Final = 5.0
+"""Seconds to wait for another writer, who needs milliseconds."""
 
 Owner = tuple[str, str]
 """Certificate type and EVSE ID, the latter empty where there is none: what there is one active key for."""
@@ -70,13 +77,14 @@ class ActiveDirectory:
             LedgerError: the directory cannot be written; what could not be exchanged is as it was.
         """
         try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            self._make()
             with self._locked():
                 contents = {file_name(owner): content for owner, content in wanted().items()}
-                written = [self._write(name, content) for name, content in contents.items()]
+                # First what must not be there: it goes on a full disk, too, and makes room.
                 gone = [file for file in self.path.iterdir() if file.name not in contents and file.name != _LOCK]
                 for file in gone:
                     file.unlink()
+                written = [self._write(name, content) for name, content in contents.items()]
                 if gone or any(written):
                     self._sync_directory()
         except OSError as error:
@@ -87,11 +95,36 @@ class ActiveDirectory:
             ) from None
         return [path for path in written if path is not None]
 
+    def _make(self) -> None:
+        """Make the directory, or close it to others. A symbolic link in its place is refused: it leads who knows where.
+
+        What root makes is given to whom the state directory belongs, as SQLite does with its files: an operator's
+        ``sudo stationkey keys`` must not lock the daemon out.
+        """
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if stat.S_IMODE(os.fstat(descriptor).st_mode) != _MODE:
+                os.fchmod(descriptor, _MODE)
+            self._give(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _give(self, descriptor: int) -> None:
+        if os.geteuid() == 0:
+            owner = self.path.parent.stat()
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._give(descriptor)
+            end = time.monotonic() + LOCK_TIMEOUT
+            while not _try_lock(descriptor):
+                if time.monotonic() > end:
+                    raise TimeoutError(errno.ETIMEDOUT, "another process has it locked", str(self.path / _LOCK))
+                time.sleep(0.01)  # flock has no timeout, and a command that was suspended may hold it for ever
             yield
         finally:
             os.close(descriptor)
@@ -105,6 +138,7 @@ class ActiveDirectory:
         unfinished.unlink(missing_ok=True)
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as file:
+            self._give(descriptor)
             file.write(content)
             file.flush()
             os.fsync(descriptor)
@@ -119,11 +153,21 @@ class ActiveDirectory:
             os.close(descriptor)
 
 
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _read(path: Path) -> bytes | None:
     """The content of a regular file of ours; None for anything else, a planted symbolic link included."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = os.fdopen(descriptor, "rb")
     except OSError:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        return None if os.fstat(descriptor).st_mode & 0o077 else file.read()
+    with file:
+        status = os.fstat(descriptor)
+        return file.read() if stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077 else None

@@ -15,14 +15,24 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
 from stationkey.csr import HASHES, PrivateKey, key_type
 from stationkey.errors import KeyStoreError, StationKeyError
-from stationkey.profiles import CertificateProfile, KeyUsage
+from stationkey.profiles import CertificateProfile, ExtendedKeyUsage, KeyUsage
 
-_USAGE_FIELDS: Final = {KeyUsage.DIGITAL_SIGNATURE: "digital_signature", KeyUsage.KEY_AGREEMENT: "key_agreement"}
+_USAGE_FIELDS: Final = {
+    KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
+    KeyUsage.CONTENT_COMMITMENT: "content_commitment",
+    KeyUsage.KEY_ENCIPHERMENT: "key_encipherment",
+    KeyUsage.DATA_ENCIPHERMENT: "data_encipherment",
+    KeyUsage.KEY_AGREEMENT: "key_agreement",
+}
+_PURPOSES: Final = {
+    ExtendedKeyUsage.SERVER_AUTH: ExtendedKeyUsageOID.SERVER_AUTH,
+    ExtendedKeyUsage.CLIENT_AUTH: ExtendedKeyUsageOID.CLIENT_AUTH,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,22 +40,26 @@ class Chain:
     """A leaf certificate and what came with it, in the order of the file.
 
     Attributes:
-        certificates: leaf first, as OCPP's ``certificateChain`` has them.
+        certificates: leaf first, as OCPP's ``certificateChain`` should have them.
+        position: where the leaf is, for a file that has it elsewhere.
     """
 
     certificates: tuple[x509.Certificate, ...]
+    position: int = 0
 
     @property
     def leaf(self) -> x509.Certificate:
         """The station's own certificate."""
-        return self.certificates[0]
+        return self.certificates[self.position]
 
     @property
     def public(self) -> bytes:
         """SubjectPublicKeyInfo of the leaf, in DER."""
-        return self.leaf.public_key().public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+        return _public(self.leaf)
+
+    def seen_from_each(self) -> list[Chain]:
+        """The same certificates, with each of them in turn as the leaf: a file may have it in the wrong place."""
+        return [dataclasses.replace(self, position=position) for position in range(len(self.certificates))]
 
     @property
     def not_after(self) -> int:
@@ -58,9 +72,16 @@ class Chain:
         return int(self.leaf.not_valid_before_utc.timestamp())
 
     def pem(self) -> str:
-        """All certificates, in PEM [RFC 7468]."""
-        encoded = (certificate.public_bytes(serialization.Encoding.PEM) for certificate in self.certificates)
+        """All certificates in PEM [RFC 7468], the leaf first: what loads a key with its certificate wants it there."""
+        others = (certificate for number, certificate in enumerate(self.certificates) if number != self.position)
+        encoded = (certificate.public_bytes(serialization.Encoding.PEM) for certificate in (self.leaf, *others))
         return b"".join(encoded).decode("ascii")
+
+
+def _public(certificate: x509.Certificate) -> bytes:
+    return certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
 
 
 def read_chain(content: bytes) -> Chain | None:
@@ -70,8 +91,11 @@ def read_chain(content: bytes) -> Chain | None:
             chain = Chain(tuple(x509.load_pem_x509_certificates(content)))
         else:
             chain = Chain((x509.load_der_x509_certificate(content),))
-        chain.public  # noqa: B018 - an unreadable key makes the certificate useless here
-    except (ValueError, TypeError, CryptographyUnsupported):
+        for certificate in chain.certificates:
+            # Read here what is read of it later: the parser puts that off, and would only then find it broken.
+            _ = _public(certificate), certificate.subject, certificate.issuer
+            _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    except (ValueError, TypeError, CryptographyUnsupported, x509.InvalidVersion):
         return None
     return chain
 
@@ -131,7 +155,18 @@ def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> l
             found.append("usage: CA:true")
     except x509.ExtensionNotFound:
         pass  # a leaf without basicConstraints is no CA [RFC 5280 4.2.1.9]
-    return found
+    return found + _purpose_differences(leaf, profile)
+
+
+def _purpose_differences(leaf: x509.Certificate, profile: CertificateProfile) -> list[str]:
+    try:
+        purposes = list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        return ["usage: no extendedKeyUsage"] if profile.extended_key_usage else []
+    if ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in purposes:
+        return []
+    missing = [purpose for purpose in profile.extended_key_usage if _PURPOSES[purpose] not in purposes]
+    return [f"usage: extendedKeyUsage lacks {', '.join(missing)}"] if missing else []
 
 
 def _validity_differences(leaf: x509.Certificate, now: float) -> list[str]:
@@ -144,11 +179,14 @@ def _validity_differences(leaf: x509.Certificate, now: float) -> list[str]:
 
 
 def _order_differences(chain: Chain) -> list[str]:
+    wrong = ["chain order: the station's certificate should be first, and each followed by the one that issued it"]
+    if chain.position != 0:
+        return wrong
     for subject, issuer in zip(chain.certificates, chain.certificates[1:], strict=False):
         try:
             subject.verify_directly_issued_by(issuer)
         except (ValueError, TypeError, InvalidSignature, CryptographyUnsupported):
-            return ["chain order: each certificate should be followed by the one that issued it"]
+            return wrong
     return []
 
 

@@ -218,14 +218,14 @@ def request(
     topic_prefix: str | None,
     as_json: bool,
 ) -> None:
-    r"""Ask for a CSR, as Josev does, and print it.
+    """Ask for a CSR, as Josev does, and print it.
 
     CERTIFICATE_TYPE says what the certificate is for. What is asked goes out as it is given: whether it is right is
     for the charging station to say.
 
     \b
     Exit status: 0 accepted, 3 rejected, 4 no answer in time, 2 wrong usage, 1 anything else.
-    """
+    """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     from msgspec import UNSET  # noqa: PLC0415 - see the module's docstring
 
     from stationkey import messages  # noqa: PLC0415 - see the module's docstring
@@ -253,8 +253,10 @@ def request(
         sys.exit(EXIT_NO_ANSWER)
     if as_json:
         click.echo(messages.encode(response).decode())
-    elif response.data.status == "accepted" and response.data.csr is not UNSET:
+    elif response.data.csr is not UNSET:
         click.echo(response.data.csr, nl=False)
+    if response.data.status == "accepted" and response.data.csr is UNSET:
+        raise StationKeyError(f"{asked.id} was accepted, but the answer has no CSR in it", reason="csr_missing")
     if response.data.status == "rejected":
         click.echo(f"stationkey: {asked.id} was rejected; the log of the charging station says why", err=True)
         sys.exit(EXIT_REJECTED)
@@ -428,8 +430,15 @@ def _order(
         key = _one_key(ledger, key_id)
         if ask is not None:
             click.confirm(f"{ask} {key.key_id} ({key.certificate_type}, {key.state})?", abort=True, err=True)
+            if (now := _one_key(ledger, key.key_id).state) != key.state:
+                raise StationKeyError(
+                    f"{key.key_id} has become {now} meanwhile; nothing was changed",
+                    reason="key_changed",
+                    hint="ask anew",
+                )
         state = ledger.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
         ActiveDirectory(ledger.path.parent).sync(ledger.active_files)
+        ledger.wipe()
     click.echo(f"{key.key_id} is {state}")
 
 
@@ -498,8 +507,9 @@ def schema(name: str | None) -> None:
       generate_csr.response
       certificate_installation_status.update
       asyncapi
+
     Without NAME, all of them are printed as one JSON object.
-    """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
+    """  # noqa: D301 - as above
     from stationkey import schema as schemas  # noqa: PLC0415 - see the module's docstring
 
     if name is not None and name not in schemas.NAMES:

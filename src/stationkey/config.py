@@ -61,7 +61,7 @@ class Deadlines(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class CsrOverrides(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[csr.CERTIFICATE_TYPE]``: what this operator's CA wants otherwise than the profile."""
 
-    domain_component: Annotated[str, Meta(max_length=64, pattern=r"^[\x20-\x7e]*$")] | UnsetType = UNSET
+    domain_component: Annotated[str, Meta(max_length=64, pattern=r"^[\x20-\x7e]*\Z")] | UnsetType = UNSET
     key_usage: list[KeyUsage] | UnsetType = UNSET
     extended_key_usage: list[ExtendedKeyUsage] | UnsetType = UNSET
     extended_key_usage_critical: bool | UnsetType = UNSET
@@ -109,7 +109,7 @@ class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     broker: str | None = None
     topic_prefix: str | None = None
-    client_id: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    client_id: Annotated[str, Meta(max_length=64)] | None = None
     keystore: str | None = None
     allow_software_keys: bool | None = None
     state_dir: str | None = None
@@ -169,7 +169,7 @@ def read_file(path: Path) -> File:
         raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         raise ConfigurationError(f"{path} is no TOML: {error}", reason="config_invalid") from None
     _refuse_fixed(path, table)
     try:
@@ -254,7 +254,7 @@ def settle(
     return Settings(
         broker=broker or file.broker or DEFAULT_BROKER,
         topic_prefix=_first(topic_prefix, file.topic_prefix) or "",
-        client_id=file.client_id,
+        client_id=file.client_id or None,
         keystore=keystore or file.keystore or default_keystore(),
         allow_software_keys=bool(_first(allow_software_keys, file.allow_software_keys)),
         state_dir=state_dir or Path(file.state_dir or DEFAULT_STATE_DIR),

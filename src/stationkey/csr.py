@@ -184,6 +184,14 @@ _SIGNATURE_NAMES: Final = {
     "1.2.840.113549.1.1.12": "sha384WithRSAEncryption",
     "1.2.840.113549.1.1.13": "sha512WithRSAEncryption",
 }
+_UNREADABLE: Final = (
+    ValueError,
+    CryptographyUnsupported,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What cryptography raises over a CSR; it reads most parts only when asked for them."""
 _USAGE_FIELDS: Final = {
     KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
     KeyUsage.CONTENT_COMMITMENT: "content_commitment",
@@ -204,9 +212,9 @@ def inspect_csr(pem: str | bytes) -> CsrSummary:
         extensions = tuple(map(_extension_line, csr.extensions))
         kind = key_type(csr.public_key())
         valid = csr.is_signature_valid
-    except (ValueError, CryptographyUnsupported) as error:
+        names = ", ".join(f"{attribute.rfc4514_attribute_name}={attribute.value!s}" for attribute in csr.subject)
+    except _UNREADABLE as error:
         raise StationKeyError(f"not a PKCS#10 request: {error}", reason="csr_unreadable") from None
-    names = ", ".join(f"{attribute.rfc4514_attribute_name}={attribute.value!s}" for attribute in csr.subject)
     oid = csr.signature_algorithm_oid.dotted_string
     return CsrSummary(names, str(kind), _SIGNATURE_NAMES.get(oid, oid), extensions, valid)
 

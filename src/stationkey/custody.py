@@ -12,7 +12,8 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,12 +21,13 @@ from typing import Final
 from stationkey.active import ActiveDirectory
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.certificate import Chain, Expected, differences, prove
+from stationkey.csr import PrivateKey
 from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
 from stationkey.installation import KeyFinder
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import KeyRecord, Ledger
-from stationkey.lifecycle import KeyEvent
+from stationkey.lifecycle import IllegalTransition, KeyEvent
 from stationkey.messages import CertificateInstallationStatus
 from stationkey.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.terms import Terms
@@ -101,37 +103,50 @@ class KeyCustody:
         self._clock = clock
         self._counts: Counter[str] = Counter() if counts is None else counts
         self._one_at_a_time = asyncio.Lock()
+        self._in_order = asyncio.Lock()
         self._waiting = 0
+        self._trouble: StationKeyError | None = None
 
     # A status.
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
         """Take a status to the key that it means. What cannot be done is logged and counted, never guessed.
 
-        While the TPM is away the status waits: it is not acknowledged to the broker until it was dealt with.
+        While the TPM is away or the disk is full the status waits, and those that come after it wait for their turn:
+        ``deleted`` must not overtake the ``installed`` before it. None is acknowledged to the broker until it was dealt
+        with.
         """
         about = {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
+        if self._trouble is not None and self._waiting >= MAX_WAITING:
+            self._refuse(status, self._trouble, about)
+            return
+        self._waiting += 1
+        try:
+            async with self._in_order:
+                await self._settle(status, about)
+        except StationKeyError as error:
+            self._refuse(status, error, about)
+        finally:
+            self._waiting -= 1
+
+    async def _settle(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
+        """Do what a status says, as soon as key store and ledger are there for it."""
         delay = RETRY_FIRST
-        while True:
-            try:
-                async with self._one_at_a_time:
-                    await self._note(status, about)
-            except KeyStoreError as error:
-                if error.reason not in PASSING or self._waiting >= MAX_WAITING:
-                    self._refuse(status, error, about)
-                    return
-                log.warning("%s; trying again in %g s", error, delay, extra={**about, "reason": error.reason})
-                self._waiting += 1
+        try:
+            while True:
                 try:
-                    await asyncio.sleep(delay)
-                finally:
-                    self._waiting -= 1
+                    async with self._one_at_a_time:
+                        await self._note(status, about)
+                    return
+                except (KeyStoreError, LedgerError) as error:
+                    if error.reason not in PASSING:
+                        raise
+                    self._trouble = error
+                    log.warning("%s; trying again in %g s", error, delay, extra={**about, "reason": error.reason})
+                await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_LAST)
-            except StationKeyError as error:
-                self._refuse(status, error, about)
-                return
-            else:
-                return
+        finally:
+            self._trouble = None
 
     def _refuse(
         self, status: CertificateInstallationStatus, error: StationKeyError, about: Mapping[str, object]
@@ -205,7 +220,7 @@ class KeyCustody:
         reference = await self._key_ref(key.key_id)
 
         def sign(store: KeyStore) -> None:
-            with store.signer(reference) as private_key:
+            with _loaded(store, reference) as private_key:
                 public_key = store.public_key(reference) if chain is None else chain.leaf.public_key()
                 prove(private_key, public_key, secrets.token_bytes(32))
 
@@ -262,19 +277,30 @@ class KeyCustody:
         await self._ledger(
             Ledger.adopt, pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
         )
-        ended = await self._ledger(Ledger.due, running)
-        for key_id in ended:
+        for key_id in await self._ledger(Ledger.due, running):
             async with self._one_at_a_time:
-                await self._destroy(key_id, KeyEvent.EXPIRED, "its time was over")
-            log.info("key expired", extra={"key_id": key_id})
+                await self._expire(key_id, running)
         while await self._ledger(
             Ledger.forget,
             keep=self._terms.bounds.history_limit,
             answered_before=running - self._terms.answers,
         ):
             pass
-        await self._ledger(Ledger.checkpoint)
         await self.show_active()
+        # Last, because they need the most room: a full disk must not keep a file in active/ that has to go.
+        await self._ledger(Ledger.wipe)
+        await self._ledger(Ledger.checkpoint)
+
+    async def _expire(self, key_id: str, running: int) -> None:
+        """End a key, if a status or an operator's command has not been faster."""
+        if not await self._ledger(Ledger.is_due, key_id, running):
+            return
+        try:
+            await self._destroy(key_id, KeyEvent.EXPIRED, "its time was over")
+        except IllegalTransition as error:
+            log.info("%s", error, extra={"key_id": key_id, "reason": error.reason})
+            return
+        log.info("key expired", extra={"key_id": key_id})
 
     async def run(self) -> None:
         """Sweep now and then until cancelled. A full disk or a TPM that is away is logged, and tried again."""
@@ -291,33 +317,58 @@ class KeyCustody:
     async def tell_unusable(self) -> None:
         """Say which keys the present key store can no longer use: another TPM, or one that was cleared.
 
-        One key at a time, so that a request that comes meanwhile waits for no more than one.
+        One key at a time, so that a request that comes meanwhile waits for no more than one. While the TPM is away,
+        this waits for it.
         """
-        for key in await self._ledger(Ledger.usable):
-            reference = await self._ledger(Ledger.key_ref, key.key_id)
-            if reference is None:
-                continue
-            try:
-                await on_keystore(self._keystore, partial(_load, key=reference), timeout=PROOF_DEADLINE)
-            except KeyStoreError as error:
-                self._counts["key_unusable"] += 1
-                log.error(
-                    "this key cannot be used: %s",
-                    error,
-                    extra={
-                        "key_id": key.key_id,
-                        "state": str(key.state),
-                        "certificate_type": key.certificate_type,
-                        "reason": error.reason,
-                    },
-                )
-                if error.reason in {"tpm_unreachable", "keystore_timeout"}:
-                    return
+        try:
+            for key in await self._ledger(Ledger.usable):
+                delay = RETRY_FIRST
+                while not await self._tell_if_unusable(key):
+                    await asyncio.sleep(delay)
+                    delay = min(delay * 2, RETRY_LAST)
+        except LedgerError as error:
+            log.error("not every key was tried: %s", error, extra={"reason": error.reason})
+
+    async def _tell_if_unusable(self, key: KeyRecord) -> bool:
+        """Try a key; False where the key store is away, so that nobody knows."""
+        reference = await self._ledger(Ledger.key_ref, key.key_id)
+        if reference is None:
+            return True
+        try:
+            await on_keystore(self._keystore, partial(_load, key=reference), timeout=PROOF_DEADLINE)
+        except KeyStoreError as error:
+            if error.reason in PASSING:
+                return False
+            self._counts["key_unusable"] += 1
+            log.error(
+                "this key cannot be used: %s",
+                error,
+                extra={
+                    "key_id": key.key_id,
+                    "state": str(key.state),
+                    "certificate_type": key.certificate_type,
+                    "reason": error.reason,
+                },
+            )
+        return True
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
 
 
+@contextmanager
+def _loaded(store: KeyStore, key: KeyRef) -> Iterator[PrivateKey]:
+    try:
+        with store.signer(key) as private_key:
+            yield private_key
+    except (ValueError, TypeError) as error:
+        raise KeyStoreError(
+            f"the private part on record cannot be read: {error}",
+            reason="key_damaged",
+            hint="restore a backup of the state directory, or ask for a new certificate",
+        ) from None
+
+
 def _load(store: KeyStore, key: KeyRef) -> None:
-    with store.signer(key):
+    with _loaded(store, key):
         pass

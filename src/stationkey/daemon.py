@@ -15,7 +15,7 @@ from stationkey.errors import PASSING, KeyStoreError, StationKeyError
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread, overdue
 from stationkey.ledger import Ledger
-from stationkey.mqtt import Broker, MqttEdge
+from stationkey.mqtt import Broker, MqttEdge, unless
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
 from stationkey.state import StateDirectory
@@ -42,7 +42,12 @@ async def serve(settings: Settings) -> None:
         ledger = Ledger(state.database)
         keystore = KeyStoreThread(open_store)
         try:
-            await _introduce(settings, keystore)
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, _stopping, stop)
+            # A TPM that hangs must not keep a signal waiting.
+            await unless(asyncio.create_task(stop.wait(), name="stop"), _introduce(settings, keystore))
             service = StationKeyService(
                 keystore,
                 ledger,
@@ -60,17 +65,15 @@ async def serve(settings: Settings) -> None:
                 topic_prefix=settings.topic_prefix,
                 on_ready=_ready,
             )
-            stop = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, _stopping, stop)
-            async with asyncio.TaskGroup() as tasks:
-                sweeping = tasks.create_task(service.custody.run(), name="sweep")
-                telling = tasks.create_task(service.custody.tell_unusable(), name="tell-unusable")
-                await edge.run(stop, drain=DRAIN)
-                sweeping.cancel()
-                telling.cancel()
-            await service.close()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    sweeping = tasks.create_task(service.custody.run(), name="sweep")
+                    telling = tasks.create_task(service.custody.tell_unusable(), name="tell-unusable")
+                    await edge.run(stop, drain=DRAIN)
+                    sweeping.cancel()
+                    telling.cancel()
+            finally:
+                await service.aclose()
             log.info("stopped", extra=dict(service.counts))
         finally:
             keystore.close()

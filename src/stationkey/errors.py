@@ -26,8 +26,13 @@ class Fault(StrEnum):
     """The MQTT broker."""
 
 
-PASSING: Final = frozenset({"tpm_unreachable", "keystore_timeout", "tpm_lockout", "tpm_full"})
-"""Reasons of troubles with the key store that may be over at the next try."""
+PASSING: Final = frozenset(
+    {
+        *("tpm_unreachable", "keystore_timeout", "tpm_lockout", "tpm_full"),
+        *("disk_full", "ledger_read_only", "ledger_busy"),
+    }
+)
+"""Reasons of troubles with the key store or the ledger that may be over at the next try."""
 
 
 class StationKeyError(Exception):

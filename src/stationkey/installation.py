@@ -6,8 +6,10 @@ installs to; else the newest. Where that leaves a doubt, nothing is guessed: `St
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,10 +19,10 @@ from stationkey.certificate import Chain, read_chain
 from stationkey.errors import StationKeyError
 from stationkey.keystore import KEY_ID_LENGTH
 from stationkey.ledger import KeyRecord, Ledger
-from stationkey.lifecycle import KeyEvent, KeyState
+from stationkey.lifecycle import KeyState
 from stationkey.messages import CertificateInstallationStatus
 
-MAX_CERTIFICATE_FILES: Final = 256
+MAX_CERTIFICATE_FILES: Final = 1024
 MAX_CERTIFICATE_SIZE: Final = 64 * 1024
 """Bounds of what is read from the certificate directory."""
 
@@ -67,7 +69,8 @@ class KeyFinder:
             if named is not None:
                 evse_id = named[1]
             pending = ledger.pending(certificate_type, evse_id)
-        active = ledger.active(certificate_type, evse_id)
+        # A key that is named is meant, whatever certificates there are for the active one.
+        active = [] if isinstance(named, KeyRecord) else ledger.active(certificate_type, evse_id)
         if self._certificate_dir is not None:
             return self._by_certificate(pending, active)
         if isinstance(named, KeyRecord):
@@ -75,13 +78,23 @@ class KeyFinder:
         return _newest(ledger, _one_owner(pending, evse_id), active)
 
     def _by_certificate(self, pending: list[KeyRecord], active: list[KeyRecord]) -> Found | None:
-        chains = {}
-        for chain in self._installed_chains():  # oldest first, so that of two for one key the newest is kept
-            chains[chain.public] = chain
-        fitting = [Found(key, chains[key.public]) for key in pending if key.public in chains]
-        if fitting:
-            return max(fitting, key=lambda found: found.chain.not_before if found.chain else 0)
-        if any(key.public in chains for key in active):
+        """The pending key with the newest certificate [A02.FR.15].
+
+        One that is older than the certificate of the active key of the same owner is not meant: it was passed over
+        when that one was activated, and the message is a repeat.
+        """
+        chains = self._installed_chains(complete=False)
+        in_use = {key.owner: chains[key.public] for key in active if key.public in chains}
+        best: tuple[KeyRecord, Chain] | None = None
+        for key in pending:
+            chain = chains.get(key.public)
+            if chain is None or (key.owner in in_use and chain.not_before < in_use[key.owner].not_before):
+                continue
+            if best is None or chain.not_before > best[1].not_before:
+                best = key, chain
+        if best is not None:
+            return Found(*best)
+        if in_use:
             return None
         raise StatusUnfit(
             f"none of {len(chains)} certificates in {self._certificate_dir} is for one of {len(pending)} pending keys",
@@ -111,8 +124,9 @@ class KeyFinder:
     def deleted(self, ledger: Ledger, status: CertificateInstallationStatus) -> KeyRecord:
         """The key whose certificate was deleted.
 
-        Where nothing names it, an active key that has just replaced another is never the one: after a renewal it is the
-        old certificate that Josev deletes. To destroy the wrong key cannot be made good; to keep one too long can.
+        Where nothing names it, an active key that came after another is never the one: after a renewal it is the old
+        certificate that Josev deletes, be its key kept for a while yet or destroyed since. To destroy the wrong key
+        cannot be made good; to keep one too long can.
         """
         certificate_type, evse_id = str(status.data.certificate_type), _evse_id(status)
         named = self._named(ledger, status)
@@ -127,18 +141,13 @@ class KeyFinder:
         if named is not None:
             deactivated = []  # the file under active/ is the active key's
         elif self._certificate_dir is not None:
-            present = {chain.public for chain in self._installed_chains()}
-            active = [key for key in active if key.public not in present]
-            deactivated = [key for key in deactivated if key.public not in present]
+            chains = self._installed_chains(complete=True)
+            active = [key for key in active if key.public not in chains]
+            deactivated = [key for key in deactivated if key.public not in chains]
         if deactivated:
             return deactivated[-1]
-        if active:
-            deleted = ledger.last_event(active[-1].owner, KeyEvent.DELETED)
-            activated = max(
-                event.seq for event in ledger.history(active[-1].key_id) if event.event == KeyEvent.INSTALLED
-            )
-            if named is not None or self._certificate_dir is not None or deleted < activated:
-                return active[-1]
+        if active and (named is not None or self._certificate_dir is not None or _only(ledger, active[-1])):
+            return active[-1]
         raise StatusUnfit(
             "no key of this kind has a certificate that can have been deleted",
             reason="status_fits_no_key",
@@ -153,42 +162,82 @@ class KeyFinder:
         """
         if not isinstance(status.data.private_key_path, str):
             return None
-        path = Path(status.data.private_key_path)
-        keys = ledger.keys(path.stem) if len(path.stem) == KEY_ID_LENGTH else []
-        if len(keys) == 1 and keys[0].certificate_type == status.data.certificate_type:
-            return keys[0]
-        owner = owner_of(path.name)
-        # Compared by realpath: Josev may know the file by a symbolic link.
-        here = os.path.realpath(path.parent) == os.path.realpath(self._active_path)
-        if owner is None and path.is_symlink():
-            target = Path(os.path.realpath(path))
-            owner, here = owner_of(target.name), target.parent == Path(os.path.realpath(self._active_path))
-        if owner is not None and here and owner[0] == status.data.certificate_type:
-            return owner
+        try:
+            named = self._owner_or_key(ledger, Path(status.data.private_key_path))
+        except (OSError, ValueError):  # a path with NUL, too long, or in a folder that is closed to us
+            named = None
+        certificate_type, evse_id = named.owner if isinstance(named, KeyRecord) else named or ("", "")
+        if certificate_type == status.data.certificate_type and _evse_id(status) in {None, evse_id}:
+            return named
         raise StatusUnfit(
             "private_key_path names no key of this kind",
             reason="status_fits_no_key",
             hint=f"it is {self._active_path}/<certificate_type>[.<evse_id>].pem, or ends in the name of a key",
         )
 
-    def _installed_chains(self) -> list[Chain]:
-        """What the certificate directory holds, oldest first; what is no certificate is passed over."""
+    def _owner_or_key(self, ledger: Ledger, path: Path) -> KeyRecord | Owner | None:
+        keys = ledger.keys(path.stem) if len(path.stem) == KEY_ID_LENGTH else []
+        if len(keys) == 1:
+            return keys[0]
+        # Compared by realpath: Josev may know the file by a symbolic link.
+        active_path = os.path.realpath(self._active_path)
+        if os.path.realpath(path.parent) == active_path:
+            return owner_of(path.name)
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))
+            return owner_of(target.name) if str(target.parent) == active_path else None
+        return None
+
+    def _installed_chains(self, *, complete: bool) -> dict[bytes, Chain]:
+        """What the certificate directory holds: for each subjectPublicKeyInfo the newest certificate, with its chain.
+
+        Args:
+            complete: whether a file that cannot be read matters: its certificate would seem to be deleted.
+
+        Raises:
+            StatusUnfit: the directory, or a file in it that matters, cannot be read.
+        """
         assert self._certificate_dir is not None
-        chains = []
+        found: list[Chain] = []
         try:
-            files = sorted(path for path in self._certificate_dir.rglob("*") if path.is_file())
+            for path in _files(self._certificate_dir):
+                with suppress(FileNotFoundError, *(() if complete else (PermissionError,))):
+                    if path.stat().st_size <= MAX_CERTIFICATE_SIZE and (chain := read_chain(path.read_bytes())):
+                        found += chain.seen_from_each()
         except OSError as error:
             raise StatusUnfit(
-                f"the certificate directory {self._certificate_dir} cannot be read: {error.strerror}",
+                f"{error.filename or self._certificate_dir} cannot be read: {error.strerror}",
                 reason="certificate_dir_unreadable",
+                hint="certificate_dir must exist, and this user must be able to read all that is in it",
             ) from None
-        for path in files[:MAX_CERTIFICATE_FILES]:
-            try:
-                if path.stat().st_size <= MAX_CERTIFICATE_SIZE and (chain := read_chain(path.read_bytes())):
-                    chains.append(chain)
-            except OSError:
-                continue
-        return sorted(chains, key=lambda chain: (chain.not_before, len(chain.certificates)))
+        # Of two for one key the newer, and of two files with that one the longer chain.
+        found.sort(key=lambda chain: (chain.not_before, len(chain.certificates)))
+        return {chain.public: chain for chain in found}
+
+
+def _files(directory: Path) -> list[Path]:
+    """The regular files in a directory and below it.
+
+    Raises:
+        OSError: a directory cannot be read, or there are more than `MAX_CERTIFICATE_FILES`.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files = []
+    for folder, _, names in os.walk(directory, onerror=fail):
+        files += [path for name in names if (path := Path(folder, name)).is_file()]
+        if len(files) > MAX_CERTIFICATE_FILES:
+            raise OSError(errno.EFBIG, f"more than {MAX_CERTIFICATE_FILES} files", str(directory))
+    return sorted(files)
+
+
+def _only(ledger: Ledger, key: KeyRecord) -> bool:
+    """Whether no other certificate of the key's owner can be the one that was deleted."""
+    installations = ledger.installations(key.owner)
+    installed, _ = installations.pop(key.key_id)
+    return all(deleted is not None and deleted < installed for _, deleted in installations.values())
 
 
 def _evse_id(status: CertificateInstallationStatus) -> str | None:
@@ -233,7 +282,7 @@ def _newest(ledger: Ledger, pending: Iterable[KeyRecord], active: list[KeyRecord
     own = [key for key in active if key.owner == newest.owner]
     if own:
         made = ledger.history(newest.key_id)[0].seq
-        installed = max(event.seq for event in ledger.history(own[-1].key_id) if event.event == KeyEvent.INSTALLED)
+        installed, _ = ledger.installations(newest.owner)[own[-1].key_id]
         if made < installed:
             return None
     return Found(newest)

@@ -37,14 +37,16 @@ async def ask(
 
     Raises:
         BrokerError: the broker cannot be reached, refuses, or went away meanwhile.
+        MessageError: the request has text that is not UTF-8.
     """
+    payload = encode(request)
     request_topic, response_topic = topics(topic_prefix)
     client_id = f"stationkey-request-{uuid.uuid4().hex[:12]}"
     try:
         async with asyncio.timeout(timeout):
             async with await connect(broker, client_id=client_id, persistent=False) as connection:
                 await connection.subscribe(response_topic)  # before asking: an answer may be quick
-                await connection.publish(request_topic, encode(request))
+                await connection.publish(request_topic, payload)
                 while True:
                     message = await connection.receive()
                     message.acknowledge()

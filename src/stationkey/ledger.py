@@ -13,7 +13,7 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -148,7 +148,8 @@ class Ledger:
     Args:
         path: the database file; made, with mode 0600, where it is missing.
         read_only: write nothing; implies not `make`.
-        make: make the database where it is missing.
+        make: make the database where it is missing, and bring one of an older version up to date. For the daemon, which
+            has the state directory to itself; a command beside it must not do so under a daemon of the older version.
 
     Raises:
         LedgerError: it cannot be opened, is damaged, or was written by a newer version.
@@ -158,39 +159,49 @@ class Ledger:
         self.path = path
         self._delivered: list[str] = []
         make = make and not read_only
-        if not make and not path.exists():
-            raise LedgerError(
-                f"there is no ledger at {path}",
-                reason="ledger_missing",
-                hint="is it the --state-dir of the daemon, and may this user read it?",
-            )
         with self._explained("opened"):
             if make:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            self._connection = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}",
-                uri=True,
-                isolation_level=None,
-                check_same_thread=False,
-                timeout=5.0,
-            )
-            self._connection.execute("PRAGMA foreign_keys=ON")
-            self._check()
-            if not read_only:
-                self._connection.execute("PRAGMA journal_mode=WAL")
-                self._connection.execute("PRAGMA synchronous=FULL")
-                self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten with zeros
-            self._prepare(read_only=read_only)
+            elif not path.exists():
+                raise LedgerError(
+                    f"there is no ledger at {path}",
+                    reason="ledger_missing",
+                    hint="is it the --state-dir of the daemon, and may this user read it?",
+                )
+            # Looked at by a connection that cannot write, so that one that is refused stays as it is, byte for byte:
+            # a connection that can write empties the write-ahead log as it closes.
+            self._connection = self._connect("ro")
+            try:
+                version = self._check(migrate=make)
+                if not read_only:
+                    self._connection.close()
+                    self._connection = self._connect("rw")
+                    self._connection.execute("PRAGMA foreign_keys=ON")
+                    self._connection.execute("PRAGMA journal_mode=WAL")
+                    self._connection.execute("PRAGMA synchronous=FULL")
+                    self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten with zeros
+                    self._connection.execute("PRAGMA temp_store=MEMORY")  # no copy of it in a temporary file
+                    self._migrate(version)
+            except BaseException:
+                self._connection.close()
+                raise
 
-    def _check(self) -> None:
-        """Look for damage before anything is written. Some milliseconds: the database is bounded."""
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=5.0,
+        )
+
+    def _check(self, *, migrate: bool) -> int:
+        """Look for damage, and at the version, before anything is written. Milliseconds: the database is bounded."""
         complaints = [row[0] for row in self._connection.execute("PRAGMA quick_check(1)")]
         if complaints != ["ok"]:
             reason, hint = _DAMAGED
             raise LedgerError(f"the ledger {self.path} is damaged: {complaints[0]}", reason=reason, hint=hint)
-
-    def _prepare(self, *, read_only: bool) -> None:
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
         if version > SCHEMA_VERSION:
             raise LedgerError(
                 f"the ledger {self.path} is of version {version}, and this stationkey knows versions up to "
@@ -198,12 +209,15 @@ class Ledger:
                 reason="ledger_newer",
                 hint="a newer stationkey wrote it: run that one. Nothing was changed",
             )
-        if version < SCHEMA_VERSION and read_only:
+        if version < SCHEMA_VERSION and not migrate:
             raise LedgerError(
                 f"the ledger {self.path} is of version {version}, and this stationkey wants {SCHEMA_VERSION}",
                 reason="ledger_older",
                 hint="start this version's daemon once: it brings the ledger up to date",
             )
+        return version
+
+    def _migrate(self, version: int) -> None:
         for number in range(version, SCHEMA_VERSION):
             with self._transaction():
                 for statement in MIGRATIONS[number].split(";\n"):
@@ -277,25 +291,33 @@ class Ledger:
                 (request.id.lower(), request.id, content_digest(request), key.key_id, csr, now, running),
             )
             self._note(key.key_id, "CSR answered", INITIAL, reason="", now=now, message_id=request.id)
-            crowded = self._crowded(data.certificate_type, request.evse_id or "", bounds)
-            for key_id in crowded:
-                self._apply(key_id, KeyEvent.EXPIRED, reason="too many keys were pending", now=now)
+            crowded = self._make_room(
+                "certificate_type = ? AND evse_id = ?",
+                (data.certificate_type, request.evse_id or ""),
+                limit=bounds.pending_limit,
+                now=now,
+            )
+            # After its own: where one of those went, nobody else's has to.
+            crowded += self._make_room("TRUE", (), limit=bounds.pending_total, now=now)
             self._write_delivered()
         return crowded
 
-    def _crowded(self, certificate_type: str, evse_id: str, bounds: Bounds) -> list[str]:
-        """The oldest pending keys beyond the bounds."""
-        beyond = (
-            "SELECT key.key_id FROM key JOIN event ON event.key_id = key.key_id AND event.event = 'CSR answered'"
-            " WHERE key.state = ? {} ORDER BY event.seq DESC LIMIT -1 OFFSET ?"
-        )
-        own = self._connection.execute(
-            beyond.format("AND certificate_type = ? AND evse_id = ?"),
-            (INITIAL, certificate_type, evse_id, bounds.pending_limit),
-        )
-        crowded = [row[0] for row in own]
-        everybody = self._connection.execute(beyond.format(""), (INITIAL, bounds.pending_total))
-        return crowded + [row[0] for row in everybody if row[0] not in crowded]
+    def _make_room(self, where: str, arguments: tuple[str, ...], *, limit: int, now: int) -> list[str]:
+        """End the oldest pending keys beyond `limit`."""
+        (pending,) = self._connection.execute(
+            f"SELECT count(*) FROM key WHERE state = ? AND {where}",  # noqa: S608 - `where` is this module's own text
+            (INITIAL, *arguments),
+        ).fetchone()
+        if pending <= limit:
+            return []
+        rows = self._connection.execute(
+            "SELECT key.key_id FROM key JOIN event ON event.key_id = key.key_id AND event.event = 'CSR answered'"  # noqa: S608 - `where` is this module's own text
+            f" WHERE key.state = ? AND {where} ORDER BY event.seq DESC LIMIT -1 OFFSET ?",
+            (INITIAL, *arguments, limit),
+        ).fetchall()
+        for (key_id,) in rows:
+            self._apply(key_id, KeyEvent.EXPIRED, reason="too many keys were pending", now=now)
+        return [key_id for (key_id,) in rows]
 
     def record_rejection(self, request_id: str, *, reason: str, message: str, now: int) -> None:
         """Write down why a request was refused. The oldest beyond `MAX_REJECTIONS` are forgotten."""
@@ -389,15 +411,19 @@ class Ledger:
             ).fetchone()
         return row is not None
 
-    def last_event(self, owner: tuple[str, str], event: KeyEvent) -> int:
-        """The number of the last such event of any key of `owner`; 0 where there was none."""
+    def installations(self, owner: tuple[str, str]) -> dict[str, tuple[int, int | None]]:
+        """The keys of `owner` that were ever active: when the certificate of each was installed, and when deleted.
+
+        The times are numbers of events; a certificate that was never reported as deleted has None.
+        """
         with self._explained("read"):
-            row = self._connection.execute(
-                "SELECT max(event.seq) FROM event JOIN key ON key.key_id = event.key_id"
-                " WHERE certificate_type = ? AND evse_id = ? AND event.event = ?",
-                (*owner, event),
-            ).fetchone()
-        return row[0] or 0
+            rows = self._connection.execute(
+                "SELECT key.key_id, max(seq) FILTER (WHERE event = ?) AS installed, max(seq) FILTER (WHERE event = ?)"
+                " FROM key JOIN event USING (key_id) WHERE certificate_type = ? AND evse_id = ?"
+                " GROUP BY key.key_id HAVING installed IS NOT NULL",
+                (KeyEvent.INSTALLED, KeyEvent.DELETED, *owner),
+            ).fetchall()
+        return {key_id: (installed, deleted) for key_id, installed, deleted in rows}
 
     def _owned(self, certificate_type: str, evse_id: str | None, state: KeyState) -> list[KeyRecord]:
         return self._select(
@@ -443,6 +469,14 @@ class Ledger:
 
     # A key's life.
 
+    def is_due(self, key_id: str, running: int) -> bool:
+        """Whether a key's time is over: another event may have changed that since `due` said so."""
+        with self._explained("read"):
+            row = self._connection.execute(
+                "SELECT 1 FROM key WHERE key_id = ? AND due <= ?", (key_id, running)
+            ).fetchone()
+        return row is not None
+
     def apply(
         self,
         key_id: str,
@@ -470,7 +504,9 @@ class Ledger:
         with self._explained("written"), self._transaction():
             state = self._apply(key_id, event, reason=reason, now=now, due=due, message_id=message_id)
         if state is KeyState.DESTROYED:
-            self.checkpoint()
+            # It is done, whether or not this succeeds; the daemon tries again with every sweep.
+            with suppress(LedgerError):
+                self.checkpoint()
         return state
 
     def activate(
@@ -559,6 +595,31 @@ class Ledger:
         with self._explained("written"):
             (busy, _, _) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return not busy
+
+    def wipe(self) -> bool:
+        """Write the database anew, if a key was destroyed since the last time, so that no trace of one is left in it.
+
+        secure_delete zeroes what is deleted where it is. But where rows were moved from page to page before, SQLite may
+        leave pieces of them in the unused part of a page. Milliseconds, because the database is bounded; and a flood of
+        requests then leaves no large file behind.
+
+        Returns:
+            Whether there was something to do.
+        """
+        with self._explained("written"):
+            (destroyed,) = self._connection.execute(
+                "SELECT coalesce(max(seq), 0) FROM event WHERE state = ?", (KeyState.DESTROYED,)
+            ).fetchone()
+            wiped = self._connection.execute("SELECT value FROM meta WHERE name = 'wiped'").fetchone()
+            if destroyed <= (0 if wiped is None else int(wiped[0])):
+                return False
+            self._connection.execute("VACUUM")
+            with self._transaction():
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO meta (name, value) VALUES ('wiped', ?)", (str(destroyed),)
+                )
+        self.checkpoint()
+        return True
 
     # Time, and what it ends.
 
@@ -676,6 +737,8 @@ _DAMAGED: Final = (
 )
 _REASONS: Final = {
     "SQLITE_FULL": ("disk_full", "make room; requests are served again as soon as there is some"),
+    "SQLITE_IOERR_SHMSIZE": ("disk_full", "make room; requests are served again as soon as there is some"),
+    "SQLITE_BUSY": ("ledger_busy", "does a stationkey keys command hold it?"),
     "SQLITE_READONLY": ("ledger_read_only", "the state directory must be writable"),
     "SQLITE_CANTOPEN": ("ledger_unusable", "does the state directory exist, and may this user write there?"),
     "SQLITE_NOTADB": _DAMAGED,

@@ -38,10 +38,13 @@ class TextFormatter(logging.Formatter):
     """``2026-11-23T10:00:00.000Z INFO accepted request_id=… key_id=…``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; a traceback, which only a fault of ours has, follows on lines of its own."""
+        """One line; a traceback, which only a fault of ours has, follows on indented lines of its own."""
         pairs = "".join(f" {name}={_value(value)}" for name, value in fields_of(record).items())
         line = f"{_timestamp(record)} {record.levelname:<7} {_printable(record.getMessage())}{pairs}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if not record.exc_info:
+            return line
+        trace = self.formatException(record.exc_info).splitlines()
+        return "\n".join([line, *(f"    {_printable(row)}" for row in trace)])
 
 
 class JsonFormatter(logging.Formatter):

@@ -47,6 +47,7 @@ ALTER TABLE key ADD COLUMN failed INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE key ADD COLUMN chain TEXT;
 ALTER TABLE key ADD COLUMN not_after INTEGER;
 ALTER TABLE answer ADD COLUMN running INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX key_by_state ON key (state);
 CREATE INDEX key_due ON key (due) WHERE due IS NOT NULL;
 CREATE INDEX answer_by_key ON answer (key_id);
 CREATE TABLE event (

@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self, TypeVar
+from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
@@ -28,7 +28,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from stationkey.errors import BrokerError, ConfigurationError, MessageError
+from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
 from stationkey.messages import (
     REQUEST_TOPIC,
     RESPONSE_TOPIC,
@@ -39,9 +39,6 @@ from stationkey.messages import (
     encode,
 )
 
-if TYPE_CHECKING:
-    from stationkey.errors import StationKeyError
-
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -50,10 +47,19 @@ KEEPALIVE: Final = 30
 """Seconds between signs of life on an idle connection [MQTT 5 3.1.2.10]."""
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds for a broker to accept a connection, and for every later answer from it that is waited for."""
+MQTT5_TIMEOUT: Final = 3.0
+"""Seconds for the answer to a CONNECT of MQTT 5, before 3.1.1 is tried: some brokers that know only 3.1.1 misread the
+longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
 SESSION_EXPIRY: Final = 7 * 24 * 3600
 """Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
+MAX_PREFIX: Final = 1024
+"""Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
 MAX_IN_HAND: Final = 64
 """How many messages are in hand at a time. The broker holds the rest: an RSA key takes its time."""
+MAX_WAITING: Final = 1024
+"""How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
+broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound. Reading never pauses: behind the
+requests comes what the answers wait for, their acknowledgements."""
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
 """Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
@@ -78,17 +84,24 @@ class Broker:
             ConfigurationError: another scheme, no host, a port out of range, or a password in it.
         """
         hint = "for example mqtt://127.0.0.1:1883"
+        if "@" in url:  # looked for before all else: what is said of other mistakes shows the URL
+            raise ConfigurationError(
+                "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
+                reason="broker_invalid",
+            )
         try:
             parts = urlsplit(url)
             port = DEFAULT_PORT if parts.port is None else parts.port
         except ValueError as error:
             raise ConfigurationError(f"{url!r} is no broker URL: {error}", reason="broker_invalid", hint=hint) from None
-        if parts.username is not None or parts.password is not None:
-            raise ConfigurationError(
-                "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
-                reason="broker_invalid",
-            )
-        if parts.scheme != "mqtt" or not parts.hostname or parts.path not in {"", "/"} or parts.query or port == 0:
+        if (
+            parts.scheme != "mqtt"
+            or not parts.hostname
+            or parts.path not in {"", "/"}
+            or parts.query
+            or parts.fragment
+            or port == 0
+        ):
             raise ConfigurationError(f"{url!r} is no broker URL", reason="broker_invalid", hint=hint)
         return cls(parts.hostname, port)
 
@@ -102,7 +115,7 @@ class ConnectionLost(BrokerError):
 
 
 class ProtocolRefused(BrokerError):
-    """The broker does not speak this version of MQTT, or closed the connection before it said anything."""
+    """The broker does not speak this version of MQTT, or said nothing to it: closed the connection, or kept silent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +154,7 @@ class MqttConnection:
         self._persistent = persistent
         self._loop = asyncio.get_running_loop()
         self._received: asyncio.Queue[Message] = asyncio.Queue()
-        self._paused = False
+        self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
         self.lost: asyncio.Future[str] = self._loop.create_future()
@@ -190,11 +203,15 @@ class MqttConnection:
             )
         except (OSError, ValueError) as error:
             raise BrokerError(f"no broker at {self._broker}: {error}", reason="broker_unreachable") from None
+        except asyncio.CancelledError:
+            self._drop("not connected")  # the thread goes on; see _watch
+            raise
         try:
-            await asyncio.wait_for(asyncio.shield(self._accepted), CONNECT_TIMEOUT)
+            await asyncio.wait_for(asyncio.shield(self._accepted), MQTT5_TIMEOUT if self._is_v5 else CONNECT_TIMEOUT)
         except TimeoutError:
             self._drop("no answer to CONNECT")
-            raise BrokerError(f"{self._broker} did not answer as an MQTT broker", reason="broker_unreachable") from None
+            kind = ProtocolRefused if self._is_v5 else BrokerError
+            raise kind(f"{self._broker} did not answer as an MQTT broker", reason="broker_unreachable") from None
         except BaseException:
             self._drop("not connected")
             raise
@@ -266,9 +283,7 @@ class MqttConnection:
                 getter.cancel()
         else:
             message = self._received.get_nowait()
-        if self._paused and self._received.qsize() < MAX_IN_HAND // 2 and self._sock is not None:
-            self._paused = False
-            self._loop.add_reader(self._sock, self._client.loop_read)
+        self._dropping = self._dropping and not self._received.empty()
         return message
 
     def acknowledge(self, message: Message) -> None:
@@ -330,7 +345,9 @@ class MqttConnection:
         self._loop.call_soon_threadsafe(self._watch, sock)
 
     def _watch(self, sock: socket.socket) -> None:
-        if sock.fileno() != -1:
+        if self.lost.done():
+            sock.close()  # nobody waited for it any more
+        elif sock.fileno() != -1:
             self._loop.add_reader(sock, self._client.loop_read)
 
     def _on_socket_close(self, client: paho.Client, userdata: object, sock: Any) -> None:
@@ -372,10 +389,11 @@ class MqttConnection:
         self._end(str(reason))
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
-        self._received.put_nowait(Message(bytes(message.payload), self, message.mid, message.qos))
-        if self._received.qsize() >= MAX_IN_HAND and self._sock is not None:
-            self._paused = True  # TCP's own flow control holds the rest back
-            self._loop.remove_reader(self._sock)
+        if message.qos > 0 or self._received.qsize() < MAX_WAITING:
+            self._received.put_nowait(Message(bytes(message.payload), self, message.mid, message.qos))
+        elif not self._dropping:
+            self._dropping = True  # said once, until all that waits has been taken
+            log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")
 
     def _on_publish(
         self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
@@ -426,11 +444,11 @@ async def _in_thread(call: Callable[[], T], *, name: str) -> T:
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
-async def _unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; or None where `stopping` comes first, and `work` was cancelled."""
+async def unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; or None where `end` comes first, and `work` was cancelled."""
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, end], return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
         if not task.done():
@@ -445,10 +463,13 @@ def topics(prefix: str) -> tuple[str, str]:
         prefix: a topic level or several; a ``/`` between it and the rest is added where it ends in none. May be empty.
 
     Raises:
-        ConfigurationError: it has a wildcard, a NUL, or begins with ``$`` (reserved for the broker).
+        ConfigurationError: it has a wildcard, a NUL or half a character, is too long, or begins with ``$``, which is
+            the broker's own.
     """
-    if any(character in prefix for character in "+#\0") or prefix.startswith("$"):
-        raise ConfigurationError(f"{prefix!r} cannot begin a topic", reason="topic_prefix_invalid")
+    size = len(prefix.encode("utf-8", "surrogatepass"))
+    is_text = not any("\ud800" <= character <= "\udfff" or character in "+#\0" for character in prefix)
+    if not is_text or size > MAX_PREFIX or prefix.startswith("$"):
+        raise ConfigurationError(f"{prefix[:80]!r} cannot begin a topic", reason="topic_prefix_invalid")
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     return prefix + REQUEST_TOPIC, prefix + RESPONSE_TOPIC
@@ -481,6 +502,11 @@ class _InHand:
     """A message that is being answered."""
 
     message: Message
+    request_id: str | None = None
+
+    def about(self) -> dict[str, object]:
+        """What a log line says of it."""
+        return {} if self.request_id is None else {"request_id": self.request_id}
 
     def takes_over(self, again: Message) -> bool:
         """Whether `again` is this message, sent once more over a new connection; then it is the one to acknowledge.
@@ -520,6 +546,8 @@ class MqttEdge:
         self._on_ready = on_ready
         self._connection: MqttConnection | None = None
         self._connected = asyncio.Event()
+        """There is a connection, or there will be none any more: `_ending`."""
+        self._ending = False
         self._free = asyncio.Semaphore(MAX_IN_HAND)
         self._in_hand: set[_InHand] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -537,9 +565,9 @@ class MqttEdge:
         try:
             while not stop.is_set():
                 try:
-                    connection = await _unless(stopping, self._connect())
+                    connection = await unless(stopping, self._connect())
                     if connection is None:
-                        return
+                        break
                     delay = FIRST_DELAY
                     await self._serve(connection, stopping, drain)
                 except BrokerError as error:
@@ -547,6 +575,7 @@ class MqttEdge:
                     log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
                     await asyncio.wait([stopping], timeout=wait)
                     delay = min(delay * 2, LAST_DELAY)
+            await self._drain(drain)  # where there is no connection: what is in hand is written down at least
         finally:
             stopping.cancel()
             for task in self._tasks:
@@ -570,10 +599,15 @@ class MqttEdge:
             self._connected.set()
             self._on_ready()
             try:
-                await _unless(stopping, self._receive(connection))
+                await unless(stopping, self._receive(connection))
                 await self._drain(drain)
             finally:
-                self._connection = None
+                self._disconnected(connection)
+
+    def _disconnected(self, connection: MqttConnection) -> None:
+        if self._connection is connection:
+            self._connection = None
+            if not self._ending:
                 self._connected.clear()
 
     async def _receive(self, connection: MqttConnection) -> NoReturn:
@@ -581,14 +615,23 @@ class MqttEdge:
             message = await connection.receive()
             if any(in_hand.takes_over(message) for in_hand in self._in_hand):
                 continue
-            await self._free.acquire()
+            acquire = self._free.acquire()
+            # What is in hand may itself wait for the next connection, so a loss must be noticed meanwhile.
+            if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
+                continue  # never acknowledged, so the broker sends it again
             self._spawn(self._handle(_InHand(message)), "answer")
 
     async def _drain(self, seconds: float) -> None:
-        if self._tasks:
-            _, left = await asyncio.wait(self._tasks, timeout=seconds)
-            if left:
-                log.warning("%d requests were not finished; the broker will send them again", len(left))
+        """Let what is in hand be finished. From now on nothing waits for another connection."""
+        self._ending = True
+        self._connected.set()
+        if not self._tasks:
+            return
+        _, left = await asyncio.wait(self._tasks, timeout=seconds)
+        for in_hand in self._in_hand:
+            log.warning("not finished; the broker will send it again", extra=in_hand.about())
+        for task in left:
+            task.cancel()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -599,55 +642,66 @@ class MqttEdge:
         """Answer one message, and acknowledge it once the answer is with the broker."""
         self._in_hand.add(in_hand)
         try:
-            response = await self._respond(in_hand.message.payload)
-            if response is not None:
-                await self._deliver(response)
-            in_hand.message.acknowledge()
+            response = await self._respond(in_hand)
+            if response is None or await self._deliver(response):
+                in_hand.message.acknowledge()
         except Exception:
             # A fault of ours. Acknowledged all the same: the broker would send it for ever.
-            log.exception("a message could not be dealt with; this is a fault of stationkey")
+            log.exception("a message could not be dealt with; this is a fault of stationkey", extra=in_hand.about())
             in_hand.message.acknowledge()
         finally:
             self._in_hand.discard(in_hand)
             self._free.release()
 
-    async def _respond(self, payload: bytes) -> GenerateCsrResponse | None:
+    async def _respond(self, in_hand: _InHand) -> GenerateCsrResponse | None:
         try:
-            message = decode(payload)
+            message = decode(in_hand.message.payload)
         except MessageError as error:
+            in_hand.request_id = error.request_id
             if error.request_id is not None:
                 return await self._service.reject(error.request_id, error)
             self._service.pass_over(error)
             return None
         match message:
             case GenerateCsrRequest():
+                in_hand.request_id = message.id
                 return await self._service.answer(message)
             case CertificateInstallationStatus():
                 await self._service.note_status(message)
         return None
 
-    async def _deliver(self, response: GenerateCsrResponse) -> None:
-        """Publish an answer; over a new connection where one is lost, for as long as it takes."""
+    async def _deliver(self, response: GenerateCsrResponse) -> bool:
+        """Publish an answer; over a new connection where one is lost, for as long as it takes.
+
+        Returns:
+            Whether it is done with; False where the service ends first.
+        """
         payload = encode(response)
         while True:
             await self._connected.wait()
             connection = self._connection
             if connection is None:
-                continue
+                log.warning("the answer goes out after the next start", extra={"request_id": response.id})
+                return False
             try:
                 await connection.publish(self._response_topic, payload)
             except ConnectionLost:
-                self._connected.clear()  # the next connection sets it again
+                self._disconnected(connection)
                 continue
             except BrokerError as error:
                 log.error("the answer is lost: %s", error, extra={"request_id": response.id, "reason": error.reason})
-                return
+                return True
             await self._service.delivered(response)
-            return
+            return True
 
     async def _deliver_recorded(self) -> None:
         """Publish what an earlier run answered and could not hand over."""
         await self._connected.wait()
-        for response in await self._service.undelivered():
-            log.info("publishing an answer of an earlier run", extra={"request_id": response.id})
-            await self._deliver(response)
+        if self._connection is None:
+            return
+        try:
+            for response in await self._service.undelivered():
+                log.info("publishing an answer of an earlier run", extra={"request_id": response.id})
+                await self._deliver(response)
+        except StationKeyError as error:
+            log.error("answers of an earlier run cannot be published: %s", error, extra={"reason": error.reason})

@@ -74,6 +74,7 @@ class StationKeyService:
         self._rsa_deadline = rsa_deadline
         self._clock = clock
         self._in_hand: dict[str, _Turn] = {}
+        self._closed = False
         self.counts: Counter[str] = Counter()
         self.custody = KeyCustody(
             keystore,
@@ -88,7 +89,7 @@ class StationKeyService:
         )
 
     async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
-        """Answer a request. Never raises a `StationKeyError`: what goes wrong is logged, recorded and ``rejected``."""
+        """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``."""
         async with self._one_at_a_time(request.id):
             try:
                 if (answered := await self._ledger(Ledger.find_answer, request.id)) is not None:
@@ -98,6 +99,9 @@ class StationKeyService:
                 await self._record(request, key, csr)
             except StationKeyError as error:
                 return await self.reject(request.id, error)
+            except Exception:
+                log.exception("a fault of stationkey", extra={"request_id": request.id})
+                return await self.reject(request.id, StationKeyError("a fault of ours", reason="internal_error"))
         self.counts["accepted"] += 1
         log.info("accepted", extra={"request_id": request.id, "key_id": key.key_id, **_about(request)})
         return messages.accepted(request, csr)
@@ -141,8 +145,11 @@ class StationKeyService:
         if response.data.status == "accepted":
             await self._ledger(Ledger.mark_delivered, response.id)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Write the running time down and wait for the ledger. Ledger and key store are the caller's to close."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             await self._ledger(Ledger.write_running, self._running.now())
         except StationKeyError as error:

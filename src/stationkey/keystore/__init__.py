@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import Algorithm, KeyType
@@ -23,7 +23,7 @@ from stationkey.profiles import Algorithm, KeyType
 if TYPE_CHECKING:
     from stationkey.csr import PrivateKey, PublicKey
 
-__all__ = ["KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
+__all__ = ["Abandonable", "KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
 
 
 _PEM_LABELS: Final = {"tpm2": "TSS2 PRIVATE KEY", "software": "PRIVATE KEY"}
@@ -137,6 +137,18 @@ class KeyStore(Protocol):
         ...
 
 
+@runtime_checkable
+class Abandonable(Protocol):
+    """A store whose device another store may take over while a call to this one is still out."""
+
+    def abandon(self) -> None:
+        """Send the device nothing more: what this store holds loaded there is the other's to clear away.
+
+        The one method that may be called from any thread.
+        """
+        ...
+
+
 def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[[], KeyStore]:
     """Check a key-store URI and give a function that opens it, to be called in the thread that will own it.
 
@@ -145,7 +157,7 @@ def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[
     """
     scheme, colon, rest = uri.partition(":")
     if scheme == "tpm2" and colon:
-        if not rest:
+        if not rest.partition(":")[0].strip():
             # With no TCTI given, tpm2-tss falls through to whatever listens on localhost:2321.
             raise ConfigurationError(
                 "the key store URI tpm2: names no TPM",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -65,6 +66,9 @@ def _load(key: KeyRef) -> PrivateKey:
             f"key {key.key_id} was made by a {key.scheme}: key store, and this one is software:",
             reason="key_of_another_store",
         )
-    private_key = serialization.load_der_private_key(key.private, password=None)
+    try:
+        private_key = serialization.load_der_private_key(key.private, password=None)
+    except (ValueError, TypeError, CryptographyUnsupported):
+        raise KeyStoreError(f"the private part of key {key.key_id} is no PKCS#8", reason="key_damaged") from None
     assert isinstance(private_key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)  # this store makes no other
     return private_key

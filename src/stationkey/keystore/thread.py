@@ -3,7 +3,8 @@
 A TPM command blocks without a time limit, and a context must not be used from two threads. So every use of a store is a
 job for this thread, each with a deadline that the one who waits enforces: what comes too late is thrown away, key
 included. Where a call is still out past its deadline, the next job is not made to wait for it for ever: the thread is
-given up, a new one with a store of its own takes over, and the old one ends as soon as its call returns.
+given up, a new one with a store of its own takes over, and the old one ends as soon as its call returns. From then on
+the old store is abandoned: were it to tidy up in the TPM, it might unload what the new one has just loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from stationkey.errors import KeyStoreError
-from stationkey.keystore import KeyStore
+from stationkey.keystore import Abandonable, KeyStore
 
 T = TypeVar("T")
 
@@ -28,44 +29,76 @@ MAX_ABANDONED: Final = 1
 @dataclass(frozen=True, slots=True)
 class _Job:
     run: Callable[[KeyStore], Any]
-    expires: float  # by time.monotonic
+    expires: float
     future: Future[Any]
 
 
 class _Worker(threading.Thread):
     """Takes jobs from the shared queue until it is told to stop or given up."""
 
-    def __init__(self, name: str, open_store: Callable[[], KeyStore], jobs: queue.SimpleQueue[_Job | None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        open_store: Callable[[], KeyStore],
+        jobs: queue.SimpleQueue[_Job | None],
+        clock: Callable[[], float],
+    ) -> None:
         super().__init__(name=name, daemon=True)  # a call that never returns must not keep the process from ending
         self._open_store = open_store
         self._jobs = jobs
-        self.abandoned = False
-        self.expires: float | None = None
-        """When the job in hand is overdue, by time.monotonic; None between jobs."""
+        self._clock = clock
+        self._store: KeyStore | None = None
+        self._turn = threading.Lock()  # a job ends, or its worker is given up: never both at once
+        self._abandoned = False
+        self._expires: float | None = None  # when the job in hand is overdue; None between jobs
+
+    @property
+    def hung(self) -> bool:
+        """Whether the job in hand is past its deadline."""
+        expires = self._expires
+        return expires is not None and self._clock() > expires
+
+    def give_up(self) -> bool:
+        """End the thread as soon as its overdue job returns; False, and nothing done, where there is no such job."""
+        with self._turn:
+            self._abandoned = self.hung
+            store: object = self._store
+            if self._abandoned and isinstance(store, Abandonable):
+                store.abandon()
+            return self._abandoned
 
     def run(self) -> None:
-        store: KeyStore | None = None
-        while not self.abandoned:
+        while True:
             job = self._jobs.get()
             if job is None:
                 break
             if not job.future.set_running_or_notify_cancel():
                 continue
-            if time.monotonic() >= job.expires:
+            if self._clock() >= job.expires:
                 job.future.set_exception(overdue())
                 continue
-            self.expires = job.expires
+            self._expires = job.expires
             try:
-                if store is None:
-                    store = self._open_store()
-                result = job.run(store)
+                result = job.run(self._open())
             except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
                 job.future.set_exception(error)
             else:
                 job.future.set_result(result)
-            self.expires = None
-        if store is not None:
-            store.close()
+            with self._turn:
+                self._expires = None
+                if self._abandoned:
+                    break
+        if self._store is not None:
+            self._store.close()
+
+    def _open(self) -> KeyStore:
+        if self._store is None:
+            store = self._open_store()
+            with self._turn:
+                if self._abandoned:
+                    raise overdue()
+                self._store = store
+        return self._store
 
 
 def overdue() -> KeyStoreError:
@@ -73,7 +106,7 @@ def overdue() -> KeyStoreError:
     return KeyStoreError(
         "the key store did not answer in time",
         reason="keystore_timeout",
-        hint="a TPM that is hung needs a reset; nothing was kept of this request",
+        hint="it is busy with other requests, or the TPM is hung and needs a reset; nothing was kept of this one",
     )
 
 
@@ -82,10 +115,12 @@ class KeyStoreThread:
 
     Args:
         open_store: opens the store; called in the thread that will own it, when the first job comes.
+        clock: seconds, from any beginning; never set back.
     """
 
-    def __init__(self, open_store: Callable[[], KeyStore]) -> None:
+    def __init__(self, open_store: Callable[[], KeyStore], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._open_store = open_store
+        self._clock = clock
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._abandoned: list[_Worker] = []
@@ -94,7 +129,7 @@ class KeyStoreThread:
 
     def _start(self) -> _Worker:
         self._count += 1
-        worker = _Worker(f"keystore-{self._count}", self._open_store, self._jobs)
+        worker = _Worker(f"keystore-{self._count}", self._open_store, self._jobs, self._clock)
         worker.start()
         return worker
 
@@ -110,11 +145,10 @@ class KeyStoreThread:
             job itself. Whoever waits for it must give up after `timeout` on his own: a hung call fulfils nothing.
         """
         future: Future[T] = Future()
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             self._abandoned = [worker for worker in self._abandoned if worker.is_alive()]
-            if self.hung and len(self._abandoned) < MAX_ABANDONED:
-                self._worker.abandoned = True
+            if len(self._abandoned) < MAX_ABANDONED and self._worker.give_up():
                 self._abandoned.append(self._worker)
                 self._worker = self._start()
         self._jobs.put(_Job(run, now + timeout, future))
@@ -123,8 +157,7 @@ class KeyStoreThread:
     @property
     def hung(self) -> bool:
         """Whether the job in hand is past its deadline."""
-        expires = self._worker.expires
-        return expires is not None and time.monotonic() > expires
+        return self._worker.hung
 
     def close(self, timeout: float = 1.0) -> bool:
         """End the thread after the jobs queued so far, and close the store.

@@ -9,6 +9,7 @@ What a TPM does when it is lost, cleared or full, by its return codes, and what 
 - The TCTI fails (``0xa000a``), and from then on every call on that context (``0x70007``), even when the TPM is back:
   the context is closed and a new one opened, and the command in hand is tried once more on it.
 - ``0x100`` (TPM_RC_INITIALIZE): the TPM was reset and waits for TPM2_Startup, which is sent.
+- ``0x910`` (TPM_RC_REFERENCE_H0): it was reset and started up again, and what was loaded is gone: it is loaded anew.
 - ``0x902`` (TPM_RC_OBJECT_MEMORY): objects of a dead client fill the slots. On a bare TPM they are flushed; through
   a resource manager they are somebody else's, and it keeps each client's apart.
 - A handle error on the SRK: the TPM was cleared under us; a new context finds or makes the SRK anew.
@@ -19,7 +20,9 @@ that thread's to notice.
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -73,6 +76,7 @@ from stationkey.profiles import (
 )
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 SRK_HANDLE: Final = 0x81000001
 """Where the SRK persists [TCG TPM v2.0 Provisioning Guidance 7.5.1]."""
@@ -88,15 +92,15 @@ KEY_ATTRIBUTES: Final = (
 )
 """Attributes of every key made here [TPM 2.0 part 2, 8.3]."""
 
-_SRK_ATTRIBUTES: Final = (
+_SRK_NEEDED: Final = (
     TPMA_OBJECT.FIXEDTPM
     | TPMA_OBJECT.FIXEDPARENT
     | TPMA_OBJECT.SENSITIVEDATAORIGIN
     | TPMA_OBJECT.USERWITHAUTH
-    | TPMA_OBJECT.NODA
     | TPMA_OBJECT.RESTRICTED
     | TPMA_OBJECT.DECRYPT
 )
+_SRK_ATTRIBUTES: Final = _SRK_NEEDED | TPMA_OBJECT.NODA
 
 _SCHEME: Final = "tpm2"
 _CURVES: Final[dict[KeyType, Any]] = {SECP256R1: TPM2_ECC.NIST_P256, SECP521R1: TPM2_ECC.NIST_P521}
@@ -107,8 +111,14 @@ _FIRST_TRANSIENT: Final = 0x80000000
 _LAST_TRANSIENT: Final = 0x80FFFFFF
 
 _RC_LAYER: Final = 0x00FF0000
+_RC_RESOURCE_MANAGER: Final = frozenset({0x000B0000, 0x000C0000})  # the layers of /dev/tpmrm0 and of tpm2-abrmd
+_RC_TPM: Final = 0x180  # bits that a code of the TPM has and a code of tpm2-tss has not: version 1 or format one
+_RC_FORMAT_ONE: Final = 0x080  # it complains about a handle, a session or a parameter [TPM 2.0 part 2, 6.6.2]
+_RC_TCTI_VALUE: Final = 0xA000B
+_RC_TCTI_UNKNOWN: Final = 0xA0015
 _RC_INITIALIZE: Final = 0x100
 _RC_OBJECT_MEMORY: Final = 0x902
+_RC_REFERENCE_H0: Final = 0x910
 _RC_COMMAND_CODE: Final = 0x143  # TPM2_CreateLoaded came with revision 1.38 of the specification
 _RC_LOCKOUT: Final = 0x921
 _RC_HANDLE_1: Final = 0x18B
@@ -135,6 +145,7 @@ class Tpm2KeyStore:
         self._fresh: tuple[KeyRef, Any] | None = None
         self._supported: dict[Algorithm, Support] = {}
         self._has_create_loaded = True
+        self._abandoned = False
 
     @property
     def description(self) -> str:
@@ -149,15 +160,15 @@ class Tpm2KeyStore:
 
     @contextmanager
     def signer(self, key: KeyRef) -> Iterator[PrivateKey]:
-        handle = self._with_device(lambda: self._load(key))
+        handle, private_key = self._with_device(lambda: self._private_key(key))
         esapi = self._esapi
         try:
-            private_key = tpm_ecc_private_key if isinstance(key.key_type, EllipticCurve) else tpm_rsa_private_key
-            yield private_key(esapi, handle)
+            yield private_key
         except TSS2_Exception as error:
             raise self._failure(error) from None
         finally:
-            self._flush(handle)
+            if self._esapi is esapi:  # on another context the handle would be another object's
+                self._flush(handle)
 
     def public_key(self, key: KeyRef) -> PublicKey:
         return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
@@ -166,44 +177,68 @@ class Tpm2KeyStore:
         """Unload it where it is loaded. The TPM holds nothing else of it: the wrapped blob is all there is."""
         _own(key)
         if self._fresh is not None and self._fresh[0] == key:
-            self._drop_fresh()
+            self._flush_fresh()
 
     def close(self) -> None:
-        esapi, self._esapi, self._srk, self._fresh = self._esapi, None, None, None
-        self._supported.clear()  # the next device may be another
-        if esapi is not None:
-            # The transport may be dead; there is nothing left to save on it.
-            esapi.close()
+        self._flush_fresh()
+        self._forget()
+
+    def abandon(self) -> None:
+        """Never unload anything again, nor begin a command: see `stationkey.keystore.Abandonable`."""
+        self._abandoned = True
 
     # The device: opened when first used, and anew whenever it was lost.
 
     def _with_device(self, command: Callable[[], T]) -> T:
         """Run `command` on an open context; where the TPM was lost, cleared, reset or full, mend that and try again."""
-        for last in (False, True):
+        self._refuse_if_abandoned()
+        if self._esapi is not None:
             try:
-                if self._esapi is None:
-                    self._open()
                 return command()
             except TSS2_Exception as error:
-                if last or not self._mend(error):
+                self._refuse_if_abandoned()
+                if not self._mend(error):
                     raise self._failure(error) from None
-        raise AssertionError  # pragma: no cover - the loop returns or raises
+        try:
+            if self._esapi is None:
+                self._open()
+            return command()
+        except TSS2_Exception as error:
+            raise self._failure(error) from None
+
+    def _refuse_if_abandoned(self) -> None:
+        if self._abandoned:
+            raise KeyStoreError(f"the TPM at {self._tcti} answered too late", reason="keystore_timeout")
 
     def _mend(self, error: TSS2_Exception) -> bool:
         """Put the device in order after `error`; True where the command is worth another try."""
-        if error.rc == _RC_OBJECT_MEMORY and self._esapi is not None and not self._resource_manager:
+        if _code(error) == _RC_OBJECT_MEMORY and self._esapi is not None and not self._resource_manager:
             self._flush_strays(self._esapi)
             return True
-        if self._esapi is not None and (_is_lost(error) or error.rc in {_RC_INITIALIZE, _RC_HANDLE_1}):
-            self.close()
+        if _is_lost(error) or _code(error) in {_RC_INITIALIZE, _RC_REFERENCE_H0, _RC_HANDLE_1}:
+            self._forget()
             return True
         return False
+
+    def _forget(self) -> None:
+        """Give up the context. Its transport may be dead; there is nothing left to save on it."""
+        esapi, self._esapi, self._srk, self._fresh = self._esapi, None, None, None
+        self._supported.clear()  # the next device may be another
+        if esapi is not None:
+            esapi.close()
 
     def _failure(self, error: TSS2_Exception) -> KeyStoreError:
         """The words for an error that stands."""
         code = f"{error.rc:#x}"
+        if _code(error) in {_RC_TCTI_VALUE, _RC_TCTI_UNKNOWN}:
+            return KeyStoreError(
+                f"tpm2-tss cannot make use of the TCTI {self._tcti!r} ({code})",
+                reason="tcti_invalid",
+                hint="it is NAME:CONFIGURATION, and the library of that name must be installed; "
+                "for example device:/dev/tpmrm0",
+            )
         if _is_lost(error):
-            self.close()
+            self._forget()
             return KeyStoreError(
                 f"the TPM at {self._tcti} cannot be reached ({code})",
                 reason="tpm_unreachable",
@@ -215,10 +250,12 @@ class Tpm2KeyStore:
                 "the TPM is in lockout",
                 "it ends by itself after the TPM's lockout interval, or with tpm2_dictionarylockout --clear-lockout",
             ),
+            _RC_INITIALIZE: ("tpm_reset", "the TPM was reset while it was in use", "ask again"),
+            _RC_REFERENCE_H0: ("tpm_reset", "the TPM was reset while it was in use", "ask again"),
             _RC_OBJECT_MEMORY: ("tpm_full", "the TPM has no free slot", "another program holds keys loaded"),
             _RC_INTEGRITY: (
                 "key_of_another_tpm",
-                "the key was made by another TPM, or before this one was cleared",
+                "the key was made by another TPM, or before this one was cleared, or its blob is damaged",
                 "it cannot be used again; ask for a new certificate",
             ),
             _RC_AUTH_FAIL: (
@@ -232,16 +269,31 @@ class Tpm2KeyStore:
                 "owner hierarchy and SRK must have none",
             ),
         }
-        reason, words, hint = known.get(error.rc, ("tpm_error", f"the TPM refused: {error}", ""))
+        reason, words, hint = known.get(_code(error), ("tpm_error", f"the TPM refused: {error}", ""))
         return KeyStoreError(f"{words} ({code})", reason=reason, hint=hint)
 
     def _open(self) -> None:
+        self._refuse_file()
         esapi = self._esapi = ESAPI(self._tcti)
         try:
             self._srk = self._prepare(esapi)
         except (TSS2_Exception, KeyStoreError):
-            self.close()
+            self._forget()
             raise
+
+    def _refuse_file(self) -> None:
+        """Keep a mistaken path from costing a file: tpm2-tss would write its commands into whatever it can open."""
+        name, _, path = self._tcti.partition(":")
+        if name != "device" or not path:
+            return
+        try:
+            mode = os.stat(path).st_mode  # noqa: PTH116 - a TCTI's configuration is text, and Path would tidy it up
+        except (OSError, ValueError):
+            return  # tpm2-tss will say so
+        if not stat.S_ISCHR(mode):
+            raise KeyStoreError(
+                f"{path} is no device", reason="tcti_invalid", hint="a TPM is a character device, such as /dev/tpmrm0"
+            )
 
     def _prepare(self, esapi: ESAPI) -> Any:
         """Start the TPM and clear its slots where that is needed; the SRK."""
@@ -249,7 +301,7 @@ class Tpm2KeyStore:
             # The first command of all: it finds out whether the TPM was started.
             present = _persistent(esapi, SRK_HANDLE)
         except TSS2_Exception as error:
-            if error.rc != _RC_INITIALIZE:
+            if _code(error) != _RC_INITIALIZE:
                 raise
             esapi.startup(TPM2_SU.CLEAR)
             present = _persistent(esapi, SRK_HANDLE)
@@ -266,7 +318,7 @@ class Tpm2KeyStore:
             wrong = f"a key of type {public.type}"
         elif public.parameters.eccDetail.curveID != TPM2_ECC.NIST_P256:
             wrong = f"a key on the curve {public.parameters.eccDetail.curveID}"
-        elif attributes & _SRK_ATTRIBUTES != _SRK_ATTRIBUTES or attributes & TPMA_OBJECT.SIGN_ENCRYPT:
+        elif attributes & _SRK_NEEDED != _SRK_NEEDED:  # with these, no TPM lets it sign
             wrong = f"a key with the attributes {attributes}"
         if wrong is not None:
             raise KeyStoreError(
@@ -274,6 +326,9 @@ class Tpm2KeyStore:
                 reason="srk_unfit",
                 hint=f"if nothing else needs it, remove it with: tpm2_evictcontrol -C o -c {SRK_HANDLE:#x}",
             )
+        if not attributes & TPMA_OBJECT.NODA:
+            # tpm2_createprimary makes it so by default; keys may hang on it, so it is used, and said.
+            log.warning("the storage root key lacks noda: three losses of power in a row can lock the TPM for a while")
         return srk
 
     def _make_srk(self, esapi: ESAPI) -> Any:
@@ -284,12 +339,13 @@ class Tpm2KeyStore:
         try:
             return esapi.evict_control(ESYS_TR.OWNER, primary, SRK_HANDLE)
         finally:
-            esapi.flush_context(primary)
+            self._flush(primary)
 
     def _flush_strays(self, esapi: ESAPI) -> None:
         """Unload every transient object of a bare TPM: they are of clients that died, for this is its only user now."""
         self._fresh = None
         for handle in _handles(esapi, _FIRST_TRANSIENT, _LAST_TRANSIENT):
+            self._refuse_if_abandoned()
             esapi.flush_context(esapi.tr_from_tpmpublic(handle))
 
     # The commands. Each runs inside _with_device.
@@ -315,7 +371,9 @@ class Tpm2KeyStore:
         missing = []
         for kind in profile.key_types:
             scheme = TPM2_ALG.ECDSA if isinstance(kind, EllipticCurve) else TPM2_ALG.RSASSA
-            if int(scheme) in algorithms and self._can_make(kind):
+            if int(scheme) not in algorithms:
+                return Support(None, f"this TPM has no {'ECDSA' if isinstance(kind, EllipticCurve) else 'RSASSA'}")
+            if self._can_make(kind):
                 return Support(kind)
             missing.append(str(kind))
         return Support(None, f"this TPM has no {' and no '.join(missing)}")
@@ -327,7 +385,7 @@ class Tpm2KeyStore:
         try:
             self._esapi.test_parms(TPMT_PUBLIC_PARMS(type=TPM2_ALG.RSA, parameters=_key_parameters(kind)))
         except TSS2_Exception as error:
-            if _is_lost(error) or error.rc == _RC_INITIALIZE:
+            if _is_lost(error) or not _code(error) & _RC_FORMAT_ONE:
                 raise
             return False  # TPM_RC_VALUE, TPM_RC_KEY_SIZE: the TPM knows RSA, but not this size
         return True
@@ -359,7 +417,7 @@ class Tpm2KeyStore:
                     self._srk, sensitive, TPM2B_TEMPLATE(template.marshal())
                 )
             except TSS2_Exception as error:
-                if error.rc != _RC_COMMAND_CODE:
+                if _code(error) != _RC_COMMAND_CODE:
                     raise
                 self._has_create_loaded = False
             else:
@@ -367,29 +425,44 @@ class Tpm2KeyStore:
         private, public, *_ = self._esapi.create(self._srk, sensitive, TPM2B_PUBLIC(publicArea=template))
         return self._esapi.load(self._srk, private, public), private, public
 
+    def _private_key(self, key: KeyRef) -> tuple[Any, PrivateKey]:
+        """A loaded key, and its face towards cryptography, which asks the TPM for its public part."""
+        handle = self._load(key)
+        private_key = tpm_ecc_private_key if isinstance(key.key_type, EllipticCurve) else tpm_rsa_private_key
+        try:
+            return handle, private_key(self._esapi, handle)
+        except TSS2_Exception:
+            self._flush(handle)
+            raise
+
     def _load(self, key: KeyRef) -> Any:
-        _own(key)
+        blob = _blob(key)
         if self._fresh is not None and self._fresh[0] == key:
             handle, self._fresh = self._fresh[1], None
             return handle
         self._drop_fresh()
         assert self._esapi is not None
-        blob = TSSPrivKey.from_der(key.private)
         return self._esapi.load(self._srk, blob.private, blob.public)
 
     def _drop_fresh(self) -> None:
+        """Unload the key that was made and never signed with, before the next command needs its slot."""
+        self._flush_fresh()
+        if self._esapi is None:  # the TPM was lost meanwhile, as the attempt to unload showed
+            self._open()
+
+    def _flush_fresh(self) -> None:
         if self._fresh is not None:
             handle, self._fresh = self._fresh[1], None
             self._flush(handle)
 
     def _flush(self, handle: Any) -> None:
         """Unload a key. A TPM that is lost has unloaded it already, or a new context will."""
-        if self._esapi is None:
+        if self._esapi is None or self._abandoned:
             return
         try:
             self._esapi.flush_context(handle)
         except TSS2_Exception:
-            self.close()
+            self._forget()
 
 
 def _own(key: KeyRef) -> None:
@@ -400,9 +473,26 @@ def _own(key: KeyRef) -> None:
         )
 
 
+def _blob(key: KeyRef) -> TSSPrivKey:
+    """The wrapped private part of a key of ours, with the public part that the TPM wants beside it."""
+    _own(key)
+    try:
+        return TSSPrivKey.from_der(key.private)
+    except (ValueError, TypeError, TSS2_Exception):
+        raise KeyStoreError(
+            f"the private part of key {key.key_id} is no TSS2 PRIVATE KEY", reason="key_damaged"
+        ) from None
+
+
+def _code(error: TSS2_Exception) -> int:
+    """The return code; where a resource manager answers in the TPM's place, with the code that the TPM would give."""
+    code: int = error.rc
+    return code & 0xFFFF if code & _RC_LAYER in _RC_RESOURCE_MANAGER and code & _RC_TPM else code
+
+
 def _is_lost(error: TSS2_Exception) -> bool:
     """Whether the failure is between us and the TPM, in any layer of tpm2-tss, rather than the TPM's own answer."""
-    return bool(error.rc & _RC_LAYER)
+    return bool(_code(error) & _RC_LAYER)
 
 
 def _printable(text: bytes) -> str:

@@ -1,0 +1,128 @@
+"""``stationkey serve`` that loses power at one named moment: ``crashing_daemon.py MOMENT COUNT [OPTION ...]``.
+
+The function, or the SQL statement, that a moment lies before or after is wrapped; nothing else of the daemon is
+touched. The process kills itself with SIGKILL when the moment comes for the COUNT-th time. ``any statement`` is the
+moment before each statement that SQLite is given.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import paho.mqtt.client as paho
+
+from stationkey import cli, service
+from stationkey.active import ActiveDirectory
+from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.ledger import Ledger
+from stationkey.mqtt import MqttConnection
+
+BEFORE: Final = "before"
+AFTER: Final = "after"
+ANY_STATEMENT: Final = "any statement"
+
+MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
+    # The start.
+    "lock taken, no database": (BEFORE, Ledger, "__init__"),
+    "database file made, empty": (BEFORE, "sql", "PRAGMA quick_check"),
+    "database opened for writing": (BEFORE, "sql", "PRAGMA journal_mode=WAL"),
+    "database in WAL mode, no tables": (BEFORE, "sql", "BEGIN IMMEDIATE"),
+    "tables of version 1 written, not committed": (BEFORE, "sql", "PRAGMA user_version=1"),
+    "tables of version 1 made": (BEFORE, "sql", "ALTER TABLE key ADD COLUMN due"),
+    "tables of version 2 written, not committed": (AFTER, "sql", "PRAGMA user_version=2"),
+    "client identifier written": (AFTER, Ledger, "client_id"),
+    # A request.
+    "request received": (BEFORE, service.StationKeyService, "answer"),
+    "key made": (AFTER, SoftwareKeyStore, "generate"),
+    "CSR built": (AFTER, service, "build_csr"),
+    "key written, answer not": (AFTER, "sql", "INSERT INTO key"),
+    "answer written, not committed": (AFTER, "sql", "INSERT INTO event"),
+    "committed": (AFTER, Ledger, "record_answer"),
+    "publishing": (BEFORE, MqttConnection, "publish"),
+    "published, not confirmed": (AFTER, paho.Client, "publish"),
+    "confirmed, not noted": (BEFORE, Ledger, "mark_delivered"),
+    "noted, not acknowledged": (BEFORE, MqttConnection, "acknowledge"),
+    "acknowledged": (AFTER, MqttConnection, "acknowledge"),
+    # A certificate installed.
+    "key proved": (BEFORE, Ledger, "activate"),
+    "activation written, not committed": (AFTER, "sql", "UPDATE key SET chain"),
+    "activated": (AFTER, Ledger, "activate"),
+    "PEM not written": (BEFORE, ActiveDirectory, "_write"),
+    "PEM written, not renamed": (BEFORE, Path, "replace"),
+    "PEM renamed": (AFTER, Path, "replace"),
+    "PEM renamed, directory synced": (AFTER, ActiveDirectory, "_sync_directory"),
+    # A key destroyed.
+    "destroying": (BEFORE, Ledger, "apply"),
+    "private part wiped, not committed": (AFTER, "sql", "UPDATE key SET private = NULL"),
+    "destroyed, write-ahead log not emptied": (BEFORE, "sql", "PRAGMA wal_checkpoint"),
+    "destroyed, write-ahead log emptied": (AFTER, "sql", "PRAGMA wal_checkpoint"),
+    "destroyed, PEM not removed": (BEFORE, Path, "unlink"),
+    "PEM removed": (AFTER, Path, "unlink"),
+}
+"""Each moment, by what it lies before or after."""
+
+
+class _Countdown:
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def tick(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wrap(call: Callable[..., Any], side: str, countdown: _Countdown) -> Callable[..., Any]:
+    """`call`, with the moment before or after it."""
+
+    def crashing(*args: Any, **kwargs: Any) -> Any:
+        if side == BEFORE:
+            countdown.tick()
+        result = call(*args, **kwargs)
+        if side == AFTER:
+            countdown.tick()
+        return result
+
+    return crashing
+
+
+def wrap_statements(beginning: str, side: str, countdown: _Countdown) -> None:
+    """Let the moment lie before or after every SQL statement with this `beginning`."""
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+            execute = super().execute
+            if statement.lstrip().startswith(beginning):
+                execute = wrap(execute, side, countdown)
+            return execute(statement, *arguments)
+
+        def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+            execute = super().executemany
+            if statement.lstrip().startswith(beginning):
+                execute = wrap(execute, side, countdown)
+            return execute(statement, *arguments)
+
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs)  # type: ignore[assignment]
+
+
+def main() -> None:
+    """Set the moment, and serve."""
+    moment, count, *options = sys.argv[1:]
+    countdown = _Countdown(int(count))
+    side, place, name = (BEFORE, "sql", "") if moment == ANY_STATEMENT else MOMENTS[moment]
+    if place == "sql":
+        wrap_statements(name, side, countdown)
+    else:
+        setattr(place, name, wrap(getattr(place, name), side, countdown))
+    cli.main(["serve", "--log-format", "json", *options])
+
+
+if __name__ == "__main__":
+    main()

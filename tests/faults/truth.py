@@ -1,0 +1,104 @@
+"""The judge: whether what is on disk, what was answered and what the key store can do are one and the same."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509 import load_pem_x509_csr
+from peers import Daemon
+
+from stationkey.active import file_name
+from stationkey.certificate import prove
+from stationkey.keystore import key_id_of, keystore_opener
+from stationkey.ledger import Ledger
+from stationkey.lifecycle import KeyState
+from stationkey.messages import GenerateCsrRequest
+
+STATE_FILES: Final = frozenset({"lock", "ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "active"})
+"""All that a state directory may hold."""
+
+
+def key_of(csr: str) -> str:
+    """The name of the key that a CSR is for."""
+    public = load_pem_x509_csr(csr.encode()).public_key()
+    return key_id_of(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+
+
+def events_of(daemon: Daemon) -> list[dict[str, Any]]:
+    """The log of the run in hand, a last line that is not whole left out."""
+    lines = daemon.run_log.splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
+
+
+def reasons_of(daemon: Daemon) -> list[str]:
+    """The reasons that the run in hand gave for what it refused."""
+    return [event["reason"] for event in events_of(daemon) if event["event"].startswith("rejected")]
+
+
+def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
+    """Hold a state directory that no daemon uses against the accepted answers that anyone received.
+
+    Every CSR received is on record under its id, and its key, loaded from the ledger, signs. Every key on record has
+    the answer and the event that say why it was made. Every file is one that the documents name, and ``active/``
+    shows what the ledger says.
+    """
+    store = keystore_opener(keystore, allow_software_keys=True)()
+    ledger = Ledger(state_dir / "ledger.sqlite3", make=False)
+    try:
+        for request_id, csr in accepted.items():
+            answered = ledger.find_answer(request_id)
+            assert answered is not None, f"{request_id} was answered and is not on record"
+            assert answered.csr == csr
+            reference = ledger.key_ref(key_of(csr))
+            assert reference is not None, f"{request_id} was answered with a key that is not on record"
+            public_key = load_pem_x509_csr(csr.encode()).public_key()
+            with store.signer(reference) as private_key:
+                prove(private_key, public_key, b"is this the key?")
+        keys = ledger.keys()
+        for key in keys:
+            history = ledger.history(key.key_id)
+            assert [event.event for event in history].count("CSR answered") == 1
+            assert history[0].event == "CSR answered"
+            assert len(key.request_ids) == 1
+            assert history[-1].state == key.state
+            assert (ledger.key_ref(key.key_id) is None) == (key.state is KeyState.DESTROYED)
+        wanted = {file_name(owner): content for owner, content in ledger.active_files().items()}
+    finally:
+        ledger.close()
+        store.close()
+    assert _rows(state_dir, "PRAGMA integrity_check") == [("ok",)]
+    assert _rows(state_dir, "SELECT count(*) FROM answer WHERE key_id NOT IN (SELECT key_id FROM key)") == [(0,)]
+    assert {path.name for path in state_dir.iterdir()} <= STATE_FILES
+    active = state_dir / "active"
+    found = {path.name: path.read_bytes() for path in active.iterdir()} if active.exists() else {}
+    found.pop(".lock", None)
+    assert found == wanted
+
+
+def events_brought(state_dir: Path, message_ids: Iterable[str]) -> dict[str, int]:
+    """How many events each of these messages has brought to keys."""
+    return {
+        message_id: _rows(
+            state_dir, "SELECT count(*) FROM event WHERE message_id = ? AND event != 'CSR answered'", message_id
+        )[0][0]
+        for message_id in message_ids
+    }
+
+
+def requests_on_record(state_dir: Path, requests: Iterable[GenerateCsrRequest]) -> set[str]:
+    """Those of the requests whose ids the ledger has an answer for."""
+    on_record = {row[0] for row in _rows(state_dir, "SELECT request_id FROM answer")}
+    return {request.id for request in requests} & on_record
+
+
+def _rows(state_dir: Path, statement: str, *arguments: object) -> list[Any]:
+    connection = sqlite3.connect(state_dir / "ledger.sqlite3")
+    try:
+        return connection.execute(statement, arguments).fetchall()
+    finally:
+        connection.close()

@@ -1,0 +1,285 @@
+"""What several test files build a station of: requests, a certificate authority, and a service on a real ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from msgspec import UNSET
+
+from stationkey import messages
+from stationkey.csr import PublicKey
+from stationkey.custody import RunningTime
+from stationkey.keystore import key_id_of, keystore_opener
+from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.keystore.thread import KeyStoreThread
+from stationkey.ledger import DATABASE_NAME, KeyRecord, Ledger
+from stationkey.lifecycle import KeyState
+from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest
+from stationkey.profiles import Algorithm, CertificateType
+from stationkey.service import StationKeyService
+from stationkey.terms import Terms
+
+V2G = CertificateType.V2G_CERTIFICATE
+V2G20 = CertificateType.V2G20_CERTIFICATE
+STATION = CertificateType.CHARGING_STATION_CERTIFICATE
+E1, E2 = "DE*ABC*E1", "DE*ABC*E2"
+CN, O, C = "DE-ABC-S-1", "Über Strom GmbH", "DE"  # noqa: E741 - the attributes' own names
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+"""What the station's clock says, unless a test sets it otherwise."""
+
+Verb = Literal["installed", "deleted", "failed_installation"]
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def request(
+    certificate_type: CertificateType = V2G,
+    evse_id: str | None = None,
+    *,
+    request_id: str | None = None,
+    algorithm: Algorithm | None = None,
+    common_name: str = CN,
+) -> GenerateCsrRequest:
+    if certificate_type is V2G20:
+        algorithm = Algorithm.ECDSA_SHA512
+    return messages.generate_csr(
+        request_id or new_id(),
+        messages.GenerateCsrData(
+            certificate_type=certificate_type,
+            common_name=common_name,
+            organization_name=O,
+            country_name=C,
+            evse_id=UNSET if evse_id is None else evse_id,
+            algorithm=UNSET if algorithm is None else algorithm,
+        ),
+    )
+
+
+def status(
+    verb: Verb,
+    certificate_type: CertificateType = V2G,
+    evse_id: str | None = None,
+    *,
+    private_key_path: Path | str | None = None,
+    message_id: str | None = None,
+) -> CertificateInstallationStatus:
+    return CertificateInstallationStatus(
+        id=message_id or new_id(),
+        name="certificate_installation_status",
+        type="update",
+        data=messages.CertificateInstallationStatusData(
+            certificate_type=certificate_type,
+            status=verb,
+            private_key_path=UNSET if private_key_path is None else str(private_key_path),
+            evse_id=UNSET if evse_id is None else evse_id,
+        ),
+    )
+
+
+def key_id_in(csr: str) -> str:
+    """The name of the key that a CSR is for."""
+    public_key = x509.load_pem_x509_csr(csr.encode()).public_key()
+    return key_id_of(
+        public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+
+
+class Authority:
+    """A certificate authority with one certificate between its root and what it signs."""
+
+    def __init__(self) -> None:
+        self._root_key = ec.generate_private_key(ec.SECP256R1())
+        self._sub_key = ec.generate_private_key(ec.SECP256R1())
+        self.root = _ca("root", self._root_key, "root", self._root_key)
+        self.sub = _ca("sub", self._sub_key, "root", self._root_key)
+
+    def sign(
+        self,
+        csr: str,
+        *,
+        public_key: PublicKey | None = None,
+        subject: x509.Name | None = None,
+        without: Iterable[type[x509.ExtensionType]] = (),
+        instead: Iterable[x509.ExtensionType] = (),
+        begins: datetime = NOW - timedelta(days=1),
+        ends: datetime = NOW + timedelta(days=90),
+    ) -> x509.Certificate:
+        """The certificate that a CSR asks for, but for what is said otherwise."""
+        asked = x509.load_pem_x509_csr(csr.encode())
+        assert asked.is_signature_valid
+        own = asked.public_key()
+        assert isinstance(own, PublicKey)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(asked.subject if subject is None else subject)
+            .issuer_name(self.sub.subject)
+            .public_key(public_key or own)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begins)
+            .not_valid_after(ends)
+        )
+        others = tuple(instead)
+        left_out = (*without, *(type(extension) for extension in others))
+        for extension in asked.extensions:
+            if not isinstance(extension.value, left_out):
+                builder = builder.add_extension(extension.value, extension.critical)
+        for value in others:
+            builder = builder.add_extension(value, critical=True)
+        return builder.sign(self._sub_key, hashes.SHA256())
+
+
+def _ca(
+    name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey
+) -> x509.Certificate:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(NOW - timedelta(days=400))
+        .not_valid_after(NOW + timedelta(days=4000))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(signer, hashes.SHA256())
+    )
+
+
+def pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
+
+
+@dataclass
+class Clocks:
+    """The clock on the wall, which somebody may set, and the one that only counts."""
+
+    wall: float = NOW.timestamp()
+    machine: float = 0.0
+
+    def pass_by(self, milliseconds: float) -> None:
+        """Let time go by, on both."""
+        self.wall += milliseconds / 1000
+        self.machine += milliseconds / 1000
+
+
+@dataclass
+class Station:
+    """A service in this process, on a real ledger and a real key store."""
+
+    service: StationKeyService
+    ledger: Ledger
+    keystore: KeyStoreThread
+    clocks: Clocks
+    counts: Counter[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = self.service.counts
+
+    @property
+    def state_dir(self) -> Path:
+        return self.ledger.path.parent
+
+    @property
+    def active_dir(self) -> Path:
+        return self.state_dir / "active"
+
+    async def csr(self, certificate_type: CertificateType = V2G, evse_id: str | None = None) -> str:
+        """Ask for a CSR with a new id."""
+        response = await self.service.answer(request(certificate_type, evse_id))
+        assert isinstance(response.data.csr, str)
+        return response.data.csr
+
+    async def key(self, certificate_type: CertificateType = V2G, evse_id: str | None = None) -> str:
+        """Ask for a CSR with a new id; the name of its key."""
+        return key_id_in(await self.csr(certificate_type, evse_id))
+
+    async def told(
+        self,
+        verb: Verb,
+        certificate_type: CertificateType = V2G,
+        evse_id: str | None = None,
+        *,
+        private_key_path: Path | str | None = None,
+        message_id: str | None = None,
+    ) -> None:
+        """Be told by Josev what became of a certificate."""
+        await self.service.note_status(
+            status(verb, certificate_type, evse_id, private_key_path=private_key_path, message_id=message_id)
+        )
+
+    def record(self, key_id: str) -> KeyRecord:
+        (found,) = self.ledger.keys(key_id)
+        return found
+
+    def states(self, *key_ids: str) -> list[KeyState]:
+        return [self.record(key_id).state for key_id in key_ids]
+
+    def events(self, key_id: str) -> list[str]:
+        return [event.event for event in self.ledger.history(key_id)]
+
+    def dump(self) -> list[str]:
+        """All that is in the ledger, but for the running time."""
+        return dump(self.ledger.path)
+
+    async def pass_by(self, milliseconds: float) -> None:
+        """Let time go by, and sweep."""
+        self.clocks.pass_by(milliseconds)
+        await self.service.custody.sweep()
+
+
+def dump(database: Path) -> list[str]:
+    """All that is in a database, but for the running time."""
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+        return [line for line in connection.iterdump() if "'running'" not in line]
+
+
+@asynccontextmanager
+async def station(
+    state_dir: Path,
+    *,
+    keystore: str = "software:",
+    terms: Terms | None = None,
+    certificate_dir: Path | None = None,
+    clocks: Clocks | None = None,
+) -> AsyncIterator[Station]:
+    """A station that ends with the block; its state directory stays, and so it can be started again."""
+    clocks = clocks or Clocks()
+    state_dir.mkdir(mode=0o700, exist_ok=True)  # noqa: ASYNC240 - nothing else runs yet
+    with closing(Ledger(state_dir / DATABASE_NAME)) as ledger:
+        thread = KeyStoreThread(keystore_opener(keystore, allow_software_keys=True))
+        # The service takes the machine's own clock, which no test could wait for.
+        with mock.patch("stationkey.service.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
+            service = StationKeyService(
+                thread, ledger, terms=terms, certificate_dir=certificate_dir, clock=lambda: clocks.wall
+            )
+        await service.custody.show_active()
+        try:
+            yield Station(service, ledger, thread, clocks)
+        finally:
+            await service.aclose()
+            await asyncio.to_thread(thread.close)
+
+
+def software_key(algorithm: Algorithm = Algorithm.ECDSA_SHA256) -> ec.EllipticCurvePrivateKey:
+    """A private key of the software store."""
+    store = SoftwareKeyStore()
+    with store.signer(store.generate(algorithm)) as private_key:
+        assert isinstance(private_key, ec.EllipticCurvePrivateKey)
+        return private_key

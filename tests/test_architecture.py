@@ -1,0 +1,202 @@
+"""Imports run one way, and each library has one home.
+
+A module is imported by rows below it only. What an import costs nothing and binds nothing, under ``TYPE_CHECKING``, may
+also be of the same row. The package itself may be imported by all (for its version): it imports nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import stationkey
+
+PACKAGE = Path(stationkey.__file__).parent
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+ROWS: list[set[str]] = [
+    {"errors", "logs"},  # logs knows nothing of ours: whoever logs uses the standard library
+    {"profiles", "lifecycle", "terms"},
+    {"messages", "config"},
+    {"csr", "schema", "migrations"},  # a CSR and a schema are made from messages
+    {"certificate", "keystore"},
+    {"ledger", "active"},  # the ledger gives keys back as the key store knows them
+    {"bridge", "installation", "state"},
+    {"custody"},
+    {"service"},
+    {"mqtt", "ocpp"},
+    {"josev"},
+    {"daemon"},  # the composition root is given its configuration
+    {"cli"},
+    {"__main__"},
+]
+ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
+
+INSIDE = {"keystore"}
+"""A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
+
+HOMES: dict[str, set[str]] = {
+    "click": {"cli"},
+    "rich": {"cli"},
+    "paho": {"mqtt"},
+    "tpm2_pytss": {"keystore.tpm2"},
+    "sqlite3": {"ledger"},
+    # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with.
+    "cryptography": {"csr", "certificate", "keystore.software", "keystore.tpm2"},
+    # The wire's structs and UNSET, which says that a field is not there; TOML to frozen values.
+    "msgspec": {"messages", "schema", "config", "ledger", "cli"},
+}
+"""Where each library that is not ours is imported. sqlite3 is the standard library's, and a part like any other."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement.
+
+    Attributes:
+        importer: module that it stands in, without ``stationkey.``; ``""`` is the package itself.
+        imported: what it imports, in full.
+        line: where it stands.
+        at_start: whether it runs when the importer is imported, rather than in a function.
+        for_types: whether only a type checker runs it.
+    """
+
+    importer: str
+    imported: str
+    line: int
+    at_start: bool
+    for_types: bool
+
+    def __str__(self) -> str:
+        return f"{self.importer or 'stationkey'}, line {self.line}: imports {self.imported}"
+
+    @property
+    def ours(self) -> str | None:
+        """The module of ours that is imported, without ``stationkey.``; None where it is not ours."""
+        top, _, rest = self.imported.partition(".")
+        return rest if top == "stationkey" else None
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(importer: str, source: str) -> Iterator[Import]:
+    def walk(node: ast.AST, *, at_start: bool, for_types: bool) -> Iterator[Import]:
+        match node:
+            case ast.Import(names=names):
+                targets = [alias.name for alias in names]
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                full = [f"{module}.{alias.name}" for alias in names]
+                known = {"stationkey" + (f".{name}" if name else "") for name in MODULES}
+                targets = [name if name in known else module for name in full]
+            case ast.ImportFrom():
+                raise AssertionError(f"{importer}, line {node.lineno}: a relative import")
+            case _:
+                targets = []
+        for target in targets:
+            yield Import(importer, target, getattr(node, "lineno", 0), at_start, for_types)
+        in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        guarded = node.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" else []
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, at_start=at_start and not in_function, for_types=for_types or child in guarded)
+
+    yield from walk(ast.parse(source), at_start=True, for_types=False)
+
+
+IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path.read_text())]
+
+
+def wrong_way(found: Import) -> bool:
+    """Whether an import of ours goes up or sideways."""
+    if not found.ours or not found.importer:  # the package's own are under TYPE_CHECKING, as a test below says
+        return False
+    importer, imported = found.importer.partition(".")[0], found.ours.partition(".")[0]
+    if importer == imported and importer in INSIDE:
+        return False
+    above = ROW_OF[imported] <= ROW_OF[importer] if found.for_types else ROW_OF[imported] < ROW_OF[importer]
+    return not above
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_every_module_has_a_row(module: str) -> None:
+    assert module.partition(".")[0] in ROW_OF
+
+
+def test_imports_run_one_way() -> None:
+    assert [str(found) for found in IMPORTS if wrong_way(found)] == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "source", "expected"),
+    [
+        pytest.param("profiles", "from stationkey.errors import Fault", [], id="from above"),
+        pytest.param("errors", "from stationkey.profiles import Algorithm", [0], id="from below"),
+        pytest.param("csr", "from stationkey import schema", [0], id="sideways"),
+        pytest.param("csr", "def f():\n import stationkey.service", [0], id="from below, in a function"),
+        pytest.param(
+            "certificate", "if TYPE_CHECKING:\n from stationkey.keystore import KeyRef", [], id="sideways, for types"
+        ),
+        pytest.param("certificate", "from stationkey.keystore import KeyRef", [0], id="sideways, at run time"),
+        pytest.param("ledger", "if TYPE_CHECKING:\n import stationkey.mqtt", [0], id="from below, for types"),
+        pytest.param("certificate", "if TYPE_CHECKING:\n pass\nelse:\n import stationkey.keystore", [0], id="else"),
+        pytest.param("keystore.tpm2", "from stationkey.keystore import KeyRef", [], id="inside the key stores"),
+        pytest.param("keystore.tpm2", "from stationkey.ledger import Ledger", [0], id="out of the key stores"),
+        pytest.param("mqtt", "from stationkey import __version__", [], id="the version"),
+        pytest.param("mqtt", "import asyncio, paho", [], id="not ours"),
+    ],
+)
+def test_an_import_that_runs_the_wrong_way_would_be_seen(importer: str, source: str, expected: list[int]) -> None:
+    found = list(imports_of(importer, source))
+
+    assert [number for number, one in enumerate(found) if wrong_way(one)] == expected
+
+
+def test_no_module_needs_itself_to_be_imported() -> None:
+    """What runs at import time, the key stores' inside included."""
+    needs: dict[str, set[str]] = {name: set() for name in MODULES}
+    for found in IMPORTS:
+        if found.ours is not None and found.at_start and not found.for_types:
+            needs[found.importer].add(found.ours)
+
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
+
+
+def test_the_package_itself_imports_nothing_of_ours() -> None:
+    assert [str(found) for found in IMPORTS if not found.importer and found.ours and not found.for_types] == []
+
+
+def test_each_library_is_imported_in_its_home() -> None:
+    strays = [
+        str(found)
+        for found in IMPORTS
+        for library in [found.imported.partition(".")[0]]
+        if (library in HOMES or library not in sys.stdlib_module_names | {"stationkey"})
+        and found.importer not in HOMES.get(library, set())
+    ]
+
+    assert strays == []
+
+
+def test_every_home_is_lived_in() -> None:
+    used = {(found.imported.partition(".")[0], found.importer) for found in IMPORTS}
+
+    assert {(library, home) for library, homes in HOMES.items() for home in homes} - used == set()
+
+
+def test_what_is_imported_is_what_the_package_depends_on() -> None:
+    dependencies = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
+    names = {dependency.partition(">")[0].replace("-", "_") for dependency in dependencies}
+
+    assert {name.removesuffix("_mqtt") for name in names} == HOMES.keys() - sys.stdlib_module_names

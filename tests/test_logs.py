@@ -1,0 +1,213 @@
+"""One event, one line, and nobody but the program writes one."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stationkey import logs
+
+FORGED = "2026-01-01T00:00:00.000Z INFO    accepted request_id=forged"
+LINE_ENDS = {
+    "line feed": "\n",
+    "carriage return": "\r",
+    "vertical tab": "\v",
+    "form feed": "\f",
+    "file separator": "\x1c",
+    "next line": "\x85",
+    "line separator": "\u2028",
+    "paragraph separator": "\u2029",
+}
+UNSEEN = {
+    "NUL": "\0",
+    "escape, which begins a terminal's commands": "\x1b",
+    "delete": "\x7f",
+    "C1 control sequence introducer": "\x9b",
+    "right-to-left override": "\u202e",
+    "right-to-left isolate": "\u2067",
+    "zero-width space": "\u200b",
+    "byte order mark": "\ufeff",
+    "half a character": "\ud800",
+}
+CHARACTERS = [pytest.param(character, id=words) for words, character in (LINE_ENDS | UNSEEN).items()]
+
+
+def a_record(message: str, *arguments: object, **fields: object) -> logging.LogRecord:
+    record = logging.LogRecord("stationkey.service", logging.INFO, __file__, 1, message, arguments, None)
+    vars(record).update(fields)
+    return record
+
+
+def as_text(message: str, *arguments: object, **fields: object) -> str:
+    return logs.TextFormatter().format(a_record(message, *arguments, **fields))
+
+
+def as_json(message: str, *arguments: object, **fields: object) -> dict[str, Any]:
+    line = logs.JsonFormatter().format(a_record(message, *arguments, **fields))
+    assert line.isascii()
+    assert line.isprintable()
+    event: dict[str, Any] = json.loads(line)
+    return event
+
+
+def a_failure(message: str) -> logging.LogRecord:
+    """The record of a fault of ours."""
+    record = a_record("a fault")
+    try:
+        raise ValueError(message)  # noqa: TRY301 - a traceback comes of nothing else
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    return record
+
+
+# Text.
+
+
+def test_a_line_has_the_time_the_level_the_event_and_its_fields() -> None:
+    record = a_record("accepted %s", "it", request_id="123e4567", ms=3.5, evse_id=None)
+    record.created = 1_795_514_400.25
+
+    assert logs.TextFormatter().format(record) == (
+        "2026-11-24T10:00:00.250Z INFO    accepted it request_id=123e4567 ms=3.5 evse_id=None"
+    )
+
+
+@pytest.mark.parametrize("character", CHARACTERS)
+def test_no_message_and_no_field_can_forge_a_line(character: str) -> None:
+    line = as_text(f"said{character}{FORGED}", common_name=f"a{character}{FORGED}")
+
+    assert line.isprintable()
+    assert line.splitlines() == [line]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param("a b", id="space"),
+        pytest.param("a request_id=forged", id="another field"),
+        pytest.param('a" request_id="forged', id="quote"),
+        pytest.param("a=b", id="equals sign"),
+        pytest.param("", id="empty"),
+        pytest.param("Über", id="letters that are not ASCII"),
+    ],
+)
+def test_a_value_that_is_no_plain_word_is_quoted(value: str) -> None:
+    field = as_text("said", common_name=value).partition(" common_name=")[2]
+
+    assert json.loads(field) == value
+
+
+def test_names_are_readable_in_a_message() -> None:
+    assert as_text("Über Strom 国家").endswith("Über Strom 国家")
+
+
+@pytest.mark.parametrize("character", CHARACTERS)
+def test_a_traceback_stands_indented_and_cannot_forge_a_line(character: str) -> None:
+    first, *rest = logs.TextFormatter().format(a_failure(f"x{character}{FORGED}")).split("\n")
+
+    assert first.endswith("a fault")
+    assert rest[0] == "    Traceback (most recent call last):"
+    assert all(row.startswith("    ") and row.isprintable() for row in rest)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=())))
+def test_whatever_is_said_is_one_line(text: str) -> None:
+    line = as_text("%s", text, common_name=text)
+
+    assert line.isprintable()
+    assert as_json("%s", text, common_name=text)["common_name"] == text
+
+
+# JSON.
+
+
+def test_an_event_is_one_object_with_its_fields() -> None:
+    event = as_json("accepted %s", "it", request_id="123e4567", ms=3.5, evse_id=None, algorithms=["a"])
+
+    assert datetime.fromisoformat(event.pop("time")).tzinfo is not None
+    assert event == {
+        "level": "info",
+        "event": "accepted it",
+        "logger": "stationkey.service",
+        "request_id": "123e4567",
+        "ms": 3.5,
+        "evse_id": None,
+        "algorithms": ["a"],
+    }
+
+
+@pytest.mark.parametrize("character", CHARACTERS)
+def test_an_event_keeps_every_character_and_stays_one_line(character: str) -> None:
+    said = f"said{character}{FORGED}"
+
+    event = as_json("%s", said, common_name=said)
+
+    assert (event["event"], event["common_name"]) == (said, said)
+
+
+def test_a_traceback_is_a_field_of_its_event() -> None:
+    line = logs.JsonFormatter().format(a_failure(f"x\n{FORGED}"))
+
+    assert line.isprintable()
+    assert "Traceback (most recent call last)" in json.loads(line)["traceback"]
+
+
+def test_a_value_that_json_does_not_know_is_said_in_its_own_words() -> None:
+    assert as_json("said", key_type=pytest)["key_type"] == str(pytest)
+
+
+# Where it goes.
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    """The root logger, which is put back afterwards."""
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+    yield logger
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("root")
+def test_json_has_as_many_lines_as_events() -> None:
+    stream = io.StringIO()
+    logs.set_up("json", stream=stream)
+    log = logging.getLogger("stationkey.test")
+
+    log.info("one")
+    log.warning("two\n", extra={"request_id": "a\nb"})
+    log.debug("not said")
+
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(event["level"], event["event"]) for event in events] == [("info", "one"), ("warning", "two\n")]
+    assert events[1]["request_id"] == "a\nb"
+
+
+@pytest.mark.usefixtures("root")
+def test_text_goes_to_standard_error_and_standard_output_stays_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("text")
+    logging.getLogger("stationkey.test").error("one", extra={"request_id": "7"})
+    out, err = capsys.readouterr()
+
+    assert out == ""
+    assert err.endswith("Z ERROR   one request_id=7\n")
+
+
+def test_setting_up_twice_says_each_thing_once(root: logging.Logger) -> None:
+    first, second = io.StringIO(), io.StringIO()
+    logs.set_up("text", stream=first)
+    logs.set_up("text", stream=second)
+    root.warning("said")
+
+    assert (first.getvalue(), second.getvalue().count("said")) == ("", 1)

@@ -1,0 +1,594 @@
+"""The MQTT edge against a real Mosquitto, with a service that answers when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import subprocess
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+import pytest
+from paho.mqtt.enums import MQTTProtocolVersion
+from peers import Mosquitto, free_port
+
+from stationkey import mqtt
+from stationkey.errors import BrokerError, ConfigurationError, LedgerError, StationKeyError
+from stationkey.messages import (
+    CertificateInstallationStatus,
+    GenerateCsrRequest,
+    GenerateCsrResponse,
+    accepted,
+    decode_response,
+    rejected,
+)
+from stationkey.mqtt import MAX_IN_HAND, MAX_WAITING, Broker, ConnectionLost, MqttConnection, MqttEdge, connect, topics
+
+BOUND = 30.0
+"""Seconds after which a test that waits for something has failed. Nothing is measured by it."""
+
+
+def payload(request_id: str | None = None) -> bytes:
+    """A request with an id of its own."""
+    data = {
+        "certificate_type": "charging_station_certificate",
+        "common_name": "9783161484100",
+        "organization_name": "EcoG",
+        "country_name": "DE",
+    }
+    message = {"id": request_id or str(uuid.uuid4()), "name": "generate_csr", "type": "request", "data": data}
+    return json.dumps(message).encode()
+
+
+class Service:
+    """Answers while its gate is open, and says what it was asked."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked: list[str] = []
+        self.handed_over: list[str] = []
+        self.earlier: list[GenerateCsrResponse] = []
+        self.faulty: str | None = None
+        self.unreadable = False
+        self.most_at_once = 0
+        self._at_once = 0
+        self._news = asyncio.Condition()
+
+    async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        await self._note(self.asked, request.id)
+        await self.gate.wait()
+        self._at_once -= 1
+        if request.id == self.faulty:
+            raise ZeroDivisionError("a fault of ours")
+        return accepted(request, "a CSR")
+
+    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
+        raise AssertionError(f"no test sends a wrong request, {request_id}") from error
+
+    def pass_over(self, error: StationKeyError) -> None:
+        raise AssertionError("no test sends what cannot be answered") from error
+
+    async def note_status(self, status: CertificateInstallationStatus) -> None:
+        raise AssertionError(f"no test sends {status}")
+
+    async def undelivered(self) -> list[GenerateCsrResponse]:
+        if self.unreadable:
+            raise LedgerError("the ledger cannot be read", reason="ledger_error")
+        return self.earlier
+
+    async def delivered(self, response: GenerateCsrResponse) -> None:
+        await self._note(self.handed_over, response.id)
+
+    async def _note(self, where: list[str], what: str) -> None:
+        async with self._news:
+            where.append(what)
+            self._news.notify_all()
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        async with self._news, asyncio.timeout(BOUND):
+            await self._news.wait_for(true)
+
+
+class Edge:
+    """A running edge, and how often it was ready."""
+
+    def __init__(self, broker: Broker, service: Service, *, drain: float = 5.0) -> None:
+        self.service = service
+        self.stop = asyncio.Event()
+        self._ready: asyncio.Queue[None] = asyncio.Queue()
+        edge = MqttEdge(broker, service, client_id="the-station", on_ready=lambda: self._ready.put_nowait(None))
+        self.task = asyncio.create_task(edge.run(self.stop, drain=drain))
+
+    async def ready(self) -> None:
+        """Wait until it is ready once more."""
+        async with asyncio.timeout(BOUND):
+            await self._ready.get()
+
+    async def end(self) -> None:
+        self.stop.set()
+        async with asyncio.timeout(BOUND):
+            await self.task
+
+
+@asynccontextmanager
+async def serving(broker: Broker, service: Service) -> AsyncIterator[Edge]:
+    edge = Edge(broker, service)
+    try:
+        await edge.ready()
+        yield edge
+    finally:
+        service.gate.set()
+        await edge.end()
+
+
+@asynccontextmanager
+async def josev(broker: Broker) -> AsyncIterator[MqttConnection]:
+    """The other side, subscribed to the answers."""
+    async with await connect(broker, client_id="josev", persistent=False) as connection:
+        await connection.subscribe("cs/josev")
+        yield connection
+
+
+async def answers(connection: MqttConnection, count: int) -> list[str]:
+    """The ids of the next answers."""
+    ids: list[str] = []
+    async with asyncio.timeout(BOUND):
+        while len(ids) < count:
+            message = await connection.receive()
+            message.acknowledge()
+            response = decode_response(message.payload)
+            assert response is not None
+            ids.append(response.id)
+    return ids
+
+
+async def publish_burst(mosquitto: Mosquitto, payloads: Iterable[bytes], *, qos: int) -> None:
+    """Publish over one connection, as fast as the broker takes it."""
+    command = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(mosquitto.port), "-q", str(qos), "-t", "josev/cs", "-l"]
+    lines = b"".join(each + b"\n" for each in payloads)
+    await asyncio.to_thread(subprocess.run, command, input=lines, check=True, timeout=BOUND)
+
+
+def at(mosquitto: Mosquitto) -> Broker:
+    return Broker("127.0.0.1", mosquitto.port)
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("url", "broker", "shown"),
+    [
+        pytest.param("mqtt://127.0.0.1:1884", Broker("127.0.0.1", 1884), "mqtt://127.0.0.1:1884", id="host-and-port"),
+        pytest.param("mqtt://broker.local", Broker("broker.local"), "mqtt://broker.local:1883", id="host"),
+        pytest.param("mqtt://[::1]:1884/", Broker("::1", 1884), "mqtt://[::1]:1884", id="ipv6"),
+    ],
+)
+def test_a_broker_is_named_by_host_and_port(url: str, broker: Broker, shown: str) -> None:
+    assert Broker.parse(url) == broker
+    assert str(broker) == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("127.0.0.1:1883", id="no-scheme"),
+        pytest.param("http://127.0.0.1", id="another-scheme"),
+        pytest.param("mqtt://", id="no-host"),
+        pytest.param("mqtt://127.0.0.1:0", id="port-0"),
+        pytest.param("mqtt://127.0.0.1:65536", id="port-too-high"),
+        pytest.param("mqtt://127.0.0.1:port", id="port-no-number"),
+        pytest.param("mqtt://127.0.0.1/path", id="path"),
+        pytest.param("mqtt://127.0.0.1?query", id="query"),
+        pytest.param("mqtt://[::1", id="bracket-not-closed"),
+    ],
+)
+def test_what_is_no_broker_url_is_refused_with_an_example(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="mqtt://127") as refused:
+        Broker.parse(url)
+    assert refused.value.reason == "broker_invalid"
+
+
+@pytest.mark.parametrize("user", ["josev", "josev:secret", ":secret"])
+def test_a_password_in_a_broker_url_is_refused_and_not_repeated(user: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        Broker.parse(f"mqtt://{user}@127.0.0.1")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "request_topic"),
+    [
+        pytest.param("", "josev/cs", id="none"),
+        pytest.param("site/7", "site/7/josev/cs", id="levels"),
+        pytest.param("site/7/", "site/7/josev/cs", id="with-its-slash"),
+        pytest.param("/", "/josev/cs", id="empty-level"),
+    ],
+)
+def test_a_prefix_is_put_before_both_topics(prefix: str, request_topic: str) -> None:
+    assert topics(prefix) == (request_topic, request_topic.replace("josev/cs", "cs/josev"))
+
+
+@pytest.mark.parametrize("prefix", ["a/+", "#", "a\0b", "$SYS", "\ud800", "x" * 2000])
+def test_a_prefix_that_cannot_begin_a_topic_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot begin a topic"):
+        topics(prefix)
+
+
+# A connection.
+
+
+class Front:
+    """Stands before a Mosquitto. What arrives from a client is first shown to `judge`.
+
+    `judge` gives bytes to answer in the broker's place; b"" to close the connection; None to let it through.
+    """
+
+    def __init__(self, broker: Broker, judge: Callable[[bytes], bytes | None]) -> None:
+        self._behind = broker
+        self._judge = judge
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Broker:
+        self._server = await asyncio.start_server(self._client, "127.0.0.1", 0)
+        return Broker("127.0.0.1", self._server.sockets[0].getsockname()[1])
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        there, back = await asyncio.open_connection(self._behind.host, self._behind.port)
+        answering = asyncio.create_task(self._pass(there, writer))
+        try:
+            while data := await reader.read(65536):
+                match self._judge(data):
+                    case None:
+                        back.write(data)
+                    case b"":
+                        break
+                    case answer:
+                        writer.write(answer)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            answering.cancel()
+            writer.close()
+            back.close()
+            await asyncio.gather(answering, writer.wait_closed(), back.wait_closed(), return_exceptions=True)
+            self._tasks.discard(task)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+
+SILENCE = bytes([0xD0, 0])
+"""A PINGRESP that nobody asked for: it answers nothing."""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(bytes([0x20, 2, 0, 1]), id="return-code-1-of-3.1.1"),
+        pytest.param(bytes([0x20, 3, 0, 0x84, 0]), id="reason-code-0x84"),
+        pytest.param(b"", id="closes-the-connection"),
+        pytest.param(SILENCE, id="keeps-silent"),
+    ],
+)
+async def test_a_broker_that_knows_no_mqtt_5_is_spoken_to_in_3_1_1(mosquitto: Mosquitto, answer: bytes) -> None:
+    versions: list[int] = []
+
+    def judge(data: bytes) -> bytes | None:
+        if data[0] != 0x10:
+            return None
+        versions.append(data[8])  # protocol level of a CONNECT [MQTT 5 3.1.2.2]
+        return answer if data[8] == 5 else None
+
+    async with Front(at(mosquitto), judge) as broker, josev(broker) as connection:
+        await connection.publish("cs/josev", b"in 3.1.1")
+        assert (await connection.receive()).payload == b"in 3.1.1"
+    assert versions == [5, 4]
+
+
+@pytest.mark.parametrize("version", [MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311])
+async def test_every_socket_has_tcp_nodelay(
+    mosquitto: Mosquitto, version: MQTTProtocolVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[socket.socket] = []
+    create_connection = socket.create_connection
+
+    def create(*arguments: object, **options: object) -> socket.socket:
+        made.append(create_connection(*arguments, **options))  # type: ignore[arg-type] # passed on as they came
+        return made[-1]
+
+    monkeypatch.setattr(socket, "create_connection", create)
+    connection = MqttConnection(at(mosquitto), client_id="station", persistent=True, protocol=version)
+    async with connection:
+        await connection.open()
+        [sock] = made
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+async def test_a_connection_that_is_lost_says_so_to_all_who_wait(mosquitto: Mosquitto) -> None:
+    async with josev(at(mosquitto)) as connection:
+        waiting = asyncio.create_task(connection.receive())
+        mosquitto.kill()
+        for wait in (waiting, connection.publish("a", b""), connection.subscribe("a"), connection.receive()):
+            with pytest.raises(ConnectionLost, match="the connection to mqtt:"):
+                await wait
+
+
+async def test_what_was_received_before_the_loss_comes_first(mosquitto: Mosquitto) -> None:
+    async with josev(at(mosquitto)) as connection:
+        await connection.publish("cs/josev", b"one")
+        first = await connection.receive()
+        assert first.payload == b"one"
+        await connection.publish("cs/josev", b"two")
+        await connection.publish("cs/josev", b"three")  # acknowledged after the second was sent to us
+        mosquitto.kill()
+        await connection.lost
+        assert (await connection.receive()).payload == b"two"
+        first.acknowledge()  # too late, and harmless
+
+
+async def test_no_broker_is_an_error_in_words() -> None:
+    port = free_port()
+    with pytest.raises(BrokerError, match=re.escape(f"no broker at mqtt://127.0.0.1:{port}")) as error:
+        await connect(Broker("127.0.0.1", port), client_id="station", persistent=True)
+    assert error.value.reason == "broker_unreachable"
+
+
+async def test_a_server_that_never_answers_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt, "MQTT5_TIMEOUT", 0.05)
+    monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.05)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(BrokerError, match="did not answer as an MQTT broker"),
+    ):
+        await connect(Broker("127.0.0.1", server.getsockname()[1]), client_id="station", persistent=True)
+
+
+async def test_a_broker_that_wants_a_password_is_an_error_in_words(mosquitto: Mosquitto) -> None:
+    mosquitto.terminate()
+    configuration = mosquitto.directory / "mosquitto.conf"
+    configuration.write_text(configuration.read_text().replace("allow_anonymous true", "allow_anonymous false"))
+    mosquitto.start()
+    with pytest.raises(BrokerError, match="refuses the connection: Not authorized"):
+        await connect(at(mosquitto), client_id="station", persistent=True)
+
+
+async def test_a_broker_that_hangs_is_given_up(mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with josev(at(mosquitto)) as connection:
+        monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.05)
+        mosquitto.freeze()
+        with pytest.raises(ConnectionLost, match=re.escape("no acknowledgement within 0.05 s")):
+            await connection.publish("cs/josev", b"")
+
+
+# The edge.
+
+
+async def test_at_most_a_bounded_number_is_in_hand_and_all_are_answered_once(mosquitto: Mosquitto) -> None:
+    service = Service()
+    ids = [str(uuid.uuid4()) for _ in range(3 * MAX_IN_HAND)]
+    async with serving(at(mosquitto), service), josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        await publish_burst(mosquitto, map(payload, ids), qos=0)
+        await service.until(lambda: len(service.asked) == MAX_IN_HAND)
+        service.gate.set()
+        # The acknowledgements of the answers come behind the requests that wait.
+        assert sorted(await answers(asking, len(ids))) == sorted(ids)
+        await service.until(lambda: len(service.handed_over) == len(ids))
+    assert sorted(service.asked) == sorted(ids)
+    assert service.most_at_once == MAX_IN_HAND
+
+
+async def test_a_flood_at_qos_0_is_cut_and_said_once(mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture) -> None:
+    service = Service()
+    flood = 2 * MAX_WAITING
+    async with serving(at(mosquitto), service), josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        await publish_burst(mosquitto, (payload() for _ in range(flood)), qos=0)
+        last = str(uuid.uuid4())
+        await asking.publish("josev/cs", payload(last))  # QoS 1: held, however many wait before it
+        service.gate.set()
+        await service.until(lambda: last in service.handed_over)
+        assert MAX_WAITING < len(service.asked) < flood
+    assert [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()] == [
+        "messages of QoS 0 come faster than they are answered, and some are dropped"
+    ]
+
+
+async def test_a_full_hand_does_not_keep_it_from_reconnecting(mosquitto: Mosquitto) -> None:
+    service = Service()
+    ids = [str(uuid.uuid4()) for _ in range(MAX_IN_HAND)]
+    async with serving(at(mosquitto), service) as edge:
+        service.gate.clear()
+        # At QoS 0 the broker holds nothing back: one more than the hand takes.
+        await publish_burst(mosquitto, map(payload, [*ids, str(uuid.uuid4())]), qos=0)
+        await service.until(lambda: len(service.asked) == MAX_IN_HAND)
+        mosquitto.kill()
+        mosquitto.start()
+        await edge.ready()
+        async with josev(at(mosquitto)) as asking:
+            service.gate.set()
+            assert sorted(await answers(asking, MAX_IN_HAND)) == sorted(ids)
+
+
+async def test_a_request_that_comes_again_while_it_is_in_hand_is_answered_once_and_acknowledged(
+    mosquitto: Mosquitto,
+) -> None:
+    service = Service()
+    request_id = str(uuid.uuid4())
+    async with serving(at(mosquitto), service) as edge:
+        service.gate.clear()
+        async with josev(at(mosquitto)) as asking:
+            await asking.publish("josev/cs", payload(request_id))
+        await service.until(lambda: service.asked == [request_id])
+        mosquitto.terminate()
+        mosquitto.start()
+        await edge.ready()
+        async with josev(at(mosquitto)) as asking:
+            another = str(uuid.uuid4())
+            await asking.publish("josev/cs", payload(another))  # after what the broker sends again
+            await service.until(lambda: another in service.asked)
+            service.gate.set()
+            assert sorted(await answers(asking, 2)) == sorted([request_id, another])
+    async with serving(at(mosquitto), service), josev(at(mosquitto)) as asking:
+        last = str(uuid.uuid4())
+        await asking.publish("josev/cs", payload(last))
+        assert await answers(asking, 1) == [last]  # the broker had nothing left to send again
+    assert service.asked == [request_id, another, last]
+
+
+async def test_an_answer_that_was_cut_off_is_published_again(mosquitto: Mosquitto) -> None:
+    service = Service()
+    cuts = iter([b"", b""])
+
+    def judge(data: bytes) -> bytes | None:
+        return next(cuts, None) if data[0] >> 4 == 3 else None  # PUBLISH [MQTT 5 2.1.2]
+
+    async with Front(at(mosquitto), judge) as broker, josev(at(mosquitto)) as asking, serving(broker, service) as edge:
+        request_id = str(uuid.uuid4())
+        await asking.publish("josev/cs", payload(request_id))
+        for _ in range(2):
+            await edge.ready()
+        assert await answers(asking, 1) == [request_id]
+        await service.until(lambda: service.handed_over == [request_id])
+
+
+async def test_what_an_earlier_run_could_not_hand_over_is_published_first(mosquitto: Mosquitto) -> None:
+    service = Service()
+    service.earlier = [rejected(str(uuid.uuid4())), rejected(str(uuid.uuid4()))]
+    ids = [response.id for response in service.earlier]
+    async with josev(at(mosquitto)) as asking, serving(at(mosquitto), service):
+        assert await answers(asking, 2) == ids
+        await service.until(lambda: service.handed_over == ids)
+
+
+async def test_a_ledger_that_cannot_be_read_at_the_start_is_logged_and_requests_are_served(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service()
+    service.unreadable = True
+    async with serving(at(mosquitto), service), josev(at(mosquitto)) as asking:
+        await asking.publish("josev/cs", payload())
+        assert len(await answers(asking, 1)) == 1
+    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert "the ledger cannot be read" in record.getMessage()
+
+
+async def test_a_fault_of_ours_costs_one_message_and_is_logged_with_its_id(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service()
+    request_id = str(uuid.uuid4())
+    async with serving(at(mosquitto), service), josev(at(mosquitto)) as asking:
+        service.faulty = request_id
+        await asking.publish("josev/cs", payload(request_id))
+        another = str(uuid.uuid4())
+        await asking.publish("josev/cs", payload(another))
+        assert await answers(asking, 1) == [another]
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert vars(record)["request_id"] == request_id
+    async with serving(at(mosquitto), service):
+        pass
+    assert service.asked == [request_id, another]  # it was acknowledged
+
+
+async def test_what_is_in_hand_is_finished_before_the_end(mosquitto: Mosquitto) -> None:
+    service = Service()
+    request_id = str(uuid.uuid4())
+    async with serving(at(mosquitto), service) as edge, josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        await asking.publish("josev/cs", payload(request_id))
+        await service.until(lambda: service.asked == [request_id])
+        edge.stop.set()
+        service.gate.set()
+        await edge.end()
+        assert await answers(asking, 1) == [request_id]
+    assert service.handed_over == [request_id]
+
+
+@pytest.mark.parametrize("told_first", [True, False], ids=["told-to-end-first", "answered-first"])
+async def test_what_is_in_hand_when_the_broker_is_gone_is_finished_and_not_taken_as_handed_over(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture, told_first: bool
+) -> None:
+    service = Service()
+    request_id = str(uuid.uuid4())
+    async with serving(at(mosquitto), service) as edge:
+        async with josev(at(mosquitto)) as asking:
+            service.gate.clear()
+            await asking.publish("josev/cs", payload(request_id))
+            await service.until(lambda: service.asked == [request_id])
+        mosquitto.kill()
+        if told_first:
+            edge.stop.set()
+        service.gate.set()
+        await edge.end()
+    assert service.handed_over == []
+    [told] = [record for record in caplog.records if "goes out after the next start" in record.getMessage()]
+    assert vars(told)["request_id"] == request_id
+
+
+async def test_what_is_never_finished_is_given_up_and_sent_again_by_the_broker(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service()
+    service.gate.clear()
+    request_id = str(uuid.uuid4())
+    edge = Edge(at(mosquitto), service, drain=0.05)
+    await edge.ready()
+    async with josev(at(mosquitto)) as asking:
+        await asking.publish("josev/cs", payload(request_id))
+        await service.until(lambda: service.asked == [request_id])
+        await edge.end()
+        [told] = [record for record in caplog.records if "not finished" in record.getMessage()]
+        assert vars(told)["request_id"] == request_id
+        service.gate.set()
+        async with serving(at(mosquitto), service):
+            assert await answers(asking, 1) == [request_id]
+
+
+class Attempts(logging.Handler):
+    """The waits between attempts to connect, as they are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: asyncio.Queue[float] = asyncio.Queue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.search(r"trying again in ([0-9.]+) s", record.getMessage())
+        assert found is not None
+        self.waits.put_nowait(float(found[1]))
+
+
+async def test_the_waits_between_attempts_to_connect_double_with_jitter() -> None:
+    attempts = Attempts()
+    logger = logging.getLogger("stationkey.mqtt")
+    logger.addHandler(attempts)
+    edge = Edge(Broker("127.0.0.1", free_port()), Service())
+    try:
+        for attempt in range(4):
+            async with asyncio.timeout(BOUND):
+                wait = await attempts.waits.get()
+            longest = mqtt.FIRST_DELAY * 2**attempt
+            assert longest / 2 - 0.05 <= wait <= longest + 0.05  # the log rounds to a tenth
+    finally:
+        logger.removeHandler(attempts)
+        await edge.end()

@@ -1,0 +1,318 @@
+"""The service without a broker: software keys and a real ledger. Faults are put in where the ledger or store fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import threading
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from msgspec import UNSET
+
+from stationkey import (
+    Algorithm,
+    CertificateType,
+    GenerateCsrData,
+    GenerateCsrRequest,
+    GenerateCsrResponse,
+    KeyRef,
+    KeyStore,
+    KeyStoreThread,
+    Ledger,
+    LedgerError,
+    MessageError,
+    StationKeyService,
+    generate_csr,
+)
+from stationkey.keystore.software import SoftwareKeyStore
+
+DATA = GenerateCsrData(
+    certificate_type=CertificateType.CHARGING_STATION_CERTIFICATE,
+    common_name="9783161484100",
+    organization_name="EcoG",
+    country_name="DE",
+)
+
+
+class Store(SoftwareKeyStore):
+    """A software key store that counts its keys, and can be made to hang or to fail."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.fault: Exception | None = None
+
+    def generate(self, algorithm: Algorithm) -> KeyRef:
+        self.go_on.wait()
+        if self.fault is not None:
+            raise self.fault
+        self.made += 1
+        return super().generate(algorithm)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def keystore(store: Store) -> Iterator[KeyStoreThread]:
+    def open_store() -> KeyStore:
+        return store
+
+    thread = KeyStoreThread(open_store)
+    yield thread
+    store.go_on.set()
+    assert thread.close()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with closing(Ledger(tmp_path / "ledger.sqlite3")) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def answering(keystore: KeyStoreThread, ledger: Ledger) -> AsyncIterator[StationKeyService]:
+    async with aclosing(StationKeyService(keystore, ledger, clock=lambda: 1_700_000_000.5)) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def impatient(keystore: KeyStoreThread, ledger: Ledger) -> AsyncIterator[StationKeyService]:
+    """A service whose requests are overdue at once where the store hangs."""
+    async with aclosing(StationKeyService(keystore, ledger, deadline=0.05, rsa_deadline=0.05)) as opened:
+        yield opened
+
+
+def request(request_id: str | None = None, data: GenerateCsrData = DATA) -> GenerateCsrRequest:
+    return generate_csr(request_id or str(uuid.uuid4()), data)
+
+
+def csr_of(response: GenerateCsrResponse) -> str:
+    assert response.data.status == "accepted"
+    assert isinstance(response.data.csr, str)
+    return response.data.csr
+
+
+def rejections(tmp_path: Path) -> list[tuple[str, str, str]]:
+    """What the ledger says of refused requests: id, reason, words."""
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as database:
+        return list(database.execute("SELECT request_id, reason, message FROM rejection ORDER BY seq"))
+
+
+async def test_an_answer_carries_the_id_and_a_csr_for_the_key_on_record(
+    answering: StationKeyService, ledger: Ledger
+) -> None:
+    asked = request(str(uuid.uuid4()).upper())
+    response = await answering.answer(asked)
+    assert response.id == asked.id
+    assert x509.load_pem_x509_csr(csr_of(response).encode()).is_signature_valid
+    [key] = ledger.keys()
+    assert (key.request_ids, key.created_at) == ((asked.id,), 1_700_000_000_500)
+    assert answering.counts == {"accepted": 1}
+
+
+async def test_the_same_request_again_gets_the_same_csr_under_the_id_as_it_came(
+    answering: StationKeyService, store: Store
+) -> None:
+    asked = request()
+    first = await answering.answer(asked)
+    again = await answering.answer(request(asked.id.upper()))
+    assert again.id == asked.id.upper()
+    assert csr_of(again) == csr_of(first)
+    assert store.made == 1
+    assert answering.counts == {"accepted": 1, "repeated": 1}
+
+
+async def test_naming_the_default_algorithm_is_the_same_content(answering: StationKeyService) -> None:
+    asked = request()
+    first = await answering.answer(asked)
+    named = GenerateCsrData(
+        certificate_type=DATA.certificate_type,
+        common_name=DATA.common_name,
+        organization_name=DATA.organization_name,
+        country_name=DATA.country_name,
+        algorithm=Algorithm.ECDSA_SHA256,
+    )
+    assert csr_of(await answering.answer(request(asked.id, named))) == csr_of(first)
+
+
+async def test_the_same_id_with_other_content_is_rejected_and_recorded(
+    answering: StationKeyService, store: Store, tmp_path: Path
+) -> None:
+    asked = request()
+    await answering.answer(asked)
+    other = GenerateCsrData(
+        certificate_type=DATA.certificate_type,
+        common_name="another",
+        organization_name=DATA.organization_name,
+        country_name=DATA.country_name,
+    )
+    response = await answering.answer(request(asked.id, other))
+    assert (response.id, response.data.status, response.data.csr) == (asked.id, "rejected", UNSET)
+    assert rejections(tmp_path) == [(asked.id, "id_reused", "the id was used before, with other content")]
+    assert store.made == 1
+
+
+async def test_the_same_request_many_times_at_once_makes_one_key(answering: StationKeyService, store: Store) -> None:
+    store.go_on.clear()
+    asked = request()
+    spellings = [asked.id, asked.id.upper()]
+    answers = [asyncio.create_task(answering.answer(request(spellings[turn % 2]))) for turn in range(20)]
+    await asyncio.sleep(0)  # each of them has begun
+    store.go_on.set()
+    responses = await asyncio.gather(*answers)
+    assert len({csr_of(response) for response in responses}) == 1
+    assert store.made == 1
+
+
+async def test_different_requests_at_once_get_a_key_each(answering: StationKeyService, store: Store) -> None:
+    responses = await asyncio.gather(*(answering.answer(request()) for _ in range(20)))
+    assert len({csr_of(response) for response in responses}) == 20
+    assert store.made == 20
+
+
+async def test_an_answer_is_on_record_when_it_is_given(
+    answering: StationKeyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[str] = []
+    record_answer = Ledger.record_answer
+
+    def record(own: Ledger, asked: GenerateCsrRequest, key: KeyRef, csr: str, **terms: Any) -> list[str]:
+        crowded = record_answer(own, asked, key, csr, **terms)
+        recorded.append(csr)
+        return crowded
+
+    monkeypatch.setattr(Ledger, "record_answer", record)
+    response = await answering.answer(request())
+    assert recorded == [csr_of(response)]
+
+
+async def test_a_ledger_that_cannot_write_costs_the_request_and_leaves_no_key(
+    answering: StationKeyService, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise LedgerError("the ledger cannot be written: database or disk is full", reason="disk_full")
+
+    asked = request()
+    with monkeypatch.context() as fault:
+        fault.setattr(Ledger, "record_answer", full)
+        fault.setattr(Ledger, "record_rejection", full)
+        response = await answering.answer(asked)
+    assert response.data.status == "rejected"
+    assert ledger.keys() == []
+    assert ledger.find_answer(asked.id) is None
+    assert answering.counts == {"disk_full": 1}
+    assert {record.levelno for record in caplog.records} == {logging.ERROR}
+    assert {vars(record)["request_id"] for record in caplog.records} == {asked.id}
+    assert csr_of(await answering.answer(asked))  # there is room again
+
+
+async def test_a_store_that_hangs_costs_the_request_at_its_deadline_and_leaves_no_key(
+    impatient: StationKeyService, store: Store, ledger: Ledger, tmp_path: Path
+) -> None:
+    store.go_on.clear()
+    asked = request()
+    assert (await impatient.answer(asked)).data.status == "rejected"
+    [(request_id, reason, _)] = rejections(tmp_path)
+    assert (request_id, reason) == (asked.id, "keystore_timeout")
+    store.go_on.set()
+    assert ledger.keys() == []
+
+
+async def test_a_refusal_is_not_for_ever(answering: StationKeyService, store: Store) -> None:
+    asked = request()
+    store.fault = LedgerError("a passing fault", reason="passing")
+    assert (await answering.answer(asked)).data.status == "rejected"
+    store.fault = None
+    assert csr_of(await answering.answer(asked))
+
+
+async def test_a_fault_of_ours_is_a_rejection_too(
+    answering: StationKeyService, store: Store, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    asked = request()
+    store.fault = ZeroDivisionError("of ours")
+    assert (await answering.answer(asked)).data.status == "rejected"
+    assert [reason for _, reason, _ in rejections(tmp_path)] == ["internal_error"]
+    [traceback] = [record for record in caplog.records if record.exc_info]
+    assert vars(traceback)["request_id"] == asked.id
+
+
+async def test_a_wrong_message_is_rejected_logged_and_recorded(
+    answering: StationKeyService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    request_id = str(uuid.uuid4())
+    error = MessageError("country_name is wrong", reason="country_name_invalid", request_id=request_id)
+    response = await answering.reject(request_id, error)
+    assert (response.id, response.data.status) == (request_id, "rejected")
+    assert rejections(tmp_path) == [(request_id, "country_name_invalid", "country_name is wrong")]
+    [record] = caplog.records
+    assert (record.levelno, vars(record)["request_id"]) == (logging.WARNING, request_id)
+
+
+async def test_a_message_without_an_id_is_logged_and_counted(
+    answering: StationKeyService, caplog: pytest.LogCaptureFixture
+) -> None:
+    answering.pass_over(MessageError("not JSON", reason="not_json"))
+    assert answering.counts == {"not_json": 1}
+    assert [record.getMessage() for record in caplog.records] == ["cannot be answered: not JSON"]
+
+
+async def test_an_answer_is_undelivered_until_it_is_said_to_be_delivered(
+    answering: StationKeyService, keystore: KeyStoreThread, ledger: Ledger, tmp_path: Path
+) -> None:
+    sent, unsent = await answering.answer(request()), await answering.answer(request())
+    refused = await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="wrong"))
+    assert await answering.undelivered() == [sent, unsent]
+    await answering.delivered(sent)
+    await answering.delivered(refused)
+    await answering.aclose()
+    ledger.close()
+    async with AsyncExitStack() as stack:
+        reopened = stack.enter_context(closing(Ledger(tmp_path / "ledger.sqlite3")))
+        later = await stack.enter_async_context(aclosing(StationKeyService(keystore, reopened)))
+        assert await later.undelivered() == [unsent]
+
+
+PROFILE_WARNINGS = [
+    pytest.param("v2g_certificate", "STATION42", None, ["the common name is no SECC ID"], id="no-secc-id"),
+    pytest.param("v2g_certificate", "DEABCS1", "RSA_SHA256", ["the profile of this certificate type wants"], id="rsa"),
+    pytest.param("v2g_certificate", "DEABCS1", None, [], id="by-the-profile"),
+    pytest.param("charging_station_certificate", "STATION42", None, [], id="csms-certificate"),
+]
+
+
+@pytest.mark.parametrize(("certificate_type", "common_name", "algorithm", "warnings"), PROFILE_WARNINGS)
+async def test_what_the_profile_would_have_otherwise_is_served_with_a_warning(
+    answering: StationKeyService,
+    caplog: pytest.LogCaptureFixture,
+    certificate_type: str,
+    common_name: str,
+    algorithm: str | None,
+    warnings: list[str],
+) -> None:
+    asked = request(
+        data=GenerateCsrData(
+            certificate_type=CertificateType(certificate_type),
+            common_name=common_name,
+            organization_name="EcoG",
+            country_name="DE",
+            algorithm=UNSET if algorithm is None else Algorithm(algorithm),
+        )
+    )
+    assert csr_of(await answering.answer(asked))
+    warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == len(warnings)
+    for record, words in zip(warned, warnings, strict=True):
+        assert record.getMessage().startswith(words)
+        assert vars(record)["request_id"] == asked.id
