@@ -178,7 +178,7 @@ async def test_a_bad_certificate_is_refused_with_event_and_status(
     assert list(trial.certificates.iterdir()) == []
 
 
-async def test_a_chain_that_is_too_long_is_refused(trial: Trial) -> None:
+async def test_a_chain_that_is_too_long_is_refused_with_event_and_status(trial: Trial) -> None:
     """A02.FR.16; the schema refuses it before anybody reads it."""
     async with Csms(organization=ORGANIZATION, misbehaviour=Misbehaviour.CHAIN_TOO_LONG) as csms:
         settings = replace(trial.settings(csms), repeat_times=0, wait_minimum=0.2)
@@ -186,7 +186,9 @@ async def test_a_chain_that_is_too_long_is_refused(trial: Trial) -> None:
             await csms.connected(IDENTITY)
             await csms.trigger(IDENTITY, V2G)
             assert not (await csms.next(CertificateAnswered)).accepted
+            assert (await csms.next(SecurityEvent)).type == "InvalidChargingStationCertificate"
             await station.settled()
+            await trial.key_is("pre-activation", failed=True)
     assert list(trial.certificates.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ocpp import messages  # type: ignore[import-untyped]  # ships no type information
@@ -34,6 +35,9 @@ class Answered(NamedTuple):
 
 Answer = Callable[[str, Payload], Awaitable[Payload | Answered]]
 """Answers a call: action and payload in, payload of the result out. May raise `CallError` or `PayloadInvalid`."""
+
+Invalid = Callable[[str, Payload, PayloadInvalid], Awaitable[None]]
+"""Action, payload, and what is wrong with it."""
 
 CALL_TIMEOUT: Final = 30.0
 """Seconds to wait for the answer to a call."""
@@ -70,12 +74,16 @@ class OcppConnection:
         websocket: its subprotocol is `version`.
         version: of OCPP.
         answer: answers the other side's calls.
+        invalid: told of a call that was refused because it is against the schema, after the refusal was sent.
     """
 
-    def __init__(self, websocket: Connection, version: OcppVersion, answer: Answer) -> None:
+    def __init__(
+        self, websocket: Connection, version: OcppVersion, answer: Answer, *, invalid: Invalid | None = None
+    ) -> None:
         self.version = version
         self._websocket = websocket
         self._answer = answer
+        self._invalid = invalid
         self._calling = asyncio.Lock()
         self._pending: tuple[str, asyncio.Future[Payload]] | None = None
 
@@ -160,6 +168,8 @@ class OcppConnection:
             frame = _error(call, "NotImplemented", str(error))
         except PayloadInvalid as error:
             frame = _error(call, _code(error.keyword, self.version), str(error))
+            if self._invalid is not None:
+                after = partial(self._invalid, call.action, call.payload, error)
         except Exception:  # a fault of ours; the other side waits for an answer all the same
             log.exception("%s cannot be answered", call.action)
             frame = _error(call, "InternalError", "")

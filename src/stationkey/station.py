@@ -38,6 +38,7 @@ from stationkey.ocpp import (
     NotCarried,
     OcppVersion,
     Payload,
+    PayloadInvalid,
     TriggerStatus,
     boot_notification,
     carriage,
@@ -259,7 +260,8 @@ class Station:
         ) as socket:
             if socket.subprotocol is None:
                 raise OSError("the CSMS speaks none of the OCPP versions offered")
-            csms = self._csms = OcppConnection(socket, OcppVersion(socket.subprotocol), self._called)
+            version = OcppVersion(socket.subprotocol)
+            csms = self._csms = OcppConnection(socket, version, self._called, invalid=self._invalid)
             listening = asyncio.create_task(csms.run(), name="ocpp-listen")
             try:
                 boot = boot_notification(csms.version, model="josev", vendor="stationkey")
@@ -287,6 +289,17 @@ class Station:
             status = TriggerStatus.NOT_IMPLEMENTED if wanted is None else await self._triggered(csms, wanted)
             return trigger_answer(action, version, status)
         raise CallError("NotImplemented", action)
+
+    async def _invalid(self, action: str, payload: Payload, error: PayloadInvalid) -> None:
+        """A call against the schema was refused. A certificate that was in it is refused like any other bad one.
+
+        A chain that is too long is one such [A02.FR.16]. The last CSR that was sent is the one that it must be for.
+        """
+        inner = payload.get("messageId") if action == "DataTransfer" else action
+        if inner == "CertificateSigned" and self._csms is not None:
+            kind = self._file.pending[-1].certificate_type if self._file.pending else None
+            self._tell(f"the certificate is refused: {error}", kind)
+            await self._refuse(self._csms, kind, CertificateInvalid(str(error), reason="chain_unreadable"))
 
     def _resume(self) -> None:
         """Send what was pending before a restart: the same CSR, not a new one [A02.FR.17]."""
