@@ -213,17 +213,21 @@ def text_of(node: ast.expr) -> str | None:
     return None
 
 
+IDENTIFIER = re.compile(r"(FIELD|[a-z0-9]+)(_[a-z0-9]+)+")
+
+
 def reasons_in(source: str) -> Iterator[str]:
     """Each ``reason=`` of an error, and each pair or triple of a reason and its sentence."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.keyword(arg="reason", value=value):
                 reason = text_of(value)
-                if reason is not None:
+                # The history of a key takes prose as its reason.
+                if reason is not None and IDENTIFIER.fullmatch(reason):
                     yield reason
             case ast.Tuple(elts=[first, second, *rest]) if len(rest) < 2:
                 reason, sentence = text_of(first), text_of(second)
-                if reason is None or sentence is None or not re.fullmatch(r"(FIELD|[a-z0-9]+)(_[a-z0-9]+)+", reason):
+                if reason is None or sentence is None or not IDENTIFIER.fullmatch(reason):
                     continue
                 if sentence == "" or " " in sentence:
                     yield reason
@@ -284,7 +288,7 @@ class TestArchitecture:
         assert [name for name in names if f"`{name}`" not in cells] == []
 
     def test_every_table_of_the_ledger_is_described(self) -> None:
-        tables = re.findall(r"CREATE TABLE (\w+)", (ROOT / "src/stationkey/ledger.py").read_text())
+        tables = re.findall(r"CREATE TABLE (\w+)", (ROOT / "src/stationkey/migrations.py").read_text())
         assert tables
         assert [table for table in tables if f"`{table}`" not in ARCHITECTURE] == []
 

@@ -261,7 +261,7 @@ def settle(
         log_format=log_format or file.log_format or "text",
         deadlines=file.deadlines,
         terms=file.lifecycle.terms(),
-        certificate_dir=None if file.josev.certificate_dir is None else Path(file.josev.certificate_dir),
+        certificate_dir=Path(file.josev.certificate_dir) if file.josev.certificate_dir else None,
         profiles=apply_overrides(file.csr),
     )
 

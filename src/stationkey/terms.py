@@ -33,7 +33,7 @@ class Terms:
         pending: of a key whose certificate does not come. A CSMS that lets a person sign takes days.
         failed: of a key after its certificate failed to install: time for another try.
         grace: of a key after it was replaced or retired: TLS sessions may still use it.
-        answers: how long an id is remembered once its key is no longer pending; nobody retries for so long.
+        answers: how long an id is remembered, or longer while its key is pending; nobody retries for so long.
         bounds: see `Bounds`.
     """
 

@@ -216,15 +216,17 @@ def test_messages_without_a_usable_id_are_logged_and_counted_and_nothing_is_publ
         assert (counts["not_utf8"], counts["not_json"], counts["not_a_message"], counts["id_invalid"]) == (1, 1, 1, 3)
 
 
-def test_an_installation_status_is_noted_and_not_answered(josev: Josev, station: Station) -> None:
+def test_an_installation_status_activates_the_key_and_is_not_answered(josev: Josev, station: Station) -> None:
+    asked = generate_csr()
+    josev.ask(asked)
     status = {
         "id": str(uuid.uuid4()),
         "name": "certificate_installation_status",
         "type": "update",
-        "data": {"certificate_type": "v2g_certificate", "status": "installed"},
+        "data": {"certificate_type": asked["data"]["certificate_type"], "status": "installed"},
     }
     josev.publish(status)
-    station.wait_for("certificate installed", message_id=status["id"])
+    station.wait_for("key active", message_id=status["id"])
     assert not [answer for answer in josev.everything() if answer.id == status["id"]]
 
 
@@ -352,9 +354,10 @@ def test_a_state_directory_serves_one_daemon(station: Station, broker: Mosquitto
 def test_its_state_is_for_its_user_alone(josev: Josev, station: Station) -> None:
     josev.ask(generate_csr())
     assert stat.S_IMODE(station.state_dir.stat().st_mode) == 0o700
-    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in station.state_dir.iterdir()}
-    assert DATABASE_NAME in modes
-    assert set(modes.values()) == {0o600}
+    found = list(station.state_dir.rglob("*"))
+    assert DATABASE_NAME in {file.name for file in found}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in found if file.is_file()} == {0o600}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in found if file.is_dir()} == {0o700}
 
 
 def test_a_state_directory_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
