@@ -8,32 +8,38 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module, metadata
 from pathlib import Path
 
+import click
 import pytest
 
 import stationkey
+from stationkey import cli
 
 PACKAGE = Path(stationkey.__file__).parent
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 ROWS: list[set[str]] = [
-    {"errors", "logs"},  # logs knows nothing of ours: whoever logs uses the standard library
+    # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
+    {"errors", "logs", "handshake"},
     {"profiles", "lifecycle", "terms"},
-    {"messages", "config"},
-    {"csr", "schema", "migrations"},  # a CSR and a schema are made from messages
-    {"certificate", "keystore"},
-    {"ledger", "active"},  # the ledger gives keys back as the key store knows them
-    {"bridge", "installation", "state"},
+    {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
+    {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
+    {"certificate", "keystore", "pki"},  # what signs a CSR knows how one is built
+    {"ledger", "active", "csms"},  # the ledger gives keys back as the key store knows them
+    {"bridge", "installation", "state", "tls"},
     {"custody"},
     {"service"},
-    {"mqtt", "ocpp"},
+    {"mqtt"},
     {"josev"},
-    {"daemon"},  # the composition root is given its configuration
+    {"daemon", "station"},  # the composition root is given its configuration
+    {"cli_csms", "cli_josev", "cli_tls"},
     {"cli"},
     {"__main__"},
 ]
@@ -43,17 +49,28 @@ INSIDE = {"keystore"}
 """A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
 
 HOMES: dict[str, set[str]] = {
-    "click": {"cli"},
+    "click": {"cli", "cli_csms", "cli_josev", "cli_tls"},
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {"keystore.tpm2"},
     "sqlite3": {"ledger"},
-    # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with.
-    "cryptography": {"csr", "certificate", "keystore.software", "keystore.tpm2"},
+    # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
+    # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too.
+    "cryptography": {"csr", "certificate", "keystore.software", "keystore.tpm2", "pki", "csms", "station", "tls"},
     # The wire's structs and UNSET, which says that a field is not there; TOML to frozen values.
-    "msgspec": {"messages", "schema", "config", "ledger", "cli"},
+    "msgspec": {"messages", "schema", "config", "ledger", "josev", "station", "cli"},
+    # The official schemas, and the frames around payloads; the connection itself, and its two ends.
+    "ocpp": {"ocpp", "ocppj"},
+    "jsonschema": {"ocpp"},
+    "websockets": {"ocppj", "csms", "station"},
 }
 """Where each library that is not ours is imported. sqlite3 is the standard library's, and a part like any other."""
+
+COMES_WITH = {"jsonschema": "ocpp"}
+"""A library that is imported and not named among our dependencies: the one that it belongs to makes use of it."""
+
+FOR_TRYING = {"ocpp", "jsonschema", "websockets"}
+"""What only the extra ``josev`` installs."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +212,50 @@ def test_every_home_is_lived_in() -> None:
     assert {(library, home) for library, homes in HOMES.items() for home in homes} - used == set()
 
 
-def test_what_is_imported_is_what_the_package_depends_on() -> None:
-    dependencies = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
-    names = {dependency.partition(">")[0].replace("-", "_") for dependency in dependencies}
+def requirements_of(library: str) -> set[str]:
+    return {re.split(r"[^\w-]", requirement)[0] for requirement in metadata.requires(library) or []}
 
-    assert {name.removesuffix("_mqtt") for name in names} == HOMES.keys() - sys.stdlib_module_names
+
+def test_what_is_imported_is_what_the_package_depends_on() -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    extras = {name.partition(">")[0] for name in project["optional-dependencies"]["josev"]}
+    names = {dependency.partition(">")[0].replace("-", "_") for dependency in project["dependencies"]}
+
+    assert extras == FOR_TRYING - COMES_WITH.keys()
+    assert {name.removesuffix("_mqtt") for name in names} == HOMES.keys() - sys.stdlib_module_names - FOR_TRYING
+
+
+@pytest.mark.parametrize(("library", "owner"), COMES_WITH.items())
+def test_what_comes_with_a_library_is_required_by_it(library: str, owner: str) -> None:
+    assert library in requirements_of(owner)
+
+
+ELSEWHERE = {module.removeprefix("stationkey."): name for module, name in cli._ELSEWHERE.values()}  # noqa: SLF001 - its rows
+
+
+@pytest.mark.parametrize("module", ELSEWHERE)
+def test_a_command_that_stands_elsewhere_stands_above_the_command(module: str) -> None:
+    """The import is by name, when the command is asked for; so the test above does not see it."""
+    assert ROW_OF[module] < ROW_OF["cli"]
+    assert isinstance(getattr(import_module(f"stationkey.{module}"), ELSEWHERE[module]), click.Command)
+
+
+@pytest.mark.parametrize("start", ["daemon", "cli", "cli_tls", ""])
+def test_a_station_needs_nothing_that_is_for_trying(start: str) -> None:
+    """Imports inside functions included: a station is installed without the extra."""
+    reached, ahead = set[str](), {start}
+    while ahead:
+        reached |= ahead
+        found = [one for one in IMPORTS if one.importer in ahead and not one.for_types]
+        ahead = {one.ours for one in found if one.ours is not None} - reached
+    libraries = {one.imported.partition(".")[0] for one in IMPORTS if one.importer in reached and not one.for_types}
+
+    assert libraries & FOR_TRYING == set()
+
+
+def test_the_handshake_is_a_program_that_needs_no_package() -> None:
+    """It is run as a script, under a service's configuration of OpenSSL: nobody imports it, and it imports nothing."""
+    imported = {one.imported.partition(".")[0] for one in IMPORTS if one.importer == "handshake"}
+
+    assert imported - sys.stdlib_module_names == set()
+    assert [str(one) for one in IMPORTS if one.ours == "handshake"] == []

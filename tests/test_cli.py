@@ -54,7 +54,10 @@ def invoke(*arguments: str) -> Result:
 def commands(group: click.Group = cli.main, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
     """Every command with the words it is called by."""
     found: list[tuple[tuple[str, ...], click.Command]] = [(path, group)]
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):  # those in modules of their own too
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             found += commands(command, (*path, name))
         else:
@@ -270,7 +273,9 @@ def test_the_script_for_bash_is_one_that_bash_takes() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("stationkey ", {"serve", "request", "keys", "schema", "completion"}),
+        ("stationkey ", {"serve", "request", "keys", "schema", "completion", "josev", "csms", "tls-config"}),
+        ("stationkey josev --ocpp ", {"2.1", "2.0.1", "1.6"}),
+        ("stationkey csms --trigger ", set(CertificateType)),
         ("stationkey keys d", {"destroy"}),
         ("stationkey request ", set(CertificateType)),
         ("stationkey request v2g_certificate --algorithm ", set(Algorithm)),
