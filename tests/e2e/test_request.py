@@ -131,6 +131,8 @@ def asked(mosquitto: Mosquitto, *options: str) -> Iterator[subprocess.Popen[str]
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell that starts the tests in the background has Ctrl-C ignored in all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - no threads here
         ) as command:
             assert listener.wait(BOUND) == 0
             yield command

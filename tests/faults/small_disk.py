@@ -27,16 +27,27 @@ class SmallDisk:
 
     def __enter__(self) -> Self:
         user = [] if os.geteuid() == 0 else ["--map-root-user"]
+        # In a chroot, / is no mount point whose propagation could be changed; so it is taken off by hand at the end.
+        apart = subprocess.run(["unshare", *user, "--mount", "true"], capture_output=True, check=False).returncode == 0
+        propagation = [] if apart else ["--propagation", "unchanged"]
         self._shell = subprocess.Popen(
-            ["unshare", *user, "--mount", "sh", "-e"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ["unshare", *user, "--mount", *propagation, "sh", "-e"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        self.run(f"mount -t tmpfs -o size={SIZE},mode=700 none '{self.path}'")
+        try:
+            self.run(f"mount -t tmpfs -o size={SIZE},mode=700 none '{self.path}'")
+        except BaseException:
+            self._shell.communicate()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._shell.communicate()  # the end of its input is its end, and the end of the mount
+        self.run(f"umount -l '{self.path}'")
+        self._shell.communicate()  # the end of its input is its end
 
     def run(self, command: str) -> None:
         """Run a shell command inside."""

@@ -81,7 +81,8 @@ class _Worker(threading.Thread):
             try:
                 result = job.run(self._open())
             except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
-                job.future.set_exception(error)
+                # Given up, its words may only tell how the one that took over cleared its key away.
+                job.future.set_exception(overdue() if self._abandoned else error)
             else:
                 job.future.set_result(result)
             with self._turn:
