@@ -29,7 +29,7 @@ from stationkey.mqtt import Broker
 from stationkey.ocpp import NotCarried, OcppVersion
 from stationkey.pki import Misbehaviour
 from stationkey.profiles import Algorithm, CertificateType
-from stationkey.station import Pending, PendingFile, SigningRefused, Station, StationSettings
+from stationkey.station import Pending, PendingFile, SigningRefused, Station, StationSettings, waits
 
 ORGANIZATION = "Über Strom GmbH"
 IDENTITY = "CS001"
@@ -316,6 +316,12 @@ async def test_the_command_renews_and_ends(trial: Trial) -> None:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_each_wait_is_twice_as_long_as_the_one_before() -> None:
+    """A02.FR.18."""
+    assert waits(30.0, 3) == [30.0, 60.0, 120.0, 240.0]
+    assert waits(30.0, 0) == [30.0]
 
 
 def test_what_is_pending_survives_as_json(tmp_path: Path) -> None:

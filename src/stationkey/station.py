@@ -198,6 +198,16 @@ class PendingFile:
         )
 
 
+def waits(minimum: float, repeats: int) -> list[float]:
+    """How long to wait for the certificate after each time that the CSR was sent, in seconds [A02.FR.17-19].
+
+    Args:
+        minimum: ``CertSigningWaitMinimum``, seconds.
+        repeats: ``CertSigningRepeatTimes``.
+    """
+    return [minimum * 2**attempt for attempt in range(repeats + 1)]
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Exchange a file: whoever reads it has the old content or the new."""
     unfinished = path.with_name(path.name + ".new")
@@ -408,8 +418,7 @@ class Station:
 
     async def _carry(self, pending: Pending) -> None:
         """Send the CSR, and the same one again while no certificate comes [A02.FR.17-19]."""
-        wait = self._settings.wait_minimum
-        for attempt in range(self._settings.repeat_times + 1):
+        for attempt, wait in enumerate(waits(self._settings.wait_minimum, self._settings.repeat_times)):
             accepted = await self._send(pending)
             if not accepted:
                 self._file.remove(pending)
@@ -419,9 +428,8 @@ class Station:
             try:
                 await asyncio.wait_for(pending.answered.wait(), wait)
             except TimeoutError:
-                wait *= 2
-            else:
-                return
+                continue
+            return
         raise StationKeyError(
             "no certificate came; should it come late, it is still taken",
             reason="csms_silent",
