@@ -38,7 +38,9 @@ from stationkey.ocpp import OcppVersion, Payload, PayloadInvalid, SignRequest
 from stationkey.ocppj import Answered, CallError, OcppConnection
 from stationkey.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem, to_pem
 from stationkey.profiles import (
+    ALGORITHMS,
     COUNTRY_NAME_PATTERN,
+    DEFAULT_ALGORITHM,
     NAME_MAX_LENGTH,
     PROFILES,
     SECP256R1,
@@ -339,7 +341,7 @@ def _check_subject(subject: x509.Name, certificate_type: CertificateType, organi
     if not 1 <= len(common_name) <= NAME_MAX_LENGTH:
         words = f"CN has {len(common_name)} characters; 1 to {NAME_MAX_LENGTH} are allowed [RFC 5280]"
         raise _refused("csr_common_name", words)
-    if certificate_type is CertificateType.CHARGING_STATION_CERTIFICATE and _is_address(common_name):
+    if not PROFILES[certificate_type].secc_id and _is_address(common_name):
         words = f"CN is {common_name!r}; it is the serial number, not a URL or IP address [A00.FR.511]"
         raise _refused("csr_common_name", words)
     wanted = PROFILES[certificate_type].domain_component
@@ -450,7 +452,8 @@ class Csms:
 
     def hierarchy(self, certificate_type: CertificateType) -> Hierarchy:
         """What signs certificates of this type."""
-        return self._hierarchy_20 if certificate_type is CertificateType.V2G20_CERTIFICATE else self._hierarchy
+        algorithm = PROFILES[certificate_type].required_algorithm or DEFAULT_ALGORITHM
+        return self._hierarchy_20 if SECP521R1 in ALGORITHMS[algorithm].key_types else self._hierarchy
 
     def trust_anchors_pem(self, certificate_type: CertificateType | None = None) -> str:
         """The root for a certificate type, or all of them: what the station verifies chains with [A02.FR.06]."""
@@ -538,7 +541,7 @@ class Csms:
             context.load_cert_chain(file)
         if self._security_profile is SecurityProfile.MUTUAL_TLS:
             context.verify_mode = ssl.CERT_REQUIRED
-            root = self._hierarchy.trust_anchors_pem(CertificateType.CHARGING_STATION_CERTIFICATE)
+            root = to_pem([self._hierarchy.csms_root.certificate])
             context.load_verify_locations(cadata=root)
         return context
 

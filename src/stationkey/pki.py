@@ -26,7 +26,7 @@ from stationkey.csr import HASHES, PublicKey, extensions_of
 from stationkey.errors import ConfigurationError
 from stationkey.ocpp import CHAIN_LIMIT
 from stationkey.profiles import (
-    CHARGING_STATION,
+    PROFILES,
     SECP256R1,
     SECP521R1,
     CertificateProfile,
@@ -180,9 +180,9 @@ class Hierarchy:
 
     def issuers(self, certificate_type: CertificateType) -> tuple[Authority, ...]:
         """From the issuer of such a leaf up to the root, the root included."""
-        if certificate_type is CertificateType.CHARGING_STATION_CERTIFICATE:
-            return self.csms_sub_ca, self.csms_root
-        return self.cpo_sub_ca_2, self.cpo_sub_ca_1, self.v2g_root
+        if PROFILES[certificate_type].secc_id:
+            return self.cpo_sub_ca_2, self.cpo_sub_ca_1, self.v2g_root
+        return self.csms_sub_ca, self.csms_root
 
     def issue(
         self,
@@ -240,10 +240,12 @@ class Hierarchy:
             str(issuer.certificate.subject.get_attributes_for_oid(oid)[0].value)
             for oid in (NameOID.COUNTRY_NAME, NameOID.ORGANIZATION_NAME)
         )
+        # The other end of the station's own connection: a leaf of the same kind, for a server.
+        client = next(profile for profile in PROFILES.values() if not profile.secc_id)
         extensions = [
             (x509.SubjectAlternativeName(list(map(_general_name, names))), False),
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
-            *((value, critical) for value, critical in extensions_of(CHARGING_STATION) if critical),
+            *((value, critical) for value, critical in extensions_of(client) if critical),
             *_status(self.status_url, issuer),
         ]
         subject = _name(country, organization, names[0], None)

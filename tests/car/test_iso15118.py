@@ -26,7 +26,10 @@ from stationkey.profiles import Algorithm, CertificateType
 PYTHON = Path(__file__).parents[2] / ".venv" / "iso15118" / "bin" / "python"
 BOUND = 120.0
 """Seconds after which a session has failed. It takes some 20: the EXI codec is a Java program."""
-NAMESPACE = ("unshare", "--user", "--map-current-user", "--keep-caps", "--net")
+# Root needs no user namespace, and in a chroot could have none.
+OWN_USER = () if os.geteuid() == 0 else ("--user", "--map-current-user", "--keep-caps")
+SAME_USER = () if os.geteuid() == 0 else ("--user", "--preserve-credentials")
+NAMESPACE = ("unshare", *OWN_USER, "--net")
 NETWORK = """
 ip link set lo up
 ip link add veth0 type veth peer name veth1
@@ -131,7 +134,7 @@ def test_a_car_charges_from_sdp_to_session_stop(
         in_namespace = (*NAMESPACE, "sh", "-ec", NETWORK, "sh", *run("secc"))
         with spoken(in_namespace, {**station.openssl_environment(), **settings}) as secc:
             wait_for(secc, "UDP server started")
-            beside = ("nsenter", "--target", str(secc[0].pid), "--user", "--net", "--preserve-credentials")
+            beside = ("nsenter", "--target", str(secc[0].pid), "--net", *SAME_USER)
             with spoken((*beside, *run("evcc")), {**os.environ, **settings}) as evcc:
                 seen = wait_for(evcc, "SessionStopRes received")
             assert "Security: TLS" in wait_for(secc, "Sending SDPResponse")

@@ -61,7 +61,7 @@ class SmallDisk:
     def enter(self) -> list[str]:
         """What a command line begins with that is to run inside; the process stays the same."""
         user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        return ["nsenter", "--target", str(self._shell.pid), "--mount", *user]
+        return ["nsenter", "--target", str(self._shell.pid), "--mount", "--root", *user]
 
     @property
     def outside(self) -> Path:
