@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -36,7 +37,9 @@ from parts import (
     status,
 )
 from stationkey import custody
+from stationkey.certificate import prove
 from stationkey.custody import RunningTime
+from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef
 from stationkey.ledger import Ledger
 from stationkey.lifecycle import KeyEvent, KeyState
@@ -225,6 +228,26 @@ async def test_no_status_overtakes_one_that_waits(
         await asyncio.gather(installed, deleted)
 
         assert here.events(key) == ["CSR answered", "installed", "deleted"]
+
+
+@pytest.mark.parametrize("reason", ["tpm_unreachable", "tpm_reset", "tpm_full", "tpm_lockout", "keystore_timeout"])
+async def test_a_status_that_meets_a_passing_trouble_is_done_when_it_is_over(
+    here: Station, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr(custody, "RETRY_FIRST", 0.01)
+    troubles = [KeyStoreError("a passing trouble", reason=reason)]
+
+    def prove_at_last(*arguments: Any) -> None:
+        if troubles:
+            raise troubles.pop()
+        prove(*arguments)
+
+    monkeypatch.setattr(custody, "prove", prove_at_last)
+    key = await here.key()
+
+    await here.told("installed")
+
+    assert here.states(key) == [ACTIVE]
 
 
 async def test_only_so_many_statuses_wait(

@@ -10,10 +10,11 @@ import socket
 from typing import Final
 
 from stationkey import __version__
+from stationkey.bridge import on_keystore
 from stationkey.config import Settings
-from stationkey.errors import PASSING, KeyStoreError, StationKeyError
+from stationkey.errors import PASSING, KeyStoreError
 from stationkey.keystore import KeyStore, keystore_opener
-from stationkey.keystore.thread import KeyStoreThread, overdue
+from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Ledger
 from stationkey.mqtt import Broker, MqttEdge, unless
 from stationkey.profiles import Algorithm
@@ -93,13 +94,10 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
         }
 
     try:
-        description, algorithms = await asyncio.wait_for(
-            asyncio.wrap_future(keystore.submit(look, timeout=FIRST_LOOK)), FIRST_LOOK
-        )
-    except (KeyStoreError, TimeoutError) as error:
-        failure = error if isinstance(error, KeyStoreError) else overdue()
+        description, algorithms = await on_keystore(keystore, look, timeout=FIRST_LOOK)
+    except KeyStoreError as failure:
         if failure.reason not in PASSING:
-            raise failure from None
+            raise
         log.error("requests will be rejected until this is over: %s", failure, extra={"reason": failure.reason})
         return
     level = logging.WARNING if settings.allow_software_keys and settings.keystore == "software:" else logging.INFO
@@ -139,6 +137,3 @@ def run(settings: Settings) -> None:
         StationKeyError: it cannot start.
     """
     asyncio.run(serve(settings))
-
-
-__all__ = ["StationKeyError", "notify_systemd", "run", "serve"]
