@@ -391,6 +391,7 @@ def test_a_frozen_tpm_costs_the_requests_of_that_time_and_no_later_one(
 ) -> None:
     """The commands sent to it are answered when it is thawed, and nobody waits for them any more."""
     key = tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG)
+    tpm_thread.submit(nothing, timeout=DEADLINE).result(LONG)  # so that the key is unloaded
     swtpm.freeze()
     hung = [ask_in_vain(tpm_thread, clock), ask_in_vain(tpm_thread, clock)]
     queued = [tpm_thread.submit(make_and_sign, timeout=DEADLINE) for _ in range(3)]
@@ -414,6 +415,7 @@ def test_a_tpm_that_loses_power_while_it_is_frozen_is_used_again_once_it_is_back
     swtpm: Swtpm, tpm_thread: KeyStoreThread, clock: Clock
 ) -> None:
     tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG)
+    tpm_thread.submit(nothing, timeout=DEADLINE).result(LONG)  # so that the key is unloaded
     swtpm.freeze()
     hung = ask_in_vain(tpm_thread, clock)
     swtpm.kill()
@@ -428,6 +430,7 @@ def test_a_frozen_tpm_does_not_keep_close_from_returning(
     swtpm: Swtpm, tpm_thread: KeyStoreThread, clock: Clock
 ) -> None:
     tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG)
+    tpm_thread.submit(nothing, timeout=DEADLINE).result(LONG)  # so that the key is unloaded
     swtpm.freeze()
     hung = ask_in_vain(tpm_thread, clock)
     assert not tpm_thread.close(0)

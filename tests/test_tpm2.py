@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
@@ -411,8 +412,10 @@ def test_a_tpm_lost_in_the_middle_of_a_request_costs_only_that_request(
                 swtpm.start()
             private.sign(b"data", ec.ECDSA(hashes.SHA256()))
 
-    assert reason_of(lose_it_and_sign) == ("tpm_reset" if back else "tpm_unreachable")
-    if not back:
+    if back:
+        lose_it_and_sign()  # it is loaded again
+    else:
+        assert reason_of(lose_it_and_sign) == "tpm_unreachable"
         swtpm.start()
     assert works(store, key)
     assert works(store)
@@ -500,6 +503,7 @@ def test_a_store_abandoned_in_mid_command_mends_nothing(
 ) -> None:
     """Were it to clear the slots, it would clear its successor's."""
     assert works(store)
+    store.unload()
     fail = refuse_with(code)
 
     def create_loaded(*_: object) -> NoReturn:
@@ -547,13 +551,13 @@ def test_slots_that_are_full_in_mid_life_are_emptied(
             raise
 
     monkeypatch.setattr(ESAPI, "create_loaded", noting)
-    one, other = store.generate(P256), store.generate(P256)
-    leaked = [store.signer(one), store.signer(other)]
-    for signer in leaked:
-        signer.__enter__()
+    one = store.generate(P256)
+    store.unload()
+    with connected(swtpm) as esapi:
+        for _ in range(3):
+            esapi.create_primary(TPM2B_SENSITIVE_CREATE(), "ecc")
     assert works(store)
     assert codes == [0x902]
-    del leaked, signer
     assert works(store, one)
     store.close()
     assert loaded_objects(swtpm) == []
@@ -576,7 +580,8 @@ def test_behind_a_resource_manager_nothing_of_others_is_unloaded(monkeypatch: py
 
 def sign_by_an_unknown_hash(store: Tpm2KeyStore) -> None:
     """There is no SHA-3 in libtpms, so this is a signature that the TPM really refuses."""
-    with store.signer(store.generate(P256)) as private:
+    sha3 = {"sha3-256": TPM2_ALG.SHA3_256}
+    with mock.patch.dict(tpm2._HASHES, sha3), store.signer(store.generate(P256)) as private:  # noqa: SLF001 - the store would not ask for it
         assert isinstance(private, ec.EllipticCurvePrivateKey)
         private.sign(b"data", ec.ECDSA(hashes.SHA3_256()))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
 from stationkey.keystore import KeyStore
-from stationkey.keystore.thread import KeyStoreThread, overdue
+from stationkey.keystore.thread import KeyStoreThread, Turn, overdue
 from stationkey.ledger import Ledger
 
 P = ParamSpec("P")
@@ -24,26 +27,58 @@ class LedgerThread:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._thread.start()
 
-    async def __call__(self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """``call(ledger, …)`` on the thread. What was begun is finished, even where nobody waits for it any more."""
-        return await asyncio.shield(
-            asyncio.get_running_loop().run_in_executor(self._thread, lambda: call(self._ledger, *args, **kwargs))
-        )
+    def __call__(
+        self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Begin ``call(ledger, …)`` on the thread. It is finished, even where nobody waits for it any more."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                settle = partial(_succeed, future, call(self._ledger, *args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
+                settle = partial(_fail, future, error)
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(settle)
+
+        self._calls.put(run)
+        return future
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
 
     def close(self) -> None:
         """Wait for what is under way."""
-        self._thread.shutdown()
+        self._calls.put(None)
+        self._thread.join()
 
 
-async def on_keystore(keystore: KeyStoreThread, job: Callable[[KeyStore], T], *, timeout: float) -> T:
+def _succeed(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+async def on_keystore(
+    keystore: KeyStoreThread, job: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT
+) -> T:
     """The result of `job` on the key store's thread.
 
     Raises:
         KeyStoreError: it was not done within `timeout` seconds; what comes later is thrown away.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(keystore.submit(job, timeout=timeout)), timeout)
+        async with asyncio.timeout(timeout):
+            return await asyncio.wrap_future(keystore.submit(job, timeout=timeout, turn=turn))
     except TimeoutError:
         raise overdue() from None

@@ -32,6 +32,7 @@ from stationkey.profiles import (
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 """Any private-key object of cryptography's interface; the key itself may be in a TPM."""
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+Csr = x509.CertificateSigningRequest
 
 # RFC 5280 bounds CN and O in characters; cryptography counts their bytes in UTF-8, and warns even where validation is
 # off. A name of 64 Greek letters is right by the standard and has 128 bytes.
@@ -53,7 +54,21 @@ _EXTENDED_KEY_USAGE: Final = {
 def build_csr(
     request: GenerateCsrRequest, private_key: PrivateKey, profile: CertificateProfile | None = None
 ) -> x509.CertificateSigningRequest:
-    """Build and sign the CSR that answers `request`, and verify its signature.
+    """Build and sign the CSR that answers `request`, and verify its signature: `sign_csr` and `check_signature`.
+
+    Raises:
+        StationKeyError: the key is of another kind than the algorithm asks for.
+        KeyStoreError: the signature that the key made does not verify.
+    """
+    csr = sign_csr(request, private_key, profile)
+    check_signature(csr)
+    return csr
+
+
+def sign_csr(
+    request: GenerateCsrRequest, private_key: PrivateKey, profile: CertificateProfile | None = None
+) -> x509.CertificateSigningRequest:
+    """Build and sign the CSR that answers `request`. It must not be handed out before `check_signature`.
 
     Args:
         request: a decoded request; its names enter the subject byte for byte.
@@ -65,7 +80,6 @@ def build_csr(
 
     Raises:
         StationKeyError: the key is of another kind than the algorithm asks for.
-        KeyStoreError: the signature that the key made does not verify.
     """
     profile = profile or PROFILES[request.data.certificate_type]
     algorithm = ALGORITHMS[request.algorithm]
@@ -78,10 +92,36 @@ def build_csr(
     builder = x509.CertificateSigningRequestBuilder().subject_name(subject(request, profile))
     for extension, critical in _extensions(request, profile):
         builder = builder.add_extension(extension, critical)
-    csr = builder.sign(private_key, HASHES[algorithm.hash_name])
+    return builder.sign(private_key, HASHES[algorithm.hash_name])
+
+
+def check_signature(csr: x509.CertificateSigningRequest) -> None:
+    """Verify that the CSR proves possession of its key [RFC 2986 4.2].
+
+    Raises:
+        KeyStoreError: it does not.
+    """
     if not csr.is_signature_valid:
         raise KeyStoreError("the key made a signature that does not verify", reason="signature_invalid")
-    return csr
+
+
+def check_recorded(pem: str) -> None:
+    """`check_signature` of a CSR that was on record, before it is handed out (again).
+
+    Raises:
+        KeyStoreError: the signature does not verify, or this is no CSR: the record is damaged.
+    """
+    try:
+        csr = x509.load_pem_x509_csr(pem.encode())
+        valid = csr.is_signature_valid
+    except _UNREADABLE:
+        valid = False
+    if not valid:
+        raise KeyStoreError(
+            "the CSR on record does not verify: the ledger is damaged, or the key made a wrong signature",
+            reason="signature_invalid",
+            hint="ask with a new id",
+        )
 
 
 def subject(request: GenerateCsrRequest, profile: CertificateProfile) -> x509.Name:

@@ -302,6 +302,21 @@ class Ledger:
             self._write_delivered()
         return crowded
 
+    def withdraw(self, request_id: str, *, now: int) -> None:
+        """Take back an answer that must not go out: its key is destroyed, and its id may be asked again.
+
+        Raises:
+            LedgerError: nothing was written.
+        """
+        with self._explained("written"), self._transaction():
+            row = self._connection.execute(
+                "SELECT key_id FROM answer WHERE canonical_id = ?", (request_id.lower(),)
+            ).fetchone()
+            if row is None:
+                return
+            self._apply(row[0], KeyEvent.EXPIRED, reason="its CSR did not verify", now=now)
+            self._connection.execute("DELETE FROM answer WHERE canonical_id = ?", (request_id.lower(),))
+
     def _make_room(self, where: str, arguments: tuple[str, ...], *, limit: int, now: int) -> list[str]:
         """End the oldest pending keys beyond `limit`."""
         (pending,) = self._connection.execute(

@@ -153,7 +153,7 @@ class MqttConnection:
         self._broker = broker
         self._persistent = persistent
         self._loop = asyncio.get_running_loop()
-        self._received: asyncio.Queue[Message] = asyncio.Queue()
+        self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: there will be no more
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
@@ -258,6 +258,7 @@ class MqttConnection:
             ConnectionLost: it went away; whether it has the message is not known.
         """
         info = self._client.publish(topic, payload, qos=1)
+        self._client.loop_write()  # now, and not when the loop comes round
         reason = await self._answer(info.rc, info.mid)
         if reason.is_failure:
             raise BrokerError(
@@ -272,17 +273,10 @@ class MqttConnection:
         Raises:
             ConnectionLost: the connection has ended. What was received before comes first.
         """
-        if self._received.empty():
-            getter = self._loop.create_task(self._received.get(), name="mqtt-receive")
-            try:
-                await asyncio.wait((getter, self.lost), return_when=asyncio.FIRST_COMPLETED)
-                if not getter.done():
-                    raise self._connection_lost()
-                message = getter.result()
-            finally:
-                getter.cancel()
-        else:
-            message = self._received.get_nowait()
+        message = await self._received.get()
+        if message is None:
+            self._received.put_nowait(None)  # for whoever asks next
+            raise self._connection_lost()
         self._dropping = self._dropping and not self._received.empty()
         return message
 
@@ -327,6 +321,7 @@ class MqttConnection:
         if self.lost.done():
             return
         self.lost.set_result(why)
+        self._received.put_nowait(None)
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(self._connection_lost())
@@ -357,10 +352,14 @@ class MqttConnection:
         self._sock = None
 
     def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
-        self._loop.call_soon_threadsafe(self._watch_write, sock)
+        self._loop.call_soon_threadsafe(self._write, sock)
 
-    def _watch_write(self, sock: socket.socket) -> None:
-        if sock.fileno() != -1 and self._client.want_write():
+    def _write(self, sock: socket.socket) -> None:
+        """Send at once what the socket takes, and the rest when it takes more: hardly ever is there a rest."""
+        if sock.fileno() == -1:
+            return
+        self._client.loop_write()
+        if self._client.want_write() and sock.fileno() != -1:
             self._loop.add_writer(sock, self._client.loop_write)
 
     def _on_socket_unregister_write(self, client: paho.Client, userdata: object, sock: Any) -> None:

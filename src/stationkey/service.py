@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from stationkey import messages
 from stationkey.bridge import LedgerThread, on_keystore
-from stationkey.csr import build_csr, to_pem
+from stationkey.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 from stationkey.custody import KeyCustody, RunningTime
-from stationkey.errors import Fault, RequestRefused, StationKeyError
+from stationkey.errors import Fault, KeyStoreError, RequestRefused, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Answered, Ledger, content_digest
@@ -103,8 +104,9 @@ class StationKeyService:
                 log.exception("a fault of stationkey", extra={"request_id": request.id})
                 return await self.reject(request.id, StationKeyError("a fault of ours", reason="internal_error"))
         self.counts["accepted"] += 1
-        log.info("accepted", extra={"request_id": request.id, "key_id": key.key_id, **_about(request)})
-        return messages.accepted(request, csr)
+        about = {"request_id": request.id, "key_id": key.key_id, **_about(request)}
+        asyncio.get_running_loop().call_soon(partial(log.info, "accepted", extra=about))  # with the answer on its way
+        return messages.accepted(request, to_pem(csr))
 
     async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
         """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker."""
@@ -130,15 +132,19 @@ class StationKeyService:
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
         """The accepted answers that were recorded, and that no `delivered` was told of: to be published (again)."""
-        return [
-            GenerateCsrResponse(
-                id=answered.request_id,
-                name=messages.GENERATE_CSR,
-                type="response",
-                data=messages.GenerateCsrResult(status="accepted", csr=answered.csr),
+        responses = []
+        for answered in await self._ledger(Ledger.undelivered):
+            try:
+                check_recorded(answered.csr)
+            except KeyStoreError as error:
+                log.error("%s", error, extra={"request_id": answered.request_id, "reason": error.reason})
+                await self._withdraw(answered.request_id)
+                continue
+            result = messages.GenerateCsrResult(status="accepted", csr=answered.csr)
+            responses.append(
+                GenerateCsrResponse(id=answered.request_id, name=messages.GENERATE_CSR, type="response", data=result)
             )
-            for answered in await self._ledger(Ledger.undelivered)
-        ]
+        return responses
 
     async def delivered(self, response: GenerateCsrResponse) -> None:
         """Note that the transport has handed an answer over, so that it is not published again at the next start."""
@@ -168,6 +174,7 @@ class StationKeyService:
                 reason="key_destroyed",
                 hint="ask with a new id",
             )
+        check_recorded(answered.csr)
         self.counts["repeated"] += 1
         log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id})
         return messages.accepted(request, answered.csr)
@@ -184,14 +191,14 @@ class StationKeyService:
                 extra={"request_id": request.id, **_about(request)},
             )
 
-    async def _generate(self, request: GenerateCsrRequest) -> tuple[KeyRef, str]:
+    async def _generate(self, request: GenerateCsrRequest) -> tuple[KeyRef, Csr]:
         """Make the key and the CSR on the key store's thread; give up at the deadline, and keep nothing then."""
         profile = self._profiles[request.data.certificate_type]
 
-        def generate(store: KeyStore) -> tuple[KeyRef, str]:
+        def generate(store: KeyStore) -> tuple[KeyRef, Csr]:
             key = store.generate(request.algorithm)
             with store.signer(key) as private_key:
-                return key, to_pem(build_csr(request, private_key, profile))
+                return key, sign_csr(request, private_key, profile)
 
         return await on_keystore(self._keystore, generate, timeout=self._timeout(request))
 
@@ -199,20 +206,35 @@ class StationKeyService:
         kinds = ALGORITHMS[request.algorithm].key_types
         return self._rsa_deadline if isinstance(kinds[0], RsaModulus) else self._deadline
 
-    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: str) -> None:
+    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr) -> None:
+        """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes.
+
+        A CSR that is read from the ledger is verified again before it is handed out. So none that is wrong ever is, not
+        even where the power goes between the writing and the withdrawal.
+        """
         running = self._running.now()
-        crowded = await self._ledger(
+        recorded = self._ledger(
             Ledger.record_answer,
             request,
             key,
-            csr,
+            to_pem(csr),
             now=self._now(),
             running=running,
             due=running + self._terms.pending,
             bounds=self._terms.bounds,
         )
-        for key_id in crowded:
+        try:
+            check_signature(csr)
+        except KeyStoreError:
+            await recorded
+            await self._withdraw(request.id)
+            raise
+        for key_id in await recorded:
             log.warning("too many keys were pending: the oldest is destroyed", extra={"key_id": key_id})
+
+    async def _withdraw(self, request_id: str) -> None:
+        """Take back an answer that was written down and must not go out."""
+        await self._ledger(Ledger.withdraw, request_id, now=self._now())
 
     def _now(self) -> int:
         return int(self._clock() * 1000)

@@ -117,7 +117,7 @@ class KeyStore(Protocol):
         ...
 
     def signer(self, key: KeyRef) -> AbstractContextManager[PrivateKey]:
-        """Load a key for signing; it is unloaded at the end of the ``with`` block.
+        """Load a key for signing. It may stay loaded after the ``with`` block, see `unload`.
 
         Raises:
             KeyStoreError: the key is not of this store or of this device, or the device failed.
@@ -130,6 +130,14 @@ class KeyStore(Protocol):
 
     def destroy(self, key: KeyRef) -> None:
         """Remove from the device whatever it holds of a key. What the ledger holds is the ledger's to remove."""
+        ...
+
+    def unload(self) -> None:
+        """Take out of the device whatever key is loaded there. The next command that needs room does the same.
+
+        A call of its own, so that whoever waits for a signature need not wait for this. Never fails: a device that is
+        lost holds nothing.
+        """
         ...
 
     def close(self) -> None:

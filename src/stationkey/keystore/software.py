@@ -56,6 +56,9 @@ class SoftwareKeyStore:
     def destroy(self, key: KeyRef) -> None:
         """Nothing to do: the ledger has the only copy."""
 
+    def unload(self) -> None:
+        """Nothing to do."""
+
     def close(self) -> None:
         """Nothing to do."""
 

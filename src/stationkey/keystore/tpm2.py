@@ -25,13 +25,18 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Final, TypeVar
 
 # tpm2-tss prints every TPM error to standard error by itself; here each becomes an exception with its own words, and a
 # line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins.
 os.environ.setdefault("TSS2_LOG", "all+none")
 
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.padding import AsymmetricPadding, PKCS1v15
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import (
     ESYS_TR,
@@ -41,6 +46,8 @@ from tpm2_pytss.constants import (
     TPM2_PT,
     TPM2_PT_FIRMWARE,
     TPM2_PT_VENDOR,
+    TPM2_RH,
+    TPM2_ST,
     TPM2_SU,
     TPMA_OBJECT,
 )
@@ -52,13 +59,18 @@ from tpm2_pytss.types import (
     TPM2B_TEMPLATE,
     TPMS_ECC_PARMS,
     TPMS_RSA_PARMS,
+    TPMS_SCHEME_HASH,
     TPMT_ECC_SCHEME,
     TPMT_KDF_SCHEME,
     TPMT_PUBLIC,
     TPMT_PUBLIC_PARMS,
     TPMT_RSA_SCHEME,
+    TPMT_SIG_SCHEME,
+    TPMT_SIGNATURE,
     TPMT_SYM_DEF_OBJECT,
+    TPMT_TK_HASHCHECK,
     TPMU_PUBLIC_PARMS,
+    TPMU_SIG_SCHEME,
     TPMU_SYM_KEY_BITS,
     TPMU_SYM_MODE,
 )
@@ -73,9 +85,12 @@ from stationkey.profiles import (
     Algorithm,
     EllipticCurve,
     KeyType,
+    RsaModulus,
 )
 
 T = TypeVar("T")
+_Sign = Callable[[bytes, Any, Any], TPMT_SIGNATURE]
+"""Signs data by a TPM_ALG_ID and one of cryptography's hashes."""
 log = logging.getLogger(__name__)
 
 SRK_HANDLE: Final = 0x81000001
@@ -104,7 +119,10 @@ _SRK_ATTRIBUTES: Final = _SRK_NEEDED | TPMA_OBJECT.NODA
 
 _SCHEME: Final = "tpm2"
 _CURVES: Final[dict[KeyType, Any]] = {SECP256R1: TPM2_ECC.NIST_P256, SECP521R1: TPM2_ECC.NIST_P521}
+_POINTS: Final[dict[KeyType, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
 _HASHES: Final[dict[str, Any]] = {"sha256": TPM2_ALG.SHA256, "sha384": TPM2_ALG.SHA384, "sha512": TPM2_ALG.SHA512}
+_NO_SENSITIVE: Final = TPM2B_SENSITIVE_CREATE()  # no authorisation value, and nothing to seal
+_NO_TICKET: Final = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=TPM2_RH.NULL)  # the digest was made outside
 _RESOURCE_MANAGERS: Final = ("device:/dev/tpmrm", "tabrmd")
 _PAGE: Final = 64  # entries asked for at a time; the TPM may give fewer
 _FIRST_TRANSIENT: Final = 0x80000000
@@ -141,8 +159,8 @@ class Tpm2KeyStore:
         self._resource_manager = tcti.startswith(_RESOURCE_MANAGERS)
         self._esapi: ESAPI | None = None
         self._srk: Any = None
-        # A key just made is loaded already; it is kept so until it is signed with, or the next command comes.
-        self._fresh: tuple[KeyRef, Any] | None = None
+        # A key just made is loaded already, and one just signed with still is: until `unload`, or the next command.
+        self._loaded: _Loaded | None = None
         self._supported: dict[Algorithm, Support] = {}
         self._has_create_loaded = True
         self._abandoned = False
@@ -160,15 +178,12 @@ class Tpm2KeyStore:
 
     @contextmanager
     def signer(self, key: KeyRef) -> Iterator[PrivateKey]:
-        handle, private_key = self._with_device(lambda: self._private_key(key))
-        esapi = self._esapi
-        try:
-            yield private_key
-        except TSS2_Exception as error:
-            raise self._failure(error) from None
-        finally:
-            if self._esapi is esapi:  # on another context the handle would be another object's
-                self._flush(handle)
+        self._with_device(lambda: self._load(key))
+        public_key, sign = self.public_key(key), partial(self._sign, key)
+        if isinstance(public_key, ec.EllipticCurvePublicKey):
+            yield _EccPrivateKey(sign, public_key)
+        else:
+            yield _RsaPrivateKey(sign, public_key)
 
     def public_key(self, key: KeyRef) -> PublicKey:
         return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
@@ -176,11 +191,20 @@ class Tpm2KeyStore:
     def destroy(self, key: KeyRef) -> None:
         """Unload it where it is loaded. The TPM holds nothing else of it: the wrapped blob is all there is."""
         _own(key)
-        if self._fresh is not None and self._fresh[0] == key:
-            self._flush_fresh()
+        if self._loaded is not None and self._loaded.key == key:
+            self.unload()
+
+    def unload(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        # A TPM that is lost has unloaded it already, or a new context will.
+        if loaded is not None and self._esapi is not None and not self._abandoned:
+            try:
+                self._esapi.flush_context(loaded.handle)
+            except TSS2_Exception:
+                self._forget()
 
     def close(self) -> None:
-        self._flush_fresh()
+        self.unload()
         self._forget()
 
     def abandon(self) -> None:
@@ -222,7 +246,7 @@ class Tpm2KeyStore:
 
     def _forget(self) -> None:
         """Give up the context. Its transport may be dead; there is nothing left to save on it."""
-        esapi, self._esapi, self._srk, self._fresh = self._esapi, None, None, None
+        esapi, self._esapi, self._srk, self._loaded = self._esapi, None, None, None
         self._supported.clear()  # the next device may be another
         if esapi is not None:
             esapi.close()
@@ -333,17 +357,15 @@ class Tpm2KeyStore:
 
     def _make_srk(self, esapi: ESAPI) -> Any:
         """Make the SRK by the TCG's template, so that any other program would make the same, and keep it in the TPM."""
-        primary = esapi.create_primary(
-            TPM2B_SENSITIVE_CREATE(), TPM2B_PUBLIC(publicArea=_srk_template()), ESYS_TR.OWNER
-        )[0]
+        primary = esapi.create_primary(_NO_SENSITIVE, TPM2B_PUBLIC(publicArea=_srk_template()), ESYS_TR.OWNER)[0]
         try:
             return esapi.evict_control(ESYS_TR.OWNER, primary, SRK_HANDLE)
         finally:
-            self._flush(primary)
+            esapi.flush_context(primary)
 
     def _flush_strays(self, esapi: ESAPI) -> None:
         """Unload every transient object of a bare TPM: they are of clients that died, for this is its only user now."""
-        self._fresh = None
+        self._loaded = None
         for handle in _handles(esapi, _FIRST_TRANSIENT, _LAST_TRANSIENT):
             self._refuse_if_abandoned()
             esapi.flush_context(esapi.tr_from_tpmpublic(handle))
@@ -391,30 +413,29 @@ class Tpm2KeyStore:
         return True
 
     def _generate(self, algorithm: Algorithm) -> KeyRef:
-        self._drop_fresh()
+        self._make_room()
         support = self._supports(algorithm)
         if support.key_type is None:
             raise UnsupportedAlgorithm(
                 f"{algorithm} cannot be served: {support.missing}", reason="algorithm_unsupported_by_tpm"
             )
-        handle, private, public = self._create_loaded(_key_template(support.key_type))
+        handle, private, public = self._create_loaded(support.key_type)
         key = KeyRef(
             scheme=_SCHEME,
             key_type=support.key_type,
-            public=public.publicArea.to_der(),
+            public=_public_der(support.key_type, public),
             private=TSSPrivKey(private, public, empty_auth=True, parent=SRK_HANDLE).to_der(),
         )
-        self._fresh = (key, handle)
+        self._loaded = _Loaded(key, handle)
         return key
 
-    def _create_loaded(self, template: TPMT_PUBLIC) -> tuple[Any, Any, Any]:
+    def _create_loaded(self, kind: KeyType) -> tuple[Any, Any, Any]:
         """Handle, wrapped private part and public part of a new key, by one command where the TPM has it."""
         assert self._esapi is not None
-        sensitive = TPM2B_SENSITIVE_CREATE()
         if self._has_create_loaded:
             try:
                 created: tuple[Any, Any, Any] = self._esapi.create_loaded(
-                    self._srk, sensitive, TPM2B_TEMPLATE(template.marshal())
+                    self._srk, _NO_SENSITIVE, _marshalled_template(kind)
                 )
             except TSS2_Exception as error:
                 if _code(error) != _RC_COMMAND_CODE:
@@ -422,47 +443,117 @@ class Tpm2KeyStore:
                 self._has_create_loaded = False
             else:
                 return created
-        private, public, *_ = self._esapi.create(self._srk, sensitive, TPM2B_PUBLIC(publicArea=template))
+        template = TPM2B_PUBLIC(publicArea=_key_template(kind))
+        private, public, *_ = self._esapi.create(self._srk, _NO_SENSITIVE, template)
         return self._esapi.load(self._srk, private, public), private, public
 
-    def _private_key(self, key: KeyRef) -> tuple[Any, PrivateKey]:
-        """A loaded key, and its face towards cryptography, which asks the TPM for its public part."""
-        handle = self._load(key)
-        private_key = tpm_ecc_private_key if isinstance(key.key_type, EllipticCurve) else tpm_rsa_private_key
-        try:
-            return handle, private_key(self._esapi, handle)
-        except TSS2_Exception:
-            self._flush(handle)
-            raise
-
     def _load(self, key: KeyRef) -> Any:
+        if self._loaded is not None and self._loaded.key == key:
+            return self._loaded.handle
         blob = _blob(key)
-        if self._fresh is not None and self._fresh[0] == key:
-            handle, self._fresh = self._fresh[1], None
-            return handle
-        self._drop_fresh()
+        self._make_room()
         assert self._esapi is not None
-        return self._esapi.load(self._srk, blob.private, blob.public)
+        handle = self._esapi.load(self._srk, blob.private, blob.public)
+        self._loaded = _Loaded(key, handle)
+        return handle
 
-    def _drop_fresh(self) -> None:
-        """Unload the key that was made and never signed with, before the next command needs its slot."""
-        self._flush_fresh()
+    def _sign(self, key: KeyRef, data: bytes, scheme: Any, algorithm: hashes.HashAlgorithm) -> TPMT_SIGNATURE:
+        digest = hashes.Hash(algorithm)
+        digest.update(data)
+        message, how = digest.finalize(), _signing_scheme(scheme, algorithm.name)
+
+        def sign() -> TPMT_SIGNATURE:
+            handle = self._load(key)
+            assert self._esapi is not None
+            return self._esapi.sign(handle, message, how, _NO_TICKET)
+
+        return self._with_device(sign)
+
+    def _make_room(self) -> None:
+        """Unload what is still loaded, before the next command needs its slot."""
+        self.unload()
         if self._esapi is None:  # the TPM was lost meanwhile, as the attempt to unload showed
             self._open()
 
-    def _flush_fresh(self) -> None:
-        if self._fresh is not None:
-            handle, self._fresh = self._fresh[1], None
-            self._flush(handle)
 
-    def _flush(self, handle: Any) -> None:
-        """Unload a key. A TPM that is lost has unloaded it already, or a new context will."""
-        if self._esapi is None or self._abandoned:
-            return
-        try:
-            self._esapi.flush_context(handle)
-        except TSS2_Exception:
-            self._forget()
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A key that is in one of the TPM's slots."""
+
+    key: KeyRef
+    handle: Any
+
+
+class _EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like all of tpm2-pytss
+    """tpm2-pytss's face of a loaded key towards cryptography, with the public part that is known already.
+
+    The class it comes from asks the TPM for the public part, decodes it anew at each use, and looks at it again before
+    it signs; that takes a quarter of a request's time (``docs/performance.md``).
+    """
+
+    def __init__(self, sign: _Sign, public_key: ec.EllipticCurvePublicKey) -> None:
+        self._sign = sign
+        self._public_key = public_key
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        return self._public_key
+
+    @property
+    def curve(self) -> ec.EllipticCurve:
+        return self._public_key.curve
+
+    def sign(self, data: bytes, signature_algorithm: ec.ECDSA) -> bytes:
+        """DER [RFC 3279 2.2.3]."""
+        signature = self._sign(data, TPM2_ALG.ECDSA, signature_algorithm.algorithm)
+        # TPMT_SIGNATURE: two algorithm identifiers, then r and s [TPM 2.0 part 2, 11.2.4.2 and 11.3.4].
+        return encode_dss_signature(*_two_numbers(signature.marshal()[4:]))
+
+
+class _RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
+    """The same for RSA, with PKCS #1 v1.5 padding [RFC 8017 8.2]: what the algorithms of the contract are."""
+
+    def __init__(self, sign: _Sign, public_key: rsa.RSAPublicKey) -> None:
+        self._sign = sign
+        self._public_key = public_key
+
+    def public_key(self) -> rsa.RSAPublicKey:
+        return self._public_key
+
+    @property
+    def key_size(self) -> int:
+        return self._public_key.key_size
+
+    def sign(self, data: bytes, padding: AsymmetricPadding, algorithm: hashes.HashAlgorithm) -> bytes:
+        if not isinstance(padding, PKCS1v15):
+            raise ValueError(f"{padding.name} is none of the contract's")  # noqa: TRY004 - as cryptography's own keys say it
+        return bytes(self._sign(data, TPM2_ALG.RSASSA, algorithm))
+
+
+@cache
+def _signing_scheme(scheme: Any, hash_name: str) -> TPMT_SIG_SCHEME:
+    if hash_name not in _HASHES:
+        raise ValueError(f"{hash_name} is none of the contract's")
+    details = TPMU_SIG_SCHEME(any=TPMS_SCHEME_HASH(hashAlg=_HASHES[hash_name]))
+    return TPMT_SIG_SCHEME(scheme=scheme, details=details)
+
+
+def _public_der(kind: KeyType, public: TPM2B_PUBLIC) -> bytes:
+    """The subjectPublicKeyInfo of a key that the TPM made."""
+    if isinstance(kind, RsaModulus):
+        rsa_der: bytes = public.publicArea.to_der()
+        return rsa_der
+    point = ec.EllipticCurvePublicNumbers(*_two_numbers(public.publicArea.unique.ecc.marshal()), _POINTS[kind])
+    return point.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _two_numbers(marshalled: bytes) -> tuple[int, int]:
+    """Two big-endian numbers, each behind its length in two bytes: r and s, or the coordinates of a point.
+
+    tpm2-pytss would give them as attributes, at a tenth of a millisecond for the four steps down to each; see
+    ``docs/performance.md``.
+    """
+    middle = 2 + int.from_bytes(marshalled[:2], "big")
+    return int.from_bytes(marshalled[2:middle], "big"), int.from_bytes(marshalled[middle + 2 :], "big")
 
 
 def _own(key: KeyRef) -> None:
@@ -520,6 +611,12 @@ def _key_template(kind: KeyType) -> TPMT_PUBLIC:
         objectAttributes=KEY_ATTRIBUTES,
         parameters=_key_parameters(kind),
     )
+
+
+@cache
+def _marshalled_template(kind: KeyType) -> TPM2B_TEMPLATE:
+    """The same as TPM2_CreateLoaded wants it."""
+    return TPM2B_TEMPLATE(_key_template(kind).marshal())
 
 
 def _key_parameters(kind: KeyType) -> TPMU_PUBLIC_PARMS:
