@@ -1,6 +1,7 @@
 # make demo   try it: installs what is missing, answers requests with keys in a simulated TPM, ends by itself
 # make test   every check: lint, types, tests with branch coverage
-.PHONY: help setup demo test lint pin clean
+# make bench  how fast it is, beside the TPM alone and other programs: minutes; QUICK=1 for a look in less than two
+.PHONY: help setup demo test bench lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -17,6 +18,10 @@ test:
 	@$(MAKE) --no-print-directory lint
 	.venv/bin/python -m pytest
 
+bench:
+	@scripts/setup bench
+	@.venv/bin/python -m bench $(if $(QUICK),--quick)
+
 lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -26,4 +31,4 @@ pin:
 	scripts/pin
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

@@ -1,0 +1,362 @@
+"""The measurements. Each takes the sides it is asked for in turns, on one TPM and one broker, and returns samples.
+
+In turns, because a machine is not equally fast from one second to the next: what is compared was measured in the same
+seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from peers import Mosquitto, Swtpm
+
+from bench import rows
+from bench.history import fill
+from bench.rows import FLOOR, IMPORTS, KINDS, OURS, POOLED, Series
+from bench.sides import (
+    GAP,
+    KIND,
+    LIFECYCLE,
+    POOL,
+    POOL_SIZE,
+    Act,
+    Floor,
+    Station,
+    StockMosquitto,
+    Unavailable,
+    child_environment,
+    command,
+    programs,
+    resident,
+    serve_arguments,
+    start_once,
+    station,
+)
+from stationkey.ledger import DATABASE_NAME, Ledger
+from stationkey.lifecycle import KeyEvent
+
+WARM_UP: Final = 10
+"""Requests before the first sample: a daemon's first ones load modules and fill caches."""
+SETTLE: Final = 1.0
+"""Seconds after which a daemon without requests is called idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        rounds: of each kind of key; a round has `in_a_row` samples of each side, and one of each program.
+        blocks: of sustained load.
+        block: requests in one such block; together so few that the ports for connections to swtpm do not run short,
+            which would slow down whoever is quickest.
+        ledger: samples for each size of ledger.
+        starts: of a daemon, or of a command.
+        many: requests between the two looks at the memory.
+    """
+
+    rounds: dict[str, int]
+    blocks: int
+    block: int
+    ledger: int
+    starts: int
+    many: int
+
+
+FULL: Final = Effort(
+    {"P-256": 40, "P-521": 40, "RSA-3072": 20}, blocks=6, block=200, ledger=400, starts=30, many=10_000
+)
+QUICK: Final = Effort({"P-256": 6, "P-521": 6, "RSA-3072": 3}, blocks=3, block=150, ledger=60, starts=7, many=1_000)
+
+
+@dataclass(slots=True)
+class Measured:
+    """What came of a measurement, by side.
+
+    Attributes:
+        samples: in the unit of the group.
+        missing: why there are no samples.
+        faults: what is wrong whatever the samples say.
+    """
+
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+
+    def take(self, side: str, act: Act) -> None:
+        """One more sample of a side. A side that fails is not measured any more, and has no samples."""
+        if side not in self.missing:
+            with self.told(side):
+                self.samples.setdefault(side, []).append(act())
+
+    @contextmanager
+    def told(self, side: str) -> Iterator[None]:
+        """Note why a side cannot be measured, and go on with the others."""
+        try:
+            yield
+        except Unavailable as error:
+            self.samples.pop(side, None)
+            self.missing[side] = str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where a measurement takes place."""
+
+    folder: Path
+    broker: Mosquitto
+    tpm: Swtpm
+    effort: Effort
+
+
+@contextmanager
+def _world(base: Path, effort: Effort) -> Iterator[World]:
+    """A broker and a TPM of their own, and a folder on the disk that `base` is on; gone afterwards."""
+    with (
+        tempfile.TemporaryDirectory(prefix="run-", dir=base) as name,
+        StockMosquitto(Path(name) / "broker") as broker,
+        Swtpm(Path(name) / "tpm") as tpm,
+    ):
+        yield World(Path(name), broker, tpm, effort)
+
+
+def measure(group: str, sides: Collection[str], base: Path, effort: Effort) -> Measured:
+    """Measure `sides` of a group beside each other.
+
+    Args:
+        group: of a `Series`.
+        sides: of the series wanted.
+        base: a directory on a real disk.
+        effort: how much.
+    """
+    measured = Measured()
+    try:
+        with _world(base, effort) as world:
+            _MEASUREMENTS[group](world, sides, measured)
+    except (Unavailable, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        words = str(error).replace(str(base.parent), "")
+        measured.missing.update({side: words for side in sides if side not in measured.missing})
+    return measured
+
+
+def _make(kind: str, world: World, sides: Collection[str], measured: Measured) -> None:
+    """A key and its CSR, one at a time."""
+    in_a_row = min(POOL_SIZE[kind], 8)
+    with ExitStack() as stack:
+        # Also where only others are measured: it is the one that puts a storage root key into the TPM.
+        plain = stack.enter_context(station(world.folder, world.broker, world.tpm, "plain", configuration=LIFECYCLE))
+        floor = Floor(world.tpm)
+        stack.callback(floor.close)
+        single = {FLOOR: floor.act(KIND[kind]), OURS: plain.asker.act(KIND[kind])}
+        single = {side: act for side, act in single.items() if side in sides}
+        whole = _programs(kind, world, sides, measured)
+        pooled = stack.enter_context(_pooled(kind, world, measured)) if POOLED in sides else None
+        for act in single.values():
+            for _ in range(1 if kind.startswith("RSA") else WARM_UP):
+                act()
+        for _ in range(world.effort.rounds[kind]):
+            for _ in range(in_a_row):
+                for side, act in single.items():
+                    measured.take(side, act)
+                    time.sleep(GAP)
+            if pooled is not None:
+                _draw(pooled, kind, in_a_row, measured)
+            for side, act in whole.items():
+                measured.take(side, act)
+                floor.flush()
+
+
+def _programs(kind: str, world: World, sides: Collection[str], measured: Measured) -> dict[str, Act]:
+    """The sides that are whole commands."""
+    found: dict[str, Act] = {}
+    for side in sides:
+        if side not in {FLOOR, OURS, POOLED}:
+            with measured.told(side):
+                found[side] = programs(side, KIND[kind], world.tpm, world.folder / "programs")
+    return found
+
+
+@contextmanager
+def _pooled(kind: str, world: World, measured: Measured) -> Iterator[Station | None]:
+    """A daemon with a pool that is full of this kind of key; None, and the reason noted, where there is none."""
+    with ExitStack() as stack:
+        pooled = None
+        with measured.told(POOLED):
+            one = stack.enter_context(
+                station(world.folder, world.broker, world.tpm, "pooled", configuration=LIFECYCLE + POOL)
+            )
+            seen = one.times_full()
+            one.asker.act(KIND[kind])()  # a pool is filled with the types of key that are in use
+            one.until_full(seen)
+            pooled = one
+        yield pooled
+
+
+def _draw(pooled: Station, kind: str, count: int, measured: Measured) -> None:
+    """Ask for as many keys as are ready, and wait until that many are ready again."""
+    if POOLED in measured.missing:
+        return
+    seen = pooled.times_full()
+    act = pooled.asker.act(KIND[kind])
+    for _ in range(count):
+        measured.take(POOLED, act)
+        time.sleep(GAP)
+    with measured.told(POOLED):
+        pooled.until_full(seen)
+
+
+def _sustain(kind: str, world: World, sides: Collection[str], measured: Measured) -> None:
+    """Answers a second under load, beside keys a second of the TPM alone, which then includes unloading them."""
+    with station(world.folder, world.broker, world.tpm, "plain", configuration=LIFECYCLE) as plain:
+        floor = Floor(world.tpm)
+        once = floor.act(KIND[kind])
+
+        def alone() -> float:
+            started = time.perf_counter()
+            for _ in range(world.effort.block):
+                once()
+            return world.effort.block / (time.perf_counter() - started)
+
+        acts: dict[str, Act] = {FLOOR: alone, OURS: partial(plain.asker.rate, KIND[kind], world.effort.block)}
+        plain.asker.rate(KIND[kind], 4 * WARM_UP)
+        for _ in range(world.effort.blocks):
+            for side in sides:
+                time.sleep(10 * GAP)
+                measured.take(side, acts[side])
+        floor.close()
+
+
+def _grow(world: World, sides: Collection[str], measured: Measured) -> None:
+    """One request, with ledgers of several sizes: the history is of keys that were used and destroyed."""
+    sizes = {rows.keys(size): size for size in rows.SIZES if rows.keys(size) in sides}
+    with ExitStack() as stack:
+        template = world.folder / "template"
+        with station(world.folder, world.broker, world.tpm, template.name, configuration=LIFECYCLE) as first:
+            first.asker.act(KIND["P-256"])()
+        _destroy_all(template / "state" / DATABASE_NAME)
+        acts = {}
+        for number, (side, size) in enumerate(sizes.items()):
+            state = world.folder / f"ledger{number}" / "state"
+            shutil.copytree(template / "state", state)
+            _fill(state / DATABASE_NAME, size)
+            daemon = stack.enter_context(
+                station(world.folder, world.broker, world.tpm, f"ledger{number}", configuration=LIFECYCLE)
+            )
+            acts[side] = daemon.asker.act(KIND["P-256"])
+        shutil.rmtree(template)
+        for act in acts.values():
+            for _ in range(WARM_UP):
+                act()
+        time.sleep(SETTLE)  # the sweep that each daemon begins with
+        for _ in range(world.effort.ledger):
+            for side, act in acts.items():
+                measured.take(side, act)
+                time.sleep(GAP)
+
+
+def _destroy_all(database: Path) -> None:
+    ledger = Ledger(database)
+    for key in ledger.usable():
+        ledger.apply(key.key_id, KeyEvent.EXPIRED, reason="its time was over", now=key.created_at)
+    ledger.close()
+
+
+def _fill(database: Path, count: int) -> None:
+    ledger = Ledger(database)
+    (key,) = ledger.keys()
+    ledger.close()
+    fill(database, key.key_id, count)
+
+
+def _start(world: World, sides: Collection[str], measured: Measured) -> None:
+    """From exec until requests are taken, with TPM and broker up, and a storage root key and a ledger there."""
+    home = world.folder / "plain"
+    arguments = serve_arguments(home, world.broker, world.tpm, home.name, configuration="")
+    words = (sys.executable, "-c", "import cryptography.x509, tpm2_pytss")
+    acts = {OURS: partial(start_once, home, arguments), IMPORTS: partial(command, words)}
+    _in_turns(acts, sides, world.effort.starts, measured)
+
+
+def _remember(world: World, sides: Collection[str], measured: Measured) -> None:
+    """Resident memory after few requests and after many, with the bounds that are the default."""
+    with station(world.folder, world.broker, world.tpm, "plain") as plain:
+        act = plain.asker.act(KIND["P-256"])
+        for _ in range(100):
+            act()
+        time.sleep(SETTLE)
+        idle = resident(plain.daemon)
+        measured.samples[rows.IDLE] = [idle]
+        if rows.GROWTH in sides:
+            plain.asker.rate(KIND["P-256"], world.effort.many)
+            time.sleep(SETTLE)
+            measured.samples[rows.GROWTH] = [resident(plain.daemon) - idle]
+
+
+def _command(world: World, sides: Collection[str], measured: Measured) -> None:
+    """The commands that an operator and a program call, beside the start of a Python that can do what they need."""
+    with station(world.folder, world.broker, world.tpm, "plain") as plain:
+        act = plain.asker.act(KIND["P-256"])
+        for _ in range(WARM_UP):
+            act()
+        listing = ("-m", "stationkey", "keys", "list", "--state-dir", str(world.folder / "plain" / "state"))
+        schema = ("-m", "stationkey", "schema")
+        imports = ("-c", "import asyncio, sqlite3")
+        words = {rows.KEYS_LIST: listing, rows.SCHEMA: schema, IMPORTS: imports}
+        for side in (rows.KEYS_LIST, rows.SCHEMA):
+            if heavy := _imported(words[side]) & {"tpm2_pytss", "cryptography"}:
+                measured.faults[side] = f"imports {', '.join(sorted(heavy))}"
+        acts = {side: partial(command, (sys.executable, *words[side])) for side in words}
+        _in_turns(acts, sides, world.effort.starts, measured)
+
+
+def _imported(words: tuple[str, ...]) -> set[str]:
+    """The packages that a Python command imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *words],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def _in_turns(acts: dict[str, partial[float]], sides: Collection[str], count: int, measured: Measured) -> None:
+    wanted = {side: act for side, act in acts.items() if side in sides}
+    for act in wanted.values():
+        with suppress(Unavailable):  # told with the first sample
+            act()  # the first run reads files from the disk, and compiles them
+    for _ in range(count):
+        for side, act in wanted.items():
+            measured.take(side, act)
+
+
+_MEASUREMENTS: Final[dict[str, Callable[[World, Collection[str], Measured], None]]] = {
+    **{kind: partial(_make, kind) for kind in KINDS},
+    **{rows.sustained(kind): partial(_sustain, kind) for kind in ("P-256", "P-521")},
+    rows.LEDGER: _grow,
+    rows.START: _start,
+    rows.COMMANDS: _command,
+    # Last: each TPM command is a TCP connection here, and the port of one stays taken for a minute. After so many,
+    # there are few ports left.
+    rows.MEMORY: _remember,
+}
+
+GROUPS: Final = tuple(_MEASUREMENTS)
+"""What can be measured, in this order."""
+
+
+def sides_of(group: str, wanted: Collection[Series]) -> list[str]:
+    """The sides of a group among the series wanted, each once, in their order."""
+    return list(dict.fromkeys(series.side for series in wanted if series.group == group))

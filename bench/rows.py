@@ -1,0 +1,170 @@
+"""What is promised: one row for each target, and which measured series it compares. A table and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, NamedTuple
+
+KINDS: Final = ("P-256", "P-521", "RSA-3072")
+"""The key types that are measured."""
+
+OURS: Final = "stationkey"
+POOLED: Final = "stationkey, warm pool"
+FLOOR: Final = "TPM alone"
+REQ_TPM: Final = "openssl req, tpm2 provider"
+GENPKEY_TPM: Final = "openssl genpkey + req, tpm2 provider"
+TOOLS: Final = "tpm2-tools, no CSR"
+REQ_SOFTWARE: Final = "openssl req, software key"
+SIDES: Final = (FLOOR, OURS, POOLED, REQ_TPM, GENPKEY_TPM, TOOLS, REQ_SOFTWARE)
+"""What makes keys, for each kind of key."""
+
+LEDGER: Final = "ledger"
+START: Final = "start"
+MEMORY: Final = "memory"
+COMMANDS: Final = "commands"
+IMPORTS: Final = "python, imports only"
+IDLE: Final = "after 100 requests"
+GROWTH: Final = "growth after that"
+KEYS_LIST: Final = "stationkey keys list"
+SCHEMA: Final = "stationkey schema"
+SIZES: Final = (1_000, 10_000, 100_000)
+"""Keys in the ledger, where its growth is measured."""
+
+
+def sustained(kind: str) -> str:
+    """The group of series with as many requests in flight as the TPM can be kept busy with."""
+    return f"sustained {kind}"
+
+
+def keys(count: int) -> str:
+    """The series of a daemon with so many keys in its ledger."""
+    return f"{count:,} keys"
+
+
+class Series(NamedTuple):
+    """A series by its name: those of one group are measured side by side."""
+
+    group: str
+    side: str
+
+
+class How(Enum):
+    """How a row compares, and which way is better."""
+
+    OVER = "times the other at most"
+    RATE = "of the other's rate at least"
+    FASTER = "times as fast as the other at least"
+    VALUE = "at most"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A target.
+
+    Attributes:
+        name: what ``--only`` takes.
+        what: for the reader of the table.
+        ours: the series of stationkey.
+        other: what it is compared with; None where a bare value is promised.
+        how: which ratio is formed, and which way is better.
+        limit: the target.
+        unit: of the series: ms, requests a second, MiB.
+    """
+
+    name: str
+    what: str
+    ours: Series
+    other: Series | None
+    how: How
+    limit: float
+    unit: str = "ms"
+
+    @property
+    def needs(self) -> tuple[Series, ...]:
+        """The series that must be measured for it."""
+        return (self.ours,) if self.other is None else (self.ours, self.other)
+
+    def ratio(self, ours: float, other: float | None) -> float:
+        """What is compared with the target."""
+        if other is None:
+            return ours
+        return other / ours if self.how is How.FASTER else ours / other
+
+    def met(self, ratio: float) -> bool:
+        """Whether the target is met."""
+        return ratio <= self.limit if self.how in {How.OVER, How.VALUE} else ratio >= self.limit
+
+
+def _short(kind: str) -> str:
+    return kind.replace("-", "").lower()
+
+
+def _made(name: str, what: str, kind: str, ours: str, other: str, how: How, limit: float) -> Row:
+    return Row(f"{name}-{_short(kind)}", f"{kind}: {what}", Series(kind, ours), Series(kind, other), how, limit)
+
+
+def _request(kind: str, limit: float) -> Row:
+    return _made("request", "request to response", kind, OURS, FLOOR, How.OVER, limit)
+
+
+def _pool(kind: str, limit: float) -> Row:
+    return _made("pool", "the same with a warm pool", kind, POOLED, FLOOR, How.OVER, limit)
+
+
+def _openssl(kind: str, ours: str, limit: float) -> Row:
+    what = "request to response" if ours == OURS else "with a warm pool"
+    return _made("openssl", f"{what}, beside `openssl req`", kind, ours, REQ_TPM, How.FASTER, limit)
+
+
+def _sustained(kind: str, limit: float) -> Row:
+    group = sustained(kind)
+    what = f"{kind}: sustained, 16 in flight"
+    name = f"sustained-{_short(kind)}"
+    return Row(name, what, Series(group, OURS), Series(group, FLOOR), How.RATE, limit, "per s")
+
+
+def _command(name: str, side: str) -> Row:
+    return Row(name, f"`{side}`, whole command", Series(COMMANDS, side), Series(COMMANDS, IMPORTS), How.OVER, 3.0)
+
+
+ROWS: Final = (
+    _request("P-256", 1.5),
+    _request("P-521", 1.2),
+    _pool("P-256", 1.0),
+    _pool("P-521", 0.6),
+    _pool("RSA-3072", 0.04),
+    _openssl("P-256", OURS, 4.0),
+    _openssl("P-521", OURS, 2.0),
+    _openssl("RSA-3072", POOLED, 20.0),
+    _sustained("P-256", 0.75),
+    _sustained("P-521", 0.9),
+    Row(
+        "ledger",
+        "ten times the keys in the ledger",
+        Series(LEDGER, keys(SIZES[1])),
+        Series(LEDGER, keys(SIZES[0])),
+        How.OVER,
+        1.1,
+    ),
+    Row("start", "start: exec to ready", Series(START, OURS), Series(START, IMPORTS), How.OVER, 2.2),
+    Row("memory-idle", "resident memory, idle after 100 requests", Series(MEMORY, IDLE), None, How.VALUE, 48.0, "MiB"),
+    Row(
+        "memory-growth",
+        "resident memory, what 10,000 more add (quick: 1,000)",
+        Series(MEMORY, GROWTH),
+        None,
+        How.VALUE,
+        2.0,
+        "MiB",
+    ),
+    _command("keys-list", KEYS_LIST),
+    _command("schema", SCHEMA),
+)
+"""The targets, in the order of the table."""
+
+EXTRA: Final = (
+    *(Series(kind, side) for kind in KINDS for side in SIDES),
+    Series(LEDGER, keys(SIZES[2])),
+)
+"""Series that the whole run measures for the plot and the page, whether or not a row compares them."""
