@@ -41,8 +41,10 @@ from stationkey.certificate import prove
 from stationkey.custody import RunningTime
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef
+from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.ledger import Ledger
 from stationkey.lifecycle import KeyEvent, KeyState
+from stationkey.profiles import SECP256R1, Algorithm
 from stationkey.state import StateDirectory
 from stationkey.terms import DAY, Bounds, Terms
 
@@ -177,7 +179,7 @@ async def test_a_key_of_another_tpm_is_not_activated(tmp_path: Path, swtpm: Swtp
 async def test_a_key_whose_private_part_is_damaged_is_not_activated(here: Station) -> None:
     key = await here.key()
     with closing(sqlite3.connect(here.ledger.path)) as connection, connection:
-        connection.execute("UPDATE key SET private = x'00'")
+        connection.execute("UPDATE secret SET private = x'00'")
 
     await here.told("installed")
 
@@ -651,6 +653,39 @@ async def test_a_key_that_made_room_is_in_no_file_after_a_sweep(here: Station) -
 
     assert here.states(first) == [DESTROYED]
     assert gone not in bytes_on_disk(here.state_dir)
+
+
+async def test_a_key_made_ahead_ends_in_the_sweep_after_its_time_and_leaves_no_trace(here: Station) -> None:
+    store = SoftwareKeyStore()
+    old, young = store.generate(Algorithm.ECDSA_SHA256), store.generate(Algorithm.ECDSA_SHA256)
+    here.ledger.make_ahead(old, now=0, due=DAY)
+    here.ledger.make_ahead(young, now=0, due=3 * DAY)
+    await here.pass_by(0)
+    assert here.ledger.made_ahead() == [old, young]
+
+    await here.pass_by(2 * DAY)
+
+    assert here.ledger.made_ahead() == [young]
+    assert [key.key_id for key in here.ledger.usable()] == [young.key_id]
+    assert old.private not in bytes_on_disk(here.state_dir)
+    assert old.key_id.encode() not in bytes_on_disk(here.state_dir)
+
+
+async def test_a_sweep_makes_the_file_small_again_after_a_flood(tmp_path: Path) -> None:
+    async with station(tmp_path / "state", terms=Terms(bounds=Bounds(history_limit=0))) as here:
+        for number in range(300):
+            here.ledger.make_ahead(
+                KeyRef(scheme="software", key_type=SECP256R1, public=number.to_bytes(2), private=bytes(2000)),
+                now=0,
+                due=1,
+            )
+        here.ledger.checkpoint()
+        large = here.ledger.path.stat().st_size
+        for _ in range(3):
+            await here.pass_by(1000)
+
+        assert here.ledger.keys() == []
+        assert here.ledger.path.stat().st_size < large * 3 // 4
 
 
 async def test_a_key_of_a_tpm_that_is_gone_can_still_be_destroyed(tmp_path: Path, swtpm: Swtpm) -> None:

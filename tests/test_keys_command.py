@@ -97,7 +97,9 @@ class Beside:
 
     def private(self, key_id: str) -> bytes:
         with closing(sqlite3.connect(self.state_dir / DATABASE_NAME)) as connection:
-            ((blob,),) = connection.execute("SELECT private FROM key WHERE key_id = ?", (key_id,)).fetchall()
+            ((blob,),) = connection.execute(
+                "SELECT private FROM secret JOIN key ON number = key_number WHERE key_id = ?", (key_id,)
+            ).fetchall()
         assert isinstance(blob, bytes)
         return blob
 

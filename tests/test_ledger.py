@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,7 @@ from stationkey.profiles import SECP256R1
 from stationkey.terms import Bounds
 
 CSR = "-----BEGIN CERTIFICATE REQUEST-----\n" + "x" * 600
+REQUEST_ID = "123E4567-e89b-12d3-a456-426614174000"
 RANDOM = random.Random(1)
 
 INTO: dict[KeyState, tuple[KeyEvent, ...]] = {
@@ -77,6 +79,13 @@ def answer(
 def bring(ledger: Ledger, key_id: str, *events: KeyEvent) -> None:
     for event in events:
         ledger.apply(key_id, event, reason="", now=0)
+
+
+def ahead(ledger: Ledger, key: KeyRef | None = None, *, due: int = 1000) -> KeyRef:
+    """Put a key on record that has no owner yet."""
+    key = key or a_key()
+    ledger.make_ahead(key, now=5, due=due)
+    return key
 
 
 def on_record(ledger: Ledger) -> list[KeyRecord]:
@@ -169,6 +178,8 @@ def test_ten_thousand_unanswered_requests_leave_a_small_database_and_no_stray_fi
             answer(ledger, request(V2G, f"DE*ABC*E{number % 20}"), bounds=bounds, running=round_number)
         while ledger.forget(keep=bounds.history_limit, answered_before=0):
             pass
+        while ledger.shrink():
+            pass
         ledger.wipe()
         sizes.append(path.stat().st_size)
 
@@ -215,63 +226,295 @@ def test_one_step_of_forgetting_is_small(ledger: Ledger, monkeypatch: pytest.Mon
     assert ledger.forget(keep=0, answered_before=0) == 3
 
 
+# Growth.
+
+OWNER = (V2G, E1)
+ASKED = "00000000-0000-4000-8000-000000000001"
+INSTALLED = "00000000-0000-4000-8000-000000000002"
+
+
+def with_history(ledger: Ledger, destroyed: int) -> str:
+    """Fill a ledger with destroyed keys, and with a few that live, always as many; the active one's name."""
+    before = None
+    for _ in range(destroyed):
+        key_id = answer(ledger, request(*OWNER))
+        ledger.activate(key_id, chain="c", not_after=0, reason="", now=0, grace_due=5000, message_id=new_id())
+        if before is not None:
+            bring(ledger, before, KeyEvent.EXPIRED)
+        before = key_id
+    assert before is not None
+    for _ in range(5):
+        bring(ledger, answer(ledger), KeyEvent.EXPIRED)
+        answer(ledger, request(V2G, f"DE*ABC*E{uuid.uuid4()}"))
+        answer(ledger, request(*OWNER))
+        ahead(ledger)
+    ledger.wipe()
+    return before
+
+
+def _delivered(ledger: Ledger, _: str) -> None:
+    ledger.mark_delivered(ASKED)
+    ledger.write_running(1)
+
+
+def _destroyed_and_wiped(ledger: Ledger, key_id: str) -> None:
+    ledger.apply(key_id, KeyEvent.DELETED, reason="", now=0)
+    assert ledger.wipe()
+
+
+OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
+    "find_answer": lambda ledger, _: ledger.find_answer(ASKED),
+    "record_answer": lambda ledger, _: answer(ledger, request(*OWNER, request_id=ASKED)),
+    "record_answer that makes room": lambda ledger, _: answer(
+        ledger, request(*OWNER), bounds=Bounds(pending_limit=3, pending_total=2)
+    ),
+    "record_answer with a key made ahead": lambda ledger, _: answer(
+        ledger, request(*OWNER), key=ledger.made_ahead()[0]
+    ),
+    "record_rejection": lambda ledger, _: ledger.record_rejection(ASKED, reason="r", message="m", now=0),
+    "mark_delivered": _delivered,
+    "undelivered": lambda ledger, _: ledger.undelivered(),
+    "make_ahead": lambda ledger, _: ahead(ledger),
+    "made_ahead": lambda ledger, _: ledger.made_ahead(),
+    "pending": lambda ledger, _: ledger.pending(*OWNER),
+    "active of every EVSE": lambda ledger, _: ledger.active(V2G, None),
+    "deactivated": lambda ledger, _: ledger.deactivated(*OWNER),
+    "others_installed": lambda ledger, key_id: ledger.others_installed(ledger.keys(key_id)[0]),
+    "keys by name": lambda ledger, key_id: ledger.keys(key_id),
+    "usable": lambda ledger, _: ledger.usable(),
+    "key_ref": lambda ledger, key_id: ledger.key_ref(key_id),
+    "history": lambda ledger, key_id: ledger.history(key_id),
+    "counts_as_repeat": lambda ledger, _: ledger.counts_as_repeat(INSTALLED),
+    "active_files": lambda ledger, _: ledger.active_files(),
+    "is_due": lambda ledger, key_id: ledger.is_due(key_id, 0),
+    "due": lambda ledger, _: ledger.due(10),
+    "next_due": lambda ledger, _: ledger.next_due(),
+    "adopt": lambda ledger, _: ledger.adopt(pending_due=1, grace_due=1),
+    "apply": lambda ledger, key_id: ledger.apply(key_id, KeyEvent.RETIRED, reason="", now=0),
+    "activate": lambda ledger, _: ledger.activate(
+        ledger.pending(*OWNER)[0].key_id,
+        chain="c",
+        not_after=0,
+        reason="",
+        now=0,
+        grace_due=0,
+        message_id=INSTALLED,
+    ),
+    "destruction": lambda ledger, key_id: ledger.apply(key_id, KeyEvent.DELETED, reason="", now=0),
+    "destruction and wipe": _destroyed_and_wiped,
+    "forget, nothing": lambda ledger, _: ledger.forget(keep=10**6, answered_before=0),
+    "forget, a batch of keys": lambda ledger, _: ledger.forget(keep=5, answered_before=0),
+    "forget, a batch of answers": lambda ledger, _: ledger.forget(keep=10**6, answered_before=1),
+}
+"""All that is done with a ledger while requests wait, but for listing it."""
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Counted in instructions of SQLite's virtual machine, which are the same on every machine."""
+    monkeypatch.setattr("stationkey.ledger._BATCH", 10)
+    steps = [0, 0]
+    for number, destroyed in enumerate((40, 400)):
+        with closing(Ledger(tmp_path / f"{destroyed}.sqlite3")) as ledger:
+            connection = ledger._connection  # noqa: SLF001 - what it is given to do is the point
+            connection.execute("PRAGMA synchronous=OFF")
+            active = with_history(ledger, destroyed)
+
+            def count(number: int = number) -> int:
+                steps[number] += 1
+                return 0
+
+            connection.set_progress_handler(count, 1)
+            OPERATIONS[operation](ledger, active)
+            connection.set_progress_handler(None, 0)
+
+    assert steps[0] > 10
+    assert abs(steps[1] - steps[0]) <= 20
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation: str) -> None:
+    active = with_history(fast_ledger, 3)
+    statements: list[str] = []
+    connection = fast_ledger._connection  # noqa: SLF001 - what it is given to do is the point
+    connection.set_trace_callback(statements.append)
+    OPERATIONS[operation](fast_ledger, active)
+    connection.set_trace_callback(None)
+
+    queries = [text for text in statements if re.match("SELECT|INSERT|UPDATE|DELETE", text)]
+    plans = [row[3] for text in queries for row in connection.execute(f"EXPLAIN QUERY PLAN {text}")]
+    assert queries
+    through_all = [plan for plan in plans if re.match(r"SCAN (key|answer|event)\b", plan)]
+    assert set(through_all) <= {"SCAN key USING COVERING INDEX key_living", "SCAN key USING INDEX key_living"}
+
+
+@pytest.mark.parametrize("deleted", [None, "before", "after"], ids=["kept", "deleted before", "deleted after"])
+def test_a_certificate_may_be_installed_still_unless_it_was_deleted_before(ledger: Ledger, deleted: str | None) -> None:
+    old, new, elsewhere = answer(ledger), answer(ledger), answer(ledger, request(V2G, E1))
+    bring(ledger, elsewhere, KeyEvent.INSTALLED)
+    bring(ledger, old, KeyEvent.INSTALLED)
+    if deleted == "before":
+        bring(ledger, old, KeyEvent.DELETED)
+    bring(ledger, new, KeyEvent.INSTALLED)
+    if deleted == "after":
+        bring(ledger, old, KeyEvent.DELETED)
+
+    assert ledger.others_installed(ledger.keys(new)[0]) == (deleted != "before")
+
+
+def test_what_a_flood_has_left_is_taken_off_the_file_in_steps(fast_ledger: Ledger, path: Path) -> None:
+    for _ in range(1200):
+        answer(fast_ledger)
+    fast_ledger.checkpoint()
+    while fast_ledger.forget(keep=0, answered_before=0):
+        pass
+    large, steps = path.stat().st_size, 1
+    while fast_ledger.shrink():
+        steps += 1
+    fast_ledger.checkpoint()
+
+    assert path.stat().st_size < large - 64 * 4096
+    assert 1 < steps < 10
+    assert fast_ledger._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
+
+
 # Wiping.
 
 
-def test_no_piece_of_a_destroyed_key_is_left_wherever_its_row_had_been(fast_ledger: Ledger, path: Path) -> None:
-    """Rows grow, shrink and go, and others move from page to page for that, and leave pieces of themselves behind.
+def on_disk(path: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in path.parent.iterdir())
 
-    The seed is one with which SQLite 3.40 leaves such a piece, with secure_delete on and the log emptied.
+
+def a_marked_key(chance: random.Random) -> KeyRef:
+    """One whose private part is 8 bytes over and over, so that no piece of it is overlooked. As long as a TPM's."""
+    mark = chance.randbytes(8)
+    return KeyRef(
+        scheme="software",
+        key_type=SECP256R1,
+        public=chance.randbytes(91),
+        private=mark * chance.choice([17, 29, 43, 150]),
+    )
+
+
+def traces(path: Path, keys: list[KeyRef]) -> int:
+    """Of how many keys a piece is on the disk; one of 23 bytes is certain to be seen."""
+    raw = on_disk(path)
+    return sum(key.private[:16] in raw for key in keys)
+
+
+@pytest.mark.parametrize("seed", [7, 15, 37, 44])
+def test_no_piece_of_a_destroyed_key_is_left_wherever_its_row_had_been(
+    fast_ledger: Ledger, path: Path, seed: int
+) -> None:
+    """Rows come and go, and others move from page to page for that, and leave pieces of themselves behind.
+
+    The seeds are some with which SQLite 3.40 leaves such a piece, with secure_delete on and the log emptied.
     """
     ledger = fast_ledger
-    chance = random.Random(36)
-    live: dict[str, bytes] = {}
-    gone: list[bytes] = []
-    for _ in range(800):
-        move = chance.random()
-        if move < 0.5 or not live:
-            key = KeyRef(
-                scheme="software",
-                key_type=SECP256R1,
-                public=chance.randbytes(91),
-                private=chance.randbytes(chance.choice([138, 230, 340])),
-            )
-            one = request(
-                request_id=str(uuid.UUID(int=chance.getrandbits(128))), common_name="x" * chance.randint(1, 60)
-            )
-            crowded = ledger.record_answer(
-                one, key, "c" * chance.randint(500, 900), now=0, running=0, due=1, bounds=Bounds(pending_limit=60)
-            )
-            live[key.key_id] = key.private
-            gone += [live.pop(key_id) for key_id in crowded]
-            continue
-        key_id = chance.choice(list(live))
-        if move < 0.7:
-            if ledger.keys(key_id)[0].state is KeyState.PRE_ACTIVATION:
-                chain = "z" * chance.randint(500, 6000)
-                ledger.activate(key_id, chain=chain, not_after=0, reason="", now=0, grace_due=1, message_id=None)
-        elif move < 0.97:
-            bring(ledger, key_id, KeyEvent.DESTRUCTION_ORDERED)
-            gone.append(live.pop(key_id))
+    chance = random.Random(seed)
+    live: list[KeyRef] = []
+    gone: list[KeyRef] = []
+    for _ in range(200):
+        if chance.random() < 0.55 or not live:
+            live.append(ahead(ledger, a_marked_key(chance)))
         else:
-            ledger.forget(keep=20, answered_before=0)
+            gone.append(live.pop(chance.randrange(len(live))))
+            bring(ledger, gone[-1].key_id, KeyEvent.DESTRUCTION_ORDERED)
+    ledger.checkpoint()
+    assert traces(path, gone) > 0
 
     assert ledger.wipe()
 
-    raw = b"".join(file.read_bytes() for file in path.parent.iterdir())
-    pieces = {private[start : start + 16] for private in gone for start in range(0, len(private) - 15, 8)}
-    assert not [piece for piece in pieces if piece in raw]
-    assert {key.key_id for key in ledger.usable()} == set(live)
+    assert traces(path, gone) == 0
+    assert ledger.made_ahead() == live
 
 
-def test_the_database_is_written_anew_only_if_a_key_was_destroyed(ledger: Ledger) -> None:
-    first, second = answer(ledger), answer(ledger)
+class Eventful:
+    """A ledger that all kinds of things happen to."""
+
+    def __init__(self, ledger: Ledger, seed: int) -> None:
+        self.ledger = ledger
+        self.chance = random.Random(seed)
+        self.live: dict[str, KeyRef] = {}
+        self.stock: list[KeyRef] = []
+        self.gone: list[KeyRef] = []
+
+    def asked(self, key: KeyRef) -> None:
+        one = request(
+            request_id=str(uuid.UUID(int=self.chance.getrandbits(128))), common_name="x" * self.chance.randint(1, 60)
+        )
+        csr = "c" * self.chance.randint(500, 900)
+        bounds = Bounds(pending_limit=60)
+        crowded = self.ledger.record_answer(one, key, csr, now=0, running=0, due=1, bounds=bounds)
+        self.live[key.key_id] = key
+        self.gone += [self.live.pop(key_id) for key_id in crowded]
+
+    def taken(self) -> None:
+        if self.stock:
+            self.asked(self.stock.pop(self.chance.randrange(len(self.stock))))
+
+    def installed(self) -> None:
+        key_id = self.chance.choice(list(self.live))
+        if self.ledger.keys(key_id)[0].state is KeyState.PRE_ACTIVATION:
+            chain = "z" * self.chance.randint(500, 6000)
+            self.ledger.activate(key_id, chain=chain, not_after=0, reason="", now=0, grace_due=1, message_id=None)
+
+    def destroyed(self) -> None:
+        self.gone.append(self.live.pop(self.chance.choice(list(self.live))))
+        bring(self.ledger, self.gone[-1].key_id, KeyEvent.DESTRUCTION_ORDERED)
+
+    def swept(self) -> None:
+        self.ledger.forget(keep=20, answered_before=0)
+        self.ledger.wipe()
+        self.ledger._connection.executescript("PRAGMA incremental_vacuum(3)")  # noqa: SLF001 - as `shrink` does, with less to spare
+        self.ledger.checkpoint()
+
+    def anything(self) -> None:
+        """One of all this."""
+        moves: list[tuple[int, Callable[[], None]]] = [
+            (10, lambda: self.stock.append(ahead(self.ledger, a_marked_key(self.chance)))),
+            (10, self.taken),
+            (30, lambda: self.asked(a_marked_key(self.chance))),
+            (20, self.installed),
+            (26, self.destroyed),
+            (4, self.swept),
+        ]
+        weights = [weight if self.live or number == 2 else 0 for number, (weight, _) in enumerate(moves)]
+        self.chance.choices([move for _, move in moves], weights)[0]()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_piece_of_a_destroyed_key_is_left_when_everything_happened_to_the_ledger(
+    fast_ledger: Ledger, path: Path, seed: int
+) -> None:
+    """Of all kinds of rows some grow, some go; pages are moved and taken off the file."""
+    ledger = fast_ledger
+    eventful = Eventful(ledger, seed)
+    for _ in range(4):
+        for _ in range(200):
+            eventful.anything()
+        eventful.swept()
+        assert traces(path, eventful.gone) == 0
+    while ledger.forget(keep=5, answered_before=0) or ledger.shrink():
+        pass
+    ledger.checkpoint()
+
+    assert len(eventful.gone) > 100
+    assert traces(path, eventful.gone) == 0
+    assert {key.key_id for key in ledger.usable()} == {*eventful.live, *(key.key_id for key in eventful.stock)}
+    assert all(ledger.key_ref(key_id) == key for key_id, key in eventful.live.items())
+    assert ledger._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
+
+
+def test_the_private_parts_are_written_anew_only_if_a_key_was_destroyed(ledger: Ledger) -> None:
+    first, second, third = answer(ledger), answer(ledger), ahead(ledger)
+    for key_id in (first, second, third.key_id):
+        assert not ledger.wipe()
+        bring(ledger, key_id, KeyEvent.EXPIRED)
+        assert ledger.wipe()
     assert not ledger.wipe()
-    bring(ledger, first, KeyEvent.EXPIRED)
-    assert ledger.wipe()
-    assert not ledger.wipe()
-    bring(ledger, second, KeyEvent.EXPIRED)
-    assert ledger.wipe()
 
 
 def test_a_reader_in_the_way_keeps_no_key_from_being_destroyed(ledger: Ledger, path: Path) -> None:
@@ -303,9 +546,187 @@ def test_a_backup_made_while_it_is_written_has_every_key_so_far(ledger: Ledger, 
         assert len(on_record(restored)) == 3
 
 
-# Versions.
+# Keys made ahead.
 
-REQUEST_ID = "123E4567-e89b-12d3-a456-426614174000"
+
+def test_a_key_made_ahead_is_on_record_without_an_owner(ledger: Ledger) -> None:
+    key = ahead(ledger)
+
+    (record,) = ledger.keys()
+    assert (record.key_id, record.has_owner, record.owner) == (key.key_id, False, ("", ""))
+    assert (record.state, record.created_at, record.due, record.request_ids) == (
+        KeyState.PRE_ACTIVATION,
+        5,
+        1000,
+        (),
+    )
+    assert [(event.event, event.state) for event in ledger.history(key.key_id)] == [("made ahead", "pre-activation")]
+    assert ledger.usable() == [record]
+    assert ledger.key_ref(key.key_id) == key
+
+
+def test_keys_made_ahead_are_there_after_a_restart_oldest_first(path: Path) -> None:
+    with closing(Ledger(path)) as ledger:
+        keys = [ahead(ledger) for _ in range(5)]
+        answer(ledger, key=keys[2])
+        bring(ledger, keys[3].key_id, KeyEvent.EXPIRED)
+
+    with closing(Ledger(path)) as ledger:
+        assert ledger.made_ahead() == [keys[0], keys[1], keys[4]]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["in the run that made it", "in a later run"])
+def test_a_key_made_ahead_gets_its_owner_with_its_answer(path: Path, again: bool) -> None:
+    with closing(Ledger(path)) as ledger:
+        key = ahead(ledger)
+        if not again:
+            answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key)
+    if again:
+        with closing(Ledger(path)) as ledger:
+            answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key)
+
+    with closing(Ledger(path)) as ledger:
+        (record,) = ledger.keys()
+        other = answer(ledger, request(V2G, E1))
+        assert (record.key_id, record.owner, record.has_owner) == (key.key_id, (V2G, E1), True)
+        assert (record.request_ids, record.due, record.created_at) == ((REQUEST_ID,), 1000, 5)
+        fresh = ledger.keys(other)[0]
+        assert (record.algorithm, record.common_name, record.organization_name, record.country_name) == (
+            fresh.algorithm,
+            fresh.common_name,
+            fresh.organization_name,
+            fresh.country_name,
+        )
+        assert [event.event for event in ledger.history(key.key_id)] == ["made ahead", "CSR answered"]
+        assert ledger.key_ref(key.key_id) == key
+        assert ledger.made_ahead() == []
+
+
+def test_pending_keys_are_in_the_order_in_which_they_were_asked_for_and_not_made(ledger: Ledger) -> None:
+    early, late = ahead(ledger), ahead(ledger)
+    first, second, third = answer(ledger, key=late), answer(ledger), answer(ledger, key=early)
+
+    pending = ledger.pending(ledger.keys(first)[0].certificate_type, None)
+
+    assert [key.key_id for key in pending] == [first, second, third]
+    assert [ledger.history(key.key_id)[-1].seq for key in pending] == [key.asked for key in pending]
+
+
+def _activated(ledger: Ledger, key_id: str) -> None:
+    bring(ledger, key_id, KeyEvent.INSTALLED)
+
+
+def _destroyed(ledger: Ledger, key_id: str) -> None:
+    bring(ledger, key_id, KeyEvent.DESTRUCTION_ORDERED)
+
+
+def _compromised(ledger: Ledger, key_id: str) -> None:
+    bring(ledger, key_id, KeyEvent.COMPROMISE_REPORTED)
+
+
+@pytest.mark.parametrize("after", [None, _activated, _destroyed, _compromised])
+@pytest.mark.parametrize("pooled", [True, False], ids=["made ahead", "made for its request"])
+def test_a_key_is_never_handed_out_twice(
+    ledger: Ledger, path: Path, pooled: bool, after: Callable[[Ledger, str], None] | None
+) -> None:
+    key = ahead(ledger) if pooled else a_key()
+    answer(ledger, key=key)
+    if after is not None:
+        after(ledger, key.key_id)
+    before = dump(path)
+
+    with pytest.raises(LedgerError) as refusal:
+        answer(ledger, key=key)
+
+    assert refusal.value.reason == "key_taken"
+    assert dump(path) == before
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["in the run that made it", "in a later run"])
+@pytest.mark.parametrize("end", [KeyEvent.EXPIRED, KeyEvent.DESTRUCTION_ORDERED, KeyEvent.COMPROMISE_REPORTED])
+def test_a_key_made_ahead_that_is_gone_is_never_handed_out(path: Path, end: KeyEvent, again: bool) -> None:
+    """Also where another process has ended it, and the daemon has not been told."""
+    with closing(Ledger(path)) as ledger:
+        key = ahead(ledger)
+        if again:
+            ledger.close()
+            ledger = Ledger(path)  # noqa: PLW2901 - the run after it
+            assert ledger.made_ahead() == [key]
+        with closing(Ledger(path, make=False)) as command:
+            bring(command, key.key_id, end)
+        before = dump(path)
+
+        for _ in range(2):
+            with pytest.raises(LedgerError) as refusal:
+                answer(ledger, key=key)
+            assert refusal.value.reason == "key_taken"
+
+        assert dump(path) == before
+        assert ledger.made_ahead() == []
+
+
+def test_a_key_cannot_be_made_ahead_twice(ledger: Ledger, path: Path) -> None:
+    key = ahead(ledger)
+    before = dump(path)
+
+    with pytest.raises(LedgerError):
+        ahead(ledger, key)
+
+    assert dump(path) == before
+
+
+def test_an_answer_that_could_not_be_written_leaves_the_key_to_the_next_request(ledger: Ledger) -> None:
+    key, asked = ahead(ledger), request()
+    answer(ledger, asked)
+    with pytest.raises(LedgerError):
+        answer(ledger, asked, key=key)
+
+    assert ledger.made_ahead() == [key]
+    answer(ledger, key=key)
+    assert ledger.made_ahead() == []
+
+
+def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
+    bounds = Bounds(pending_limit=2, pending_total=2)
+    stock = [ahead(ledger) for _ in range(5)]
+    with closing(sqlite3.connect(ledger.path)) as connection, connection:
+        connection.execute("UPDATE key SET due = NULL")
+    keys = [answer(ledger, bounds=bounds) for _ in range(4)]
+    ledger.adopt(pending_due=7, grace_due=8)
+
+    assert ledger.made_ahead() == stock
+    assert [key.due for key in on_record(ledger) if not key.has_owner] == [None] * 5
+    assert [key.key_id for key in ledger.usable() if key.has_owner] == keys[2:]
+
+
+def test_a_key_made_ahead_ages_out_and_leaves_no_record(ledger: Ledger, path: Path) -> None:
+    old, young = ahead(ledger, due=100), ahead(ledger, due=200)
+    destroyed = answer(ledger)
+    bring(ledger, destroyed, KeyEvent.EXPIRED)
+    assert (ledger.next_due(), ledger.due(99), ledger.due(100)) == (100, [], [old.key_id])
+
+    state = ledger.apply(old.key_id, KeyEvent.EXPIRED, reason="made ahead, and not needed in time", now=0)
+
+    assert state is KeyState.DESTROYED
+    assert [key.key_id for key in on_record(ledger)] == [young.key_id, destroyed]
+    assert not any(old.key_id in line for line in dump(path))
+    assert ledger.history(old.key_id) == []
+    assert old.private not in on_disk(path)
+    assert ledger.forget(keep=1, answered_before=0) == 0
+
+
+@pytest.mark.parametrize("event", [KeyEvent.INSTALLED, KeyEvent.INSTALLATION_FAILED])
+def test_a_key_that_no_request_has_taken_has_no_certificate(ledger: Ledger, path: Path, event: KeyEvent) -> None:
+    key = ahead(ledger)
+    before = dump(path)
+
+    with pytest.raises(IllegalTransition):
+        bring(ledger, key.key_id, event)
+
+    assert dump(path) == before
+
+
+# Versions.
 
 
 def make_version_1(path: Path, key: KeyRef) -> None:
@@ -357,10 +778,13 @@ def test_a_pending_key_of_version_1_gets_an_end_and_can_be_activated(path: Path)
         assert states(ledger) == [KeyState.ACTIVE]
 
 
-def _schema(path: Path) -> list[tuple[str, ...]]:
+def _schema(path: Path) -> list[tuple[object, ...]]:
     with closing(sqlite3.connect(path)) as connection:
         version = connection.execute("PRAGMA user_version").fetchall()
-        return version + sorted(connection.execute("SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL"))
+        vacuum = connection.execute("PRAGMA auto_vacuum").fetchall()
+        # Without SQLite's own, of which it leaves one behind that nobody uses.
+        ours = "SELECT type, name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
+        return version + vacuum + sorted(connection.execute(ours))
 
 
 @pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
@@ -391,6 +815,177 @@ def test_a_migration_is_done_whole_or_not_at_all(path: Path, monkeypatch: pytest
     with closing(Ledger(path)) as ledger:
         assert ledger.key_ref(key.key_id) == key
         assert len(ledger.history(key.key_id)) == 1
+
+
+def make_version_2(path: Path) -> dict[KeyState, KeyRef]:
+    """A database as version 2 wrote it, with a key in each state; the keys."""
+    keys = {state: a_key() for state in KeyState}
+    seq = 0
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for script in MIGRATIONS[:2]:
+            connection.executescript(script)
+        connection.execute("PRAGMA user_version=2")
+        connection.execute("PRAGMA journal_mode=WAL")
+        # Not in the order of their names: in that in which they were made.
+        for number, (state, key) in enumerate(keys.items()):
+            gone = state is KeyState.DESTROYED
+            installed = state in {KeyState.ACTIVE, KeyState.DEACTIVATED, KeyState.DESTROYED}
+            due = number if state in {KeyState.PRE_ACTIVATION, KeyState.DEACTIVATED} else None
+            chain, not_after = ("chain", 9) if installed else (None, None)
+            connection.execute(
+                "INSERT INTO key VALUES (?, 'software', 'secp256r1', 'v2g_certificate', ?, 'ECDSA_SHA256', 'CN', ?, ?,"
+                " ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(key.key_id, E1, O, C, state, number, key.public, None if gone else key.private),
+                    *(due, number == 0, chain, not_after),
+                ),
+            )
+            connection.execute(
+                "INSERT INTO answer VALUES (?, ?, x'00', ?, ?, ?, ?, 77)",
+                (f"id-{number}", f"ID-{number}", key.key_id, "" if gone else CSR, number, number > 0),
+            )
+        for key in keys.values():
+            seq += 1
+            connection.execute(
+                "INSERT INTO event VALUES (?, ?, ?, 'CSR answered', 'pre-activation', '', 'ID')", (seq, key.key_id, seq)
+            )
+        for state, event in (
+            (KeyState.DESTROYED, "installed"),
+            (KeyState.DESTROYED, "deleted"),
+            (KeyState.DEACTIVATED, "installed"),
+            (KeyState.ACTIVE, "installed"),
+            (KeyState.DEACTIVATED, "replaced"),
+            (KeyState.COMPROMISED, "compromise reported"),
+        ):
+            seq += 1
+            connection.execute(
+                "INSERT INTO event VALUES (?, ?, ?, ?, ?, 'why', ?)",
+                (seq, keys[state].key_id, seq, event, state, f"message {seq}"),
+            )
+        connection.execute("INSERT INTO rejection VALUES (3, 'id', 'reason', 'message', 4)")
+        connection.executemany(
+            "INSERT INTO meta VALUES (?, ?)", [("running", "99"), ("mqtt_client_id", "stationkey-1")]
+        )
+    return keys
+
+
+def test_a_database_of_version_2_is_brought_up_to_date_with_all_that_is_in_it(path: Path) -> None:
+    keys = make_version_2(path)
+
+    with closing(Ledger(path)) as ledger:
+        records = ledger.keys()
+        assert [(key.key_id, key.state) for key in records] == [(key.key_id, state) for state, key in keys.items()]
+        assert [ledger.key_ref(key.key_id) for key in keys.values()] == [*list(keys.values())[:-1], None]
+        assert [key.due for key in records] == [0, None, 2, None, None]
+        assert [key.failed for key in records] == [True, False, False, False, False]
+        assert [key.chain for key in records] == [None, "chain", "chain", None, "chain"]
+        assert [key.not_after for key in records] == [None, 9, 9, None, 9]
+        assert [key.request_ids for key in records] == [(f"ID-{number}",) for number in range(5)]
+        assert [key.asked for key in records] == [1, 2, 3, 4, 5]
+        assert [key.installed for key in records] == [0, 9, 8, 0, 6]
+        assert {(key.owner, key.created_at >= 0, key.common_name) for key in records} == {((V2G, E1), True, "CN")}
+        assert [(event.seq, event.event, event.message_id) for event in ledger.history(records[2].key_id)] == [
+            (3, "CSR answered", "ID"),
+            (8, "installed", "message 8"),
+            (10, "replaced", "message 10"),
+        ]
+        assert [answered.request_id for answered in ledger.undelivered()] == ["ID-0"]
+        assert ledger.find_answer("id-4") is not None
+        assert ledger.counts_as_repeat("message 8")
+        assert not ledger.counts_as_repeat("ID")
+        assert (ledger.running, ledger.client_id()) == (99, "stationkey-1")
+        assert ledger.others_installed(ledger.keys(keys[KeyState.ACTIVE].key_id)[0])
+        assert "INSERT INTO \"rejection\" VALUES(3,'id','reason','message',4);" in dump(path)
+        bring(ledger, records[0].key_id, KeyEvent.EXPIRED)
+        assert ledger.forget(keep=1, answered_before=0) == 1
+        assert [key.key_id for key in on_record(ledger)] == [key.key_id for key in records[:-1]]
+
+
+def leave_pieces_in_version_2(path: Path) -> list[KeyRef]:
+    """Fill a database of version 2 with keys, and destroy some as it did: a piece of one is left."""
+    make_version_2(path)
+    chance = random.Random(27)  # with which SQLite 3.40 leaves one
+    live: list[KeyRef] = []
+    gone: list[KeyRef] = []
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA secure_delete=ON")
+        connection.execute("PRAGMA synchronous=OFF")
+        for _ in range(600):
+            if chance.random() < 0.6 or not live:
+                key = a_marked_key(chance)
+                live.append(key)
+                connection.execute(
+                    "INSERT INTO key (key_id, scheme, key_type, certificate_type, algorithm, common_name,"
+                    " organization_name, country_name, state, created_at, public, private)"
+                    " VALUES (?, 'software', 'secp256r1', ?, '', '', '', '', 'pre-activation', 0, ?, ?)",
+                    (key.key_id, V2G, key.public, key.private),
+                )
+                connection.execute(
+                    "INSERT INTO event (key_id, at, event, state, reason) VALUES (?, 0, 'CSR answered', '', '')",
+                    (key.key_id,),
+                )
+            elif chance.random() < 0.5:
+                key = chance.choice(live)
+                connection.execute(
+                    "UPDATE key SET chain = ? WHERE key_id = ?", ("z" * chance.randint(500, 6000), key.key_id)
+                )
+            else:
+                gone.append(live.pop(chance.randrange(len(live))))
+                connection.execute(
+                    "UPDATE key SET private = NULL, state = 'destroyed' WHERE key_id = ?", (gone[-1].key_id,)
+                )
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return gone
+
+
+def test_the_migration_leaves_no_trace_of_what_is_no_longer_on_record(path: Path) -> None:
+    gone = leave_pieces_in_version_2(path)
+    assert traces(path, gone) > 0
+
+    with closing(Ledger(path)) as ledger:
+        assert traces(path, gone) == 0
+        usable = [ledger.key_ref(key.key_id) for key in ledger.usable()]
+        for key in ledger.usable():
+            bring(ledger, key.key_id, KeyEvent.DESTRUCTION_ORDERED)
+        ledger.wipe()
+
+        assert traces(path, [key for key in usable if key is not None]) == 0
+
+
+def test_a_migration_that_ends_before_the_database_is_written_anew_is_made_good_by_the_next_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = leave_pieces_in_version_2(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("stationkey.ledger._REWRITE", "SELECT * FROM power_is_lost_here")
+        with pytest.raises(LedgerError):
+            Ledger(path)
+    assert _schema(path)[0] == (SCHEMA_VERSION,)
+
+    Ledger(path).close()
+
+    assert traces(path, gone) == 0
+    assert _schema(path)[1] == (2,)
+
+
+@pytest.mark.parametrize("at", range(1, MIGRATIONS[2].count(";\n") + 1))
+def test_the_migration_of_version_2_is_done_whole_or_not_at_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    keys = make_version_2(path)
+    before = dump(path)
+    statements = MIGRATIONS[2].split(";\n")
+    broken = ";\n".join([*statements[:at], "SELECT * FROM power_is_lost_here"])
+    with monkeypatch.context() as patch:
+        patch.setattr("stationkey.ledger.MIGRATIONS", (*MIGRATIONS[:2], broken))
+        with pytest.raises(LedgerError):
+            Ledger(path)
+    assert dump(path) == before
+
+    with closing(Ledger(path)) as ledger:
+        assert {key.state: key.key_id for key in on_record(ledger)} == {
+            state: key.key_id for state, key in keys.items()
+        }
 
 
 def _content(path: Path) -> dict[str, bytes]:
@@ -462,6 +1057,73 @@ def test_a_damaged_database_is_refused_and_not_a_byte_of_it_changed(path: Path) 
     assert path.read_bytes() == bytes(content)
 
 
+def damage_the_history(path: Path) -> None:
+    """Overwrite a page of the table `event`, which holds nothing that is needed to open a ledger."""
+    with closing(sqlite3.connect(path)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'event'").fetchone()
+    content = bytearray(path.read_bytes())
+    content[4096 * (page - 1) : 4096 * page] = b"\xa5" * 4096
+    path.write_bytes(content)
+
+
+def test_a_large_database_is_checked_whole_only_after_an_end_that_was_not_in_order(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stationkey.ledger._CHECKED_WHOLE", 5)
+    with closing(Ledger(path)) as ledger:
+        key_id = answer(ledger)
+    damage_the_history(path)
+
+    with closing(Ledger(path)) as ledger:
+        assert ledger.key_ref(key_id) is not None
+        with pytest.raises(LedgerError) as met:
+            ledger.history(key_id)
+        assert met.value.reason == "ledger_damaged"
+
+    Path(f"{path}-wal").touch()
+    with pytest.raises(LedgerError) as refusal:
+        Ledger(path)
+    assert refusal.value.reason == "ledger_damaged"
+
+
+def test_a_small_database_is_always_checked_whole(path: Path) -> None:
+    with closing(Ledger(path)) as ledger:
+        answer(ledger)
+    damage_the_history(path)
+
+    with pytest.raises(LedgerError) as refusal:
+        Ledger(path)
+
+    assert refusal.value.reason == "ledger_damaged"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content, _: b"garbage" * 3 + content[21:], id="the header"),
+        pytest.param(lambda content, _: content[: len(content) // 2], id="the length"),
+        pytest.param(
+            lambda content, page: content[: 4096 * (page - 1)] + bytes(4096) + content[4096 * page :],
+            id="the private parts",
+        ),
+    ],
+)
+def test_a_large_database_that_is_damaged_where_it_matters_most_is_refused_always(
+    path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes, int], bytes]
+) -> None:
+    monkeypatch.setattr("stationkey.ledger._CHECKED_WHOLE", 5)
+    with closing(Ledger(path)) as ledger:
+        answer(ledger)
+    with closing(sqlite3.connect(path)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'secret'").fetchone()
+    path.write_bytes(damage(path.read_bytes(), page))
+
+    with pytest.raises(LedgerError) as refusal:
+        Ledger(path)
+
+    assert refusal.value.reason == "ledger_damaged"
+
+
 # Repeats.
 
 
@@ -483,6 +1145,7 @@ def test_a_message_counts_as_a_repeat_once_it_has_brought_an_event(ledger: Ledge
         pytest.param("journal_mode", "wal", id="readers do not wait for writers"),
         pytest.param("synchronous", 2, id="a commit survives a loss of power"),
         pytest.param("secure_delete", 1, id="what is deleted is zeroed"),
+        pytest.param("auto_vacuum", 2, id="the file can become smaller"),
         pytest.param("temp_store", 2, id="no copy goes to a temporary file"),
         pytest.param("foreign_keys", 1, id="no answer without its key"),
     ],

@@ -271,7 +271,10 @@ class KeyCustody:
             log.info("written", extra={"file": str(path)})
 
     async def sweep(self) -> None:
-        """End what is due, forget what is old, and write the running time down."""
+        """End what is due, forget what is old, and write the running time down.
+
+        In steps of a few milliseconds, however much there is: a request that comes meanwhile waits for one of them.
+        """
         running = self._running.now()
         await self._ledger(Ledger.write_running, running)
         await self._ledger(
@@ -289,6 +292,8 @@ class KeyCustody:
         await self.show_active()
         # Last, because they need the most room: a full disk must not keep a file in active/ that has to go.
         await self._ledger(Ledger.wipe)
+        while await self._ledger(Ledger.shrink):
+            pass
         await self._ledger(Ledger.checkpoint)
 
     async def _expire(self, key_id: str, running: int) -> None:

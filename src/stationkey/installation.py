@@ -75,7 +75,7 @@ class KeyFinder:
             return self._by_certificate(pending, active)
         if isinstance(named, KeyRecord):
             return Found(named)
-        return _newest(ledger, _one_owner(pending, evse_id), active)
+        return _newest(_one_owner(pending, evse_id), active)
 
     def _by_certificate(self, pending: list[KeyRecord], active: list[KeyRecord]) -> Found | None:
         """The pending key with the newest certificate [A02.FR.15].
@@ -235,9 +235,7 @@ def _files(directory: Path) -> list[Path]:
 
 def _only(ledger: Ledger, key: KeyRecord) -> bool:
     """Whether no other certificate of the key's owner can be the one that was deleted."""
-    installations = ledger.installations(key.owner)
-    installed, _ = installations.pop(key.key_id)
-    return all(deleted is not None and deleted < installed for _, deleted in installations.values())
+    return not ledger.others_installed(key)
 
 
 def _evse_id(status: CertificateInstallationStatus) -> str | None:
@@ -267,7 +265,7 @@ def _one_owner(keys: list[KeyRecord], evse_id: str | None) -> list[KeyRecord]:
     return keys
 
 
-def _newest(ledger: Ledger, pending: Iterable[KeyRecord], active: list[KeyRecord]) -> Found | None:
+def _newest(pending: Iterable[KeyRecord], active: list[KeyRecord]) -> Found | None:
     """The newest pending key, if it is younger than the active one; None where there is only that one.
 
     An older one is left where it is: most likely the message is a repeat. A certificate that comes late for an older
@@ -280,9 +278,6 @@ def _newest(ledger: Ledger, pending: Iterable[KeyRecord], active: list[KeyRecord
         return None
     newest = candidates[-1]
     own = [key for key in active if key.owner == newest.owner]
-    if own:
-        made = ledger.history(newest.key_id)[0].seq
-        installed, _ = ledger.installations(newest.owner)[own[-1].key_id]
-        if made < installed:
-            return None
+    if own and newest.asked < own[-1].installed:
+        return None
     return Found(newest)

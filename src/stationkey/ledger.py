@@ -12,6 +12,7 @@ import hashlib
 import os
 import sqlite3
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from stationkey.errors import LedgerError
-from stationkey.lifecycle import INITIAL, KeyEvent, KeyState, step
+from stationkey.lifecycle import CSR_ANSWERED, INITIAL, MADE_AHEAD, IllegalTransition, KeyEvent, KeyState, step
 from stationkey.messages import GenerateCsrRequest
 from stationkey.migrations import MIGRATIONS, SCHEMA_VERSION
 from stationkey.profiles import EllipticCurve, KeyType, RsaModulus
@@ -35,8 +36,34 @@ DATABASE_NAME: Final = "ledger.sqlite3"
 MAX_REJECTIONS: Final = 10_000
 """How many refused requests are remembered: the oldest go first. A few hundred bytes each, so some MiB at the most."""
 
-_BATCH: Final = 100
-"""How many keys one step of cleaning up takes, so that a request waits for no more than that."""
+_BATCH: Final = 25
+"""How many keys or answers one step of cleaning up takes: a request waits for no more than one step."""
+
+_PART: Final = 1000
+"""How many ids are read at a time."""
+
+_MAKING: Final = "seconds to make "
+"""Begins the name of a value in `meta`; the type of a key follows."""
+
+_DUE: Final = 100
+"""How many keys whose time is over are named at a time."""
+
+_INCREMENTAL: Final = 2
+"""What ``PRAGMA auto_vacuum`` says of a database that unused pages can be taken off."""
+
+_REWRITE: Final = "VACUUM"
+
+_SHRUNK: Final = 32
+"""How many pages one step of making the file smaller takes off it: a millisecond or two."""
+
+_SPARE: Final = 64
+"""How many unused pages are left in the file, a quarter of a MiB: they would soon be wanted again."""
+
+_CHECKED_WHOLE: Final = 4096
+"""A database of more pages than this, 16 MiB, is only checked as a whole after an end that was not in order."""
+
+_LIVING: Final = "state != 'destroyed'"
+"""What a query of the living keys must say, so that SQLite takes the index of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +101,8 @@ class KeyRecord:
         failed: whether an installation of its certificate failed.
         chain: the installed certificate and its chain in PEM, or None where they are not known.
         not_after: when the certificate expires, Unix time in seconds, or None.
+        asked: the number of the event by which it was given to its owner; 0 where it was made ahead and has none.
+        installed: the number of the event by which it became active, or 0.
         request_ids: the requests that were answered with this key, as their ids came.
     """
 
@@ -93,12 +122,19 @@ class KeyRecord:
     failed: bool
     chain: str | None
     not_after: int | None
+    asked: int
+    installed: int
     request_ids: tuple[str, ...]
 
     @property
     def owner(self) -> tuple[str, str]:
         """Certificate type and EVSE ID (or an empty text): what there is one active key for."""
         return self.certificate_type, self.evse_id or ""
+
+    @property
+    def has_owner(self) -> bool:
+        """False of a key that was made ahead and that no request has taken yet: all its names are empty."""
+        return bool(self.certificate_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +143,7 @@ class EventRecord:
 
     Attributes:
         at: Unix time in milliseconds, by the station's clock, which may have been wrong; the order is that of `seq`.
-        event: a `KeyEvent`, or ``CSR answered``.
+        event: a `KeyEvent`, ``CSR answered`` or ``made ahead``.
         state: the key's state after it.
         message_id: of the message that brought it, or None.
     """
@@ -157,7 +193,8 @@ class Ledger:
 
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True) -> None:
         self.path = path
-        self._delivered: list[str] = []
+        self._delivered: deque[str] = deque()
+        self._made_ahead: set[str] = set()
         make = make and not read_only
         with self._explained("opened"):
             if make:
@@ -168,15 +205,18 @@ class Ledger:
                     reason="ledger_missing",
                     hint="is it the --state-dir of the daemon, and may this user read it?",
                 )
+            orderly = not Path(f"{path}-wal").exists()
             # Looked at by a connection that cannot write, so that one that is refused stays as it is, byte for byte:
             # a connection that can write empties the write-ahead log as it closes.
             self._connection = self._connect("ro")
             try:
-                version = self._check(migrate=make)
+                version = self._check(migrate=make, whole=make and not orderly)
                 if not read_only:
                     self._connection.close()
                     self._connection = self._connect("rw")
                     self._connection.execute("PRAGMA foreign_keys=ON")
+                    # Before anything is written; for an older database `_migrate` makes it true.
+                    self._connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
                     self._connection.execute("PRAGMA journal_mode=WAL")
                     self._connection.execute("PRAGMA synchronous=FULL")
                     self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten with zeros
@@ -195,13 +235,20 @@ class Ledger:
             timeout=5.0,
         )
 
-    def _check(self, *, migrate: bool) -> int:
-        """Look for damage, and at the version, before anything is written. Milliseconds: the database is bounded."""
-        complaints = [row[0] for row in self._connection.execute("PRAGMA quick_check(1)")]
+    def _check(self, *, migrate: bool, whole: bool) -> int:
+        """Look for damage, and at the version, before anything is written.
+
+        A database with the usual bounds is a few MiB, and every page of it is looked at, in milliseconds. A larger one
+        is looked at whole only where `whole` says so. Else what is seen is damage to the header, a length that does not
+        fit, and damage to the schema or to the private parts; damage elsewhere is met by the query that comes upon it.
+        """
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
+        table = "" if whole or pages <= _CHECKED_WHOLE or version != SCHEMA_VERSION else "(secret)"
+        complaints = [row[0] for row in self._connection.execute(f"PRAGMA quick_check{table}")]
         if complaints != ["ok"]:
             reason, hint = _DAMAGED
             raise LedgerError(f"the ledger {self.path} is damaged: {complaints[0]}", reason=reason, hint=hint)
-        version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
         if version > SCHEMA_VERSION:
             raise LedgerError(
                 f"the ledger {self.path} is of version {version}, and this stationkey knows versions up to "
@@ -215,7 +262,7 @@ class Ledger:
                 reason="ledger_older",
                 hint="start this version's daemon once: it brings the ledger up to date",
             )
-        return version
+        return int(version)
 
     def _migrate(self, version: int) -> None:
         for number in range(version, SCHEMA_VERSION):
@@ -223,6 +270,14 @@ class Ledger:
                 for statement in MIGRATIONS[number].split(";\n"):
                     self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version={number + 1}")
+        (auto_vacuum,) = self._connection.execute("PRAGMA auto_vacuum").fetchone()
+        if auto_vacuum != _INCREMENTAL:
+            # Older versions had the private parts in the table `key`, and no way to take unused pages off the file.
+            # Written anew, the database has no trace of the former and is ready for the latter. Asked of the database
+            # itself, so that a loss of power between the migration and this is made good by the next start.
+            self._connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+            self._connection.execute(_REWRITE)
+            self.checkpoint()
 
     def close(self) -> None:
         """Write down what is still to be, and close."""
@@ -238,18 +293,30 @@ class Ledger:
         """The accepted answer to `request_id` in any letter case, or None."""
         with self._explained("read"):
             row = self._connection.execute(
-                "SELECT request_id, digest, csr, key_id FROM answer WHERE canonical_id = ?", (request_id.lower(),)
+                "SELECT request_id, digest, csr, key_id FROM answer JOIN key ON key.number = answer.key_number"
+                " WHERE canonical_id = ?",
+                (request_id.lower(),),
             ).fetchone()
         return None if row is None else Answered(*row)
+
+    def answered_ids(self, *, after: str = "") -> list[str]:
+        """Ids that were answered, in lower case and in order, a part at a time: those that come after `after`."""
+        with self._explained("read"):
+            rows = self._connection.execute(
+                "SELECT canonical_id FROM answer WHERE canonical_id > ? ORDER BY canonical_id LIMIT ?", (after, _PART)
+            ).fetchall()
+        return [row[0] for row in rows]
 
     def record_answer(
         self, request: GenerateCsrRequest, key: KeyRef, csr: str, *, now: int, running: int, due: int, bounds: Bounds
     ) -> list[str]:
         """Write down a key and the answer that carries its CSR, durably and both or neither.
 
+        A key that was made ahead gets its owner by this; any other is put on record.
+
         Args:
             request: the request answered.
-            key: the key made for it, wrapped private part included.
+            key: the key made for it, or taken from those made ahead, wrapped private part included.
             csr: the PEM.
             now: Unix time in milliseconds.
             running: the running time now, in milliseconds.
@@ -260,46 +327,22 @@ class Ledger:
             The names of older pending keys that had to make room, and are destroyed.
 
         Raises:
-            LedgerError: nothing was written.
+            LedgerError: nothing was written. With reason ``key_taken``, the key has an owner already, or was made ahead
+                and is destroyed since: another one can be tried.
         """
         data = request.data
+        owner = (data.certificate_type, request.evse_id or "")
         with self._explained("written"), self._transaction():
+            number = self._give_owner(request, key, now=now, due=due)
             self._connection.execute(
-                "INSERT INTO key (key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name,"
-                " organization_name, country_name, state, created_at, public, private, due)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    key.key_id,
-                    key.scheme,
-                    str(key.key_type),
-                    data.certificate_type,
-                    request.evse_id or "",
-                    request.algorithm,
-                    data.common_name,
-                    data.organization_name,
-                    data.country_name,
-                    INITIAL,
-                    now,
-                    key.public,
-                    key.private,
-                    due,
-                ),
-            )
-            self._connection.execute(
-                "INSERT INTO answer (canonical_id, request_id, digest, key_id, csr, answered_at, running)"
+                "INSERT INTO answer (key_number, canonical_id, request_id, digest, csr, answered_at, running)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (request.id.lower(), request.id, content_digest(request), key.key_id, csr, now, running),
+                (number, request.id.lower(), request.id, content_digest(request), csr, now, running),
             )
-            self._note(key.key_id, "CSR answered", INITIAL, reason="", now=now, message_id=request.id)
-            crowded = self._make_room(
-                "certificate_type = ? AND evse_id = ?",
-                (data.certificate_type, request.evse_id or ""),
-                limit=bounds.pending_limit,
-                now=now,
-            )
-            # After its own: where one of those went, nobody else's has to.
-            crowded += self._make_room("TRUE", (), limit=bounds.pending_total, now=now)
+            self._note(number, CSR_ANSWERED, INITIAL, reason="", now=now, message_id=request.id)
+            crowded = self._make_room(owner, bounds, now=now)
             self._write_delivered()
+        self._made_ahead.discard(key.key_id)
         return crowded
 
     def withdraw(self, request_id: str, *, now: int) -> None:
@@ -309,26 +352,66 @@ class Ledger:
             LedgerError: nothing was written.
         """
         with self._explained("written"), self._transaction():
-            row = self._connection.execute(
-                "SELECT key_id FROM answer WHERE canonical_id = ?", (request_id.lower(),)
-            ).fetchone()
-            if row is None:
+            answered = self.find_answer(request_id)
+            if answered is None:
                 return
-            self._apply(row[0], KeyEvent.EXPIRED, reason="its CSR did not verify", now=now)
+            self._apply(answered.key_id, KeyEvent.EXPIRED, reason="its CSR did not verify", now=now)
             self._connection.execute("DELETE FROM answer WHERE canonical_id = ?", (request_id.lower(),))
 
-    def _make_room(self, where: str, arguments: tuple[str, ...], *, limit: int, now: int) -> list[str]:
-        """End the oldest pending keys beyond `limit`."""
-        (pending,) = self._connection.execute(
-            f"SELECT count(*) FROM key WHERE state = ? AND {where}",  # noqa: S608 - `where` is this module's own text
-            (INITIAL, *arguments),
+    def _give_owner(self, request: GenerateCsrRequest, key: KeyRef, *, now: int, due: int) -> int:
+        """Put a key on record with its owner, or give one to a key that was made ahead; the key's number.
+
+        Raises:
+            LedgerError: the key has an owner, or is gone.
+        """
+        owner = {
+            "key_id": key.key_id,
+            "certificate_type": request.data.certificate_type,
+            "evse_id": request.evse_id or "",
+            "algorithm": request.algorithm,
+            "common_name": request.data.common_name,
+            "organization_name": request.data.organization_name,
+            "country_name": request.data.country_name,
+            "due": due,
+        }
+        # One that this connection knows as made ahead is so still, or is gone: then it must not come back as a new one.
+        if key.key_id not in self._made_ahead:
+            cursor = self._connection.execute(_NEW_KEY, {**owner, **_made(key, now)})
+            if cursor.rowcount:
+                return self._keep_secret(cursor, key)
+        taken = self._connection.execute(_NEW_OWNER, owner).fetchone()
+        if taken is None:
+            raise LedgerError(f"key {key.key_id} has an owner already, or is gone", reason="key_taken")
+        return int(taken[0])
+
+    def _keep_secret(self, inserted: sqlite3.Cursor, key: KeyRef) -> int:
+        """Write down the private part of a key whose row was just inserted; the key's number."""
+        number = inserted.lastrowid
+        assert number is not None
+        self._connection.execute("INSERT INTO secret (key_number, private) VALUES (?, ?)", (number, key.private))
+        return number
+
+    def _make_room(self, owner: tuple[str, str], bounds: Bounds, *, now: int) -> list[str]:
+        """End the oldest pending keys beyond the bounds; those made ahead are none of them."""
+        pending = f"SELECT count(*) FROM key WHERE state = ?1 AND {_LIVING} AND certificate_type"  # noqa: S608 - `_LIVING` is this module's own text
+        own, every = self._connection.execute(
+            f"SELECT ({pending} = ?2 AND evse_id = ?3), ({pending} > '')", (INITIAL, *owner)
         ).fetchone()
-        if pending <= limit:
-            return []
+        crowded = []
+        if own > bounds.pending_limit:
+            crowded = self._end_oldest(
+                "certificate_type = ? AND evse_id = ?", owner, count=own - bounds.pending_limit, now=now
+            )
+        # After its own: where one of those went, nobody else's has to.
+        every -= len(crowded)
+        if every > bounds.pending_total:
+            crowded += self._end_oldest("certificate_type > ''", (), count=every - bounds.pending_total, now=now)
+        return crowded
+
+    def _end_oldest(self, where: str, arguments: tuple[str, ...], *, count: int, now: int) -> list[str]:
         rows = self._connection.execute(
-            "SELECT key.key_id FROM key JOIN event ON event.key_id = key.key_id AND event.event = 'CSR answered'"  # noqa: S608 - `where` is this module's own text
-            f" WHERE key.state = ? AND {where} ORDER BY event.seq DESC LIMIT -1 OFFSET ?",
-            (INITIAL, *arguments, limit),
+            f"SELECT key_id FROM key WHERE state = ? AND {where} AND {_LIVING} ORDER BY asked LIMIT ?",  # noqa: S608 - `where` is this module's own text
+            (INITIAL, *arguments, count),
         ).fetchall()
         for (key_id,) in rows:
             self._apply(key_id, KeyEvent.EXPIRED, reason="too many keys were pending", now=now)
@@ -347,7 +430,7 @@ class Ledger:
             self._write_delivered()
 
     def mark_delivered(self, request_id: str) -> None:
-        """Note that the broker has the answer.
+        """Note that the broker has the answer. The one method that may be called from any thread.
 
         Written with the next transaction: forgotten in a crash, the same answer is only published once more.
         """
@@ -357,22 +440,75 @@ class Ledger:
         """The accepted answers that no broker has confirmed, oldest first."""
         with self._explained("read"):
             rows = self._connection.execute(
-                "SELECT request_id, digest, csr, key_id FROM answer WHERE delivered = 0 ORDER BY answered_at"
+                "SELECT request_id, digest, csr, key_id FROM answer JOIN key ON key.number = answer.key_number"
+                " WHERE delivered = 0 ORDER BY running"
             ).fetchall()
         return [Answered(*row) for row in rows]
 
     def _write_delivered(self) -> None:
-        # Left in the list until the transaction is through would be safer still, but repeating an answer is harmless.
-        delivered, self._delivered = self._delivered, []
-        self._connection.executemany(
-            "UPDATE answer SET delivered = 1 WHERE canonical_id = ?", [(request_id,) for request_id in delivered]
-        )
+        # Left noted until the transaction is through would be safer still, but repeating an answer is harmless.
+        while self._delivered:
+            self._connection.execute(
+                "UPDATE answer SET delivered = 1 WHERE canonical_id = ?", (self._delivered.popleft(),)
+            )
+
+    # Keys made ahead.
+
+    def make_ahead(self, key: KeyRef, *, now: int, due: int, seconds: float) -> None:
+        """Put a key on record that has no owner yet, durably: whichever request comes next can take it.
+
+        Args:
+            key: the key, wrapped private part included.
+            now: Unix time in milliseconds.
+            due: when it expires if no request takes it, in milliseconds of running time.
+            seconds: how long the key store took over it.
+
+        Raises:
+            LedgerError: nothing was written.
+        """
+        with self._explained("written"), self._transaction():
+            cursor = self._connection.execute(
+                "INSERT INTO key (key_id, scheme, key_type, state, created_at, public, due)"
+                " VALUES (:key_id, :scheme, :key_type, :state, :created_at, :public, :due)",
+                {"key_id": key.key_id, "due": due, **_made(key, now)},
+            )
+            number = self._keep_secret(cursor, key)
+            self._note(number, MADE_AHEAD, INITIAL, reason="", now=now, message_id=None)
+            self._connection.execute(
+                "INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (_MAKING + str(key.key_type), str(seconds))
+            )
+            self._write_delivered()
+        self._made_ahead.add(key.key_id)
+
+    def seconds_to_make(self) -> dict[str, float]:
+        """How long the last key of each type took that was made ahead."""
+        with self._explained("read"):
+            rows = self._connection.execute("SELECT name, value FROM meta WHERE name > ?", (_MAKING,)).fetchall()
+        return {name.removeprefix(_MAKING): float(value) for name, value in rows if name.startswith(_MAKING)}
+
+    def made_ahead(self) -> list[tuple[KeyRef, int]]:
+        """The keys made ahead that no request has taken yet, with their private parts, oldest first; and when each is due.
+
+        Raises:
+            LedgerError: they cannot be read.
+        """
+        with self._explained("read"):
+            rows = self._connection.execute(
+                "SELECT scheme, key_type, public, private, due FROM key JOIN secret ON secret.key_number = key.number"  # noqa: S608 - `_LIVING` is this module's own text
+                f" WHERE state = ? AND certificate_type = '' AND {_LIVING} ORDER BY number",
+                (INITIAL,),
+            ).fetchall()
+        keys = [(_key_ref(*row), due) for *row, due in rows]
+        self._made_ahead.update(key.key_id for key, _ in keys)
+        return keys
 
     # Keys.
 
     def keys(self, prefix: str = "") -> list[KeyRecord]:
         """The keys whose name begins with `prefix`, in the order in which they were made."""
-        return self._select("substr(key.key_id, 1, ?) = ?", len(prefix), prefix.lower())
+        prefix = prefix.lower()
+        # A range, and not LIKE or substr(): the index of the names serves it.
+        return self._select("key_id >= ? AND key_id < ?", prefix, prefix + _LAST, order="number")
 
     def pending(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
         """The keys in pre-activation for a certificate type, newest last; of one EVSE, or of all where it is None."""
@@ -387,33 +523,33 @@ class Ledger:
         return self._owned(certificate_type, evse_id, KeyState.DEACTIVATED)
 
     def usable(self) -> list[KeyRecord]:
-        """The keys that still have a private part."""
-        return self._select("key.private IS NOT NULL")
+        """The keys that still have a private part, in the order in which they were made; those made ahead, too."""
+        return self._select("number IN (SELECT key_number FROM secret)", order="number")
 
     def key_ref(self, key_id: str) -> KeyRef | None:
         """A key with its private part; None where it has none any more."""
-        from stationkey.keystore import KeyRef  # noqa: PLC0415 - `keys list` does without
-
         with self._explained("read"):
             row = self._connection.execute(
-                "SELECT scheme, key_type, public, private FROM key WHERE key_id = ? AND private IS NOT NULL", (key_id,)
+                "SELECT scheme, key_type, public, private FROM key JOIN secret ON secret.key_number = key.number"
+                " WHERE key_id = ?",
+                (key_id,),
             ).fetchone()
-        if row is None:
-            return None
-        return KeyRef(scheme=row[0], key_type=read_key_type(row[1]), public=row[2], private=row[3])
+        return None if row is None else _key_ref(*row)
 
     def history(self, key_id: str) -> list[EventRecord]:
         """Everything that happened to a key, first to last."""
         with self._explained("read"):
             rows = self._connection.execute(
-                "SELECT seq, at, event, state, reason, message_id FROM event WHERE key_id = ? ORDER BY seq", (key_id,)
+                "SELECT seq, at, event, state, reason, message_id FROM event"
+                " WHERE key_number = (SELECT number FROM key WHERE key_id = ?) ORDER BY seq",
+                (key_id,),
             ).fetchall()
         return [EventRecord(*row) for row in rows]
 
     def active_files(self) -> dict[tuple[str, str], bytes]:
         """What the file of each owner under ``active/`` should hold: key, then leaf and chain where they are known."""
         files = {}
-        for key in self._select("state = ?", KeyState.ACTIVE):
+        for key in self._select(f"state = ? AND {_LIVING}", KeyState.ACTIVE):
             if (reference := self.key_ref(key.key_id)) is not None:
                 files[key.owner] = reference.pem() + (key.chain or "").encode()
         return files
@@ -426,37 +562,36 @@ class Ledger:
             ).fetchone()
         return row is not None
 
-    def installations(self, owner: tuple[str, str]) -> dict[str, tuple[int, int | None]]:
-        """The keys of `owner` that were ever active: when the certificate of each was installed, and when deleted.
+    def others_installed(self, key: KeyRecord) -> bool:
+        """Whether a certificate of another key of the same owner may be installed still, as far as is on record.
 
-        The times are numbers of events; a certificate that was never reported as deleted has None.
+        That is where one was, and was not reported as deleted before this key's was installed.
         """
+        another = (
+            "SELECT 1 FROM key WHERE certificate_type = ? AND evse_id = ? AND installed IS NOT NULL AND key_id != ?"
+            " AND deleted"
+        )
         with self._explained("read"):
-            rows = self._connection.execute(
-                "SELECT key.key_id, max(seq) FILTER (WHERE event = ?) AS installed, max(seq) FILTER (WHERE event = ?)"
-                " FROM key JOIN event USING (key_id) WHERE certificate_type = ? AND evse_id = ?"
-                " GROUP BY key.key_id HAVING installed IS NOT NULL",
-                (KeyEvent.INSTALLED, KeyEvent.DELETED, *owner),
-            ).fetchall()
-        return {key_id: (installed, deleted) for key_id, installed, deleted in rows}
+            row = self._connection.execute(
+                f"{another} IS NULL UNION ALL {another} > ? LIMIT 1",
+                (*key.owner, key.key_id, *key.owner, key.key_id, key.installed),
+            ).fetchone()
+        return row is not None
 
     def _owned(self, certificate_type: str, evse_id: str | None, state: KeyState) -> list[KeyRecord]:
+        if evse_id is None:
+            return self._select(f"state = ? AND certificate_type = ? AND {_LIVING}", state, certificate_type)
         return self._select(
-            "certificate_type = ? AND (? IS NULL OR evse_id = ?) AND state = ?",
-            certificate_type,
-            evse_id,
-            evse_id,
-            state,
+            f"state = ? AND certificate_type = ? AND evse_id = ? AND {_LIVING}", state, certificate_type, evse_id
         )
 
-    def _select(self, where: str, *arguments: object) -> list[KeyRecord]:
+    def _select(self, where: str, *arguments: object, order: str = "asked") -> list[KeyRecord]:
         with self._explained("read"):
             rows = self._connection.execute(
                 "SELECT key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name,"  # noqa: S608 - `where` is this module's own text
-                " organization_name, country_name, state, created_at, public, due, failed, chain, not_after,"
-                " (SELECT group_concat(request_id, ' ') FROM answer WHERE answer.key_id = key.key_id)"
-                f" FROM key WHERE {where}"
-                " ORDER BY (SELECT min(seq) FROM event WHERE event.key_id = key.key_id)",
+                " organization_name, country_name, state, created_at, public, due, failed, chain, not_after, asked,"
+                " installed, request_id"
+                f" FROM key LEFT JOIN answer ON answer.key_number = key.number WHERE {where} ORDER BY {order}",
                 arguments,
             ).fetchall()
         return [
@@ -477,7 +612,9 @@ class Ledger:
                 failed=bool(row[13]),
                 chain=row[14],
                 not_after=row[15],
-                request_ids=tuple((row[16] or "").split()),
+                asked=row[16] or 0,
+                installed=row[17] or 0,
+                request_ids=() if row[18] is None else (row[18],),
             )
             for row in rows
         ]
@@ -561,10 +698,10 @@ class Ledger:
             replaced = [
                 row[0]
                 for row in self._connection.execute(
-                    "SELECT other.key_id FROM key AS other JOIN key AS own ON own.key_id = ?"
-                    " AND other.certificate_type = own.certificate_type AND other.evse_id = own.evse_id"
-                    " WHERE other.state = ? AND other.key_id != own.key_id",
-                    (key_id, KeyState.ACTIVE),
+                    "SELECT key_id FROM key WHERE (certificate_type, evse_id) ="  # noqa: S608 - `_LIVING` is this module's own text
+                    " (SELECT certificate_type, evse_id FROM key WHERE key_id = :key_id)"
+                    f" AND state = :active AND {_LIVING} AND key_id != :key_id",
+                    {"key_id": key_id, "active": KeyState.ACTIVE},
                 )
             ]
             for other in replaced:
@@ -581,25 +718,51 @@ class Ledger:
         due: int | None = None,
         message_id: str | None = None,
     ) -> KeyState:
-        row = self._connection.execute("SELECT state FROM key WHERE key_id = ?", (key_id,)).fetchone()
+        row = self._connection.execute(
+            "SELECT number, state, certificate_type FROM key WHERE key_id = ?", (key_id,)
+        ).fetchone()
         if row is None:
             raise LedgerError(f"there is no key {key_id} on record", reason="key_not_found")
-        state = step(KeyState(row[0]), event)
-        self._connection.execute("UPDATE key SET state = ?, due = ? WHERE key_id = ?", (state, due, key_id))
-        if event is KeyEvent.INSTALLATION_FAILED:
-            self._connection.execute("UPDATE key SET failed = 1 WHERE key_id = ?", (key_id,))
+        number, before, certificate_type = row
+        state = step(KeyState(before), event)
+        if not certificate_type and event in {KeyEvent.INSTALLED, KeyEvent.INSTALLATION_FAILED}:
+            raise IllegalTransition(
+                f"a key that no request has taken cannot have the event '{event}'", reason="illegal_transition"
+            )
         if state is KeyState.DESTROYED:
-            # secure_delete overwrites with zeros where they were; the CSR of a key that is gone is of no use either.
-            self._connection.execute("UPDATE key SET private = NULL WHERE key_id = ?", (key_id,))
-            self._connection.execute("UPDATE answer SET csr = '', delivered = 1 WHERE key_id = ?", (key_id,))
-        self._note(key_id, event, state, reason=reason, now=now, message_id=message_id)
+            # secure_delete overwrites with zeros where it was; `wipe` sees to what was moved.
+            self._connection.execute("DELETE FROM secret WHERE key_number = ?", (number,))
+            self._connection.execute("INSERT OR IGNORE INTO meta (name, value) VALUES ('unwiped', 'yes')")
+            if not certificate_type:
+                # Nobody ever had it: its history is not worth the place of a key's that somebody had.
+                self._connection.execute("DELETE FROM event WHERE key_number = ?", (number,))
+                self._connection.execute("DELETE FROM key WHERE number = ?", (number,))
+                return state
+            # The CSR of a key that is gone is of no use either. Not by UPDATE, which would leave its page as good as
+            # empty: after a replacement SQLite joins the page to its neighbours, and the history takes a third less.
+            self._connection.execute(
+                "REPLACE INTO answer"
+                " (key_number, canonical_id, request_id, digest, csr, answered_at, running, delivered)"
+                " SELECT key_number, canonical_id, request_id, digest, '', answered_at, running, 1 FROM answer"
+                " WHERE key_number = ?",
+                (number,),
+            )
+        seq = self._note(number, event, state, reason=reason, now=now, message_id=message_id)
+        also = _ALSO.get(event, "") + (_ENDED if state is KeyState.DESTROYED else "")
+        self._connection.execute(
+            f"UPDATE key SET state = :state, due = :due{also} WHERE number = :number",  # noqa: S608 - `also` is this module's own text
+            {"state": state, "due": due, "seq": seq, "number": number},
+        )
         return state
 
-    def _note(self, key_id: str, event: str, state: KeyState, *, reason: str, now: int, message_id: str | None) -> None:
-        self._connection.execute(
-            "INSERT INTO event (key_id, at, event, state, reason, message_id) VALUES (?, ?, ?, ?, ?, ?)",
-            (key_id, now, event, state, reason, message_id),
-        )
+    def _note(
+        self, number: int, event: str, state: KeyState, *, reason: str, now: int, message_id: str | None
+    ) -> int | None:
+        """Write down what happened to a key; the number of that event."""
+        return self._connection.execute(
+            "INSERT INTO event (key_number, at, event, state, reason, message_id) VALUES (?, ?, ?, ?, ?, ?)",
+            (number, now, event, state, reason, message_id),
+        ).lastrowid
 
     def checkpoint(self) -> bool:
         """Move everything out of the write-ahead log and empty it, so that nothing wiped is left in there.
@@ -612,29 +775,44 @@ class Ledger:
         return not busy
 
     def wipe(self) -> bool:
-        """Write the database anew, if a key was destroyed since the last time, so that no trace of one is left in it.
+        """Write the private parts anew, if a key was destroyed since the last time, so that no trace of one is left.
 
         secure_delete zeroes what is deleted where it is. But where rows were moved from page to page before, SQLite may
-        leave pieces of them in the unused part of a page. Milliseconds, because the database is bounded; and a flood of
-        requests then leaves no large file behind.
+        leave pieces of them in the unused part of a page. So the table is emptied, which zeroes all of its pages, and
+        filled again with the keys that live: what that costs goes by their number and not by the history.
 
         Returns:
             Whether there was something to do.
         """
         with self._explained("written"):
-            (destroyed,) = self._connection.execute(
-                "SELECT coalesce(max(seq), 0) FROM event WHERE state = ?", (KeyState.DESTROYED,)
-            ).fetchone()
-            wiped = self._connection.execute("SELECT value FROM meta WHERE name = 'wiped'").fetchone()
-            if destroyed <= (0 if wiped is None else int(wiped[0])):
+            if self._connection.execute("SELECT 1 FROM meta WHERE name = 'unwiped'").fetchone() is None:
                 return False
-            self._connection.execute("VACUUM")
             with self._transaction():
-                self._connection.execute(
-                    "INSERT OR REPLACE INTO meta (name, value) VALUES ('wiped', ?)", (str(destroyed),)
-                )
+                living = self._connection.execute("SELECT key_number, private FROM secret").fetchall()
+                # No WHERE, no foreign key, no trigger: so SQLite frees the pages as they are, each zeroed, and does not
+                # go from row to row.
+                self._connection.execute("DELETE FROM secret")
+                self._connection.executemany("INSERT INTO secret (key_number, private) VALUES (?, ?)", living)
+                self._connection.execute("DELETE FROM meta WHERE name = 'unwiped'")
         self.checkpoint()
         return True
+
+    def shrink(self) -> bool:
+        """Take some unused pages off the file, but for a few: a flood of requests leaves no large file behind.
+
+        The file itself is cut by the next `checkpoint`.
+
+        Returns:
+            Whether there are more.
+        """
+        with self._explained("written"):
+            (unused,) = self._connection.execute("PRAGMA freelist_count").fetchone()
+            if unused <= _SPARE:
+                return False
+            pages = min(unused - _SPARE, _SHRUNK)
+            # Not execute(): this gives a row without a column for each page, and Python stops after the first of those.
+            self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
+            return bool(unused - pages > _SPARE)
 
     # Time, and what it ends.
 
@@ -659,10 +837,13 @@ class Ledger:
             self._write_delivered()
 
     def adopt(self, *, pending_due: int, grace_due: int) -> None:
-        """Give an end to pending and deactivated keys that have none: of an older ledger, or retired by hand."""
+        """Give an end to pending and deactivated keys that have none: of an older ledger, or retired by hand.
+
+        A key made ahead is not pending, and was given its end when it was made.
+        """
         with self._explained("written"), self._transaction():
             self._connection.executemany(
-                "UPDATE key SET due = ? WHERE due IS NULL AND state = ?",
+                f"UPDATE key SET due = ? WHERE due IS NULL AND state = ? AND certificate_type > '' AND {_LIVING}",  # noqa: S608 - `_LIVING` is this module's own text
                 [(pending_due, KeyState.PRE_ACTIVATION), (grace_due, KeyState.DEACTIVATED)],
             )
 
@@ -670,14 +851,15 @@ class Ledger:
         """The keys whose time is over."""
         with self._explained("read"):
             rows = self._connection.execute(
-                "SELECT key_id FROM key WHERE due <= ? ORDER BY due LIMIT ?", (running, _BATCH)
+                f"SELECT key_id FROM key WHERE due <= ? AND {_LIVING} ORDER BY due LIMIT ?",  # noqa: S608 - `_LIVING` is this module's own text
+                (running, _DUE),
             ).fetchall()
         return [row[0] for row in rows]
 
     def next_due(self) -> int | None:
         """When the next key's time is over, in milliseconds of running time; None where there is none."""
         with self._explained("read"):
-            row = self._connection.execute("SELECT min(due) FROM key").fetchone()
+            row = self._connection.execute(f"SELECT min(due) FROM key WHERE {_LIVING}").fetchone()  # noqa: S608 - `_LIVING` is this module's own text
         return None if row[0] is None else int(row[0])
 
     def forget(self, *, keep: int, answered_before: int) -> int:
@@ -693,22 +875,22 @@ class Ledger:
         """
         with self._explained("written"), self._transaction():
             answers = self._connection.execute(
-                "DELETE FROM answer WHERE canonical_id IN (SELECT canonical_id FROM answer JOIN key USING (key_id)"
-                " WHERE answer.running < ? AND key.state != ? LIMIT ?)",
+                "DELETE FROM answer WHERE key_number IN (SELECT key_number FROM answer JOIN key ON number = key_number"
+                " WHERE delivered IN (0, 1) AND running < ? AND state != ? LIMIT ?)",
                 (answered_before, KeyState.PRE_ACTIVATION, _BATCH),
             ).rowcount
-            forgotten = [
-                row[0]
-                for row in self._connection.execute(
-                    "SELECT key.key_id FROM key WHERE state = ?"
-                    " ORDER BY (SELECT max(seq) FROM event WHERE event.key_id = key.key_id) DESC LIMIT ? OFFSET ?",
-                    (KeyState.DESTROYED, _BATCH, keep),
-                )
-            ]
-            for key_id in forgotten:
-                self._connection.execute("DELETE FROM event WHERE key_id = ?", (key_id,))
-                self._connection.execute("DELETE FROM answer WHERE key_id = ?", (key_id,))
-                self._connection.execute("DELETE FROM key WHERE key_id = ?", (key_id,))
+            # `ended` has no gaps, and so nothing has to be counted.
+            forgotten = self._connection.execute(
+                "SELECT number FROM key WHERE ended <= (SELECT max(ended) FROM key WHERE ended IS NOT NULL) - ?"
+                " ORDER BY ended LIMIT ?",
+                (keep, _BATCH),
+            ).fetchall()
+            for statement in (
+                "DELETE FROM event WHERE key_number = ?",
+                "DELETE FROM answer WHERE key_number = ?",
+                "DELETE FROM key WHERE number = ?",
+            ):
+                self._connection.executemany(statement, forgotten)
         return len(forgotten) + answers
 
     def client_id(self) -> str:
@@ -745,6 +927,50 @@ class Ledger:
             reason, hint = _REASONS.get(getattr(error, "sqlite_errorname", ""), ("ledger_error", ""))
             raise LedgerError(f"the ledger {self.path} cannot be {act}: {error}", reason=reason, hint=hint) from None
 
+
+def _made(key: KeyRef, now: int) -> dict[str, object]:
+    """The columns of a key that was just made, whether it has an owner or not."""
+    return {
+        "scheme": key.scheme,
+        "key_type": str(key.key_type),
+        "state": INITIAL,
+        "created_at": now,
+        "public": key.public,
+    }
+
+
+def _key_ref(scheme: str, key_type: str, public: bytes, private: bytes) -> KeyRef:
+    from stationkey.keystore import KeyRef  # noqa: PLC0415 - `keys list` does without
+
+    return KeyRef(scheme=scheme, key_type=read_key_type(key_type), public=public, private=private)
+
+
+_LAST: Final = "\U0010ffff"
+"""Comes after every other character, in the order of the index."""
+
+_NEXT_EVENT: Final = "(SELECT coalesce(max(seq), 0) + 1 FROM event)"
+"""The number that the next event of the same transaction gets."""
+
+_NEW_KEY: Final = (
+    "INSERT INTO key (key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name, organization_name,"  # noqa: S608 - `_NEXT_EVENT` is this module's own text
+    " country_name, state, created_at, public, due, asked)"
+    " VALUES (:key_id, :scheme, :key_type, :certificate_type, :evse_id, :algorithm, :common_name, :organization_name,"
+    f" :country_name, :state, :created_at, :public, :due, {_NEXT_EVENT}) ON CONFLICT (key_id) DO NOTHING"
+)
+_NEW_OWNER: Final = (
+    "UPDATE key SET certificate_type = :certificate_type, evse_id = :evse_id, algorithm = :algorithm,"  # noqa: S608 - `_NEXT_EVENT` is this module's own text
+    " common_name = :common_name, organization_name = :organization_name, country_name = :country_name, due = :due,"
+    f" asked = {_NEXT_EVENT}"
+    " WHERE key_id = :key_id AND certificate_type = '' AND state = 'pre-activation' RETURNING number"
+)
+
+_ALSO: Final = {
+    KeyEvent.INSTALLED: ", installed = :seq",
+    KeyEvent.DELETED: ", deleted = :seq",
+    KeyEvent.INSTALLATION_FAILED: ", failed = 1",
+}
+"""What an event changes of a key's row besides state and end."""
+_ENDED: Final = ", ended = 1 + coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL), 0)"
 
 _DAMAGED: Final = (
     "ledger_damaged",

@@ -18,7 +18,7 @@ class KeyState(StrEnum):
     """Where a key is in its life."""
 
     PRE_ACTIVATION = "pre-activation"
-    """Its CSR was answered; no certificate is installed. Used for nothing but proofs of possession."""
+    """Made ahead, or its CSR was answered; no certificate is installed. Used for nothing but proofs of possession."""
     ACTIVE = "active"
     """Its certificate is installed. One key at the most for each certificate type and EVSE."""
     DEACTIVATED = "deactivated"
@@ -74,7 +74,11 @@ TRANSITIONS: Final[Mapping[tuple[KeyState, KeyEvent], KeyState]] = MappingProxyT
 """(state, event) to the state after it. What is not here is illegal."""
 
 INITIAL: Final = KeyState.PRE_ACTIVATION
-"""The state of a key whose CSR was just answered."""
+"""The state of a key that was just made."""
+
+MADE_AHEAD: Final = "made ahead"
+CSR_ANSWERED: Final = "CSR answered"
+"""What a key's history begins with. One that was made ahead has both, the second when a request takes it."""
 
 
 class IllegalTransition(StationKeyError):
@@ -100,7 +104,7 @@ def mermaid() -> str:
     names = {state: state.name.lower() for state in KeyState}
     lines = ["stateDiagram-v2"]
     lines += [f'    state "{state}" as {names[state]}' for state in KeyState]
-    lines.append(f"    [*] --> {names[INITIAL]}: CSR answered")
+    lines.append(f"    [*] --> {names[INITIAL]}: {CSR_ANSWERED}, {MADE_AHEAD}")
     edges: dict[tuple[KeyState, KeyState], list[KeyEvent]] = {}
     for (state, event), after in TRANSITIONS.items():
         edges.setdefault((state, after), []).append(event)

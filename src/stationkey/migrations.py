@@ -65,7 +65,95 @@ INSERT INTO event (key_id, at, event, state, reason)
     SELECT key_id, created_at, 'CSR answered', state, '' FROM key ORDER BY created_at, key_id;
 """
 
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2)
+_VERSION_3: Final = """
+DROP INDEX key_by_owner;
+DROP INDEX key_by_state;
+DROP INDEX key_due;
+DROP INDEX answer_undelivered;
+DROP INDEX answer_by_key;
+DROP INDEX event_by_key;
+DROP INDEX event_by_message;
+ALTER TABLE key RENAME TO key_2;
+ALTER TABLE answer RENAME TO answer_2;
+ALTER TABLE event RENAME TO event_2;
+CREATE TABLE key (
+    number            INTEGER PRIMARY KEY,
+    key_id            TEXT NOT NULL UNIQUE,
+    scheme            TEXT NOT NULL,
+    key_type          TEXT NOT NULL,
+    certificate_type  TEXT NOT NULL DEFAULT '',
+    evse_id           TEXT NOT NULL DEFAULT '',
+    algorithm         TEXT NOT NULL DEFAULT '',
+    common_name       TEXT NOT NULL DEFAULT '',
+    organization_name TEXT NOT NULL DEFAULT '',
+    country_name      TEXT NOT NULL DEFAULT '',
+    state             TEXT NOT NULL,
+    created_at        INTEGER NOT NULL,
+    public            BLOB NOT NULL,
+    due               INTEGER,
+    failed            INTEGER NOT NULL DEFAULT 0,
+    chain             TEXT,
+    not_after         INTEGER,
+    asked             INTEGER,
+    installed         INTEGER,
+    deleted           INTEGER,
+    ended             INTEGER
+) STRICT;
+CREATE TABLE secret (
+    key_number INTEGER PRIMARY KEY,
+    private    BLOB NOT NULL
+) STRICT;
+CREATE TABLE answer (
+    key_number   INTEGER PRIMARY KEY REFERENCES key (number),
+    canonical_id TEXT NOT NULL UNIQUE,
+    request_id   TEXT NOT NULL,
+    digest       BLOB NOT NULL,
+    csr          TEXT NOT NULL,
+    answered_at  INTEGER NOT NULL,
+    running      INTEGER NOT NULL,
+    delivered    INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE event (
+    seq        INTEGER PRIMARY KEY,
+    key_number INTEGER NOT NULL REFERENCES key (number),
+    at         INTEGER NOT NULL,
+    event      TEXT NOT NULL,
+    state      TEXT NOT NULL,
+    reason     TEXT NOT NULL,
+    message_id TEXT
+) STRICT;
+INSERT INTO key (key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name, organization_name,
+        country_name, state, created_at, public, due, failed, chain, not_after, asked, installed, deleted, ended)
+    SELECT key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name, organization_name,
+        country_name, key_2.state, created_at, public, due, failed, chain, not_after, min(seq),
+        max(seq) FILTER (WHERE event = 'installed'), max(seq) FILTER (WHERE event = 'deleted'),
+        CASE key_2.state WHEN 'destroyed' THEN
+            row_number() OVER (PARTITION BY key_2.state = 'destroyed' ORDER BY max(seq)) END
+    FROM key_2 LEFT JOIN event_2 USING (key_id) GROUP BY key_id ORDER BY min(seq);
+INSERT INTO secret SELECT number, private FROM key JOIN key_2 USING (key_id) WHERE private IS NOT NULL;
+INSERT INTO answer SELECT number, canonical_id, request_id, digest, csr, answered_at, running, delivered
+    FROM answer_2 JOIN key USING (key_id);
+INSERT INTO event SELECT seq, number, at, event, event_2.state, reason, message_id
+    FROM event_2 JOIN key USING (key_id) ORDER BY seq;
+DROP TABLE event_2;
+DROP TABLE answer_2;
+DROP TABLE key_2;
+CREATE INDEX key_living ON key (state, certificate_type, evse_id, asked, due) WHERE state != 'destroyed';
+CREATE INDEX key_installed ON key (certificate_type, evse_id, deleted) WHERE installed IS NOT NULL;
+CREATE INDEX key_ended ON key (ended) WHERE ended IS NOT NULL;
+CREATE INDEX answer_by_age ON answer (delivered, running);
+CREATE INDEX event_by_key ON event (key_number);
+CREATE INDEX event_by_message ON event (message_id) WHERE message_id IS NOT NULL AND event != 'CSR answered';
+"""
+"""Each index is paid for with every answer, so there are few, and most are of the living keys alone.
+
+What other tables mean a key by is a number in the order in which keys were made, so that new rows lie side by side.
+`asked`, `installed` and `deleted` are the numbers of the key's events of that kind; `ended` counts the destroyed keys
+without gaps, because only the oldest of them are ever forgotten. `secret` has no foreign key: SQLite then empties it
+page by page, which is what `Ledger.wipe` wants.
+"""
+
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3)
 """What makes a database of version n one of version n + 1; the first makes an empty one."""
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 """``user_version`` of the database that this code reads and writes."""

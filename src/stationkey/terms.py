@@ -16,8 +16,9 @@ class Bounds:
     Attributes:
         pending_limit: pending keys for one certificate type and EVSE. A CSMS may answer the first CSR after later ones
             were sent (OCTT TC_A_23), so it is more than one; eight are more than any retry scheme sends in a row.
-        pending_total: pending keys in all. EVSE IDs come over MQTT, and there are many of them.
-        history_limit: destroyed keys that stay on record: years of renewals, in less than a MiB.
+        pending_total: pending keys in all. EVSE IDs come over MQTT, and there are many of them. Keys made
+            ahead are none.
+        history_limit: destroyed keys that stay on record: years of renewals, in a MiB or two.
     """
 
     pending_limit: int = 8

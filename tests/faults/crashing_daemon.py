@@ -36,6 +36,8 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "tables of version 1 written, not committed": (BEFORE, "sql", "PRAGMA user_version=1"),
     "tables of version 1 made": (BEFORE, "sql", "ALTER TABLE key ADD COLUMN due"),
     "tables of version 2 written, not committed": (AFTER, "sql", "PRAGMA user_version=2"),
+    "tables of version 2 made": (BEFORE, "sql", "ALTER TABLE key RENAME TO key_2"),
+    "tables of version 3 written, not committed": (AFTER, "sql", "PRAGMA user_version=3"),
     "client identifier written": (AFTER, Ledger, "client_id"),
     # A request.
     "request received": (BEFORE, service.StationKeyService, "answer"),
@@ -59,7 +61,7 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "PEM renamed, directory synced": (AFTER, ActiveDirectory, "_sync_directory"),
     # A key destroyed.
     "destroying": (BEFORE, Ledger, "apply"),
-    "private part wiped, not committed": (AFTER, "sql", "UPDATE key SET private = NULL"),
+    "private part wiped, not committed": (AFTER, "sql", "DELETE FROM secret WHERE"),
     "destroyed, write-ahead log not emptied": (BEFORE, "sql", "PRAGMA wal_checkpoint"),
     "destroyed, write-ahead log emptied": (AFTER, "sql", "PRAGMA wal_checkpoint"),
     "destroyed, PEM not removed": (BEFORE, Path, "unlink"),

@@ -72,7 +72,7 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
         ledger.close()
         store.close()
     assert _rows(state_dir, "PRAGMA integrity_check") == [("ok",)]
-    assert _rows(state_dir, "SELECT count(*) FROM answer WHERE key_id NOT IN (SELECT key_id FROM key)") == [(0,)]
+    assert _rows(state_dir, "SELECT count(*) FROM answer WHERE key_number NOT IN (SELECT number FROM key)") == [(0,)]
     assert {path.name for path in state_dir.iterdir()} <= STATE_FILES
     active = state_dir / "active"
     found = {path.name: path.read_bytes() for path in active.iterdir()} if active.exists() else {}
