@@ -28,13 +28,13 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 ROWS: list[set[str]] = [
     # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
     {"errors", "logs", "handshake"},
-    {"profiles", "lifecycle", "terms"},
+    {"profiles", "lifecycle", "terms", "seen"},
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
     {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
     {"certificate", "keystore", "pki"},  # what signs a CSR knows how one is built
     {"ledger", "active", "csms"},  # the ledger gives keys back as the key store knows them
     {"bridge", "installation", "state", "tls"},
-    {"custody"},
+    {"custody", "pool"},
     {"service"},
     {"mqtt"},
     {"josev"},

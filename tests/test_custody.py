@@ -658,14 +658,14 @@ async def test_a_key_that_made_room_is_in_no_file_after_a_sweep(here: Station) -
 async def test_a_key_made_ahead_ends_in_the_sweep_after_its_time_and_leaves_no_trace(here: Station) -> None:
     store = SoftwareKeyStore()
     old, young = store.generate(Algorithm.ECDSA_SHA256), store.generate(Algorithm.ECDSA_SHA256)
-    here.ledger.make_ahead(old, now=0, due=DAY)
-    here.ledger.make_ahead(young, now=0, due=3 * DAY)
+    here.ledger.make_ahead(old, now=0, due=DAY, seconds=0)
+    here.ledger.make_ahead(young, now=0, due=3 * DAY, seconds=0)
     await here.pass_by(0)
-    assert here.ledger.made_ahead() == [old, young]
+    assert [key for key, _ in here.ledger.made_ahead()] == [old, young]
 
     await here.pass_by(2 * DAY)
 
-    assert here.ledger.made_ahead() == [young]
+    assert here.ledger.made_ahead() == [(young, 3 * DAY)]
     assert [key.key_id for key in here.ledger.usable()] == [young.key_id]
     assert old.private not in bytes_on_disk(here.state_dir)
     assert old.key_id.encode() not in bytes_on_disk(here.state_dir)
@@ -678,6 +678,7 @@ async def test_a_sweep_makes_the_file_small_again_after_a_flood(tmp_path: Path) 
                 KeyRef(scheme="software", key_type=SECP256R1, public=number.to_bytes(2), private=bytes(2000)),
                 now=0,
                 due=1,
+                seconds=0,
             )
         here.ledger.checkpoint()
         large = here.ledger.path.stat().st_size

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import pytest
@@ -18,7 +19,7 @@ from peers import Swtpm
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
-from stationkey.keystore.thread import MAX_ABANDONED, KeyStoreThread
+from stationkey.keystore.thread import FAIR_SHARE, MAX_ABANDONED, KeyStoreThread, Turn
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.profiles import Algorithm
 
@@ -436,3 +437,94 @@ def test_a_frozen_tpm_does_not_keep_close_from_returning(
     assert not tpm_thread.close(0)
     swtpm.thaw()
     hung.result(LONG)
+
+
+# Turns.
+
+
+@dataclass
+class Order:
+    """Jobs that note their names, behind one that is stuck until all have been submitted."""
+
+    thread: KeyStoreThread
+    first: Stuck
+    done: list[str] = field(default_factory=list)
+    futures: list[Future[None]] = field(default_factory=list)
+
+    def submit(self, name: str, turn: Turn) -> Future[None]:
+        future = self.thread.submit(lambda _: self.done.append(name), timeout=LONG, turn=turn)
+        self.futures.append(future)
+        return future
+
+    def run(self) -> list[str]:
+        self.first.let_go.set()
+        for future in self.futures:
+            if not future.cancelled():
+                future.result(LONG)
+        return self.done
+
+
+@pytest.fixture
+def order(thread: KeyStoreThread, stuck: Callable[[], Stuck]) -> Order:
+    first = stuck()
+    thread.submit(first, timeout=LONG)
+    assert first.begun.wait(LONG)
+    return Order(thread, first)
+
+
+def test_short_jobs_go_before_long_ones_and_both_before_what_nobody_waits_for(order: Order) -> None:
+    for name, turn in [("spare", Turn.SPARE), ("long", Turn.LONG), ("short", Turn.SHORT), ("short 2", Turn.SHORT)]:
+        order.submit(name, turn)
+    assert order.run() == ["short", "short 2", "long", "spare"]
+
+
+def test_jobs_of_one_turn_keep_their_order(order: Order) -> None:
+    for number in range(5):
+        order.submit(f"long {number}", Turn.LONG)
+        order.submit(f"spare {number}", Turn.SPARE)
+    assert order.run() == [f"long {number}" for number in range(5)] + [f"spare {number}" for number in range(5)]
+
+
+def test_a_flood_of_short_jobs_lets_a_long_one_through_now_and_then(order: Order) -> None:
+    """Between two long ones are `FAIR_SHARE` short ones: none of those waits for more than one."""
+    for number in range(2):
+        order.submit(f"long {number}", Turn.LONG)
+    for _ in range(3 * FAIR_SHARE):
+        order.submit("short", Turn.SHORT)
+    done = order.run()
+    # The one that is stuck was short, too.
+    assert [index for index, name in enumerate(done) if name != "short"] == [FAIR_SHARE - 1, 2 * FAIR_SHARE]
+
+
+def test_a_flood_keeps_out_for_good_what_nobody_waits_for(order: Order) -> None:
+    order.submit("spare", Turn.SPARE)
+    for _ in range(3 * FAIR_SHARE):
+        order.submit("short", Turn.SHORT)
+    assert order.run()[-1] == "spare"
+
+
+def test_a_long_job_that_nobody_waits_for_any_more_takes_no_turn(order: Order) -> None:
+    given_up = order.submit("given up", Turn.LONG)
+    order.submit("short", Turn.SHORT)
+    assert given_up.cancel()
+    assert order.run() == ["short"]
+
+
+def test_the_store_is_idle_since_the_last_job_that_somebody_waited_for(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    clock.now = 10.0
+    assert thread.idle == 10.0
+    running = stuck()
+    future = thread.submit(running, timeout=LONG)
+    clock.now = 20.0
+    assert thread.idle == 0.0
+    running.let_go.set()
+    future.result(LONG)
+    thread.submit(nothing, timeout=LONG, turn=Turn.SPARE).result(LONG)
+    clock.now = 25.0
+    assert thread.idle == 5.0
+    given_up = thread.submit(nothing, timeout=0.0)
+    with pytest.raises(KeyStoreError):
+        given_up.result(LONG)
+    assert thread.idle == 0.0

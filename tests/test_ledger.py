@@ -8,6 +8,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from stationkey.ledger import KeyRecord, Ledger
 from stationkey.lifecycle import TRANSITIONS, IllegalTransition, KeyEvent, KeyState
 from stationkey.messages import GenerateCsrRequest
 from stationkey.migrations import MIGRATIONS, SCHEMA_VERSION
-from stationkey.profiles import SECP256R1
+from stationkey.profiles import RSA_3072, SECP256R1
 from stationkey.terms import Bounds
 
 CSR = "-----BEGIN CERTIFICATE REQUEST-----\n" + "x" * 600
@@ -81,10 +82,15 @@ def bring(ledger: Ledger, key_id: str, *events: KeyEvent) -> None:
         ledger.apply(key_id, event, reason="", now=0)
 
 
+def stock_of(ledger: Ledger) -> list[KeyRef]:
+    """The keys made ahead."""
+    return [key for key, _ in ledger.made_ahead()]
+
+
 def ahead(ledger: Ledger, key: KeyRef | None = None, *, due: int = 1000) -> KeyRef:
     """Put a key on record that has no owner yet."""
     key = key or a_key()
-    ledger.make_ahead(key, now=5, due=due)
+    ledger.make_ahead(key, now=5, due=due, seconds=0.5)
     return key
 
 
@@ -268,9 +274,7 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "record_answer that makes room": lambda ledger, _: answer(
         ledger, request(*OWNER), bounds=Bounds(pending_limit=3, pending_total=2)
     ),
-    "record_answer with a key made ahead": lambda ledger, _: answer(
-        ledger, request(*OWNER), key=ledger.made_ahead()[0]
-    ),
+    "record_answer with a key made ahead": lambda ledger, _: answer(ledger, request(*OWNER), key=stock_of(ledger)[0]),
     "record_rejection": lambda ledger, _: ledger.record_rejection(ASKED, reason="r", message="m", now=0),
     "mark_delivered": _delivered,
     "undelivered": lambda ledger, _: ledger.undelivered(),
@@ -428,7 +432,7 @@ def test_no_piece_of_a_destroyed_key_is_left_wherever_its_row_had_been(
     assert ledger.wipe()
 
     assert traces(path, gone) == 0
-    assert ledger.made_ahead() == live
+    assert stock_of(ledger) == live
 
 
 class Eventful:
@@ -572,7 +576,7 @@ def test_keys_made_ahead_are_there_after_a_restart_oldest_first(path: Path) -> N
         bring(ledger, keys[3].key_id, KeyEvent.EXPIRED)
 
     with closing(Ledger(path)) as ledger:
-        assert ledger.made_ahead() == [keys[0], keys[1], keys[4]]
+        assert stock_of(ledger) == [keys[0], keys[1], keys[4]]
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["in the run that made it", "in a later run"])
@@ -599,7 +603,7 @@ def test_a_key_made_ahead_gets_its_owner_with_its_answer(path: Path, again: bool
         )
         assert [event.event for event in ledger.history(key.key_id)] == ["made ahead", "CSR answered"]
         assert ledger.key_ref(key.key_id) == key
-        assert ledger.made_ahead() == []
+        assert stock_of(ledger) == []
 
 
 def test_pending_keys_are_in_the_order_in_which_they_were_asked_for_and_not_made(ledger: Ledger) -> None:
@@ -651,7 +655,7 @@ def test_a_key_made_ahead_that_is_gone_is_never_handed_out(path: Path, end: KeyE
         if again:
             ledger.close()
             ledger = Ledger(path)  # noqa: PLW2901 - the run after it
-            assert ledger.made_ahead() == [key]
+            assert stock_of(ledger) == [key]
         with closing(Ledger(path, make=False)) as command:
             bring(command, key.key_id, end)
         before = dump(path)
@@ -662,7 +666,7 @@ def test_a_key_made_ahead_that_is_gone_is_never_handed_out(path: Path, end: KeyE
             assert refusal.value.reason == "key_taken"
 
         assert dump(path) == before
-        assert ledger.made_ahead() == []
+        assert stock_of(ledger) == []
 
 
 def test_a_key_cannot_be_made_ahead_twice(ledger: Ledger, path: Path) -> None:
@@ -681,9 +685,9 @@ def test_an_answer_that_could_not_be_written_leaves_the_key_to_the_next_request(
     with pytest.raises(LedgerError):
         answer(ledger, asked, key=key)
 
-    assert ledger.made_ahead() == [key]
+    assert stock_of(ledger) == [key]
     answer(ledger, key=key)
-    assert ledger.made_ahead() == []
+    assert stock_of(ledger) == []
 
 
 def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
@@ -694,9 +698,28 @@ def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
     keys = [answer(ledger, bounds=bounds) for _ in range(4)]
     ledger.adopt(pending_due=7, grace_due=8)
 
-    assert ledger.made_ahead() == stock
+    assert stock_of(ledger) == stock
     assert [key.due for key in on_record(ledger) if not key.has_owner] == [None] * 5
     assert [key.key_id for key in ledger.usable() if key.has_owner] == keys[2:]
+
+
+def test_how_long_the_last_key_of_each_type_took_to_make_is_on_record(ledger: Ledger) -> None:
+    assert ledger.seconds_to_make() == {}
+    for seconds, key_type in [(0.25, SECP256R1), (31.5, RSA_3072), (29.25, RSA_3072)]:
+        ledger.make_ahead(replace(a_key(), key_type=key_type), now=0, due=1, seconds=seconds)
+    assert ledger.seconds_to_make() == {"secp256r1": 0.25, "RSA-3072": 29.25}
+
+
+def test_the_ids_that_were_answered_are_read_a_part_at_a_time(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stationkey.ledger._PART", 2)
+    asked = [request() for _ in range(5)]
+    for one in asked:
+        answer(ledger, one)
+    read: list[str] = []
+    while part := ledger.answered_ids(after=read[-1] if read else ""):
+        assert len(part) <= 2
+        read += part
+    assert read == sorted(one.id for one in asked)
 
 
 def test_a_key_made_ahead_ages_out_and_leaves_no_record(ledger: Ledger, path: Path) -> None:

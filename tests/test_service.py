@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec import UNSET
 
+from parts import software_key
 from stationkey import (
     Algorithm,
     CertificateType,
@@ -30,9 +33,14 @@ from stationkey import (
     MessageError,
     StationKeyService,
     generate_csr,
+    service,
 )
+from stationkey.csr import Csr, sign_csr
 from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.lifecycle import KeyState
 
+ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+"""AlgorithmIdentifier [RFC 5758 3.2]."""
 DATA = GenerateCsrData(
     certificate_type=CertificateType.CHARGING_STATION_CERTIFICATE,
     common_name="9783161484100",
@@ -246,6 +254,55 @@ async def test_a_fault_of_ours_is_a_rejection_too(
     assert [reason for _, reason, _ in rejections(tmp_path)] == ["internal_error"]
     [traceback] = [record for record in caplog.records if record.exc_info]
     assert vars(traceback)["request_id"] == asked.id
+
+
+def other_signature(csr: Csr) -> Csr:
+    """The CSR with the signature that the same key made of other data: what a TPM would give that computes wrongly."""
+    signature = software_key().sign(b"other data", ec.ECDSA(hashes.SHA256()))
+    der = csr.public_bytes(serialization.Encoding.DER)
+    request_info = csr.tbs_certrequest_bytes
+    algorithm = der[der.index(request_info) + len(request_info) :][: len(ECDSA_WITH_SHA256)]
+    body = request_info + algorithm + bytes([0x03, len(signature) + 1, 0]) + signature
+    return x509.load_der_x509_csr(b"\x30\x82" + len(body).to_bytes(2, "big") + body)
+
+
+async def test_a_csr_that_does_not_verify_is_rejected_and_its_key_destroyed(
+    answering: StationKeyService, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is written down while it is verified, and taken back; the same id may be asked again."""
+    asked = request()
+    with monkeypatch.context() as fault:
+        fault.setattr(service, "sign_csr", lambda *arguments: other_signature(sign_csr(*arguments)))
+        assert (await answering.answer(asked)).data.status == "rejected"
+    assert [(request_id, reason) for request_id, reason, _ in rejections(tmp_path)] == [(asked.id, "signature_invalid")]
+    assert [key.state for key in ledger.keys("")] == [KeyState.DESTROYED]
+    assert ledger.undelivered() == []
+    assert ledger.find_answer(asked.id) is None
+    assert csr_of(await answering.answer(asked))
+
+
+async def test_a_csr_on_record_that_does_not_verify_is_never_handed_out(
+    keystore: KeyStoreThread, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a loss of power between the writing and the withdrawal would leave it, or a damaged disk."""
+    wrong, unreadable = request(), request()
+    async with aclosing(StationKeyService(keystore, ledger)) as answering:
+        with monkeypatch.context() as fault:
+            fault.setattr(service, "check_signature", lambda _: None)
+            fault.setattr(service, "sign_csr", lambda *arguments: other_signature(sign_csr(*arguments)))
+            await answering.answer(wrong)
+            fault.setattr(service, "to_pem", lambda _: "no CSR")
+            await answering.answer(unreadable)
+        good = await answering.answer(request())
+        assert (await answering.answer(wrong)).data.status == "rejected"
+        assert (await answering.answer(unreadable)).data.status == "rejected"
+        assert answering.counts["signature_invalid"] == 2
+    async with aclosing(StationKeyService(keystore, ledger)) as answering:
+        assert await answering.undelivered() == [good]
+        assert csr_of(await answering.answer(wrong)) != ""
+    assert {vars(record).get("reason") for record in caplog.records if record.levelno == logging.ERROR} == {
+        "signature_invalid"
+    }
 
 
 async def test_a_wrong_message_is_rejected_logged_and_recorded(

@@ -35,6 +35,7 @@ from tpm2_pytss.types import (
 
 from stationkey.errors import KeyStoreError, UnsupportedAlgorithm
 from stationkey.keystore import KeyRef, tpm2
+from stationkey.keystore.thread import KeyStoreThread
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.profiles import RSA_2048, Algorithm
 
@@ -612,6 +613,13 @@ def test_no_object_stays_in_the_tpm_once_the_store_is_closed(
     use(store)
     store.close()
     assert loaded_objects(swtpm) == []
+
+
+def test_a_key_is_unloaded_when_its_job_is_done(swtpm: Swtpm) -> None:
+    with closing(KeyStoreThread(lambda: store_of(swtpm))) as thread:
+        thread.submit(lambda store: store.generate(P256), timeout=30).result(30)
+        thread.submit(lambda store: store.uri, timeout=30).result(30)  # it comes after the unloading
+        assert loaded_objects(swtpm) == []
 
 
 def test_a_signature_that_the_tpm_refuses_is_an_error_in_words(store: Tpm2KeyStore) -> None:

@@ -29,7 +29,7 @@ from stationkey.profiles import (
     ExtendedKeyUsage,
     KeyUsage,
 )
-from stationkey.terms import DAY, Bounds, Terms
+from stationkey.terms import DAY, Bounds, PoolTerms, Terms
 
 DEFAULT_BROKER: Final = "mqtt://127.0.0.1:1883"
 DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"
@@ -97,6 +97,19 @@ class Lifecycle(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
         )
 
 
+class Pool(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[pool]``: keys made ahead, while the TPM has nothing else to do."""
+
+    ec: Annotated[int, Meta(ge=0, le=64)] = 0
+    rsa: Annotated[int, Meta(ge=0, le=16)] = 1
+    idle_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30.0
+    max_age_days: Days = 30.0
+
+    def terms(self) -> PoolTerms:
+        """The same, as the service takes it."""
+        return PoolTerms(ec=self.ec, rsa=self.rsa, idle=self.idle_seconds, age=int(self.max_age_days * DAY))
+
+
 class Josev(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[josev]``: what is known of the Josev beside us."""
 
@@ -116,6 +129,7 @@ class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_format: LogFormat | None = None
     deadlines: Deadlines = Deadlines()
     lifecycle: Lifecycle = Lifecycle()
+    pool: Pool = Pool()
     josev: Josev = Josev()
     csr: dict[CertificateType, CsrOverrides] = msgspec.field(default_factory=dict)
 
@@ -134,6 +148,7 @@ class Settings:
         log_format: of the log.
         deadlines: see `Deadlines`.
         terms: see `Lifecycle`.
+        pool: see `Pool`.
         certificate_dir: see `Josev`.
         profiles: the profile of each certificate type, overrides included.
     """
@@ -147,6 +162,7 @@ class Settings:
     log_format: LogFormat
     deadlines: Deadlines
     terms: Terms
+    pool: PoolTerms
     certificate_dir: Path | None
     profiles: Mapping[CertificateType, CertificateProfile]
 
@@ -261,6 +277,7 @@ def settle(
         log_format=log_format or file.log_format or "text",
         deadlines=file.deadlines,
         terms=file.lifecycle.terms(),
+        pool=file.pool.terms(),
         certificate_dir=Path(file.josev.certificate_dir) if file.josev.certificate_dir else None,
         profiles=apply_overrides(file.csr),
     )

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from stationkey.csr import PrivateKey
 from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
 from stationkey.installation import KeyFinder
 from stationkey.keystore import KeyRef, KeyStore
-from stationkey.keystore.thread import KeyStoreThread
+from stationkey.keystore.thread import KeyStoreThread, Turn
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.lifecycle import IllegalTransition, KeyEvent
 from stationkey.messages import CertificateInstallationStatus
@@ -249,15 +250,14 @@ class KeyCustody:
     # Destruction, expiry, start.
 
     async def _destroy(self, key_id: str, event: KeyEvent, reason: str, message_id: str | None = None) -> None:
-        """Destroy a key: in the device first, where there is anything of it, then for good on disk."""
+        """Destroy a key, for good on disk; and in the device, where there is anything of it, when that has time."""
         reference = await self._ledger(Ledger.key_ref, key_id)
-        if reference is not None:
-            try:
-                await on_keystore(self._keystore, lambda store: store.destroy(reference), timeout=PROOF_DEADLINE)
-            except KeyStoreError as error:
-                # A key of a TPM that is away or was exchanged: what is on disk is all that is left of it.
-                log.warning("%s", error, extra={"key_id": key_id, "reason": error.reason})
         await self._ledger(Ledger.apply, key_id, event, reason=reason, now=self._now(), message_id=message_id)
+        if reference is not None:
+            in_device = self._keystore.submit(
+                lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE
+            )
+            in_device.add_done_callback(partial(_tell_if_left, key_id))
 
     async def show_active(self) -> None:
         """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
@@ -327,6 +327,8 @@ class KeyCustody:
         """
         try:
             for key in await self._ledger(Ledger.usable):
+                if not key.has_owner:
+                    continue  # made ahead: see `KeyPool`
                 delay = RETRY_FIRST
                 while not await self._tell_if_unusable(key):
                     await asyncio.sleep(delay)
@@ -372,6 +374,12 @@ def _loaded(store: KeyStore, key: KeyRef) -> Iterator[PrivateKey]:
             reason="key_damaged",
             hint="restore a backup of the state directory, or ask for a new certificate",
         ) from None
+
+
+def _tell_if_left(key_id: str, done: Future[None]) -> None:
+    error = None if done.cancelled() else done.exception()
+    if error is not None:
+        log.warning("the key store may still hold a destroyed key: %s", error, extra={"key_id": key_id})
 
 
 def _load(store: KeyStore, key: KeyRef) -> None:

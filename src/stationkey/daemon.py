@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -56,9 +57,12 @@ async def serve(settings: Settings) -> None:
                 deadline=settings.deadlines.ec,
                 rsa_deadline=settings.deadlines.rsa,
                 terms=settings.terms,
+                pool=settings.pool,
                 certificate_dir=settings.certificate_dir,
             )
             await service.custody.show_active()
+            # What has been made so far stays: the garbage collector need not look at it again and again.
+            gc.freeze()
             edge = MqttEdge(
                 broker,
                 service,
@@ -70,9 +74,13 @@ async def serve(settings: Settings) -> None:
                 async with asyncio.TaskGroup() as tasks:
                     sweeping = tasks.create_task(service.custody.run(), name="sweep")
                     telling = tasks.create_task(service.custody.tell_unusable(), name="tell-unusable")
+                    learning = tasks.create_task(service.learn_ids(), name="learn-ids")
+                    making = tasks.create_task(service.pool.run(), name="make-ahead")
                     await edge.run(stop, drain=DRAIN)
                     sweeping.cancel()
                     telling.cancel()
+                    making.cancel()
+                    learning.cancel()
             finally:
                 await service.aclose()
             log.info("stopped", extra=dict(service.counts))

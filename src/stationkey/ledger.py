@@ -220,6 +220,7 @@ class Ledger:
                     self._connection.execute("PRAGMA journal_mode=WAL")
                     self._connection.execute("PRAGMA synchronous=FULL")
                     self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten with zeros
+                    self._connection.execute("PRAGMA cache_size=-512")  # KiB: an answer touches a dozen pages of four
                     self._connection.execute("PRAGMA temp_store=MEMORY")  # no copy of it in a temporary file
                     self._migrate(version)
             except BaseException:
@@ -487,14 +488,18 @@ class Ledger:
         return {name.removeprefix(_MAKING): float(value) for name, value in rows if name.startswith(_MAKING)}
 
     def made_ahead(self) -> list[tuple[KeyRef, int]]:
-        """The keys made ahead that no request has taken yet, with their private parts, oldest first; and when each is due.
+        """The keys made ahead that no request has taken yet, with their private parts, oldest first.
+
+        Returns:
+            Each with the time when it is due, in milliseconds of running time.
 
         Raises:
             LedgerError: they cannot be read.
         """
         with self._explained("read"):
             rows = self._connection.execute(
-                "SELECT scheme, key_type, public, private, due FROM key JOIN secret ON secret.key_number = key.number"  # noqa: S608 - `_LIVING` is this module's own text
+                "SELECT scheme, key_type, public, private, coalesce(due, 0)"  # noqa: S608 - `_LIVING` is this module's own text
+                " FROM key JOIN secret ON secret.key_number = key.number"
                 f" WHERE state = ? AND certificate_type = '' AND {_LIVING} ORDER BY number",
                 (INITIAL,),
             ).fetchall()

@@ -153,6 +153,7 @@ class MqttConnection:
         self._broker = broker
         self._persistent = persistent
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: there will be no more
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
@@ -332,7 +333,7 @@ class MqttConnection:
             )
             self._accepted.exception()  # looked at, so that nobody is told that nobody looked
 
-    # paho's callbacks. Those about the socket come, during connect, from the executor's thread.
+    # paho's callbacks. Those about the socket come, during connect, from a thread of its own.
 
     def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -352,7 +353,10 @@ class MqttConnection:
         self._sock = None
 
     def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
-        self._loop.call_soon_threadsafe(self._write, sock)
+        if threading.get_ident() == self._thread:
+            self._loop.call_soon(self._write, sock)
+        else:
+            self._loop.call_soon_threadsafe(self._write, sock)
 
     def _write(self, sock: socket.socket) -> None:
         """Send at once what the socket takes, and the rest when it takes more: hardly ever is there a rest."""

@@ -20,13 +20,15 @@ from stationkey import messages
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 from stationkey.custody import KeyCustody, RunningTime
-from stationkey.errors import Fault, KeyStoreError, RequestRefused, StationKeyError
+from stationkey.errors import PASSING, Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
-from stationkey.keystore.thread import KeyStoreThread
+from stationkey.keystore.thread import KeyStoreThread, Turn
 from stationkey.ledger import Answered, Ledger, content_digest
 from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
+from stationkey.pool import USELESS, KeyPool
 from stationkey.profiles import ALGORITHMS, PROFILES, CertificateProfile, CertificateType, RsaModulus, is_secc_id
-from stationkey.terms import Terms
+from stationkey.seen import SeenIds
+from stationkey.terms import PoolTerms, Terms
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,13 @@ class StationKeyService:
         deadline: seconds allowed for a request, EC.
         rsa_deadline: seconds allowed for a request, RSA.
         terms: how long keys and records last, and how many there may be.
+        pool: keys made ahead; by default none.
         certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
         clock: Unix time in seconds.
 
     Attributes:
         custody: keeps the keys through the rest of their lives.
+        pool: has keys made ahead; filled while its `KeyPool.run` runs.
         counts: how many requests had which outcome: ``accepted``, ``repeated``, or the reason of a refusal.
     """
 
@@ -63,17 +67,21 @@ class StationKeyService:
         deadline: float = DEADLINE,
         rsa_deadline: float = RSA_DEADLINE,
         terms: Terms | None = None,
+        pool: PoolTerms | None = None,
         certificate_dir: Path | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._keystore = keystore
         self._ledger = LedgerThread(ledger)
+        self._mark_delivered = ledger.mark_delivered  # which only makes a note, and may be called from any thread
         self._terms = terms or Terms()
         self._running = RunningTime(ledger.running)
         self._profiles = profiles
         self._deadline = deadline
         self._rsa_deadline = rsa_deadline
         self._clock = clock
+        self._seen = SeenIds()
+        self._knows_ids = False  # whether `_seen` has those of earlier runs, too
         self._in_hand: dict[str, _Turn] = {}
         self._closed = False
         self.counts: Counter[str] = Counter()
@@ -88,16 +96,23 @@ class StationKeyService:
             clock=clock,
             counts=self.counts,
         )
+        self.pool = KeyPool(
+            keystore,
+            self._ledger,
+            running=self._running.now,
+            terms=pool or PoolTerms(),
+            patience=deadline,
+            clock=clock,
+        )
 
     async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
         """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``."""
         async with self._one_at_a_time(request.id):
             try:
-                if (answered := await self._ledger(Ledger.find_answer, request.id)) is not None:
+                if (answered := await self._find(request.id)) is not None:
                     return self._repeat(request, answered)
                 self._warn(request)
-                key, csr = await self._generate(request)
-                await self._record(request, key, csr)
+                key, csr = await self._key_and_csr(request)
             except StationKeyError as error:
                 return await self.reject(request.id, error)
             except Exception:
@@ -149,7 +164,19 @@ class StationKeyService:
     async def delivered(self, response: GenerateCsrResponse) -> None:
         """Note that the transport has handed an answer over, so that it is not published again at the next start."""
         if response.data.status == "accepted":
-            await self._ledger(Ledger.mark_delivered, response.id)
+            self._mark_delivered(response.id)
+
+    async def learn_ids(self) -> None:
+        """Read from the ledger which ids were answered in earlier runs. Until then each id is looked up there."""
+        last = ""
+        try:
+            while ids := await self._ledger(Ledger.answered_ids, after=last):
+                self._seen.update(ids)
+                last = ids[-1]
+        except LedgerError as error:
+            log.error("each id is looked up: %s", error, extra={"reason": error.reason})
+            return
+        self._knows_ids = True
 
     async def aclose(self) -> None:
         """Write the running time down and wait for the ledger. Ledger and key store are the caller's to close."""
@@ -163,6 +190,11 @@ class StationKeyService:
         self._ledger.close()
 
     # The steps.
+
+    async def _find(self, request_id: str) -> Answered | None:
+        if self._knows_ids and request_id not in self._seen:
+            return None
+        return await self._ledger(Ledger.find_answer, request_id)
 
     def _repeat(self, request: GenerateCsrRequest, answered: Answered) -> GenerateCsrResponse:
         """The answer to an id that was answered before (decision 6)."""
@@ -191,20 +223,41 @@ class StationKeyService:
                 extra={"request_id": request.id, **_about(request)},
             )
 
-    async def _generate(self, request: GenerateCsrRequest) -> tuple[KeyRef, Csr]:
-        """Make the key and the CSR on the key store's thread; give up at the deadline, and keep nothing then."""
+    async def _key_and_csr(self, request: GenerateCsrRequest) -> tuple[KeyRef, Csr]:
+        """A key, made ahead or now, and its CSR, both on record."""
+        while (ahead := self.pool.take(request.algorithm)) is not None:
+            try:
+                return await self._sign_and_record(request, ahead.key)
+            except StationKeyError as error:
+                if error.reason in USELESS:
+                    await self.pool.discard(ahead, error)
+                elif error.reason != "key_taken":  # an operator destroyed it
+                    if error.reason in PASSING:
+                        self.pool.put_back(ahead)
+                    raise
+        return await self._sign_and_record(request, None)
+
+    async def _sign_and_record(self, request: GenerateCsrRequest, key: KeyRef | None) -> tuple[KeyRef, Csr]:
+        used, csr = await self._sign(request, key)
+        await self._record(request, used, csr)
+        return used, csr
+
+    async def _sign(self, request: GenerateCsrRequest, key: KeyRef | None) -> tuple[KeyRef, Csr]:
+        """The CSR for `key`, or for a new one where it is None; give up at the deadline, and keep nothing then."""
         profile = self._profiles[request.data.certificate_type]
+        is_rsa = isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
 
-        def generate(store: KeyStore) -> tuple[KeyRef, Csr]:
-            key = store.generate(request.algorithm)
-            with store.signer(key) as private_key:
-                return key, sign_csr(request, private_key, profile)
+        def sign(store: KeyStore) -> tuple[KeyRef, Csr]:
+            used = key or store.generate(request.algorithm)
+            with store.signer(used) as private_key:
+                return used, sign_csr(request, private_key, profile)
 
-        return await on_keystore(self._keystore, generate, timeout=self._timeout(request))
-
-    def _timeout(self, request: GenerateCsrRequest) -> float:
-        kinds = ALGORITHMS[request.algorithm].key_types
-        return self._rsa_deadline if isinstance(kinds[0], RsaModulus) else self._deadline
+        return await on_keystore(
+            self._keystore,
+            sign,
+            timeout=self._rsa_deadline if is_rsa else self._deadline,
+            turn=Turn.LONG if is_rsa and key is None else Turn.SHORT,
+        )
 
     async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr) -> None:
         """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes.
@@ -213,6 +266,7 @@ class StationKeyService:
         even where the power goes between the writing and the withdrawal.
         """
         running = self._running.now()
+        self._seen.add(request.id)
         recorded = self._ledger(
             Ledger.record_answer,
             request,

@@ -27,6 +27,23 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolTerms:
+    """Keys made ahead.
+
+    Attributes:
+        ec: how many of each elliptic curve; 0 for none.
+        rsa: how many of the RSA size that the TPM makes; 0 for none.
+        idle: seconds that nobody must have wanted anything of the key store, before it is made to work ahead.
+        age: how long an unused one is kept, in milliseconds of running time.
+    """
+
+    ec: int = 0
+    rsa: int = 0
+    idle: float = 30.0
+    age: int = 30 * DAY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """How long, in milliseconds of running time: a station's clock may be years off until it has been set.
 

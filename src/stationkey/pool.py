@@ -1,0 +1,250 @@
+"""Keys made ahead, so that a request need not wait for the TPM to make one.
+
+A chip searches tens of seconds for the primes of an RSA key. Of a key made ahead, a request needs only a signature.
+
+A key made ahead is in the ledger, wrapped as every other, in pre-activation and with no owner, until a request takes it
+or its time is over. What is kept here besides is which of them are ready. A key gets its owner in the transaction that
+records the answer, and only if it had none: so none is handed out twice, whatever dies at whatever moment.
+
+Making a key blocks the TPM. So one is made at a time, only after the TPM was idle for a while, and only if nobody
+waits; a request that comes meanwhile waits for that one key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from stationkey.bridge import LedgerThread, on_keystore
+from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.keystore import KeyRef, KeyStore
+from stationkey.keystore.thread import KeyStoreThread, Turn
+from stationkey.ledger import Ledger
+from stationkey.lifecycle import KeyEvent
+from stationkey.profiles import Algorithm, KeyType, RsaModulus
+from stationkey.terms import PoolTerms
+
+log = logging.getLogger(__name__)
+
+MAKING_DEADLINE: Final = 300.0
+"""Seconds for a key that nobody waits for. A slow chip with bad luck takes minutes over RSA-3072."""
+LOOK_DEADLINE: Final = 30.0
+"""Seconds for the key store to say what it can make, or to load a key."""
+MARGIN: Final = 10 * 60 * 1000
+"""Milliseconds before its end that a key is not handed out any more: it must outlast the request."""
+LOOK: Final = 60.0
+"""Seconds between two looks at which keys are too old."""
+RETRY_FIRST: Final = 1.0
+RETRY_LAST: Final = 300.0
+"""Seconds between tries while the key store or the disk is in trouble; doubled in between."""
+
+USELESS: Final = frozenset({"key_of_another_tpm", "key_of_another_store", "key_damaged"})
+"""Reasons for which no key store at hand will ever load a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A key made ahead.
+
+    Attributes:
+        key: the key.
+        due: when its time is over, in milliseconds of running time.
+    """
+
+    key: KeyRef
+    due: int
+
+
+class KeyPool:
+    """The keys made ahead that one ledger has, for requests to one key store.
+
+    Args:
+        keystore: the key store's thread.
+        ledger: the ledger's.
+        running: the running time now, in milliseconds.
+        terms: how many, how idle, how old.
+        patience: seconds that a request for an EC key may take; where a key takes longer to make, that is warned of.
+        clock: Unix time in seconds.
+
+    Attributes:
+        seconds_to_make: for each kind, how long the last one took: so long a request waits at the most while one is
+            made ahead.
+    """
+
+    def __init__(
+        self,
+        keystore: KeyStoreThread,
+        ledger: LedgerThread,
+        *,
+        running: Callable[[], int],
+        terms: PoolTerms,
+        patience: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._keystore = keystore
+        self._ledger = ledger
+        self._running = running
+        self._terms = terms
+        self._patience = patience
+        self._clock = clock
+        self._kinds: dict[Algorithm, KeyType] = {}
+        self._ready: dict[KeyType, deque[Ahead]] = {}
+        self._changed = asyncio.Event()
+        self.seconds_to_make: dict[KeyType, float] = {}
+
+    def take(self, algorithm: Algorithm) -> Ahead | None:
+        """A key for `algorithm`, which nobody else gets; None where none is ready."""
+        kind = self._kinds.get(algorithm)
+        if kind is None:
+            return None
+        self._drop_old(kind)
+        self._changed.set()
+        return self._ready[kind].popleft() if self._ready[kind] else None
+
+    def put_back(self, ahead: Ahead) -> None:
+        """Make a key ready again that was taken and not used."""
+        self._ready[ahead.key.key_type].appendleft(ahead)
+
+    async def discard(self, ahead: Ahead, error: StationKeyError) -> None:
+        """Destroy a key that the key store cannot use: of a TPM that was replaced or cleared.
+
+        Raises:
+            LedgerError: it is still on record.
+        """
+        log.warning("a key made ahead is destroyed: %s", error, extra={"key_id": ahead.key.key_id})
+        await self._ledger(
+            Ledger.apply, ahead.key.key_id, KeyEvent.EXPIRED, reason=error.message, now=int(self._clock() * 1000)
+        )
+
+    def ready(self) -> dict[KeyType, int]:
+        """How many keys of each kind are ready."""
+        return {kind: len(ready) for kind, ready in self._ready.items()}
+
+    # Making them.
+
+    async def run(self) -> None:
+        """Keep the pool full until cancelled. A TPM that is away or a full disk is logged, and tried again."""
+        if not (self._terms.ec or self._terms.rsa):
+            return
+        begun, delay = False, RETRY_FIRST
+        while True:
+            try:
+                if not begun:
+                    await self._begin()
+                    begun = True
+                await self._fill()
+                delay = RETRY_FIRST
+            except StationKeyError as error:
+                log.warning("no keys are made ahead for now: %s", error, extra={"reason": error.reason})
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RETRY_LAST)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK):
+                    await self._changed.wait()
+
+    async def _begin(self) -> None:
+        """Ask what the key store can make, and take up what earlier runs have made."""
+
+        def look(store: KeyStore) -> dict[Algorithm, KeyType | None]:
+            return {algorithm: store.supports(algorithm).key_type for algorithm in Algorithm}
+
+        kinds = await on_keystore(self._keystore, look, timeout=LOOK_DEADLINE)
+        wanted = {algorithm: kind for algorithm, kind in kinds.items() if kind is not None and self._size(kind)}
+        made = await self._ledger(Ledger.seconds_to_make)
+        self.seconds_to_make = {kind: made[str(kind)] for kind in wanted.values() if str(kind) in made}
+        ready: dict[KeyType, deque[Ahead]] = {kind: deque() for kind in wanted.values()}
+        for key, due in await self._ledger(Ledger.made_ahead):
+            if key.key_type in ready and await self._usable(Ahead(key, due)):
+                ready[key.key_type].append(Ahead(key, due))
+        self._ready, self._kinds = ready, wanted
+        for kind, waiting in ready.items():
+            log.info("keys are made ahead", extra={"key_type": str(kind), "ready": len(waiting), **self._about(kind)})
+            self._warn_if_slow(kind)
+
+    async def _usable(self, ahead: Ahead) -> bool:
+        def load(store: KeyStore) -> None:
+            with store.signer(ahead.key):
+                pass
+
+        try:
+            await on_keystore(self._keystore, load, timeout=LOOK_DEADLINE, turn=Turn.SPARE)
+        except KeyStoreError as error:
+            if error.reason not in USELESS:
+                raise
+            await self.discard(ahead, error)
+            return False
+        return True
+
+    async def _fill(self) -> None:
+        """Make keys, one at a time, until there are enough of each kind."""
+        made = 0
+        while True:
+            self._changed.clear()
+            for kind in self._ready:
+                self._drop_old(kind)
+            missing = [kind for kind, ready in self._ready.items() if len(ready) < self._size(kind)]
+            if not missing:
+                if made:
+                    log.info("pool full", extra={str(kind): ready for kind, ready in self.ready().items()})
+                return
+            left = self._terms.idle - self._keystore.idle
+            if left > 0:
+                await asyncio.sleep(left)
+            else:
+                made += await self._make(min(missing, key=lambda kind: len(self._ready[kind])))
+
+    async def _make(self, kind: KeyType) -> bool:
+        """Make a key; False, and nothing made, where somebody came first."""
+        algorithm = next(algorithm for algorithm, its_kind in self._kinds.items() if its_kind == kind)
+
+        def make(store: KeyStore) -> tuple[KeyRef, float] | None:
+            if self._keystore.idle < self._terms.idle:
+                return None
+            begun = time.monotonic()
+            return store.generate(algorithm), time.monotonic() - begun
+
+        made = await on_keystore(self._keystore, make, timeout=MAKING_DEADLINE, turn=Turn.SPARE)
+        if made is None:
+            return False
+        key, seconds = made
+        due = self._running() + self._terms.age
+        await self._ledger(Ledger.make_ahead, key, now=int(self._clock() * 1000), due=due, seconds=seconds)
+        self._ready[kind].append(Ahead(key, due))
+        first = kind not in self.seconds_to_make
+        self.seconds_to_make[kind] = seconds
+        log.log(
+            logging.INFO if first else logging.DEBUG,
+            "a key was made ahead",
+            extra={"key_id": key.key_id, "key_type": str(kind), **self._about(kind)},
+        )
+        if first:
+            self._warn_if_slow(kind)
+        return True
+
+    def _about(self, kind: KeyType) -> dict[str, object]:
+        seconds = self.seconds_to_make.get(kind)
+        takes = "not known yet" if seconds is None else f"{seconds:.3g}"
+        return {"wanted": self._size(kind), "seconds_to_make_one": takes}
+
+    def _warn_if_slow(self, kind: KeyType) -> None:
+        if self.seconds_to_make.get(kind, 0.0) > self._patience:
+            log.warning(
+                "a %s key takes %.0f s to make, and a request that comes meanwhile is rejected after %.0f s",
+                *(kind, self.seconds_to_make[kind], self._patience),
+            )
+
+    def _size(self, kind: KeyType) -> int:
+        return self._terms.rsa if isinstance(kind, RsaModulus) else self._terms.ec
+
+    def _drop_old(self, kind: KeyType) -> None:
+        """Do without those whose time is nearly over; the sweep ends them."""
+        ready, end = self._ready[kind], self._running() + MARGIN
+        while ready and ready[0].due <= end:
+            ready.popleft()
