@@ -7,45 +7,46 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-KEPT: Final = frozenset({"key_id", "canonical_id", "request_id", "public", "message_id"})
+NAMES: Final = frozenset({"key_id", "canonical_id", "request_id", "public", "message_id"})
 """Columns that tell one key or request from another."""
-NUMBER: Final = "seq"
-"""What SQLite numbers by itself."""
+COUNTED: Final = frozenset({"number", "key_number", "ended"})
+"""Columns that count keys; see `stationkey.migrations`."""
+EVENTS: Final = frozenset({"seq", "asked", "installed", "deleted"})
+"""Columns that count events."""
 
 
 def fill(database: Path, key_id: str, count: int) -> None:
-    """Copy a destroyed key, with its answer and its events, until there are `count` of it, in one transaction.
-
-    What the columns are is asked of the database, so that this need not know which version of the schema it is.
+    """Copy a key, with its answer, its events and what it has of a private part, until there are `count` of it.
 
     Args:
         database: the ledger; no daemon runs on it.
-        key_id: the key to copy.
+        key_id: the key to copy, the youngest on record.
         count: keys on record like it, itself included.
     """
     with closing(sqlite3.connect(database)) as connection, connection:
-        for table in ("key", "answer", "event"):
-            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})") if row[1] != NUMBER]
-            names = ", ".join(columns)
-            rows = connection.execute(
-                f"SELECT {names} FROM {table} WHERE key_id = ?",  # noqa: S608 - the names are the database's own
-                (key_id,),
-            ).fetchall()
+        (key,) = connection.execute("SELECT number FROM key WHERE key_id = ?", (key_id,)).fetchone()
+        (events,) = connection.execute("SELECT count(*) FROM event WHERE key_number = ?", (key,)).fetchone()
+        for table, name in (("key", "number"), ("secret", "key_number"), ("answer", "key_number"), ("event", "key_number")):
+            cursor = connection.execute(f"SELECT * FROM {table} WHERE {name} = ?", (key,))  # noqa: S608 - names of ours
+            columns = [column[0] for column in cursor.description]
+            rows = cursor.fetchall()
             connection.executemany(
-                f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' * len(columns))})",  # noqa: S608 - same
+                f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})",  # noqa: S608 - same
                 (
-                    tuple(_changed(column, value, number) for column, value in zip(columns, row, strict=True))
-                    for number in range(1, count)
+                    tuple(_changed(column, value, copy, events) for column, value in zip(columns, row, strict=True))
+                    for copy in range(1, count)
                     for row in rows
                 ),
             )
 
 
-def _changed(column: str, value: object, number: int) -> object:
-    """A value of copy `number`: of the same length, so that the copy takes the same room on disk."""
-    if column not in KEPT or value is None:
+def _changed(column: str, value: object, copy: int, events: int) -> object:
+    """A value of a copy: of the same length where it is a name, so that the copy takes the same room on disk."""
+    if isinstance(value, int):
+        return value + copy * (column in COUNTED) + copy * events * (column in EVENTS)
+    if column not in NAMES or value is None:
         return value
     if isinstance(value, bytes):
-        return value[:-4] + number.to_bytes(4, "big")
+        return value[:-4] + copy.to_bytes(4, "big")
     text = str(value)
-    return f"{text[:-8]}{number:08x}"
+    return f"{text[:-8]}{copy:08x}"

@@ -307,7 +307,7 @@ LIFECYCLE: Final = "[lifecycle]\npending_limit = 100\npending_total = 10000\nhis
 # The pool, in this one place.
 POOL_SIZE: Final = {"P-256": 16, "P-521": 16, "RSA-3072": 2}
 """Keys ready, and so requests in a row that a warm pool can serve. The two curves share one setting."""
-POOL: Final = f"[pool]\nec = {POOL_SIZE['P-256']}\nrsa = {POOL_SIZE['RSA-3072']}\nidle = 0.05\n"
+POOL: Final = f"[pool]\nec = {POOL_SIZE['P-256']}\nrsa = {POOL_SIZE['RSA-3072']}\nidle_seconds = 0.05\n"
 POOL_FULL: Final = '"event": "pool full"'
 
 
