@@ -26,7 +26,8 @@ def fill(database: Path, key_id: str, count: int) -> None:
     with closing(sqlite3.connect(database)) as connection, connection:
         (key,) = connection.execute("SELECT number FROM key WHERE key_id = ?", (key_id,)).fetchone()
         (events,) = connection.execute("SELECT count(*) FROM event WHERE key_number = ?", (key,)).fetchone()
-        for table, name in (("key", "number"), ("secret", "key_number"), ("answer", "key_number"), ("event", "key_number")):
+        for table in ("key", "secret", "answer", "event"):
+            name = "number" if table == "key" else "key_number"
             cursor = connection.execute(f"SELECT * FROM {table} WHERE {name} = ?", (key,))  # noqa: S608 - names of ours
             columns = [column[0] for column in cursor.description]
             rows = cursor.fetchall()

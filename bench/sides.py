@@ -308,6 +308,7 @@ LIFECYCLE: Final = "[lifecycle]\npending_limit = 100\npending_total = 10000\nhis
 POOL_SIZE: Final = {"P-256": 16, "P-521": 16, "RSA-3072": 2}
 """Keys ready, and so requests in a row that a warm pool can serve. The two curves share one setting."""
 POOL: Final = f"[pool]\nec = {POOL_SIZE['P-256']}\nrsa = {POOL_SIZE['RSA-3072']}\nidle_seconds = 0.05\n"
+NO_POOL: Final = "[pool]\nrsa = 0\n"
 POOL_FULL: Final = '"event": "pool full"'
 
 
@@ -359,7 +360,8 @@ def serve_arguments(home: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, con
     """Arguments of ``stationkey serve``, with its files in `home`."""
     home.mkdir(parents=True, exist_ok=True)
     # A name of its own at the broker, also where its state was copied from another's.
-    (home / "stationkey.toml").write_text(f'client_id = "{name}"\n{configuration}')
+    pool = "" if "[pool]" in configuration else NO_POOL
+    (home / "stationkey.toml").write_text(f'client_id = "{name}"\n{configuration}{pool}')
     return (
         *("--broker", broker.url, "--keystore", tpm.uri, "--topic-prefix", name),
         *("--state-dir", str(home / "state"), "--config", str(home / "stationkey.toml")),

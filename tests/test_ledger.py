@@ -21,7 +21,7 @@ from stationkey.ledger import KeyRecord, Ledger
 from stationkey.lifecycle import TRANSITIONS, IllegalTransition, KeyEvent, KeyState
 from stationkey.messages import GenerateCsrRequest
 from stationkey.migrations import MIGRATIONS, SCHEMA_VERSION
-from stationkey.profiles import RSA_3072, SECP256R1
+from stationkey.profiles import RSA_3072, SECP256R1, KeyType
 from stationkey.terms import Bounds
 
 CSR = "-----BEGIN CERTIFICATE REQUEST-----\n" + "x" * 600
@@ -705,7 +705,8 @@ def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
 
 def test_how_long_the_last_key_of_each_type_took_to_make_is_on_record(ledger: Ledger) -> None:
     assert ledger.seconds_to_make() == {}
-    for seconds, key_type in [(0.25, SECP256R1), (31.5, RSA_3072), (29.25, RSA_3072)]:
+    made: list[tuple[float, KeyType]] = [(0.25, SECP256R1), (31.5, RSA_3072), (29.25, RSA_3072)]
+    for seconds, key_type in made:
         ledger.make_ahead(replace(a_key(), key_type=key_type), now=0, due=1, seconds=seconds)
     assert ledger.seconds_to_make() == {"secp256r1": 0.25, "RSA-3072": 29.25}
 
