@@ -442,7 +442,7 @@ def test_no_private_part_of_a_key_is_ever_logged(
         assert station.stop() == 0
     log = "\n".join(station.lines)
     with closing(sqlite3.connect(station.state_dir / DATABASE_NAME)) as database:
-        [(private,)] = database.execute("SELECT private FROM key").fetchall()
+        [(private,)] = database.execute("SELECT private FROM secret").fetchall()
     assert answer.id in log
     assert "PRIVATE KEY" not in log
     middle = private[len(private) // 2 :][:24]
