@@ -19,6 +19,7 @@ from stationkey.errors import ConfigurationError, Fault
 from stationkey.keystore import keystore_opener
 from stationkey.mqtt import Broker, topics
 from stationkey.profiles import PROFILES, CertificateType, EvseIdPlacement, ExtendedKeyUsage, KeyUsage
+from stationkey.terms import DAY, PoolTerms
 
 SAMPLE = Path(__file__).parent.parent / "packaging" / "stationkey.toml"
 V2G = CertificateType.V2G_CERTIFICATE
@@ -138,6 +139,13 @@ def test_what_only_the_file_can_say_reaches_the_settings(file: Path) -> None:
     assert settings.deadlines == Deadlines(ec=5.0, rsa=90.5)
 
 
+def test_how_many_keys_are_made_ahead_reaches_the_settings(file: Path) -> None:
+    file.write_text("[pool]\nec = 64\nrsa = 16\nidle_seconds = 0.5\nmax_age_days = 1.5\n")
+
+    assert settle(read_file(file), keystore=TPM).pool == PoolTerms(ec=64, rsa=16, idle=0.5, age=3 * DAY // 2)
+    assert settle(File(), keystore=TPM).pool == PoolTerms(ec=0, rsa=1, idle=30.0, age=30 * DAY)
+
+
 # Overrides for a CA.
 
 
@@ -226,6 +234,17 @@ def test_what_no_stations_certificate_may_have_is_refused_at_start(file: Path, t
             pytest.param(f"[deadlines]\nec = {value}", "deadlines.ec", id=f"deadline {value}")
             for value in ("0", "-1", "3601", "nan", "inf", "true", '"30"')
         ),
+        *(
+            pytest.param(f"[pool]\n{name} = {value}", f"pool.{name}", id=f"pool {name} {value}")
+            for name, values in {
+                "ec": ("-1", "65", "1.5", "true"),
+                "rsa": ("-1", "17", '"1"'),
+                "idle_seconds": ("-0.1", "3601", "nan", "inf"),
+                "max_age_days": ("0", "-1", "36501", "nan", "inf"),
+            }.items()
+            for value in values
+        ),
+        pytest.param("[pool]\nsize = 1", "size", id="pool of an unknown name"),
         pytest.param("broker = ", "no TOML", id="no TOML"),
         pytest.param('broker = "a"\nbroker = "b"', "no TOML", id="a name twice"),
         pytest.param(f"x = {'9' * 5000}", "no TOML", id="a number of 5,000 digits"),

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import insort
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.errors import KeyStoreError, StationKeyError
@@ -30,6 +31,9 @@ from stationkey.lifecycle import KeyEvent
 from stationkey.profiles import Algorithm, KeyType, RsaModulus
 from stationkey.terms import PoolTerms
 
+if TYPE_CHECKING:
+    from stationkey.csr import PrivateKey
+
 log = logging.getLogger(__name__)
 
 MAKING_DEADLINE: Final = 300.0
@@ -37,15 +41,18 @@ MAKING_DEADLINE: Final = 300.0
 LOOK_DEADLINE: Final = 30.0
 """Seconds for the key store to say what it can make, or to load a key."""
 MARGIN: Final = 10 * 60 * 1000
-"""Milliseconds before its end that a key is not handed out any more: it must outlast the request."""
+"""Milliseconds before its end that a key is not handed out any more: it must outlast the request. Less, where keys last
+for less than twice that."""
 LOOK: Final = 60.0
 """Seconds between two looks at which keys are too old."""
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 300.0
 """Seconds between tries while the key store or the disk is in trouble; doubled in between."""
 
-USELESS: Final = frozenset({"key_of_another_tpm", "key_of_another_store", "key_damaged"})
-"""Reasons for which no key store at hand will ever load a key."""
+USELESS: Final = frozenset({"key_of_another_tpm", "key_of_another_store", "key_damaged", "key_type_wrong", "tpm_error"})
+"""Reasons for which a key made ahead is given up: the key store at hand cannot use it, and will not at the next try."""
+GONE: Final = frozenset({"key_not_found", "illegal_transition"})
+"""What the ledger says of a key that somebody else has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,7 @@ class KeyPool:
         self._ledger = ledger
         self._running = running
         self._terms = terms
+        self._margin = min(MARGIN, terms.age // 2)
         self._patience = patience
         self._clock = clock
         self._kinds: dict[Algorithm, KeyType] = {}
@@ -109,7 +117,7 @@ class KeyPool:
 
     def put_back(self, ahead: Ahead) -> None:
         """Make a key ready again that was taken and not used."""
-        self._ready[ahead.key.key_type].appendleft(ahead)
+        self._add(ahead)
 
     async def discard(self, ahead: Ahead, error: StationKeyError) -> None:
         """Destroy a key that the key store cannot use: of a TPM that was replaced or cleared.
@@ -118,9 +126,13 @@ class KeyPool:
             LedgerError: it is still on record.
         """
         log.warning("a key made ahead is destroyed: %s", error, extra={"key_id": ahead.key.key_id})
-        await self._ledger(
-            Ledger.apply, ahead.key.key_id, KeyEvent.EXPIRED, reason=error.message, now=int(self._clock() * 1000)
-        )
+        try:
+            await self._ledger(
+                Ledger.apply, ahead.key.key_id, KeyEvent.EXPIRED, reason=error.message, now=int(self._clock() * 1000)
+            )
+        except StationKeyError as failure:
+            if failure.reason not in GONE:
+                raise
 
     def ready(self) -> dict[KeyType, int]:
         """How many keys of each kind are ready."""
@@ -162,7 +174,7 @@ class KeyPool:
         ready: dict[KeyType, deque[Ahead]] = {kind: deque() for kind in wanted.values()}
         for key, due in await self._ledger(Ledger.made_ahead):
             if key.key_type in ready and await self._usable(Ahead(key, due)):
-                ready[key.key_type].append(Ahead(key, due))
+                insort(ready[key.key_type], Ahead(key, due), key=_due)
         self._ready, self._kinds = ready, wanted
         for kind, waiting in ready.items():
             log.info("keys are made ahead", extra={"key_type": str(kind), "ready": len(waiting), **self._about(kind)})
@@ -170,7 +182,7 @@ class KeyPool:
 
     async def _usable(self, ahead: Ahead) -> bool:
         def load(store: KeyStore) -> None:
-            with store.signer(ahead.key):
+            with loaded(store, ahead.key):
                 pass
 
         try:
@@ -216,7 +228,7 @@ class KeyPool:
         key, seconds = made
         due = self._running() + self._terms.age
         await self._ledger(Ledger.make_ahead, key, now=int(self._clock() * 1000), due=due, seconds=seconds)
-        self._ready[kind].append(Ahead(key, due))
+        self._add(Ahead(key, due))
         first = kind not in self.seconds_to_make
         self.seconds_to_make[kind] = seconds
         log.log(
@@ -243,8 +255,31 @@ class KeyPool:
     def _size(self, kind: KeyType) -> int:
         return self._terms.rsa if isinstance(kind, RsaModulus) else self._terms.ec
 
+    def _add(self, ahead: Ahead) -> None:
+        """Make a key ready; the one whose time is over first is handed out first."""
+        insort(self._ready[ahead.key.key_type], ahead, key=_due)
+
     def _drop_old(self, kind: KeyType) -> None:
         """Do without those whose time is nearly over; the sweep ends them."""
-        ready, end = self._ready[kind], self._running() + MARGIN
+        ready, end = self._ready[kind], self._running() + self._margin
         while ready and ready[0].due <= end:
             ready.popleft()
+
+
+def _due(ahead: Ahead) -> int:
+    return ahead.due
+
+
+@contextmanager
+def loaded(store: KeyStore, key: KeyRef) -> Iterator[PrivateKey]:
+    """A key loaded for signing; one on record that cannot even be read is told as such.
+
+    Raises:
+        KeyStoreError: as `KeyStore.signer` says, or its record is damaged.
+    """
+    with ExitStack() as stack:
+        try:
+            private_key = stack.enter_context(store.signer(key))
+        except (ValueError, TypeError) as error:
+            raise KeyStoreError(f"key {key.key_id} on record cannot be read: {error}", reason="key_damaged") from None
+        yield private_key

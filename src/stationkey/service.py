@@ -20,12 +20,12 @@ from stationkey import messages
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 from stationkey.custody import KeyCustody, RunningTime
-from stationkey.errors import PASSING, Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
+from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.thread import KeyStoreThread, Turn
 from stationkey.ledger import Answered, Ledger, content_digest
 from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
-from stationkey.pool import USELESS, KeyPool
+from stationkey.pool import USELESS, KeyPool, loaded
 from stationkey.profiles import ALGORITHMS, PROFILES, CertificateProfile, CertificateType, RsaModulus, is_secc_id
 from stationkey.seen import SeenIds
 from stationkey.terms import PoolTerms, Terms
@@ -224,40 +224,44 @@ class StationKeyService:
             )
 
     async def _key_and_csr(self, request: GenerateCsrRequest) -> tuple[KeyRef, Csr]:
-        """A key, made ahead or now, and its CSR, both on record."""
+        """A key, made ahead or now, and its CSR, both on record. One deadline for all that is tried."""
+        is_rsa = isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
+        until = asyncio.get_running_loop().time() + (self._rsa_deadline if is_rsa else self._deadline)
         while (ahead := self.pool.take(request.algorithm)) is not None:
             try:
-                return await self._sign_and_record(request, ahead.key)
+                return await self._sign_and_record(request, ahead.key, until, Turn.SHORT)
             except StationKeyError as error:
                 if error.reason in USELESS:
                     await self.pool.discard(ahead, error)
                 elif error.reason != "key_taken":  # an operator destroyed it
-                    if error.reason in PASSING:
+                    if error.reason != "signature_invalid":  # destroyed with its answer
                         self.pool.put_back(ahead)
                     raise
-        return await self._sign_and_record(request, None)
+            except Exception:  # a fault of ours: another request must not come upon the same key
+                await self.pool.discard(ahead, StationKeyError("a fault of ours", reason="internal_error"))
+                raise
+        return await self._sign_and_record(request, None, until, Turn.LONG if is_rsa else Turn.SHORT)
 
-    async def _sign_and_record(self, request: GenerateCsrRequest, key: KeyRef | None) -> tuple[KeyRef, Csr]:
-        used, csr = await self._sign(request, key)
+    async def _sign_and_record(
+        self, request: GenerateCsrRequest, key: KeyRef | None, until: float, turn: Turn
+    ) -> tuple[KeyRef, Csr]:
+        used, csr = await self._sign(request, key, until, turn)
         await self._record(request, used, csr)
         return used, csr
 
-    async def _sign(self, request: GenerateCsrRequest, key: KeyRef | None) -> tuple[KeyRef, Csr]:
+    async def _sign(
+        self, request: GenerateCsrRequest, key: KeyRef | None, until: float, turn: Turn
+    ) -> tuple[KeyRef, Csr]:
         """The CSR for `key`, or for a new one where it is None; give up at the deadline, and keep nothing then."""
         profile = self._profiles[request.data.certificate_type]
-        is_rsa = isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
 
         def sign(store: KeyStore) -> tuple[KeyRef, Csr]:
             used = key or store.generate(request.algorithm)
-            with store.signer(used) as private_key:
+            with loaded(store, used) as private_key:
                 return used, sign_csr(request, private_key, profile)
 
-        return await on_keystore(
-            self._keystore,
-            sign,
-            timeout=self._rsa_deadline if is_rsa else self._deadline,
-            turn=Turn.LONG if is_rsa and key is None else Turn.SHORT,
-        )
+        left = until - asyncio.get_running_loop().time()
+        return await on_keystore(self._keystore, sign, timeout=left, turn=turn)
 
     async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr) -> None:
         """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes.

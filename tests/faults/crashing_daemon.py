@@ -22,6 +22,7 @@ from stationkey.active import ActiveDirectory
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.ledger import Ledger
 from stationkey.mqtt import MqttConnection
+from stationkey.pool import KeyPool
 
 BEFORE: Final = "before"
 AFTER: Final = "after"
@@ -42,7 +43,7 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     # A request.
     "request received": (BEFORE, service.StationKeyService, "answer"),
     "key made": (AFTER, SoftwareKeyStore, "generate"),
-    "CSR built": (AFTER, service, "build_csr"),
+    "CSR built": (AFTER, service, "sign_csr"),
     "key written, answer not": (AFTER, "sql", "INSERT INTO key"),
     "answer written, not committed": (AFTER, "sql", "INSERT INTO event"),
     "committed": (AFTER, Ledger, "record_answer"),
@@ -51,6 +52,19 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "confirmed, not noted": (BEFORE, Ledger, "mark_delivered"),
     "noted, not acknowledged": (BEFORE, MqttConnection, "acknowledge"),
     "acknowledged": (AFTER, MqttConnection, "acknowledge"),
+    # A key made ahead.
+    "key made ahead, not written": (BEFORE, Ledger, "make_ahead"),
+    "key made ahead written, not committed": (AFTER, "sql", "INSERT OR REPLACE INTO meta"),
+    "key made ahead committed": (AFTER, Ledger, "make_ahead"),
+    "keys made ahead read": (AFTER, Ledger, "made_ahead"),
+    # A request that is served with one.
+    "key taken": (AFTER, KeyPool, "take"),
+    "signed with the key taken": (AFTER, service, "sign_csr"),
+    "owner written, answer not": (AFTER, "sql", "UPDATE key SET certificate_type"),
+    "answer with the key taken written, not committed": (AFTER, "sql", "INSERT INTO answer"),
+    "answer with the key taken committed": (AFTER, Ledger, "record_answer"),
+    "publishing the answer with the key taken": (BEFORE, MqttConnection, "publish"),
+    "answer with the key taken published": (AFTER, paho.Client, "publish"),
     # A certificate installed.
     "key proved": (BEFORE, Ledger, "activate"),
     "activation written, not committed": (AFTER, "sql", "UPDATE key SET chain"),

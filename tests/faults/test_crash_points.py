@@ -14,7 +14,7 @@ from crashing_daemon import ANY_STATEMENT, MOMENTS
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from peers import Daemon
 from scene import Scene
-from truth import events_brought, judge, key_of
+from truth import events_brought, events_of, judge, key_of, keys_ahead, keys_with_an_owner
 
 from stationkey.keystore import key_id_of
 
@@ -24,9 +24,14 @@ STATEMENTS: Final = 80
 ACTIVE_FILE: Final = "charging_station_certificate.DE%2AABC%2AE1.pem"
 NAMES: Final = list(MOMENTS)
 AT_START: Final = NAMES[: NAMES.index("request received")]
-AT_REQUEST: Final = NAMES[NAMES.index("request received") : NAMES.index("key proved")]
+AT_REQUEST: Final = NAMES[NAMES.index("request received") : NAMES.index("key made ahead, not written")]
+AT_MAKING: Final = NAMES[NAMES.index("key made ahead, not written") : NAMES.index("key taken")]
+AT_TAKING: Final = NAMES[NAMES.index("key taken") : NAMES.index("key proved")]
 AT_INSTALLATION: Final = NAMES[NAMES.index("key proved") : NAMES.index("destroying")]
 AT_DESTRUCTION: Final = NAMES[NAMES.index("destroying") :]
+POOL: Final = "[pool]\nec = 2\nrsa = 0\nidle_seconds = 0.0\n"
+AHEAD: Final = 4
+"""Keys that this pool has when it is full: two of each curve."""
 
 
 class CrashingDaemon(Daemon):
@@ -114,6 +119,70 @@ def test_a_request_that_is_cut_short_is_answered_after_the_next_start_with_one_c
     assert again.data.status == "accepted"
     scene.daemon.terminate()
     judge(scene.state_dir, scene.keystore, asker.accepted)
+
+
+def ready_at_start(daemon: Daemon) -> list[int]:
+    """How many keys of each curve the run in hand took up, where it has done so."""
+    return [event["ready"] for event in events_of(daemon) if event["event"] == "keys are made ahead"]
+
+
+def pool_full(daemon: Daemon) -> None:
+    until(lambda: [event for event in events_of(daemon) if event["event"] == "pool full"], "the pool is full")
+
+
+@pytest.mark.parametrize("moment", AT_MAKING)
+def test_a_key_made_ahead_that_is_cut_short_is_on_record_or_is_not_and_the_pool_is_filled_after_the_next_start(
+    scene: Scene, moment: str
+) -> None:
+    scene.config.write_text(scene.config.read_text() + POOL)
+    crash(scene, moment).wait()
+    ahead = keys_ahead(scene.state_dir)
+    assert len(ahead) == (moment == "key made ahead committed")
+    scene.daemon = Daemon(scene.folder / "daemon", *scene.options())
+    scene.daemon.start()
+    pool_full(scene.daemon)
+    assert ready_at_start(scene.daemon) == [len(ahead), 0]
+    filled = keys_ahead(scene.state_dir)
+    assert len(filled) == AHEAD
+    assert filled[: len(ahead)] == ahead
+    assert key_of(str(scene.asker.ask().data.csr)) == filled[0]
+    scene.daemon.terminate()
+    judge(scene.state_dir, scene.keystore, scene.asker.accepted)
+
+
+@pytest.mark.parametrize("moment", AT_TAKING)
+def test_a_key_made_ahead_that_was_taken_and_not_recorded_is_ready_again_after_the_next_start(
+    scene: Scene, moment: str
+) -> None:
+    """And one whose answer is on record is nobody else's."""
+    scene.config.write_text(scene.config.read_text() + POOL)
+    asker = scene.asker
+    scene.daemon.start()
+    pool_full(scene.daemon)
+    scene.daemon.terminate()
+    ahead = keys_ahead(scene.state_dir)
+    request = asker.request()
+    crashing = crash(scene, moment)
+    until(crashing.listening, "it is ready")
+    until(lambda: len(ready_at_start(crashing)) == 2, "it has taken up the keys")
+    asker.publish(request)
+    crashing.wait()
+
+    recorded = AT_TAKING.index(moment) >= AT_TAKING.index("answer with the key taken committed")
+    assert keys_with_an_owner(scene.state_dir) == ahead[:1] * recorded
+    # The process may have begun to fill the pool again.
+    assert keys_ahead(scene.state_dir)[: AHEAD - recorded] == ahead[recorded:]
+    recover(scene)
+    until(lambda: len(ready_at_start(scene.daemon)) == 2, "it has taken up the keys")
+    assert ready_at_start(scene.daemon)[0] >= 2 - recorded
+    again = asker.ask(request)
+    assert again.data.status == "accepted"
+    assert not recorded or key_of(str(again.data.csr)) == ahead[0]
+    scene.daemon.terminate()
+    judge(scene.state_dir, scene.keystore, asker.accepted)
+    on_record = keys_ahead(scene.state_dir) + keys_with_an_owner(scene.state_dir)
+    assert set(ahead) <= set(on_record)
+    assert len(on_record) == len(set(on_record))
 
 
 @pytest.mark.parametrize("moment", AT_INSTALLATION)

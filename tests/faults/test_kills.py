@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Final
 
 from scene import Scene
-from truth import events_brought, judge
+from truth import events_brought, judge, keys_with_an_owner
 
 KILLS: Final = max(300, int(os.environ.get("STATIONKEY_KILLS", "0")))
 """How many times the daemon is killed; the environment may ask for more."""
 LOAD: Final = 8
 """How many requests are without an answer at any time: under load, but the broker is not flooded."""
+POOLED_KILLS: Final = max(60, int(os.environ.get("STATIONKEY_KILLS", "0")) // 5)
+"""The same of a daemon that makes keys ahead."""
+POOL: Final = "[pool]\nec = 6\nrsa = 0\nidle_seconds = 0.0\n"
 
 
 def test_no_kill_at_a_random_moment_loses_or_doubles_anything(tmp_path: Path) -> None:
@@ -22,17 +25,32 @@ def test_no_kill_at_a_random_moment_loses_or_doubles_anything(tmp_path: Path) ->
 
     A status that was sent meanwhile changes its key once.
     """
+    kill_at_random(tmp_path, kills=KILLS)
+
+
+def test_no_kill_at_a_random_moment_loses_or_doubles_a_key_made_ahead(tmp_path: Path) -> None:
+    """The same, and no key made ahead has two owners; some of those that were answered had been made ahead."""
+    state_dir = kill_at_random(tmp_path, kills=POOLED_KILLS, pool=POOL)
+    assert keys_with_an_owner(state_dir)
+
+
+def kill_at_random(folder: Path, *, kills: int, pool: str = "") -> Path:
+    """Kill a daemon under load again and again, then hold what it left against what it said; its state directory.
+
+    With a pool the load begins a while after the daemon, so that there are keys made ahead to be asked for.
+    """
     seed = int(os.environ.get("STATIONKEY_SEED", "0")) or random.SystemRandom().getrandbits(32)
-    print(f"STATIONKEY_SEED={seed} STATIONKEY_KILLS={KILLS}")  # noqa: T201 - shown where the test fails
+    print(f"STATIONKEY_SEED={seed} {kills} kills")  # noqa: T201 - shown where the test fails
     chance = random.Random(seed)
     statuses: dict[str, str] = {}
     installed: set[str] = set()
-    with Scene(tmp_path, tpm=True) as scene:
+    with Scene(folder, tpm=True) as scene:
+        scene.config.write_text(scene.config.read_text() + pool)
         asker, daemon = scene.asker, scene.daemon
         daemon.start()  # from here on the broker holds a session for it
         daemon.kill()
-        asker.keep_up(LOAD)
-        for _ in range(KILLS):
+        for _ in range(kills):
+            asker.keep_up(0 if pool else LOAD)
             answered = sorted(asker.accepted.keys() - installed)
             for request_id in chance.sample(answered, k=min(1, len(answered))):
                 request = asker.requests[request_id]
@@ -48,6 +66,9 @@ def test_no_kill_at_a_random_moment_loses_or_doubles_anything(tmp_path: Path) ->
                 daemon.start()
                 moment = chance.uniform(0.0, 0.12)
             time.sleep(moment)  # the moment is what is drawn, not something waited for
+            if pool:
+                asker.keep_up(LOAD)
+                time.sleep(chance.uniform(0.0, 0.12))
             daemon.kill()
         asker.keep_up(0)
         daemon.start()
@@ -61,5 +82,8 @@ def test_no_kill_at_a_random_moment_loses_or_doubles_anything(tmp_path: Path) ->
         judge(scene.state_dir, scene.keystore, asker.accepted)
         assert events_brought(scene.state_dir, statuses) == dict.fromkeys(statuses, 1)
         answers = sum(map(len, asker.answers.values()))
+        taken = len(keys_with_an_owner(scene.state_dir))
     # For the table in docs/reliability.md.
-    print(f"{KILLS} kills, {len(asker.requests)} requests, {answers} answers, {len(statuses)} statuses")  # noqa: T201
+    print(f"{kills} kills, {len(asker.requests)} requests, {answers} answers, {len(statuses)} statuses")  # noqa: T201
+    print(f"{taken} requests were served with keys made ahead")  # noqa: T201
+    return scene.state_dir

@@ -44,8 +44,8 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
     """Hold a state directory that no daemon uses against the accepted answers that anyone received.
 
     Every CSR received is on record under its id, and its key, loaded from the ledger, signs. Every key on record has
-    the answer and the event that say why it was made. Every file is one that the documents name, and ``active/``
-    shows what the ledger says.
+    the answer and the event that say why it was made; but for those made ahead, which have no owner, and sign as well.
+    No two CSRs are for one key. Every file is one that the documents name, and ``active/`` shows what the ledger says.
     """
     store = keystore_opener(keystore, allow_software_keys=True)()
     ledger = Ledger(state_dir / "ledger.sqlite3", make=False)
@@ -59,12 +59,21 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
             public_key = load_pem_x509_csr(csr.encode()).public_key()
             with store.signer(reference) as private_key:
                 prove(private_key, public_key, b"is this the key?")
+        assert len({key_of(csr) for csr in accepted.values()}) == len(accepted)
+        for reference, _ in ledger.made_ahead():
+            with store.signer(reference) as private_key:
+                prove(private_key, store.public_key(reference), b"is this the key?")
         keys = ledger.keys()
         for key in keys:
             history = ledger.history(key.key_id)
-            assert [event.event for event in history].count("CSR answered") == 1
-            assert history[0].event == "CSR answered"
-            assert len(key.request_ids) == 1
+            events = [event.event for event in history]
+            if key.has_owner:
+                assert events.count("CSR answered") == 1
+                assert events.index("CSR answered") == events.count("made ahead") <= 1
+                assert len(key.request_ids) == 1
+            else:
+                assert events == ["made ahead"]
+                assert key.request_ids == ()
             assert history[-1].state == key.state
             assert (ledger.key_ref(key.key_id) is None) == (key.state is KeyState.DESTROYED)
         wanted = {file_name(owner): content for owner, content in ledger.active_files().items()}
@@ -78,6 +87,29 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
     found = {path.name: path.read_bytes() for path in active.iterdir()} if active.exists() else {}
     found.pop(".lock", None)
     assert found == wanted
+
+
+def keys_ahead(state_dir: Path) -> list[str]:
+    """The keys made ahead that have no owner yet, oldest first."""
+    return [
+        row[0]
+        for row in _rows(
+            state_dir,
+            "SELECT key_id FROM key WHERE certificate_type = '' AND state = 'pre-activation' ORDER BY number",
+        )
+    ]
+
+
+def keys_with_an_owner(state_dir: Path) -> list[str]:
+    """The keys that were made ahead and that a request has taken since, oldest first."""
+    return [
+        row[0]
+        for row in _rows(
+            state_dir,
+            "SELECT key_id FROM key JOIN event ON key_number = number"
+            " WHERE certificate_type > '' AND event = 'made ahead' ORDER BY number",
+        )
+    ]
 
 
 def events_brought(state_dir: Path, message_ids: Iterable[str]) -> dict[str, int]:
