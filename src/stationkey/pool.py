@@ -17,10 +17,10 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.errors import KeyStoreError, StationKeyError
@@ -31,13 +31,11 @@ from stationkey.lifecycle import KeyEvent
 from stationkey.profiles import Algorithm, KeyType, RsaModulus
 from stationkey.terms import PoolTerms
 
-if TYPE_CHECKING:
-    from stationkey.csr import PrivateKey
-
 log = logging.getLogger(__name__)
 
 MAKING_DEADLINE: Final = 300.0
-"""Seconds for a key that nobody waits for. A slow chip with bad luck takes minutes over RSA-3072."""
+"""Seconds for an RSA key that nobody waits for: a slow chip with bad luck takes minutes. A TPM that hangs meanwhile is
+noticed only then."""
 LOOK_DEADLINE: Final = 30.0
 """Seconds for the key store to say what it can make, or to load a key."""
 MARGIN: Final = 10 * 60 * 1000
@@ -154,6 +152,7 @@ class KeyPool:
                 delay = RETRY_FIRST
             except StationKeyError as error:
                 log.warning("no keys are made ahead for now: %s", error, extra={"reason": error.reason})
+                begun = begun and error.reason != "key_type_wrong"  # another TPM: what it can make is to be asked anew
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_LAST)
                 continue
@@ -172,21 +171,24 @@ class KeyPool:
         made = await self._ledger(Ledger.seconds_to_make)
         self.seconds_to_make = {kind: made[str(kind)] for kind in wanted.values() if str(kind) in made}
         ready: dict[KeyType, deque[Ahead]] = {kind: deque() for kind in wanted.values()}
+        # Asked in turn with requests: there are few, each takes milliseconds, and a station may never be without load.
         for key, due in await self._ledger(Ledger.made_ahead):
             if key.key_type in ready and await self._usable(Ahead(key, due)):
                 insort(ready[key.key_type], Ahead(key, due), key=_due)
         self._ready, self._kinds = ready, wanted
-        for kind, waiting in ready.items():
-            log.info("keys are made ahead", extra={"key_type": str(kind), "ready": len(waiting), **self._about(kind)})
-            self._warn_if_slow(kind)
+        for kind in ready:
+            if kind not in self.seconds_to_make and not isinstance(kind, RsaModulus):
+                await self._make(kind, idle=0.0)  # to know how long it takes; an RSA key would take too long for that
+        for kind in ready:
+            self._tell(kind)
 
     async def _usable(self, ahead: Ahead) -> bool:
         def load(store: KeyStore) -> None:
-            with loaded(store, ahead.key):
+            with store.signer(ahead.key):
                 pass
 
         try:
-            await on_keystore(self._keystore, load, timeout=LOOK_DEADLINE, turn=Turn.SPARE)
+            await on_keystore(self._keystore, load, timeout=LOOK_DEADLINE)
         except KeyStoreError as error:
             if error.reason not in USELESS:
                 raise
@@ -210,46 +212,53 @@ class KeyPool:
             if left > 0:
                 await asyncio.sleep(left)
             else:
-                made += await self._make(min(missing, key=lambda kind: len(self._ready[kind])))
+                fewest = min(missing, key=lambda kind: len(self._ready[kind]))
+                first = fewest not in self.seconds_to_make
+                if await self._make(fewest, idle=self._terms.idle):
+                    made += 1
+                    if first:
+                        self._tell(fewest)
 
-    async def _make(self, kind: KeyType) -> bool:
-        """Make a key; False, and nothing made, where somebody came first."""
+    async def _make(self, kind: KeyType, *, idle: float) -> bool:
+        """Make a key, if the key store has been idle for so many seconds; False, and nothing made, where it was not."""
         algorithm = next(algorithm for algorithm, its_kind in self._kinds.items() if its_kind == kind)
 
         def make(store: KeyStore) -> tuple[KeyRef, float] | None:
-            if self._keystore.idle < self._terms.idle:
+            if self._keystore.idle < idle:
                 return None
             begun = time.monotonic()
             return store.generate(algorithm), time.monotonic() - begun
 
-        made = await on_keystore(self._keystore, make, timeout=MAKING_DEADLINE, turn=Turn.SPARE)
+        deadline = MAKING_DEADLINE if isinstance(kind, RsaModulus) else self._patience
+        made = await on_keystore(self._keystore, make, timeout=deadline, turn=Turn.SPARE)
         if made is None:
             return False
         key, seconds = made
+        if key.key_type != kind:
+            raise KeyStoreError(f"a {kind} key was to be made, and it is {key.key_type}", reason="key_type_wrong")
         due = self._running() + self._terms.age
         await self._ledger(Ledger.make_ahead, key, now=int(self._clock() * 1000), due=due, seconds=seconds)
         self._add(Ahead(key, due))
-        first = kind not in self.seconds_to_make
         self.seconds_to_make[kind] = seconds
-        log.log(
-            logging.INFO if first else logging.DEBUG,
-            "a key was made ahead",
-            extra={"key_id": key.key_id, "key_type": str(kind), **self._about(kind)},
-        )
-        if first:
-            self._warn_if_slow(kind)
+        log.debug("a key was made ahead", extra={"key_id": key.key_id, "key_type": str(kind)})
         return True
 
-    def _about(self, kind: KeyType) -> dict[str, object]:
+    def _tell(self, kind: KeyType) -> None:
+        """Log how many keys of a kind there are, and how long one takes."""
         seconds = self.seconds_to_make.get(kind)
-        takes = "not known yet" if seconds is None else f"{seconds:.3g}"
-        return {"wanted": self._size(kind), "seconds_to_make_one": takes}
-
-    def _warn_if_slow(self, kind: KeyType) -> None:
-        if self.seconds_to_make.get(kind, 0.0) > self._patience:
+        log.info(
+            "keys are made ahead",
+            extra={
+                "key_type": str(kind),
+                "ready": len(self._ready[kind]),
+                "wanted": self._size(kind),
+                "seconds_to_make_one": "not known yet" if seconds is None else f"{seconds:.3g}",
+            },
+        )
+        if seconds is not None and seconds > self._patience:
             log.warning(
                 "a %s key takes %.0f s to make, and a request that comes meanwhile is rejected after %.0f s",
-                *(kind, self.seconds_to_make[kind], self._patience),
+                *(kind, seconds, self._patience),
             )
 
     def _size(self, kind: KeyType) -> int:
@@ -268,18 +277,3 @@ class KeyPool:
 
 def _due(ahead: Ahead) -> int:
     return ahead.due
-
-
-@contextmanager
-def loaded(store: KeyStore, key: KeyRef) -> Iterator[PrivateKey]:
-    """A key loaded for signing; one on record that cannot even be read is told as such.
-
-    Raises:
-        KeyStoreError: as `KeyStore.signer` says, or its record is damaged.
-    """
-    with ExitStack() as stack:
-        try:
-            private_key = stack.enter_context(store.signer(key))
-        except (ValueError, TypeError) as error:
-            raise KeyStoreError(f"key {key.key_id} on record cannot be read: {error}", reason="key_damaged") from None
-        yield private_key

@@ -25,7 +25,7 @@ from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.thread import KeyStoreThread, Turn
 from stationkey.ledger import Answered, Ledger, content_digest
 from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
-from stationkey.pool import USELESS, KeyPool, loaded
+from stationkey.pool import USELESS, KeyPool
 from stationkey.profiles import ALGORITHMS, PROFILES, CertificateProfile, CertificateType, RsaModulus, is_secc_id
 from stationkey.seen import SeenIds
 from stationkey.terms import PoolTerms, Terms
@@ -257,7 +257,7 @@ class StationKeyService:
 
         def sign(store: KeyStore) -> tuple[KeyRef, Csr]:
             used = key or store.generate(request.algorithm)
-            with loaded(store, used) as private_key:
+            with store.signer(used) as private_key:
                 return used, sign_csr(request, private_key, profile)
 
         left = until - asyncio.get_running_loop().time()

@@ -33,6 +33,7 @@ from typing import Any, Final, TypeVar
 # line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins.
 os.environ.setdefault("TSS2_LOG", "all+none")
 
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.padding import AsymmetricPadding, PKCS1v15
@@ -130,6 +131,7 @@ _LAST_TRANSIENT: Final = 0x80FFFFFF
 
 _RC_LAYER: Final = 0x00FF0000
 _RC_RESOURCE_MANAGER: Final = frozenset({0x000B0000, 0x000C0000})  # the layers of /dev/tpmrm0 and of tpm2-abrmd
+_RC_MARSHALLING: Final = 0x00090000
 _RC_TPM: Final = 0x180  # bits that a code of the TPM has and a code of tpm2-tss has not: version 1 or format one
 _RC_FORMAT_ONE: Final = 0x080  # it complains about a handle, a session or a parameter [TPM 2.0 part 2, 6.6.2]
 _RC_TCTI_VALUE: Final = 0xA000B
@@ -186,7 +188,10 @@ class Tpm2KeyStore:
             yield _RsaPrivateKey(sign, public_key)
 
     def public_key(self, key: KeyRef) -> PublicKey:
-        return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
+        try:
+            return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
+        except (ValueError, CryptographyUnsupported):
+            raise KeyStoreError(f"the public part of key {key.key_id} cannot be read", reason="key_damaged") from None
 
     def destroy(self, key: KeyRef) -> None:
         """Unload it where it is loaded. The TPM holds nothing else of it: the wrapped blob is all there is."""
@@ -453,7 +458,12 @@ class Tpm2KeyStore:
         blob = _blob(key)
         self._make_room()
         assert self._esapi is not None
-        handle = self._esapi.load(self._srk, blob.private, blob.public)
+        try:
+            handle = self._esapi.load(self._srk, blob.private, blob.public)
+        except TSS2_Exception as error:
+            if error.rc & _RC_LAYER == _RC_MARSHALLING:  # tpm2-tss does not even send it
+                raise _damaged(key) from None
+            raise
         self._loaded = _Loaded(key, handle)
         return handle
 
@@ -570,9 +580,11 @@ def _blob(key: KeyRef) -> TSSPrivKey:
     try:
         return TSSPrivKey.from_der(key.private)
     except (ValueError, TypeError, TSS2_Exception):
-        raise KeyStoreError(
-            f"the private part of key {key.key_id} is no TSS2 PRIVATE KEY", reason="key_damaged"
-        ) from None
+        raise _damaged(key) from None
+
+
+def _damaged(key: KeyRef) -> KeyStoreError:
+    return KeyStoreError(f"the private part of key {key.key_id} is no TSS2 PRIVATE KEY", reason="key_damaged")
 
 
 def _code(error: TSS2_Exception) -> int:
