@@ -125,7 +125,7 @@ def test_each_request_in_a_queue_before_a_tpm_that_hangs_is_rejected_at_its_dead
     with station(tmp_path, mosquitto, swtpm, WITHOUT_POOL + "[deadlines]\nec = 1\nrsa = 2\n") as here:
         josev.ask(served)
         swtpm.freeze()
-        josev.publish(*rsa, *ec)
+        josev.publish(*ec, *rsa)  # an EC key in hand: the TPM finishes it as soon as it goes on
         answers = josev.wait_for(count=1 + len(rsa) + len(ec))[1:]
         assert {answer.id for answer in answers} == {request["id"] for request in [*rsa, *ec]}
         for answer in answers:
@@ -146,7 +146,6 @@ def test_the_first_rsa_request_is_answered_with_a_key_made_ahead(
         assert josev.ask(rsa).csr
         key = key_for(here, rsa)
         assert events_of(here, key) == ["made ahead", "CSR answered"]
-        assert here.wait_for("a key was made ahead")[0]["key_id"] == key.key_id
         here.wait_for("pool full", count=2)  # and there is another
 
 
@@ -157,7 +156,7 @@ def test_a_key_that_is_being_made_ahead_keeps_nothing_waiting_that_needs_no_tpm(
     served, ec = generate_csr(), generate_csr()
     with station(tmp_path, mosquitto, swtpm, "[pool]\nrsa = 16\nidle_seconds = 0\n") as here:
         first = josev.ask(served)
-        here.wait_for("a key was made ahead")
+        here.wait_for("keys are made ahead", ready=1)
         swtpm.freeze()
         josev.publish(ec)
         assert josev.ask(served).csr == first.csr
