@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from cryptography import x509
@@ -89,9 +90,10 @@ def sign_csr(
             f"{algorithm.algorithm} needs a key of type {' or '.join(map(str, algorithm.key_types))}, not {kind}",
             reason="key_type_wrong",
         )
-    builder = x509.CertificateSigningRequestBuilder().subject_name(subject(request, profile))
-    for extension, critical in _extensions(request, profile):
-        builder = builder.add_extension(extension, critical)
+    builder = _begun(profile).subject_name(subject(request, profile))
+    if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SAN_URI:
+        uri = x509.UniformResourceIdentifier(f"urn:evse:{request.evse_id}")
+        builder = builder.add_extension(x509.SubjectAlternativeName([uri]), critical=False)
     return builder.sign(private_key, HASHES[algorithm.hash_name])
 
 
@@ -144,13 +146,13 @@ def subject(request: GenerateCsrRequest, profile: CertificateProfile) -> x509.Na
     return x509.Name([x509.NameAttribute(oid, value, _validate=False) for oid, value in attributes])
 
 
-def _extensions(request: GenerateCsrRequest, profile: CertificateProfile) -> list[tuple[x509.ExtensionType, bool]]:
-    """The extensions of the CSR, each with its criticality."""
-    extensions = extensions_of(profile)
-    if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SAN_URI:
-        uri = x509.UniformResourceIdentifier(f"urn:evse:{request.evse_id}")
-        extensions.append((x509.SubjectAlternativeName([uri]), False))
-    return extensions
+@cache
+def _begun(profile: CertificateProfile) -> x509.CertificateSigningRequestBuilder:
+    """What the CSRs of a profile have in common. A builder never changes: each step gives another."""
+    builder = x509.CertificateSigningRequestBuilder()
+    for extension, critical in extensions_of(profile):
+        builder = builder.add_extension(extension, critical)
+    return builder
 
 
 def extensions_of(profile: CertificateProfile) -> list[tuple[x509.ExtensionType, bool]]:

@@ -121,7 +121,7 @@ class StationKeyService:
         self.counts["accepted"] += 1
         about = {"request_id": request.id, "key_id": key.key_id, **_about(request)}
         asyncio.get_running_loop().call_soon(partial(log.info, "accepted", extra=about))  # with the answer on its way
-        return messages.accepted(request, to_pem(csr))
+        return messages.accepted(request, csr)
 
     async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
         """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker."""
@@ -223,8 +223,8 @@ class StationKeyService:
                 extra={"request_id": request.id, **_about(request)},
             )
 
-    async def _key_and_csr(self, request: GenerateCsrRequest) -> tuple[KeyRef, Csr]:
-        """A key, made ahead or now, and its CSR, both on record. One deadline for all that is tried."""
+    async def _key_and_csr(self, request: GenerateCsrRequest) -> tuple[KeyRef, str]:
+        """A key, made ahead or now, and its CSR in PEM, both on record. One deadline for all that is tried."""
         is_rsa = isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
         until = asyncio.get_running_loop().time() + (self._rsa_deadline if is_rsa else self._deadline)
         while (ahead := self.pool.take(request.algorithm)) is not None:
@@ -244,10 +244,9 @@ class StationKeyService:
 
     async def _sign_and_record(
         self, request: GenerateCsrRequest, key: KeyRef | None, until: float, turn: Turn
-    ) -> tuple[KeyRef, Csr]:
+    ) -> tuple[KeyRef, str]:
         used, csr = await self._sign(request, key, until, turn)
-        await self._record(request, used, csr)
-        return used, csr
+        return used, await self._record(request, used, csr)
 
     async def _sign(
         self, request: GenerateCsrRequest, key: KeyRef | None, until: float, turn: Turn
@@ -263,19 +262,19 @@ class StationKeyService:
         left = until - asyncio.get_running_loop().time()
         return await on_keystore(self._keystore, sign, timeout=left, turn=turn)
 
-    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr) -> None:
-        """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes.
+    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr) -> str:
+        """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes. The PEM.
 
         A CSR that is read from the ledger is verified again before it is handed out. So none that is wrong ever is, not
         even where the power goes between the writing and the withdrawal.
         """
-        running = self._running.now()
+        running, pem = self._running.now(), to_pem(csr)
         self._seen.add(request.id)
         recorded = self._ledger(
             Ledger.record_answer,
             request,
             key,
-            to_pem(csr),
+            pem,
             now=self._now(),
             running=running,
             due=running + self._terms.pending,
@@ -289,6 +288,7 @@ class StationKeyService:
             raise
         for key_id in await recorded:
             log.warning("too many keys were pending: the oldest is destroyed", extra={"key_id": key_id})
+        return pem
 
     async def _withdraw(self, request_id: str) -> None:
         """Take back an answer that was written down and must not go out."""
