@@ -141,7 +141,8 @@ def test_a_key_made_ahead_that_is_cut_short_is_on_record_or_is_not_and_the_pool_
     scene.daemon = Daemon(scene.folder / "daemon", *scene.options())
     scene.daemon.start()
     pool_full(scene.daemon)
-    assert ready_at_start(scene.daemon) == [len(ahead), 0]
+    # Of each curve one is made at start, where it is not on record how long that takes: here, where none was recorded.
+    assert ready_at_start(scene.daemon) == [1, 1]
     filled = keys_ahead(scene.state_dir)
     assert len(filled) == AHEAD
     assert filled[: len(ahead)] == ahead
