@@ -37,6 +37,13 @@ def free_port(count: int = 1) -> int:
     raise RuntimeError("no free loopback ports")
 
 
+def is_listening(port: int) -> bool:
+    """Whether a server listens on a loopback port, without a connection to it [proc(5), /proc/net/tcp]."""
+    address, listen = f"0100007F:{port:04X}", "0A"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return any(row[1] == address and row[3] == listen for row in rows)
+
+
 def search_path() -> str:
     """Where programs are: Debian keeps some servers out of a user's PATH."""
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
@@ -193,9 +200,10 @@ class Swtpm(Peer):
             file.unlink()
 
     def listening(self) -> bool:
-        # The control port: a connection to the other one would be served before ours.
+        # The control port: a connection to the other one would be served before ours. That may open later, so the
+        # kernel is asked about it.
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port + 1), 1):
-            return True
+            return is_listening(self.port)
         return False
 
 
