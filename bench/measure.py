@@ -160,7 +160,7 @@ def _make(kind: str, world: World, sides: Collection[str], measured: Measured) -
         single = {FLOOR: floor.act(KIND[kind]), OURS: plain.asker.act(KIND[kind])}
         single = {side: act for side, act in single.items() if side in sides}
         whole = _programs(kind, world, sides, measured)
-        pooled = stack.enter_context(_pooled(kind, world, measured)) if POOLED in sides else None
+        pooled = stack.enter_context(_pooled(world, measured)) if POOLED in sides else None
         for act in single.values():
             for _ in range(1 if kind.startswith("RSA") else WARM_UP):
                 act()
@@ -187,17 +187,15 @@ def _programs(kind: str, world: World, sides: Collection[str], measured: Measure
 
 
 @contextmanager
-def _pooled(kind: str, world: World, measured: Measured) -> Iterator[Station | None]:
-    """A daemon with a pool that is full of this kind of key; None, and the reason noted, where there is none."""
+def _pooled(world: World, measured: Measured) -> Iterator[Station | None]:
+    """A daemon with a pool that is full; None, and the reason noted, where there is none."""
     with ExitStack() as stack:
         pooled = None
         with measured.told(POOLED):
             one = stack.enter_context(
                 station(world.folder, world.broker, world.tpm, "pooled", configuration=LIFECYCLE + POOL)
             )
-            seen = one.times_full()
-            one.asker.act(KIND[kind])()  # a pool is filled with the types of key that are in use
-            one.until_full(seen)
+            one.until_full(0)
             pooled = one
         yield pooled
 

@@ -184,6 +184,17 @@ def test_an_error_reaches_the_one_who_waits_and_the_thread_goes_on(
     assert stores.opened == ["keystore-1"]
 
 
+def test_a_store_that_cannot_unload_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty(SoftwareKeyStore):
+        def unload(self) -> None:
+            raise ZeroDivisionError
+
+    with closing(KeyStoreThread(Faulty)) as thread:
+        assert [thread.submit(name, timeout=LONG).result(LONG) for _ in range(2)] == ["keystore-1"] * 2
+    assert all("could not be unloaded" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 2
+
+
 def test_a_store_that_could_not_be_opened_is_tried_again_by_the_next_job() -> None:
     tries: list[int] = []
 

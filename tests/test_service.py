@@ -341,6 +341,20 @@ async def test_an_answer_is_undelivered_until_it_is_said_to_be_delivered(
         assert await later.undelivered() == [unsent]
 
 
+async def test_an_id_of_an_earlier_run_is_known_before_and_after_the_ids_were_learnt(
+    keystore: KeyStoreThread, ledger: Ledger, store: Store
+) -> None:
+    asked = request()
+    async with aclosing(StationKeyService(keystore, ledger)) as earlier:
+        first = csr_of(await earlier.answer(asked))
+    async with aclosing(StationKeyService(keystore, ledger)) as later:
+        assert csr_of(await later.answer(asked)) == first
+        await later.learn_ids()
+        assert csr_of(await later.answer(request(asked.id.upper()))) == first
+        assert csr_of(await later.answer(request())) != first
+    assert store.made == 2
+
+
 PROFILE_WARNINGS = [
     pytest.param("v2g_certificate", "STATION42", None, ["the common name is no SECC ID"], id="no-secc-id"),
     pytest.param("v2g_certificate", "DEABCS1", "RSA_SHA256", ["the profile of this certificate type wants"], id="rsa"),

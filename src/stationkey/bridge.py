@@ -27,6 +27,7 @@ class LedgerThread:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._closed = False
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
@@ -34,7 +35,11 @@ class LedgerThread:
     def __call__(
         self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
-        """Begin ``call(ledger, …)`` on the thread. It is finished, even where nobody waits for it any more."""
+        """Begin ``call(ledger, …)`` on the thread. It is finished, even where nobody waits for it any more.
+
+        Raises:
+            RuntimeError: the thread was closed.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -46,6 +51,8 @@ class LedgerThread:
             with suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(settle)
 
+        if self._closed:
+            raise RuntimeError("the ledger's thread has ended")
         self._calls.put(run)
         return future
 
@@ -55,6 +62,7 @@ class LedgerThread:
 
     def close(self) -> None:
         """Wait for what is under way."""
+        self._closed = True
         self._calls.put(None)
         self._thread.join()
 

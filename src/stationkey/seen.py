@@ -2,7 +2,7 @@
 
 Nearly every request has an id that never came before, and to learn so from the ledger takes longer than all else that
 comes before the key. This is a Bloom filter: never wrong about an id that was added, and rarely about another (one in
-50,000 with 10,000 ids, one in 70 with 100,000). Where it says "perhaps", the ledger is asked.
+40,000 with 10,000 ids, one in 60 with 100,000). Where it says "perhaps", the ledger is asked.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class StationKeyService:
         self._clock = clock
         self._seen = SeenIds()
         self._knows_ids = False  # whether `_seen` has those of earlier runs, too
-        self._in_hand: dict[str, _Turn] = {}
+        self._in_hand: dict[str, _InHand] = {}
         self._closed = False
         self.counts: Counter[str] = Counter()
         self.custody = KeyCustody(
@@ -301,19 +301,19 @@ class StationKeyService:
     async def _one_at_a_time(self, request_id: str) -> AsyncIterator[None]:
         """Keep two requests with the same id apart, so that the second finds the answer to the first."""
         canonical = request_id.lower()
-        turn = self._in_hand.setdefault(canonical, _Turn())
-        turn.users += 1
+        one = self._in_hand.setdefault(canonical, _InHand())
+        one.users += 1
         try:
-            async with turn.lock:
+            async with one.lock:
                 yield
         finally:
-            turn.users -= 1
-            if turn.users == 0:
+            one.users -= 1
+            if one.users == 0:
                 del self._in_hand[canonical]
 
 
 @dataclass(slots=True)
-class _Turn:
+class _InHand:
     """Who may answer an id now, and how many want to."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

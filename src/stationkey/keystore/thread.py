@@ -14,6 +14,7 @@ the old store is abandoned: were it to tidy up in the TPM, it might unload what 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -28,6 +29,7 @@ from stationkey.errors import KeyStoreError
 from stationkey.keystore import Abandonable, KeyStore
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 MAX_ABANDONED: Final = 1
 """How many threads may be stuck in a call at a time, besides the one in use. Each holds a connection to the TPM."""
@@ -159,8 +161,7 @@ class _Worker(threading.Thread):
                 job.future.set_exception(overdue() if self._abandoned else error)
             else:
                 job.future.set_result(result)
-            if self._store is not None:
-                self._store.unload()  # with the result on its way, and still within the job's time
+            self._tidy()
             self._jobs.done(job)
             with self._turn:
                 self._expires = None
@@ -168,6 +169,15 @@ class _Worker(threading.Thread):
                     break
         if self._store is not None:
             self._store.close()
+
+    def _tidy(self) -> None:
+        """Unload what the job used, with its result on the way, and still within its time."""
+        try:
+            if self._store is not None:
+                self._store.unload()
+        except Exception:
+            # It never fails, says the protocol. A store for which that is not true must not end the thread.
+            log.exception("a fault of the key store: its keys could not be unloaded")
 
     def _open(self) -> KeyStore:
         if self._store is None:

@@ -498,7 +498,7 @@ class _EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like
     """tpm2-pytss's face of a loaded key towards cryptography, with the public part that is known already.
 
     The class it comes from asks the TPM for the public part, decodes it anew at each use, and looks at it again before
-    it signs; that takes a quarter of a request's time (``docs/performance.md``).
+    it signs; that took a tenth of a request's time (``docs/performance.md``).
     """
 
     def __init__(self, sign: _Sign, public_key: ec.EllipticCurvePublicKey) -> None:
@@ -559,7 +559,7 @@ def _public_der(kind: KeyType, public: TPM2B_PUBLIC) -> bytes:
 def _two_numbers(marshalled: bytes) -> tuple[int, int]:
     """Two big-endian numbers, each behind its length in two bytes: r and s, or the coordinates of a point.
 
-    tpm2-pytss would give them as attributes, at a tenth of a millisecond for the four steps down to each; see
+    tpm2-pytss would give them as attributes, which takes ten times as long as to marshal the structure; see
     ``docs/performance.md``.
     """
     middle = 2 + int.from_bytes(marshalled[:2], "big")
