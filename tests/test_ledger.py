@@ -68,11 +68,19 @@ def answer(
     key: KeyRef | None = None,
     running: int = 0,
     bounds: Bounds | None = None,
+    taken: bool = False,
 ) -> str:
-    """Record an answer; the name of its key."""
+    """Record an answer, with a key made for it or with one `taken` from those made ahead; the name of its key."""
     key = key or a_key()
     ledger.record_answer(
-        asked or request(), key, CSR, now=0, running=running, due=running + 1000, bounds=bounds or Bounds()
+        asked or request(),
+        key,
+        CSR,
+        now=0,
+        running=running,
+        due=running + 1000,
+        bounds=bounds or Bounds(),
+        ahead=taken,
     )
     return key.key_id
 
@@ -274,7 +282,9 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "record_answer that makes room": lambda ledger, _: answer(
         ledger, request(*OWNER), bounds=Bounds(pending_limit=3, pending_total=2)
     ),
-    "record_answer with a key made ahead": lambda ledger, _: answer(ledger, request(*OWNER), key=stock_of(ledger)[0]),
+    "record_answer with a key made ahead": lambda ledger, _: answer(
+        ledger, request(*OWNER), key=stock_of(ledger)[0], taken=True
+    ),
     "record_rejection": lambda ledger, _: ledger.record_rejection(ASKED, reason="r", message="m", now=0),
     "mark_delivered": _delivered,
     "undelivered": lambda ledger, _: ledger.undelivered(),
@@ -445,19 +455,19 @@ class Eventful:
         self.stock: list[KeyRef] = []
         self.gone: list[KeyRef] = []
 
-    def asked(self, key: KeyRef) -> None:
+    def asked(self, key: KeyRef, *, ahead: bool = False) -> None:
         one = request(
             request_id=str(uuid.UUID(int=self.chance.getrandbits(128))), common_name="x" * self.chance.randint(1, 60)
         )
         csr = "c" * self.chance.randint(500, 900)
         bounds = Bounds(pending_limit=60)
-        crowded = self.ledger.record_answer(one, key, csr, now=0, running=0, due=1, bounds=bounds)
+        crowded = self.ledger.record_answer(one, key, csr, now=0, running=0, due=1, bounds=bounds, ahead=ahead)
         self.live[key.key_id] = key
         self.gone += [self.live.pop(key_id) for key_id in crowded]
 
     def taken(self) -> None:
         if self.stock:
-            self.asked(self.stock.pop(self.chance.randrange(len(self.stock))))
+            self.asked(self.stock.pop(self.chance.randrange(len(self.stock))), ahead=True)
 
     def installed(self) -> None:
         key_id = self.chance.choice(list(self.live))
@@ -572,7 +582,7 @@ def test_a_key_made_ahead_is_on_record_without_an_owner(ledger: Ledger) -> None:
 def test_keys_made_ahead_are_there_after_a_restart_oldest_first(path: Path) -> None:
     with closing(Ledger(path)) as ledger:
         keys = [ahead(ledger) for _ in range(5)]
-        answer(ledger, key=keys[2])
+        answer(ledger, key=keys[2], taken=True)
         bring(ledger, keys[3].key_id, KeyEvent.EXPIRED)
 
     with closing(Ledger(path)) as ledger:
@@ -584,10 +594,10 @@ def test_a_key_made_ahead_gets_its_owner_with_its_answer(path: Path, again: bool
     with closing(Ledger(path)) as ledger:
         key = ahead(ledger)
         if not again:
-            answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key)
+            answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key, taken=True)
     if again:
         with closing(Ledger(path)) as ledger:
-            answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key)
+            answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key, taken=True)
 
     with closing(Ledger(path)) as ledger:
         (record,) = ledger.keys()
@@ -608,7 +618,7 @@ def test_a_key_made_ahead_gets_its_owner_with_its_answer(path: Path, again: bool
 
 def test_pending_keys_are_in_the_order_in_which_they_were_asked_for_and_not_made(ledger: Ledger) -> None:
     early, late = ahead(ledger), ahead(ledger)
-    first, second, third = answer(ledger, key=late), answer(ledger), answer(ledger, key=early)
+    first, second, third = answer(ledger, key=late, taken=True), answer(ledger), answer(ledger, key=early, taken=True)
 
     pending = ledger.pending(ledger.keys(first)[0].certificate_type, None)
 
@@ -634,13 +644,13 @@ def test_a_key_is_never_handed_out_twice(
     ledger: Ledger, path: Path, pooled: bool, after: Callable[[Ledger, str], None] | None
 ) -> None:
     key = ahead(ledger) if pooled else a_key()
-    answer(ledger, key=key)
+    answer(ledger, key=key, taken=pooled)
     if after is not None:
         after(ledger, key.key_id)
     before = dump(path)
 
     with pytest.raises(LedgerError) as refusal:
-        answer(ledger, key=key)
+        answer(ledger, key=key, taken=pooled)
 
     assert refusal.value.reason == "key_taken"
     assert dump(path) == before
@@ -662,7 +672,7 @@ def test_a_key_made_ahead_that_is_gone_is_never_handed_out(path: Path, end: KeyE
 
         for _ in range(2):
             with pytest.raises(LedgerError) as refusal:
-                answer(ledger, key=key)
+                answer(ledger, key=key, taken=True)
             assert refusal.value.reason == "key_taken"
 
         assert dump(path) == before
@@ -683,10 +693,10 @@ def test_an_answer_that_could_not_be_written_leaves_the_key_to_the_next_request(
     key, asked = ahead(ledger), request()
     answer(ledger, asked)
     with pytest.raises(LedgerError):
-        answer(ledger, asked, key=key)
+        answer(ledger, asked, key=key, taken=True)
 
     assert stock_of(ledger) == [key]
-    answer(ledger, key=key)
+    answer(ledger, key=key, taken=True)
     assert stock_of(ledger) == []
 
 

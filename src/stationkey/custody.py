@@ -12,9 +12,8 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,7 +21,6 @@ from typing import Final
 from stationkey.active import ActiveDirectory
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.certificate import Chain, Expected, differences, prove
-from stationkey.csr import PrivateKey
 from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
 from stationkey.installation import KeyFinder
 from stationkey.keystore import KeyRef, KeyStore
@@ -221,7 +219,7 @@ class KeyCustody:
         reference = await self._key_ref(key.key_id)
 
         def sign(store: KeyStore) -> None:
-            with _loaded(store, reference) as private_key:
+            with store.signer(reference) as private_key:
                 public_key = store.public_key(reference) if chain is None else chain.leaf.public_key()
                 prove(private_key, public_key, secrets.token_bytes(32))
 
@@ -363,19 +361,6 @@ class KeyCustody:
         return int(self._clock() * 1000)
 
 
-@contextmanager
-def _loaded(store: KeyStore, key: KeyRef) -> Iterator[PrivateKey]:
-    try:
-        with store.signer(key) as private_key:
-            yield private_key
-    except (ValueError, TypeError) as error:
-        raise KeyStoreError(
-            f"the private part on record cannot be read: {error}",
-            reason="key_damaged",
-            hint="restore a backup of the state directory, or ask for a new certificate",
-        ) from None
-
-
 def _tell_if_left(key_id: str, done: Future[None]) -> None:
     error = None if done.cancelled() else done.exception()
     if error is not None:
@@ -383,5 +368,5 @@ def _tell_if_left(key_id: str, done: Future[None]) -> None:
 
 
 def _load(store: KeyStore, key: KeyRef) -> None:
-    with _loaded(store, key):
+    with store.signer(key):
         pass

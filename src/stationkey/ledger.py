@@ -194,7 +194,6 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True) -> None:
         self.path = path
         self._delivered: deque[str] = deque()
-        self._made_ahead: set[str] = set()
         make = make and not read_only
         with self._explained("opened"):
             if make:
@@ -309,7 +308,16 @@ class Ledger:
         return [row[0] for row in rows]
 
     def record_answer(
-        self, request: GenerateCsrRequest, key: KeyRef, csr: str, *, now: int, running: int, due: int, bounds: Bounds
+        self,
+        request: GenerateCsrRequest,
+        key: KeyRef,
+        csr: str,
+        *,
+        now: int,
+        running: int,
+        due: int,
+        bounds: Bounds,
+        ahead: bool = False,
     ) -> list[str]:
         """Write down a key and the answer that carries its CSR, durably and both or neither.
 
@@ -323,6 +331,7 @@ class Ledger:
             running: the running time now, in milliseconds.
             due: when the key expires if no certificate comes, in milliseconds of running time.
             bounds: how many keys may be pending.
+            ahead: whether the key was made ahead: then it is on record, and must have no owner yet.
 
         Returns:
             The names of older pending keys that had to make room, and are destroyed.
@@ -334,7 +343,7 @@ class Ledger:
         data = request.data
         owner = (data.certificate_type, request.evse_id or "")
         with self._explained("written"), self._transaction():
-            number = self._give_owner(request, key, now=now, due=due)
+            number = self._give_owner(request, key, now=now, due=due, ahead=ahead)
             self._connection.execute(
                 "INSERT INTO answer (key_number, canonical_id, request_id, digest, csr, answered_at, running)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -343,7 +352,6 @@ class Ledger:
             self._note(number, CSR_ANSWERED, INITIAL, reason="", now=now, message_id=request.id)
             crowded = self._make_room(owner, bounds, now=now)
             self._write_delivered()
-        self._made_ahead.discard(key.key_id)
         return crowded
 
     def withdraw(self, request_id: str, *, now: int) -> None:
@@ -359,7 +367,7 @@ class Ledger:
             self._apply(answered.key_id, KeyEvent.EXPIRED, reason="its CSR did not verify", now=now)
             self._connection.execute("DELETE FROM answer WHERE canonical_id = ?", (request_id.lower(),))
 
-    def _give_owner(self, request: GenerateCsrRequest, key: KeyRef, *, now: int, due: int) -> int:
+    def _give_owner(self, request: GenerateCsrRequest, key: KeyRef, *, now: int, due: int, ahead: bool) -> int:
         """Put a key on record with its owner, or give one to a key that was made ahead; the key's number.
 
         Raises:
@@ -375,15 +383,15 @@ class Ledger:
             "country_name": request.data.country_name,
             "due": due,
         }
-        # One that this connection knows as made ahead is so still, or is gone: then it must not come back as a new one.
-        if key.key_id not in self._made_ahead:
+        if ahead:
+            taken = self._connection.execute(_NEW_OWNER, owner).fetchone()
+            if taken is not None:
+                return int(taken[0])
+        else:
             cursor = self._connection.execute(_NEW_KEY, {**owner, **_made(key, now)})
             if cursor.rowcount:
                 return self._keep_secret(cursor, key)
-        taken = self._connection.execute(_NEW_OWNER, owner).fetchone()
-        if taken is None:
-            raise LedgerError(f"key {key.key_id} has an owner already, or is gone", reason="key_taken")
-        return int(taken[0])
+        raise LedgerError(f"key {key.key_id} has an owner already, or is gone", reason="key_taken")
 
     def _keep_secret(self, inserted: sqlite3.Cursor, key: KeyRef) -> int:
         """Write down the private part of a key whose row was just inserted; the key's number."""
@@ -479,7 +487,6 @@ class Ledger:
                 "INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (_MAKING + str(key.key_type), str(seconds))
             )
             self._write_delivered()
-        self._made_ahead.add(key.key_id)
 
     def seconds_to_make(self) -> dict[str, float]:
         """How long the last key of each type took that was made ahead."""
@@ -503,9 +510,7 @@ class Ledger:
                 f" WHERE state = ? AND certificate_type = '' AND {_LIVING} ORDER BY number",
                 (INITIAL,),
             ).fetchall()
-        keys = [(_key_ref(*row), due) for *row, due in rows]
-        self._made_ahead.update(key.key_id for key, _ in keys)
-        return keys
+        return [(_key_ref(*row), due) for *row, due in rows]
 
     # Keys.
 

@@ -113,9 +113,9 @@ class KeyPool:
         self._changed.set()
         return self._ready[kind].popleft() if self._ready[kind] else None
 
-    def put_back(self, ahead: Ahead) -> None:
-        """Make a key ready again that was taken and not used."""
-        self._add(ahead)
+    def add(self, ahead: Ahead) -> None:
+        """Make a key ready: one just made, or one taken and not used. The one whose time is over first goes first."""
+        insort(self._ready[ahead.key.key_type], ahead, key=_due)
 
     async def discard(self, ahead: Ahead, error: StationKeyError) -> None:
         """Destroy a key that the key store cannot use: of a TPM that was replaced or cleared.
@@ -238,7 +238,7 @@ class KeyPool:
             raise KeyStoreError(f"a {kind} key was to be made, and it is {key.key_type}", reason="key_type_wrong")
         due = self._running() + self._terms.age
         await self._ledger(Ledger.make_ahead, key, now=int(self._clock() * 1000), due=due, seconds=seconds)
-        self._add(Ahead(key, due))
+        self.add(Ahead(key, due))
         self.seconds_to_make[kind] = seconds
         log.debug("a key was made ahead", extra={"key_id": key.key_id, "key_type": str(kind)})
         return True
@@ -263,10 +263,6 @@ class KeyPool:
 
     def _size(self, kind: KeyType) -> int:
         return self._terms.rsa if isinstance(kind, RsaModulus) else self._terms.ec
-
-    def _add(self, ahead: Ahead) -> None:
-        """Make a key ready; the one whose time is over first is handed out first."""
-        insort(self._ready[ahead.key.key_type], ahead, key=_due)
 
     def _drop_old(self, kind: KeyType) -> None:
         """Do without those whose time is nearly over; the sweep ends them."""

@@ -225,44 +225,43 @@ class StationKeyService:
 
     async def _key_and_csr(self, request: GenerateCsrRequest) -> tuple[KeyRef, str]:
         """A key, made ahead or now, and its CSR in PEM, both on record. One deadline for all that is tried."""
-        is_rsa = isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
-        until = asyncio.get_running_loop().time() + (self._rsa_deadline if is_rsa else self._deadline)
+        until = asyncio.get_running_loop().time() + (self._rsa_deadline if _is_rsa(request) else self._deadline)
         while (ahead := self.pool.take(request.algorithm)) is not None:
             try:
-                return await self._sign_and_record(request, ahead.key, until, Turn.SHORT)
+                return await self._sign_and_record(request, ahead.key, until)
             except StationKeyError as error:
                 if error.reason in USELESS:
                     await self.pool.discard(ahead, error)
                 elif error.reason != "key_taken":  # an operator destroyed it
                     if error.reason != "signature_invalid":  # destroyed with its answer
-                        self.pool.put_back(ahead)
+                        self.pool.add(ahead)
                     raise
             except Exception:  # a fault of ours: another request must not come upon the same key
                 await self.pool.discard(ahead, StationKeyError("a fault of ours", reason="internal_error"))
                 raise
-        return await self._sign_and_record(request, None, until, Turn.LONG if is_rsa else Turn.SHORT)
+        return await self._sign_and_record(request, None, until)
 
     async def _sign_and_record(
-        self, request: GenerateCsrRequest, key: KeyRef | None, until: float, turn: Turn
+        self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float
     ) -> tuple[KeyRef, str]:
-        used, csr = await self._sign(request, key, until, turn)
-        return used, await self._record(request, used, csr)
+        """With a key made ahead, or a new one where it is None; by the loop's time `until`, in seconds."""
+        used, csr = await self._sign(request, ahead, until)
+        return used, await self._record(request, used, csr, ahead=ahead is not None)
 
-    async def _sign(
-        self, request: GenerateCsrRequest, key: KeyRef | None, until: float, turn: Turn
-    ) -> tuple[KeyRef, Csr]:
-        """The CSR for `key`, or for a new one where it is None; give up at the deadline, and keep nothing then."""
+    async def _sign(self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float) -> tuple[KeyRef, Csr]:
+        """The key used and its CSR; give up at the deadline, and keep nothing then."""
         profile = self._profiles[request.data.certificate_type]
 
         def sign(store: KeyStore) -> tuple[KeyRef, Csr]:
-            used = key or store.generate(request.algorithm)
+            used = ahead or store.generate(request.algorithm)
             with store.signer(used) as private_key:
                 return used, sign_csr(request, private_key, profile)
 
+        turn = Turn.LONG if ahead is None and _is_rsa(request) else Turn.SHORT
         left = until - asyncio.get_running_loop().time()
         return await on_keystore(self._keystore, sign, timeout=left, turn=turn)
 
-    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr) -> str:
+    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr, *, ahead: bool) -> str:
         """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes. The PEM.
 
         A CSR that is read from the ledger is verified again before it is handed out. So none that is wrong ever is, not
@@ -279,6 +278,7 @@ class StationKeyService:
             running=running,
             due=running + self._terms.pending,
             bounds=self._terms.bounds,
+            ahead=ahead,
         )
         try:
             check_signature(csr)
@@ -318,6 +318,10 @@ class _InHand:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
+
+
+def _is_rsa(request: GenerateCsrRequest) -> bool:
+    return isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
 
 
 def _about(request: GenerateCsrRequest) -> dict[str, object]:

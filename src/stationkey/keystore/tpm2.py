@@ -191,7 +191,7 @@ class Tpm2KeyStore:
         try:
             return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
         except (ValueError, CryptographyUnsupported):
-            raise KeyStoreError(f"the public part of key {key.key_id} cannot be read", reason="key_damaged") from None
+            raise _damaged(key) from None
 
     def destroy(self, key: KeyRef) -> None:
         """Unload it where it is loaded. The TPM holds nothing else of it: the wrapped blob is all there is."""
@@ -584,7 +584,11 @@ def _blob(key: KeyRef) -> TSSPrivKey:
 
 
 def _damaged(key: KeyRef) -> KeyStoreError:
-    return KeyStoreError(f"the private part of key {key.key_id} is no TSS2 PRIVATE KEY", reason="key_damaged")
+    return KeyStoreError(
+        f"what is on record of key {key.key_id} cannot be read",
+        reason="key_damaged",
+        hint="restore a backup of the state directory, or ask for a new certificate",
+    )
 
 
 def _code(error: TSS2_Exception) -> int:
