@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -259,3 +260,11 @@ def test_the_handshake_is_a_program_that_needs_no_package() -> None:
 
     assert imported - sys.stdlib_module_names == set()
     assert [str(one) for one in IMPORTS if one.ours == "handshake"] == []
+
+
+def test_the_binding_to_the_tpm_loads_no_network_library() -> None:
+    """tpm2-pytss is built without FAPI, by ``scripts/without-fapi``, as ``scripts/setup`` and the README have it."""
+    program = "import tpm2_pytss, pathlib; print(pathlib.Path('/proc/self/maps').read_text())"
+    maps = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "libtss2-esys" in maps
+    assert [name for name in ("libtss2-fapi", "libcurl", "libgnutls", "libldap", "libkrb5") if name in maps] == []
