@@ -20,16 +20,29 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from stationkey.credential import SecretReference
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import (
     PROFILES,
+    Algorithm,
     CertificateProfile,
     CertificateType,
     EvseIdPlacement,
     ExtendedKeyUsage,
     KeyUsage,
 )
-from stationkey.terms import DAY, Bounds, PoolTerms, Terms
+from stationkey.terms import (
+    DAY,
+    SRK_HANDLE,
+    Bounds,
+    MqttTerms,
+    PolicyTerms,
+    PoolTerms,
+    Severity,
+    Terms,
+    TpmSession,
+    TpmTerms,
+)
 
 DEFAULT_BROKER: Final = "mqtt://127.0.0.1:1883"
 DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"
@@ -117,6 +130,130 @@ class Josev(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where it puts the certificates that it installs: a status is then held against them."""
 
 
+_Text = Annotated[str, Meta(max_length=4096)]
+_Names = Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=256)]
+_FIRST_PERSISTENT: Final = 0x81000000
+_PersistentHandle = Annotated[int, Meta(ge=_FIRST_PERSISTENT, le=0x81FFFFFF)]
+
+
+def _secret(source: str) -> SecretReference | None:
+    return SecretReference(source) if source else None
+
+
+class Mqtt(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[mqtt]``: how the broker is spoken to, beside its URL. An empty text is the same as none."""
+
+    ca_file: _Text = ""
+    certificate_file: _Text = ""
+    key_file: _Text = ""
+    server_name: _Text = ""
+    username: _Text = ""
+    username_file: _Text = ""
+    password_file: _Text = ""
+    availability_topic: _Text = ""
+
+    def terms(self) -> MqttTerms:
+        """The same, as the edge takes it.
+
+        Raises:
+            ConfigurationError: it says two things that exclude each other.
+        """
+        if self.username and self.username_file:
+            raise ConfigurationError(
+                "[mqtt] has a username and a username_file: one of them is enough", reason="config_invalid"
+            )
+        if self.password_file and not (self.username or self.username_file):
+            raise ConfigurationError("[mqtt] has a password_file and no username", reason="config_invalid")
+        if self.key_file and not self.certificate_file:
+            raise ConfigurationError("[mqtt] has a key_file and no certificate_file", reason="config_invalid")
+        return MqttTerms(
+            ca_file=Path(self.ca_file) if self.ca_file else None,
+            certificate_file=Path(self.certificate_file) if self.certificate_file else None,
+            key_file=Path(self.key_file) if self.key_file else None,
+            server_name=self.server_name or None,
+            username=self.username or _secret(self.username_file),
+            password=_secret(self.password_file),
+            availability_topic=self.availability_topic or None,
+        )
+
+
+class Policy(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[policy]``: what may be asked for, and how often."""
+
+    certificate_types: list[CertificateType] = msgspec.field(default_factory=lambda: list(CertificateType))
+    algorithms: list[Algorithm] = msgspec.field(default_factory=lambda: list(Algorithm))
+    organization_names: _Names = msgspec.field(default_factory=list)
+    country_names: _Names = msgspec.field(default_factory=list)
+    common_names: _Names = msgspec.field(default_factory=list)
+    evse_ids: _Names = msgspec.field(default_factory=list)
+    secc_id: Severity = "warn"
+    off_profile: Severity = "warn"
+    requests_per_minute: Annotated[float, Meta(ge=0, le=60_000)] = 60.0
+    burst: Annotated[int, Meta(ge=1, le=100_000)] = 600
+    queue: Annotated[int, Meta(ge=1, le=1024)] = 64
+    payload_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 64 * 1024
+
+    def terms(self) -> PolicyTerms:
+        """The same, as the service takes it."""
+        return PolicyTerms(
+            certificate_types=tuple(self.certificate_types),
+            algorithms=tuple(self.algorithms),
+            organization_names=tuple(self.organization_names),
+            country_names=tuple(self.country_names),
+            common_names=tuple(self.common_names),
+            evse_ids=tuple(self.evse_ids),
+            secc_id=self.secc_id,
+            off_profile=self.off_profile,
+            requests_per_minute=self.requests_per_minute,
+            burst=self.burst,
+            queue=self.queue,
+            payload_bytes=self.payload_bytes,
+        )
+
+
+class Tpm(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[tpm]``: how the TPM is used, and what keys in it are protected by besides. Secrets are named, never said."""
+
+    srk_handle: _PersistentHandle = SRK_HANDLE
+    owner_auth: _Text = ""
+    srk_auth: _Text = ""
+    endorsement_auth: _Text = ""
+    key_auth: _Text = ""
+    pcrs: Annotated[list[Annotated[int, Meta(ge=0, le=23)]], Meta(max_length=24)] = msgspec.field(default_factory=list)
+    pcr_bank: Literal["sha1", "sha256", "sha384", "sha512"] = "sha256"
+    session: TpmSession = "none"
+    ak_handle: Annotated[int, Meta(ge=0, le=0x81FFFFFF)] = 0
+
+    def terms(self) -> TpmTerms:
+        """The same, as the key store takes it.
+
+        Raises:
+            ConfigurationError: a secret is named in a way that cannot be, or a handle is not persistent.
+        """
+        if 0 < self.ak_handle < _FIRST_PERSISTENT:
+            raise ConfigurationError(
+                f"[tpm] ak_handle {self.ak_handle:#x} is no persistent handle: those begin at {_FIRST_PERSISTENT:#x}",
+                reason="config_invalid",
+            )
+        return TpmTerms(
+            srk_handle=self.srk_handle,
+            owner_auth=_secret(self.owner_auth),
+            srk_auth=_secret(self.srk_auth),
+            endorsement_auth=_secret(self.endorsement_auth),
+            key_auth="generated" if self.key_auth == "generated" else _secret(self.key_auth),
+            pcrs=tuple(sorted(set(self.pcrs))),
+            pcr_bank=self.pcr_bank,
+            session=self.session,
+            ak_handle=self.ak_handle or None,
+        )
+
+
+class Metrics(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[metrics]``: where figures and health can be asked for."""
+
+    listen: _Text = ""
+
+
 class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The configuration file. Every name is optional."""
 
@@ -131,6 +268,10 @@ class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lifecycle: Lifecycle = Lifecycle()
     pool: Pool = Pool()
     josev: Josev = Josev()
+    mqtt: Mqtt = Mqtt()
+    policy: Policy = msgspec.field(default_factory=Policy)
+    tpm: Tpm = msgspec.field(default_factory=Tpm)
+    metrics: Metrics = Metrics()
     csr: dict[CertificateType, CsrOverrides] = msgspec.field(default_factory=dict)
 
 
@@ -150,6 +291,10 @@ class Settings:
         terms: see `Lifecycle`.
         pool: see `Pool`.
         certificate_dir: see `Josev`.
+        mqtt: see `Mqtt`.
+        policy: see `Policy`.
+        tpm: see `Tpm`.
+        metrics: where figures and health can be asked for, see `Metrics`; None for nowhere.
         profiles: the profile of each certificate type, overrides included.
     """
 
@@ -164,6 +309,10 @@ class Settings:
     terms: Terms
     pool: PoolTerms
     certificate_dir: Path | None
+    mqtt: MqttTerms
+    policy: PolicyTerms
+    tpm: TpmTerms
+    metrics: str | None
     profiles: Mapping[CertificateType, CertificateProfile]
 
 
@@ -192,7 +341,10 @@ def read_file(path: Path) -> File:
         file = msgspec.convert(table, File)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path}: {error}", reason="config_invalid") from None
-    apply_overrides(file.csr)  # refuses what cannot be, whether or not the caller asks for profiles
+    # These refuse what cannot be, whether or not the caller asks for it.
+    apply_overrides(file.csr)
+    file.mqtt.terms()
+    file.tpm.terms()
     return file
 
 
@@ -279,6 +431,10 @@ def settle(
         terms=file.lifecycle.terms(),
         pool=file.pool.terms(),
         certificate_dir=Path(file.josev.certificate_dir) if file.josev.certificate_dir else None,
+        mqtt=file.mqtt.terms(),
+        policy=file.policy.terms(),
+        tpm=file.tpm.terms(),
+        metrics=file.metrics.listen or None,
         profiles=apply_overrides(file.csr),
     )
 

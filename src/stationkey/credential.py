@@ -1,0 +1,99 @@
+"""Secrets by reference: the configuration says where one is, and never what it is.
+
+A reference is the path of a file, or ``credential:NAME`` for one that systemd hands over (``LoadCredential=`` and its
+encrypted kin, [systemd.exec(5)]). What is read goes to whoever asked and into no message, log line or repr.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from stationkey.errors import ConfigurationError
+
+MAX_SECRET: Final = 4096
+"""Bytes. A longer file is none that was meant."""
+
+_CREDENTIAL: Final = "credential:"
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class SecretReference:
+    """Where a secret is.
+
+    Args:
+        source: a path, or ``credential:NAME``.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+
+    source: str
+
+    def __post_init__(self) -> None:
+        name = self.source.removeprefix(_CREDENTIAL)
+        if self.source.startswith(_CREDENTIAL):
+            right = _NAME.fullmatch(name) is not None and name.strip(".") != ""
+        else:
+            right = self.source != "" and "\0" not in self.source
+        if not right:
+            raise ConfigurationError(
+                f"{self.source[:80]!r} names no secret",
+                reason="secret_invalid",
+                hint="give the path of a file, or credential:NAME for one from systemd's LoadCredential=",
+            )
+
+    @property
+    def path(self) -> Path:
+        """The file that it is in.
+
+        Raises:
+            ConfigurationError: it is a credential, and systemd has handed none over.
+        """
+        if not self.source.startswith(_CREDENTIAL):
+            return Path(self.source)
+        directory = os.environ.get("CREDENTIALS_DIRECTORY")
+        if not directory:
+            raise ConfigurationError(
+                f"{self.source} is to come from systemd, and systemd has handed over no credentials",
+                reason="secret_unreadable",
+                hint="add LoadCredential= or LoadCredentialEncrypted= to the unit, or name a file",
+            )
+        return Path(directory, self.source.removeprefix(_CREDENTIAL))
+
+    def read(self) -> bytes:
+        """The secret, without the line feed that an editor puts at the end.
+
+        Raises:
+            ConfigurationError: it cannot be read, is empty or too long, or others than its owner and his group may read
+                it. The message names the file, and nothing of what is in it.
+        """
+        path = self.path
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            with os.fdopen(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise self._unreadable(f"{path} is no file")
+                if status.st_mode & stat.S_IRWXO:
+                    raise self._unreadable(
+                        f"{path} is open to every user of this machine (mode {stat.S_IMODE(status.st_mode):04o})",
+                        hint=f"chmod o= {path}",
+                    )
+                secret = file.read(MAX_SECRET + 1)
+        except OSError as error:
+            raise self._unreadable(f"{path} cannot be read: {error.strerror}") from None
+        secret = secret.removesuffix(b"\n").removesuffix(b"\r")
+        if not secret:
+            raise self._unreadable(f"{path} is empty")
+        if len(secret) > MAX_SECRET:
+            raise self._unreadable(f"{path} has more than {MAX_SECRET} bytes")
+        return secret
+
+    def _unreadable(self, message: str, *, hint: str = "") -> ConfigurationError:
+        return ConfigurationError(f"the secret {message}", reason="secret_unreadable", hint=hint)
