@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,27 @@ PINNED = ROOT / "requirements/station.txt"
 Component = dict[str, Any]
 
 
+def time_of_sources() -> str:
+    """The time of the last commit, or of the project's file: the same sources make the same document."""
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return commit or str(int((ROOT / "pyproject.toml").stat().st_mtime))
+
+
 def cyclonedx(*arguments: str | Path) -> Component:
     """What cyclonedx-py says."""
     program = [sys.executable, "-W", "ignore", "-m", "cyclonedx_py"]
-    options = ("--pyproject", ROOT / "pyproject.toml", "--output-reproducible", "--spec-version", "1.6")
-    said = subprocess.run([*program, *arguments, *options], capture_output=True, text=True, check=False)
+    options = (
+        "--pyproject",
+        ROOT / "pyproject.toml",
+        "--output-reproducible",
+        "--no-validate",
+        "--spec-version",
+        "1.6",
+    )
+    variables = {"SOURCE_DATE_EPOCH": time_of_sources()} | os.environ
+    said = subprocess.run([*program, *arguments, *options], env=variables, capture_output=True, text=True, check=False)
     if said.returncode != 0:
         raise SystemExit(f"sbom: cyclonedx-py failed: {said.stderr.strip()}")
     document: Component = json.loads(said.stdout)
@@ -77,7 +94,7 @@ def document(python: Path, debian: list[str]) -> Component:
     """The whole SBOM."""
     pinned = {name_of(component): component for component in cyclonedx("requirements", PINNED)["components"]}
     sbom = cyclonedx("environment", python)
-    installed = {name_of(component): component for component in sbom["components"]}
+    installed = {name_of(component): component for component in sbom.get("components", [])}
     site_packages = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True,
@@ -99,7 +116,7 @@ def document(python: Path, debian: list[str]) -> Component:
     kept = {root, *(component["bom-ref"] for component in components)}
     needs = {
         entry["ref"]: sorted(set(entry.get("dependsOn", [])) & kept)
-        for entry in sbom["dependencies"]
+        for entry in sbom.get("dependencies", [])
         if entry["ref"] in kept
     }
     needs[root] += [component["bom-ref"] for component in system]
