@@ -323,9 +323,11 @@ def read_file(path: Path) -> File:
         ConfigurationError: it cannot be read, is no TOML, or says something that cannot be; the message names where.
     """
     try:
-        if path.stat().st_size > MAX_FILE:
+        with path.open("rb") as opened:  # no more than this of a device that never ends
+            content = opened.read(MAX_FILE + 1)
+        if len(content) > MAX_FILE:
             raise ConfigurationError(f"the configuration file {path} is too large", reason="config_unreadable")
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
     except OSError as error:
         raise ConfigurationError(
             f"the configuration file {path} cannot be read: {error.strerror}", reason="config_unreadable"
@@ -336,6 +338,7 @@ def read_file(path: Path) -> File:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         raise ConfigurationError(f"{path} is no TOML: {error}", reason="config_invalid") from None
+    _refuse_nul(path, table)
     _refuse_fixed(path, table)
     try:
         file = msgspec.convert(table, File)
@@ -346,6 +349,20 @@ def read_file(path: Path) -> File:
     file.mqtt.terms()
     file.tpm.terms()
     return file
+
+
+def _refuse_nul(path: Path, table: dict[str, object]) -> None:
+    """No name of a file, a topic or anything else has a NUL in it, and TOML can write one."""
+    ahead: list[object] = [table]
+    while ahead:
+        match ahead.pop():
+            case dict() as members:
+                ahead += members.keys()
+                ahead += members.values()
+            case list() as members:
+                ahead += members
+            case str() as text if "\0" in text:
+                raise ConfigurationError(f"{path}: a text has a NUL character in it", reason="config_invalid")
 
 
 _FIXED: Final = {
