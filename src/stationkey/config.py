@@ -22,6 +22,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stationkey.credential import SecretReference
 from stationkey.errors import ConfigurationError
+from stationkey.logs import printable
 from stationkey.profiles import (
     PROFILES,
     Algorithm,
@@ -49,6 +50,8 @@ DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"
 DEFAULT_DEVICE: Final = "/dev/tpmrm0"
 """The kernel's resource manager: the one TPM device that several programs can share."""
 MAX_FILE: Final = 1024 * 1024
+MAX_SAID: Final = 200
+"""Characters of what is said of a wrong file."""
 
 T = TypeVar("T")
 LogFormat = Literal["text", "json"]
@@ -337,18 +340,24 @@ def read_file(path: Path) -> File:
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
-        raise ConfigurationError(f"{path} is no TOML: {error}", reason="config_invalid") from None
+        raise ConfigurationError(f"{path} is no TOML: {_said(error)}", reason="config_invalid") from None
     _refuse_nul(path, table)
     _refuse_fixed(path, table)
     try:
         file = msgspec.convert(table, File)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{path}: {error}", reason="config_invalid") from None
+        raise ConfigurationError(f"{path}: {_said(error)}", reason="config_invalid") from None
     # These refuse what cannot be, whether or not the caller asks for it.
     apply_overrides(file.csr)
     file.mqtt.terms()
     file.tpm.terms()
     return file
+
+
+def _said(words: object) -> str:
+    """What a library says of the file, which may show a piece of it: one short line for a terminal."""
+    text = printable(str(words))
+    return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
 
 
 def _refuse_nul(path: Path, table: dict[str, object]) -> None:
@@ -386,9 +395,8 @@ def _refuse_fixed(path: Path, table: dict[str, object]) -> None:
     for name, section in sections.items():
         for field in section if isinstance(section, dict) else ():
             if field in _FIXED:
-                raise ConfigurationError(
-                    f"{path}: [csr.{name}] {field} cannot be configured: {_FIXED[field]}", reason="config_invalid"
-                )
+                where = f"{path}: [csr.{_said(name)}] {field}"
+                raise ConfigurationError(f"{where} cannot be configured: {_FIXED[field]}", reason="config_invalid")
 
 
 def apply_overrides(
