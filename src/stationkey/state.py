@@ -147,15 +147,12 @@ def refuse_planted(directory: Path) -> None:
         ConfigurationError: the directory is closed to this user.
         LedgerError: something else is there. Nothing was opened.
     """
-    owner = directory.stat().st_uid
-    for name in _FILES:
-        path = directory / name
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise _unusable(directory, error) from None
+    try:
+        owner = directory.stat().st_uid
+        found = [(path, status) for path in (directory / name for name in _FILES) if (status := _lstat(path))]
+    except OSError as error:
+        raise _unusable(directory, error) from None
+    for path, status in found:
         if not stat.S_ISREG(status.st_mode):
             what = f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}"
         elif status.st_nlink != 1:
@@ -169,6 +166,14 @@ def refuse_planted(directory: Path) -> None:
             reason="state_file_foreign",
             hint="nothing was touched; find out who put it there, and move it away",
         )
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    """What is there, links not followed; None for nothing: SQLite takes its log away as soon as nobody needs it."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager
