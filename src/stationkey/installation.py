@@ -209,7 +209,7 @@ class KeyFinder:
         found: list[Chain] = []
         try:
             for path in _files(self._certificate_dir):
-                with suppress(FileNotFoundError, *(() if complete else (PermissionError,))):
+                with suppress(FileNotFoundError if complete else OSError):
                     if chain := read_chain(_content(path)):
                         found += chain.seen_from_each()
                 if len(found) > MAX_CERTIFICATES:
