@@ -38,11 +38,13 @@ from stationkey.messages import (
     decode,
     encode,
 )
+from stationkey.terms import MqttTerms
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT: Final = 1883
+DEFAULT_TLS_PORT: Final = 8883
 KEEPALIVE: Final = 30
 """Seconds between signs of life on an idle connection [MQTT 5 3.1.2.10]."""
 CONNECT_TIMEOUT: Final = 10.0
@@ -65,16 +67,23 @@ LAST_DELAY: Final = 30.0
 """Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
 the stations of a site do not all come back at the same moment."""
 
+PLAIN: Final = MqttTerms()
+"""No TLS beyond the URL's, and no credentials."""
+ONLINE: Final = b"online"
+OFFLINE: Final = b"offline"
+"""What the availability topic says [MQTT 5 3.1.2.5, the Will Message]."""
+
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broker:
-    """Where the broker is: ``mqtt://HOST[:PORT]``."""
+    """Where the broker is: ``mqtt://HOST[:PORT]``, or ``mqtts://HOST[:PORT]`` for TLS."""
 
     host: str
     port: int = DEFAULT_PORT
+    tls: bool = False
 
     @classmethod
     def parse(cls, url: str) -> Self:
@@ -83,7 +92,7 @@ class Broker:
         Raises:
             ConfigurationError: another scheme, no host, a port out of range, or a password in it.
         """
-        hint = "for example mqtt://127.0.0.1:1883"
+        hint = "for example mqtt://127.0.0.1:1883, or with TLS mqtts://broker.local:8883"
         if "@" in url:  # looked for before all else: what is said of other mistakes shows the URL
             raise ConfigurationError(
                 "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
@@ -91,11 +100,12 @@ class Broker:
             )
         try:
             parts = urlsplit(url)
-            port = DEFAULT_PORT if parts.port is None else parts.port
+            tls = parts.scheme == "mqtts"
+            port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
         except ValueError as error:
             raise ConfigurationError(f"{url!r} is no broker URL: {error}", reason="broker_invalid", hint=hint) from None
         if (
-            parts.scheme != "mqtt"
+            parts.scheme not in {"mqtt", "mqtts"}
             or not parts.hostname
             or parts.path not in {"", "/"}
             or parts.query
@@ -103,11 +113,11 @@ class Broker:
             or port == 0
         ):
             raise ConfigurationError(f"{url!r} is no broker URL", reason="broker_invalid", hint=hint)
-        return cls(parts.hostname, port)
+        return cls(parts.hostname, port, tls)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mqtt://{host}:{self.port}"
+        return f"mqtt{'s' if self.tls else ''}://{host}:{self.port}"
 
 
 class ConnectionLost(BrokerError):
@@ -139,6 +149,8 @@ class MqttConnection:
         broker: where to connect to.
         client_id: client identifier; with `persistent`, the broker's session belongs to it.
         persistent: keep the session (subscriptions, unacknowledged messages) at the broker between connections.
+        terms: TLS and credentials.
+        will: a topic on which the broker is to keep `OFFLINE` once this connection ends without a DISCONNECT.
         protocol: MQTT version to speak.
     """
 
@@ -148,9 +160,12 @@ class MqttConnection:
         *,
         client_id: str,
         persistent: bool,
+        terms: MqttTerms = PLAIN,
+        will: str | None = None,
         protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
     ) -> None:
         self._broker = broker
+        self._terms = terms
         self._persistent = persistent
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -172,6 +187,8 @@ class MqttConnection:
             manual_ack=True,
         )
         client.connect_timeout = CONNECT_TIMEOUT / 2
+        if will is not None:
+            client.will_set(will, OFFLINE, qos=1, retain=True)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -414,21 +431,35 @@ class MqttConnection:
             waiting.set_result(reason)
 
 
-async def connect(broker: Broker, *, client_id: str, persistent: bool) -> MqttConnection:
+async def connect(
+    broker: Broker, *, client_id: str, persistent: bool, terms: MqttTerms = PLAIN, will: str | None = None
+) -> MqttConnection:
     """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
+
+    Args:
+        broker: where to connect to.
+        client_id: see `MqttConnection`.
+        persistent: see `MqttConnection`.
+        terms: TLS and credentials; the files and secrets that they name are read now.
+        will: see `MqttConnection`.
 
     Raises:
         BrokerError: neither.
+        ConfigurationError: what `terms` names cannot be read, or is of no use with this broker.
     """
-    connection = MqttConnection(broker, client_id=client_id, persistent=persistent)
-    try:
-        await connection.open()
-    except ProtocolRefused as error:
-        log.debug("trying MQTT 3.1.1: %s", error)
-        older = MQTTProtocolVersion.MQTTv311
-        connection = MqttConnection(broker, client_id=client_id, persistent=persistent, protocol=older)
-        await connection.open()
-    return connection
+    for protocol in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
+        connection = MqttConnection(
+            broker, client_id=client_id, persistent=persistent, terms=terms, will=will, protocol=protocol
+        )
+        try:
+            await connection.open()
+        except ProtocolRefused as error:
+            if protocol is MQTTProtocolVersion.MQTTv311:
+                raise
+            log.debug("trying MQTT 3.1.1: %s", error)
+        else:
+            return connection
+    raise AssertionError("unreachable")
 
 
 async def _in_thread(call: Callable[[], T], *, name: str) -> T:
