@@ -58,7 +58,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> It
 
 
 async def opened(broker: Broker, by: MqttTerms = mqtt.PLAIN) -> MqttConnection:
-    return await connect(broker, client_id=f"test-{uuid.uuid4().hex[:8]}", persistent=False, terms=by)
+    return await connect(broker, client_id=f"us-{uuid.uuid4().hex[:8]}", persistent=False, terms=by)
 
 
 async def echo(connection: MqttConnection, payload: bytes = b"echo") -> bytes:
@@ -109,7 +109,7 @@ async def test_a_broker_that_is_not_to_be_trusted_is_refused_and_the_message_say
         with pytest.raises(BrokerError, match=said) as refused:
             await opened(broker.tls, terms(ca, **(by or {})))
         assert refused.value.reason == "broker_untrusted"
-        assert "test-" not in broker.log  # it did not hear who we are
+        assert "as us-" not in broker.log  # it did not hear who we are
 
 
 async def test_the_broker_may_have_another_name_than_the_host(shared: SecuredMosquitto, authority: Authority) -> None:
