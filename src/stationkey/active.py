@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote
 
+from stationkey import durable
 from stationkey.errors import LedgerError
 
 DIRECTORY_NAME: Final = "active"
 _SUFFIX: Final = ".pem"
-_UNFINISHED: Final = ".new"
 _LOCK: Final = ".lock"
 _MODE: Final = 0o700
 
@@ -86,7 +86,7 @@ class ActiveDirectory:
                     file.unlink()
                 written = [self._write(name, content) for name, content in contents.items()]
                 if gone or any(written):
-                    self._sync_directory()
+                    durable.sync_directory(self.path)
         except OSError as error:
             raise LedgerError(
                 f"{error.filename or self.path} cannot be written: {error.strerror}",
@@ -98,28 +98,22 @@ class ActiveDirectory:
     def _make(self) -> None:
         """Make the directory, or close it to others. A symbolic link in its place is refused: it leads who knows where.
 
-        What root makes is given to whom the state directory belongs, as SQLite does with its files: an operator's
-        ``sudo stationkey keys`` must not lock the daemon out.
+        What root makes is given to whom the state directory belongs.
         """
         self.path.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             if stat.S_IMODE(os.fstat(descriptor).st_mode) != _MODE:
                 os.fchmod(descriptor, _MODE)
-            self._give(descriptor)
+            durable.give(descriptor, self.path.parent)
         finally:
             os.close(descriptor)
-
-    def _give(self, descriptor: int) -> None:
-        if os.geteuid() == 0:
-            owner = self.path.parent.stat()
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            self._give(descriptor)
+            durable.give(descriptor, self.path.parent)
             end = time.monotonic() + LOCK_TIMEOUT
             while not _try_lock(descriptor):
                 if time.monotonic() > end:
@@ -130,27 +124,12 @@ class ActiveDirectory:
             os.close(descriptor)
 
     def _write(self, name: str, content: bytes) -> Path | None:
-        """Exchange a file atomically and durably; None where it is as it should be."""
+        """Exchange a file atomically; None where it is as it should be."""
         path = self.path / name
         if _read(path) == content:
             return None
-        unfinished = self.path / (name + _UNFINISHED)
-        unfinished.unlink(missing_ok=True)
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            self._give(descriptor)
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        unfinished.replace(path)
+        durable.exchange(path, content)
         return path
-
-    def _sync_directory(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:
