@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote
 
+from stationkey import durable
 from stationkey.errors import LedgerError
 
 DIRECTORY_NAME: Final = "active"
 _SUFFIX: Final = ".pem"
-_UNFINISHED: Final = ".new"
 _LOCK: Final = ".lock"
 _MODE: Final = 0o700
 _IN_THE_WAY: Final = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP})
@@ -96,7 +96,7 @@ class ActiveDirectory:
                     with _noted(troubles):
                         written.append(self._write(name, content))
                 if gone or any(written):
-                    self._sync_directory()
+                    durable.sync_directory(self.path)
         except OSError as error:
             raise self._unwritable(error) from None
         if troubles:
@@ -134,29 +134,14 @@ class ActiveDirectory:
             os.close(descriptor)
 
     def _write(self, name: str, content: bytes) -> Path | None:
-        """Exchange a file atomically and durably; None where it is as it should be."""
+        """Exchange a file atomically; None where it is as it should be."""
         path = self.path / name
         if _is_there(path, content):
             return None
         if path.is_dir() and not path.is_symlink():
             path.rmdir()
-        unfinished = self.path / (name + _UNFINISHED)
-        if os.path.lexists(unfinished):
-            _remove(unfinished)
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        unfinished.replace(path)
+        durable.exchange(path, content)
         return path
-
-    def _sync_directory(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:

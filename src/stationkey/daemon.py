@@ -37,7 +37,12 @@ async def serve(settings: Settings) -> None:
         StationKeyError: it cannot start.
     """
     broker = Broker.parse(settings.broker)
-    open_store = keystore_opener(settings.keystore, allow_software_keys=settings.allow_software_keys)
+    open_store = keystore_opener(
+        settings.keystore,
+        allow_software_keys=settings.allow_software_keys,
+        terms=settings.tpm,
+        state_dir=settings.state_dir,
+    )
     os.umask(0o077)
     state = StateDirectory(settings.state_dir)
     try:
