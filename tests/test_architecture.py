@@ -28,7 +28,7 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 ROWS: list[set[str]] = [
     # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
-    {"errors", "logs", "handshake"},
+    {"durable", "errors", "logs", "handshake"},
     {"credential", "profiles", "lifecycle", "seen"},
     {"terms"},  # values that name certificate types and secrets
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
@@ -54,11 +54,17 @@ HOMES: dict[str, set[str]] = {
     "click": {"cli", "cli_csms", "cli_josev", "cli_tls"},
     "rich": {"cli"},
     "paho": {"mqtt"},
-    "tpm2_pytss": {"keystore.tpm2"},
+    "tpm2_pytss": {
+        *("keystore.tpm2", "keystore.device", "keystore.capabilities", "keystore.templates"),
+        *("keystore.sessions", "keystore.pcr", "keystore.signing"),
+    },
     "sqlite3": {"ledger"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
     # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too.
-    "cryptography": {"csr", "certificate", "keystore.software", "keystore.tpm2", "pki", "csms", "station", "tls"},
+    "cryptography": {
+        *("csr", "certificate", "pki", "csms", "station", "tls"),
+        *("keystore.software", "keystore.tpm2", "keystore.signing", "keystore.tss2"),
+    },
     # The wire's structs and UNSET, which says that a field is not there; TOML to frozen values.
     "msgspec": {"messages", "schema", "config", "ledger", "josev", "station", "cli"},
     # The official schemas, and the frames around payloads; the connection itself, and its two ends.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -414,14 +416,14 @@ async def test_a_file_that_cannot_be_read_is_passed_over_unless_it_could_be_what
         await seeing.told("installed")
         (josev.path / f"{key_id_in(csr)}.pem").unlink()
     secret = josev.put("a.key", b"Josev's own")
-    read_bytes = Path.read_bytes
+    really_open = os.open
 
-    def closed_to_us(path: Path) -> bytes:
+    def closed_to_us(path: Path, *arguments: Any) -> int:
         if path == secret:
             raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
+        return really_open(path, *arguments)
 
-    monkeypatch.setattr(Path, "read_bytes", closed_to_us)  # root, as which tests may run, may read everything
+    monkeypatch.setattr(os, "open", closed_to_us)  # root, as which tests may run, may read everything
 
     await seeing.told(verb)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sqlite3
 import subprocess
 import sys
@@ -381,19 +380,3 @@ def test_a_key_that_changed_while_the_operator_thought_is_left_alone(
     assert f"{key} has become active meanwhile" in result.stderr
     with closing(Ledger(path)) as ledger:
         assert ledger.keys()[0].state == "active"
-
-
-def test_what_root_makes_under_active_belongs_to_whom_the_state_directory_belongs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``sudo stationkey keys`` must not lock the daemon out. That root is here is made believe; who may give is not."""
-    from stationkey.active import ActiveDirectory  # noqa: PLC0415 - only here
-
-    given: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(os, "fchown", lambda _, user, group: given.append((user, group)))
-
-    ActiveDirectory(tmp_path).sync(lambda: {("v2g_certificate", ""): b"content"})
-
-    owner = tmp_path.stat()
-    assert given == [(owner.st_uid, owner.st_gid)] * 3  # the directory, its lock, and the file

@@ -34,7 +34,7 @@ from tpm2_pytss.types import (
 )
 
 from stationkey.errors import KeyStoreError, UnsupportedAlgorithm
-from stationkey.keystore import KeyRef, tpm2
+from stationkey.keystore import KeyRef, capabilities, signing
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.profiles import RSA_2048, Algorithm
@@ -110,7 +110,7 @@ def connected(tpm: Swtpm) -> Iterator[ESAPI]:
 
 def loaded_objects(tpm: Swtpm) -> list[int]:
     with connected(tpm) as esapi:
-        return tpm2._handles(esapi, TRANSIENT, TRANSIENT | 0xFFFFFF)  # noqa: SLF001 - pure reading
+        return capabilities.handles(esapi, TRANSIENT, TRANSIENT | 0xFFFFFF)
 
 
 def tool(tpm: Swtpm, *command: str) -> str:
@@ -582,7 +582,7 @@ def test_behind_a_resource_manager_nothing_of_others_is_unloaded(monkeypatch: py
 def sign_by_an_unknown_hash(store: Tpm2KeyStore) -> None:
     """There is no SHA-3 in libtpms, so this is a signature that the TPM really refuses."""
     sha3 = {"sha3-256": TPM2_ALG.SHA3_256}
-    with mock.patch.dict(tpm2._HASHES, sha3), store.signer(store.generate(P256)) as private:  # noqa: SLF001 - the store would not ask for it
+    with mock.patch.dict(signing.HASHES, sha3), store.signer(store.generate(P256)) as private:
         assert isinstance(private, ec.EllipticCurvePrivateKey)
         private.sign(b"data", ec.ECDSA(hashes.SHA3_256()))
 
@@ -647,10 +647,10 @@ def test_a_tpm_without_create_loaded_serves_all_the_same(
 
 
 def lack_of(function: str, *missing: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    real: Callable[[ESAPI], set[int]] = getattr(tpm2, function)
+    real: Callable[..., set[int]] = getattr(capabilities, function)
 
     def inject(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(tpm2, function, lambda esapi: real(esapi) - set(map(int, missing)))
+        patch.setattr(capabilities, function, lambda *given: real(*given) - set(map(int, missing)))
 
     return inject
 
@@ -659,10 +659,10 @@ def lack_of_rsa(*sizes: int, code: int = 0x2C4) -> Callable[[pytest.MonkeyPatch]
     """TPM2_TestParms refuses these sizes, with TPM_RC_VALUE of the first parameter."""
     real = ESAPI.test_parms
 
-    def test_parms(esapi: ESAPI, parameters: Any) -> None:
+    def test_parms(esapi: ESAPI, parameters: Any, *sessions: Any) -> None:
         if int(parameters.parameters.rsaDetail.keyBits) in sizes:
             raise TSS2_Exception(code)
-        real(esapi, parameters)
+        real(esapi, parameters, *sessions)
 
     return lambda patch: patch.setattr(ESAPI, "test_parms", test_parms)
 
@@ -671,18 +671,18 @@ def lack_of_rsa(*sizes: int, code: int = 0x2C4) -> Callable[[pytest.MonkeyPatch]
     ("algorithm", "lack", "words"),
     [
         pytest.param(
-            Algorithm.ECDSA_SHA512, lack_of("_curves", TPM2_ECC.NIST_P521), "this TPM has no secp521r1", id="P-521"
+            Algorithm.ECDSA_SHA512, lack_of("curves", TPM2_ECC.NIST_P521), "this TPM has no secp521r1", id="P-521"
         ),
-        pytest.param(P256, lack_of("_curves", TPM2_ECC.NIST_P256), "this TPM has no secp256r1", id="P-256"),
+        pytest.param(P256, lack_of("curves", TPM2_ECC.NIST_P256), "this TPM has no secp256r1", id="P-256"),
         pytest.param(
-            Algorithm.ECDSA_SHA512, lack_of("_algorithms", TPM2_ALG.SHA512), "this TPM has no SHA-512", id="SHA-512"
+            Algorithm.ECDSA_SHA512, lack_of("algorithms", TPM2_ALG.SHA512), "this TPM has no SHA-512", id="SHA-512"
         ),
         pytest.param(
-            Algorithm.RSA_SHA384, lack_of("_algorithms", TPM2_ALG.SHA384), "this TPM has no SHA-384", id="SHA-384"
+            Algorithm.RSA_SHA384, lack_of("algorithms", TPM2_ALG.SHA384), "this TPM has no SHA-384", id="SHA-384"
         ),
-        pytest.param(P256, lack_of("_algorithms", TPM2_ALG.ECDSA), "this TPM has no ECDSA", id="ECDSA"),
+        pytest.param(P256, lack_of("algorithms", TPM2_ALG.ECDSA), "this TPM has no ECDSA", id="ECDSA"),
         pytest.param(
-            Algorithm.RSA_SHA256, lack_of("_algorithms", TPM2_ALG.RSASSA), "this TPM has no RSASSA", id="RSASSA"
+            Algorithm.RSA_SHA256, lack_of("algorithms", TPM2_ALG.RSASSA), "this TPM has no RSASSA", id="RSASSA"
         ),
         pytest.param(Algorithm.RSA_SHA384, lack_of_rsa(3072), "this TPM has no RSA-3072", id="RSA-3072"),
         pytest.param(
@@ -741,7 +741,7 @@ def test_what_a_replaced_tpm_can_do_is_asked_anew(
     swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        lack_of("_curves", TPM2_ECC.NIST_P521)(patch)
+        lack_of("curves", TPM2_ECC.NIST_P521)(patch)
         assert not store.supports(Algorithm.ECDSA_SHA512)
     swtpm.kill()
     swtpm.new_chip()

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote
 
+from stationkey import durable
 from stationkey.errors import LedgerError
 
 DIRECTORY_NAME: Final = "active"
 _SUFFIX: Final = ".pem"
-_UNFINISHED: Final = ".new"
 _LOCK: Final = ".lock"
 _MODE: Final = 0o700
+_IN_THE_WAY: Final = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP})
+"""A directory or a link where there should be a file."""
 
 LOCK_TIMEOUT: Final = 5.0
 """Seconds to wait for another writer, who needs milliseconds."""
@@ -49,8 +51,11 @@ def owner_of(name: str) -> Owner | None:
     if not name.endswith(_SUFFIX):
         return None
     certificate_type, _, encoded = name.removesuffix(_SUFFIX).partition(".")
-    owner = (certificate_type, unquote(encoded))
-    return owner if file_name(owner) == name else None
+    try:
+        owner = (certificate_type, unquote(encoded, errors="strict"))
+        return owner if file_name(owner) == name else None
+    except UnicodeError:  # half characters, and bytes that are no UTF-8
+        return None
 
 
 class ActiveDirectory:
@@ -80,46 +85,45 @@ class ActiveDirectory:
             self._make()
             with self._locked():
                 contents = {file_name(owner): content for owner, content in wanted().items()}
+                troubles: list[OSError] = []
                 # First what must not be there: it goes on a full disk, too, and makes room.
                 gone = [file for file in self.path.iterdir() if file.name not in contents and file.name != _LOCK]
                 for file in gone:
-                    file.unlink()
-                written = [self._write(name, content) for name, content in contents.items()]
+                    with _noted(troubles):
+                        _remove(file)
+                written = []
+                for name, content in contents.items():
+                    with _noted(troubles):
+                        written.append(self._write(name, content))
                 if gone or any(written):
-                    self._sync_directory()
+                    durable.sync_directory(self.path)
         except OSError as error:
-            raise LedgerError(
-                f"{error.filename or self.path} cannot be written: {error.strerror}",
-                reason="active_unwritable",
-                hint="make room, or give this user the rights; the ledger is right, and the file is made up for later",
-            ) from None
+            raise self._unwritable(error) from None
+        if troubles:
+            raise self._unwritable(troubles[0])
         return [path for path in written if path is not None]
 
-    def _make(self) -> None:
-        """Make the directory, or close it to others. A symbolic link in its place is refused: it leads who knows where.
+    def _unwritable(self, error: OSError) -> LedgerError:
+        path = error.filename or self.path
+        hint = "make room, or give this user the rights; the ledger is right, and the file is made up for later"
+        if error.errno in _IN_THE_WAY:
+            hint = f"something else is in the way: move {path} out of {self.path}, which is stationkey's alone"
+        return LedgerError(f"{path} cannot be written: {error.strerror}", reason="active_unwritable", hint=hint)
 
-        What root makes is given to whom the state directory belongs, as SQLite does with its files: an operator's
-        ``sudo stationkey keys`` must not lock the daemon out.
-        """
+    def _make(self) -> None:
+        """Make the directory, or close it to others. A link in its place is refused: it leads who knows where."""
         self.path.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             if stat.S_IMODE(os.fstat(descriptor).st_mode) != _MODE:
                 os.fchmod(descriptor, _MODE)
-            self._give(descriptor)
         finally:
             os.close(descriptor)
-
-    def _give(self, descriptor: int) -> None:
-        if os.geteuid() == 0:
-            owner = self.path.parent.stat()
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            self._give(descriptor)
             end = time.monotonic() + LOCK_TIMEOUT
             while not _try_lock(descriptor):
                 if time.monotonic() > end:
@@ -130,27 +134,14 @@ class ActiveDirectory:
             os.close(descriptor)
 
     def _write(self, name: str, content: bytes) -> Path | None:
-        """Exchange a file atomically and durably; None where it is as it should be."""
+        """Exchange a file atomically; None where it is as it should be."""
         path = self.path / name
-        if _read(path) == content:
+        if _is_there(path, content):
             return None
-        unfinished = self.path / (name + _UNFINISHED)
-        unfinished.unlink(missing_ok=True)
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            self._give(descriptor)
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        unfinished.replace(path)
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        durable.exchange(path, content)
         return path
-
-    def _sync_directory(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -161,13 +152,37 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _read(path: Path) -> bytes | None:
-    """The content of a regular file of ours; None for anything else, a planted symbolic link included."""
+def _is_there(path: Path, content: bytes) -> bool:
+    """Whether a regular file of ours, under this one name, has that content. Nothing that was planted is waited for."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         file = os.fdopen(descriptor, "rb")
     except OSError:
-        return None
+        return False
     with file:
         status = os.fstat(descriptor)
-        return file.read() if stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077 else None
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+        if not ours or status.st_mode & 0o077 or status.st_size != len(content):
+            return False
+        return file.read(len(content) + 1) == content
+
+
+def _remove(path: Path) -> None:
+    """Take away a name, and never what a link leads to.
+
+    Raises:
+        OSError: a directory that is not empty. What is in it may be somebody's work, and is not deleted.
+    """
+    try:
+        path.unlink()
+    except IsADirectoryError:
+        path.rmdir()
+
+
+@contextmanager
+def _noted(troubles: list[OSError]) -> Iterator[None]:
+    """Go on after a trouble with one file: the others are to be right all the same."""
+    try:
+        yield
+    except OSError as error:
+        troubles.append(error)

@@ -35,6 +35,10 @@ _PURPOSES: Final = {
 }
 
 
+UNREADABLE: Final = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+"""What cryptography raises where the extensions of a certificate are wrong: it reads them when they are asked for."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chain:
     """A leaf certificate and what came with it, in the order of the file.
@@ -148,7 +152,7 @@ def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> l
             found.append(f"usage: keyUsage lacks {', '.join(missing)}")
     except x509.ExtensionNotFound:
         found.append("usage: no keyUsage")
-    except ValueError as error:
+    except UNREADABLE as error:
         return [f"usage: the extensions cannot be read: {error}"]
     try:
         if leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:

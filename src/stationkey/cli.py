@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,7 @@ import click
 from stationkey import __version__, config
 from stationkey.errors import StationKeyError
 from stationkey.lifecycle import KeyEvent
+from stationkey.logs import printable
 from stationkey.profiles import Algorithm, CertificateType
 
 if TYPE_CHECKING:
@@ -74,9 +76,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except StationKeyError as error:
-            click.echo(f"stationkey: {error.message}", err=True)
+            click.echo(f"stationkey: {printable(error.message)}", err=True)
             if error.hint:
-                click.echo(f"  {error.hint}", err=True)
+                click.echo(f"  {printable(error.hint)}", err=True)
             ctx.exit(error.exit_code)
 
 
@@ -270,13 +272,15 @@ def keys() -> None:
 @contextmanager
 def _ledger(state_dir: Path | None, config_file: Path | None, *, write: bool = False) -> Iterator[Ledger]:
     from stationkey.ledger import DATABASE_NAME, Ledger  # noqa: PLC0415 - see the module's docstring
+    from stationkey.state import visit  # noqa: PLC0415 - see the module's docstring
 
     directory = state_dir or Path(_file(config_file).state_dir or config.DEFAULT_STATE_DIR)
-    ledger = Ledger(directory / DATABASE_NAME, read_only=not write, make=False)
-    try:
+    with ExitStack() as stack:
+        if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
+            directory = stack.enter_context(visit(directory))
+        ledger = Ledger(directory / DATABASE_NAME, read_only=not write, make=False)
+        stack.callback(ledger.close)
         yield ledger
-    finally:
-        ledger.close()
 
 
 def _one_key(ledger: Ledger, key_id: str) -> KeyRecord:
@@ -337,7 +341,8 @@ def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None
     for heading in headings:
         table.add_column(heading, overflow="fold", no_wrap=heading == headings[0])
     for row in rows:
-        table.add_row(*map(Text, row))  # Text, not str: a name may look like markup
+        # Text, not str: a name may look like markup. Whoever wrote to the ledger must not write to the terminal.
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
@@ -389,7 +394,7 @@ def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_
         return
     for name, value in shown.items():
         text = ", ".join(value) if isinstance(value, list) else value
-        click.echo(f"{name.replace('_', ' '):<24}{'-' if text is None else text}")
+        click.echo(f"{name.replace('_', ' '):<24}{'-' if text is None else printable(str(text))}")
 
 
 @keys.command("history")
@@ -429,7 +434,8 @@ def _order(
     with _ledger(state_dir, config_file, write=True) as ledger:
         key = _one_key(ledger, key_id)
         if ask is not None:
-            click.confirm(f"{ask} {key.key_id} ({key.certificate_type}, {key.state})?", abort=True, err=True)
+            named = printable(f"{key.key_id} ({key.certificate_type}, {key.state})")
+            click.confirm(f"{ask} {named}?", abort=True, err=True)
             if (now := _one_key(ledger, key.key_id).state) != key.state:
                 raise StationKeyError(
                     f"{key.key_id} has become {now} meanwhile; nothing was changed",
@@ -439,7 +445,7 @@ def _order(
         state = ledger.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
         ActiveDirectory(ledger.path.parent).sync(ledger.active_files)
         ledger.wipe()
-    click.echo(f"{key.key_id} is {state}")
+    click.echo(printable(f"{key.key_id} is {state}"))
 
 
 _yes = click.option("--yes", is_flag=True, help="Do not ask.")

@@ -22,6 +22,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stationkey.credential import SecretReference
 from stationkey.errors import ConfigurationError
+from stationkey.logs import printable
 from stationkey.profiles import (
     PROFILES,
     Algorithm,
@@ -49,6 +50,8 @@ DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"
 DEFAULT_DEVICE: Final = "/dev/tpmrm0"
 """The kernel's resource manager: the one TPM device that several programs can share."""
 MAX_FILE: Final = 1024 * 1024
+MAX_SAID: Final = 200
+"""Characters of what is said of a wrong file."""
 
 T = TypeVar("T")
 LogFormat = Literal["text", "json"]
@@ -152,8 +155,11 @@ class Mqtt(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     password_file: _Text = ""
     availability_topic: _Text = ""
 
-    def terms(self) -> MqttTerms:
+    def terms(self, *, keystore: str = "") -> MqttTerms:
         """The same, as the edge takes it.
+
+        Args:
+            keystore: URI of the key store; where it is a TPM, a key of the client's that is in a TPM is in this one.
 
         Raises:
             ConfigurationError: it says two things that exclude each other.
@@ -168,8 +174,9 @@ class Mqtt(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigurationError("[mqtt] has a key_file and no certificate_file", reason="config_invalid")
         return MqttTerms(
             ca_file=Path(self.ca_file) if self.ca_file else None,
-            certificate_file=Path(self.certificate_file) if self.certificate_file else None,
-            key_file=Path(self.key_file) if self.key_file else None,
+            certificate_file=_secret(self.certificate_file),
+            key_file=_secret(self.key_file),
+            tcti=keystore.removeprefix("tpm2:") if keystore.startswith("tpm2:") else None,
             server_name=self.server_name or None,
             username=self.username or _secret(self.username_file),
             password=_secret(self.password_file),
@@ -280,7 +287,7 @@ class Settings:
     """What the daemon runs by.
 
     Attributes:
-        broker: ``mqtt://HOST:PORT``.
+        broker: ``mqtt://HOST:PORT``, or ``mqtts://HOST:PORT`` for TLS.
         keystore: key-store URI.
         allow_software_keys: whether ``software:`` is let in.
         state_dir: where the ledger is.
@@ -323,9 +330,11 @@ def read_file(path: Path) -> File:
         ConfigurationError: it cannot be read, is no TOML, or says something that cannot be; the message names where.
     """
     try:
-        if path.stat().st_size > MAX_FILE:
+        with path.open("rb") as opened:  # no more than this of a device that never ends
+            content = opened.read(MAX_FILE + 1)
+        if len(content) > MAX_FILE:
             raise ConfigurationError(f"the configuration file {path} is too large", reason="config_unreadable")
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
     except OSError as error:
         raise ConfigurationError(
             f"the configuration file {path} cannot be read: {error.strerror}", reason="config_unreadable"
@@ -335,17 +344,38 @@ def read_file(path: Path) -> File:
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
-        raise ConfigurationError(f"{path} is no TOML: {error}", reason="config_invalid") from None
+        raise ConfigurationError(f"{path} is no TOML: {_said(error)}", reason="config_invalid") from None
+    _refuse_nul(path, table)
     _refuse_fixed(path, table)
     try:
         file = msgspec.convert(table, File)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{path}: {error}", reason="config_invalid") from None
+        raise ConfigurationError(f"{path}: {_said(error)}", reason="config_invalid") from None
     # These refuse what cannot be, whether or not the caller asks for it.
     apply_overrides(file.csr)
     file.mqtt.terms()
     file.tpm.terms()
     return file
+
+
+def _said(words: object) -> str:
+    """What a library says of the file, which may show a piece of it: one short line for a terminal."""
+    text = printable(str(words))
+    return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
+
+
+def _refuse_nul(path: Path, table: dict[str, object]) -> None:
+    """No name of a file, a topic or anything else has a NUL in it, and TOML can write one."""
+    ahead: list[object] = [table]
+    while ahead:
+        match ahead.pop():
+            case dict() as members:
+                ahead += members.keys()
+                ahead += members.values()
+            case list() as members:
+                ahead += members
+            case str() as text if "\0" in text:
+                raise ConfigurationError(f"{path}: a text has a NUL character in it", reason="config_invalid")
 
 
 _FIXED: Final = {
@@ -369,9 +399,8 @@ def _refuse_fixed(path: Path, table: dict[str, object]) -> None:
     for name, section in sections.items():
         for field in section if isinstance(section, dict) else ():
             if field in _FIXED:
-                raise ConfigurationError(
-                    f"{path}: [csr.{name}] {field} cannot be configured: {_FIXED[field]}", reason="config_invalid"
-                )
+                where = f"{path}: [csr.{_said(name)}] {field}"
+                raise ConfigurationError(f"{where} cannot be configured: {_FIXED[field]}", reason="config_invalid")
 
 
 def apply_overrides(
@@ -419,11 +448,12 @@ def settle(
     Raises:
         ConfigurationError: no key store is named, and this machine has no ``/dev/tpmrm0``.
     """
+    keystore = keystore or file.keystore or default_keystore()
     return Settings(
         broker=broker or file.broker or DEFAULT_BROKER,
         topic_prefix=_first(topic_prefix, file.topic_prefix) or "",
         client_id=file.client_id or None,
-        keystore=keystore or file.keystore or default_keystore(),
+        keystore=keystore,
         allow_software_keys=bool(_first(allow_software_keys, file.allow_software_keys)),
         state_dir=state_dir or Path(file.state_dir or DEFAULT_STATE_DIR),
         log_format=log_format or file.log_format or "text",
@@ -431,7 +461,7 @@ def settle(
         terms=file.lifecycle.terms(),
         pool=file.pool.terms(),
         certificate_dir=Path(file.josev.certificate_dir) if file.josev.certificate_dir else None,
-        mqtt=file.mqtt.terms(),
+        mqtt=file.mqtt.terms(keystore=keystore),
         policy=file.policy.terms(),
         tpm=file.tpm.terms(),
         metrics=file.metrics.listen or None,

@@ -23,7 +23,7 @@ from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.certificate import Chain, Expected, differences, prove
 from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
 from stationkey.installation import KeyFinder
-from stationkey.keystore import KeyRef, KeyStore
+from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.thread import KeyStoreThread, Turn
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.lifecycle import IllegalTransition, KeyEvent
@@ -340,7 +340,7 @@ class KeyCustody:
         if reference is None:
             return True
         try:
-            await on_keystore(self._keystore, partial(_load, key=reference), timeout=PROOF_DEADLINE)
+            await on_keystore(self._keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE)
         except KeyStoreError as error:
             if error.reason in PASSING:
                 return False
@@ -365,8 +365,3 @@ def _tell_if_left(key_id: str, done: Future[None]) -> None:
     error = None if done.cancelled() else done.exception()
     if error is not None:
         log.warning("the key store may still hold a destroyed key: %s", error, extra={"key_id": key_id})
-
-
-def _load(store: KeyStore, key: KeyRef) -> None:
-    with store.signer(key):
-        pass

@@ -17,7 +17,7 @@ from stationkey.errors import PASSING, KeyStoreError
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Ledger
-from stationkey.mqtt import Broker, MqttEdge, unless
+from stationkey.mqtt import Broker, MqttEdge, check, unless
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
 from stationkey.state import StateDirectory
@@ -37,7 +37,12 @@ async def serve(settings: Settings) -> None:
         StationKeyError: it cannot start.
     """
     broker = Broker.parse(settings.broker)
-    open_store = keystore_opener(settings.keystore, allow_software_keys=settings.allow_software_keys)
+    open_store = keystore_opener(
+        settings.keystore,
+        allow_software_keys=settings.allow_software_keys,
+        terms=settings.tpm,
+        state_dir=settings.state_dir,
+    )
     os.umask(0o077)
     state = StateDirectory(settings.state_dir)
     try:
@@ -49,7 +54,9 @@ async def serve(settings: Settings) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, _stopping, stop)
             # A TPM that hangs must not keep a signal waiting.
-            await unless(asyncio.create_task(stop.wait(), name="stop"), _introduce(settings, keystore))
+            stopped = asyncio.create_task(stop.wait(), name="stop")
+            await unless(stopped, check(broker, settings.mqtt))
+            await unless(stopped, _introduce(settings, keystore))
             service = StationKeyService(
                 keystore,
                 ledger,
@@ -68,6 +75,7 @@ async def serve(settings: Settings) -> None:
                 service,
                 client_id=settings.client_id or ledger.client_id(),
                 topic_prefix=settings.topic_prefix,
+                terms=settings.mqtt,
                 on_ready=_ready,
             )
             try:

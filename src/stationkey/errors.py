@@ -28,7 +28,7 @@ class Fault(StrEnum):
 
 PASSING: Final = frozenset(
     {
-        *("tpm_unreachable", "keystore_timeout", "tpm_reset", "tpm_lockout", "tpm_full"),
+        *("tpm_unreachable", "keystore_timeout", "tpm_reset", "tpm_lockout", "tpm_full", "tpm_altered"),
         *("disk_full", "ledger_read_only", "ledger_busy"),
     }
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ from stationkey.lifecycle import KeyState
 from stationkey.messages import CertificateInstallationStatus
 
 MAX_CERTIFICATE_FILES: Final = 1024
+MAX_CERTIFICATE_DIRECTORIES: Final = 256
 MAX_CERTIFICATE_SIZE: Final = 64 * 1024
-"""Bounds of what is read from the certificate directory."""
+MAX_CERTIFICATES: Final = 4096
+"""Bounds of what is read from the certificate directory, so that whoever may write there cannot keep the ledger's
+thread from its work. Of a larger file nothing is read."""
+MAX_PATH: Final = 4096
+"""Characters of a ``private_key_path`` that is looked at; Linux knows no longer ones [limits.h, PATH_MAX]."""
 
 
 class StatusUnfit(StationKeyError):
@@ -163,6 +169,8 @@ class KeyFinder:
         if not isinstance(status.data.private_key_path, str):
             return None
         try:
+            if len(status.data.private_key_path) > MAX_PATH:
+                raise ValueError("longer than any path")  # noqa: TRY301 - what follows is said of all that names nothing
             named = self._owner_or_key(ledger, Path(status.data.private_key_path))
         except (OSError, ValueError):  # a path with NUL, too long, or in a folder that is closed to us
             named = None
@@ -201,14 +209,16 @@ class KeyFinder:
         found: list[Chain] = []
         try:
             for path in _files(self._certificate_dir):
-                with suppress(FileNotFoundError, *(() if complete else (PermissionError,))):
-                    if path.stat().st_size <= MAX_CERTIFICATE_SIZE and (chain := read_chain(path.read_bytes())):
+                with suppress(FileNotFoundError if complete else OSError):
+                    if chain := read_chain(_content(path)):
                         found += chain.seen_from_each()
+                if len(found) > MAX_CERTIFICATES:
+                    raise _too_much(self._certificate_dir, f"more than {MAX_CERTIFICATES} certificates")
         except OSError as error:
             raise StatusUnfit(
                 f"{error.filename or self._certificate_dir} cannot be read: {error.strerror}",
                 reason="certificate_dir_unreadable",
-                hint="certificate_dir must exist, and this user must be able to read all that is in it",
+                hint="certificate_dir must exist, hold what Josev installs and no more, and be readable by this user",
             ) from None
         # Of two for one key the newer, and of two files with that one the longer chain.
         found.sort(key=lambda chain: (chain.not_before, len(chain.certificates)))
@@ -216,21 +226,60 @@ class KeyFinder:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The regular files in a directory and below it.
+    """What may be a file in a directory and below it. Links to directories are not followed.
 
     Raises:
-        OSError: a directory cannot be read, or there are more than `MAX_CERTIFICATE_FILES`.
+        OSError: a directory cannot be read, or there are too many.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files = []
-    for folder, _, names in os.walk(directory, onerror=fail):
-        files += [path for name in names if (path := Path(folder, name)).is_file()]
-        if len(files) > MAX_CERTIFICATE_FILES:
-            raise OSError(errno.EFBIG, f"more than {MAX_CERTIFICATE_FILES} files", str(directory))
+    files: list[Path] = []
+    ahead, seen = [directory], 1
+    while ahead:
+        with os.scandir(ahead.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    ahead.append(Path(entry.path))
+                    seen += 1
+                elif entry.is_file(follow_symlinks=False) or entry.is_symlink():
+                    files.append(Path(entry.path))
+                if len(files) > MAX_CERTIFICATE_FILES:
+                    raise _too_much(directory, f"more than {MAX_CERTIFICATE_FILES} files")
+                if seen > MAX_CERTIFICATE_DIRECTORIES:
+                    raise _too_much(directory, f"more than {MAX_CERTIFICATE_DIRECTORIES} directories")
     return sorted(files)
+
+
+_NOTHING_TO_READ: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV})
+"""A link in a circle, a socket, a device that is not there."""
+
+
+def _content(path: Path) -> bytes:
+    """The content of a regular file that is no larger than `MAX_CERTIFICATE_SIZE`; empty for anything else.
+
+    Nothing else is opened, if it can be helped: to open a device may do something. And what was opened is asked again
+    what it is, without having waited for anybody: meanwhile a FIFO may have come into the place of the file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return b""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in _NOTHING_TO_READ:
+            return b""
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CERTIFICATE_SIZE:
+            return b""
+        # A file of /proc says that it is empty, and is not; and some there have nothing yet, which is None.
+        content = file.read(MAX_CERTIFICATE_SIZE + 1) or b""
+    return content if len(content) <= MAX_CERTIFICATE_SIZE else b""
+
+
+def _too_much(directory: Path, what: str) -> OSError:
+    return OSError(errno.EFBIG, what, str(directory))
 
 
 def _only(ledger: Ledger, key: KeyRecord) -> bool:

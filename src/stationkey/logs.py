@@ -30,7 +30,10 @@ def _value(value: object) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """`text` on one line: what would move a cursor, turn the writing round or hide itself is shown as its number."""
+    if text.isprintable():
+        return text
     return "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in text)
 
 
@@ -40,11 +43,11 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback, which only a fault of ours has, follows on indented lines of its own."""
         pairs = "".join(f" {name}={_value(value)}" for name, value in fields_of(record).items())
-        line = f"{_timestamp(record)} {record.levelname:<7} {_printable(record.getMessage())}{pairs}"
+        line = f"{_timestamp(record)} {record.levelname:<7} {printable(record.getMessage())}{pairs}"
         if not record.exc_info:
             return line
         trace = self.formatException(record.exc_info).splitlines()
-        return "\n".join([line, *(f"    {_printable(row)}" for row in trace)])
+        return "\n".join([line, *(f"    {printable(row)}" for row in trace)])
 
 
 class JsonFormatter(logging.Formatter):

@@ -232,9 +232,10 @@ def decode(payload: bytes) -> Inbound | None:
 def decode_response(payload: bytes) -> GenerateCsrResponse | None:
     """Read one payload of ``cs/josev``; None where it is no ``generate_csr`` response, whatever else it may be."""
     try:
-        return msgspec.json.decode(payload, type=GenerateCsrResponse)
+        response = msgspec.json.decode(payload.decode("utf-8"), type=GenerateCsrResponse)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    return response if is_usable_id(response.id) else None  # msgspec lets a line feed follow what matches a pattern
 
 
 def _known(document: _Document) -> dict[str, object]:

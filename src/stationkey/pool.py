@@ -20,11 +20,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.errors import KeyStoreError, StationKeyError
-from stationkey.keystore import KeyRef, KeyStore
+from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.thread import KeyStoreThread, Turn
 from stationkey.ledger import Ledger
 from stationkey.lifecycle import KeyEvent
@@ -47,7 +48,12 @@ RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 300.0
 """Seconds between tries while the key store or the disk is in trouble; doubled in between."""
 
-USELESS: Final = frozenset({"key_of_another_tpm", "key_of_another_store", "key_damaged", "key_type_wrong", "tpm_error"})
+USELESS: Final = frozenset(
+    {
+        *("key_of_another_tpm", "key_of_another_store", "key_damaged", "key_type_wrong", "tpm_error"),
+        *("key_auth_wrong", "key_protection_differs", "parent_missing", "pcr_changed"),
+    }
+)
 """Reasons for which a key made ahead is given up: the key store at hand cannot use it, and will not at the next try."""
 GONE: Final = frozenset({"key_not_found", "illegal_transition"})
 """What the ledger says of a key that somebody else has ended."""
@@ -183,12 +189,8 @@ class KeyPool:
             self._tell(kind)
 
     async def _usable(self, ahead: Ahead) -> bool:
-        def load(store: KeyStore) -> None:
-            with store.signer(ahead.key):
-                pass
-
         try:
-            await on_keystore(self._keystore, load, timeout=LOOK_DEADLINE)
+            await on_keystore(self._keystore, partial(check_key, key=ahead.key, as_new=True), timeout=LOOK_DEADLINE)
         except KeyStoreError as error:
             if error.reason not in USELESS:
                 raise

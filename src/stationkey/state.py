@@ -1,10 +1,17 @@
-"""The state directory: all that the station keeps, for the one daemon that may write there."""
+"""The state directory: all that the station keeps, for the one daemon that may write there.
+
+Who can put a link, a FIFO or another directory in the place of what the daemon opens can make it write, read or wait
+elsewhere; and root, who comes with ``sudo stationkey keys``, anywhere. So what is opened is looked at first, and root
+becomes whom the directory belongs to (`as_owner`).
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +19,16 @@ from stationkey.errors import ConfigurationError, LedgerError
 from stationkey.ledger import DATABASE_NAME
 
 LOCK_NAME: Final = "lock"
+
+_FILES: Final = (LOCK_NAME, *(f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")))
+"""What is opened beside ``active/``, which looks after itself; the suffixes are SQLite's."""
+
+_KINDS: Final = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 class StateDirectory:
@@ -21,31 +38,20 @@ class StateDirectory:
     empty, or holding a ledger.
 
     Raises:
-        ConfigurationError: it cannot be made or entered, or should not be taken over.
-        LedgerError: another process uses it.
+        ConfigurationError: it cannot be made or entered, should not be taken over, or others can put another in its
+            place.
+        LedgerError: another process uses it, or something in it is not what this daemon put there.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mode = stat.S_IMODE(path.stat().st_mode)
-            if mode & 0o077:
-                entries = {entry.name for entry in path.iterdir()}
-                if entries and DATABASE_NAME not in entries:
-                    raise ConfigurationError(
-                        f"the state directory {path} is open to others (mode {mode:04o}) and has other files in it",
-                        reason="state_dir_open",
-                        hint="name a directory of its own",
-                    )
-                path.chmod(0o700)
+            self.path = path = settled(path)
+            self._take(path)
+            refuse_planted(path)
             self._lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise ConfigurationError(
-                f"the state directory {path} cannot be used: {error.strerror}",
-                reason="state_dir_unusable",
-                hint="name one with --state-dir that this user may write",
-            ) from None
+        except (OSError, ValueError) as error:  # ValueError: a path with NUL
+            raise _unusable(path, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -56,6 +62,31 @@ class StateDirectory:
                 hint="stop it first, or name another directory with --state-dir",
             ) from None
 
+    @staticmethod
+    def _take(path: Path) -> None:
+        """Close the directory to others.
+
+        Raises:
+            ConfigurationError: it is not this user's, or has been open and has other things in it than a ledger.
+        """
+        status = path.stat()
+        if status.st_uid != os.geteuid():
+            raise ConfigurationError(
+                f"the state directory {path} belongs to another user (uid {status.st_uid}; this is {os.geteuid()})",
+                reason="state_dir_foreign",
+                hint="run as that user, or give the directory and all that is in it to this one",
+            )
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & 0o077:
+            entries = {entry.name for entry in path.iterdir()}
+            if entries and DATABASE_NAME not in entries:
+                raise ConfigurationError(
+                    f"the state directory {path} is open to others (mode {mode:04o}) and has other files in it",
+                    reason="state_dir_open",
+                    hint="name a directory of its own",
+                )
+            path.chmod(0o700)
+
     @property
     def database(self) -> Path:
         """Where the ledger is."""
@@ -64,3 +95,128 @@ class StateDirectory:
     def close(self) -> None:
         """Let another process have it."""
         os.close(self._lock)
+
+
+def _unusable(path: Path, error: OSError | ValueError) -> ConfigurationError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return ConfigurationError(
+        f"the state directory {path} cannot be used: {why}",
+        reason="state_dir_unusable",
+        hint="name one with --state-dir that this user may write",
+    )
+
+
+def settled(path: Path) -> Path:
+    """Where `path` leads, if nobody else can make it lead elsewhere.
+
+    That is the case where each directory above it belongs to root or to its own owner, and no others may write there
+    [unlink(2), rename(2): the right to write in a directory is the right to exchange what is in it]. A sticky one, such
+    as ``/tmp``, may be open. What belongs to group root, or to the group that a user has for himself alone, is no more
+    open than its owner.
+
+    Raises:
+        ConfigurationError: others can exchange it, or it is not there.
+    """
+    try:
+        real = path.resolve(strict=True)
+        trusted = {0, real.stat().st_uid}
+        above = [(directory, directory.stat()) for directory in real.parents if directory != directory.parent]
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise _unusable(path, OSError(0, str(error)) if isinstance(error, RuntimeError) else error) from None
+    for directory, status in above:
+        mode = status.st_mode
+        writers = mode & (stat.S_IWOTH if status.st_gid in {0, status.st_uid} else stat.S_IWGRP | stat.S_IWOTH)
+        if status.st_uid in trusted and (not writers or mode & stat.S_ISVTX):
+            continue
+        who = f"belongs to uid {status.st_uid}" if status.st_uid not in trusted else "can be written by others"
+        raise ConfigurationError(
+            f"the state directory {real} could be exchanged: {directory} {who}",
+            reason="state_dir_exchangeable",
+            hint=f"chmod go-w {directory}, give it to root, or name another directory with --state-dir",
+        )
+    return real
+
+
+def refuse_planted(directory: Path) -> None:
+    """Look at what is about to be opened in a state directory: regular files of its owner's, each with one name.
+
+    Opening a FIFO would wait for ever, SQLite follows a link in place of the database, and a file with a second name
+    (a hard link) is changed under that name too.
+
+    Raises:
+        ConfigurationError: the directory is closed to this user.
+        LedgerError: something else is there. Nothing was opened.
+    """
+    try:
+        owner = directory.stat().st_uid
+        found = [(path, status) for path in (directory / name for name in _FILES) if (status := _lstat(path))]
+    except OSError as error:
+        raise _unusable(directory, error) from None
+    for path, status in found:
+        if not stat.S_ISREG(status.st_mode):
+            what = f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}"
+        elif status.st_nlink != 1:
+            what = "has another name elsewhere (a hard link)"
+        elif status.st_uid != owner:
+            what = f"belongs to another user (uid {status.st_uid})"
+        else:
+            continue
+        raise LedgerError(
+            f"{path} {what}, and not the file that stationkey made",
+            reason="state_file_foreign",
+            hint="nothing was touched; find out who put it there, and move it away",
+        )
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    """What is there, links not followed; None for nothing: SQLite takes its log away as soon as nobody needs it."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def visit(directory: Path) -> Iterator[Path]:
+    """For a command beside the daemon: the state directory, looked at, and for root as its owner; see `as_owner`.
+
+    Raises:
+        ConfigurationError: it is closed to this user, or others can put another in its place.
+        LedgerError: something in it is not what the daemon put there.
+    """
+    real = settled(directory)
+    with as_owner(real):
+        refuse_planted(real)
+        yield real
+
+
+@contextmanager
+def as_owner(directory: Path) -> Iterator[None]:
+    """For root: be the user whom `directory` belongs to, for what is done within.
+
+    Whatever that user has put there, links above all, then leads root no further than he can go himself; and what is
+    made belongs to him, so that ``sudo stationkey keys`` does not lock the daemon out. For other users nothing changes.
+
+    Args:
+        directory: as `settled` gives it.
+
+    Raises:
+        ConfigurationError: root cannot become that user here.
+    """
+    owner = directory.stat()
+    if os.geteuid() != 0 or owner.st_uid == 0:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    try:
+        os.setgroups([owner.st_gid])
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    except (OSError, ValueError) as error:
+        raise _unusable(directory, error) from None
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from stationkey.active import DIRECTORY_NAME, owner_of
-from stationkey.certificate import Chain, read_chain
+from stationkey.certificate import UNREADABLE, Chain, read_chain
 from stationkey.errors import ConfigurationError, Fault, StationKeyError
 from stationkey.profiles import CertificateType
 
@@ -256,7 +256,7 @@ def _use(file: Path, chain: Chain) -> Use:
             return use
     try:
         usage = set(chain.leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         usage = set()
     client = usage == {ExtendedKeyUsageOID.CLIENT_AUTH}
     return Use("client" if client else "server", (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3))

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import paho.mqtt.client as paho
 
-from stationkey import cli, service
+from stationkey import cli, durable, service
 from stationkey.active import ActiveDirectory
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.ledger import Ledger
@@ -72,7 +72,7 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "PEM not written": (BEFORE, ActiveDirectory, "_write"),
     "PEM written, not renamed": (BEFORE, Path, "replace"),
     "PEM renamed": (AFTER, Path, "replace"),
-    "PEM renamed, directory synced": (AFTER, ActiveDirectory, "_sync_directory"),
+    "PEM renamed, directory synced": (AFTER, durable, "sync_directory"),
     # A key destroyed.
     "destroying": (BEFORE, Ledger, "apply"),
     "private part wiped, not committed": (AFTER, "sql", "DELETE FROM secret WHERE"),

@@ -14,16 +14,18 @@ import hashlib
 import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import Algorithm, KeyType
+from stationkey.terms import TpmTerms
 
 if TYPE_CHECKING:
     from stationkey.csr import PrivateKey, PublicKey
 
-__all__ = ["Abandonable", "KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
+__all__ = ["Abandonable", "KeyRef", "KeyStore", "Protecting", "Support", "check_key", "key_id_of", "keystore_opener"]
 
 
 _PEM_LABELS: Final = {"tpm2": "TSS2 PRIVATE KEY", "software": "PRIVATE KEY"}
@@ -38,6 +40,12 @@ def key_id_of(public: bytes) -> str:
     Whoever holds the CSR or the certificate can compute it, and a name can never stand for two keys.
     """
     return hashlib.sha256(public).hexdigest()[:KEY_ID_LENGTH]
+
+
+def pem(label: str, der: bytes) -> bytes:
+    """DER as PEM [RFC 7468]."""
+    lines = textwrap.wrap(base64.b64encode(der).decode("ascii"), 64)
+    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode("ascii")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +73,7 @@ class KeyRef:
 
     def pem(self) -> bytes:
         """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
-        label = _PEM_LABELS[self.scheme]
-        lines = textwrap.wrap(base64.b64encode(self.private).decode("ascii"), 64)
-        return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode("ascii")
+        return pem(_PEM_LABELS[self.scheme], self.private)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +163,56 @@ class Abandonable(Protocol):
         ...
 
 
-def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[[], KeyStore]:
-    """Check a key-store URI and give a function that opens it, to be called in the thread that will own it.
+@runtime_checkable
+class Protecting(Protocol):
+    """A store whose keys may need more than to be loaded: an authorisation value, or a policy."""
+
+    def check(self, key: KeyRef, *, as_new: bool = False) -> None:
+        """Show that a key can be used.
+
+        Args:
+            key: the key.
+            as_new: whether it must also be protected as a new key would be.
+
+        Raises:
+            KeyStoreError: it cannot, or is not.
+        """
+        ...
+
+
+def check_key(store: KeyStore, key: KeyRef, *, as_new: bool = False) -> None:
+    """Show that a store can use a key: see `Protecting`; any other store has to load it.
 
     Raises:
-        ConfigurationError: unknown scheme, ``tpm2:`` without a TCTI, or ``software:`` without `allow_software_keys`.
+        KeyStoreError: it cannot.
     """
+    if isinstance(store, Protecting):
+        store.check(key, as_new=as_new)
+        return
+    with store.signer(key):
+        pass
+
+
+def keystore_opener(
+    uri: str,
+    *,
+    allow_software_keys: bool = False,
+    terms: TpmTerms | None = None,
+    state_dir: Path | None = None,
+) -> Callable[[], KeyStore]:
+    """Check a key-store URI and give a function that opens it, to be called in the thread that will own it.
+
+    Args:
+        uri: which store.
+        allow_software_keys: whether ``software:`` is let in.
+        terms: how the TPM is used, and what protects its keys.
+        state_dir: the state directory; ``tpm2:`` keeps files there where the terms need some.
+
+    Raises:
+        ConfigurationError: unknown scheme, ``tpm2:`` without a TCTI, ``software:`` without `allow_software_keys` or
+            with terms that only a TPM can keep, or terms that need a state directory without one.
+    """
+    terms = terms or TpmTerms()
     scheme, colon, rest = uri.partition(":")
     if scheme == "tpm2" and colon:
         if not rest.partition(":")[0].strip():
@@ -173,10 +223,15 @@ def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[
                 hint="for example tpm2:device:/dev/tpmrm0, or tpm2:swtpm:host=127.0.0.1,port=2321",
             )
 
+        if state_dir is None and (terms.key_auth == "generated" or terms.session != "none"):
+            raise ConfigurationError(
+                "key_auth = generated, and sessions, need a state directory", reason="state_dir_unnamed"
+            )
+
         def open_tpm2() -> KeyStore:
             from stationkey.keystore.tpm2 import Tpm2KeyStore  # noqa: PLC0415 - only a daemon pays for tpm2-tss
 
-            return Tpm2KeyStore(rest)
+            return Tpm2KeyStore(rest, terms=terms, state_dir=state_dir)
 
         return open_tpm2
     if scheme == "software" and colon:
@@ -190,6 +245,7 @@ def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[
                 reason="software_keys_refused",
                 hint="name a TPM, or give --allow-software-keys to try things out without one",
             )
+        _refuse_terms(terms)
 
         def open_software() -> KeyStore:
             from stationkey.keystore.software import SoftwareKeyStore  # noqa: PLC0415 - nor this one
@@ -202,3 +258,15 @@ def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[
         reason="keystore_uri_invalid",
         hint="it begins with tpm2: or software:, for example tpm2:device:/dev/tpmrm0",
     )
+
+
+def _refuse_terms(terms: TpmTerms) -> None:
+    """Keep anyone from believing that software keys have a protection that only a TPM gives."""
+    default = TpmTerms()
+    names = [one.name for one in fields(TpmTerms) if getattr(terms, one.name) != getattr(default, one.name)]
+    if names:
+        raise ConfigurationError(
+            f"[tpm] {', '.join(names)} cannot be had from a software key store",
+            reason="tpm_terms_without_tpm",
+            hint="name a TPM, or take these out of the configuration",
+        )

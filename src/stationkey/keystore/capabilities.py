@@ -1,0 +1,68 @@
+"""What a TPM says it has [TPM 2.0 part 3, 30.2]. Functions of an open ESAPI context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from tpm2_pytss import ESAPI
+from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_PT, TPM2_PT_FIRMWARE, TPM2_PT_VENDOR
+
+_PAGE: Final = 64  # entries asked for at a time; the TPM may give fewer
+
+
+def _pages(
+    esapi: ESAPI,
+    capability: Any,
+    member: str,
+    number: Callable[[Any], int],
+    first: int,
+    session: Any = ESYS_TR.NONE,
+) -> Iterator[Any]:
+    """Every entry of a capability from `first` on; a TPM may hand them out in pages."""
+    more = True
+    while more:
+        more, page = esapi.get_capability(capability, first, _PAGE, session)
+        entries = list(getattr(page.data, member))
+        yield from entries
+        if not entries:
+            return
+        first = number(entries[-1]) + 1
+
+
+def handles(esapi: ESAPI, first: int, last: int) -> list[int]:
+    """Those in use from `first` to `last`."""
+    found = (int(handle) for handle in _pages(esapi, TPM2_CAP.HANDLES, "handles", int, first))
+    return [handle for handle in found if handle <= last]
+
+
+def persistent(esapi: ESAPI, handle: int) -> bool:
+    """Whether there is an object at a persistent handle."""
+    return handle in handles(esapi, handle, handle)
+
+
+def algorithms(esapi: ESAPI, session: Any = ESYS_TR.NONE) -> set[int]:
+    """As TPM_ALG_IDs. The session authenticates the answer."""
+    pages = _pages(esapi, TPM2_CAP.ALGS, "algorithms", lambda entry: int(entry.alg), 0, session)
+    return {int(entry.alg) for entry in pages}
+
+
+def curves(esapi: ESAPI, session: Any = ESYS_TR.NONE) -> set[int]:
+    """As TPM_ECC_CURVEs. The session authenticates the answer."""
+    return {int(curve) for curve in _pages(esapi, TPM2_CAP.ECC_CURVES, "eccCurves", int, 0, session)}
+
+
+def description(esapi: ESAPI) -> str:
+    """Vendor and firmware version, as the fixed properties tell them [TPM 2.0 part 2, 6.13]."""
+    first = int(TPM2_PT.FIXED)
+    entries = _pages(esapi, TPM2_CAP.TPM_PROPERTIES, "tpmProperties", lambda entry: int(entry.property), first)
+    properties = {int(entry.property): int(entry.value) for entry in entries}
+    names = (TPM2_PT_VENDOR.STRING_1, TPM2_PT_VENDOR.STRING_2, TPM2_PT_VENDOR.STRING_3, TPM2_PT_VENDOR.STRING_4)
+    vendor = b"".join(properties.get(int(name), 0).to_bytes(4, "big") for name in names)
+    manufacturer = properties.get(int(TPM2_PT.MANUFACTURER), 0).to_bytes(4, "big")
+    firmware = properties.get(int(TPM2_PT_FIRMWARE.VERSION_1), 0)
+    return f"TPM 2.0 {_printable(manufacturer)} {_printable(vendor)} firmware {firmware >> 16}.{firmware & 0xFFFF}"
+
+
+def _printable(text: bytes) -> str:
+    return "".join(chr(byte) for byte in text if chr(byte).isprintable() and chr(byte).isascii())

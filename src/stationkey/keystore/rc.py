@@ -1,0 +1,47 @@
+"""Return codes: the TPM's [TPM 2.0 part 2, 6.6], tpm2-tss's and those of the resource managers in between."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+LAYER: Final = 0x00FF0000
+MARSHALLING: Final = 0x00090000
+_RESOURCE_MANAGER: Final = frozenset({0x000B0000, 0x000C0000})  # the layers of /dev/tpmrm0 and of tpm2-abrmd
+_TPM: Final = 0x180  # bits that a code of the TPM has and a code of tpm2-tss has not: version 1 or format one
+FORMAT_ONE: Final = 0x080  # it complains about a handle, a session or a parameter [TPM 2.0 part 2, 6.6.2]
+
+TCTI_VALUE: Final = 0xA000B
+TCTI_UNKNOWN: Final = 0xA0015
+RESPONSE_ALTERED: Final = 0x7001B  # the HMAC of a response is wrong
+INITIALIZE: Final = 0x100
+PCR_CHANGED: Final = 0x128  # between TPM2_PolicyPCR and the command that it allows
+COMMAND_CODE: Final = 0x143  # TPM2_CreateLoaded came with revision 1.38 of the specification
+HANDLE_1: Final = 0x18B
+VALUE_1: Final = 0x1C4
+INTEGRITY: Final = 0x1DF  # TPM2_Load, parameter 1: the blob is of another TPM, or of this one before it was cleared
+OBJECT_MEMORY: Final = 0x902
+SESSION_MEMORY: Final = 0x903
+SESSION_HANDLES: Final = 0x905
+REFERENCE_H0: Final = 0x910
+REFERENCE_S0: Final = 0x918
+LOCKOUT: Final = 0x921
+AUTH_FAIL: Final = 0x98E  # a wrong authorisation value, which counts for dictionary-attack lockout
+POLICY_FAIL: Final = 0x99D
+BAD_AUTH: Final = 0x9A2  # the same, and it does not count
+
+WRONG_AUTH: Final = frozenset({AUTH_FAIL, BAD_AUTH})
+SESSIONS_FULL: Final = frozenset({SESSION_MEMORY, SESSION_HANDLES})
+
+
+def code(error: Any) -> int:
+    """The return code of a ``TSS2_Exception``.
+
+    Where a resource manager answers in the TPM's place, with the code that the TPM would give: without its layer.
+    """
+    found: int = error.rc
+    return found & 0xFFFF if found & LAYER in _RESOURCE_MANAGER and found & _TPM else found
+
+
+def is_lost(error: Any) -> bool:
+    """Whether the failure is between us and the TPM, in any layer of tpm2-tss, rather than the TPM's own answer."""
+    return bool(code(error) & LAYER)

@@ -1,0 +1,140 @@
+"""The file format of keys in a TPM, ``TSS2 PRIVATE KEY`` [ASN.1 Specification for TPM 2.0 Key Files, Bottomley].
+
+tpm2-pytss has a class for it that knows no policy. Where a key has none, the bytes here are the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+from cryptography.hazmat import asn1
+from cryptography.x509 import ObjectIdentifier
+
+LABEL: Final = "TSS2 PRIVATE KEY"
+KEY: Final = ObjectIdentifier("2.23.133.10.1.3")
+SEALED: Final = ObjectIdentifier("2.23.133.10.1.5")
+
+POLICY_AUTH_VALUE: Final = 0x16B
+POLICY_PCR: Final = 0x17F
+"""Command codes [TPM 2.0 part 2, 6.5.2]."""
+
+NO_DIGEST: Final = bytes(32)
+"""Where every policy begins."""
+
+
+@asn1.sequence
+class _Command:
+    code: Annotated[int, asn1.Explicit(0)]
+    policy: Annotated[bytes, asn1.Explicit(1)]
+
+
+@asn1.sequence
+class _File:
+    type: ObjectIdentifier
+    empty_auth: Annotated[bool | None, asn1.Explicit(0)]
+    policy: Annotated[list[_Command] | None, asn1.Explicit(1)]
+    parent: int
+    public: bytes
+    private: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A policy command.
+
+    Attributes:
+        code: of the command.
+        policy: what it adds to the policy digest after its code; for TPM2_PolicyPCR a TPML_PCR_SELECTION, then the
+            digest of the values.
+    """
+
+    code: int
+    policy: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFile:
+    """A key, or sealed data, as it is kept outside of the TPM.
+
+    Attributes:
+        public: TPM2B_PUBLIC.
+        private: TPM2B_PRIVATE, wrapped by the parent.
+        parent: its persistent handle.
+        empty_auth: whether it has no authorisation value.
+        policy: what has to be shown before it can be used; empty for nothing.
+        type: `KEY` or `SEALED`.
+    """
+
+    public: bytes
+    private: bytes
+    parent: int
+    empty_auth: bool = True
+    policy: tuple[Command, ...] = ()
+    type: ObjectIdentifier = KEY
+
+    def der(self) -> bytes:
+        """The file's content."""
+        commands = [_Command(code=command.code, policy=command.policy) for command in self.policy]
+        return asn1.encode_der(
+            _File(
+                type=self.type,
+                empty_auth=self.empty_auth,
+                policy=commands or None,
+                parent=self.parent,
+                public=self.public,
+                private=self.private,
+            )
+        )
+
+    @classmethod
+    def read(cls, der: bytes) -> KeyFile:
+        """What `der` wrote.
+
+        Raises:
+            ValueError: it did not.
+        """
+        file = asn1.decode_der(_File, der)
+        if file.type not in {KEY, SEALED}:
+            raise ValueError("neither a key nor sealed data")
+        return cls(
+            public=file.public,
+            private=file.private,
+            parent=file.parent,
+            empty_auth=bool(file.empty_auth),
+            policy=tuple(Command(command.code, command.policy) for command in file.policy or ()),
+            type=file.type,
+        )
+
+
+def read_pem(text: bytes) -> KeyFile | None:
+    """The first key file in PEM text; None where there is none.
+
+    Raises:
+        ValueError: there is one, and it is damaged.
+    """
+    begin, end = f"-----BEGIN {LABEL}-----".encode(), f"-----END {LABEL}-----".encode()
+    _, found, rest = text.partition(begin)
+    if not found:
+        return None
+    encoded, ended, _ = rest.partition(end)
+    if not ended:
+        raise ValueError("the end is missing")
+    try:
+        return KeyFile.read(base64.b64decode(b"".join(encoded.split()), validate=True))
+    except binascii.Error:
+        raise ValueError("no base64") from None
+
+
+def policy_digest(policy: tuple[Command, ...]) -> bytes:
+    """The policy digest that the TPM comes to by these commands, with SHA-256; empty for no policy.
+
+    Each of the two commands adds its code and its policy [TPM 2.0 part 3, 23.7 and 23.17].
+    """
+    digest = NO_DIGEST
+    for command in policy:
+        digest = hashlib.sha256(digest + command.code.to_bytes(4, "big") + command.policy).digest()
+    return digest if policy else b""
