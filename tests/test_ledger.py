@@ -300,6 +300,7 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "history": lambda ledger, key_id: ledger.history(key_id),
     "counts_as_repeat": lambda ledger, _: ledger.counts_as_repeat(INSTALLED),
     "active_files": lambda ledger, _: ledger.active_files(),
+    "figures": lambda ledger, _: ledger.figures(expiries=8),
     "is_due": lambda ledger, key_id: ledger.is_due(key_id, 0),
     "due": lambda ledger, _: ledger.due(10),
     "next_due": lambda ledger, _: ledger.next_due(),
