@@ -144,12 +144,12 @@ class Listener:
 
     def close(self) -> None:
         """Listen no more."""
-        self.socket.close()
         if self._file is not None and self.address.path is not None:
             with contextlib.suppress(OSError):
                 there = self.address.path.lstat()
                 if (there.st_dev, there.st_ino) == self._file:  # and not another one's by now
                     self.address.path.unlink()
+        self.socket.close()
 
     def __enter__(self) -> Self:
         return self
