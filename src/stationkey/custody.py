@@ -79,6 +79,9 @@ class KeyCustody:
         clock: Unix time in seconds.
         counts: outcomes are counted here.
         tally: and here in more detail.
+
+    Attributes:
+        on_change: called when keys may have become active, or may have ended.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class KeyCustody:
         self._in_order = asyncio.Lock()
         self._waiting = 0
         self._trouble: StationKeyError | None = None
+        self.on_change: Callable[[], None] = lambda: None
 
     # A status.
 
@@ -271,6 +275,7 @@ class KeyCustody:
 
     async def show_active(self) -> None:
         """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
+        self.on_change()
         try:
             written = await self._ledger(lambda ledger: self._active.sync(ledger.active_files))
         except LedgerError as error:

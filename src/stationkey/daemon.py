@@ -72,7 +72,6 @@ async def serve(settings: Settings) -> None:
                 pool=settings.pool,
                 certificate_dir=settings.certificate_dir,
             )
-            health.service = service
             await service.custody.show_active()
             # What has been made so far stays: the garbage collector need not look at it again and again.
             gc.freeze()
@@ -84,7 +83,7 @@ async def serve(settings: Settings) -> None:
                 on_ready=partial(_ready, health),
                 on_away=health.away,
             )
-            health.edge = edge
+            health.watch(service, edge)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     sweeping = tasks.create_task(service.custody.run(), name="sweep")

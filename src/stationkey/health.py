@@ -36,8 +36,8 @@ EXPIRIES: Final = 32
 """Of how many active keys it is told when the certificate expires. EVSE IDs come over MQTT, and there are many."""
 PROBE_INTERVAL: Final = 30.0
 """Seconds between two questions to a key store that nobody wants anything of, at the most."""
-STATUS_INTERVAL: Final = 10.0
-"""Seconds between two looks at whether the line of status is still true; it is sent where it is not."""
+STATUS_INTERVAL: Final = 30.0
+"""Seconds between two looks at whether the line of status is still true, where nothing is told meanwhile."""
 STATUS_PAUSE: Final = 1.0
 """Seconds between two lines of status at least."""
 
@@ -202,6 +202,11 @@ class Health:
     def away(self) -> None:
         """There is no connection to the broker: it was lost, or could not be made."""
         self._settled(connected=False)
+
+    def watch(self, service: StationKeyService, edge: Connecting) -> None:
+        """These are the parts of the daemon."""
+        self.service, self.edge = service, edge
+        service.custody.on_change = self._news.set
 
     def stopping(self) -> None:
         """The daemon was told to end."""
