@@ -42,7 +42,7 @@ ROWS: list[set[str]] = [
     {"mqtt", "health"},
     {"josev", "metrics"},
     {"daemon", "station"},  # the composition root is given its configuration
-    {"cli_csms", "cli_josev", "cli_tls"},
+    {"cli_csms", "cli_health", "cli_josev", "cli_tls"},
     {"cli"},
     {"__main__"},
 ]
@@ -52,7 +52,7 @@ INSIDE = {"keystore"}
 """A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
 
 HOMES: dict[str, set[str]] = {
-    "click": {"cli", "cli_csms", "cli_josev", "cli_tls"},
+    "click": {"cli", "cli_csms", "cli_health", "cli_josev", "cli_tls"},
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {"keystore.tpm2"},

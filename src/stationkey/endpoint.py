@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 16
 """How many connections there may be at a time. Prometheus holds one, for milliseconds."""
+BACKLOG: Final = 128
+"""How many the kernel holds until they are looked at. What it has no place for comes again a second later."""
 MAX_HEAD: Final = 8 * 1024
 """Bytes of request line and header fields."""
 TIME_LIMIT: Final = 5.0
@@ -115,7 +117,7 @@ class Listener:
         try:
             if address.path is None:
                 family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-                self.socket = socket.create_server((address.host, address.port), family=family, backlog=MAX_CONNECTIONS)
+                self.socket = socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
             else:
                 self.socket = self._in_file(address.path)
         except OSError as error:
@@ -139,7 +141,7 @@ class Listener:
             os.umask(mask)
         made = path.lstat()
         self._file = made.st_dev, made.st_ino
-        listening.listen(MAX_CONNECTIONS)
+        listening.listen(BACKLOG)
         return listening
 
     def close(self) -> None:
@@ -231,7 +233,7 @@ class Endpoint:
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(
-            self._serve, sock=self._listener.socket, limit=MAX_HEAD, backlog=MAX_CONNECTIONS
+            self._serve, sock=self._listener.socket, limit=MAX_HEAD, backlog=BACKLOG
         )
         return self
 

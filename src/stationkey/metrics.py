@@ -148,11 +148,10 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
     yield _counter(
         "running_seconds", "How long the daemon has run with this ledger, all runs together.", service.running / 1000
     )
-    for name, words, keys in (
-        ("pool_keys_ready", "Keys made ahead that are ready.", service.pool.ready()),
-        ("pool_keys_wanted", "Keys made ahead that there should be.", service.pool.wanted()),
-    ):
-        yield _gauges(name, words, ("key_type",), {(str(kind),): count for kind, count in keys.items()})
+    ready = {(str(kind),): count for kind, count in service.pool.ready().items()}
+    yield _gauges("pool_keys_ready", "Keys made ahead that are ready.", ("key_type",), ready)
+    wanted = {(str(kind),): count for kind, count in service.pool.wanted().items()}
+    yield _gauges("pool_keys_wanted", "Keys made ahead that there should be.", ("key_type",), wanted)
 
 
 def _of_ledger(figures: Figures) -> Iterator[Metric]:
