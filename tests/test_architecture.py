@@ -28,8 +28,9 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 ROWS: list[set[str]] = [
     # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
-    {"durable", "errors", "logs", "handshake"},
-    {"credential", "profiles", "lifecycle", "seen"},
+    # The last three are about the process and the machine.
+    {"durable", "errors", "logs", "handshake", "tally", "process", "systemd"},
+    {"credential", "profiles", "lifecycle", "seen", "endpoint"},
     {"terms"},  # values that name certificate types and secrets
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
     {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
@@ -38,10 +39,10 @@ ROWS: list[set[str]] = [
     {"bridge", "installation", "state", "tls"},
     {"custody", "pool"},
     {"service"},
-    {"mqtt"},
-    {"josev"},
+    {"mqtt", "health"},
+    {"josev", "metrics"},
     {"daemon", "station"},  # the composition root is given its configuration
-    {"cli_csms", "cli_josev", "cli_tls"},
+    {"cli_csms", "cli_health", "cli_josev", "cli_tls"},
     {"cli"},
     {"__main__"},
 ]
@@ -51,7 +52,7 @@ INSIDE = {"keystore"}
 """A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
 
 HOMES: dict[str, set[str]] = {
-    "click": {"cli", "cli_csms", "cli_josev", "cli_tls"},
+    "click": {"cli", "cli_csms", "cli_health", "cli_josev", "cli_tls"},
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {
@@ -71,6 +72,8 @@ HOMES: dict[str, set[str]] = {
     "ocpp": {"ocpp", "ocppj"},
     "jsonschema": {"ocpp"},
     "websockets": {"ocppj", "csms", "station"},
+    # Loaded only where somebody wants figures.
+    "prometheus_client": {"metrics"},
 }
 """Where each library that is not ours is imported. sqlite3 is the standard library's, and a part like any other."""
 

@@ -19,7 +19,7 @@ from peers import Swtpm
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
-from stationkey.keystore.thread import FAIR_SHARE, MAX_ABANDONED, KeyStoreThread, Turn
+from stationkey.keystore.thread import FAIR_SHARE, MAX_ABANDONED, KeyStoreThread, Task, Turn
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.profiles import Algorithm
 
@@ -125,6 +125,12 @@ def name(_: KeyStore) -> str:
 
 def nothing(_: KeyStore) -> None:
     """A job that is done at once."""
+
+
+def settled(thread: KeyStoreThread) -> None:
+    """Wait until the last job is counted: whoever waits for its result is told before."""
+    while thread.busy:
+        threading.Event().wait(0.001)
 
 
 def hang(thread: KeyStoreThread, job: Stuck, clock: Clock) -> Future[str]:
@@ -327,6 +333,78 @@ def test_however_many_calls_hang_there_is_one_thread_more_at_most(
     assert len(workers()) == MAX_ABANDONED + 1 == 2
     other.let_go.set()
     assert {future.result(LONG) for future in waiting} == {"keystore-2"}
+
+
+def test_a_call_that_does_not_return_within_the_whole_time_of_its_job_is_stuck(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    job = stuck()
+    future = thread.submit(job, timeout=DEADLINE)
+    assert job.begun.wait(LONG)
+    clock.now += DEADLINE
+    within = thread.stuck
+    clock.now += 1
+    assert (within, thread.stuck) == (False, True)
+    job.let_go.set()
+    future.result(LONG)
+    thread.submit(nothing, timeout=DEADLINE).result(LONG)
+    assert not thread.stuck
+
+
+def test_a_job_that_had_to_wait_is_overdue_when_its_time_is_over_and_not_stuck(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    """A queue of RSA requests before a slow chip: each is overdue as soon as it begins, and each of them ends."""
+    first, second = stuck(), stuck()
+    thread.submit(first, timeout=DEADLINE)
+    assert first.begun.wait(LONG)
+    thread.submit(second, timeout=DEADLINE)
+    clock.now += DEADLINE - 1
+    first.let_go.set()
+    assert second.begun.wait(LONG)
+    clock.now += 2
+    assert (thread.hung, thread.stuck) == (True, False)
+    clock.now += DEADLINE
+    assert thread.stuck
+
+
+def test_a_thread_that_was_given_up_is_stuck_until_its_call_returns(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    job = stuck()
+    hang(thread, job, clock)
+    assert thread.submit(name, timeout=DEADLINE).result(LONG) == "keystore-2"
+    assert (thread.hung, thread.stuck, thread.abandoned) == (False, True, 1)
+    job.let_go.set()
+    next(worker for worker in workers() if worker.name == "keystore-1").join(LONG)
+    assert (thread.stuck, thread.abandoned) == (False, 0)
+
+
+def test_the_time_that_jobs_had_the_store_is_counted_by_their_task_without_their_wait(
+    thread: KeyStoreThread, clock: Clock
+) -> None:
+    def work(_: KeyStore) -> None:
+        clock.now += 2.0
+
+    for task in (Task.PROOF, Task.PROOF, Task.LOAD):
+        thread.submit(work, timeout=LONG, task=task)
+    thread.submit(nothing, timeout=LONG).result(LONG)
+    settled(thread)
+    counted = {task: (cumulative[-1], total) for task, (cumulative, total) in thread.durations().items()}
+    assert counted == {"proof": (2, 4.0), "load": (1, 2.0), "other": (1, 0.0)}
+
+
+def test_how_the_last_job_ended_is_remembered(thread: KeyStoreThread, clock: Clock) -> None:
+    def fail(_: KeyStore) -> NoReturn:
+        raise KeyStoreError("gone", reason="tpm_unreachable")
+
+    assert thread.last is None
+    failed = thread.submit(fail, timeout=DEADLINE)
+    with pytest.raises(KeyStoreError):
+        failed.result(LONG)
+    settled(thread)
+    clock.now += 3
+    assert thread.last == (3.0, "tpm_unreachable")
 
 
 def test_once_a_thread_that_was_given_up_has_ended_another_may_be(

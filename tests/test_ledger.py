@@ -300,6 +300,7 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "history": lambda ledger, key_id: ledger.history(key_id),
     "counts_as_repeat": lambda ledger, _: ledger.counts_as_repeat(INSTALLED),
     "active_files": lambda ledger, _: ledger.active_files(),
+    "figures": lambda ledger, _: ledger.figures(expiries=8),
     "is_due": lambda ledger, key_id: ledger.is_due(key_id, 0),
     "due": lambda ledger, _: ledger.due(10),
     "next_due": lambda ledger, _: ledger.next_due(),
@@ -362,6 +363,26 @@ def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation
     assert queries
     through_all = [plan for plan in plans if re.match(r"SCAN (key|answer|event)\b", plan)]
     assert set(through_all) <= {"SCAN key USING COVERING INDEX key_living", "SCAN key USING INDEX key_living"}
+
+
+def test_the_figures_are_those_of_the_keys_on_record(ledger: Ledger) -> None:
+    empty = ledger.figures(expiries=8)
+    assert (empty.keys, empty.expiries, empty.unknown, empty.destroyed) == ({}, (), 0, 0)
+    later, sooner, unknown, _, *gone = (answer(ledger, request(V2G, f"DE*ABC*E{number}")) for number in range(7))
+    ahead(ledger)
+    for key_id, not_after in ((later, 20), (sooner, 10), (unknown, None)):
+        ledger.activate(key_id, chain=None, not_after=not_after, reason="", now=0, grace_due=0, message_id=None)
+    for key_id in gone:
+        bring(ledger, key_id, KeyEvent.EXPIRED)
+    found = ledger.figures(expiries=8)
+    assert found.keys == {("active", V2G): 3, ("pre-activation", V2G): 1}
+    assert found.expiries == ((V2G, "DE*ABC*E1", 10), (V2G, "DE*ABC*E0", 20))
+    assert (found.unknown, found.destroyed) == (1, 3)
+    assert found.size > 0
+    assert (ledger.figures(expiries=1).expiries, ledger.figures(expiries=1).unknown) == (found.expiries[:1], 2)
+    while ledger.forget(keep=1, answered_before=0):
+        pass
+    assert ledger.figures(expiries=8).destroyed == 1
 
 
 @pytest.mark.parametrize("deleted", [None, "before", "after"], ids=["kept", "deleted before", "deleted after"])

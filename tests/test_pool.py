@@ -100,13 +100,15 @@ class NotedThread(KeyStoreThread):
         self.most_spare = 0
         self._spare: list[Future[Any]] = []
 
-    def submit(self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT) -> Future[T]:
+    def submit(
+        self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT, task: str = "other"
+    ) -> Future[T]:
         def noted(store: KeyStore) -> T:
             self.done.append(turn)
             return run(store)
 
         self.submitted.append(turn)
-        future = super().submit(noted, timeout=timeout, turn=turn)
+        future = super().submit(noted, timeout=timeout, turn=turn, task=task)
         if turn is Turn.SPARE:
             self._spare = [*(spare for spare in self._spare if not spare.done()), future]
             self.most_spare = max(self.most_spare, len(self._spare))
@@ -568,9 +570,11 @@ async def test_whatever_is_tried_for_a_request_has_one_deadline(
 ) -> None:
     timeouts: list[float] = []
 
-    async def noted(thread: KeyStoreThread, job: Callable[[KeyStore], T], *, timeout: float, turn: Turn) -> T:
+    async def noted(
+        thread: KeyStoreThread, job: Callable[[KeyStore], T], *, timeout: float, turn: Turn, task: str
+    ) -> T:
         timeouts.append(timeout)
-        return await on_keystore(thread, job, timeout=timeout, turn=turn)
+        return await on_keystore(thread, job, timeout=timeout, turn=turn, task=task)
 
     async with pooled(tmp_path) as here:
         await here.full()

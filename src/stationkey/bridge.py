@@ -11,7 +11,7 @@ from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
 from stationkey.keystore import KeyStore
-from stationkey.keystore.thread import KeyStoreThread, Turn, overdue
+from stationkey.keystore.thread import KeyStoreThread, Task, Turn, overdue
 from stationkey.ledger import Ledger
 
 P = ParamSpec("P")
@@ -56,6 +56,11 @@ class LedgerThread:
         self._calls.put(run)
         return future
 
+    @property
+    def trouble(self) -> str:
+        """See `Ledger.trouble`."""
+        return self._ledger.trouble
+
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
@@ -78,7 +83,12 @@ def _fail(future: asyncio.Future[T], error: BaseException) -> None:
 
 
 async def on_keystore(
-    keystore: KeyStoreThread, job: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT
+    keystore: KeyStoreThread,
+    job: Callable[[KeyStore], T],
+    *,
+    timeout: float,
+    turn: Turn = Turn.SHORT,
+    task: str = Task.OTHER,
 ) -> T:
     """The result of `job` on the key store's thread.
 
@@ -87,6 +97,6 @@ async def on_keystore(
     """
     try:
         async with asyncio.timeout(timeout):
-            return await asyncio.wrap_future(keystore.submit(job, timeout=timeout, turn=turn))
+            return await asyncio.wrap_future(keystore.submit(job, timeout=timeout, turn=turn, task=task))
     except TimeoutError:
         raise overdue() from None

@@ -24,11 +24,12 @@ from stationkey.certificate import Chain, Expected, differences, prove
 from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
 from stationkey.installation import KeyFinder
 from stationkey.keystore import KeyRef, KeyStore, check_key
-from stationkey.keystore.thread import KeyStoreThread, Turn
+from stationkey.keystore.thread import KeyStoreThread, Task, Turn
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.lifecycle import IllegalTransition, KeyEvent
 from stationkey.messages import CertificateInstallationStatus
 from stationkey.profiles import PROFILES, CertificateProfile, CertificateType
+from stationkey.tally import Tally
 from stationkey.terms import Terms
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,10 @@ class KeyCustody:
         certificate_dir: where Josev puts the certificates it installs, or None.
         clock: Unix time in seconds.
         counts: outcomes are counted here.
+        tally: and here in more detail.
+
+    Attributes:
+        on_change: called when keys may have become active, or may have ended.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class KeyCustody:
         certificate_dir: Path | None = None,
         clock: Callable[[], float] = time.time,
         counts: Counter[str] | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self._keystore = keystore
         self._ledger = ledger
@@ -101,10 +107,12 @@ class KeyCustody:
         self._finder = KeyFinder(self._active.path, certificate_dir)
         self._clock = clock
         self._counts: Counter[str] = Counter() if counts is None else counts
+        self._tally = tally or Tally()
         self._one_at_a_time = asyncio.Lock()
         self._in_order = asyncio.Lock()
         self._waiting = 0
         self._trouble: StationKeyError | None = None
+        self.on_change: Callable[[], None] = lambda: None
 
     # A status.
 
@@ -151,11 +159,13 @@ class KeyCustody:
         self, status: CertificateInstallationStatus, error: StationKeyError, about: Mapping[str, object]
     ) -> None:
         self._counts[error.reason] += 1
+        self._tally.statuses.add(status.data.status, "refused", error.reason)
         log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         if await self._ledger(Ledger.counts_as_repeat, status.id):
             log.info("'%s' was said before", status.data.status, extra=dict(about))
+            self._tally.statuses.add(status.data.status, "repeated", "")
             return
         match status.data.status:
             case "installed":
@@ -169,6 +179,7 @@ class KeyCustody:
         found = await self._ledger(self._finder.installed, status)
         if found is None:
             log.info("the certificate's key is active already", extra=dict(about))
+            self._tally.statuses.add("installed", "repeated", "")
             return
         key, chain = found.key, found.chain
         await self._prove(key, chain)
@@ -185,6 +196,7 @@ class KeyCustody:
             message_id=status.id,
         )
         self._counts["installed"] += 1
+        self._tally.statuses.add("installed", "applied", "")
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
         await self.show_active()
 
@@ -192,6 +204,7 @@ class KeyCustody:
         key = await self._ledger(self._finder.failed, status)
         if key.failed:
             log.info("the failure was told before", extra={**about, "key_id": key.key_id})
+            self._tally.statuses.add("failed_installation", "repeated", "")
             return
         await self._ledger(
             Ledger.apply,
@@ -203,12 +216,14 @@ class KeyCustody:
             message_id=status.id,
         )
         self._counts["failed_installation"] += 1
+        self._tally.statuses.add("failed_installation", "applied", "")
         log.warning("installation failed", extra={**about, "key_id": key.key_id})
 
     async def _deleted(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         key = await self._ledger(self._finder.deleted, status)
         await self._destroy(key.key_id, KeyEvent.DELETED, "Josev deleted its certificate", status.id)
         self._counts["deleted"] += 1
+        self._tally.statuses.add("deleted", "applied", "")
         log.info("key destroyed", extra={**about, "key_id": key.key_id})
         await self.show_active()
 
@@ -223,7 +238,7 @@ class KeyCustody:
                 public_key = store.public_key(reference) if chain is None else chain.leaf.public_key()
                 prove(private_key, public_key, secrets.token_bytes(32))
 
-        await on_keystore(self._keystore, sign, timeout=PROOF_DEADLINE)
+        await on_keystore(self._keystore, sign, timeout=PROOF_DEADLINE, task=Task.PROOF)
 
     def _compare(self, key: KeyRecord, chain: Chain, about: Mapping[str, object]) -> None:
         expected = Expected(
@@ -235,6 +250,7 @@ class KeyCustody:
         )
         for difference in differences(chain, expected, now=self._clock()):
             self._counts["certificate_differs"] += 1
+            self._tally.differences += 1
             log.warning(
                 "the certificate differs from its profile: %s", difference, extra={**about, "key_id": key.key_id}
             )
@@ -253,12 +269,13 @@ class KeyCustody:
         await self._ledger(Ledger.apply, key_id, event, reason=reason, now=self._now(), message_id=message_id)
         if reference is not None:
             in_device = self._keystore.submit(
-                lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE
+                lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
             )
             in_device.add_done_callback(partial(_tell_if_left, key_id))
 
     async def show_active(self) -> None:
         """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
+        self.on_change()
         try:
             written = await self._ledger(lambda ledger: self._active.sync(ledger.active_files))
         except LedgerError as error:
@@ -340,11 +357,14 @@ class KeyCustody:
         if reference is None:
             return True
         try:
-            await on_keystore(self._keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE)
+            await on_keystore(
+                self._keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD
+            )
         except KeyStoreError as error:
             if error.reason in PASSING:
                 return False
             self._counts["key_unusable"] += 1
+            self._tally.unusable += 1
             log.error(
                 "this key cannot be used: %s",
                 error,

@@ -7,20 +7,29 @@ import gc
 import logging
 import os
 import signal
-import socket
-from typing import Final
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
 
 from stationkey import __version__
 from stationkey.bridge import on_keystore
 from stationkey.config import Settings
 from stationkey.errors import PASSING, KeyStoreError
+from stationkey.health import Health
 from stationkey.keystore import KeyStore, keystore_opener
-from stationkey.keystore.thread import KeyStoreThread
+from stationkey.keystore.thread import KeyStoreThread, Task
 from stationkey.ledger import Ledger
 from stationkey.mqtt import Broker, MqttEdge, check, unless
+from stationkey.process import close_to_others
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
 from stationkey.state import StateDirectory
+from stationkey.systemd import ServiceManager
+
+if TYPE_CHECKING:
+    from stationkey.endpoint import Page
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +52,19 @@ async def serve(settings: Settings) -> None:
         terms=settings.tpm,
         state_dir=settings.state_dir,
     )
+    close_to_others()
     os.umask(0o077)
     state = StateDirectory(settings.state_dir)
     try:
         ledger = Ledger(state.database)
         keystore = KeyStoreThread(open_store)
+        watching = AsyncExitStack()
         try:
+            health = await watching.enter_async_context(_watching(settings, keystore, str(broker)))
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, _stopping, stop)
+                loop.add_signal_handler(number, _stopping, stop, health)
             # A TPM that hangs must not keep a signal waiting.
             stopped = asyncio.create_task(stop.wait(), name="stop")
             await unless(stopped, check(broker, settings.mqtt))
@@ -76,8 +88,10 @@ async def serve(settings: Settings) -> None:
                 client_id=settings.client_id or ledger.client_id(),
                 topic_prefix=settings.topic_prefix,
                 terms=settings.mqtt,
-                on_ready=_ready,
+                on_ready=partial(_ready, health),
+                on_away=health.away,
             )
+            health.watch(service, edge)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     sweeping = tasks.create_task(service.custody.run(), name="sweep")
@@ -93,6 +107,7 @@ async def serve(settings: Settings) -> None:
                 await service.aclose()
             log.info("stopped", extra=dict(service.counts))
         finally:
+            await watching.aclose()  # last, so that there are signs of life until then
             keystore.close()
             ledger.close()
     finally:
@@ -110,7 +125,7 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
         }
 
     try:
-        description, algorithms = await on_keystore(keystore, look, timeout=FIRST_LOOK)
+        description, algorithms = await on_keystore(keystore, look, timeout=FIRST_LOOK, task=Task.LOOK)
     except KeyStoreError as failure:
         if failure.reason not in PASSING:
             raise
@@ -120,30 +135,52 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
     log.log(level, "key store: %s", description, extra={str(name): words for name, words in algorithms.items()})
 
 
-def _ready() -> None:
+def _ready(health: Health) -> None:
     log.info("ready")
-    notify_systemd("READY=1")
+    health.connected()
 
 
-def _stopping(stop: asyncio.Event) -> None:
+def _stopping(stop: asyncio.Event, health: Health) -> None:
     if not stop.is_set():
         log.info("stopping: what is in hand is finished first")
-        notify_systemd("STOPPING=1")
+        health.stopping()
     stop.set()
 
 
-def notify_systemd(state: str) -> None:
-    """Tell the service manager, where there is one [sd_notify(3)]. Ten lines; the packages for it are long unkept."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notification:
-            notification.sendto(state.encode(), address)
-    except OSError as error:
-        log.warning("the service manager cannot be told %s: %s", state, error)
+@asynccontextmanager
+async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -> AsyncIterator[Health]:
+    """Tell how the daemon is: systemd, where it is there, and whoever asks at ``[metrics] listen``, where that is set.
+
+    Raises:
+        ConfigurationError: nobody can or should ask there.
+    """
+    health = Health(keystore, ServiceManager.of(os.environ), broker=broker, patience=settings.deadlines.ec)
+    async with health.watching(probing=settings.metrics is not None), AsyncExitStack() as stack:
+        if settings.metrics is not None:
+            from stationkey.endpoint import Address, Endpoint, Listener  # noqa: PLC0415 - nobody else pays for it
+
+            listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
+            await stack.enter_async_context(Endpoint(listener, _pages(health)))
+            log.info("metrics and health can be asked for at %s", listener.address)
+        yield health
+
+
+def _pages(health: Health) -> Mapping[str, Page]:
+    from stationkey.endpoint import Reply  # noqa: PLC0415 - nobody pays for these who does not want them
+    from stationkey.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415 - same
+
+    exposition = Exposition(health)
+
+    async def metrics() -> Reply:
+        return Reply(await exposition.text(), CONTENT_TYPE)
+
+    async def how() -> Reply:
+        await health.figures()  # shows whether the ledger answers
+        condition = health.condition()
+        status = HTTPStatus.OK if condition.healthy else HTTPStatus.SERVICE_UNAVAILABLE
+        return Reply(condition.report(), "application/json", status)
+
+    return {"/metrics": metrics, "/health": how}
 
 
 def run(settings: Settings) -> None:

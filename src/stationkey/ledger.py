@@ -13,7 +13,7 @@ import os
 import sqlite3
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,26 @@ class EventRecord:
     message_id: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """How much there is on record.
+
+    Attributes:
+        keys: how many keys that live have an owner, by state and certificate type.
+        expiries: of the active keys whose certificate is known: certificate type, EVSE ID or an empty text, and when
+            the certificate expires, Unix time in seconds. Those that expire first, and first.
+        unknown: of how many more active keys nothing is said in `expiries`.
+        destroyed: how many destroyed keys are on record still.
+        size: of the database and its write-ahead log, in bytes.
+    """
+
+    keys: Mapping[tuple[str, str], int]
+    expiries: tuple[tuple[str, str, int], ...]
+    unknown: int
+    destroyed: int
+    size: int
+
+
 def read_key_type(text: str) -> KeyType:
     """A key type, from the text that it is written down as."""
     return RsaModulus(int(text.removeprefix("RSA-"))) if text.startswith("RSA-") else EllipticCurve(text)
@@ -194,6 +214,8 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True) -> None:
         self.path = path
         self._delivered: deque[str] = deque()
+        self.trouble = ""
+        """Reason of the last failure, until something is written again. May be looked at from any thread."""
         make = make and not read_only
         with self._explained("opened"):
             if make:
@@ -564,6 +586,44 @@ class Ledger:
                 files[key.owner] = reference.pem() + (key.chain or "").encode()
         return files
 
+    def figures(self, *, expiries: int) -> Figures:
+        """How much there is on record.
+
+        Args:
+            expiries: of how many active keys at the most it is told when the certificate expires.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        states = [state for state in KeyState if state is not KeyState.DESTROYED]
+        with self._explained("read"):
+            counted = self._connection.execute(
+                "SELECT state, certificate_type, count(*) FROM key"  # noqa: S608 - `_LIVING` is this module's own text
+                f" WHERE state IN ({', '.join('?' * len(states))}) AND certificate_type > '' AND {_LIVING}"
+                " GROUP BY state, certificate_type",
+                states,
+            ).fetchall()
+            first = self._connection.execute(
+                "SELECT certificate_type, evse_id, not_after FROM key"  # noqa: S608 - `_LIVING` is this module's own text
+                f" WHERE state = ? AND not_after IS NOT NULL AND {_LIVING} ORDER BY not_after LIMIT ?",
+                (KeyState.ACTIVE, expiries),
+            ).fetchall()
+            # `ended` has no gaps, and so nothing has to be counted.
+            (destroyed,) = self._connection.execute(
+                "SELECT coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL)"
+                " - (SELECT min(ended) FROM key WHERE ended IS NOT NULL) + 1, 0)"
+            ).fetchone()
+            size = sum(file.stat().st_size for file in (self.path, Path(f"{self.path}-wal")) if file.exists())
+        keys = {(state, certificate_type): count for state, certificate_type, count in counted}
+        active = sum(count for (state, _), count in keys.items() if state == KeyState.ACTIVE)
+        return Figures(
+            keys=keys,
+            expiries=tuple((kind, evse_id, not_after) for kind, evse_id, not_after in first),
+            unknown=active - len(first),
+            destroyed=destroyed,
+            size=size,
+        )
+
     def counts_as_repeat(self, message_id: str) -> bool:
         """Whether a message has brought an event before: the broker, or Josev, sent it again."""
         with self._explained("read"):
@@ -919,6 +979,7 @@ class Ledger:
         try:
             yield
             self._connection.execute("COMMIT")
+            self.trouble = ""
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
@@ -930,11 +991,13 @@ class Ledger:
         try:
             yield
         except OSError as error:
+            self.trouble = "ledger_unusable"
             raise LedgerError(
                 f"the ledger {self.path} cannot be {act}: {error.strerror}", reason="ledger_unusable"
             ) from None
         except sqlite3.Error as error:
             reason, hint = _REASONS.get(getattr(error, "sqlite_errorname", ""), ("ledger_error", ""))
+            self.trouble = reason
             raise LedgerError(f"the ledger {self.path} cannot be {act}: {error}", reason=reason, hint=hint) from None
 
 

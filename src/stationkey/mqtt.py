@@ -311,6 +311,11 @@ class MqttConnection:
                 hint="look at its access control list",
             )
 
+    @property
+    def waiting(self) -> int:
+        """How many messages `receive` would give at once."""
+        return self._received.qsize()
+
     async def receive(self) -> Message:
         """The next message.
 
@@ -674,6 +679,7 @@ class MqttEdge:
         topic_prefix: see `topics`.
         terms: TLS, credentials and availability topic.
         on_ready: called whenever the subscription stands.
+        on_away: called whenever there is no connection: it was lost, or could not be made.
 
     Raises:
         ConfigurationError: a topic that cannot be one.
@@ -688,6 +694,7 @@ class MqttEdge:
         topic_prefix: str = "",
         terms: MqttTerms = PLAIN,
         on_ready: Callable[[], None] = lambda: None,
+        on_away: Callable[[], None] = lambda: None,
     ) -> None:
         self._broker = broker
         self._service = service
@@ -699,6 +706,7 @@ class MqttEdge:
         self._announces = False
         self._told_unavailable = False
         self._on_ready = on_ready
+        self._on_away = on_away
         self._connection: MqttConnection | None = None
         self._connected = asyncio.Event()
         """There is a connection, or there will be none any more: `_ending`."""
@@ -706,6 +714,21 @@ class MqttEdge:
         self._free = asyncio.Semaphore(MAX_IN_HAND)
         self._in_hand: set[_InHand] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the subscription stands."""
+        return self._connection is not None
+
+    @property
+    def in_hand(self) -> int:
+        """How many messages are being answered, or wait for their answer to be handed over."""
+        return len(self._in_hand)
+
+    @property
+    def waiting(self) -> int:
+        """How many messages have come and wait for a free hand."""
+        return 0 if self._connection is None else self._connection.waiting
 
     async def run(self, stop: asyncio.Event, *, drain: float) -> None:
         """Serve until `stop` is set; then finish what is in hand.
@@ -726,6 +749,7 @@ class MqttEdge:
                     delay = FIRST_DELAY
                     await self._serve(connection, stopping, drain)
                 except (BrokerError, ConfigurationError) as error:  # a secret or a certificate may just be exchanged
+                    self._on_away()
                     wait = delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
                     log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
                     await asyncio.wait([stopping], timeout=wait)

@@ -26,7 +26,7 @@ from typing import Final
 from stationkey.bridge import LedgerThread, on_keystore
 from stationkey.errors import KeyStoreError, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
-from stationkey.keystore.thread import KeyStoreThread, Turn
+from stationkey.keystore.thread import KeyStoreThread, Task, Turn
 from stationkey.ledger import Ledger
 from stationkey.lifecycle import KeyEvent
 from stationkey.profiles import Algorithm, KeyType, RsaModulus
@@ -142,6 +142,10 @@ class KeyPool:
         """How many keys of each kind are ready."""
         return {kind: len(ready) for kind, ready in self._ready.items()}
 
+    def wanted(self) -> dict[KeyType, int]:
+        """How many keys of each kind there should be."""
+        return {kind: self._size(kind) for kind in self._ready}
+
     # Making them.
 
     async def run(self) -> None:
@@ -172,7 +176,7 @@ class KeyPool:
         def look(store: KeyStore) -> dict[Algorithm, KeyType | None]:
             return {algorithm: store.supports(algorithm).key_type for algorithm in Algorithm}
 
-        kinds = await on_keystore(self._keystore, look, timeout=LOOK_DEADLINE)
+        kinds = await on_keystore(self._keystore, look, timeout=LOOK_DEADLINE, task=Task.LOOK)
         wanted = {algorithm: kind for algorithm, kind in kinds.items() if kind is not None and self._size(kind)}
         made = await self._ledger(Ledger.seconds_to_make)
         self.seconds_to_make = {kind: made[str(kind)] for kind in wanted.values() if str(kind) in made}
@@ -190,7 +194,12 @@ class KeyPool:
 
     async def _usable(self, ahead: Ahead) -> bool:
         try:
-            await on_keystore(self._keystore, partial(check_key, key=ahead.key, as_new=True), timeout=LOOK_DEADLINE)
+            await on_keystore(
+                self._keystore,
+                partial(check_key, key=ahead.key, as_new=True),
+                timeout=LOOK_DEADLINE,
+                task=Task.LOAD,
+            )
         except KeyStoreError as error:
             if error.reason not in USELESS:
                 raise
@@ -232,7 +241,7 @@ class KeyPool:
             return store.generate(algorithm), time.monotonic() - begun
 
         deadline = MAKING_DEADLINE if isinstance(kind, RsaModulus) else self._patience
-        made = await on_keystore(self._keystore, make, timeout=deadline, turn=Turn.SPARE)
+        made = await on_keystore(self._keystore, make, timeout=deadline, turn=Turn.SPARE, task=Task.MAKE_AHEAD)
         if made is None:
             return False
         key, seconds = made

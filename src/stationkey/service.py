@@ -22,12 +22,13 @@ from stationkey.csr import Csr, check_recorded, check_signature, sign_csr, to_pe
 from stationkey.custody import KeyCustody, RunningTime
 from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
-from stationkey.keystore.thread import KeyStoreThread, Turn
-from stationkey.ledger import Answered, Ledger, content_digest
+from stationkey.keystore.thread import KeyStoreThread, Task, Turn
+from stationkey.ledger import Answered, Figures, Ledger, content_digest
 from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
 from stationkey.pool import USELESS, KeyPool
 from stationkey.profiles import ALGORITHMS, PROFILES, CertificateProfile, CertificateType, RsaModulus, is_secc_id
 from stationkey.seen import SeenIds
+from stationkey.tally import UNKNOWN, Tally
 from stationkey.terms import PoolTerms, Terms
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class StationKeyService:
         custody: keeps the keys through the rest of their lives.
         pool: has keys made ahead; filled while its `KeyPool.run` runs.
         counts: how many requests had which outcome: ``accepted``, ``repeated``, or the reason of a refusal.
+        tally: the same in more detail, and more, for whoever watches.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class StationKeyService:
         self._in_hand: dict[str, _InHand] = {}
         self._closed = False
         self.counts: Counter[str] = Counter()
+        self.tally = Tally()
         self.custody = KeyCustody(
             keystore,
             self._ledger,
@@ -95,6 +98,7 @@ class StationKeyService:
             certificate_dir=certificate_dir,
             clock=clock,
             counts=self.counts,
+            tally=self.tally,
         )
         self.pool = KeyPool(
             keystore,
@@ -107,6 +111,7 @@ class StationKeyService:
 
     async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
         """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``."""
+        begun = time.monotonic()
         async with self._one_at_a_time(request.id):
             try:
                 if (answered := await self._find(request.id)) is not None:
@@ -114,18 +119,24 @@ class StationKeyService:
                 self._warn(request)
                 key, csr = await self._key_and_csr(request)
             except StationKeyError as error:
-                return await self.reject(request.id, error)
+                return await self.reject(request.id, error, certificate_type=request.data.certificate_type)
             except Exception:
                 log.exception("a fault of stationkey", extra={"request_id": request.id})
-                return await self.reject(request.id, StationKeyError("a fault of ours", reason="internal_error"))
+                fault = StationKeyError("a fault of ours", reason="internal_error")
+                return await self.reject(request.id, fault, certificate_type=request.data.certificate_type)
         self.counts["accepted"] += 1
+        self.tally.requests.add(str(request.data.certificate_type), "accepted", "")
+        self.tally.answered(str(request.algorithm), time.monotonic() - begun)
         about = {"request_id": request.id, "key_id": key.key_id, **_about(request)}
         asyncio.get_running_loop().call_soon(partial(log.info, "accepted", extra=about))  # with the answer on its way
         return messages.accepted(request, csr)
 
-    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
+    async def reject(
+        self, request_id: str, error: StationKeyError, *, certificate_type: str = UNKNOWN
+    ) -> GenerateCsrResponse:
         """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker."""
         self.counts[error.reason] += 1
+        self.tally.requests.add(str(certificate_type), "rejected", error.reason)
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
         log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
         try:
@@ -139,6 +150,7 @@ class StationKeyService:
     def pass_over(self, error: StationKeyError) -> None:
         """Note a message that is wrong and carries no usable id: it cannot be answered, only logged and counted."""
         self.counts[error.reason] += 1
+        self.tally.unanswerable.add(error.reason)
         log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
@@ -178,6 +190,29 @@ class StationKeyService:
             return
         self._knows_ids = True
 
+    async def figures(self, *, expiries: int) -> Figures:
+        """How much there is on record; see `Ledger.figures`.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        return await self._ledger(Ledger.figures, expiries=expiries)
+
+    @property
+    def ledger_trouble(self) -> str:
+        """Reason of the ledger's last failure, until something is written again; else an empty text."""
+        return self._ledger.trouble
+
+    @property
+    def running(self) -> int:
+        """How long the daemon has run with this ledger, all its runs together, in milliseconds."""
+        return self._running.now()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called: the ledger cannot be asked any more."""
+        return self._closed
+
     async def aclose(self) -> None:
         """Write the running time down and wait for the ledger. Ledger and key store are the caller's to close."""
         if self._closed:
@@ -208,6 +243,7 @@ class StationKeyService:
             )
         check_recorded(answered.csr)
         self.counts["repeated"] += 1
+        self.tally.requests.add(str(request.data.certificate_type), "repeated", "")
         log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id})
         return messages.accepted(request, answered.csr)
 
@@ -257,9 +293,11 @@ class StationKeyService:
             with store.signer(used) as private_key:
                 return used, sign_csr(request, private_key, profile)
 
-        turn = Turn.LONG if ahead is None and _is_rsa(request) else Turn.SHORT
+        turn, task = Turn.SHORT, Task.NEW_EC_KEY if ahead is None else Task.POOLED_KEY
+        if ahead is None and _is_rsa(request):
+            turn, task = Turn.LONG, Task.NEW_RSA_KEY
         left = until - asyncio.get_running_loop().time()
-        return await on_keystore(self._keystore, sign, timeout=left, turn=turn)
+        return await on_keystore(self._keystore, sign, timeout=left, turn=turn, task=task)
 
     async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr, *, ahead: bool) -> str:
         """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes. The PEM.

@@ -6,7 +6,6 @@ import base64
 import json
 import re
 import signal
-import socket
 import sqlite3
 import stat
 import subprocess
@@ -281,32 +280,6 @@ def test_many_requests_at_once_are_each_answered_once(tmp_path: Path) -> None:
 
 
 # Starting and stopping.
-
-
-def test_it_tells_the_service_manager_that_it_is_ready_only_once_it_is_subscribed(
-    tmp_path: Path, mosquitto: Mosquitto
-) -> None:
-    mosquitto.kill()
-    address = str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(address)
-        manager.setblocking(False)
-        with Station(
-            tmp_path,
-            *("--broker", mosquitto.url, "--keystore", "software:", "--allow-software-keys"),
-            NOTIFY_SOCKET=address,
-        ).launch() as station:
-            station.wait_for("no broker at", count=2)
-            with pytest.raises(BlockingIOError):
-                manager.recv(64)
-            mosquitto.start()
-            station.wait_for("ready")
-            manager.settimeout(10)
-            assert manager.recv(64) == b"READY=1"
-            with Josev(mosquitto) as josev:
-                assert josev.ask(generate_csr()).csr
-            assert station.stop() == 0
-            assert manager.recv(64) == b"STOPPING=1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

@@ -22,11 +22,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any, Final, TypeVar
 
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, StationKeyError
 from stationkey.keystore import Abandonable, KeyStore
+from stationkey.tally import OTHER, Durations
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -49,12 +50,48 @@ class Turn(IntEnum):
     """Nobody waits for it: when there is nothing else to do."""
 
 
+class Task(StrEnum):
+    """What a job is for, where its time is counted apart from that of others."""
+
+    NEW_EC_KEY = "new_ec_key"
+    """A key and its CSR."""
+    NEW_RSA_KEY = "new_rsa_key"
+    POOLED_KEY = "pooled_key"
+    """The CSR of a key that was made ahead."""
+    MAKE_AHEAD = "make_ahead"
+    PROOF = "proof"
+    """A signature before a key becomes active."""
+    LOAD = "load"
+    """Whether a key can be loaded still."""
+    LOOK = "look"
+    """What the key store can make."""
+    DESTROY = "destroy"
+    PROBE = "probe"
+    """Whether it answers at all."""
+    OTHER = OTHER
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     run: Callable[[KeyStore], Any]
     expires: float
+    timeout: float
     future: Future[Any]
     turn: Turn
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How the last job ended.
+
+    Attributes:
+        at: on the clock of the thread, in seconds.
+        reason: of its error; empty where there was none.
+    """
+
+    at: float
+    reason: str
 
 
 class _Jobs:
@@ -73,6 +110,8 @@ class _Jobs:
         self._short_in_a_row = 0
         self._wanted = 0  # jobs that somebody waits for, in hand or not yet
         self._last_done = clock()
+        self._durations: dict[str, Durations] = {}
+        self.last: End | None = None
 
     def put(self, job: _Job) -> None:
         with self._lock:
@@ -101,10 +140,25 @@ class _Jobs:
                 self._wanted -= 1
                 self._last_done = self._clock()
 
+    def note(self, job: _Job, begun: float, reason: str) -> None:
+        """Count how long a job had the store, and remember how it ended."""
+        now = self._clock()
+        with self._lock:
+            self._durations.setdefault(job.task, Durations()).add(now - begun)
+            self.last = End(now, reason)
+
     @property
     def idle(self) -> float:
         with self._lock:
             return 0.0 if self._wanted else self._clock() - self._last_done
+
+    @property
+    def waiting(self) -> dict[Turn, int]:
+        return {turn: len(waiting) for turn, waiting in self._waiting.items()}
+
+    def durations(self) -> dict[str, tuple[list[int], float]]:
+        with self._lock:
+            return {task: (one.cumulative(), one.sum) for task, one in self._durations.items()}
 
 
 class _Worker(threading.Thread):
@@ -125,12 +179,24 @@ class _Worker(threading.Thread):
         self._turn = threading.Lock()  # a job ends, or its worker is given up: never both at once
         self._abandoned = False
         self._expires: float | None = None  # when the job in hand is overdue; None between jobs
+        self._stuck_from: float | None = None  # when it has had the store for its whole time; None between jobs
 
     @property
     def hung(self) -> bool:
         """Whether the job in hand is past its deadline."""
         expires = self._expires
         return expires is not None and self._clock() > expires
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is in hand."""
+        return self._expires is not None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the job in hand has had the store for longer than its whole time, the wait before it left out."""
+        stuck_from = self._stuck_from
+        return stuck_from is not None and self._clock() > stuck_from
 
     def give_up(self) -> bool:
         """End the thread as soon as its overdue job returns; False, and nothing done, where there is no such job."""
@@ -149,22 +215,28 @@ class _Worker(threading.Thread):
             if not job.future.set_running_or_notify_cancel():
                 self._jobs.done(job)
                 continue
-            if self._clock() >= job.expires:
+            begun = self._clock()
+            if begun >= job.expires:
                 self._jobs.done(job)
                 job.future.set_exception(overdue())
                 continue
+            self._stuck_from = begun + job.timeout
             self._expires = job.expires
+            reason = ""
             try:
                 result = job.run(self._open())
             except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
+                reason = error.reason if isinstance(error, StationKeyError) else "internal_error"
                 # Given up, its words may only tell how the one that took over cleared its key away.
                 job.future.set_exception(overdue() if self._abandoned else error)
             else:
                 job.future.set_result(result)
             self._tidy()
+            if not self._abandoned:
+                self._jobs.note(job, begun, reason)
             self._jobs.done(job)
             with self._turn:
-                self._expires = None
+                self._expires = self._stuck_from = None
                 if self._abandoned:
                     break
         if self._store is not None:
@@ -221,13 +293,16 @@ class KeyStoreThread:
         worker.start()
         return worker
 
-    def submit(self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT) -> Future[T]:
+    def submit(
+        self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT, task: str = Task.OTHER
+    ) -> Future[T]:
         """Queue a job.
 
         Args:
             run: the job; it gets the store.
             timeout: seconds from now after which the job is not begun any more, and counts as hung if it was.
             turn: which jobs go before it, and which after.
+            task: what it is for: its time is counted by that.
 
         Returns:
             A future with the job's result or its error, which is a `StationKeyError` unless there is a fault in the
@@ -240,7 +315,7 @@ class KeyStoreThread:
             if len(self._abandoned) < MAX_ABANDONED and self._worker.give_up():
                 self._abandoned.append(self._worker)
                 self._worker = self._start()
-        self._jobs.put(_Job(run, now + timeout, future, turn))
+        self._jobs.put(_Job(run, now + timeout, timeout, future, turn, task))
         return future
 
     @property
@@ -252,6 +327,46 @@ class KeyStoreThread:
     def hung(self) -> bool:
         """Whether the job in hand is past its deadline."""
         return self._worker.hung
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a call seems never to return: of the thread in use, or of one that was given up.
+
+        Not the same as `hung`, which counts from when a job was asked for. Where many wait for a slow device, the one
+        in hand may be overdue as soon as it begins, and the next one too; but each of them ends. Here a job has all of
+        its time from when it began.
+        """
+        with self._lock:
+            return any(worker.stuck for worker in (self._worker, *self._abandoned) if worker.is_alive())
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is in hand."""
+        return self._worker.busy
+
+    @property
+    def abandoned(self) -> int:
+        """How many threads were given up whose call has not returned yet."""
+        with self._lock:
+            return sum(worker.is_alive() for worker in self._abandoned)
+
+    @property
+    def waiting(self) -> dict[Turn, int]:
+        """How many jobs wait for their turn."""
+        return self._jobs.waiting
+
+    def durations(self) -> dict[str, tuple[list[int], float]]:
+        """How long the jobs of each task had the store: see `Durations.cumulative`, and seconds in all."""
+        return self._jobs.durations()
+
+    @property
+    def last(self) -> tuple[float, str] | None:
+        """How many seconds ago the last job ended, and the reason of its error or an empty text; None before the first.
+
+        Whoever asked may have given up on it before.
+        """
+        end = self._jobs.last
+        return None if end is None else (self._clock() - end.at, end.reason)
 
     def close(self, timeout: float = 1.0) -> bool:
         """End the thread after the jobs queued so far, and close the store.

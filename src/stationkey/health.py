@@ -1,0 +1,328 @@
+"""How the daemon is: what `/health` and systemd are told, and whether the key store still answers.
+
+**Stuck** is a key store with a call out for longer than its whole time. Only then do the signs of life for systemd's
+watchdog stop, for only then does a new process help: the call is given up with the old one. A TPM that is gone fails at
+once, and no restart brings it back. A TPM that works for minutes at an RSA key has minutes for that. Where nobody wants
+anything, nobody would notice: so the key store is asked a small question now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+from stationkey import __version__
+from stationkey.errors import LedgerError
+from stationkey.keystore.thread import KeyStoreThread, Task, Turn
+from stationkey.ledger import Figures
+from stationkey.lifecycle import KeyState
+from stationkey.service import StationKeyService
+from stationkey.systemd import ServiceManager
+
+log = logging.getLogger(__name__)
+
+FRESH: Final = 1.0
+"""Seconds for which figures of the ledger are good: however often they are asked for, requests wait for no more."""
+LEDGER_PATIENCE: Final = 2.0
+"""Seconds that they are waited for."""
+EXPIRIES: Final = 32
+"""Of how many active keys it is told when the certificate expires. EVSE IDs come over MQTT, and there are many."""
+PROBE_INTERVAL: Final = 30.0
+"""Seconds between two questions to a key store that nobody wants anything of, at the most."""
+STATUS_INTERVAL: Final = 30.0
+"""Seconds between two looks at whether the line of status is still true, where nothing is told meanwhile."""
+STATUS_PAUSE: Final = 1.0
+"""Seconds between two lines of status at least."""
+
+UNREACHABLE: Final = frozenset({"tpm_unreachable", "tcti_invalid", "keystore_timeout"})
+"""Reasons for which there is no key store to speak with."""
+IN_TROUBLE: Final = UNREACHABLE | {"tpm_reset", "tpm_lockout", "tpm_full", "tpm_auth", "srk_unfit"}
+"""Reasons for which a key store serves nobody. All others are about one key or one request."""
+
+
+class Connecting(Protocol):
+    """What is looked at of the edge; `stationkey.mqtt.MqttEdge` has it."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether requests can come."""
+        ...
+
+    @property
+    def in_hand(self) -> int:
+        """How many messages are being answered."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait for that."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """How the daemon is at a moment.
+
+    Attributes:
+        ready: it serves, as far as the broker lets it.
+        stopping: it was told to end.
+        broker: URL of the broker.
+        connected: whether the broker's subscription stands.
+        connections: how often it has stood in this run.
+        changed: since when it stands, or does not; Unix time in seconds.
+        stuck: see the module.
+        last: how many seconds ago the key store did something last, and the reason why it failed, or an empty text.
+        ledger: reason of the ledger's last failure, or ``no_answer``; an empty text where there is nothing wrong.
+        watchdog: whether systemd waits for signs of life.
+    """
+
+    ready: bool
+    stopping: bool
+    broker: str
+    connected: bool
+    connections: int
+    changed: float
+    stuck: bool
+    last: tuple[float, str] | None
+    ledger: str
+    watchdog: bool
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is a key store to speak with."""
+        return not self.stuck and (self.last is None or self.last[1] not in UNREACHABLE)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the next request would be answered, as far as is known."""
+        well = not self.stuck and self.last is not None and self.last[1] not in IN_TROUBLE and not self.ledger
+        return self.ready and not self.stopping and self.connected and well
+
+    def report(self) -> bytes:
+        """The same as JSON."""
+        ago, reason = self.last or (None, None)
+        report = {
+            "status": "ok" if self.healthy else "trouble",
+            "version": __version__,
+            "ready": self.ready,
+            "stopping": self.stopping,
+            "broker": {
+                "url": self.broker,
+                "connected": self.connected,
+                "since": datetime.fromtimestamp(self.changed, UTC).isoformat(timespec="seconds"),
+                "connections": self.connections,
+            },
+            "keystore": {
+                "reachable": self.reachable,
+                "stuck": self.stuck,
+                "last_result": "ok" if reason == "" else reason,
+                "last_result_seconds_ago": None if ago is None else round(ago, 1),
+            },
+            "ledger": {"writable": not self.ledger, "trouble": self.ledger or None},
+            "watchdog": {"wanted": self.watchdog, "fed": self.watchdog and not self.stuck},
+        }
+        return json.dumps(report, indent=2).encode() + b"\n"
+
+    def sentence(self, figures: Figures | None) -> str:
+        """The same in a line, for ``systemctl status``."""
+        parts = [f"{'connected to' if self.connected else 'no connection to'} {self.broker}"]
+        if self.stopping:
+            parts.insert(0, "stopping")
+        if self.stuck:
+            parts.append("the key store hangs")
+        elif self.last is not None and self.last[1] in IN_TROUBLE:
+            parts.append(f"the key store cannot serve ({self.last[1]})")
+        if self.ledger:
+            parts.append(f"the ledger fails ({self.ledger})")
+        if figures is not None:
+            active = sum(count for (state, _), count in figures.keys.items() if state == KeyState.ACTIVE)
+            parts.append(f"{active} {'key' if active == 1 else 'keys'} active")
+            if figures.expiries:
+                expires = datetime.fromtimestamp(figures.expiries[0][2], UTC)
+                parts.append(f"next certificate expires {expires:%Y-%m-%d}")
+        return ", ".join(parts)
+
+
+class Health:
+    """Watches the parts of a daemon, and tells systemd.
+
+    Args:
+        keystore: the key store's thread.
+        manager: systemd, if there is one.
+        broker: URL of the broker, without secrets.
+        patience: seconds that the key store may take for a small question.
+        clock: Unix time in seconds.
+
+    Attributes:
+        service: the service, as soon as there is one.
+        edge: the edge to the broker, likewise.
+        connections: how often the broker's subscription has stood.
+    """
+
+    def __init__(
+        self,
+        keystore: KeyStoreThread,
+        manager: ServiceManager,
+        *,
+        broker: str,
+        patience: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.keystore = keystore
+        self.service: StationKeyService | None = None
+        self.edge: Connecting | None = None
+        self.connections = 0
+        self._manager = manager
+        self._broker = broker
+        self._patience = patience
+        self._clock = clock
+        self._connected = False
+        self._changed_at = clock()
+        self._ready = False
+        self._stopping = False
+        self._news = asyncio.Event()
+        self._looked_at = -FRESH
+        self._looking: asyncio.Future[Figures | None] | None = None
+        self._silent = False  # whether the ledger did not answer the last time
+
+    # What the daemon reports.
+
+    def connected(self) -> None:
+        """The broker's subscription stands."""
+        self.connections += 1
+        self._settled(connected=True)
+
+    def away(self) -> None:
+        """There is no connection to the broker: it was lost, or could not be made."""
+        self._settled(connected=False)
+
+    def watch(self, service: StationKeyService, edge: Connecting) -> None:
+        """These are the parts of the daemon."""
+        self.service, self.edge = service, edge
+        service.custody.on_change = self._news.set
+
+    def stopping(self) -> None:
+        """The daemon was told to end."""
+        if not self._stopping:
+            self._stopping = True
+            self._manager.stopping()
+            self._news.set()
+
+    def _settled(self, *, connected: bool) -> None:
+        """A try at the broker is over. Whether the first one succeeded is not for the service manager to wait for."""
+        if connected is not self._connected:
+            self._connected = connected
+            self._changed_at = self._clock()
+        if not self._ready:
+            self._ready = True
+            self._manager.ready()
+        self._news.set()
+
+    # What can be asked.
+
+    def condition(self) -> Condition:
+        """How the daemon is now."""
+        return Condition(
+            ready=self._ready,
+            stopping=self._stopping,
+            broker=self._broker,
+            connected=self.edge is not None and self.edge.connected,
+            connections=self.connections,
+            changed=self._changed_at,
+            stuck=self.keystore.stuck,
+            last=self.keystore.last,
+            ledger="" if self.service is None else self.service.ledger_trouble or "no_answer" * self._silent,
+            watchdog=self._manager.watchdog is not None,
+        )
+
+    async def figures(self) -> Figures | None:
+        """What the ledger has on record, as it was `FRESH` seconds ago at the most; None where it cannot be asked."""
+        now = time.monotonic()
+        if self._looking is None or (self._looking.done() and now - self._looked_at >= FRESH):
+            self._looked_at = now
+            self._looking = asyncio.ensure_future(self._look())
+        try:
+            async with asyncio.timeout(LEDGER_PATIENCE):
+                figures = await asyncio.shield(self._looking)
+        except TimeoutError:
+            self._silent = True
+            return None
+        self._silent = False
+        return figures
+
+    async def _look(self) -> Figures | None:
+        if self.service is None or self.service.closed:
+            return None
+        try:
+            return await self.service.figures(expiries=EXPIRIES)
+        except LedgerError:  # told by `ledger_trouble`
+            return None
+
+    # What goes on meanwhile.
+
+    @asynccontextmanager
+    async def watching(self, *, probing: bool = False) -> AsyncIterator[None]:
+        """Tell systemd what it wants to know, for the length of a block.
+
+        Args:
+            probing: ask the key store now and then, though there be no watchdog.
+        """
+        works: dict[str, Coroutine[object, object, None]] = {}
+        if self._manager.watchdog is not None or probing:
+            works["watchdog"] = self._feed(self._manager.watchdog)
+        if self._manager:
+            works["status"] = self._tell()
+        tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _feed(self, watchdog: float | None) -> None:
+        """Give signs of life while the key store is not stuck. They come from the event loop, so that is alive too."""
+        interval = PROBE_INTERVAL if watchdog is None else watchdog / 2
+        was_stuck = False
+        while True:
+            if (stuck := self.keystore.stuck) is not was_stuck:
+                was_stuck = stuck
+                log.log(
+                    logging.ERROR if stuck else logging.WARNING,
+                    "the key store hangs" if stuck else "the key store hangs no more",
+                )
+                self._news.set()
+            if watchdog is not None and not stuck:
+                self._manager.alive()
+            self._probe(interval)
+            await asyncio.sleep(interval)
+
+    def _probe(self, interval: float) -> None:
+        """Ask a key store whose last sign of life is old; one that has something to do will give one, or be stuck."""
+        last = self.keystore.last
+        fresh = last is not None and last[0] < min(interval, PROBE_INTERVAL) / 2
+        if not fresh and not self.keystore.busy and not any(self.keystore.waiting.values()):
+            self.keystore.submit(
+                lambda store: store.description, timeout=self._patience, turn=Turn.SPARE, task=Task.PROBE
+            )
+
+    async def _tell(self) -> None:
+        """Keep the line of status true."""
+        told = ""
+        while True:
+            self._news.clear()
+            figures = await self.figures()
+            if (line := self.condition().sentence(figures)) != told:
+                self._manager.status(line)
+                told = line
+            await asyncio.sleep(STATUS_PAUSE)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_INTERVAL):
+                    await self._news.wait()
