@@ -336,6 +336,10 @@ def read_file(path: Path) -> File:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         raise ConfigurationError(f"{path} is no TOML: {error}", reason="config_invalid") from None
+    return _checked(path, table)
+
+
+def _checked(path: Path, table: dict[str, object]) -> File:
     _refuse_fixed(path, table)
     try:
         file = msgspec.convert(table, File)
@@ -346,6 +350,30 @@ def read_file(path: Path) -> File:
     file.mqtt.terms()
     file.tpm.terms()
     return file
+
+
+def read_parts(path: Path) -> tuple[File, tuple[str, ...]]:
+    """What can be used of a file that `read_file` refuses, section by section, and what is wrong with each other one.
+
+    For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises: of a file
+    that is no TOML there are no parts, and nothing is said.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE:
+            return File(), ()
+        table = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return File(), ()
+    good: dict[str, object] = {}
+    complaints = []
+    for name, value in table.items():
+        try:
+            _checked(path, {name: value})
+        except ConfigurationError as error:
+            complaints.append(error.message)
+        else:
+            good[name] = value
+    return _checked(path, good), tuple(complaints)
 
 
 _FIXED: Final = {
