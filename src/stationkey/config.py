@@ -152,8 +152,11 @@ class Mqtt(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     password_file: _Text = ""
     availability_topic: _Text = ""
 
-    def terms(self) -> MqttTerms:
+    def terms(self, *, keystore: str = "") -> MqttTerms:
         """The same, as the edge takes it.
+
+        Args:
+            keystore: URI of the key store; where it is a TPM, a key of the client's that is in a TPM is in this one.
 
         Raises:
             ConfigurationError: it says two things that exclude each other.
@@ -168,8 +171,9 @@ class Mqtt(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigurationError("[mqtt] has a key_file and no certificate_file", reason="config_invalid")
         return MqttTerms(
             ca_file=Path(self.ca_file) if self.ca_file else None,
-            certificate_file=Path(self.certificate_file) if self.certificate_file else None,
-            key_file=Path(self.key_file) if self.key_file else None,
+            certificate_file=_secret(self.certificate_file),
+            key_file=_secret(self.key_file),
+            tcti=keystore.removeprefix("tpm2:") if keystore.startswith("tpm2:") else None,
             server_name=self.server_name or None,
             username=self.username or _secret(self.username_file),
             password=_secret(self.password_file),
@@ -280,7 +284,7 @@ class Settings:
     """What the daemon runs by.
 
     Attributes:
-        broker: ``mqtt://HOST:PORT``.
+        broker: ``mqtt://HOST:PORT``, or ``mqtts://HOST:PORT`` for TLS.
         keystore: key-store URI.
         allow_software_keys: whether ``software:`` is let in.
         state_dir: where the ledger is.
@@ -447,11 +451,12 @@ def settle(
     Raises:
         ConfigurationError: no key store is named, and this machine has no ``/dev/tpmrm0``.
     """
+    keystore = keystore or file.keystore or default_keystore()
     return Settings(
         broker=broker or file.broker or DEFAULT_BROKER,
         topic_prefix=_first(topic_prefix, file.topic_prefix) or "",
         client_id=file.client_id or None,
-        keystore=keystore or file.keystore or default_keystore(),
+        keystore=keystore,
         allow_software_keys=bool(_first(allow_software_keys, file.allow_software_keys)),
         state_dir=state_dir or Path(file.state_dir or DEFAULT_STATE_DIR),
         log_format=log_format or file.log_format or "text",
@@ -459,7 +464,7 @@ def settle(
         terms=file.lifecycle.terms(),
         pool=file.pool.terms(),
         certificate_dir=Path(file.josev.certificate_dir) if file.josev.certificate_dir else None,
-        mqtt=file.mqtt.terms(),
+        mqtt=file.mqtt.terms(keystore=keystore),
         policy=file.policy.terms(),
         tpm=file.tpm.terms(),
         metrics=file.metrics.listen or None,

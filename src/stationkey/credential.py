@@ -66,8 +66,11 @@ class SecretReference:
             )
         return Path(directory, self.source.removeprefix(_CREDENTIAL))
 
-    def read(self) -> bytes:
+    def read(self, *, limit: int = MAX_SECRET) -> bytes:
         """The secret, without the line feed that an editor puts at the end.
+
+        Args:
+            limit: bytes that it may have.
 
         Raises:
             ConfigurationError: it cannot be read, is empty or too long, or others than its owner and his group may read
@@ -85,14 +88,14 @@ class SecretReference:
                         f"{path} is open to every user of this machine (mode {stat.S_IMODE(status.st_mode):04o})",
                         hint=f"chmod o= {path}",
                     )
-                secret = file.read(MAX_SECRET + 1)
+                secret = file.read(limit + 1)
         except OSError as error:
             raise self._unreadable(f"{path} cannot be read: {error.strerror}") from None
         secret = secret.removesuffix(b"\n").removesuffix(b"\r")
         if not secret:
             raise self._unreadable(f"{path} is empty")
-        if len(secret) > MAX_SECRET:
-            raise self._unreadable(f"{path} has more than {MAX_SECRET} bytes")
+        if len(secret) > limit:
+            raise self._unreadable(f"{path} has more than {limit} bytes")
         return secret
 
     def _unreadable(self, message: str, *, hint: str = "") -> ConfigurationError:

@@ -17,7 +17,7 @@ from stationkey.errors import PASSING, KeyStoreError
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Ledger
-from stationkey.mqtt import Broker, MqttEdge, unless
+from stationkey.mqtt import Broker, MqttEdge, check, unless
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
 from stationkey.state import StateDirectory
@@ -49,7 +49,9 @@ async def serve(settings: Settings) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, _stopping, stop)
             # A TPM that hangs must not keep a signal waiting.
-            await unless(asyncio.create_task(stop.wait(), name="stop"), _introduce(settings, keystore))
+            stopped = asyncio.create_task(stop.wait(), name="stop")
+            await unless(stopped, check(broker, settings.mqtt))
+            await unless(stopped, _introduce(settings, keystore))
             service = StationKeyService(
                 keystore,
                 ledger,
@@ -68,6 +70,7 @@ async def serve(settings: Settings) -> None:
                 service,
                 client_id=settings.client_id or ledger.client_id(),
                 topic_prefix=settings.topic_prefix,
+                terms=settings.mqtt,
                 on_ready=_ready,
             )
             try:

@@ -11,13 +11,17 @@ and delayed acknowledgements one request takes some 80 ms instead of one.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import random
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
@@ -38,11 +42,14 @@ from stationkey.messages import (
     decode,
     encode,
 )
+from stationkey.terms import MqttTerms
+from stationkey.trust import BrokerSocket, introduction, no_handshake, refused
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT: Final = 1883
+DEFAULT_TLS_PORT: Final = 8883
 KEEPALIVE: Final = 30
 """Seconds between signs of life on an idle connection [MQTT 5 3.1.2.10]."""
 CONNECT_TIMEOUT: Final = 10.0
@@ -60,10 +67,20 @@ MAX_WAITING: Final = 1024
 """How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
 broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound. Reading never pauses: behind the
 requests comes what the answers wait for, their acknowledgements."""
+MAX_CONNECTING: Final = 8
+"""How many attempts to connect may hang. What blocks for ever, such as a TPM, must not cost a thread each time."""
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
 """Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
 the stations of a site do not all come back at the same moment."""
+
+PLAIN: Final = MqttTerms()
+"""No TLS beyond the URL's, and no credentials."""
+ONLINE: Final = b"online"
+OFFLINE: Final = b"offline"
+"""What the availability topic says [MQTT 5 3.1.2.5, the Will Message]."""
+SIGN_OFF: Final = 1.0
+"""Seconds for the broker to take the last of them."""
 
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
@@ -71,10 +88,11 @@ _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 
 @dataclass(frozen=True, slots=True)
 class Broker:
-    """Where the broker is: ``mqtt://HOST[:PORT]``."""
+    """Where the broker is: ``mqtt://HOST[:PORT]``, or ``mqtts://HOST[:PORT]`` for TLS."""
 
     host: str
     port: int = DEFAULT_PORT
+    tls: bool = False
 
     @classmethod
     def parse(cls, url: str) -> Self:
@@ -83,7 +101,7 @@ class Broker:
         Raises:
             ConfigurationError: another scheme, no host, a port out of range, or a password in it.
         """
-        hint = "for example mqtt://127.0.0.1:1883"
+        hint = "for example mqtt://127.0.0.1:1883, or with TLS mqtts://broker.local:8883"
         if "@" in url:  # looked for before all else: what is said of other mistakes shows the URL
             raise ConfigurationError(
                 "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
@@ -91,11 +109,12 @@ class Broker:
             )
         try:
             parts = urlsplit(url)
-            port = DEFAULT_PORT if parts.port is None else parts.port
+            tls = parts.scheme == "mqtts"
+            port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
         except ValueError as error:
             raise ConfigurationError(f"{url!r} is no broker URL: {error}", reason="broker_invalid", hint=hint) from None
         if (
-            parts.scheme != "mqtt"
+            parts.scheme not in {"mqtt", "mqtts"}
             or not parts.hostname
             or parts.path not in {"", "/"}
             or parts.query
@@ -103,11 +122,11 @@ class Broker:
             or port == 0
         ):
             raise ConfigurationError(f"{url!r} is no broker URL", reason="broker_invalid", hint=hint)
-        return cls(parts.hostname, port)
+        return cls(parts.hostname, port, tls)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mqtt://{host}:{self.port}"
+        return f"mqtt{'s' if self.tls else ''}://{host}:{self.port}"
 
 
 class ConnectionLost(BrokerError):
@@ -139,6 +158,8 @@ class MqttConnection:
         broker: where to connect to.
         client_id: client identifier; with `persistent`, the broker's session belongs to it.
         persistent: keep the session (subscriptions, unacknowledged messages) at the broker between connections.
+        terms: TLS and credentials.
+        will: a topic on which the broker is to keep `OFFLINE` once this connection ends without a DISCONNECT.
         protocol: MQTT version to speak.
     """
 
@@ -148,9 +169,12 @@ class MqttConnection:
         *,
         client_id: str,
         persistent: bool,
+        terms: MqttTerms = PLAIN,
+        will: str | None = None,
         protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
     ) -> None:
         self._broker = broker
+        self._terms = terms
         self._persistent = persistent
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -161,6 +185,8 @@ class MqttConnection:
         self.lost: asyncio.Future[str] = self._loop.create_future()
         """Done, with the reason, when the connection has ended."""
         self._sock: socket.socket | None = None
+        self._tls: BrokerSocket | None = None
+        """The same, with TLS. It stays when the connection has ended, to say why."""
         self._keeper: asyncio.Task[None] | None = None
         self._is_v5 = protocol is MQTTProtocolVersion.MQTTv5
         self._client = client = paho.Client(
@@ -172,6 +198,8 @@ class MqttConnection:
             manual_ack=True,
         )
         client.connect_timeout = CONNECT_TIMEOUT / 2
+        if will is not None:
+            client.will_set(will, OFFLINE, qos=1, retain=True)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -197,15 +225,16 @@ class MqttConnection:
             properties.ReceiveMaximum = MAX_IN_HAND
             arguments = {"clean_start": not self._persistent, "properties": properties}
         try:
-            # Name look-up and TCP connect block; paho has no other way.
-            await _in_thread(
-                lambda: self._client.connect(self._broker.host, self._broker.port, KEEPALIVE, **arguments),
-                name="mqtt-connect",
-            )
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await _in_thread(lambda: self._dial(arguments), name="mqtt-connect")
+        except ssl.SSLError as error:
+            raise no_handshake(str(self._broker), error) from None
         except (OSError, ValueError) as error:
-            raise BrokerError(f"no broker at {self._broker}: {error}", reason="broker_unreachable") from None
+            self._drop("not connected")  # where it was the time: the thread goes on; see _watch
+            why = str(error) or f"no connection within {CONNECT_TIMEOUT:g} s"
+            raise BrokerError(f"no broker at {self._broker}: {why}", reason="broker_unreachable") from None
         except asyncio.CancelledError:
-            self._drop("not connected")  # the thread goes on; see _watch
+            self._drop("not connected")
             raise
         try:
             await asyncio.wait_for(asyncio.shield(self._accepted), MQTT5_TIMEOUT if self._is_v5 else CONNECT_TIMEOUT)
@@ -217,6 +246,14 @@ class MqttConnection:
             self._drop("not connected")
             raise
         self._keeper = self._loop.create_task(self._keep_alive(), name="mqtt-keepalive")
+
+    def _dial(self, arguments: dict[str, Any]) -> None:
+        """What of connecting blocks: files, name look-up, TCP, and TLS with a TPM perhaps; paho has no other way."""
+        we = introduction(self._terms, tls=self._broker.tls)
+        self._client.username_pw_set(we.username, we.password)  # type: ignore[arg-type] # a password is binary data
+        if we.tls is not None:
+            self._client.tls_set_context(we.tls)
+        self._client.connect(self._broker.host, self._broker.port, KEEPALIVE, **arguments)
 
     async def close(self) -> None:
         """Say DISCONNECT, as far as there is anybody to hear it, and close."""
@@ -251,14 +288,19 @@ class MqttConnection:
                 hint="look at its access control list",
             )
 
-    async def publish(self, topic: str, payload: bytes) -> None:
-        """Publish at QoS 1, not retained, and wait until the broker has it.
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Publish at QoS 1, and wait until the broker has it.
+
+        Args:
+            topic: where to.
+            payload: what.
+            retain: have the broker keep it, for whoever subscribes later.
 
         Raises:
             BrokerError: the broker refuses (only MQTT 5 lets it say so).
             ConnectionLost: it went away; whether it has the message is not known.
         """
-        info = self._client.publish(topic, payload, qos=1)
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
         self._client.loop_write()  # now, and not when the loop comes round
         reason = await self._answer(info.rc, info.mid)
         if reason.is_failure:
@@ -327,24 +369,42 @@ class MqttConnection:
             if not waiting.done():
                 waiting.set_exception(self._connection_lost())
         if not self._accepted.done():
-            # Some brokers that know no MQTT 5 close the connection without a word.
-            self._accepted.set_exception(
-                ProtocolRefused(f"{self._broker} closed the connection: {why}", reason="broker_refuses")
-            )
+            self._accepted.set_exception(self._not_accepted(why))
             self._accepted.exception()  # looked at, so that nobody is told that nobody looked
+
+    def _not_accepted(self, why: str) -> BrokerError:
+        """What it means that the connection ended before the broker answered the CONNECT."""
+        if self._tls is not None and self._tls.failure is not None:
+            return refused(str(self._broker), self._tls.failure)
+        # Some brokers that know no MQTT 5 close the connection without a word.
+        return ProtocolRefused(
+            f"{self._broker} closed the connection: {why}",
+            reason="broker_refuses",
+            hint="" if self._tls is None else "does it want a client certificate, and trust this one?",
+        )
 
     # paho's callbacks. Those about the socket come, during connect, from a thread of its own.
 
     def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
+        if isinstance(sock, BrokerSocket):
+            self._tls = sock
         self._loop.call_soon_threadsafe(self._watch, sock)
 
     def _watch(self, sock: socket.socket) -> None:
         if self.lost.done():
             sock.close()  # nobody waited for it any more
         elif sock.fileno() != -1:
-            self._loop.add_reader(sock, self._client.loop_read)
+            self._loop.add_reader(sock, self._read, sock)
+
+    def _read(self, sock: socket.socket) -> None:
+        """Read a packet. With TLS there may be more of them in what was decrypted, and the socket tells of none."""
+        if sock.fileno() == -1:
+            return
+        self._client.loop_read()
+        if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
+            self._loop.call_soon(self._read, sock)
 
     def _on_socket_close(self, client: paho.Client, userdata: object, sock: Any) -> None:
         if self._sock is not None and self._sock.fileno() != -1:
@@ -363,8 +423,17 @@ class MqttConnection:
         if sock.fileno() == -1:
             return
         self._client.loop_write()
-        if self._client.want_write() and sock.fileno() != -1:
+        if sock.fileno() == -1:
+            return
+        if self._client.want_write():
             self._loop.add_writer(sock, self._client.loop_write)
+        elif isinstance(sock, BrokerSocket) and sock.reading_wants_to_write:
+            self._loop.add_writer(sock, self._read_on, sock)
+
+    def _read_on(self, sock: socket.socket) -> None:
+        """Go on reading where TLS has to write for it, and now can."""
+        self._loop.remove_writer(sock)
+        self._read(sock)
 
     def _on_socket_unregister_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
         if sock.fileno() != -1:
@@ -414,26 +483,74 @@ class MqttConnection:
             waiting.set_result(reason)
 
 
-async def connect(broker: Broker, *, client_id: str, persistent: bool) -> MqttConnection:
+async def check(broker: Broker, terms: MqttTerms) -> None:
+    """Look, before the first connection, whether there can be one by these terms. Nothing is connected to yet.
+
+    Raises:
+        ConfigurationError: something cannot be read, is not what it should be, or is of no use with this broker.
+    """
+    if terms.password is not None and not broker.tls and not _is_loopback(broker.host):
+        log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            await _in_thread(lambda: introduction(terms, tls=broker.tls), name="mqtt-check")
+    except (BrokerError, TimeoutError) as error:
+        log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection tries again, and says so
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def connect(
+    broker: Broker, *, client_id: str, persistent: bool, terms: MqttTerms = PLAIN, will: str | None = None
+) -> MqttConnection:
     """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
+
+    Args:
+        broker: where to connect to.
+        client_id: see `MqttConnection`.
+        persistent: see `MqttConnection`.
+        terms: TLS and credentials; the files and secrets that they name are read now.
+        will: see `MqttConnection`.
 
     Raises:
         BrokerError: neither.
+        ConfigurationError: what `terms` names cannot be read, or is of no use with this broker.
     """
-    connection = MqttConnection(broker, client_id=client_id, persistent=persistent)
-    try:
-        await connection.open()
-    except ProtocolRefused as error:
-        log.debug("trying MQTT 3.1.1: %s", error)
-        older = MQTTProtocolVersion.MQTTv311
-        connection = MqttConnection(broker, client_id=client_id, persistent=persistent, protocol=older)
-        await connection.open()
-    return connection
+    for protocol in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
+        connection = MqttConnection(
+            broker, client_id=client_id, persistent=persistent, terms=terms, will=will, protocol=protocol
+        )
+        try:
+            await connection.open()
+        except ProtocolRefused as error:
+            if protocol is MQTTProtocolVersion.MQTTv311:
+                raise
+            log.debug("trying MQTT 3.1.1: %s", error)
+        else:
+            return connection
+    raise AssertionError("unreachable")
+
+
+_threads: Final = threading.BoundedSemaphore(MAX_CONNECTING)
 
 
 async def _in_thread(call: Callable[[], T], *, name: str) -> T:
-    """The result of a blocking call; in a thread that, unlike the event loop's own, a process may end without."""
+    """The result of a blocking call; in a thread that, unlike the event loop's own, a process may end without.
+
+    Raises:
+        BrokerError: as many of them as there may be hang.
+    """
     future: Future[T] = Future()
+    if not _threads.acquire(blocking=False):
+        raise BrokerError(
+            f"{MAX_CONNECTING} attempts to connect hang, in the look-up of a name or in the TPM",
+            reason="broker_unreachable",
+        )
 
     def run() -> None:
         try:
@@ -442,9 +559,15 @@ async def _in_thread(call: Callable[[], T], *, name: str) -> T:
             future.set_exception(error)
         else:
             future.set_result(result)
+        finally:
+            _threads.release()
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    return await asyncio.shield(asyncio.wrap_future(future))
+    result = asyncio.wrap_future(future)
+    result.add_done_callback(
+        lambda done: done.cancelled() or done.exception()
+    )  # it may come when nobody waits any more
+    return await asyncio.shield(result)
 
 
 async def unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:
@@ -469,13 +592,31 @@ def topics(prefix: str) -> tuple[str, str]:
         ConfigurationError: it has a wildcard, a NUL or half a character, is too long, or begins with ``$``, which is
             the broker's own.
     """
-    size = len(prefix.encode("utf-8", "surrogatepass"))
-    is_text = not any("\ud800" <= character <= "\udfff" or character in "+#\0" for character in prefix)
-    if not is_text or size > MAX_PREFIX or prefix.startswith("$"):
+    if not _is_topic(prefix):
         raise ConfigurationError(f"{prefix[:80]!r} cannot begin a topic", reason="topic_prefix_invalid")
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     return prefix + REQUEST_TOPIC, prefix + RESPONSE_TOPIC
+
+
+def availability(prefix: str, topic: str) -> str:
+    """The availability topic, with `prefix` put before it as before the others.
+
+    Raises:
+        ConfigurationError: it cannot be a topic, or is one of the others.
+    """
+    request, response = topics(prefix)
+    whole = request.removesuffix(REQUEST_TOPIC) + topic
+    if not topic or not _is_topic(whole) or whole in {request, response}:
+        raise ConfigurationError(f"{topic[:80]!r} cannot be that topic", reason="availability_topic_invalid")
+    return whole
+
+
+def _is_topic(text: str) -> bool:
+    """Whether messages may be published on it, or on what it begins [MQTT 5 4.7.1, 4.7.2, 4.7.3]."""
+    if any("\ud800" <= character <= "\udfff" or character in "+#\0" for character in text):
+        return False
+    return len(text.encode()) <= MAX_PREFIX and not text.startswith("$")
 
 
 class Answering(Protocol):
@@ -530,7 +671,11 @@ class MqttEdge:
         service: answers the requests.
         client_id: of the persistent session; the same at every start.
         topic_prefix: see `topics`.
+        terms: TLS, credentials and availability topic.
         on_ready: called whenever the subscription stands.
+
+    Raises:
+        ConfigurationError: a topic that cannot be one.
     """
 
     def __init__(
@@ -540,12 +685,18 @@ class MqttEdge:
         *,
         client_id: str,
         topic_prefix: str = "",
+        terms: MqttTerms = PLAIN,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._broker = broker
         self._service = service
         self._client_id = client_id
         self._request_topic, self._response_topic = topics(topic_prefix)
+        self._terms = terms
+        topic = terms.availability_topic
+        self._availability = None if topic is None else availability(topic_prefix, topic)
+        self._announces = False
+        self._told_unavailable = False
         self._on_ready = on_ready
         self._connection: MqttConnection | None = None
         self._connected = asyncio.Event()
@@ -573,7 +724,7 @@ class MqttEdge:
                         break
                     delay = FIRST_DELAY
                     await self._serve(connection, stopping, drain)
-                except BrokerError as error:
+                except (BrokerError, ConfigurationError) as error:  # a secret or a certificate may just be exchanged
                     wait = delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
                     log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
                     await asyncio.wait([stopping], timeout=wait)
@@ -587,13 +738,54 @@ class MqttEdge:
 
     async def _connect(self) -> MqttConnection:
         """A connection on which the subscription stands."""
-        connection = await connect(self._broker, client_id=self._client_id, persistent=True)
+        connection = await self._open()
         try:
             await connection.subscribe(self._request_topic)
+            await self._announce(connection, ONLINE)
         except BaseException:
             await connection.close()
             raise
         return connection
+
+    async def _open(self) -> MqttConnection:
+        """A connection, with a Last Will where there is an availability topic and the broker takes one."""
+        open_ = partial(connect, self._broker, client_id=self._client_id, persistent=True, terms=self._terms)
+        self._announces = self._availability is not None
+        try:
+            return await open_(will=self._availability)
+        except BrokerError as error:
+            if error.reason != "broker_refuses" or not self._announces:
+                raise
+            try:  # some brokers refuse a client for the topic of its will; Mosquitto just does not publish it
+                connection = await open_()
+            except BrokerError:
+                raise error from None
+        self._announces = False
+        self._not_announced(BrokerError("the broker refuses the Last Will", reason="publication_refused"))
+        return connection
+
+    async def _announce(self, connection: MqttConnection, state: bytes) -> None:
+        """Have the broker keep `state` on the availability topic, if it takes it."""
+        if self._availability is None or not self._announces:
+            return
+        try:
+            await connection.publish(self._availability, state, retain=True)
+        except ConnectionLost:
+            raise
+        except BrokerError as error:
+            self._not_announced(error)
+
+    def _not_announced(self, error: BrokerError) -> None:
+        """Say so once. Keys are given all the same."""
+        if not self._told_unavailable:
+            log.warning("availability is not published: %s", error, extra={"reason": error.reason})
+        self._told_unavailable = True
+
+    async def _sign_off(self, connection: MqttConnection) -> None:
+        """Say ourselves what the Last Will would say, which goes with a DISCONNECT [MQTT 5 3.14.4]."""
+        with suppress(ConnectionLost, TimeoutError):
+            async with asyncio.timeout(SIGN_OFF):
+                await self._announce(connection, OFFLINE)
 
     async def _serve(self, connection: MqttConnection, stopping: asyncio.Task[bool], drain: float) -> None:
         """Serve on one connection until it is lost, or until told to stop and what is in hand is finished."""
@@ -604,6 +796,7 @@ class MqttEdge:
             try:
                 await unless(stopping, self._receive(connection))
                 await self._drain(drain)
+                await self._sign_off(connection)
             finally:
                 self._disconnected(connection)
 

@@ -72,8 +72,10 @@ class MqttTerms:
 
     Attributes:
         ca_file: certificates, in PEM, that the broker's must lead to; None for those that this machine trusts.
-        certificate_file: the client's certificate and its chain in PEM, or None.
-        key_file: its private key in PEM, a ``TSS2 PRIVATE KEY`` included; None where it is in `certificate_file`.
+        certificate_file: where the client's certificate and its chain are, in PEM, or None.
+        key_file: where its private key is, in PEM, a ``TSS2 PRIVATE KEY`` included; None where it is in
+            `certificate_file`.
+        tcti: of the TPM that such a key is in; None for the one that the environment names by ``TPM2OPENSSL_TCTI``.
         server_name: the name in the broker's certificate where it is another than the URL's host, or None.
         username: user name, or None.
         password: where the password is, or None.
@@ -81,8 +83,9 @@ class MqttTerms:
     """
 
     ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
+    certificate_file: SecretReference | None = None
+    key_file: SecretReference | None = None
+    tcti: str | None = None
     server_name: str | None = None
     username: str | SecretReference | None = None
     password: SecretReference | None = None

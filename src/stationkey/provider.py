@@ -1,0 +1,205 @@
+"""tpm2-openssl in the OpenSSL that Python's `ssl` uses, for a TLS client whose key is in a TPM.
+
+`docs/tls.md` has the way for other programs: a configuration file, read when a process starts. Here the provider is put
+into OpenSSL when it is needed, by OpenSSL's own functions, and it can be had anew after the TPM was away. It also gets
+less to do: of its key managers what imports keys is hidden, so that OpenSSL finds it fit for the keys in the TPM and
+for no others. Otherwise the TPM would be asked to verify the other side's signatures too, and a broker whose authority
+has an RSA key of 4096 bits could not be spoken to by a TPM that knows no such key.
+
+The structures and numbers are those of OpenSSL 3's core_dispatch.h and core.h, which are its promise to providers.
+"""
+
+from __future__ import annotations
+
+import _ssl
+import ctypes
+import os
+import ssl
+from collections.abc import Callable, Iterator
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_void_p
+from typing import Any, Final
+
+from stationkey.errors import BrokerError, ConfigurationError
+
+MAX_OPENED: Final = 100
+"""How often a process has the provider anew. OpenSSL forgets nothing of the times before."""
+
+_QUERY_OPERATION: Final = 1027
+_UNQUERY_OPERATION: Final = 1028
+_KEY_MANAGEMENT: Final = 10
+_IMPORT: Final = {40, 41}
+"""OSSL_FUNC_PROVIDER_QUERY_OPERATION, OSSL_FUNC_PROVIDER_UNQUERY_OPERATION, OSSL_OP_KEYMGMT, OSSL_FUNC_KEYMGMT_IMPORT
+and OSSL_FUNC_KEYMGMT_IMPORT_TYPES."""
+_MODULES_DIRECTORY: Final = 1003
+"""OPENSSL_INFO_MODULES_DIR [OPENSSL_info(3)]."""
+
+
+class _Dispatch(ctypes.Structure):
+    """OSSL_DISPATCH: a function and what it is for. A list of them ends with 0."""
+
+    _fields_ = (("number", c_int), ("function", c_void_p))
+
+
+class _Algorithm(ctypes.Structure):
+    """OSSL_ALGORITHM: what an algorithm is called and done by. A list of them ends without names."""
+
+    _fields_ = (
+        ("names", c_void_p),
+        ("properties", c_void_p),
+        ("implementation", POINTER(_Dispatch)),
+        ("description", c_void_p),
+    )
+
+
+_Init: Final = CFUNCTYPE(c_int, c_void_p, c_void_p, POINTER(POINTER(_Dispatch)), POINTER(c_void_p))
+_Query: Final = CFUNCTYPE(c_void_p, c_void_p, c_int, POINTER(c_int))
+_Unquery: Final = CFUNCTYPE(None, c_void_p, c_int, c_void_p)
+
+
+class TpmProvider:
+    """The provider, in this process's OpenSSL. Not for several threads at a time.
+
+    It is a part of the process, as OpenSSL is: there is one, `TPM_PROVIDER`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[object] = []  # what OpenSSL has pointers to
+        self._opened = 0
+        self._name = b""
+        self._handle: int | None = None
+
+    def open(self, tcti: str | None) -> None:
+        """Have it, with a connection to the TPM; nothing is done where it is there already.
+
+        Args:
+            tcti: of the TPM; None for what the environment has in ``TPM2OPENSSL_TCTI``.
+
+        Raises:
+            ConfigurationError: it is not installed.
+            BrokerError: the TPM cannot be reached.
+        """
+        if self._handle is not None:
+            return
+        if tcti is not None:
+            os.environ["TPM2OPENSSL_TCTI"] = tcti
+        os.environ.setdefault("TSS2_LOG", "all+none")  # what there is to say is said by whoever uses the key
+        openssl = _openssl()
+        # By a name of its own each time: what was had by a name once, OpenSSL gives back for ever, with its connection
+        # to a TPM that may have ended long ago.
+        name = f"stationkey-tpm2-{self._opened}".encode()
+        if self._name != name:
+            start = self._narrowed(_entry(openssl))
+            openssl.OSSL_PROVIDER_add_builtin(None, name, ctypes.cast(start, c_void_p))
+            self._name = name
+        # This order and this query: see docs/tls.md.
+        openssl.OSSL_PROVIDER_load(None, b"default")
+        self._handle = openssl.OSSL_PROVIDER_load(None, name)
+        openssl.EVP_set_default_properties(None, b"?tpm2.signature=yes")
+        if self._handle is None:
+            raise BrokerError(
+                "the TPM that has the private key for the broker cannot be reached",
+                reason="tls_tpm_failed",
+                hint="is it the TPM of --keystore, behind a resource manager, and may this user open it (group tss)?",
+            )
+        self._opened += 1
+
+    def close(self) -> None:
+        """Have it anew at the next time."""
+        if self._handle is not None and self._opened < MAX_OPENED:
+            _openssl().OSSL_PROVIDER_unload(self._handle)
+            self._handle = None
+
+    def _narrowed(self, entry: Callable[..., int]) -> Any:
+        """What starts the provider, without what imports keys."""
+
+        def start(handle: int, core: int, functions: Any, context: Any) -> int:
+            if not entry(handle, core, functions, context):
+                return 0
+            functions[0] = self._keep(_table(_Dispatch, self._hide(dict(_dispatch(functions[0]))).items()))
+            return 1
+
+        return self._keep(_Init(start))
+
+    def _hide(self, functions: dict[int, int]) -> dict[int, int]:
+        """The provider's functions, with others in the place of the two by which OpenSSL learns what it can do."""
+        ask, give_back = _Query(functions[_QUERY_OPERATION]), _Unquery(functions[_UNQUERY_OPERATION])
+        shown: list[ctypes.Array[_Algorithm]] = []
+
+        def query(context: int, operation: int, no_cache: Any) -> int | None:
+            found: int | None = ask(context, operation, no_cache)
+            if operation != _KEY_MANAGEMENT or found is None:
+                return found
+            if not shown:
+                algorithms = [
+                    (one.names, one.properties, self._without_import(one.implementation), one.description)
+                    for one in _rows(ctypes.cast(found, POINTER(_Algorithm)), "names")
+                ]
+                shown.append(_table(_Algorithm, algorithms))
+            give_back(context, operation, found)
+            return ctypes.addressof(shown[0])
+
+        def unquery(context: int, operation: int, algorithms: int) -> None:
+            if operation != _KEY_MANAGEMENT:
+                give_back(context, operation, algorithms)
+
+        changed = {_QUERY_OPERATION: _Query(query), _UNQUERY_OPERATION: _Unquery(unquery)}
+        self._kept += changed.values()
+        return functions | {number: ctypes.cast(new, c_void_p).value or 0 for number, new in changed.items()}
+
+    def _without_import(self, functions: Any) -> Any:
+        left = [(number, function) for number, function in _dispatch(functions) if number not in _IMPORT]
+        return self._keep(_table(_Dispatch, left))
+
+    def _keep(self, what: Any) -> Any:
+        self._kept.append(what)
+        return what
+
+
+TPM_PROVIDER: Final = TpmProvider()
+
+
+def _rows(table: Any, field: str) -> Iterator[Any]:
+    """The rows of a list of OpenSSL's, up to the one without `field`."""
+    number = 0
+    while getattr(table[number], field):
+        yield table[number]
+        number += 1
+
+
+def _dispatch(table: Any) -> list[tuple[int, int]]:
+    return [(row.number, row.function) for row in _rows(table, "number")]
+
+
+def _table(kind: type[Any], rows: Any) -> Any:
+    """A list as OpenSSL wants it, with its end."""
+    made = [kind(*row) for row in rows]
+    return (kind * (len(made) + 1))(*made)
+
+
+def _entry(openssl: ctypes.CDLL) -> Any:
+    """The function that starts tpm2-openssl.
+
+    Raises:
+        ConfigurationError: it is not where OpenSSL keeps its modules.
+    """
+    try:
+        directory = os.environ.get("OPENSSL_MODULES") or openssl.OPENSSL_info(_MODULES_DIRECTORY).decode()
+        return _Init(("OSSL_provider_init", ctypes.CDLL(f"{directory}/tpm2.so")))
+    except (OSError, AttributeError):
+        raise ConfigurationError(
+            "the private key for the broker is in a TPM, and OpenSSL's tpm2 provider is missing",
+            reason="tls_provider_missing",
+            hint=f"install tpm2-openssl, or set OPENSSL_MODULES to where tpm2.so is; this is {ssl.OPENSSL_VERSION}",
+        ) from None
+
+
+def _openssl() -> ctypes.CDLL:
+    """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)]."""
+    openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
+    openssl.OPENSSL_info.restype = c_char_p
+    openssl.OSSL_PROVIDER_add_builtin.argtypes = [c_void_p, c_char_p, c_void_p]
+    openssl.OSSL_PROVIDER_load.argtypes = [c_void_p, c_char_p]
+    openssl.OSSL_PROVIDER_load.restype = c_void_p
+    openssl.OSSL_PROVIDER_unload.argtypes = [c_void_p]
+    openssl.EVP_set_default_properties.argtypes = [c_void_p, c_char_p]
+    return openssl
