@@ -30,6 +30,7 @@ _PREFIX: Final = "STATIONKEY"
 
 _ELSEWHERE: Final = {
     "csms": ("stationkey.cli_csms", "csms"),
+    "doctor": ("stationkey.cli_doctor", "doctor"),
     "josev": ("stationkey.cli_josev", "josev"),
     "tls-config": ("stationkey.cli_tls", "tls_config"),
 }

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from stationkey.doctor.files import READ, Facts, User, closed_on_the_way, look_at, octal, permits
 from stationkey.doctor.findings import Finding, failure, not_checked, ok, warning
-from stationkey.doctor.subject import Subject
+from stationkey.doctor.subject import Subject, path_of
 
 IDS: Final = ("config.tls",)
 MONTH: Final = timedelta(days=30)
@@ -65,10 +65,15 @@ def check_tls_files(subject: Subject) -> Iterator[Finding]:
     if mqtt.ca_file is not None:
         found += judge_ca(open_pem(mqtt.ca_file, user), user, now)
     if mqtt.certificate_file is not None:
-        certificate = open_pem(mqtt.certificate_file, user)
-        key = certificate if mqtt.key_file is None else open_pem(mqtt.key_file, user)
-        found += judge_client(certificate, user, now)
-        found += judge_key(key, certificate, user)
+        path = path_of(mqtt.certificate_file)
+        key_path = path if mqtt.key_file is None else path_of(mqtt.key_file)
+        if path is None or key_path is None:
+            found.append(not_checked(IDS[0], "the client's certificate or key comes from systemd, and is not at hand"))
+        else:
+            certificate = open_pem(path, user)
+            key = certificate if key_path == path else open_pem(key_path, user)
+            found += judge_client(certificate, user, now)
+            found += judge_key(key, certificate, user)
     yield from found or [ok(IDS[0], "no certificate is named for the connection to the broker")]
 
 
@@ -158,7 +163,9 @@ def judge_ca(opened: Opened, user: User, now: datetime) -> Iterator[Finding]:
         yield bad
         return
     if not opened.certificates and os.access(path, os.R_OK):
-        yield failure(name, f"[mqtt] ca_file: {path} has no certificate in it", "put the CA's certificate there, in PEM")
+        yield failure(
+            name, f"[mqtt] ca_file: {path} has no certificate in it", "put the CA's certificate there, in PEM"
+        )
     good = [one for one in opened.certificates if one.begins <= now < one.ends]
     for one in opened.certificates:
         yield from judge_dates(name, f"the CA {one.subject}", one, now)
@@ -214,7 +221,10 @@ def judge_key(opened: Opened, certificate: Opened, user: User) -> Iterator[Findi
             "put the two that belong together there",
         )
     elif certificate.certificates:
-        yield ok(name, f"the client's certificate and its key belong together (until {certificate.certificates[0].ends:%Y-%m-%d})")
+        yield ok(
+            name,
+            f"the client's certificate and its key belong together (until {certificate.certificates[0].ends:%Y-%m-%d})",
+        )
 
 
 def judge_dates(name: str, what: str, certificate: Certificate, now: datetime) -> Iterator[Finding]:
@@ -226,7 +236,9 @@ def judge_dates(name: str, what: str, certificate: Certificate, now: datetime) -
             "is the clock right? Else have a new one made",
         )
     elif now >= certificate.ends:
-        yield failure(name, f"{what} ended on {certificate.ends:%Y-%m-%d %H:%M}", "have a new one made; is the clock right?")
+        yield failure(
+            name, f"{what} ended on {certificate.ends:%Y-%m-%d %H:%M}", "have a new one made; is the clock right?"
+        )
     elif certificate.ends - now < MONTH:
         yield warning(
             name,

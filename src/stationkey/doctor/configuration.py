@@ -14,7 +14,7 @@ from stationkey.config import Settings
 from stationkey.credential import SecretReference
 from stationkey.doctor.files import ENTER, READ, WRITE, Facts, User, closed_on_the_way, look_at, octal, permits
 from stationkey.doctor.findings import Finding, failure, listed, not_checked, ok, warning
-from stationkey.doctor.subject import UNIT, Configured, Options, Subject, Unit
+from stationkey.doctor.subject import UNIT, Configured, Options, Subject, Unit, path_of
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import ALGORITHMS, PROFILES, RsaModulus
 
@@ -312,13 +312,9 @@ def check_secrets(subject: Subject) -> Iterator[Finding]:
 
 
 def _look_at_secret(where: str, reference: SecretReference, user: User) -> SecretSeen:
-    source = reference.source
-    try:
-        path = reference.path
-    except ConfigurationError:
-        path = Path(f"/run/credentials/{UNIT}", source.partition(":")[2])
-        if not look_at(path).there:
-            return SecretSeen(where=where, source=source, facts=None)
+    source, path = reference.source, path_of(reference)
+    if path is None:
+        return SecretSeen(where=where, source=source, facts=None)
     facts, complaint, padded = look_at(path, follow=True), "", False
     if facts.kind == "file" and os.access(path, os.R_OK):
         try:

@@ -34,7 +34,9 @@ def open_for_reading(subject: Subject) -> Iterator[Ledger]:
     path = subject.settings.state_dir / DATABASE_NAME
     facts, log = look_at(path), look_at(path.with_name(path.name + _LOG))
     if facts.kind != "file":
-        raise CannotLookError(f"there is no ledger at {path}" if facts.kind == "missing" else f"{path} is no file to read")
+        raise CannotLookError(
+            f"there is no ledger at {path}" if facts.kind == "missing" else f"{path} is no file to read"
+        )
     if subject.daemon.running:
         with closing(Ledger(path, read_only=True)) as ledger:
             yield ledger

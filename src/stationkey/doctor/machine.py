@@ -110,7 +110,9 @@ def judge_unit(unit: Unit | None, *, running: bool) -> Finding:
         return warning(name, f"{words}{', and another daemon runs' if running else ''}", f"systemctl start {UNIT}")
     if unit["UnitFileState"] not in {"enabled", "static", "enabled-runtime", "generated", ""}:
         return warning(
-            name, f"{UNIT} is active and will not start after a power cut ({unit['UnitFileState']})", f"systemctl enable {UNIT}"
+            name,
+            f"{UNIT} is active and will not start after a power cut ({unit['UnitFileState']})",
+            f"systemctl enable {UNIT}",
         )
     restarts = unit["NRestarts"]
     if restarts not in {"", "0"}:
@@ -172,7 +174,9 @@ def judge_memory(text: str) -> Finding:
     free = int(found[1]) // 1024
     if free < _LITTLE_MEMORY:
         return warning(
-            name, f"only {free} MiB of memory are available", "what takes it? The kernel ends processes when there is none left"
+            name,
+            f"only {free} MiB of memory are available",
+            "what takes it? The kernel ends processes when there is none left",
         )
     return ok(name, f"{free} MiB of memory are available")
 
@@ -257,12 +261,16 @@ def judge_tss(version: tuple[int, ...] | None, *, keystore: str, tcti: tuple[str
         return not_checked(name, "no TPM is used")
     if version is None:
         return failure(
-            name, "tpm2-pytss, or the tpm2-tss that it stands on, cannot be loaded", "see the README, Install: libtss2-esys"
+            name,
+            "tpm2-pytss, or the tpm2-tss that it stands on, cannot be loaded",
+            "see the README, Install: libtss2-esys",
         )
     text = ".".join(map(str, version))
     if tcti is not None and not tcti[1]:
         return failure(
-            name, f"tpm2-tss {text} has no TCTI {tcti[0]}", f"apt-get install libtss2-tcti-{tcti[0]}0, or correct keystore"
+            name,
+            f"tpm2-tss {text} has no TCTI {tcti[0]}",
+            f"apt-get install libtss2-tcti-{tcti[0]}0, or correct keystore",
         )
     if version < _OLD_TSS:
         return warning(name, f"tpm2-tss {text} is old, and was never tried", "Debian 12 has 3.2.1")
@@ -327,7 +335,7 @@ def judge_openssl(seen: OpenSsl, *, keystore: str) -> Finding:
             f"apt-get install tpm2-openssl; {only}",
         )
     if not seen.loads:
-        return warning(name, f"the tpm2 provider cannot be loaded: {seen.complaint}", f"install tpm2-openssl anew; {only}")
+        return warning(
+            name, f"the tpm2 provider cannot be loaded: {seen.complaint}", f"install tpm2-openssl anew; {only}"
+        )
     return ok(name, f"OpenSSL {seen.version} has the tpm2 provider, and it can be loaded")
-
-

@@ -155,7 +155,10 @@ def main() -> None:
         return
     for part, first in _RANGES.items():
         look(part, lambda first=first: handles(esapi, first))  # type: ignore[misc] # mypy does not infer a lambda's default
-    look("algorithms", lambda: [int(one.alg) for one in pages(esapi, TPM2_CAP.ALGS, "algorithms", lambda a: int(a.alg), 0)])
+    look(
+        "algorithms",
+        lambda: [int(one.alg) for one in pages(esapi, TPM2_CAP.ALGS, "algorithms", lambda a: int(a.alg), 0)],
+    )
     look("curves", lambda: [int(curve) for curve in pages(esapi, TPM2_CAP.ECC_CURVES, "eccCurves", int, 0)])
     look("rsa", lambda: rsa_sizes(esapi))
     look("banks", lambda: banks(esapi))

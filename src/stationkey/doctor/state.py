@@ -12,7 +12,18 @@ from typing import Final
 
 from stationkey.active import DIRECTORY_NAME, file_name
 from stationkey.doctor.certificates import MONTH
-from stationkey.doctor.files import ENTER, READ, WRITE, Facts, User, closed_on_the_way, look_at, octal, permits, user_name
+from stationkey.doctor.files import (
+    ENTER,
+    READ,
+    WRITE,
+    Facts,
+    User,
+    closed_on_the_way,
+    look_at,
+    octal,
+    permits,
+    user_name,
+)
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.ledger import open_for_reading
 from stationkey.doctor.subject import Subject
@@ -69,7 +80,9 @@ def _nearest(path: Path) -> Facts:
     return look_at(Path("/"))
 
 
-def judge_directory(facts: Facts, unfollowed: Facts, user: User, closed: Path | None, nearest: Facts) -> Iterator[Finding]:
+def judge_directory(
+    facts: Facts, unfollowed: Facts, user: User, closed: Path | None, nearest: Facts
+) -> Iterator[Finding]:
     """The directory itself.
 
     Args:
@@ -81,7 +94,9 @@ def judge_directory(facts: Facts, unfollowed: Facts, user: User, closed: Path | 
     name, path = "state.directory", facts.path
     mine = f"install -d -m 0700 -o {user.name} {path}"
     if closed is not None:
-        yield failure(name, f"the daemon's user {user.name} may not enter {closed}, on the way to {path}", f"chmod o+x {closed}")
+        yield failure(
+            name, f"the daemon's user {user.name} may not enter {closed}, on the way to {path}", f"chmod o+x {closed}"
+        )
     elif facts.kind == "unseen":
         yield not_checked(name, f"{path} is not to be seen from here", "run it as root, or as the daemon's user")
     elif facts.kind == "missing" and unfollowed.kind == "link":
@@ -145,7 +160,9 @@ def judge_files(inside: list[Facts], *, owner: int, user: User) -> Iterator[Find
                 "who could write there? Remove them, after a look at where they lead (ls -l)",
             )
         )
-    ours = [facts for facts in inside if facts.path.name in _OURS | {LOCK_NAME, DIRECTORY_NAME} and facts.kind != "link"]
+    ours = [
+        facts for facts in inside if facts.path.name in _OURS | {LOCK_NAME, DIRECTORY_NAME} and facts.kind != "link"
+    ]
     foreign = [facts for facts in ours if facts.uid != owner]
     if foreign:
         names = listed(f"{facts.path.name} ({user_name(facts.uid)})" for facts in foreign)
@@ -160,7 +177,9 @@ def judge_files(inside: list[Facts], *, owner: int, user: User) -> Iterator[Find
     ]
     if wrong:
         found.append(
-            failure(name, f"not what it should be: {listed(wrong)}", "move it away; docs/operations.md lists every file")
+            failure(
+                name, f"not what it should be: {listed(wrong)}", "move it away; docs/operations.md lists every file"
+            )
         )
     shut = [facts.path.name for facts in ours if facts.uid == user.uid and not facts.mode & 0o200]
     if shut and user.uid != 0:
@@ -230,7 +249,9 @@ def judge_disk(room: Room) -> Finding:
     name, free = "state.disk", f"{room.octets / _MEBIBYTE:.1f} MiB"
     advice = f"make room: du -xh {room.path} | sort -h | tail. Without it requests are rejected (disk_full)"
     if room.octets < room.needed:
-        return failure(name, f"{free} are free at {room.path}, and {room.needed / _MEBIBYTE:.1f} may be needed at once", advice)
+        return failure(
+            name, f"{free} are free at {room.path}, and {room.needed / _MEBIBYTE:.1f} may be needed at once", advice
+        )
     if room.files is not None and room.files < _LEAST_FILES:
         return failure(name, f"no more than {room.files} files can be made at {room.path}", advice)
     if room.octets < max(_LITTLE, room.needed):
@@ -296,7 +317,9 @@ def judge_filesystem(path: Path, mount: Mount | None, *, read_only: bool) -> Fin
         )
     if mount.kind in _FOREIGN:
         return failure(
-            name, f"{where}, which knows neither owners nor modes: the keys are open to others", "name one on a Linux file system"
+            name,
+            f"{where}, which knows neither owners nor modes: the keys are open to others",
+            "name one on a Linux file system",
         )
     if mount.kind in _REMOTE:
         return warning(
@@ -315,10 +338,14 @@ def check_ledger(subject: Subject) -> Iterator[Finding]:
         yield ok(name, "there is no ledger yet; the daemon makes it at its first start")
         raise CannotLookError("there is no ledger")
     if facts.kind == "unseen" or (facts.kind == "file" and not os.access(path, os.R_OK)):
-        yield not_checked(name, f"user {subject.me.name} may not read {path}", f"run it as root, or as {subject.daemon.user.name}")
+        yield not_checked(
+            name, f"user {subject.me.name} may not read {path}", f"run it as root, or as {subject.daemon.user.name}"
+        )
         raise CannotLookError("the ledger may not be read by this user")
     if facts.kind != "file":
-        yield failure(name, f"{path} is a {facts.kind}, and no file", "move it away; docs/operations.md lists every file")
+        yield failure(
+            name, f"{path} is a {facts.kind}, and no file", "move it away; docs/operations.md lists every file"
+        )
         raise CannotLookError("the ledger cannot be read")
     try:
         with open_for_reading(subject) as ledger:
@@ -478,9 +505,13 @@ def judge_active(
     missing, more = sorted(expected.keys() - present.keys()), sorted(present.keys() - expected.keys())
     differ = sorted(known for known in expected.keys() & present.keys() if present[known] != expected[known])
     if differ:
-        return failure(name, f"not what the ledger says, and so of no use or another's: {listed(differ)} under active/", when)
+        return failure(
+            name, f"not what the ledger says, and so of no use or another's: {listed(differ)} under active/", when
+        )
     if missing:
         return failure(name, f"missing under active/, so no service can use the key: {listed(missing)}", when)
     if more:
-        return warning(name, f"under active/ lies what the ledger knows nothing of: {listed(more)}", f"{when}: it is deleted")
+        return warning(
+            name, f"under active/ lies what the ledger knows nothing of: {listed(more)}", f"{when}: it is deleted"
+        )
     return ok(name, f"the {len(expected)} files under active/ are what the ledger says")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from stationkey import config
+from stationkey.credential import SecretReference
 from stationkey.doctor.files import Facts, User, look_at
 from stationkey.doctor.running import ask, within
 from stationkey.errors import ConfigurationError
@@ -162,6 +163,15 @@ def _settle(options: Options, file: config.File, complaints: tuple[str, ...], fa
         state_dir=options.state_dir,
     )
     return Configured(file=facts, complaints=complaints, settings=settings, keystore=keystore)
+
+
+def path_of(reference: SecretReference) -> Path | None:
+    """The file that a reference leads to. One to a credential of the unit is followed from outside, where it runs."""
+    try:
+        return reference.path
+    except ConfigurationError:
+        path = Path("/run/credentials", UNIT, reference.source.partition(":")[2])
+        return path if look_at(path).there else None
 
 
 _SHOWN: Final = (

@@ -243,7 +243,9 @@ def judge_manager(way: Way) -> Finding:
     if way.is_managed:
         return ok(name, "a resource manager is in between: other programs can use the TPM, too")
     if way.name == "device" and way.path is None:
-        return warning(name, "the device is not named, and tpm2-tss chooses one", 'keystore = "tpm2:device:/dev/tpmrm0"')
+        return warning(
+            name, "the device is not named, and tpm2-tss chooses one", 'keystore = "tpm2:device:/dev/tpmrm0"'
+        )
     return warning(
         name,
         f"no resource manager is between the daemon and the TPM ({way.tcti}): no other program can use it meanwhile, so "
@@ -543,7 +545,9 @@ def judge_certificate_types(seen: Seen) -> Iterator[Finding]:
         wanted = profile.required_algorithm or profile.preferred_algorithm
         any_works = any_works or bool(works)
         if not works:
-            lacks = listed(sorted({missing_for(algorithm, seen) for algorithm in allowed})) or "an algorithm to be served"
+            lacks = (
+                listed(sorted({missing_for(algorithm, seen) for algorithm in allowed})) or "an algorithm to be served"
+            )
             found.append(
                 warning(
                     name,
@@ -563,7 +567,9 @@ def judge_certificate_types(seen: Seen) -> Iterator[Finding]:
         else:
             found.append(ok(name, f"{certificate_type} works, with {listed(works)}"))
     if not any_works:
-        yield failure(name, "none of the certificate types that are served can be had with this TPM", "another TPM is needed")
+        yield failure(
+            name, "none of the certificate types that are served can be had with this TPM", "another TPM is needed"
+        )
     yield from found
 
 
@@ -704,7 +710,9 @@ def judge_lockout(seen: Seen) -> Iterator[Finding]:
             f"who gives wrong passwords? One is forgotten each {interval} s; or {reset}",
         )
     else:
-        yield ok(name, f"not in lockout, 0 of {most} tries used (one is forgotten each {interval} s, lockout {recovery} s)")
+        yield ok(
+            name, f"not in lockout, 0 of {most} tries used (one is forgotten each {interval} s, lockout {recovery} s)"
+        )
 
 
 def judge_slots(seen: Seen) -> Iterator[Finding]:
@@ -788,10 +796,14 @@ def judge_attestation_key(seen: Seen) -> Iterator[Finding]:
         return
     there = seen.probe.get("ak")
     if there is None:
-        yield failure(name, f"there is nothing at [tpm] ak_handle {handle:#x}", "is it the right handle? Was the TPM cleared?")
+        yield failure(
+            name, f"there is nothing at [tpm] ak_handle {handle:#x}", "is it the right handle? Was the TPM cleared?"
+        )
     elif there["attributes"] & (_RESTRICTED | _SIGN) != _RESTRICTED | _SIGN:
         yield failure(
-            name, f"the key at [tpm] ak_handle {handle:#x} is no restricted signing key", "name the handle of one that is"
+            name,
+            f"the key at [tpm] ak_handle {handle:#x} is no restricted signing key",
+            "name the handle of one that is",
         )
     else:
         yield ok(name, f"there is a restricted signing key at {handle:#x}")
@@ -804,7 +816,9 @@ def judge_shutdown(seen: Seen) -> Iterator[Finding]:
     if flags & ORDERLY:
         yield ok(name, "the TPM was told of the last shutdown")
     else:
-        yield ok(name, "the TPM was not told of the last shutdown: power was lost, which does no harm to keys with noda")
+        yield ok(
+            name, "the TPM was not told of the last shutdown: power was lost, which does no harm to keys with noda"
+        )
 
 
 def judge_keys(seen: Seen) -> Iterator[Finding]:
