@@ -18,6 +18,7 @@ _SYS: Final = Path("/sys/class/tpm")
 _PROC: Final = Path("/proc")
 _MANAGED: Final = re.compile(r"/dev/tpmrm\d+")
 _BARE: Final = re.compile(r"/dev/tpm\d+")
+_CLASSES: Final = frozenset({"tpm", "tpmrm"})
 _ESTABLISHED: Final = "01"
 _LISTENING: Final = "0A"
 _GET_CAPABILITY: Final = b"\x00\x00\x00\x01"
@@ -107,8 +108,19 @@ def look_at_chip() -> Chip:
     return Chip(known=bool(names), major=major, devices=devices)
 
 
-def judge_device(facts: Facts, chip: Chip, user: User) -> Iterator[Finding]:
-    """The device file: there, a device, and open to the daemon's user."""
+def is_tpm(facts: Facts) -> bool:
+    """Whether a device file stands for a TPM: by what the kernel calls its kind, or else by its name."""
+    numbers = f"{os.major(facts.special)}:{os.minor(facts.special)}"
+    try:
+        kind = Path("/sys/dev/char", numbers, "subsystem").readlink().name
+    except OSError:
+        kind = "misc"  # not said; the first driver of a TPM was one of these
+    name = str(facts.path)
+    return kind in _CLASSES or (kind == "misc" and bool(_BARE.fullmatch(name) or _MANAGED.fullmatch(name)))
+
+
+def judge_device(facts: Facts, chip: Chip, user: User, *, tpm: bool = True) -> Iterator[Finding]:
+    """The device file: there, a device, a TPM (which `tpm` says), and open to the daemon's user."""
     name, path = "tpm.device", facts.path
     if chip.major == "1":
         yield failure(
@@ -125,6 +137,10 @@ def judge_device(facts: Facts, chip: Chip, user: User) -> Iterator[Finding]:
             name,
             f"{path} is no device but a {facts.kind}",
             "remove it, and see which program made it; a TPM is a character device such as /dev/tpmrm0",
+        )
+    elif not tpm:
+        yield failure(
+            name, f"{path} is a device, and no TPM", 'name the TPM as keystore, for example "tpm2:device:/dev/tpmrm0"'
         )
     elif not permits(facts, user, READ | WRITE):
         group = facts.gid

@@ -77,6 +77,7 @@ class Facts:
     Attributes:
         kind: ``unseen`` where this user may not look.
         mode: permission bits.
+        special: number of the device that a device file stands for.
         exposed: the first directory on the way in which other users could exchange what is there, or None.
     """
 
@@ -89,6 +90,7 @@ class Facts:
     modified: float = 0.0
     device: int = 0
     inode: int = 0
+    special: int = 0
     exposed: Path | None = None
 
     @property
@@ -115,6 +117,7 @@ def look_at(path: Path, *, follow: bool = False) -> Facts:
         modified=seen.st_mtime,
         device=seen.st_dev,
         inode=seen.st_ino,
+        special=seen.st_rdev,
         exposed=_exposed(path),
     )
 

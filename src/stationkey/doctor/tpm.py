@@ -21,6 +21,7 @@ from stationkey.doctor.device import (
     group_name,
     holders_of_device,
     holders_of_port,
+    is_tpm,
     judge_device,
     judge_socket,
     look_at_chip,
@@ -137,6 +138,8 @@ class Probe:
         """
         if part in self.values:
             return self.values[part]
+        if self.errors.get("properties") == RC_INITIALIZE:
+            raise CannotLookError("the TPM waits for TPM2_Startup")
         if part in self.errors:
             raise CannotLookError(f"the TPM refuses to tell ({self.errors[part]:#x})")
         raise CannotLookError("the TPM did not tell")
@@ -189,15 +192,15 @@ def check_tpm(subject: Subject) -> Iterator[Finding]:
         raise CannotLookError("no TPM is named")
     way, user, chip = Way.parse(tcti), subject.daemon.user, look_at_chip()
     device = None if way.path is None or way.name != "device" else look_at(way.path, follow=True)
-    found = list(judge_socket(way, user) if device is None else judge_device(device, chip, user))
-    yield from found
+    tpm = device is None or is_tpm(device)
+    yield from judge_socket(way, user) if device is None else judge_device(device, chip, user, tpm=tpm)
     yield judge_manager(way)
-    if device is not None and device.kind != "character device":
+    if device is not None and not (tpm and device.kind == "character device"):
         raise CannotLookError("there is no TPM at the end of the way")
     if (held := _in_use(subject, way)) is not None:
         yield held
         raise CannotLookError("the TPM is in use by the running daemon, and takes one program at a time")
-    keys, purposes = keys_to_try(subject)
+    keys, purposes = keys_to_try(subject, way)
     asked = {"tcti": tcti, "srk": subject.settings.tpm.srk_handle, "ak": subject.settings.tpm.ak_handle, "keys": keys}
     # -P: no module of the directory that somebody happens to stand in.
     command = [sys.executable, "-P", "-m", "stationkey.doctor.probe"]
@@ -280,10 +283,10 @@ def _others(way: Way) -> list[str]:
     return [f"{name} (process {pid})" for pid, name in found]
 
 
-def keys_to_try(subject: Subject) -> tuple[dict[str, str], dict[str, str]]:
+def keys_to_try(subject: Subject, way: Way) -> tuple[dict[str, str], dict[str, str]]:
     """The active keys, wrapped, in base64; and what each is for. Empty where the ledger cannot be read."""
-    if subject.settings.tpm.srk_auth is not None:
-        return {}, {}  # to load a key would be to send the value over the bus in the clear
+    if not may_try_keys(subject.settings.tpm, way, daemon_running=subject.daemon.running):
+        return {}, {}
     wrapped, purposes = dict[str, str](), dict[str, str]()
     try:
         with open_for_reading(subject) as ledger:
@@ -298,6 +301,15 @@ def keys_to_try(subject: Subject) -> tuple[dict[str, str], dict[str, str]]:
 
 
 _MAX_KEYS: Final = 16
+
+
+def may_try_keys(tpm: TpmTerms, way: Way, *, daemon_running: bool) -> bool:
+    """Whether keys may be loaded, to see whether the TPM takes them.
+
+    Not where that would send the storage root key's authorisation value over the bus in the clear; nor where it might
+    take the last slot from a daemon at work.
+    """
+    return tpm.srk_auth is None and (way.is_managed or not daemon_running)
 
 
 def judge_reachable(seen: Seen, others: list[str]) -> Finding:
@@ -659,6 +671,7 @@ def judge_authorisation(seen: Seen) -> Iterator[Finding]:
         ("lockout", LOCKOUT_AUTH_SET, None),
     )
     have = [which for which, bit, _ in known if flags & bit]
+    lack = [which for which, bit, _ in known if not flags & bit]
     for which, bit, named in known[:2]:
         if named and not flags & bit:
             yield warning(
@@ -673,7 +686,9 @@ def judge_authorisation(seen: Seen) -> Iterator[Finding]:
             "name it by [tpm] endorsement_auth, if attestation is wanted",
         )
     clears = "" if flags & (LOCKOUT_AUTH_SET | DISABLE_CLEAR) else "; whoever may open the TPM may clear it"
-    yield ok(name, f"{listed(have) or 'none'} of owner, endorsement and lockout: has a password{clears}")
+    told = [f"{listed(have)}: with a password"] if have else []
+    told += [f"{listed(lack)}: with none"] if lack else []
+    yield ok(name, f"{'; '.join(told)}{clears}")
 
 
 def judge_lockout(seen: Seen) -> Iterator[Finding]:
@@ -723,6 +738,8 @@ def judge_slots(seen: Seen) -> Iterator[Finding]:
     tried = seen.probe.values.get("keys", {}).values()
     if seen.way.is_managed:
         yield ok(name, "the resource manager makes room where it is needed")
+    elif seen.daemon_running:
+        yield ok(name, f"{avail} slots are free beside what the running daemon has loaded")
     elif strays and (avail < 2 or RC_OBJECT_MEMORY in tried):  # noqa: PLR2004 - one key, and its parent while it is used
         yield warning(
             name,
@@ -826,6 +843,9 @@ def judge_keys(seen: Seen) -> Iterator[Finding]:
     name = "tpm.keys"
     if seen.tpm.srk_auth is not None:
         yield not_checked(name, "the storage root key has a password, and the doctor does not send it")
+        return
+    if not may_try_keys(seen.tpm, seen.way, daemon_running=seen.daemon_running):
+        yield not_checked(name, "the running daemon has the TPM to itself; its log names the keys that cannot be used")
         return
     if not seen.keys:
         yield ok(name, "no active key of a TPM is on record")
