@@ -16,10 +16,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from doctors import Findings, Pki, as_nobody, command_output, look, read, write_config
-from parts import station
 from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port, search_path
 
+from doctors import Pki, as_nobody, command_output, look, read, write_config
+from parts import station
 from stationkey.doctor import AREAS, Level
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.ledger import DATABASE_NAME, Ledger
@@ -446,7 +446,7 @@ class TestBroker:
             assert look(tmp_path, broker=broker.url).level("broker.anonymous") is Level.WARNING
             configuration = tmp_path / "broker" / "mosquitto.conf"
             broker.terminate()
-            configuration.write_text(configuration.read_text().replace(" 127.0.0.1", " 0.0.0.0"))  # noqa: S104 - the point
+            configuration.write_text(configuration.read_text().replace(" 127.0.0.1", " 0.0.0.0"))
             broker.start()
             found = look(tmp_path, broker=broker.url)
         assert found.level("broker.anonymous") is Level.FAILURE

@@ -87,8 +87,8 @@ def doctor(
 ) -> None:
     """Look at everything that the station needs, and say what to do.
 
-    Takes the options and the environment of serve. It changes nothing, here and in the TPM, works whether the daemon runs
-    or not, and takes some seconds at the most. Run as root it sees most.
+    Takes the options and the environment of serve. It changes nothing, on this machine and in the TPM. It works whether
+    the daemon runs or not, and takes some seconds at the most. Run as root it sees most.
 
     \b
     Exit status: 0 no failure (there may be warnings), 1 at least one failure, 2 wrong usage.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from doctors import command_output, read
 from small_disk import SmallDisk
 
+from doctors import command_output, read
 from stationkey.doctor import Level
 
 

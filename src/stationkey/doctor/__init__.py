@@ -9,7 +9,19 @@ from __future__ import annotations
 
 from typing import Final
 
-from stationkey.doctor import broker, certificates, clock, configuration, machine, state, tpm
+from stationkey.doctor import (
+    broker,
+    certificates,
+    clock,
+    configuration,
+    disk,
+    machine,
+    named,
+    records,
+    software,
+    state,
+    tpm,
+)
 from stationkey.doctor.findings import Finding, Level, Report
 from stationkey.doctor.running import Check, run
 from stationkey.doctor.subject import Options, Subject, survey
@@ -18,17 +30,17 @@ __all__ = ["CHECKS", "Finding", "Level", "Options", "Report", "examine"]
 
 CHECKS: Final[tuple[Check[Subject], ...]] = (
     Check("Configuration", configuration.FILE_IDS, configuration.check_file),
-    Check("Configuration", configuration.SECRET_IDS, configuration.check_secrets),
+    Check("Configuration", named.SECRET_IDS, named.check_secrets),
     Check("Configuration", certificates.IDS, certificates.check_tls_files),
-    Check("Configuration", configuration.JOSEV_IDS, configuration.check_certificate_dir),
+    Check("Configuration", named.JOSEV_IDS, named.check_certificate_dir),
     Check("Key store", tpm.IDS, tpm.check_tpm, tpm.DEADLINE),
     Check("State", state.DIRECTORY_IDS, state.check_directory),
-    Check("State", state.DISK_IDS, state.check_disk),
-    Check("State", state.LEDGER_IDS, state.check_ledger),
+    Check("State", disk.DISK_IDS, disk.check_disk),
+    Check("State", records.LEDGER_IDS, records.check_ledger),
     Check("Broker", broker.IDS, broker.check_broker, broker.DEADLINE),
     Check("Clock", clock.IDS, clock.check_clock),
     Check("Machine", machine.IDS, machine.check_machine),
-    Check("Machine", machine.SOFTWARE_IDS, machine.check_software, 8.0),
+    Check("Machine", software.SOFTWARE_IDS, software.check_software, 8.0),
 )
 """Every check, in the order of the report."""
 

@@ -1,31 +1,25 @@
-"""The broker: whether it can be reached, and whether it lets through what it should, and nothing else.
-
-What is published is a message that the contract has everybody pass over (decision 3: another `name` than ours). No
-request is made, nothing is retained, and the daemon's own session is left alone: the doctor has a client id of its own.
-"""
+"""The broker: whether it can be reached, and whether it lets through what it should, and nothing else."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import socket
 import ssl
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
 from stationkey.doctor.certificates import MONTH
-from stationkey.doctor.configuration import is_loopback
 from stationkey.doctor.device import listeners_on
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import within
+from stationkey.doctor.sense import is_loopback
 from stationkey.doctor.subject import Subject
-from stationkey.errors import BrokerError, ConfigurationError, StationKeyError
-from stationkey.mqtt import Broker, ConnectionLost, MqttConnection, connect, topics
+from stationkey.doctor.visit import Visit, visit
+from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.mqtt import Broker, topics
 from stationkey.terms import MqttTerms
 from stationkey.trust import introduction, no_handshake
 
@@ -34,19 +28,18 @@ IDS: Final = (
     *("broker.publish", "broker.subscribe", "broker.own_rights", "broker.anonymous", "broker.josev", "broker.daemon"),
     *("broker.retained", "broker.delay"),
 )
+
 DEADLINE: Final = 9.0
 
+Addresses = list[tuple[int, tuple[object, ...]]]
+"""Family and address of each, as `socket` has them."""
+
 _NAME: Final = 2.0
+
 _PORT: Final = 2.0
-_LOGIN: Final = 4.5
-"""Seconds. Some brokers keep silent to a CONNECT of MQTT 5; what they say to one of 3.1.1 is waited for as well."""
-_TALK: Final = 2.5
-_ECHO: Final = 0.4
-"""Seconds for the broker to bring a message that it took, on a connection that is there already."""
-_ROUNDS: Final = 14
-_SLOW_START: Final = 6
-"""Rounds in which a Linux kernel still acknowledges at once [tcp(7), TCP_QUICKACK]."""
+
 _NAGLE: Final = 0.020
+
 """Seconds that nothing but a delayed acknowledgement adds; it is 40 ms on Linux."""
 
 
@@ -70,7 +63,7 @@ def check_broker(subject: Subject) -> Iterator[Finding]:
     if reached:
         raise CannotLookError("the broker cannot be reached")
     yield from _check_tls(broker, settings.mqtt, local=local)
-    seen = asyncio.run(_visit(broker, settings.mqtt, settings.topic_prefix))
+    seen = asyncio.run(visit(broker, settings.mqtt, settings.topic_prefix))
     if seen.refused is not None:
         yield judge_refused(broker, seen.refused, speaks_tls=not broker.tls and _speaks_tls(broker))
     reach = None if local and not _listens_beyond(broker.port) else _beyond(broker, local=local)
@@ -85,33 +78,35 @@ def judge_url(broker: Broker, *, local: bool, port_in_use_for_tls: int) -> Findi
     return ok(name, f"the broker is {broker}" + (", on this machine" if local else ""))
 
 
-def _resolve(broker: Broker) -> list[tuple[int, tuple[object, ...]]] | str:
+def _resolve(broker: Broker) -> Addresses | str:
     """The addresses that a name stands for, or what is wrong with it."""
 
-    def ask() -> list[tuple[int, tuple[object, ...]]] | str:
+    def resolve() -> Addresses | str:
         try:
             found = socket.getaddrinfo(broker.host, broker.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             return getattr(error, "strerror", None) or str(error)
         return [(int(family), address) for family, _, _, _, address in found]
 
-    return within(_NAME, ask, f"no answer within {_NAME:g} s")
+    otherwise: Addresses | str = f"no answer within {_NAME:g} s"
+    return within(_NAME, resolve, otherwise)
 
 
-def judge_name(broker: Broker, addresses: list[tuple[int, tuple[object, ...]]] | str) -> Finding:
+def judge_name(broker: Broker, addresses: Addresses | str) -> Finding:
     """What the name stands for."""
     name = "broker.name"
     if isinstance(addresses, str):
         return failure(
             name,
             f"the name {broker.host} leads nowhere: {addresses}",
-            "is it written right, and does the name server answer (resolvectl query, /etc/resolv.conf)? An address works "
+            "is it written right, and does the name server answer (resolvectl query, /etc/resolv.conf)? "
+            "An address works "
             "without one",
         )
     return ok(name, f"{broker.host} is {listed(dict.fromkeys(str(address[0]) for _, address in addresses))}")
 
 
-def _dial(addresses: list[tuple[int, tuple[object, ...]]]) -> str:
+def _dial(addresses: Addresses) -> str:
     """An empty text where one of the addresses takes a connection; else why none does."""
     why, end = "it has no address", time.monotonic() + _PORT
     for family, address in addresses:
@@ -240,229 +235,14 @@ def _beyond(broker: Broker, *, local: bool) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rights:
-    """What an identity may do at the broker.
-
-    Attributes:
-        asks: it may publish on the topic of requests; None where that was not found out.
-        answers: it may publish on the topic of responses; None likewise.
-        listens: it was brought what another published on the topic of responses; None likewise.
-    """
-
-    asks: bool | None = None
-    answers: bool | None = None
-    listens: bool | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Visit:
-    """What was seen at a broker.
-
-    Attributes:
-        refused: why there is no connection, or None.
-        named: whether we have a user name or a certificate there.
-        mqtt5: whether MQTT 5 is spoken.
-        own: what we may do.
-        why: what the broker said where we may not do what we must.
-        subscribed: whether a subscription to the topic of requests is granted.
-        josev: whether somebody is subscribed to the topic of responses; None where the broker does not say.
-        daemon: whether somebody is subscribed to the topic of requests; None likewise.
-        retained: topics that a message lies on.
-        single: least seconds for one exchange, or None.
-        pair: least seconds for two at once, or None.
-        anonymous: what somebody without a name may do; None where he is not let in.
-        anonymous_why: why that is not known, or an empty text.
-        cut: why the visit ended before its end, or an empty text.
-    """
-
-    refused: StationKeyError | None = None
-    named: bool = False
-    mqtt5: bool = True
-    own: Rights = Rights()
-    why: str = ""
-    subscribed: bool | None = None
-    josev: bool | None = None
-    daemon: bool | None = None
-    retained: tuple[str, ...] = ()
-    single: float | None = None
-    pair: float | None = None
-    anonymous: Rights | None = None
-    anonymous_why: str = ""
-    cut: str = ""
-
-
-def _harmless() -> bytes:
-    """A message that is nobody's business [contract, decision 3], and that is known again."""
-    return json.dumps({"name": "stationkey_doctor", "type": "probe", "id": str(uuid.uuid4())}).encode()
-
-
-def _client_id() -> str:
-    return f"stationkey-doctor-{uuid.uuid4().hex[:8]}"
-
-
-async def _visit(broker: Broker, terms: MqttTerms, prefix: str) -> Visit:
-    """Look around at the broker, with the daemon's identity and without any."""
-    named = terms.username is not None or terms.certificate_file is not None
-    stranger = asyncio.create_task(_as_a_stranger(broker, terms), name="stranger") if named else None
-    try:
-        async with asyncio.timeout(_LOGIN):
-            connection = await connect(broker, client_id=_client_id(), persistent=False, terms=terms)
-    except TimeoutError:
-        silent = BrokerError(
-            f"{broker} takes the connection and says nothing", reason="broker_unreachable", hint="is it an MQTT broker?"
-        )
-        return Visit(refused=silent, named=named, anonymous=await _let_in(stranger))
-    except StationKeyError as error:
-        return Visit(refused=error, named=named, anonymous=await _let_in(stranger))
-    async with connection:
-        visit = _Round(connection, *topics(prefix), named=named)
-        try:
-            async with asyncio.timeout(_TALK):
-                await visit.look_around()
-        except (TimeoutError, ConnectionLost) as error:
-            visit.note(cut=str(error) or "the broker stopped answering")
-        if stranger is not None:
-            await _take_the_stranger_round(stranger, visit)
-    return visit.seen
-
-
-async def _as_a_stranger(broker: Broker, terms: MqttTerms) -> MqttConnection | str:
-    """A connection without a name; or why there is none, where that says nothing. An empty text: not let in."""
-    nobody = MqttTerms(ca_file=terms.ca_file, server_name=terms.server_name)
-    try:
-        async with asyncio.timeout(_LOGIN):
-            return await connect(broker, client_id=_client_id(), persistent=False, terms=nobody)
-    except TimeoutError:
-        return "the broker does not answer"
-    except StationKeyError as error:
-        return "" if error.reason == "broker_refuses" else error.message
-
-
-async def _let_in(stranger: asyncio.Task[MqttConnection | str] | None) -> Rights | None:
-    """Whether somebody without a name is let in where we are not; then sent away again."""
-    there = "" if stranger is None else await stranger
-    if isinstance(there, str):
-        return None
-    await there.close()
-    return Rights()
-
-
-async def _take_the_stranger_round(stranger: asyncio.Task[MqttConnection | str], visit: _Round) -> None:
-    """See what somebody without a name may do, while we are there to be listened to."""
-    there = await stranger
-    if isinstance(there, str):
-        visit.note(anonymous_why=there)
-        return
-    async with there:
-        try:
-            async with asyncio.timeout(_TALK):
-                visit.note(anonymous=await visit.rights_of(there))
-        except (TimeoutError, ConnectionLost):
-            visit.note(anonymous=Rights())
-
-
-class _Round:
-    """A look around on one connection; what was seen so far is in `seen`, whatever comes."""
-
-    def __init__(self, connection: MqttConnection, requests: str, responses: str, *, named: bool) -> None:
-        self._connection = connection
-        self._requests = requests
-        self._responses = responses
-        self.seen = Visit(named=named, mqtt5=connection.is_v5)
-
-    def note(self, **what: object) -> None:
-        self.seen = dataclasses.replace(self.seen, **what)  # type: ignore[arg-type] # names and types are those of Visit
-
-    async def look_around(self) -> None:
-        """What we must be allowed to, then what we must not, then how quick it is."""
-        answers, josev, why = await self._publish(self._connection, self._responses, _harmless())
-        self.note(own=Rights(answers=answers), josev=josev, why=why)
-        asks, daemon, _ = await self._publish(self._connection, self._requests, _harmless())
-        self.note(own=Rights(answers=answers, asks=asks), daemon=daemon)
-        try:
-            await self._connection.subscribe(self._requests)
-        except ConnectionLost:
-            raise
-        except BrokerError as error:
-            self.note(subscribed=False, why=error.message)
-            return
-        self.note(subscribed=True)
-        if asks:  # acknowledged; a broker may do so and pass nothing on
-            probe = _harmless()
-            await self._publish(self._connection, self._requests, probe)
-            self.note(own=Rights(answers=answers, asks=await self._brought(self._connection, probe)))
-        else:
-            await self._brought(self._connection, b"")
-        await self._measure()
-
-    async def _publish(self, connection: MqttConnection, topic: str, payload: bytes) -> tuple[bool, bool | None, str]:
-        """Whether the broker takes it, whether anybody gets it (where it says so), and what it said."""
-        try:
-            heard = await connection.publish(topic, payload)
-        except ConnectionLost:
-            raise
-        except BrokerError as error:
-            return False, None, error.message
-        return True, heard if connection.is_v5 else None, ""
-
-    async def _brought(self, connection: MqttConnection, probe: bytes) -> bool:
-        """Whether the broker brings a message; what lies on the topics is noted by the way."""
-        try:
-            async with asyncio.timeout(_ECHO):
-                while True:
-                    message = await connection.receive()
-                    message.acknowledge()
-                    if message.retained:
-                        self.note(retained=(*dict.fromkeys((*self.seen.retained, message.topic)),))
-                    if message.payload == probe:
-                        return True
-        except TimeoutError:
-            return False
-
-    async def _measure(self) -> None:
-        """One exchange, and two at once: Nagle's algorithm holds the second answer until the first is acknowledged."""
-        singles, pairs = [], []
-        for _ in range(_ROUNDS):
-            begin = time.perf_counter()
-            await self._connection.subscribe(self._requests)
-            middle = time.perf_counter()
-            await asyncio.gather(*(self._connection.subscribe(self._requests) for _ in range(2)))
-            singles.append(middle - begin)
-            pairs.append(time.perf_counter() - middle)
-        # The least of each: a machine that is busy adds to some rounds, Nagle's algorithm to all.
-        self.note(single=min(singles[_SLOW_START:]), pair=min(pairs[_SLOW_START:]))
-
-    async def rights_of(self, stranger: MqttConnection) -> Rights:
-        """What somebody else may do, with our help to be listened to."""
-        listens: bool | None = None
-        try:
-            await stranger.subscribe(self._responses)
-            probe = _harmless()
-            taken, _, _ = await self._publish(self._connection, self._responses, probe)
-            listens = await self._brought(stranger, probe) if taken else None
-        except ConnectionLost:
-            raise
-        except BrokerError:
-            listens = False
-        answers, _, _ = await self._publish(stranger, self._responses, _harmless())
-        probe = _harmless()
-        asks, _, _ = await self._publish(stranger, self._requests, probe)
-        if asks and self.seen.subscribed:
-            asks = await self._brought(self._connection, probe)
-        if answers and not stranger.is_v5:
-            return Rights(asks=asks, answers=None, listens=listens)
-        return Rights(asks=asks, answers=answers, listens=listens)
-
-
 def judge_refused(broker: Broker, error: StationKeyError, *, speaks_tls: bool) -> Finding:
     """Why there is no connection."""
     name = "broker.login"
     if speaks_tls:
         return failure(name, f"{broker} speaks TLS, and the URL says mqtt://", f"mqtts://{broker.host}:{broker.port}")
     hints = {
-        "broker_refuses": "are user name and password those that the broker knows? Its log says more; an access control "
-        "list by client id must let in stationkey-doctor-*, too",
+        "broker_refuses": "are user name and password those that the broker knows? Its log says more; an access "
+        "control list by client id must let in stationkey-doctor-*, too",
         "broker_unreachable": "is it an MQTT broker, and does its log say anything?",
     }
     return failure(name, error.message, error.hint or hints.get(error.reason, "see the broker's log"))
@@ -557,7 +337,9 @@ def judge_anonymous(seen: Visit, reach: str | None) -> Finding:
     """What somebody without a name may do. `reach`: who else reaches the broker, or None."""
     name = "broker.anonymous"
     if not seen.named:
-        advice = "give Josev and stationkey a user name or a certificate each, and an access control list (packaging/mosquitto)"
+        advice = (
+            "give Josev and stationkey a name or a certificate each, and an access control list (packaging/mosquitto)"
+        )
         if reach is not None:
             return failure(
                 name, f"the broker takes anybody, and {reach} can have keys made, and answer in our place", advice
@@ -632,7 +414,8 @@ def judge_retained(seen: Visit) -> Finding:
     if seen.retained:
         return warning(
             name,
-            f"a retained message lies on {listed(seen.retained)}: the broker sends it at every subscription, as if it were new",
+            f"a retained message lies on {listed(seen.retained)}: the broker sends it at every "
+            "subscription, as if it were new",
             f"take it away: mosquitto_pub -t {seen.retained[0]} -r -n; and find out who sets retain",
         )
     return ok(name, "no retained message lies on josev/cs")
@@ -648,6 +431,7 @@ def judge_delay(seen: Visit) -> Finding:
         return warning(
             name,
             f"the broker holds small packets back (Nagle's algorithm): {took}",
-            "set_tcp_nodelay true in the configuration of Mosquitto (packaging/mosquitto/stationkey.conf), then restart it",
+            "set_tcp_nodelay true in the configuration of Mosquitto "
+            "(packaging/mosquitto/stationkey.conf), then restart it",
         )
     return ok(name, took)

@@ -60,7 +60,8 @@ def _latest(subject: Subject) -> float | None:
     times = [facts.modified] if facts.there else []
     try:
         with open_for_reading(subject) as ledger:
-            times += [key.created_at / 1000 for key in ledger.keys()]
+            records = ledger.keys()
+            times += [key.created_at / 1000 for key in records]
     except (StationKeyError, CannotLookError, OSError):
         pass
     return max(times, default=None)
@@ -92,13 +93,14 @@ def _date(moment: float) -> str:
 def judge_time(clocks: Clocks) -> Finding:
     """Whether the time can be right."""
     name, now = "clock.time", clocks.now
-    advice = "set it (NTP, or date -s) before a certificate is installed: one that holds now seems to begin later, or to be over"
+    advice = "set it (NTP, or date -s): by a wrong clock a certificate that holds seems to begin later, or to be over"
     if not WRITTEN <= now < _FAR:
         return failure(name, f"the clock says {_date(now)}, which cannot be", advice)
     if clocks.latest is not None and clocks.latest - now > _DIFFERENCE:
         return warning(
             name,
-            f"the clock says {_date(now)}, and the ledger has something of {_date(clocks.latest)}: one of the two was wrong",
+            f"the clock says {_date(now)}, and the ledger has something of {_date(clocks.latest)}: one of "
+            "the two was wrong",
             "see whether the clock is right now. No key ends by it, but certificates are judged by it",
         )
     return ok(name, f"the clock says {_date(now)}")
@@ -113,7 +115,8 @@ def judge_synchronised(clocks: Clocks) -> Finding:
         return warning(
             name,
             "nothing keeps the clock right, as far as the kernel knows",
-            "timedatectl set-ntp true, or chrony; see that the station reaches a time server. Where the host of a virtual "
+            "timedatectl set-ntp true, or chrony; see that the station reaches a time server. Where the "
+            "host of a virtual "
             "machine, GNSS or the CSMS sets the clock, this may be so",
         )
     return ok(name, "the clock is kept right (NTP, or another source that the kernel knows)")

@@ -144,7 +144,7 @@ def judge_device(facts: Facts, chip: Chip, user: User, *, tpm: bool = True) -> I
         )
     elif not permits(facts, user, READ | WRITE):
         group = facts.gid
-        if facts.mode & 0o060 != 0o060 or group == 0:  # noqa: PLR2004 - read and write, for the group
+        if not permits(facts, User(-1, group), READ | WRITE) or group == 0:
             advice = "install tpm-udev (Debian), which gives the device to the group tss, and restart the machine"
         else:
             advice = f"usermod -a -G {group_name(group)} {user.name}, then restart the daemon"
@@ -170,7 +170,7 @@ def _judge_missing(path: Path, chip: Chip) -> Finding:
         return failure(
             name,
             f"{path} is not there, and the kernel has found a TPM ({others})",
-            'name one that is there, keystore = "tpm2:device:/dev/tpmrm0" best; a kernel before 4.12 has none of that name',
+            'name one that is there, best keystore = "tpm2:device:/dev/tpmrm0" (since kernel 4.12)',
         )
     return failure(
         name,
@@ -252,7 +252,7 @@ def listeners_on(port: int) -> list[str]:
 
 
 def simulator_lives(way: Way, *, seconds: float = 1.5) -> bool | None:
-    """Whether swtpm answers on its control port, beside the connection that another program has; None where it has none."""
+    """Whether swtpm answers on its control port, which it does beside other work; None where it has none."""
     try:
         with socket.create_connection((way.host, way.port + 1), seconds) as control:
             control.settimeout(seconds)

@@ -23,9 +23,9 @@ _LOG: Final = "-wal"
 def open_for_reading(subject: Subject) -> Iterator[Ledger]:
     """The ledger, to be read.
 
-    SQLite makes files beside a database even to read it, and they would be this user's. So a ledger that nobody has open
-    is read as it lies there. One whose last run was cut short has part of its content in a log; then both are copied to
-    memory, and read there.
+    SQLite makes files beside a database even to read it, and they would be this user's. So a ledger that nobody has
+    open is read as it lies there. One whose last run was cut short has part of its content in a log: then both are
+    copied to memory, and read there.
 
     Raises:
         CannotLookError: there is none, or it cannot be read without a trace.

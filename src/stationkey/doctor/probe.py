@@ -34,7 +34,7 @@ _RC_SUCCESS: Final = 0
 
 def say(part: str, **what: object) -> None:
     """One line, at once."""
-    print(json.dumps({"part": part, **what}), flush=True)
+    print(json.dumps({"part": part, **what}), flush=True)  # noqa: T201 - how it answers
 
 
 def look(part: str, question: Callable[[], object]) -> bool:

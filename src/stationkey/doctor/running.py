@@ -18,7 +18,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 DEADLINE: Final = 5.0
-"""Seconds that a check has. It knows the deadlines of its own questions; this one catches what has none: a dead disk."""
+"""Seconds that a check has. Its questions have deadlines of their own; this one is for what has none: a dead disk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,14 +184,14 @@ def look_at_unit() -> Unit | None:
     """Ask systemd for the daemon's unit."""
     if not _SYSTEMD.is_dir():
         return None
-    answer = ask(["systemctl", "show", "--no-pager", f"--property={_SHOWN}", UNIT], seconds=_PATIENCE)  # noqa: S607 - wherever the distribution has it
+    answer = ask(["systemctl", "show", "--no-pager", f"--property={_SHOWN}", UNIT], seconds=_PATIENCE)
     if answer.status != 0:
         return None
     return Unit(properties=dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line))
 
 
 def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
-    """Who runs the daemon, or would: by what runs, by its unit, by the user that the package makes, by the directory."""
+    """Whom the daemon runs as, or would: by what runs, its unit, the user that the package makes, the directory."""
     running, pid = holder_of(look_at(state_dir / LOCK_NAME))
     if pid is not None and (runs := user_of(pid)) is not None:
         return Daemon(running=running, pid=pid, user=runs, known_by="it runs as that")
@@ -225,7 +225,7 @@ def find_lock(lines: list[str], *, device: int, inode: int) -> tuple[bool, int |
         match line.split():
             case [_, "FLOCK", _, "WRITE", pid, place, *_]:
                 major, minor, number = place.split(":")
-                # The device that the kernel names is another one than stat's where it is none of a disk (overlay, btrfs).
+                # The kernel names another device than stat does where it is none of a disk (overlay, btrfs).
                 same = (int(major, 16), int(minor, 16)) == (os.major(device), os.minor(device))
                 if int(number) == inode and (same or os.major(device) == 0):
                     return True, int(pid) if int(pid) > 0 else None
