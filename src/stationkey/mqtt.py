@@ -237,7 +237,8 @@ class MqttConnection:
         except (OSError, ValueError) as error:
             self._drop("not connected")  # where it was the time: the thread goes on; see _watch
             why = str(error) or f"no connection within {CONNECT_TIMEOUT:g} s"
-            raise BrokerError(f"no broker at {self._broker}: {why}", reason="broker_unreachable") from None
+            hint = "does it speak TLS there?" if self._broker.tls and isinstance(error, ConnectionResetError) else ""
+            raise BrokerError(f"no broker at {self._broker}: {why}", reason="broker_unreachable", hint=hint) from None
         except asyncio.CancelledError:
             self._drop("not connected")
             raise
@@ -758,6 +759,7 @@ class MqttEdge:
             await connection.subscribe(self._request_topic)
             await self._announce(connection, ONLINE)
         except BaseException:
+            await self._sign_off(connection)
             await connection.close()
             raise
         return connection
