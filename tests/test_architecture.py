@@ -41,29 +41,30 @@ ROWS: list[set[str]] = [
     {"service"},
     {"mqtt", "health"},
     {"josev", "metrics"},
-    {"daemon", "station"},  # the composition root is given its configuration
-    {"cli_csms", "cli_health", "cli_josev", "cli_tls"},
+    {"daemon", "station", "doctor"},  # the composition root is given its configuration; the doctor looks at all of it
+    {"cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_tls"},
     {"cli"},
     {"__main__"},
 ]
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 
-INSIDE = {"keystore"}
+INSIDE = {"keystore", "doctor"}
 """A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
 
 HOMES: dict[str, set[str]] = {
-    "click": {"cli", "cli_csms", "cli_health", "cli_josev", "cli_tls"},
+    "click": {"cli", "cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_tls"},
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {
         *("keystore.tpm2", "keystore.device", "keystore.capabilities", "keystore.templates"),
         *("keystore.sessions", "keystore.pcr", "keystore.signing"),
+        "doctor.probe",  # asks, and changes nothing: the key store may not
     },
     "sqlite3": {"ledger"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
     # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too.
     "cryptography": {
-        *("csr", "certificate", "pki", "csms", "station", "tls"),
+        *("csr", "certificate", "doctor.certificates", "pki", "csms", "station", "tls"),
         *("keystore.software", "keystore.tpm2", "keystore.signing", "keystore.tss2"),
     },
     # The wire's structs and UNSET, which says that a field is not there; TOML to frozen values.

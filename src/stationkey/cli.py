@@ -32,6 +32,7 @@ _PREFIX: Final = "STATIONKEY"
 
 _ELSEWHERE: Final = {
     "csms": ("stationkey.cli_csms", "csms"),
+    "doctor": ("stationkey.cli_doctor", "doctor"),
     "health": ("stationkey.cli_health", "health"),
     "josev": ("stationkey.cli_josev", "josev"),
     "tls-config": ("stationkey.cli_tls", "tls_config"),

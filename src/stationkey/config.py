@@ -329,6 +329,10 @@ def read_file(path: Path) -> File:
     Raises:
         ConfigurationError: it cannot be read, is no TOML, or says something that cannot be; the message names where.
     """
+    return _checked(path, _table(path))
+
+
+def _table(path: Path) -> dict[str, object]:
     try:
         with path.open("rb") as opened:  # no more than this of a device that never ends
             content = opened.read(MAX_FILE + 1)
@@ -342,9 +346,12 @@ def read_file(path: Path) -> File:
     except UnicodeDecodeError:
         raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         raise ConfigurationError(f"{path} is no TOML: {_said(error)}", reason="config_invalid") from None
+
+
+def _checked(path: Path, table: dict[str, object]) -> File:
     _refuse_nul(path, table)
     _refuse_fixed(path, table)
     try:
@@ -376,6 +383,28 @@ def _refuse_nul(path: Path, table: dict[str, object]) -> None:
                 ahead += members
             case str() as text if "\0" in text:
                 raise ConfigurationError(f"{path}: a text has a NUL character in it", reason="config_invalid")
+
+
+def read_parts(path: Path) -> tuple[File, tuple[str, ...]]:
+    """What can be used of a file that `read_file` refuses, section by section, and what is wrong with each other one.
+
+    For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises: of a file
+    that is no TOML there are no parts, and nothing is said.
+    """
+    try:
+        table = _table(path)
+    except ConfigurationError:
+        return File(), ()
+    good: dict[str, object] = {}
+    complaints = []
+    for name, value in table.items():
+        try:
+            _checked(path, {name: value})
+        except ConfigurationError as error:
+            complaints.append(error.message)
+        else:
+            good[name] = value
+    return _checked(path, good), tuple(complaints)
 
 
 _FIXED: Final = {

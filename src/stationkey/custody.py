@@ -357,9 +357,7 @@ class KeyCustody:
         if reference is None:
             return True
         try:
-            await on_keystore(
-                self._keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD
-            )
+            await on_keystore(self._keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD)
         except KeyStoreError as error:
             if error.reason in PASSING:
                 return False

@@ -206,12 +206,14 @@ class Ledger:
         read_only: write nothing; implies not `make`.
         make: make the database where it is missing, and bring one of an older version up to date. For the daemon, which
             has the state directory to itself; a command beside it must not do so under a daemon of the older version.
+        alone: nobody else has it open, and it has no write-ahead log: so no file is made beside it even to read. With
+            `read_only`.
 
     Raises:
         LedgerError: it cannot be opened, is damaged, or was written by a newer version.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, make: bool = True) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, make: bool = True, alone: bool = False) -> None:
         self.path = path
         self._delivered: deque[str] = deque()
         self.trouble = ""
@@ -229,7 +231,7 @@ class Ledger:
             orderly = not Path(f"{path}-wal").exists()
             # Looked at by a connection that cannot write, so that one that is refused stays as it is, byte for byte:
             # a connection that can write empties the write-ahead log as it closes.
-            self._connection = self._connect("ro")
+            self._connection = self._connect("ro&immutable=1" if alone and read_only else "ro")
             try:
                 version = self._check(migrate=make, whole=make and not orderly)
                 if not read_only:

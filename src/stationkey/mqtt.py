@@ -82,6 +82,8 @@ OFFLINE: Final = b"offline"
 SIGN_OFF: Final = 1.0
 """Seconds for the broker to take the last of them."""
 
+_NO_MATCHING_SUBSCRIBERS: Final = 0x10
+"""[MQTT 5 3.4.2.1]."""
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
 
@@ -145,6 +147,9 @@ class Message:
     connection: MqttConnection
     mid: int
     qos: int
+    topic: str = ""
+    retained: bool = False
+    """Whether the broker had kept it from before the subscription."""
 
     def acknowledge(self) -> None:
         """Tell the broker that it need not send this again. Too late on a connection that was lost: then it will."""
@@ -289,13 +294,21 @@ class MqttConnection:
                 hint="look at its access control list",
             )
 
-    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    @property
+    def is_v5(self) -> bool:
+        """Whether MQTT 5 is spoken, rather than 3.1.1."""
+        return self._is_v5
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         """Publish at QoS 1, and wait until the broker has it.
 
         Args:
             topic: where to.
             payload: what.
             retain: have the broker keep it, for whoever subscribes later.
+
+        Returns:
+            False where the broker says that nobody subscribes to it, which not every broker does.
 
         Raises:
             BrokerError: the broker refuses (only MQTT 5 lets it say so).
@@ -310,6 +323,7 @@ class MqttConnection:
                 reason="publication_refused",
                 hint="look at its access control list",
             )
+        return reason.value != _NO_MATCHING_SUBSCRIBERS
 
     @property
     def waiting(self) -> int:
@@ -468,7 +482,8 @@ class MqttConnection:
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
         if message.qos > 0 or self._received.qsize() < MAX_WAITING:
-            self._received.put_nowait(Message(bytes(message.payload), self, message.mid, message.qos))
+            payload, retained = bytes(message.payload), bool(message.retain)
+            self._received.put_nowait(Message(payload, self, message.mid, message.qos, message.topic, retained))
         elif not self._dropping:
             self._dropping = True  # said once, until all that waits has been taken
             log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")

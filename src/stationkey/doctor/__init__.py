@@ -1,0 +1,62 @@
+"""``stationkey doctor``: looks at everything that a station needs, changes nothing, and says what to do.
+
+Each check looks, then judges. Looking takes files, sockets, devices and programs, with a deadline for each; judging is
+done by functions called ``judge_…`` that take what was seen and nothing else. `run` lets no check wait for another, nor
+take another with it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from stationkey.doctor import (
+    broker,
+    certificates,
+    clock,
+    configuration,
+    disk,
+    machine,
+    named,
+    records,
+    software,
+    state,
+    tpm,
+)
+from stationkey.doctor.findings import Finding, Level, Report
+from stationkey.doctor.running import Check, run
+from stationkey.doctor.subject import Options, Subject, survey
+
+__all__ = ["CHECKS", "Finding", "Level", "Options", "Report", "examine"]
+
+CHECKS: Final[tuple[Check[Subject], ...]] = (
+    Check("Configuration", configuration.FILE_IDS, configuration.check_file),
+    Check("Configuration", named.SECRET_IDS, named.check_secrets),
+    Check("Configuration", certificates.IDS, certificates.check_tls_files),
+    Check("Configuration", named.JOSEV_IDS, named.check_certificate_dir),
+    Check("Key store", tpm.IDS, tpm.check_tpm, tpm.DEADLINE),
+    Check("State", state.DIRECTORY_IDS, state.check_directory),
+    Check("State", disk.DISK_IDS, disk.check_disk),
+    Check("State", records.LEDGER_IDS, records.check_ledger),
+    Check("Broker", broker.IDS, broker.check_broker, broker.DEADLINE),
+    Check("Clock", clock.IDS, clock.check_clock),
+    Check("Machine", machine.IDS, machine.check_machine),
+    Check("Machine", software.SOFTWARE_IDS, software.check_software, 8.0),
+)
+"""Every check, in the order of the report."""
+
+AREAS: Final = {name: check.area for check in CHECKS for name in check.ids}
+"""The heading that each finding stands under."""
+
+
+def examine(options: Options) -> tuple[Report, bool]:
+    """Look at everything.
+
+    Args:
+        options: as ``stationkey serve`` takes them.
+
+    Returns:
+        The report; and whether a thread was left behind in something that never came back, so that the process should
+        end without waiting for it.
+    """
+    findings, left_behind = run(CHECKS, survey(options))
+    return Report(tuple(findings)), left_behind

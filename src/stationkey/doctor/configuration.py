@@ -1,0 +1,147 @@
+"""The configuration file: what it says, who may read and write it, and what the environment says besides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from stationkey.doctor.files import READ, Facts, User, closed_on_the_way, look_at, octal, permits
+from stationkey.doctor.findings import Finding, failure, listed, not_checked, ok, warning
+from stationkey.doctor.sense import judge_sense
+from stationkey.doctor.subject import Configured, Options, Subject
+
+FILE_IDS: Final = ("config.file", "config.rights", "config.environment", "config.sense")
+
+_SHOWN: Final = 4
+"""Mistakes that are told one by one."""
+_USUAL: Final = Path("/etc/stationkey/stationkey.toml")
+
+_PREFIX: Final = "STATIONKEY_"
+
+_VARIABLES: Final = frozenset(
+    f"{_PREFIX}{name}"
+    for name in (
+        *("BROKER", "KEYSTORE", "ALLOW_SOFTWARE_KEYS", "STATE_DIR", "TOPIC_PREFIX", "LOG_FORMAT", "CONFIG"),
+        "COMPLETE",
+    )
+)
+
+_LOG_FORMATS: Final = ("text", "json")
+
+
+def check_file(subject: Subject) -> Iterator[Finding]:
+    """The file itself, who may do what with it, the environment, and whether it makes sense."""
+    configured, user = subject.configured, subject.daemon.user
+    usual = subject.options.config_file is None and look_at(_USUAL).kind == "file"
+    closed = None if configured.file is None else closed_on_the_way(configured.file.path, user)
+    yield judge_file(configured, usual=usual)
+    yield from judge_rights(configured.file, user, closed)
+    yield from judge_environment(os.environ, subject.options)
+    found = list(judge_sense(subject.settings))
+    yield from found or [ok("config.sense", "nothing in it contradicts itself")]
+
+
+def judge_file(configured: Configured, *, usual: bool) -> Finding:
+    """Whether the file can be read and is right. `usual`: none is named, and there is one where the package puts it."""
+    facts, name = configured.file, "config.file"
+    if configured.complaints:
+        said = "; ".join(configured.complaints[:_SHOWN])
+        more = len(configured.complaints) - _SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        return failure(
+            name,
+            f"{said}{rest}",
+            "the daemon does not start with it. Put it right by packaging/stationkey.toml, which says what each name "
+            "may be. Where it is wrong, the defaults are examined below",
+        )
+    if usual:
+        return warning(
+            name,
+            f"no configuration file is named, so the defaults are examined; but there is {_USUAL}",
+            f"if the daemon uses it, say so here too: stationkey doctor --config {_USUAL}",
+        )
+    if facts is None:
+        return ok(name, "no configuration file is named: the defaults hold, and what options and environment say")
+    return ok(name, f"{facts.path} is valid")
+
+
+def judge_rights(facts: Facts | None, user: User, closed: Path | None) -> Iterator[Finding]:
+    """Who may read and write the file. `closed`: a directory on the way that the daemon's user may not enter."""
+    name = "config.rights"
+    if facts is None:
+        yield not_checked(name, "no file is named")
+        return
+    path, before = facts.path, 0
+    if facts.kind != "file":
+        yield not_checked(name, f"{path} is {'not there' if facts.kind == 'missing' else 'not to be seen from here'}")
+        return
+    for bad, finding in (
+        (
+            facts.mode & 0o002 != 0,
+            failure(
+                name,
+                f"every user of this machine may write {path} (mode {octal(facts.mode)}), and so choose the TPM, the "
+                "broker and the policy",
+                f"chmod o-w {path}",
+            ),
+        ),
+        (
+            facts.exposed is not None,
+            failure(name, f"every user may exchange {path}: {facts.exposed} is open", f"chmod o-w {facts.exposed}"),
+        ),
+        (
+            facts.mode & 0o020 != 0 and facts.gid != 0,
+            warning(
+                name,
+                f"group {facts.gid} may write {path} (mode {octal(facts.mode)})",
+                f"chmod g-w {path}, unless all of that group may change how the station's keys are kept",
+            ),
+        ),
+        (
+            facts.uid not in {0, user.uid},
+            warning(
+                name,
+                f"{path} belongs to user number {facts.uid}, who is neither root nor the daemon's user ({user.name})",
+                f"chown root {path}",
+            ),
+        ),
+        (
+            closed is not None or not permits(facts, user, READ),
+            failure(
+                name,
+                f"the daemon's user {user.name} may not read {path}"
+                + (f": {closed} is closed to it" if closed else f" (mode {octal(facts.mode)})"),
+                f"chmod o+x {closed}" if closed else f"chgrp {user.gid} {path} && chmod g+r {path}",
+            ),
+        ),
+    ):
+        if bad:
+            before += 1
+            yield finding
+    if not before:
+        yield ok(name, f"{path} can be changed by its owner alone (mode {octal(facts.mode)})")
+
+
+def judge_environment(environment: Mapping[str, str], options: Options) -> Iterator[Finding]:
+    """The variables of this shell. A service has its own."""
+    name = "config.environment"
+    ours = sorted(variable for variable in environment if variable.startswith(_PREFIX))
+    strange = [variable for variable in ours if variable not in _VARIABLES]
+    if options.log_format is not None and options.log_format not in _LOG_FORMATS:
+        yield failure(
+            name,
+            f"the log format {options.log_format!r} is none: stationkey serve would not start",
+            "STATIONKEY_LOG_FORMAT (or --log-format) is text or json",
+        )
+    elif strange:
+        yield warning(
+            name,
+            f"nothing reads {listed(strange)}",
+            f"is it a slip of the pen? What is read: {listed(sorted(_VARIABLES - {f'{_PREFIX}COMPLETE'}), most=9)}",
+        )
+    elif ours:
+        yield ok(name, f"{listed(ours)} of this shell win over the file")
+    else:
+        yield ok(name, "no variable of this shell changes the settings")

@@ -1,0 +1,162 @@
+"""Files and directories as the doctor sees them: what is there, whose it is, and who may do what with it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+Kind = Literal["file", "directory", "link", "character device", "other", "missing", "unseen"]
+
+READ: Final = 4
+WRITE: Final = 2
+ENTER: Final = 1
+
+_KINDS: Final[dict[int, Kind]] = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "link",
+    stat.S_IFCHR: "character device",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user of this machine.
+
+    Attributes:
+        uid: its number; 0 may do everything.
+        gid: its own group.
+        groups: the others that it is in.
+    """
+
+    uid: int
+    gid: int
+    groups: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def name(self) -> str:
+        """As people know it."""
+        return user_name(self.uid)
+
+    @classmethod
+    def present(cls) -> User:
+        """Who runs this."""
+        return cls(os.geteuid(), os.getegid(), frozenset(os.getgroups()))
+
+    @classmethod
+    def named(cls, name: str) -> User | None:
+        """A user by its name, or None where there is none."""
+        try:
+            entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+            return cls(entry.pw_uid, entry.pw_gid, frozenset(os.getgrouplist(entry.pw_name, entry.pw_gid)))
+        except (KeyError, OSError, OverflowError):
+            return None
+
+    @classmethod
+    def numbered(cls, uid: int) -> User:
+        """A user by its number; one without a name is in no group."""
+        return cls.named(str(uid)) or cls(uid, uid)
+
+
+def user_name(uid: int) -> str:
+    """The name of a user, or its number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return f"number {uid}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What there is at a path. A symbolic link is not followed.
+
+    Attributes:
+        kind: ``unseen`` where this user may not look.
+        mode: permission bits.
+        special: number of the device that a device file stands for.
+        exposed: the first directory on the way in which other users could exchange what is there, or None.
+    """
+
+    path: Path
+    kind: Kind
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    modified: float = 0.0
+    device: int = 0
+    inode: int = 0
+    special: int = 0
+    exposed: Path | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether something was seen."""
+        return self.kind not in {"missing", "unseen"}
+
+
+def look_at(path: Path, *, follow: bool = False) -> Facts:
+    """What there is at a path. Never raises."""
+    try:
+        seen = path.stat() if follow else path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return Facts(path=path, kind="missing")
+    except (OSError, ValueError):
+        return Facts(path=path, kind="unseen")
+    return Facts(
+        path=path,
+        kind=_KINDS.get(stat.S_IFMT(seen.st_mode), "other"),
+        mode=stat.S_IMODE(seen.st_mode),
+        uid=seen.st_uid,
+        gid=seen.st_gid,
+        size=seen.st_size,
+        modified=seen.st_mtime,
+        device=seen.st_dev,
+        inode=seen.st_ino,
+        special=seen.st_rdev,
+        exposed=_exposed(path),
+    )
+
+
+def _exposed(path: Path) -> Path | None:
+    for directory in path.absolute().parents:
+        try:
+            seen = directory.stat()
+        except OSError:
+            continue
+        if seen.st_mode & stat.S_IWOTH and not seen.st_mode & stat.S_ISVTX:
+            return directory
+    return None
+
+
+def permits(facts: Facts, user: User, wanted: int) -> bool:
+    """Whether the mode lets a user do what is `wanted`, the way to it aside. Access control lists are not read."""
+    if user.uid == 0:
+        return True
+    if facts.uid == user.uid:
+        given = facts.mode >> 6
+    elif facts.gid == user.gid or facts.gid in user.groups:
+        given = facts.mode >> 3
+    else:
+        given = facts.mode
+    return given & wanted == wanted
+
+
+def closed_on_the_way(path: Path, user: User) -> Path | None:
+    """The first directory on the way to `path` that a user may not enter, or None."""
+    if user.uid == 0:
+        return None
+    for directory in reversed(path.absolute().parents):
+        facts = look_at(directory, follow=True)
+        if facts.kind == "directory" and not permits(facts, user, ENTER):
+            return directory
+    return None
+
+
+def octal(mode: int) -> str:
+    """``0640``."""
+    return f"{mode:04o}"

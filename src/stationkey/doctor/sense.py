@@ -1,0 +1,129 @@
+"""Settings that are each right, and together are not what anybody wants."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from typing import Final
+from urllib.parse import urlsplit
+
+from stationkey.config import Settings
+from stationkey.doctor.findings import Finding, failure, listed, warning
+from stationkey.profiles import ALGORITHMS, PROFILES, RsaModulus
+
+_SHORT: Final = 5.0
+
+"""Seconds. A busy TPM takes that long now and then."""
+
+
+def judge_sense(settings: Settings) -> Iterator[Finding]:
+    """Settings that are each right, and together are not what anybody wants."""
+    yield from _about_the_broker(settings)
+    yield from _about_the_tpm(settings)
+    yield from _about_the_policy(settings)
+    if settings.deadlines.ec < _SHORT or settings.deadlines.rsa < _SHORT:
+        yield warning(
+            "config.sense",
+            f"[deadlines] ec = {settings.deadlines.ec:g} and rsa = {settings.deadlines.rsa:g}: a hardware TPM that is "
+            "busy takes some seconds, and a request that takes longer is rejected",
+            "take the defaults, 30 and 60",
+        )
+    if settings.metrics and not _is_local(settings.metrics):
+        yield failure(
+            "config.sense",
+            f"[metrics] listen = {settings.metrics!r} can be asked from outside this machine",
+            'figures are for this machine alone: listen = "127.0.0.1:PORT", or a unix: socket',
+        )
+
+
+def _is_local(listen: str) -> bool:
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    return is_loopback(host) or host == "localhost"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or the name of this machine itself, leads nowhere else."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _about_the_broker(settings: Settings) -> Iterator[Finding]:
+    name, mqtt = "config.sense", settings.mqtt
+    try:
+        parts = urlsplit(settings.broker)
+        scheme, host = parts.scheme, parts.hostname or ""
+    except ValueError:
+        return  # the check of the broker says it
+    named = [
+        field
+        for field, value in (
+            ("ca_file", mqtt.ca_file),
+            ("certificate_file", mqtt.certificate_file),
+            ("key_file", mqtt.key_file),
+            ("server_name", mqtt.server_name),
+        )
+        if value is not None
+    ]
+    if scheme == "mqtt" and named:
+        yield failure(
+            name,
+            f"[mqtt] has {listed(named)}, but the broker's URL begins with mqtt://: there is no TLS",
+            'broker = "mqtts://HOST[:8883]"',
+        )
+    if scheme == "mqtt" and mqtt.password is not None and not is_loopback(host):
+        yield failure(
+            name,
+            "the password goes over the network in the clear: the broker's URL begins with mqtt://",
+            'broker = "mqtts://HOST[:8883]", or a broker on 127.0.0.1',
+        )
+    if mqtt.username is not None and mqtt.password is None and mqtt.certificate_file is None:
+        yield warning(name, "[mqtt] has a user name and neither password nor certificate", "set password_file")
+    topic = mqtt.availability_topic
+    if topic is not None and any(character in topic for character in "+#\0"):
+        yield failure(name, f"[mqtt] availability_topic {topic!r} has a wildcard", "name one topic, without + and #")
+
+
+def _about_the_tpm(settings: Settings) -> Iterator[Finding]:
+    name, tpm = "config.sense", settings.tpm
+    if settings.keystore == "software:" and (tpm.key_auth or tpm.pcrs or tpm.session != "none"):
+        yield warning(name, "[tpm] protects nothing: the key store is software:", "name a TPM as keystore")
+    if tpm.key_auth is not None and tpm.session == "none":
+        yield warning(
+            name,
+            "[tpm] key_auth is set and session is none: whoever listens on the bus to the TPM reads the value",
+            'session = "encrypted", if the TPM is a chip of its own',
+        )
+    if tpm.pcrs and tpm.pcr_bank == "sha1":
+        yield warning(name, '[tpm] pcr_bank = "sha1": SHA-1 is broken', 'pcr_bank = "sha256"')
+    if settings.allow_software_keys and settings.keystore != "software:":
+        yield warning(
+            name,
+            "software keys are allowed, and not used",
+            "take allow_software_keys out: one slip in keystore would then leave the keys unprotected",
+        )
+
+
+def _about_the_policy(settings: Settings) -> Iterator[Finding]:
+    name, policy = "config.sense", settings.policy
+    served = set(policy.algorithms)
+    for certificate_type in policy.certificate_types:
+        required = PROFILES[certificate_type].required_algorithm
+        if required is not None and required not in served:
+            yield failure(
+                name,
+                f"[policy] serves {certificate_type}, and not {required}, which is the only algorithm that it may have",
+                f"add {required} to algorithms, or take {certificate_type} out of certificate_types",
+            )
+    if not policy.certificate_types or not policy.algorithms:
+        yield failure(name, "[policy] lets no request through: a list is empty", "name what is to be served")
+    rsa = any(isinstance(ALGORITHMS[algorithm].key_types[0], RsaModulus) for algorithm in served)
+    if settings.pool.rsa and not rsa:
+        yield warning(
+            name,
+            f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA",
+            "[pool] rsa = 0",
+        )

@@ -1,0 +1,186 @@
+"""The state directory: whose it is, who may enter, what lies in it, and whether the daemon has it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from stationkey.active import DIRECTORY_NAME
+from stationkey.doctor.files import (
+    ENTER,
+    READ,
+    WRITE,
+    Facts,
+    User,
+    closed_on_the_way,
+    look_at,
+    octal,
+    permits,
+    user_name,
+)
+from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
+from stationkey.doctor.subject import Subject
+from stationkey.ledger import DATABASE_NAME
+from stationkey.state import LOCK_NAME
+
+DIRECTORY_IDS: Final = ("state.directory", "state.files", "state.daemon")
+
+_OURS: Final = frozenset({DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm", f"{DATABASE_NAME}-journal"})
+
+
+def check_directory(subject: Subject) -> Iterator[Finding]:
+    """The directory, what lies in it, and whether the daemon has it."""
+    path, user = subject.settings.state_dir, subject.daemon.user
+    facts = look_at(path)
+    followed = look_at(path, follow=True)
+    yield from judge_directory(followed, facts, user, closed_on_the_way(path, user), nearest(path))
+    yield _judge_daemon(subject)
+    if followed.kind != "directory":
+        raise CannotLookError(f"there is no directory {path}")
+    try:
+        entries = sorted(os.listdir(path))[:1000]  # noqa: PTH208 - names, and no more than these
+    except OSError:
+        raise CannotLookError(
+            f"user {subject.me.name} may not look into {path}; run it as root or as {user.name}"
+        ) from None
+    inside = [look_at(path / name) for name in entries]
+    yield from judge_files(inside, owner=followed.uid, user=user)
+
+
+def nearest(path: Path) -> Facts:
+    """The directory that would have to be written to, to make the missing one."""
+    for directory in path.absolute().parents:
+        if (facts := look_at(directory, follow=True)).kind == "directory":
+            return facts
+    return look_at(Path("/"))
+
+
+def judge_directory(
+    facts: Facts, unfollowed: Facts, user: User, closed: Path | None, nearest: Facts
+) -> Iterator[Finding]:
+    """The directory itself.
+
+    Args:
+        facts: of what is there, links followed.
+        unfollowed: of the name itself.
+        user: the daemon's.
+        closed: a directory on the way that it may not enter, or None.
+        nearest: the directory in which it would be made.
+    """
+    name, path = "state.directory", facts.path
+    mine = f"install -d -m 0700 -o {user.name} {path}"
+    if closed is not None:
+        yield failure(
+            name, f"the daemon's user {user.name} may not enter {closed}, on the way to {path}", f"chmod o+x {closed}"
+        )
+    elif facts.kind == "unseen":
+        yield not_checked(name, f"{path} is not to be seen from here", "run it as root, or as the daemon's user")
+    elif facts.kind == "missing" and unfollowed.kind == "link":
+        yield failure(name, f"{path} is a link that leads nowhere", f"rm {path}, or make what it leads to")
+    elif facts.kind == "missing" and not permits(nearest, user, WRITE | ENTER):
+        yield failure(
+            name,
+            f"there is no {path}, and the daemon's user {user.name} may not make it in {nearest.path}",
+            f"{mine}, or StateDirectory=stationkey in the unit",
+        )
+    elif facts.kind == "missing":
+        yield warning(
+            name,
+            f"there is no {path} yet: the daemon has never run with it",
+            "start the daemon; if it has run before, is this the right --state-dir?",
+        )
+    elif facts.kind != "directory":
+        yield failure(name, f"{path} is no directory", "name another one as state_dir")
+    elif facts.exposed is not None:
+        yield failure(
+            name, f"every user may exchange {path}: {facts.exposed} is open to all", f"chmod o-w {facts.exposed}"
+        )
+    elif not permits(facts, user, READ | WRITE | ENTER):
+        yield failure(
+            name,
+            f"{path} belongs to {user_name(facts.uid)} (mode {octal(facts.mode)}), and the daemon's user {user.name} "
+            "may not write there",
+            f"chown -R {user.name} {path} && chmod 0700 {path}",
+        )
+    elif facts.mode & 0o022:
+        yield failure(
+            name,
+            f"others may write in {path} (mode {octal(facts.mode)}): they can exchange the ledger and the active keys",
+            f"chmod 0700 {path}, and see that all in it is the daemon's",
+        )
+    elif facts.mode & 0o077:
+        yield warning(
+            name,
+            f"others may look into {path} (mode {octal(facts.mode)})",
+            f"chmod 0700 {path}; the daemon does so at its start, where there is a ledger in it",
+        )
+    elif facts.uid not in {user.uid, 0} and user.uid == 0:
+        yield warning(
+            name,
+            f"{path} belongs to {user_name(facts.uid)}, and the daemon would run as root",
+            f"run it as {user_name(facts.uid)} (User= in the unit): it needs no rights of root",
+        )
+    else:
+        yield ok(name, f"{path} belongs to {user_name(facts.uid)} and is closed to others")
+
+
+def judge_files(inside: list[Facts], *, owner: int, user: User) -> Iterator[Finding]:
+    """What lies in the directory: links, files of others, files that others may read, files that are not ours."""
+    name, found = "state.files", list[Finding]()
+    links = [facts.path.name for facts in inside if facts.kind == "link"]
+    if links:
+        found.append(
+            failure(
+                name,
+                f"there are symbolic links in the state directory: {listed(links)}. The daemon makes none, "
+                "and follows none",
+                "who could write there? Remove them, after a look at where they lead (ls -l)",
+            )
+        )
+    ours = [
+        facts for facts in inside if facts.path.name in _OURS | {LOCK_NAME, DIRECTORY_NAME} and facts.kind != "link"
+    ]
+    foreign = [facts for facts in ours if facts.uid != owner]
+    if foreign:
+        names = listed(f"{facts.path.name} ({user_name(facts.uid)})" for facts in foreign)
+        told = f"not all in the state directory belongs to its owner, {user_name(owner)}: {names}"
+        advice = f"chown -R {user_name(owner)} {foreign[0].path.parent}; was the daemon started by hand, as root?"
+        locked_out = any(not permits(facts, user, READ | WRITE) for facts in foreign)
+        found.append(failure(name, told, advice) if locked_out else warning(name, told, advice))
+    wrong = [
+        facts.path.name
+        for facts in ours
+        if facts.kind not in {"file", "directory"} or (facts.kind == "directory") != (facts.path.name == DIRECTORY_NAME)
+    ]
+    if wrong:
+        found.append(
+            failure(
+                name, f"not what it should be: {listed(wrong)}", "move it away; docs/operations.md lists every file"
+            )
+        )
+    shut = [facts.path.name for facts in ours if facts.uid == user.uid and not facts.mode & 0o200]
+    if shut and user.uid != 0:
+        found.append(failure(name, f"the daemon may not write its own {listed(shut)}", "chmod u+w, on each of them"))
+    open_to_others = [facts for facts in ours if facts.mode & 0o077]
+    if open_to_others:
+        names = listed(f"{facts.path.name} ({octal(facts.mode)})" for facts in open_to_others)
+        badly = any(facts.mode & 0o022 for facts in open_to_others)
+        advice = f"chmod go= {open_to_others[0].path.parent}/*"
+        told = f"others may {'write' if badly else 'read'} {names}"
+        found.append(failure(name, told, advice) if badly else warning(name, told, advice))
+    yield from found or [ok(name, f"{len(ours)} files, all of one owner and closed to others")]
+
+
+def _judge_daemon(subject: Subject) -> Finding:
+    name, daemon = "state.daemon", subject.daemon
+    if daemon.pid is not None:
+        return ok(name, f"the daemon runs, as {daemon.user.name} (process {daemon.pid})")
+    if daemon.running:
+        return ok(name, "the daemon runs, in another part of this machine that is not to be seen from here")
+    return warning(
+        name,
+        f"no daemon has this state directory in use; it would run as {daemon.user.name} ({daemon.known_by})",
+        "start it: systemctl start stationkey, or stationkey serve",
+    )

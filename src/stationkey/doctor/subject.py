@@ -1,0 +1,247 @@
+"""What is examined: the settings, as far as they can be read, and the daemon that they are for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from stationkey import config
+from stationkey.credential import SecretReference
+from stationkey.doctor.files import Facts, User, look_at
+from stationkey.doctor.running import ask, within
+from stationkey.errors import ConfigurationError
+from stationkey.state import LOCK_NAME
+
+UNIT: Final = "stationkey.service"
+USER: Final = "stationkey"
+"""The user that the package makes for the daemon."""
+_SYSTEMD: Final = Path("/run/systemd/system")
+_LOCKS: Final = Path("/proc/locks")
+_PATIENCE: Final = 1.5
+"""Seconds for each thing that has to be known before the checks begin."""
+_NONE: Final = "none:"
+"""Stands for the key store where none is named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line and the environment say; None where they say nothing. As for ``serve``."""
+
+    config_file: Path | None = None
+    broker: str | None = None
+    topic_prefix: str | None = None
+    keystore: str | None = None
+    allow_software_keys: bool | None = None
+    state_dir: Path | None = None
+    log_format: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configured:
+    """The settings, as far as they can be read.
+
+    Attributes:
+        file: what there is at the path of the configuration file; None where none is named.
+        complaints: what is wrong with the file.
+        settings: what the daemon would run by, with the default in place of all that is wrong.
+        keystore: URI, or None where none is named and there is no default.
+    """
+
+    file: Facts | None
+    complaints: tuple[str, ...]
+    settings: config.Settings
+    keystore: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """The systemd unit of the daemon, as systemd shows it [systemctl(1), show].
+
+    Attributes:
+        properties: by name, such as ``ActiveState``.
+    """
+
+    properties: dict[str, str]
+
+    def __getitem__(self, name: str) -> str:
+        return self.properties.get(name, "")
+
+    @property
+    def installed(self) -> bool:
+        """Whether systemd knows it."""
+        return self["LoadState"] not in {"", "not-found"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Daemon:
+    """The daemon that all this is for, as far as it can be told.
+
+    Attributes:
+        running: whether something holds the lock of the state directory.
+        pid: of who holds it, or None where that is not seen.
+        user: that it runs as, or would.
+        known_by: how that is known, in words.
+    """
+
+    running: bool
+    pid: int | None
+    user: User
+    known_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """All that a check may look at.
+
+    Attributes:
+        options: as they were given.
+        me: who runs the doctor.
+        unit: see `Unit`; None where there is no systemd, or it does not answer.
+    """
+
+    options: Options
+    configured: Configured
+    daemon: Daemon
+    unit: Unit | None
+    me: User = field(default_factory=User.present)
+
+    @property
+    def settings(self) -> config.Settings:
+        """See `Configured`."""
+        return self.configured.settings
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether the doctor may look at all that the daemon may."""
+        return self.me.uid in {0, self.daemon.user.uid}
+
+
+def survey(options: Options) -> Subject:
+    """Find out what is to be examined. Never raises, and never takes longer than some seconds."""
+    configured = _default(options, ("it cannot be read: the disk that it is on does not answer",))
+    configured = within(_PATIENCE, lambda: read_configuration(options), configured)
+    unit = look_at_unit()
+    unknown = Daemon(running=False, pid=None, user=User.present(), known_by="nothing else is known")
+    daemon = within(_PATIENCE, lambda: find_daemon(configured.settings.state_dir, unit), unknown)
+    return Subject(options=options, configured=configured, daemon=daemon, unit=unit)
+
+
+def read_configuration(options: Options) -> Configured:
+    """Read the configuration file, and of a wrong one what can be used."""
+    path = options.config_file
+    if path is None:
+        return _default(options, ())
+    facts = look_at(path, follow=True)
+    if facts.there and facts.kind != "file":
+        return _default(options, (f"{path} is no file",), facts)  # to open a pipe would be to wait for ever
+    try:
+        return _settle(options, config.read_file(path), (), facts)
+    except ConfigurationError as error:
+        complaints: tuple[str, ...] = (error.message,)
+    except (OSError, ValueError):  # a name with a NUL in it, for example
+        return _default(options, (f"{path} cannot be read",), facts)
+    file, each = config.read_parts(path)
+    return _settle(options, file, each or complaints, facts)
+
+
+def _default(options: Options, complaints: tuple[str, ...], facts: Facts | None = None) -> Configured:
+    return _settle(options, config.File(), complaints, facts)
+
+
+def _settle(options: Options, file: config.File, complaints: tuple[str, ...], facts: Facts | None) -> Configured:
+    keystore = options.keystore or file.keystore
+    if keystore is None and Path(config.DEFAULT_DEVICE).exists():
+        keystore = config.default_keystore()
+    settings = config.settle(
+        file,
+        broker=options.broker,
+        topic_prefix=options.topic_prefix,
+        keystore=keystore or _NONE,
+        allow_software_keys=options.allow_software_keys,
+        state_dir=options.state_dir,
+    )
+    return Configured(file=facts, complaints=complaints, settings=settings, keystore=keystore)
+
+
+def path_of(reference: SecretReference) -> Path | None:
+    """The file that a reference leads to. One to a credential of the unit is followed from outside, where it runs."""
+    try:
+        return reference.path
+    except ConfigurationError:
+        path = Path("/run/credentials", UNIT, reference.source.partition(":")[2])
+        return path if look_at(path).there else None
+
+
+_SHOWN: Final = (
+    "LoadState,ActiveState,SubState,Result,UnitFileState,NRestarts,User,LimitCORE,ExecStart,LoadCredential,"
+    "LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment"
+)
+
+
+def look_at_unit() -> Unit | None:
+    """Ask systemd for the daemon's unit."""
+    if not _SYSTEMD.is_dir():
+        return None
+    answer = ask(["systemctl", "show", "--no-pager", f"--property={_SHOWN}", UNIT], seconds=_PATIENCE)
+    if answer.status != 0:
+        return None
+    return Unit(properties=dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line))
+
+
+def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
+    """Whom the daemon runs as, or would: by what runs, its unit, the user that the package makes, the directory."""
+    running, pid = holder_of(look_at(state_dir / LOCK_NAME))
+    if pid is not None and (runs := user_of(pid)) is not None:
+        return Daemon(running=running, pid=pid, user=runs, known_by="it runs as that")
+    directory = look_at(state_dir, follow=True)
+    me = User.present()
+    if unit is not None and unit.installed and (named := User.named(unit["User"] or "root")) is not None:
+        user, known_by = named, f"{UNIT} says so"
+    elif (made := User.named(USER)) is not None:
+        user, known_by = made, "that is the user which the package makes for it"
+    elif me.uid == 0 and directory.there and directory.uid != 0:
+        user, known_by = User.numbered(directory.uid), f"{state_dir} belongs to it"
+    else:
+        user, known_by = me, "that is who runs this"
+    return Daemon(running=running, pid=pid, user=user, known_by=known_by)
+
+
+def holder_of(lock: Facts) -> tuple[bool, int | None]:
+    """Whether a lock is held, and by whom. By the kernel's list: to try would be to hold it for a moment [proc(5)]."""
+    if lock.kind != "file":
+        return False, None
+    try:
+        lines = _LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False, None
+    return find_lock(lines, device=lock.device, inode=lock.inode)
+
+
+def find_lock(lines: list[str], *, device: int, inode: int) -> tuple[bool, int | None]:
+    """The same, in the lines of ``/proc/locks``."""
+    for line in lines:
+        match line.split():
+            case [_, "FLOCK", _, "WRITE", pid, place, *_]:
+                major, minor, number = place.split(":")
+                # The kernel names another device than stat does where it is none of a disk (overlay, btrfs).
+                same = (int(major, 16), int(minor, 16)) == (os.major(device), os.minor(device))
+                if int(number) == inode and (same or os.major(device) == 0):
+                    return True, int(pid) if int(pid) > 0 else None
+    return False, None
+
+
+def user_of(pid: int) -> User | None:
+    """Whom a process runs as."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    try:
+        # The effective ones, which come second.
+        uid, gid = int(fields["Uid"].split()[1]), int(fields["Gid"].split()[1])
+        return User(uid, gid, frozenset(map(int, fields.get("Groups", "").split())))
+    except (KeyError, IndexError, ValueError):
+        return None

@@ -1,0 +1,524 @@
+"""The doctor on real set-ups, broken in real ways: swtpm, Mosquitto, files, disks and other users."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port, search_path
+
+from doctors import Pki, as_nobody, command_output, look, read, write_config
+from parts import station
+from stationkey.doctor import AREAS, Level
+from stationkey.keystore.tpm2 import Tpm2KeyStore
+from stationkey.ledger import DATABASE_NAME, Ledger
+from stationkey.profiles import Algorithm
+
+DOCTOR = [sys.executable, "-m", "stationkey", "doctor"]
+
+
+def tool(tpm: Swtpm, *words: str, fails: bool = False) -> None:
+    """A program of tpm2-tools."""
+    done = subprocess.run(
+        words, env={**os.environ, "TPM2TOOLS_TCTI": tpm.tcti}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode != 0) == fails, done.stderr
+
+
+def digest(directory: Path) -> dict[str, tuple[str, int, int]]:
+    """All that is in a directory: content, mode and time of change."""
+    return {
+        str(path.relative_to(directory)): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def used(folder: Path, *, keystore: str = "software:", installed: bool = True) -> Path:
+    """A state directory with a key in it; active, where it is `installed`."""
+
+    async def use() -> None:
+        async with station(folder / "state", keystore=keystore) as one:
+            await one.key()
+            if installed:
+                await one.told("installed")
+
+    asyncio.run(use())
+    return folder / "state"
+
+
+class TestWhereAllIsWell:
+    def test_there_is_no_failure(self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm) -> None:
+        used(tmp_path, keystore=swtpm.uri)
+        found = look(tmp_path, broker=mosquitto.url, keystore=swtpm.uri)
+        assert found.failures == set()
+        assert found.level("tpm.keys") is found.level("tpm.srk") is found.level("state.ledger") is Level.OK
+        assert found.level("state.active") is found.level("broker.delay") is Level.OK
+
+    def test_nothing_is_changed_on_the_disk_and_in_the_tpm(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "ecc", "-c", str(tmp_path / "stray"))  # stays loaded
+        (tmp_path / "state").mkdir(mode=0o700)
+        look(tmp_path, broker=mosquitto.url, keystore=swtpm.uri)
+        left = subprocess.run(
+            ["tpm2_getcap", "handles-persistent"],
+            env={**os.environ, "TPM2TOOLS_TCTI": swtpm.tcti},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        loaded = subprocess.run(
+            ["tpm2_getcap", "handles-transient"],
+            env={**os.environ, "TPM2TOOLS_TCTI": swtpm.tcti},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert left.stdout == ""
+        assert len(loaded.stdout.splitlines()) == 1
+        assert list((tmp_path / "state").iterdir()) == []
+
+    @pytest.mark.parametrize("cut", [False, True], ids=["after an end in order", "after a loss of power"])
+    def test_a_ledger_is_read_without_a_trace(self, tmp_path: Path, cut: bool) -> None:
+        state = used(tmp_path)
+        if cut:  # as it lies there while it is open
+            with closing(sqlite3.connect(state / DATABASE_NAME)) as writer:
+                writer.execute("UPDATE meta SET value = value")
+                writer.commit()
+                shutil.copytree(state, tmp_path / "cut")
+            shutil.rmtree(state)
+            (tmp_path / "cut").rename(state)
+            (state / f"{DATABASE_NAME}-shm").unlink()
+        before = digest(state)
+        found = look(tmp_path)
+        assert found.level("state.ledger") is Level.OK
+        assert digest(state) == before
+
+    def test_the_running_daemon_is_seen_and_not_disturbed(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        options = ("--broker", mosquitto.url, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state"))
+        with Daemon(tmp_path / "daemon", *options) as daemon:
+            found = look(tmp_path, broker=mosquitto.url, keystore=swtpm.uri)
+            assert daemon.process is not None
+            assert f"process {daemon.process.pid}" in found.text("state.daemon")
+            assert found.failures == set()
+            assert found.level("broker.daemon") is Level.OK
+            assert "warning" not in daemon.run_log
+
+    def test_through_a_resource_manager_the_tpm_is_shared(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        with (
+            Bus(tmp_path / "bus") as bus,
+            ResourceManager(tmp_path / "abrmd", tpm=swtpm.tcti, bus=bus) as manager,
+        ):
+            text = command_output(
+                [*DOCTOR, "--json", "--keystore", f"tpm2:{manager.tcti}", "--state-dir", str(tmp_path / "state")],
+                manager.environment,
+            )
+        assert read(text).level("tpm.manager") is read(text).level("tpm.slots") is Level.OK
+        assert read(text).level("tpm.reachable") is Level.OK
+
+
+class TestTheCommand:
+    def test_nothing_at_all_is_a_report_and_status_1(self, tmp_path: Path) -> None:
+        environment = {
+            "STATIONKEY_BROKER": f"mqtt://127.0.0.1:{free_port()}",
+            "STATIONKEY_STATE_DIR": str(tmp_path / "x"),
+        }
+        done = subprocess.run(
+            [*DOCTOR, "--config", str(tmp_path / "none.toml")],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr == ""
+        assert "FAILURE   config.file: the configuration file" in done.stdout
+        assert done.stdout.splitlines()[-1].startswith("3 failures, ")
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert "\x1b" not in done.stdout
+
+    def test_warnings_alone_are_status_0(self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm) -> None:
+        options = ["--broker", mosquitto.url, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state")]
+        done = subprocess.run([*DOCTOR, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0
+        assert "0 failures" in done.stdout.splitlines()[-1]
+
+    def test_wrong_usage_is_status_2(self) -> None:
+        assert subprocess.run([*DOCTOR, "--bogus"], capture_output=True, check=False).returncode == 2
+
+    def test_every_check_is_in_every_report(self, tmp_path: Path) -> None:
+        text = command_output([*DOCTOR, "--json", "--state-dir", str(tmp_path / "state")])
+        report = json.loads(text)
+        assert report["version"] == 1
+        assert {one["id"] for one in report["findings"]} == set(AREAS)
+        assert sum(report["summary"].values()) == len(report["findings"])
+
+    def test_a_hung_tpm_and_a_silent_broker_do_not_hang_it(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            swtpm.freeze()
+            found = look(tmp_path, keystore=swtpm.uri, broker=f"mqtt://127.0.0.1:{silent.getsockname()[1]}")
+            swtpm.thaw()
+        assert "does not answer" in found.text("tpm.reachable")
+        assert "says nothing" in found.text("broker.login")
+        assert found.level("state.directory") is not Level.NOT_CHECKED
+
+    def test_a_pipe_in_place_of_the_configuration_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        assert "is no file" in look(tmp_path, config_file=tmp_path / "pipe").text("config.file")
+
+
+class TestConfiguration:
+    def test_every_mistake_is_told_at_once_and_what_is_right_is_used(self, tmp_path: Path) -> None:
+        text = f'broker = "mqtt://127.0.0.1:{free_port()}"\nbrocker = 1\n[pool]\nrsa = "many"\n[deadlines]\nec = -1\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text), broker=None)
+        assert all(word in found.text("config.file") for word in ("brocker", "$.pool.rsa", "$.deadlines.ec"))
+        assert text.split('"')[1] in found.text("broker.url")
+
+    @pytest.mark.parametrize("text", ["broker = ", "\x00", "a = 1\na = 2"])
+    def test_what_is_no_toml_is_told(self, tmp_path: Path, text: str) -> None:
+        found = look(tmp_path, config_file=write_config(tmp_path, text))
+        assert "is no TOML" in found.text("config.file")
+
+    def test_a_file_that_others_may_write_is_a_failure(self, tmp_path: Path) -> None:
+        found = look(tmp_path, config_file=write_config(tmp_path, "", mode=0o666))
+        assert found.level("config.rights") is Level.FAILURE
+        assert "chmod o-w" in found.text("config.rights")
+
+    @pytest.mark.parametrize(
+        ("content", "mode", "level", "words"),
+        [
+            pytest.param("hunter2\n", 0o600, Level.OK, "closed to others", id="as it should be"),
+            pytest.param("hunter2\n", 0o644, Level.FAILURE, "chmod o=", id="open to everybody"),
+            pytest.param("", 0o600, Level.FAILURE, "is empty", id="empty"),
+            pytest.param("hunter2 \n", 0o600, Level.WARNING, "white space", id="a blank at the end"),
+            pytest.param("h" * 5000, 0o600, Level.FAILURE, "more than 4096", id="too long"),
+        ],
+    )
+    def test_of_a_secret_its_file_is_told_and_never_its_content(
+        self, tmp_path: Path, content: str, mode: int, level: Level, words: str
+    ) -> None:
+        (tmp_path / "password").write_text(content)
+        (tmp_path / "password").chmod(mode)
+        text = f'[mqtt]\nusername = "us"\npassword_file = "{tmp_path}/password"\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text))
+        assert found.level("config.secrets") is level
+        assert words in found.text("config.secrets")
+        assert "hunter2" not in json.dumps(found.report.to_json())
+
+    def test_a_password_in_place_of_its_file_s_name_is_not_shown(self, tmp_path: Path) -> None:
+        text = '[mqtt]\nusername = "us"\npassword_file = "hunter2"\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text), broker="mqtt://user:hunter3@localhost")
+        assert found.level("config.secrets") is Level.FAILURE
+        assert "hunter" not in json.dumps(found.report.to_json())
+
+
+class TestTpm:
+    def test_a_tpm_that_is_not_there_is_told(self, tmp_path: Path) -> None:
+        found = look(tmp_path, keystore=f"tpm2:swtpm:host=127.0.0.1,port={free_port()}")
+        assert found.level("tpm.reachable") is Level.FAILURE
+        assert "start the simulator" in found.text("tpm.reachable")
+        assert found.level("tpm.lockout") is Level.NOT_CHECKED
+
+    @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "/dev/tty", "{}/file"])
+    def test_what_is_no_tpm_is_not_written_to(self, tmp_path: Path, path: str) -> None:
+        (tmp_path / "file").touch()
+        found = look(tmp_path, keystore=f"tpm2:device:{path.format(tmp_path)}")
+        assert found.level("tpm.device") is Level.FAILURE
+        assert found.level("tpm.reachable") is Level.NOT_CHECKED
+        assert (tmp_path / "file").read_bytes() == b""
+
+    def test_a_library_that_is_not_installed_is_named(self, tmp_path: Path) -> None:
+        found = look(tmp_path, keystore="tpm2:bogus:device")
+        assert "libtss2-tcti-bogus" in found.text("tpm.reachable")
+        assert found.level("software.tss") is Level.FAILURE
+
+    def test_a_tpm_that_waits_for_its_start_up_is_not_started(self, tmp_path: Path) -> None:
+        with Swtpm(tmp_path / "tpm", startup=False) as tpm:
+            for _ in range(2):
+                found = look(tmp_path, keystore=tpm.uri)
+                assert found.level("tpm.started") is Level.WARNING
+                assert "TPM2_Startup" in found.text("tpm.lockout")
+
+    def test_a_lockout_is_a_failure_with_the_way_out(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        lock = ("--max-tries=1", "--recovery-time=1000", "--lockout-recovery-time=1000")
+        tool(swtpm, "tpm2_dictionarylockout", "--setup-parameters", *lock)
+        primary = str(tmp_path / "primary")
+        tool(swtpm, "tpm2_createprimary", "-C", "e", "-G", "ecc", "-p", "right", "-c", primary)
+        files = ("-u", str(tmp_path / "public"), "-r", str(tmp_path / "private"))
+        tool(swtpm, "tpm2_create", "-C", primary, "-P", "wrong", *files, fails=True)
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert found.level("tpm.lockout") is Level.FAILURE
+        assert "tpm2_dictionarylockout --clear-lockout" in found.text("tpm.lockout")
+        tool(swtpm, "tpm2_dictionarylockout", "--clear-lockout")
+        assert look(tmp_path, keystore=swtpm.uri).level("tpm.lockout") is Level.OK
+
+    def test_slots_full_of_what_others_left_are_told(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        for number in range(3):
+            tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "ecc", "-c", str(tmp_path / str(number)))
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert found.level("tpm.slots") is Level.WARNING
+        assert "are full: 3 objects" in found.text("tpm.slots")
+
+    def test_another_key_in_the_place_of_the_storage_root_key_is_a_failure(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        primary = str(tmp_path / "primary")
+        tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "rsa2048", "-c", primary)
+        tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", primary, "0x81000001")
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert "a key of type RSA at 0x81000001" in found.text("tpm.srk")
+        config = write_config(tmp_path, "[tpm]\nsrk_handle = 0x81000002\n")
+        assert look(tmp_path, keystore=swtpm.uri, config_file=config).level("tpm.srk") is Level.OK
+
+    def test_an_owner_s_password_that_nobody_names_is_a_failure(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        tool(swtpm, "tpm2_changeauth", "-c", "owner", "hunter2")
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert "owner_auth" in found.text("tpm.srk")
+        assert found.level("tpm.srk") is Level.FAILURE
+
+    def test_active_keys_of_another_tpm_are_named(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        state = used(tmp_path, keystore=swtpm.uri)
+        swtpm.terminate()
+        swtpm.new_chip()
+        swtpm.start()
+        cleared = look(tmp_path, keystore=swtpm.uri)
+        assert cleared.level("tpm.srk") is cleared.level("tpm.keys") is Level.FAILURE
+        with closing(Tpm2KeyStore(swtpm.tcti)) as store:
+            store.generate(Algorithm.ECDSA_SHA256)  # another chip, with a storage root key of its own
+        exchanged = look(tmp_path, keystore=swtpm.uri)
+        with closing(Ledger(state / DATABASE_NAME, read_only=True)) as ledger:
+            (key,) = ledger.keys()
+        assert f"{key.key_id} (v2g_certificate) was made by another TPM" in exchanged.text("tpm.keys")
+
+    def test_software_keys_are_a_warning_where_they_are_allowed(self, tmp_path: Path) -> None:
+        assert look(tmp_path).level("tpm.keystore") is Level.FAILURE
+        assert look(tmp_path, allow_software_keys=True).level("tpm.keystore") is Level.WARNING
+
+
+class TestState:
+    def test_a_damaged_ledger_is_a_failure(self, tmp_path: Path) -> None:
+        database = used(tmp_path) / DATABASE_NAME
+        content = bytearray(database.read_bytes())
+        content[4096:8192] = bytes(4096)
+        database.write_bytes(content)
+        found = look(tmp_path)
+        assert found.level("state.ledger") is Level.FAILURE
+        assert "restore a backup" in found.text("state.ledger")
+
+    def test_a_ledger_of_a_newer_version_is_a_failure(self, tmp_path: Path) -> None:
+        with closing(sqlite3.connect(used(tmp_path) / DATABASE_NAME)) as database:
+            database.execute("PRAGMA user_version=99")
+        assert "a newer stationkey wrote it" in look(tmp_path).text("state.ledger")
+
+    @pytest.mark.parametrize(
+        ("mode", "level"), [(0o700, Level.OK), (0o755, Level.WARNING), (0o777, Level.FAILURE), (0o770, Level.FAILURE)]
+    )
+    def test_who_may_enter_the_state_directory_is_told(self, tmp_path: Path, mode: int, level: Level) -> None:
+        used(tmp_path).chmod(mode)
+        assert look(tmp_path).level("state.directory") is level
+
+    def test_links_in_the_state_directory_are_a_failure(self, tmp_path: Path) -> None:
+        state = used(tmp_path)
+        (state / "lock").unlink(missing_ok=True)
+        (state / "lock").symlink_to("/etc/passwd")
+        found = look(tmp_path)
+        assert found.level("state.files") is Level.FAILURE
+        assert "lock" in found.text("state.files")
+
+    def test_a_ledger_that_is_a_link_is_not_followed(self, tmp_path: Path) -> None:
+        state = used(tmp_path)
+        (state / DATABASE_NAME).rename(tmp_path / "elsewhere")
+        (state / DATABASE_NAME).symlink_to(tmp_path / "elsewhere")
+        assert look(tmp_path).level("state.ledger") is Level.FAILURE
+
+    @pytest.mark.parametrize(
+        ("harm", "level", "words"),
+        [
+            ("replaced", Level.FAILURE, "not what the ledger says"),
+            ("removed", Level.FAILURE, "missing under active/"),
+            ("added", Level.WARNING, "\\u001b[31mstray"),
+        ],
+    )
+    def test_what_active_has_is_held_against_the_ledger(
+        self, tmp_path: Path, harm: str, level: Level, words: str
+    ) -> None:
+        active = used(tmp_path) / "active"
+        (file,) = active.glob("*.pem")
+        match harm:
+            case "replaced":
+                file.write_text("another key")
+            case "removed":
+                file.unlink()
+            case _:
+                (active / "\x1b[31mstray").touch()
+        found = look(tmp_path)
+        assert found.level("state.active") is level
+        assert words in found.text("state.active")
+
+    def test_another_user_sees_less_and_says_so(self, tmp_path: Path) -> None:
+        state = used(tmp_path)
+        for directory in (tmp_path, *tmp_path.parents):
+            if directory.owner() == state.owner() and len(directory.parts) > 3:
+                directory.chmod(0o711)
+        state.chmod(0)
+        found = as_nobody(tmp_path)
+        state.chmod(0o700)
+        assert {found.level("state.ledger"), found.level("state.directory")} <= {Level.NOT_CHECKED, Level.FAILURE}
+        assert found.level("clock.time") is Level.OK
+
+    def test_no_check_that_fails_takes_another_with_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: object) -> object:
+            raise ZeroDivisionError("hunter2")
+
+        monkeypatch.setattr("stationkey.doctor.state.judge_disk", broken)
+        found = look(tmp_path)
+        assert "the check itself failed (ZeroDivisionError" in found.text("state.disk")
+        assert "hunter2" not in found.text("state.disk")
+        assert found.level("state.directory") is Level.WARNING
+
+
+@contextmanager
+def guarded(folder: Path, acl: str, *extra: str) -> Iterator[tuple[Mosquitto, Path]]:
+    """A broker with two users and an access control list, and the configuration of a station there."""
+    folder.mkdir(exist_ok=True)
+    passwords, rights, secret = folder / "passwords", folder / "rights", folder / "secret"
+    program = shutil.which("mosquitto_passwd", path=search_path())
+    assert program is not None
+    for number, user in enumerate(("stationkey", "josev")):
+        subprocess.run([program, "-b", *(["-c"] if number == 0 else []), str(passwords), user, "hunter2"], check=True)
+    rights.write_text(acl)
+    rights.chmod(0o600)
+    secret.write_text("hunter2\n")
+    secret.chmod(0o600)
+    lines = [f"password_file {passwords}", *([f"acl_file {rights}"] if acl else []), *extra]
+    with Mosquitto(folder / "broker", *lines) as broker:
+        text = f'broker = "{broker.url}"\n[mqtt]\nusername = "stationkey"\npassword_file = "{secret}"\n'
+        yield broker, write_config(folder, text)
+
+
+OURS = "user stationkey\ntopic read josev/cs\ntopic write cs/josev\n"
+JOSEVS = "user josev\ntopic write josev/cs\ntopic read cs/josev\n"
+CLOSED = "allow_anonymous false"
+
+
+class TestBroker:
+    @pytest.mark.parametrize(
+        ("acl", "extra", "failures"),
+        [
+            pytest.param(OURS + JOSEVS, CLOSED, set(), id="as it should be"),
+            pytest.param("", CLOSED, {"broker.own_rights"}, id="no access control list"),
+            pytest.param("", "", {"broker.own_rights", "broker.anonymous"}, id="anybody may do anything"),
+            pytest.param("topic read nothing\n" + OURS, "", set(), id="anybody may come in and do nothing"),
+            pytest.param("topic read cs/josev\n" + OURS, "", {"broker.anonymous"}, id="anybody may read the answers"),
+            pytest.param("topic write josev/cs\n" + OURS, "", {"broker.anonymous"}, id="anybody may ask"),
+            pytest.param("user stationkey\ntopic read josev/cs\n", CLOSED, {"broker.publish"}, id="we may not answer"),
+        ],
+    )
+    def test_rights_are_found_out_by_trying(self, tmp_path: Path, acl: str, extra: str, failures: set[str]) -> None:
+        with guarded(tmp_path / "guarded", acl, extra) as (_, config):
+            found = look(tmp_path, broker=None, config_file=config, allow_software_keys=True)
+        assert found.failures == failures
+
+    def test_a_wrong_password_is_told_apart(self, tmp_path: Path) -> None:
+        with guarded(tmp_path / "guarded", OURS, CLOSED) as (_, config):
+            (tmp_path / "guarded" / "secret").write_text("hunter3\n")
+            found = look(tmp_path, broker=None, config_file=config)
+        assert "Not authorized" in found.text("broker.login")
+        assert "hunter" not in json.dumps(found.report.to_json())
+
+    def test_a_broker_that_takes_anybody_is_a_failure_where_others_reach_it(self, tmp_path: Path) -> None:
+        with Mosquitto(tmp_path / "broker") as broker:
+            assert look(tmp_path, broker=broker.url).level("broker.anonymous") is Level.WARNING
+            configuration = tmp_path / "broker" / "mosquitto.conf"
+            broker.terminate()
+            configuration.write_text(configuration.read_text().replace(" 127.0.0.1", " 0.0.0.0"))
+            broker.start()
+            found = look(tmp_path, broker=broker.url)
+        assert found.level("broker.anonymous") is Level.FAILURE
+        assert "every machine" in found.text("broker.anonymous")
+
+    def test_nagle_s_algorithm_at_the_broker_is_seen(self, tmp_path: Path) -> None:
+        with Mosquitto(tmp_path / "broker", "set_tcp_nodelay false") as broker:
+            found = look(tmp_path, broker=broker.url)
+        assert found.level("broker.delay") is Level.WARNING
+        assert "set_tcp_nodelay true" in found.text("broker.delay")
+
+    def test_a_retained_message_and_a_listening_josev_are_seen(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
+        at = ("-p", str(mosquitto.port))
+        subprocess.run(["mosquitto_pub", *at, "-t", "josev/cs", "-r", "-m", "old"], check=True)
+        with subprocess.Popen(
+            ["mosquitto_sub", *at, "-t", "#", "-t", "$SYS/none", "-v", "-d"], stdout=subprocess.PIPE, text=True
+        ) as josev:
+            assert josev.stdout is not None
+            while "SUBACK" not in josev.stdout.readline():
+                pass
+            found = look(tmp_path, broker=mosquitto.url)
+            josev.kill()
+            seen = josev.stdout.read()
+        assert found.level("broker.josev") is Level.OK
+        assert found.level("broker.retained") is Level.WARNING
+        assert '"name": "stationkey_doctor"' in seen
+        assert "generate_csr" not in seen
+
+    def test_a_name_that_leads_nowhere_is_told(self, tmp_path: Path) -> None:
+        found = look(tmp_path, broker="mqtt://nowhere.invalid")
+        assert found.level("broker.name") is Level.FAILURE
+
+    def test_what_is_no_broker_is_told(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        found = look(tmp_path, broker=f"mqtt://127.0.0.1:{swtpm.port + 1}")
+        assert found.level("broker.login") is Level.FAILURE
+
+    @pytest.mark.parametrize(
+        ("days", "host", "own_ca", "level", "words"),
+        [
+            pytest.param(365, "localhost", True, Level.OK, "verified", id="right"),
+            pytest.param(-1, "localhost", True, Level.FAILURE, "expired", id="expired"),
+            pytest.param(10, "localhost", True, Level.WARNING, "ends in", id="soon over"),
+            pytest.param(365, "elsewhere", True, Level.FAILURE, "server_name", id="another name"),
+            pytest.param(365, "localhost", False, Level.FAILURE, "not to be trusted", id="another CA"),
+        ],
+    )
+    def test_the_certificate_of_the_broker_is_judged(
+        self, tmp_path: Path, days: int, host: str, own_ca: bool, level: Level, words: str
+    ) -> None:
+        pki = Pki(tmp_path / "pki")
+        certificate, key = pki.issue("broker", days=days, host=host)
+        ca = pki.ca_file if own_ca else Pki(tmp_path / "other").ca_file
+        with Mosquitto(tmp_path / "broker", f"certfile {certificate}", f"keyfile {key}") as broker:
+            url = f"mqtts://localhost:{broker.port}"
+            config = write_config(tmp_path, f'[mqtt]\nca_file = "{ca}"\n')
+            found = look(tmp_path, broker=url, config_file=config)
+        assert found.level("broker.tls") is level
+        assert words in found.text("broker.tls")
+
+    def test_tls_is_told_from_no_tls(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
+        certificate, key = Pki(tmp_path / "pki").issue("broker")
+        with Mosquitto(tmp_path / "tls", f"certfile {certificate}", f"keyfile {key}") as broker:
+            plain = look(tmp_path, broker=broker.url)
+        assert "mqtts://" in plain.text("broker.login")
+        secure = look(tmp_path, broker=f"mqtts://localhost:{mosquitto.port}")
+        assert secure.level("broker.tls") is Level.FAILURE
+
+    def test_the_client_s_own_certificate_and_key_are_judged(self, tmp_path: Path) -> None:
+        pki = Pki(tmp_path / "pki")
+        certificate, _ = pki.issue("station", days=5)
+        _, other = pki.issue("other")
+        other.chmod(0o644)
+        text = f'[mqtt]\nca_file = "{pki.ca_file}"\ncertificate_file = "{certificate}"\nkey_file = "{other}"\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text), broker="mqtts://localhost:1")
+        assert all(word in found.text("config.tls") for word in ("for another key", "ends in", "may read the client's"))
