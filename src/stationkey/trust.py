@@ -153,11 +153,11 @@ def _read(terms: MqttTerms) -> _Files:
     if terms.certificate_file is not None:
         certificate = _read_certificate(terms.certificate_file.path)
         key = (terms.key_file or terms.certificate_file).read(limit=MAX_PEM)
-    ca = None if terms.ca_file is None else _read_pem(terms.ca_file, "CA file", "ca_file_unusable")
+    ca = None if terms.ca_file is None else _read_pem(terms.ca_file, "CA file", reason="ca_file_unusable")
     return _Files(terms, ca, certificate, key)
 
 
-def _read_pem(path: Path, name: str, reason: str) -> bytes:
+def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_PEM + 1)
@@ -173,7 +173,7 @@ def _read_pem(path: Path, name: str, reason: str) -> bytes:
 
 
 def _read_certificate(path: Path) -> bytes:
-    return _read_pem(path, "certificate file", "client_certificate_unusable")
+    return _read_pem(path, "certificate file", reason="client_certificate_unusable")
 
 
 def _context(files: _Files) -> ssl.SSLContext:
