@@ -7,6 +7,7 @@ in a TPM; see `stationkey.provider`.
 from __future__ import annotations
 
 import gc
+import re
 import socket
 import ssl
 import threading
@@ -22,6 +23,7 @@ from stationkey.terms import MqttTerms
 MAX_PEM: Final = 1024 * 1024
 """Bytes of a file with certificates or a key."""
 
+_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _HINTS: Final = {
     **dict.fromkeys((9, 10), "is this machine's clock right?"),
     **dict.fromkeys((62, 64), "if it has another name than the URL's host, say it by server_name"),
@@ -166,10 +168,15 @@ def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
     if len(content) > MAX_PEM:
         raise ConfigurationError(f"the {name} {path} has more than {MAX_PEM} bytes", reason=reason)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_certificates(content))
     except (OSError, ValueError):
         raise ConfigurationError(f"there is no certificate (PEM) in the {name} {path}", reason=reason) from None
     return content
+
+
+def _certificates(content: bytes) -> str:
+    """The certificates in a PEM file: between them may stand keys, and comments in any encoding [RFC 7468 2]."""
+    return "\n".join(block.decode("ascii", "replace") for block in _CERTIFICATE.findall(content))
 
 
 def _read_certificate(path: Path) -> bytes:
@@ -196,7 +203,7 @@ def _context(files: _Files) -> ssl.SSLContext:
     if terms.ca_file is None:
         context.load_default_certs()
     else:
-        context.load_verify_locations(terms.ca_file)
+        context.load_verify_locations(cadata=_certificates(files.ca or b""))
     if files.key is not None:
         _load_key(context, files)
     return context

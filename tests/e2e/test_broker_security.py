@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,24 +14,16 @@ from outside import BOUND, Station, run, software_station
 from peers import Mosquitto, free_port
 
 import parts
+from secured import commands
 from stationkey.credential import SecretReference
 from stationkey.errors import BrokerError
 from stationkey.josev import ask
 from stationkey.mqtt import Broker, MqttConnection, connect
 from stationkey.terms import MqttTerms
 
-ROOT = Path(__file__).parent.parent.parent
-SHIPPED = ROOT / "packaging/mosquitto"
+SHIPPED = Path(__file__).parent.parent.parent / "packaging/mosquitto"
 AVAILABILITY = "cs/stationkey/availability"
 CLIENT_ID = "the-station"
-
-
-def commands(heading: str) -> str:
-    """The first shell block under a heading of docs/broker.md."""
-    text = (ROOT / "docs/broker.md").read_text()
-    found = re.search(rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1]
 
 
 def shell(directory: Path, script: str) -> None:
