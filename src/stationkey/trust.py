@@ -255,6 +255,7 @@ class _Tpm:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._made: tuple[_Files, ssl.SSLContext] | None = None
+        self._stale = False
 
     def context(self, files: _Files) -> ssl.SSLContext:
         """The context of these files.
@@ -264,10 +265,13 @@ class _Tpm:
             BrokerError: the TPM does not give the key, now.
         """
         with self._lock:
-            if self._made is not None and self._made[0] == files:
+            if self._made is not None and self._made[0] == files and not self._stale:
                 return self._made[1]
             self._made = None
             gc.collect()  # the key of the context before it leaves its slot only now
+            if self._stale:
+                TPM_PROVIDER.close()
+                self._stale = False
             TPM_PROVIDER.open(files.terms.tcti)
             try:
                 context = _context(files)
@@ -283,11 +287,8 @@ class _Tpm:
         Returns:
             Whether a key in a TPM was used at all.
         """
-        with self._lock:
-            used = self._made is not None
-            self._made = None
-            TPM_PROVIDER.close()
-        return used
+        self._stale = True  # and no more here: the caller is the event loop, and the TPM may hang
+        return self._made is not None
 
 
 _TPM: Final = _Tpm()

@@ -155,6 +155,14 @@ def test_a_tpm_that_hangs_in_the_handshake_keeps_no_signal_waiting(site: Site) -
         site.tpm.thaw()
 
 
+def test_a_tpm_that_hangs_beside_a_connection_keeps_no_signal_waiting(site: Site) -> None:
+    with site.station(site.make_key(Algorithm.ECDSA_SHA256)) as station:
+        site.tpm.freeze()
+        station.signal(signal.SIGTERM)
+        assert station.ended() == 0
+        site.tpm.thaw()
+
+
 def test_a_key_that_is_not_the_certificate_s_is_refused_at_the_start(site: Site) -> None:
     certificate = site.make_key(Algorithm.ECDSA_SHA256).read_bytes().partition(b"-----BEGIN CERTIFICATE")
     key, _, _ = site.make_key(Algorithm.ECDSA_SHA256).read_bytes().partition(b"-----BEGIN CERTIFICATE")
