@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from outside import BOUND, Station, run, software_station
+from outside import BOUND, Josev, Station, generate_csr, run, software_station
 from peers import Mosquitto, free_port
 
 import parts
-from secured import commands
+from secured import Authority, SecuredMosquitto, commands
 from stationkey.credential import SecretReference
 from stationkey.errors import BrokerError
 from stationkey.josev import ask
@@ -175,6 +175,14 @@ def test_josev_asks_and_stationkey_answers(station: Station, broker: Shipped) ->
     station.wait_for("ready")
 
 
+def test_a_command_is_told_how_by_the_environment_too(station: Station, broker: Shipped) -> None:
+    station.wait_for("ready")
+    options = broker.options("josev")
+    variables = {f"STATIONKEY_{name[2:].upper().replace('-', '_')}": value for name, value in pairs(options)}
+    arguments = ("--common-name", "DE-ABC-S-1", "--organization-name", "EcoG", "--country-name", "DE")
+    assert run("request", "v2g_certificate", *arguments, "--broker", broker.url, **variables).returncode == 0
+
+
 async def test_josev_reads_whether_stationkey_is_there(station: Station, broker: Shipped) -> None:
     station.wait_for("ready")
     async with await broker.client("josev") as josev:
@@ -319,6 +327,28 @@ def test_what_cannot_be_is_refused_at_the_start(tmp_path: Path, toml: str, said:
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_asked_while_it_is_away_is_answered_after_its_start_by_tls_as_without(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    own = authority.identity("stationkey")
+    (tmp_path / "stationkey.toml").write_text(
+        f'[mqtt]\nca_file = "{authority.file}"\ncertificate_file = "{own.certificate}"\nkey_file = "{own.key}"\n'
+    )
+    with SecuredMosquitto(tmp_path / "mosquitto", authority.broker(), authority) as broker:
+        options = ("--keystore", "software:", "--allow-software-keys", "--config", str(tmp_path / "stationkey.toml"))
+        station = Station(tmp_path, "--broker", broker.tls_url, *options)
+        asked = generate_csr()
+        with Josev(broker) as josev:
+            with station:
+                station.kill()
+            josev.publish(asked)
+            with station:
+                assert josev.wait_for(asked["id"])[0].csr
+                broker.kill()
+                broker.start()
+                station.wait_for("ready", count=2)
+                assert station.stop() == 0
 
 
 # Availability.
