@@ -23,6 +23,7 @@ from stationkey.errors import BrokerError, ConfigurationError
 
 MAX_OPENED: Final = 100
 """How often a process has the provider anew. OpenSSL forgets nothing of the times before."""
+DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
 
 _QUERY_OPERATION: Final = 1027
 _UNQUERY_OPERATION: Final = 1028
@@ -72,7 +73,7 @@ class TpmProvider:
         """Have it, with a connection to the TPM; nothing is done where it is there already.
 
         Args:
-            tcti: of the TPM; None for what the environment has in ``TPM2OPENSSL_TCTI``.
+            tcti: of the TPM; None for what the environment has in ``TPM2OPENSSL_TCTI``, or else `DEFAULT_TCTI`.
 
         Raises:
             ConfigurationError: it is not installed.
@@ -80,8 +81,8 @@ class TpmProvider:
         """
         if self._handle is not None:
             return
-        if tcti is not None:
-            os.environ["TPM2OPENSSL_TCTI"] = tcti
+        # Never without: tpm2-tss would take whatever TPM it finds, a simulator included.
+        os.environ["TPM2OPENSSL_TCTI"] = tcti or os.environ.get("TPM2OPENSSL_TCTI") or DEFAULT_TCTI
         os.environ.setdefault("TSS2_LOG", "all+none")  # what there is to say is said by whoever uses the key
         openssl = _openssl()
         # By a name of its own each time: what was had by a name once, OpenSSL gives back for ever, with its connection
