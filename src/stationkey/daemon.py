@@ -18,6 +18,7 @@ from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Ledger
 from stationkey.mqtt import Broker, MqttEdge, check, unless
+from stationkey.process import close_to_others
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
 from stationkey.state import StateDirectory
@@ -43,6 +44,7 @@ async def serve(settings: Settings) -> None:
         terms=settings.tpm,
         state_dir=settings.state_dir,
     )
+    close_to_others()
     os.umask(0o077)
     state = StateDirectory(settings.state_dir)
     try:
