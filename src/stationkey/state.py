@@ -23,7 +23,7 @@ LOCK_NAME: Final = "lock"
 _FILES: Final = (LOCK_NAME, *(f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")))
 """The files that are opened; the suffixes are SQLite's."""
 _DIRECTORIES: Final = ("active", "tpm")
-"""The directories. What is in them is opened without following a link, but a link in their own place would be followed."""
+"""The directories. What is in them is opened without following a link; one in their own place would be followed."""
 
 _KINDS: Final = {
     stat.S_IFLNK: "a symbolic link",
