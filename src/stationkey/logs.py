@@ -72,6 +72,8 @@ def set_up(log_format: str, *, stream: TextIO | None = None, level: int = loggin
     # What no format of ours shows need not be found out; the caller's line alone is a third of what a record costs.
     logging._srcfile = None  # noqa: SLF001 - the way that Python's "Logging HOWTO" gives
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    # What a library warns of, such as a certificate with a negative serial number, is a line like every other.
+    logging.captureWarnings(capture=True)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()

@@ -21,11 +21,14 @@ from stationkey.ledger import DATABASE_NAME
 LOCK_NAME: Final = "lock"
 
 _FILES: Final = (LOCK_NAME, *(f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")))
-"""What is opened beside ``active/``, which looks after itself; the suffixes are SQLite's."""
+"""The files that are opened; the suffixes are SQLite's."""
+_DIRECTORIES: Final = ("active", "tpm")
+"""The directories. What is in them is opened without following a link; one in their own place would be followed."""
 
 _KINDS: Final = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a directory",
+    stat.S_IFREG: "a file",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
 }
@@ -138,7 +141,7 @@ def settled(path: Path) -> Path:
 
 
 def refuse_planted(directory: Path) -> None:
-    """Look at what is about to be opened in a state directory: regular files of its owner's, each with one name.
+    """Look at what is about to be opened in a state directory: its owner's, and each file with one name.
 
     Opening a FIFO would wait for ever, SQLite follows a link in place of the database, and a file with a second name
     (a hard link) is changed under that name too.
@@ -149,20 +152,22 @@ def refuse_planted(directory: Path) -> None:
     """
     try:
         owner = directory.stat().st_uid
-        found = [(path, status) for path in (directory / name for name in _FILES) if (status := _lstat(path))]
+        names = (*_FILES, *_DIRECTORIES)
+        found = [(path, status) for path in (directory / name for name in names) if (status := _lstat(path))]
     except OSError as error:
         raise _unusable(directory, error) from None
     for path, status in found:
-        if not stat.S_ISREG(status.st_mode):
-            what = f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}"
-        elif status.st_nlink != 1:
+        kind = stat.S_IFMT(status.st_mode)
+        if kind != (stat.S_IFDIR if path.name in _DIRECTORIES else stat.S_IFREG):
+            what = f"is {_KINDS.get(kind, 'a device')}"
+        elif kind == stat.S_IFREG and status.st_nlink != 1:
             what = "has another name elsewhere (a hard link)"
         elif status.st_uid != owner:
             what = f"belongs to another user (uid {status.st_uid})"
         else:
             continue
         raise LedgerError(
-            f"{path} {what}, and not the file that stationkey made",
+            f"{path} {what}, and not what stationkey made",
             reason="state_file_foreign",
             hint="nothing was touched; find out who put it there, and move it away",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -187,6 +188,16 @@ async def test_a_fifo_that_comes_into_the_place_of_a_file_is_waited_for_by_nobod
 
 def with_an_extension_twice(csr: str) -> bytes:
     """In DER. Two extensions that nobody knows become one that is there twice: their names are of one length."""
+    return in_der(csr).replace(b"\x06\x03\x2a\x03\x05", b"\x06\x03\x2a\x03\x04")
+
+
+def with_the_serial_number_zero(csr: str) -> bytes:
+    """In DER: behind the version comes the serial number [RFC 5280 4.1.2.2: positive]."""
+    return in_der(csr).replace(b"\xa0\x03\x02\x01\x02\x02\x01\x01", b"\xa0\x03\x02\x01\x02\x02\x01\x00")
+
+
+def in_der(csr: str) -> bytes:
+    """A certificate for the key of a CSR, with two extensions that nobody knows."""
     first, second = (x509.ObjectIdentifier(name) for name in ("1.2.3.4", "1.2.3.5"))
     unknown = [x509.UnrecognizedExtension(oid, b"\x05\x00") for oid in (first, second)]
     asked = x509.load_pem_x509_csr(csr.encode())
@@ -203,8 +214,7 @@ def with_an_extension_twice(csr: str) -> bytes:
     )
     for extension in unknown:
         builder = builder.add_extension(extension, critical=False)
-    made = builder.sign(software_key(), hashes.SHA256())
-    return made.public_bytes(serialization.Encoding.DER).replace(b"\x06\x03\x2a\x03\x05", b"\x06\x03\x2a\x03\x04")
+    return builder.sign(software_key(), hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 async def test_a_certificate_whose_extensions_cannot_be_read_is_told_and_its_key_used(
@@ -249,3 +259,27 @@ def test_the_daemon_answers_while_its_certificate_directory_is_full_of_traps(
         assert f"more than {MAX_CERTIFICATE_FILES} files" in refused["event"]
         assert josev.ask(generate_csr()).csr
         assert daemon.stop() == 0
+
+
+def test_what_a_library_warns_of_a_certificate_is_a_line_of_the_log_like_every_other(
+    tmp_path: Path, mosquitto: Mosquitto, certificate_dir: Path
+) -> None:
+    """Libraries write warnings to standard error by themselves, and what is there must stay JSON line by line."""
+    config = tmp_path / "stationkey.toml"
+    config.write_text(f'[josev]\ncertificate_dir = "{certificate_dir}"\n')
+
+    with software_station(tmp_path, mosquitto, "--config", str(config)) as daemon, Josev(mosquitto) as josev:
+        csr = josev.ask(generate_csr()).csr
+        (certificate_dir / "secc.der").write_bytes(with_the_serial_number_zero(csr))
+        josev.publish(
+            {
+                "id": "123e4567-e89b-12d3-a456-426614174000",
+                "name": "certificate_installation_status",
+                "type": "update",
+                "data": {"certificate_type": "charging_station_certificate", "status": "installed"},
+            }
+        )
+        daemon.wait_for("key active")
+        daemon.stop()
+
+    assert any("serial number" in json.loads(line)["event"] for line in daemon.lines)

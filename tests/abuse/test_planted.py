@@ -72,6 +72,21 @@ def test_what_was_planted_before_the_start_is_refused_in_words_and_never_opened(
     assert elsewhere.untouched
 
 
+@pytest.mark.parametrize("name", ["active", "tpm"])
+@pytest.mark.parametrize("what", ["a link to a directory", "a link to nothing", "a FIFO", "a second name of a file"])
+def test_what_was_planted_in_the_place_of_a_directory_is_refused_in_words(
+    state_dir: Path, elsewhere: Elsewhere, name: str, what: str
+) -> None:
+    """Behind a link in the place of ``tpm``, somebody else's storage root key would be known as this station's."""
+    PLANTS[what](state_dir / name, elsewhere)
+
+    with pytest.raises(LedgerError) as refusal:
+        StateDirectory(state_dir)
+
+    assert refusal.value.reason == "state_file_foreign"
+    assert elsewhere.untouched
+
+
 @pytest.mark.parametrize("name", [DATABASE_NAME, f"{DATABASE_NAME}-wal"])
 @pytest.mark.parametrize("what", ["a FIFO", "a link to a file"])
 def test_the_daemon_and_the_commands_end_in_words_where_something_was_planted(
@@ -88,7 +103,7 @@ def test_the_daemon_and_the_commands_end_in_words_where_something_was_planted(
     for command in commands:
         ended = run(*command, "--state-dir", str(state_dir))
         assert ended.returncode == 1
-        assert "not the file that stationkey made" in ended.stderr
+        assert "not what stationkey made" in ended.stderr
         assert "Traceback" not in ended.stderr
     assert elsewhere.untouched
 

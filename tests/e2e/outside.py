@@ -82,8 +82,10 @@ class Station:
         return self
 
     def start(self) -> Self:
-        """Start it, and wait until it is ready."""
-        self.launch().wait_for("ready")
+        """Start it, and wait until it is ready: by the event itself, as a line of text may have ``ready=0`` in it."""
+        self.launch()
+        assert self.log is not None
+        self.log.wait(lambda lines: any(_event(line)["event"].split()[-1:] == ["ready"] for line in lines))
         return self
 
     @property
