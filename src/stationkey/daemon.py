@@ -10,7 +10,6 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 from stationkey import __version__
@@ -158,7 +157,9 @@ async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -
 
 
 def _pages(health: Health) -> Mapping[str, Page]:
-    from stationkey.endpoint import Reply  # noqa: PLC0415 - nobody pays for these who does not want them
+    from http import HTTPStatus  # noqa: PLC0415 - nobody pays for these who does not want them
+
+    from stationkey.endpoint import Reply  # noqa: PLC0415 - same
     from stationkey.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415 - same
 
     exposition = Exposition(health)

@@ -100,9 +100,21 @@ class Condition:
         return not self.stuck and (self.last is None or self.last[1] not in UNREACHABLE)
 
     @property
+    def troubles(self) -> list[str]:
+        """What is wrong with key store and ledger, in words."""
+        troubles = []
+        if self.stuck:
+            troubles.append("the key store hangs")
+        elif self.last is not None and self.last[1] in IN_TROUBLE:
+            troubles.append(f"the key store cannot serve ({self.last[1]})")
+        if self.ledger:
+            troubles.append(f"the ledger fails ({self.ledger})")
+        return troubles
+
+    @property
     def healthy(self) -> bool:
         """Whether the next request would be answered, as far as is known."""
-        well = not self.stuck and self.last is not None and self.last[1] not in IN_TROUBLE and not self.ledger
+        well = self.last is not None and not self.troubles
         return self.ready and not self.stopping and self.connected and well
 
     def report(self) -> bytes:
@@ -132,15 +144,9 @@ class Condition:
 
     def sentence(self, figures: Figures | None) -> str:
         """The same in a line, for ``systemctl status``."""
-        parts = [f"{'connected to' if self.connected else 'no connection to'} {self.broker}"]
+        parts = [f"{'connected to' if self.connected else 'no connection to'} {self.broker}", *self.troubles]
         if self.stopping:
             parts.insert(0, "stopping")
-        if self.stuck:
-            parts.append("the key store hangs")
-        elif self.last is not None and self.last[1] in IN_TROUBLE:
-            parts.append(f"the key store cannot serve ({self.last[1]})")
-        if self.ledger:
-            parts.append(f"the ledger fails ({self.ledger})")
         if figures is not None:
             active = sum(count for (state, _), count in figures.keys.items() if state == KeyState.ACTIVE)
             parts.append(f"{active} {'key' if active == 1 else 'keys'} active")
@@ -290,17 +296,18 @@ class Health:
     async def _feed(self, watchdog: float | None) -> None:
         """Give signs of life while the key store is not stuck. They come from the event loop, so that is alive too."""
         interval = PROBE_INTERVAL if watchdog is None else watchdog / 2
-        was_stuck = False
+        before = self.condition()
         while True:
-            if (stuck := self.keystore.stuck) is not was_stuck:
-                was_stuck = stuck
-                log.log(
-                    logging.ERROR if stuck else logging.WARNING,
-                    "the key store hangs" if stuck else "the key store hangs no more",
-                )
+            now = self.condition()
+            if now.stuck and not before.stuck:
+                log.error("the key store hangs")
+            elif before.stuck and not now.stuck:
+                log.warning("the key store hangs no more")
+            if now.troubles != before.troubles:
                 self._news.set()
-            if watchdog is not None and not stuck:
+            if watchdog is not None and not now.stuck:
                 self._manager.alive()
+            before = now
             self._probe(interval)
             await asyncio.sleep(interval)
 
@@ -314,8 +321,11 @@ class Health:
             )
 
     async def _tell(self) -> None:
-        """Keep the line of status true."""
+        """Keep the line of status true, from the first try at the broker on."""
         told = ""
+        while not self._ready:
+            await self._news.wait()
+            self._news.clear()
         while True:
             self._news.clear()
             figures = await self.figures()

@@ -283,6 +283,13 @@ def test_every_alert_is_about_figures_that_there_are(station: Station, listen: s
         assert names_in(alert["expr"]) or alert["alert"] == "StationkeyDown"
 
 
+def test_every_alert_is_told_what_to_do_about() -> None:
+    rules = yaml.safe_load((ROOT / "packaging/prometheus/alerts.yml").read_text())
+    names = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    operations = (ROOT / "docs/operations.md").read_text()
+    assert set(re.findall(r"`(Stationkey\w+)`", operations)) == names
+
+
 def panels() -> list[dict[str, Any]]:
     dashboard = json.loads((ROOT / "packaging/grafana/stationkey.json").read_text())
     found: list[dict[str, Any]] = dashboard["panels"]
