@@ -265,6 +265,25 @@ class TestProbing:
             go_on.set()
 
 
+class _Broken(ServiceManager):
+    """Fails at its first sign of life."""
+
+    def alive(self) -> None:
+        raise RuntimeError("a fault")
+
+
+async def test_a_watchdog_that_fails_gives_no_more_signs_of_life_and_the_log_says_why(
+    here: Station, caplog: pytest.LogCaptureFixture
+) -> None:
+    health = Health(here.keystore, _Broken("/nowhere", watchdog=1.0), broker="", patience=BOUND)
+    async with health.watching():
+        for _ in range(3):
+            await asyncio.sleep(0)
+    [record] = [record for record in caplog.records if record.name == "stationkey.health"]
+    assert record.message == "watchdog has ended; this is a fault of stationkey"
+    assert record.exc_info
+
+
 class TestServiceManager:
     def test_an_abstract_address_is_understood(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -286,6 +286,8 @@ class Health:
         if self._manager:
             works["status"] = self._tell()
         tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]
+        for task in tasks:
+            task.add_done_callback(_tell_fault)
         try:
             yield
         finally:
@@ -336,3 +338,9 @@ class Health:
             with suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_INTERVAL):
                     await self._news.wait()
+
+
+def _tell_fault(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.error("%s has ended; this is a fault of stationkey", task.get_name(), exc_info=error)

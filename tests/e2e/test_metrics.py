@@ -322,6 +322,25 @@ def test_the_dashboard_takes_its_data_source_and_its_stations_from_variables() -
         assert place["x"] + place["w"] <= 24
 
 
+def test_what_waits_for_a_slow_tpm_is_shown(tmp_path: Path, broker: Mosquitto, swtpm: Swtpm) -> None:
+    path = f"unix:{tmp_path}/metrics.sock"
+    options = ("--broker", broker.url, "--keystore", swtpm.uri, "--topic-prefix", "slow", *shown(tmp_path, path))
+    requests = [generate_csr(), generate_csr(), generate_csr(), generate_csr(algorithm="RSA_SHA256")]
+    with Station(tmp_path, *options) as station, Josev(broker, "slow/") as josev:
+        swtpm.freeze()
+        josev.publish(*requests)
+        found = until(path, lambda found: sample(found, "messages_in_hand") == 4)
+        waiting = [sample(found, "keystore_jobs_waiting", turn=turn) for turn in ("short", "long", "spare")]
+        assert (sample(found, "keystore_jobs_in_hand"), waiting) == (1, [2, 1, 0])
+        assert sample(found, "keystore_stuck") == 0
+        swtpm.thaw()
+        for request in requests:
+            assert josev.wait_for(request["id"])[0].csr
+        found = until(path, lambda found: sample(found, "messages_in_hand") == 0)
+        assert sample(found, "keystore_jobs_in_hand") == 0
+        assert station.stop() == 0
+
+
 # Where it listens.
 
 
