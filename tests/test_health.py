@@ -158,6 +158,15 @@ class TestAsking:
         await here.service.custody.sweep()
         assert health.condition().ledger == ""
 
+    async def test_a_ledger_that_cannot_be_read_leaves_the_rest_to_be_shown(
+        self, here: Station, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        damaged = mock.AsyncMock(side_effect=LedgerError("damaged", reason="ledger_damaged"))
+        monkeypatch.setattr(here.service, "figures", damaged)
+        text = await Exposition(watching(here)).text()
+        assert b"stationkey_keys{" not in text
+        assert b"stationkey_ready 1.0" in text
+
     async def test_a_service_that_has_ended_is_not_asked(self, here: Station) -> None:
         health = watching(here)
         await here.service.aclose()

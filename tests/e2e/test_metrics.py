@@ -397,6 +397,7 @@ def test_a_socket_in_the_file_system_does_as_well_and_is_gone_afterwards(tmp_pat
         found = path.lstat()
         assert (stat.S_IMODE(found.st_mode), stat.S_ISSOCK(found.st_mode)) == (0o660, True)
         assert sample(scrape(f"unix:{path}"), "broker_connected") == 1
+        assert run("health", f"unix:{path}").returncode == 0
         station.kill()
         assert path.exists()
         station.start()  # in its place
