@@ -20,8 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from parts import V2G, Station, station
 from stationkey import health as module
+from stationkey.condition import IN_TROUBLE, UNREACHABLE, Condition
 from stationkey.errors import LedgerError
-from stationkey.health import EXPIRIES, FRESH, IN_TROUBLE, PROBE_INTERVAL, UNREACHABLE, Condition, Health
+from stationkey.health import EXPIRIES, FRESH, PROBE_INTERVAL, Health
 from stationkey.keystore import KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.thread import KeyStoreThread

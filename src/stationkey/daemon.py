@@ -148,7 +148,8 @@ async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -
     health = Health(keystore, ServiceManager.of(os.environ), broker=broker, patience=settings.deadlines.ec)
     async with health.watching(probing=settings.metrics is not None), AsyncExitStack() as stack:
         if settings.metrics is not None:
-            from stationkey.endpoint import Address, Endpoint, Listener  # noqa: PLC0415 - nobody else pays for it
+            from stationkey.endpoint import Endpoint  # noqa: PLC0415 - nobody else pays for it
+            from stationkey.listener import Address, Listener  # noqa: PLC0415 - same
 
             listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
             await stack.enter_async_context(Endpoint(listener, _pages(health)))

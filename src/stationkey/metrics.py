@@ -19,7 +19,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from stationkey import __version__
-from stationkey.health import FRESH, Condition, Health
+from stationkey.condition import Condition
+from stationkey.health import FRESH, Health
 from stationkey.ledger import Figures
 from stationkey.lifecycle import KeyState
 from stationkey.profiles import CertificateType
