@@ -123,6 +123,17 @@ class TestAsking:
             await health.figures()
         assert looks.await_count == 2
 
+    async def test_keys_that_have_changed_are_looked_at_anew(self, here: Station) -> None:
+        health = watching(here)
+        await here.key()
+        with mock.patch("stationkey.health.time.monotonic", return_value=100.0):
+            before = await health.figures()
+            await here.told("installed")
+            after = await health.figures()
+        assert before is not None
+        assert after is not None
+        assert (before.keys, after.keys) == ({("pre-activation", V2G): 1}, {("active", V2G): 1})
+
     async def test_a_flood_of_scrapes_makes_the_text_once(self, here: Station) -> None:
         exposition = Exposition(watching(here))
         with mock.patch("stationkey.metrics.generate_latest", return_value=b"text") as made:

@@ -113,7 +113,7 @@ class Health:
     def watch(self, service: StationKeyService, edge: Connecting) -> None:
         """These are the parts of the daemon."""
         self.service, self.edge = service, edge
-        service.custody.on_change = self._news.set
+        service.custody.on_change = self._keys_changed
 
     def stopping(self) -> None:
         """The daemon was told to end."""
@@ -121,6 +121,10 @@ class Health:
             self._stopping = True
             self._manager.stopping()
             self._news.set()
+
+    def _keys_changed(self) -> None:
+        self._looked_at = -FRESH  # what was seen before is of no use
+        self._news.set()
 
     def _settled(self, *, connected: bool) -> None:
         """A try at the broker is over. Whether the first one succeeded is not for the service manager to wait for."""
