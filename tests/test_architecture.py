@@ -28,15 +28,15 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 ROWS: list[set[str]] = [
     # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
-    # The last three are about the process and the machine.
+    # durable only writes files, tally only counts; process and systemd are about the machine.
     {"durable", "errors", "logs", "handshake", "tally", "process", "systemd"},
-    {"credential", "profiles", "lifecycle", "seen", "endpoint", "provider"},
-    {"terms"},  # values that name certificate types and secrets
+    {"credential", "profiles", "lifecycle", "seen", "provider", "listener"},
+    {"terms", "endpoint"},  # values that name certificate types and secrets; HTTP on a socket
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
     {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
     {"certificate", "keystore", "pki"},  # what signs a CSR knows how one is built
     {"ledger", "active", "csms"},  # the ledger gives keys back as the key store knows them
-    {"bridge", "installation", "state", "tls", "trust"},
+    {"bridge", "condition", "installation", "state", "tls", "trust"},
     {"custody", "pool"},
     {"service"},
     {"mqtt", "health"},

@@ -18,8 +18,9 @@ import pytest
 from peers import free_port
 
 from stationkey import endpoint
-from stationkey.endpoint import MAX_CONNECTIONS, MAX_HEAD, Address, Endpoint, Listener, Reply, is_loopback_host
+from stationkey.endpoint import MAX_CONNECTIONS, MAX_HEAD, Endpoint, Reply, is_loopback_host
 from stationkey.errors import ConfigurationError
+from stationkey.listener import Address, Listener
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed."""

@@ -20,8 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from parts import V2G, Station, station
 from stationkey import health as module
+from stationkey.condition import IN_TROUBLE, UNREACHABLE, Condition
 from stationkey.errors import LedgerError
-from stationkey.health import EXPIRIES, FRESH, IN_TROUBLE, PROBE_INTERVAL, UNREACHABLE, Condition, Health
+from stationkey.health import EXPIRIES, FRESH, PROBE_INTERVAL, Health
 from stationkey.keystore import KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.thread import KeyStoreThread
@@ -122,6 +123,17 @@ class TestAsking:
             await health.figures()
         assert looks.await_count == 2
 
+    async def test_keys_that_have_changed_are_looked_at_anew(self, here: Station) -> None:
+        health = watching(here)
+        await here.key()
+        with mock.patch("stationkey.health.time.monotonic", return_value=100.0):
+            before = await health.figures()
+            await here.told("installed")
+            after = await health.figures()
+        assert before is not None
+        assert after is not None
+        assert (before.keys, after.keys) == ({("pre-activation", V2G): 1}, {("active", V2G): 1})
+
     async def test_a_flood_of_scrapes_makes_the_text_once(self, here: Station) -> None:
         exposition = Exposition(watching(here))
         with mock.patch("stationkey.metrics.generate_latest", return_value=b"text") as made:
@@ -157,6 +169,15 @@ class TestAsking:
             another.execute("ROLLBACK")
         await here.service.custody.sweep()
         assert health.condition().ledger == ""
+
+    async def test_a_ledger_that_cannot_be_read_leaves_the_rest_to_be_shown(
+        self, here: Station, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        damaged = mock.AsyncMock(side_effect=LedgerError("damaged", reason="ledger_damaged"))
+        monkeypatch.setattr(here.service, "figures", damaged)
+        text = await Exposition(watching(here)).text()
+        assert b"stationkey_keys{" not in text
+        assert b"stationkey_ready 1.0" in text
 
     async def test_a_service_that_has_ended_is_not_asked(self, here: Station) -> None:
         health = watching(here)
@@ -263,6 +284,25 @@ class TestProbing:
             assert thread.stuck
             assert (sum(thread.waiting.values()), thread.abandoned) == (0, 0)
             go_on.set()
+
+
+class _Broken(ServiceManager):
+    """Fails at its first sign of life."""
+
+    def alive(self) -> None:
+        raise RuntimeError("a fault")
+
+
+async def test_a_watchdog_that_fails_gives_no_more_signs_of_life_and_the_log_says_why(
+    here: Station, caplog: pytest.LogCaptureFixture
+) -> None:
+    health = Health(here.keystore, _Broken("/nowhere", watchdog=1.0), broker="", patience=BOUND)
+    async with health.watching():
+        for _ in range(3):
+            await asyncio.sleep(0)
+    [record] = [record for record in caplog.records if record.name == "stationkey.health"]
+    assert record.message == "watchdog has ended; this is a fault of stationkey"
+    assert record.exc_info
 
 
 class TestServiceManager:

@@ -11,8 +11,8 @@ from typing import Final
 import click
 
 from stationkey import config
-from stationkey.endpoint import Address
 from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.listener import Address
 
 PATIENCE: Final = 10.0
 """Seconds."""

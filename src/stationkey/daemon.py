@@ -10,7 +10,6 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 from stationkey import __version__
@@ -157,7 +156,8 @@ async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -
     health = Health(keystore, ServiceManager.of(os.environ), broker=broker, patience=settings.deadlines.ec)
     async with health.watching(probing=settings.metrics is not None), AsyncExitStack() as stack:
         if settings.metrics is not None:
-            from stationkey.endpoint import Address, Endpoint, Listener  # noqa: PLC0415 - nobody else pays for it
+            from stationkey.endpoint import Endpoint  # noqa: PLC0415 - nobody else pays for it
+            from stationkey.listener import Address, Listener  # noqa: PLC0415 - same
 
             listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
             await stack.enter_async_context(Endpoint(listener, _pages(health)))
@@ -166,7 +166,9 @@ async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -
 
 
 def _pages(health: Health) -> Mapping[str, Page]:
-    from stationkey.endpoint import Reply  # noqa: PLC0415 - nobody pays for these who does not want them
+    from http import HTTPStatus  # noqa: PLC0415 - nobody pays for these who does not want them
+
+    from stationkey.endpoint import Reply  # noqa: PLC0415 - same
     from stationkey.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415 - same
 
     exposition = Exposition(health)

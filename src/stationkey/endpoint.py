@@ -12,180 +12,29 @@ loopback address too, and by DNS rebinding read what comes back. So the Host ask
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import logging
-import os
 import re
-import socket
-import stat
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-from stationkey.errors import ConfigurationError
+from stationkey.listener import BACKLOG, Listener
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 16
 """How many connections there may be at a time. Prometheus holds one, for milliseconds."""
-BACKLOG: Final = 128
-"""How many the kernel holds until they are looked at. What it has no place for comes again a second later."""
 MAX_HEAD: Final = 8 * 1024
 """Bytes of request line and header fields."""
 TIME_LIMIT: Final = 5.0
 """Seconds that a connection may last, all in all."""
 MAX_IGNORED: Final = 64 * 1024
 """Bytes after the head that are read and thrown away, so that the answer is not lost with them."""
-SOCKET_MODE: Final = 0o660
-_UNIX: Final = "unix:"
-_MAX_UNIX: Final = 107
-"""Bytes of a path to a socket [unix(7)]."""
-_HINT: Final = "for example 127.0.0.1:9464, [::1]:9464 or unix:/run/stationkey/metrics.sock"
 _REQUEST_LINE: Final = re.compile(r"([!-~]+) ([!-~]+) HTTP/(\d)\.(\d)")
-_MAX_PORT: Final = 65535
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen: a loopback address and a port, or the path of a socket."""
-
-    host: str = ""
-    port: int = 0
-    path: Path | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:PATH``.
-
-        Raises:
-            ConfigurationError: it is none of these, or would be reached from another machine.
-        """
-        if text.startswith(_UNIX):
-            path = Path(text.removeprefix(_UNIX))
-            if not path.is_absolute() or "\0" in text or len(os.fsencode(path)) > _MAX_UNIX:
-                raise ConfigurationError(
-                    f"[metrics] listen: {text!r} must name an absolute path of {_MAX_UNIX} bytes at the most",
-                    reason="metrics_listen_invalid",
-                    hint=_HINT,
-                )
-            return cls(path=path)
-        host, _, port = text.rpartition(":")
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        try:
-            address = ipaddress.ip_address(bare)
-            number = int(port) if port.isascii() and port.isdecimal() else 0
-        except ValueError:
-            address, number = None, 0
-        if address is None or not 0 < number <= _MAX_PORT or (address.version == 6) != (bare != host):  # noqa: PLR2004 - IPv6
-            raise ConfigurationError(
-                f"[metrics] listen: {text!r} is no address with a port, and no unix:PATH",
-                reason="metrics_listen_invalid",
-                hint=_HINT,
-            )
-        if not address.is_loopback:
-            raise ConfigurationError(
-                f"[metrics] listen: {text} can be reached from other machines, and there is no TLS and no password",
-                reason="metrics_not_loopback",
-                hint=f"listen on a loopback address and put a reverse proxy or an agent in front; {_HINT}",
-            )
-        return cls(str(address), number)
-
-    def __str__(self) -> str:
-        if self.path is not None:
-            return f"{_UNIX}{self.path}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Listener:
-    """A socket that listens at an address, until it is closed. The file of a UNIX socket is removed then.
-
-    Args:
-        address: where.
-
-    Raises:
-        ConfigurationError: it is in use, or may not be used.
-    """
-
-    def __init__(self, address: Address) -> None:
-        self.address = address
-        self._file: tuple[int, int] | None = None
-        try:
-            if address.path is None:
-                family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-                self.socket = socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
-            else:
-                self.socket = self._in_file(address.path)
-        except OSError as error:
-            raise ConfigurationError(
-                f"[metrics] listen: {address} cannot be used: {error.strerror or error}",
-                reason="metrics_cannot_listen",
-                hint="does another program use it, or does the directory not exist?",
-            ) from None
-
-    def _in_file(self, path: Path) -> socket.socket:
-        _remove_stale(path)
-        listening = socket.socket(socket.AF_UNIX)
-        # Made with its mode: to change that afterwards would be to follow a link that somebody has put there since.
-        mask = os.umask(0o777 & ~SOCKET_MODE)
-        try:
-            listening.bind(str(path))
-        except OSError:
-            listening.close()
-            raise
-        finally:
-            os.umask(mask)
-        made = path.lstat()
-        self._file = made.st_dev, made.st_ino
-        listening.listen(BACKLOG)
-        return listening
-
-    def close(self) -> None:
-        """Listen no more."""
-        if self._file is not None and self.address.path is not None:
-            with contextlib.suppress(OSError):
-                there = self.address.path.lstat()
-                if (there.st_dev, there.st_ino) == self._file:  # and not another one's by now
-                    self.address.path.unlink()
-        self.socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _remove_stale(path: Path) -> None:
-    """Make room for a socket: one that nobody listens at any more is left of a run that was killed.
-
-    Raises:
-        ConfigurationError: something else is there, or somebody listens.
-    """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigurationError(
-            f"[metrics] listen: {path} is there, and is no socket",
-            reason="metrics_cannot_listen",
-            hint="nothing was removed; name another path",
-        )
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.settimeout(1.0)
-        try:
-            asking.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise ConfigurationError(
-        f"[metrics] listen: another program listens at {path}", reason="metrics_cannot_listen", hint="name another path"
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,16 @@ anything, nobody would notice: so the key store is asked a small question now an
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, Protocol
 
-from stationkey import __version__
+from stationkey.condition import Condition
 from stationkey.errors import LedgerError
 from stationkey.keystore.thread import KeyStoreThread, Task, Turn
 from stationkey.ledger import Figures
-from stationkey.lifecycle import KeyState
 from stationkey.service import StationKeyService
 from stationkey.systemd import ServiceManager
 
@@ -40,11 +36,6 @@ STATUS_INTERVAL: Final = 30.0
 """Seconds between two looks at whether the line of status is still true, where nothing is told meanwhile."""
 STATUS_PAUSE: Final = 1.0
 """Seconds between two lines of status at least."""
-
-UNREACHABLE: Final = frozenset({"tpm_unreachable", "tcti_invalid", "keystore_timeout"})
-"""Reasons for which there is no key store to speak with."""
-IN_TROUBLE: Final = UNREACHABLE | {"tpm_reset", "tpm_lockout", "tpm_full", "tpm_auth", "srk_unfit"}
-"""Reasons for which a key store serves nobody. All others are about one key or one request."""
 
 
 class Connecting(Protocol):
@@ -64,90 +55,6 @@ class Connecting(Protocol):
     def waiting(self) -> int:
         """How many messages wait for that."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """How the daemon is at a moment.
-
-    Attributes:
-        ready: it serves, as far as the broker lets it.
-        stopping: it was told to end.
-        broker: URL of the broker.
-        connected: whether the broker's subscription stands.
-        connections: how often it has stood in this run.
-        changed: since when it stands, or does not; Unix time in seconds.
-        stuck: see the module.
-        last: how many seconds ago the key store did something last, and the reason why it failed, or an empty text.
-        ledger: reason of the ledger's last failure, or ``no_answer``; an empty text where there is nothing wrong.
-        watchdog: whether systemd waits for signs of life.
-    """
-
-    ready: bool
-    stopping: bool
-    broker: str
-    connected: bool
-    connections: int
-    changed: float
-    stuck: bool
-    last: tuple[float, str] | None
-    ledger: str
-    watchdog: bool
-
-    @property
-    def reachable(self) -> bool:
-        """Whether there is a key store to speak with."""
-        return not self.stuck and (self.last is None or self.last[1] not in UNREACHABLE)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the next request would be answered, as far as is known."""
-        well = not self.stuck and self.last is not None and self.last[1] not in IN_TROUBLE and not self.ledger
-        return self.ready and not self.stopping and self.connected and well
-
-    def report(self) -> bytes:
-        """The same as JSON."""
-        ago, reason = self.last or (None, None)
-        report = {
-            "status": "ok" if self.healthy else "trouble",
-            "version": __version__,
-            "ready": self.ready,
-            "stopping": self.stopping,
-            "broker": {
-                "url": self.broker,
-                "connected": self.connected,
-                "since": datetime.fromtimestamp(self.changed, UTC).isoformat(timespec="seconds"),
-                "connections": self.connections,
-            },
-            "keystore": {
-                "reachable": self.reachable,
-                "stuck": self.stuck,
-                "last_result": "ok" if reason == "" else reason,
-                "last_result_seconds_ago": None if ago is None else round(ago, 1),
-            },
-            "ledger": {"writable": not self.ledger, "trouble": self.ledger or None},
-            "watchdog": {"wanted": self.watchdog, "fed": self.watchdog and not self.stuck},
-        }
-        return json.dumps(report, indent=2).encode() + b"\n"
-
-    def sentence(self, figures: Figures | None) -> str:
-        """The same in a line, for ``systemctl status``."""
-        parts = [f"{'connected to' if self.connected else 'no connection to'} {self.broker}"]
-        if self.stopping:
-            parts.insert(0, "stopping")
-        if self.stuck:
-            parts.append("the key store hangs")
-        elif self.last is not None and self.last[1] in IN_TROUBLE:
-            parts.append(f"the key store cannot serve ({self.last[1]})")
-        if self.ledger:
-            parts.append(f"the ledger fails ({self.ledger})")
-        if figures is not None:
-            active = sum(count for (state, _), count in figures.keys.items() if state == KeyState.ACTIVE)
-            parts.append(f"{active} {'key' if active == 1 else 'keys'} active")
-            if figures.expiries:
-                expires = datetime.fromtimestamp(figures.expiries[0][2], UTC)
-                parts.append(f"next certificate expires {expires:%Y-%m-%d}")
-        return ", ".join(parts)
 
 
 class Health:
@@ -206,7 +113,7 @@ class Health:
     def watch(self, service: StationKeyService, edge: Connecting) -> None:
         """These are the parts of the daemon."""
         self.service, self.edge = service, edge
-        service.custody.on_change = self._news.set
+        service.custody.on_change = self._keys_changed
 
     def stopping(self) -> None:
         """The daemon was told to end."""
@@ -214,6 +121,10 @@ class Health:
             self._stopping = True
             self._manager.stopping()
             self._news.set()
+
+    def _keys_changed(self) -> None:
+        self._looked_at = -FRESH  # what was seen before is of no use
+        self._news.set()
 
     def _settled(self, *, connected: bool) -> None:
         """A try at the broker is over. Whether the first one succeeded is not for the service manager to wait for."""
@@ -280,6 +191,8 @@ class Health:
         if self._manager:
             works["status"] = self._tell()
         tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]
+        for task in tasks:
+            task.add_done_callback(_tell_fault)
         try:
             yield
         finally:
@@ -290,17 +203,18 @@ class Health:
     async def _feed(self, watchdog: float | None) -> None:
         """Give signs of life while the key store is not stuck. They come from the event loop, so that is alive too."""
         interval = PROBE_INTERVAL if watchdog is None else watchdog / 2
-        was_stuck = False
+        before = self.condition()
         while True:
-            if (stuck := self.keystore.stuck) is not was_stuck:
-                was_stuck = stuck
-                log.log(
-                    logging.ERROR if stuck else logging.WARNING,
-                    "the key store hangs" if stuck else "the key store hangs no more",
-                )
+            now = self.condition()
+            if now.stuck and not before.stuck:
+                log.error("the key store hangs")
+            elif before.stuck and not now.stuck:
+                log.warning("the key store hangs no more")
+            if now.troubles != before.troubles:
                 self._news.set()
-            if watchdog is not None and not stuck:
+            if watchdog is not None and not now.stuck:
                 self._manager.alive()
+            before = now
             self._probe(interval)
             await asyncio.sleep(interval)
 
@@ -314,8 +228,11 @@ class Health:
             )
 
     async def _tell(self) -> None:
-        """Keep the line of status true."""
+        """Keep the line of status true, from the first try at the broker on."""
         told = ""
+        while not self._ready:
+            await self._news.wait()
+            self._news.clear()
         while True:
             self._news.clear()
             figures = await self.figures()
@@ -326,3 +243,9 @@ class Health:
             with suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_INTERVAL):
                     await self._news.wait()
+
+
+def _tell_fault(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.error("%s has ended; this is a fault of stationkey", task.get_name(), exc_info=error)

@@ -19,7 +19,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from stationkey import __version__
-from stationkey.health import FRESH, Condition, Health
+from stationkey.condition import Condition
+from stationkey.health import FRESH, Health
 from stationkey.ledger import Figures
 from stationkey.lifecycle import KeyState
 from stationkey.profiles import CertificateType
@@ -71,7 +72,9 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every figure; called by the registry."""
         condition, figures = self._now.condition, self._now.figures
-        yield _info("build", "Version of stationkey and of Python.", version=__version__, python=_python())
+        yield _info(
+            "build", "Version of stationkey and of Python.", version=__version__, python=platform.python_version()
+        )
         yield from _of_condition(condition)
         yield from self._of_keystore()
         if self._health.edge is not None:
@@ -171,10 +174,6 @@ def _of_ledger(figures: Figures) -> Iterator[Metric]:
     yield _gauge("certificates_expiry_unknown", "Active keys of which no expiry is shown.", figures.unknown)
     yield _gauge("destroyed_keys", "Destroyed keys that are on record.", figures.destroyed)
     yield _gauge("ledger_size_bytes", "Size of the ledger, its write-ahead log included.", figures.size)
-
-
-def _python() -> str:
-    return platform.python_version()
 
 
 def _info(name: str, words: str, **labels: str) -> Metric:

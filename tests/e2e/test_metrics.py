@@ -283,6 +283,13 @@ def test_every_alert_is_about_figures_that_there_are(station: Station, listen: s
         assert names_in(alert["expr"]) or alert["alert"] == "StationkeyDown"
 
 
+def test_every_alert_is_told_what_to_do_about() -> None:
+    rules = yaml.safe_load((ROOT / "packaging/prometheus/alerts.yml").read_text())
+    names = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    operations = (ROOT / "docs/operations.md").read_text()
+    assert set(re.findall(r"`(Stationkey\w+)`", operations)) == names
+
+
 def panels() -> list[dict[str, Any]]:
     dashboard = json.loads((ROOT / "packaging/grafana/stationkey.json").read_text())
     found: list[dict[str, Any]] = dashboard["panels"]
@@ -313,6 +320,25 @@ def test_the_dashboard_takes_its_data_source_and_its_stations_from_variables() -
             assert target["expr"].count('instance=~"$instance"') == len(re.findall(r"\w\{", target["expr"]))
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= 24
+
+
+def test_what_waits_for_a_slow_tpm_is_shown(tmp_path: Path, broker: Mosquitto, swtpm: Swtpm) -> None:
+    path = f"unix:{tmp_path}/metrics.sock"
+    options = ("--broker", broker.url, "--keystore", swtpm.uri, "--topic-prefix", "slow", *shown(tmp_path, path))
+    requests = [generate_csr(), generate_csr(), generate_csr(), generate_csr(algorithm="RSA_SHA256")]
+    with Station(tmp_path, *options) as station, Josev(broker, "slow/") as josev:
+        swtpm.freeze()
+        josev.publish(*requests)
+        found = until(path, lambda found: sample(found, "messages_in_hand") == 4)
+        waiting = [sample(found, "keystore_jobs_waiting", turn=turn) for turn in ("short", "long", "spare")]
+        assert (sample(found, "keystore_jobs_in_hand"), waiting) == (1, [2, 1, 0])
+        assert sample(found, "keystore_stuck") == 0
+        swtpm.thaw()
+        for request in requests:
+            assert josev.wait_for(request["id"])[0].csr
+        found = until(path, lambda found: sample(found, "messages_in_hand") == 0)
+        assert sample(found, "keystore_jobs_in_hand") == 0
+        assert station.stop() == 0
 
 
 # Where it listens.
@@ -371,6 +397,7 @@ def test_a_socket_in_the_file_system_does_as_well_and_is_gone_afterwards(tmp_pat
         found = path.lstat()
         assert (stat.S_IMODE(found.st_mode), stat.S_ISSOCK(found.st_mode)) == (0o660, True)
         assert sample(scrape(f"unix:{path}"), "broker_connected") == 1
+        assert run("health", f"unix:{path}").returncode == 0
         station.kill()
         assert path.exists()
         station.start()  # in its place
