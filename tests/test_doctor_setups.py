@@ -385,7 +385,7 @@ class TestState:
         def broken(*_: object) -> object:
             raise ZeroDivisionError("hunter2")
 
-        monkeypatch.setattr("stationkey.doctor.state.judge_disk", broken)
+        monkeypatch.setattr("stationkey.doctor.disk.judge_disk", broken)
         found = look(tmp_path)
         assert "the check itself failed (ZeroDivisionError" in found.text("state.disk")
         assert "hunter2" not in found.text("state.disk")
