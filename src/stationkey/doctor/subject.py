@@ -10,6 +10,7 @@ from typing import Final
 from stationkey import config
 from stationkey.credential import SecretReference
 from stationkey.doctor.files import Facts, User, look_at
+from stationkey.doctor.ledger import LedgerReading
 from stationkey.doctor.running import ask, within
 from stationkey.errors import ConfigurationError
 from stationkey.state import LOCK_NAME
@@ -99,6 +100,7 @@ class Subject:
         options: as they were given.
         me: who runs the doctor.
         unit: see `Unit`; None where there is no systemd, or it does not answer.
+        ledger: reads it for whoever wants to know.
     """
 
     options: Options
@@ -106,6 +108,7 @@ class Subject:
     daemon: Daemon
     unit: Unit | None
     me: User = field(default_factory=User.present)
+    ledger: LedgerReading = field(default_factory=LedgerReading, compare=False)
 
     @property
     def settings(self) -> config.Settings:

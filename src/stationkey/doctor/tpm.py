@@ -34,10 +34,9 @@ from stationkey.doctor.device import (
 )
 from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
-from stationkey.doctor.ledger import open_for_reading
 from stationkey.doctor.running import ask, judged
 from stationkey.doctor.subject import Subject
-from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 
 PATIENCE: Final = 5.0
@@ -167,17 +166,16 @@ def keys_to_try(subject: Subject, way: Way) -> tuple[dict[str, str], dict[str, s
     """The active keys, wrapped, in base64; and what each is for. Empty where the ledger cannot be read."""
     if not may_try_keys(subject.settings.tpm, way, daemon_running=subject.daemon.running):
         return {}, {}
-    wrapped, purposes = dict[str, str](), dict[str, str]()
-    try:
-        with open_for_reading(subject) as ledger:
-            for key in ledger.usable():
-                reference = ledger.key_ref(key.key_id) if key.state == "active" else None
-                if reference is not None and reference.scheme == "tpm2" and len(wrapped) < _MAX_KEYS:
-                    wrapped[key.key_id] = base64.b64encode(reference.private).decode("ascii")
-                    purposes[key.key_id] = f"{key.certificate_type} {key.evse_id or ''}".strip()
-    except (StationKeyError, CannotLookError, OSError):
-        return {}, {}  # the check of the ledger says why
-    return wrapped, purposes
+    contents = subject.ledger.soon(subject)
+    if contents is None:
+        return {}, {}
+    wrapped = dict(list(contents.wrapped.items())[:_MAX_KEYS])
+    purposes = {
+        key.key_id: f"{key.certificate_type} {key.evse_id or ''}".strip()
+        for key in contents.keys
+        if key.key_id in wrapped
+    }
+    return {name: base64.b64encode(key).decode("ascii") for name, key in wrapped.items()}, purposes
 
 
 _MAX_KEYS: Final = 16
