@@ -208,6 +208,7 @@ class TestConfiguration:
             ({}, OK),
             ({"STATIONKEY_BROKER": "x", "PATH": "y"}, OK),
             ({"STATIONKEY_KEYSTROE": "x"}, WARNING),
+            ({"OPENSSL_CONF": "x"}, WARNING),
         ],
     )
     def test_variables(self, environment: dict[str, str], level: Level) -> None:
@@ -609,6 +610,33 @@ class TestState:
         assert words in said(found)
 
     @pytest.mark.parametrize(
+        ("words", "variables", "named"),
+        [
+            (["python", "serve", "--config", "/a"], [], "/a"),
+            (["python", "serve", "--config=/a"], ["STATIONKEY_CONFIG=/b"], "/a"),
+            (["python", "serve"], ["STATIONKEY_CONFIG=/b"], "/b"),
+            (["python", "serve", "--config"], ["A=b"], ""),
+        ],
+    )
+    def test_the_configuration_of_the_running_daemon(self, words: list[str], variables: list[str], named: str) -> None:
+        assert state.config_of(words, variables) == named
+
+    @pytest.mark.parametrize(
+        ("named", "file", "level"),
+        [
+            ("", None, OK),
+            ("/x/y", facts(modified=50.0), OK),
+            ("y", facts(modified=50.0), OK),
+            ("/x/y", facts(modified=150.0), WARNING),
+            ("/x/z", facts(), WARNING),
+            ("", facts(), WARNING),
+            ("/x/y", None, WARNING),
+        ],
+    )
+    def test_whether_the_daemon_has_what_is_examined(self, named: str, file: Facts | None, level: Level) -> None:
+        assert state.judge_settings(named, Path("/x"), file, 100.0).level is level
+
+    @pytest.mark.parametrize(
         ("octets", "files", "level"),
         [
             (10**9, None, OK),
@@ -791,6 +819,26 @@ class TestClockAndMachine:
         assert machine.judge_unit(unit, running=False).level is level
 
     @pytest.mark.parametrize(
+        ("properties", "level", "words"),
+        [
+            ({}, OK, ""),
+            ({"DevicePolicy": "closed", "DeviceAllow": "/dev/null r /dev/tpmrm0 rw"}, OK, ""),
+            ({"DevicePolicy": "closed", "DeviceAllow": "char-tpmrm rw"}, OK, ""),
+            ({"DevicePolicy": "closed", "DeviceAllow": "/dev/tpm0 rw"}, FAILURE, "DeviceAllow=/dev/tpmrm0"),
+            ({"PrivateDevices": "yes"}, FAILURE, "hides"),
+            ({"ProtectSystem": "strict", "StateDirectory": "stationkey"}, OK, ""),
+            ({"ProtectSystem": "strict", "ReadWritePaths": "/srv /var/lib"}, OK, ""),
+            ({"ProtectSystem": "strict", "StateDirectory": "other"}, FAILURE, "ReadWritePaths"),
+            ({"PrivateNetwork": "yes"}, FAILURE, "without a network"),
+        ],
+    )
+    def test_what_the_unit_takes_from_the_daemon(self, properties: dict[str, str], level: Level, words: str) -> None:
+        unit = Unit(properties={"LoadState": "loaded", **properties})
+        finding = machine.judge_sandbox(unit, device="/dev/tpmrm0", state_dir="/var/lib/stationkey")
+        assert finding.level is level
+        assert words in said([finding])
+
+    @pytest.mark.parametrize(
         ("pattern", "limit", "level"),
         [
             ("core", "0", OK),
@@ -822,12 +870,12 @@ class TestClockAndMachine:
         ],
     )
     def test_openssl(self, seen: software.OpenSsl, level: Level) -> None:
-        assert software.judge_openssl(seen, keystore="tpm2:x").level is level
+        assert software.judge_openssl(seen).level is level
 
     def test_versions(self) -> None:
         assert software.judge_python((3, 10, 1)).level is FAILURE
-        assert software.judge_tss((3, 2, 1), keystore="tpm2:x", tcti=("device", True)).level is OK
-        assert software.judge_tss((3, 2, 1), keystore="tpm2:x", tcti=("device", False)).level is FAILURE
-        assert software.judge_tss((2, 4, 0), keystore="tpm2:x", tcti=None).level is WARNING
-        assert software.judge_tss(None, keystore="tpm2:x", tcti=None).level is FAILURE
+        assert software.judge_tss((3, 2, 1), ("device", True)).level is OK
+        assert software.judge_tss((3, 2, 1), ("device", False)).level is FAILURE
+        assert software.judge_tss((2, 4, 0), None).level is WARNING
+        assert software.judge_tss(None, None).level is FAILURE
         assert software.judge_packages(["x is not installed"], []).level is FAILURE

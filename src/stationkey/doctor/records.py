@@ -75,7 +75,7 @@ def _judge_unreadable(error: LedgerError) -> Finding:
     if error.reason == "ledger_older":
         return warning(name, error.message, error.hint)
     if error.reason == "ledger_busy":
-        return not_checked(name, f"{error.message}", "try again")
+        return warning(name, error.message, "which program holds it (fuser)? Requests are rejected meanwhile")
     return failure(name, error.message, error.hint or "restore a backup of the state directory, or move it away")
 
 

@@ -179,7 +179,9 @@ def path_of(reference: SecretReference) -> Path | None:
 
 _SHOWN: Final = (
     "LoadState,ActiveState,SubState,Result,UnitFileState,NRestarts,User,LimitCORE,ExecStart,LoadCredential,"
-    "LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment"
+    "LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment,"
+    "DevicePolicy,DeviceAllow,PrivateDevices,ProtectSystem,ProtectHome,StateDirectory,ReadWritePaths,PrivateNetwork,"
+    "PrivateTmp"
 )
 
 
@@ -190,7 +192,11 @@ def look_at_unit() -> Unit | None:
     answer = ask(["systemctl", "show", "--no-pager", f"--property={_SHOWN}", UNIT], seconds=_PATIENCE)
     if answer.status != 0:
         return None
-    return Unit(properties=dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line))
+    properties = dict[str, str]()
+    for line in answer.out.splitlines():
+        name, _, value = line.partition("=")
+        properties[name] = f"{properties[name]} {value}" if name in properties else value  # one line for each of a list
+    return Unit(properties=properties)
 
 
 def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:

@@ -38,6 +38,7 @@ from stationkey.doctor.running import ask, judged
 from stationkey.doctor.subject import Subject
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
+from stationkey.terms import TpmTerms
 
 PATIENCE: Final = 5.0
 
@@ -80,6 +81,7 @@ def check_tpm(subject: Subject) -> Iterator[Finding]:
         raise CannotLookError("the TPM is in use by the running daemon, and takes one program at a time")
     keys, purposes = keys_to_try(subject, way)
     asked = {"tcti": tcti, "srk": subject.settings.tpm.srk_handle, "ak": subject.settings.tpm.ak_handle, "keys": keys}
+    asked["owner_auth"] = _owner_auth(subject.settings.tpm)
     # -P: no module of the directory that somebody happens to stand in.
     command = [sys.executable, "-P", "-m", "stationkey.doctor.probe"]
     probe = Probe.read(ask(command, seconds=PATIENCE, given=json.dumps(asked)))
@@ -160,6 +162,16 @@ def _others(way: Way) -> list[str]:
     else:
         found = holders_of_port(way.port) if way.port else []
     return [f"{name} (process {pid})" for pid, name in found]
+
+
+def _owner_auth(settings: TpmTerms) -> str | None:
+    """The owner's authorisation value in base64, to be tried; not where it must not cross the bus in the clear."""
+    if settings.owner_auth is None or settings.session != "none":
+        return None
+    try:
+        return base64.b64encode(settings.owner_auth.read()).decode("ascii")
+    except ConfigurationError:
+        return None  # the check of the secrets says why
 
 
 def keys_to_try(subject: Subject, way: Way) -> tuple[dict[str, str], dict[str, str]]:
