@@ -291,6 +291,17 @@ class TestTpm:
         assert "owner_auth" in found.text("tpm.srk")
         assert found.level("tpm.srk") is Level.FAILURE
 
+    @pytest.mark.parametrize(("value", "level"), [("hunter2", Level.OK), ("hunter3", Level.FAILURE)])
+    def test_the_owner_s_password_is_tried(self, tmp_path: Path, swtpm: Swtpm, value: str, level: Level) -> None:
+        tool(swtpm, "tpm2_changeauth", "-c", "owner", "hunter2")
+        (tmp_path / "owner").write_text(value)
+        (tmp_path / "owner").chmod(0o600)
+        config = write_config(tmp_path, f'[tpm]\nowner_auth = "{tmp_path}/owner"\n')
+        found = look(tmp_path, keystore=swtpm.uri, config_file=config)
+        assert found.level("tpm.authorisation") is level
+        assert found.level("tpm.lockout") is Level.OK
+        assert "hunter" not in json.dumps(found.report.to_json())
+
     def test_active_keys_of_another_tpm_are_named(self, tmp_path: Path, swtpm: Swtpm) -> None:
         state = used(tmp_path, keystore=swtpm.uri)
         swtpm.terminate()
@@ -319,6 +330,38 @@ class TestState:
         found = look(tmp_path)
         assert found.level("state.ledger") is Level.FAILURE
         assert "restore a backup" in found.text("state.ledger")
+
+    @pytest.mark.parametrize(
+        ("content", "level"), [(b"", Level.WARNING), (b"no database", Level.FAILURE), (None, Level.FAILURE)]
+    )
+    def test_what_is_no_ledger_is_told(self, tmp_path: Path, content: bytes | None, level: Level) -> None:
+        (tmp_path / "state").mkdir(mode=0o700)
+        if content is None:
+            (tmp_path / "state" / DATABASE_NAME).mkdir()
+        else:
+            (tmp_path / "state" / DATABASE_NAME).write_bytes(content)
+        assert look(tmp_path).level("state.ledger") is level
+
+    def test_a_ledger_that_is_held_by_another_program_keeps_no_check_waiting(self, tmp_path: Path) -> None:
+        database = used(tmp_path) / DATABASE_NAME
+        with closing(sqlite3.connect(database, isolation_level=None)) as holder:
+            holder.execute("PRAGMA journal_mode=DELETE")
+            holder.execute("BEGIN EXCLUSIVE")
+            holder.execute("UPDATE meta SET value = value")
+            found = look(tmp_path)
+        assert found.level("clock.time") is Level.OK
+        assert found.level("state.directory") is Level.OK
+
+    def test_a_daemon_with_other_settings_than_those_examined_is_told(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        config = write_config(tmp_path, f'broker = "{mosquitto.url}"\nkeystore = "{swtpm.uri}"\n')
+        options = {"broker": None, "keystore": None, "config_file": config}
+        with Daemon(tmp_path / "daemon", "--config", str(config), "--state-dir", str(tmp_path / "state")):
+            assert look(tmp_path, **options).level("state.settings") is Level.OK
+            os.utime(config, (2**32, 2**32))
+            assert "restart the daemon" in look(tmp_path, **options).text("state.settings")
+            assert f"--config {config}" in look(tmp_path).text("state.settings")
 
     def test_a_ledger_of_a_newer_version_is_a_failure(self, tmp_path: Path) -> None:
         with closing(sqlite3.connect(used(tmp_path) / DATABASE_NAME)) as database:
@@ -385,7 +428,7 @@ class TestState:
         def broken(*_: object) -> object:
             raise ZeroDivisionError("hunter2")
 
-        monkeypatch.setattr("stationkey.doctor.state.judge_disk", broken)
+        monkeypatch.setattr("stationkey.doctor.disk.judge_disk", broken)
         found = look(tmp_path)
         assert "the check itself failed (ZeroDivisionError" in found.text("state.disk")
         assert "hunter2" not in found.text("state.disk")

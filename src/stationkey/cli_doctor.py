@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -93,6 +94,8 @@ def doctor(
     \b
     Exit status: 0 no failure (there may be warnings), 1 at least one failure, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter must not end it
     logging.getLogger("stationkey").addHandler(logging.NullHandler())  # what is seen is in the report, and only there
     report, left_behind = examine(
         Options(

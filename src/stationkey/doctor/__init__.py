@@ -36,7 +36,7 @@ CHECKS: Final[tuple[Check[Subject], ...]] = (
     Check("Key store", tpm.IDS, tpm.check_tpm, tpm.DEADLINE),
     Check("State", state.DIRECTORY_IDS, state.check_directory),
     Check("State", disk.DISK_IDS, disk.check_disk),
-    Check("State", records.LEDGER_IDS, records.check_ledger),
+    Check("State", records.LEDGER_IDS, records.check_ledger, records.DEADLINE),
     Check("Broker", broker.IDS, broker.check_broker, broker.DEADLINE),
     Check("Clock", clock.IDS, clock.check_clock),
     Check("Machine", machine.IDS, machine.check_machine),

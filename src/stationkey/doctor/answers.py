@@ -93,6 +93,8 @@ SIGN: Final = 1 << 18
 
 SRK_NEEDED: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | RESTRICTED | DECRYPT
 
+RC_BAD_AUTH: Final = 0x9A2
+RC_AUTH_FAIL: Final = 0x98E
 RC_INITIALIZE: Final = 0x100
 
 RC_FAILURE: Final = 0x101

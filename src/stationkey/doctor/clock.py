@@ -12,9 +12,7 @@ from typing import Final
 
 from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, ok, warning
-from stationkey.doctor.ledger import open_for_reading
 from stationkey.doctor.subject import Subject
-from stationkey.errors import StationKeyError
 from stationkey.ledger import DATABASE_NAME
 
 IDS: Final = ("clock.time", "clock.synchronised", "clock.battery")
@@ -58,12 +56,8 @@ def check_clock(subject: Subject) -> Iterator[Finding]:
 def _latest(subject: Subject) -> float | None:
     facts = look_at(subject.settings.state_dir / DATABASE_NAME)
     times = [facts.modified] if facts.there else []
-    try:
-        with open_for_reading(subject) as ledger:
-            records = ledger.keys()
-            times += [key.created_at / 1000 for key in records]
-    except (StationKeyError, CannotLookError, OSError):
-        pass
+    if (contents := subject.ledger.soon(subject)) is not None:
+        times += [key.created_at / 1000 for key in contents.keys]
     return max(times, default=None)
 
 

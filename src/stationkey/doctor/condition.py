@@ -29,6 +29,8 @@ from stationkey.doctor.answers import (
     PT_PERSISTENT_AVAIL,
     PT_STARTUP_CLEAR,
     PT_TRANSIENT_AVAIL,
+    RC_AUTH_FAIL,
+    RC_BAD_AUTH,
     RC_FAILURE,
     RC_INITIALIZE,
     RC_INTEGRITY,
@@ -186,6 +188,12 @@ def judge_authorisation(seen: Seen) -> Iterator[Finding]:
             name,
             "the endorsement hierarchy has a password, and no setting names it: stationkey attest cannot use it",
             "name it by [tpm] endorsement_auth, if attestation is wanted",
+        )
+    if seen.probe.errors.get("owner_auth", 0) & 0xFFFF in {RC_BAD_AUTH, RC_AUTH_FAIL}:
+        yield failure(
+            name,
+            "what [tpm] owner_auth names is not the password of the owner hierarchy: no storage root key can be made",
+            "put the right one there; see who changed it (tpm2_changeauth -c owner)",
         )
     clears = "" if flags & (LOCKOUT_AUTH_SET | DISABLE_CLEAR) else "; whoever may open the TPM may clear it"
     told = [f"{listed(have)}: with a password"] if have else []

@@ -135,6 +135,12 @@ def judge_environment(environment: Mapping[str, str], options: Options) -> Itera
             f"the log format {options.log_format!r} is none: stationkey serve would not start",
             "STATIONKEY_LOG_FORMAT (or --log-format) is text or json",
         )
+    elif "OPENSSL_CONF" in environment:
+        yield warning(
+            name,
+            "OPENSSL_CONF is set: the configuration that makes services use keys in the TPM is not for the daemon",
+            "set it for those services alone (docs/tls.md)",
+        )
     elif strange:
         yield warning(
             name,

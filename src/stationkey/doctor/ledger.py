@@ -4,19 +4,92 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError
-from stationkey.doctor.subject import Subject
-from stationkey.ledger import DATABASE_NAME, Ledger
+from stationkey.doctor.running import within
+from stationkey.errors import StationKeyError
+from stationkey.ledger import DATABASE_NAME, KeyRecord, Ledger
+from stationkey.lifecycle import KeyState
 
+if TYPE_CHECKING:
+    from stationkey.doctor.subject import Subject
+
+PATIENCE: Final = 2.0
+"""Seconds that a check which is about something else waits for the ledger to be read."""
 _MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a directory of our own in it, closed to others
 _MAX_COPIED: Final = 64 * 1024 * 1024
 _LOG: Final = "-wal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What matters of a ledger.
+
+    Attributes:
+        keys: all on record.
+        active_files: what each file under ``active/`` should hold, by its owner.
+        running: milliseconds of running time.
+        wrapped: the private part of each active key in a TPM, wrapped by that, by the key's name.
+    """
+
+    keys: tuple[KeyRecord, ...]
+    active_files: dict[tuple[str, str], bytes] = field(repr=False)
+    running: int
+    wrapped: dict[str, bytes] = field(repr=False)
+
+
+class LedgerReading:
+    """Reads the ledger once, however many checks want to know; each gets the same contents, or the same error."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._contents: Contents | None = None
+        self._error: Exception | None = None
+
+    def contents(self, subject: Subject) -> Contents:
+        """What is in it.
+
+        Raises:
+            CannotLookError: there is none, or it cannot be read without a trace.
+            LedgerError: it is damaged, or of another version.
+        """
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if self._contents is None:
+                try:
+                    self._contents = _read(subject)
+                except Exception as error:
+                    self._error = error
+                    raise
+            return self._contents
+
+    def soon(self, subject: Subject) -> Contents | None:
+        """The same, for a check that can do without; None where it is not there within `PATIENCE`, or never."""
+        try:
+            return within(PATIENCE, lambda: self.contents(subject), None)
+        except (StationKeyError, CannotLookError, OSError):
+            return None  # the check of the ledger says why
+
+
+def _read(subject: Subject) -> Contents:
+    with open_for_reading(subject) as ledger:
+        keys = ledger.keys()
+        active = [key.key_id for key in keys if key.state is KeyState.ACTIVE and key.scheme == "tpm2"]
+        references = {key_id: ledger.key_ref(key_id) for key_id in active}
+        return Contents(
+            keys=tuple(keys),
+            active_files=ledger.active_files(),
+            running=ledger.running,
+            wrapped={key_id: one.private for key_id, one in references.items() if one is not None},
+        )
 
 
 @contextmanager

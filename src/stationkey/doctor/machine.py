@@ -13,12 +13,20 @@ from stationkey.doctor.files import User
 from stationkey.doctor.findings import Finding, failure, not_checked, ok, warning
 from stationkey.doctor.subject import UNIT, Daemon, Subject, Unit
 
-IDS: Final = ("machine.user", "machine.unit", "machine.core_dumps", "machine.randomness", "machine.memory")
+IDS: Final = (
+    "machine.user",
+    "machine.unit",
+    "machine.sandbox",
+    "machine.core_dumps",
+    "machine.randomness",
+    "machine.memory",
+)
 
 _PATIENCE: Final = 2.0
 
 _TSS_GROUP: Final = "tss"
 
+_SHUT: Final = ("/home", "/root", "/run/user")
 _LITTLE_MEMORY: Final = 64
 
 """MiB. The daemon takes some 40."""
@@ -28,11 +36,18 @@ def check_machine(subject: Subject) -> Iterator[Finding]:
     """The machine itself."""
     yield judge_user(subject.me, subject.daemon, _members(_TSS_GROUP))
     yield judge_unit(subject.unit, running=subject.daemon.running)
+    yield _check_sandbox(subject)
     pattern = _line(Path("/proc/sys/kernel/core_pattern"))
     limits = None if subject.daemon.pid is None else _text(Path(f"/proc/{subject.daemon.pid}/limits"))
     yield judge_core_dumps(pattern, limits, subject.unit)
     yield _check_randomness()
     yield judge_memory(_text(Path("/proc/meminfo")) or "")
+
+
+def _check_sandbox(subject: Subject) -> Finding:
+    keystore = subject.configured.keystore or ""
+    device = keystore.removeprefix("tpm2:device:") if keystore.startswith("tpm2:device:") else ""
+    return judge_sandbox(subject.unit, device=device, state_dir=str(subject.settings.state_dir))
 
 
 def _text(path: Path) -> str | None:
@@ -110,6 +125,41 @@ def judge_unit(unit: Unit | None, *, running: bool) -> Finding:
     if restarts not in {"", "0"}:
         return warning(name, f"{UNIT} is active, after {restarts} restarts", f"journalctl -u {UNIT} says why it ended")
     return ok(name, f"{UNIT} is active, and starts by itself")
+
+
+def judge_sandbox(unit: Unit | None, *, device: str, state_dir: str) -> Finding:
+    """Whether the unit lets the daemon have what it needs.
+
+    Args:
+        unit: the systemd unit, or None.
+        device: the TPM's device file, or an empty text.
+        state_dir: the state directory.
+    """
+    name = "machine.sandbox"
+    if unit is None or not unit.installed:
+        return not_checked(name, "there is no unit to be seen")
+    opened = any(word == device or word.startswith("char-tpm") for word in unit["DeviceAllow"].split())
+    writable = unit["ReadWritePaths"].split() + [f"/var/lib/{one}" for one in unit["StateDirectory"].split()]
+    shut = [f"{directory}/" for directory in _SHUT if unit["ProtectHome"] not in {"", "no"}]
+    strict = unit["ProtectSystem"] == "strict"
+    writes = any(f"{state_dir}/".startswith(f"{path.lstrip('-+')}/") for path in writable)
+    if device and unit["PrivateDevices"] == "yes":
+        return failure(
+            name, f"{UNIT} hides {device} from the daemon", "PrivateDevices=no, and DeviceAllow= for the TPM"
+        )
+    if device and unit["DevicePolicy"] in {"closed", "strict"} and not opened:
+        return failure(name, f"{UNIT} does not let the daemon open {device}", f"DeviceAllow={device} rw")
+    if not writes and (strict or any(f"{state_dir}/".startswith(directory) for directory in shut)):
+        return failure(
+            name,
+            f"{UNIT} does not let the daemon write in {state_dir}",
+            f"StateDirectory=, or ReadWritePaths={state_dir}",
+        )
+    if unit["PrivateNetwork"] == "yes":
+        return failure(
+            name, f"{UNIT} leaves the daemon without a network", "PrivateNetwork=no: the broker is over there"
+        )
+    return ok(name, f"{UNIT} lets the daemon have TPM, state directory and network")
 
 
 def judge_core_dumps(pattern: str | None, limits: str | None, unit: Unit | None) -> Finding:

@@ -4,7 +4,8 @@ A process, and not a thread: a TPM command has no time limit, and one that waits
 It makes no key, starts no TPM, and unloads nothing but the keys that it loaded itself, to see whether this TPM takes
 them. What is found out is printed line by line, so that whoever waits has it even if the next answer never comes.
 
-Standard input: ``{"tcti": ..., "srk": HANDLE, "keys": {NAME: base64 of the wrapped key}}``. Output: lines of
+Standard input: ``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null,
+"keys": {NAME: base64 of the wrapped key}}``. Output: lines of
 ``{"part": NAME, "value": ...}`` or ``{"part": NAME, "error": RETURN CODE}``. Judged in `stationkey.doctor.tpm`.
 """
 
@@ -20,7 +21,7 @@ from typing import Any, Final
 os.environ.setdefault("TSS2_LOG", "all+none")  # what goes wrong is told by return code; see keystore/tpm2.py
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import TPM2_ALG, TPM2_CAP
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_CLOCK
 from tpm2_pytss.tsskey import TSSPrivKey
 from tpm2_pytss.types import TPMS_RSA_PARMS, TPMT_PUBLIC_PARMS, TPMT_RSA_SCHEME, TPMT_SYM_DEF_OBJECT, TPMU_PUBLIC_PARMS
 
@@ -128,6 +129,16 @@ def loads(esapi: ESAPI, parent: int, wrapped: str) -> int:
     return _RC_SUCCESS
 
 
+def owner_takes(esapi: ESAPI, value: bytes) -> bool:
+    """Whether this is the authorisation value of the owner hierarchy: by a command that changes nothing with it.
+
+    Wrong tries are not counted for this hierarchy [TPM 2.0 part 1, 19.8.2].
+    """
+    esapi.tr_set_auth(ESYS_TR.OWNER, value)
+    esapi.clock_rate_adjust(TPM2_CLOCK.NO_CHANGE, ESYS_TR.OWNER)
+    return True
+
+
 def opens(path: str) -> bool:
     """Whether a device can be opened; says why not, which tpm2-tss does not."""
     try:
@@ -165,6 +176,8 @@ def main() -> None:
     look("srk", lambda: object_at(esapi, asked["srk"]))
     if asked["ak"]:
         look("ak", lambda: object_at(esapi, asked["ak"]))
+    if asked["owner_auth"]:
+        look("owner_auth", lambda: owner_takes(esapi, base64.b64decode(asked["owner_auth"])))
     look("keys", lambda: {name: loads(esapi, asked["srk"], key) for name, key in asked["keys"].items()})
     esapi.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,6 @@ from stationkey.doctor.files import (
     look_at,
 )
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
-from stationkey.doctor.ledger import open_for_reading
 from stationkey.doctor.subject import Subject
 from stationkey.errors import LedgerError
 from stationkey.ledger import DATABASE_NAME, KeyRecord
@@ -27,6 +26,8 @@ from stationkey.terms import DAY
 
 LEDGER_IDS: Final = ("state.ledger", "state.keys", "state.active")
 
+DEADLINE: Final = 7.0
+"""Seconds: SQLite waits five for a lock that another program holds."""
 _LONG: Final = 7 * DAY
 
 """Milliseconds after which somebody should ask where a certificate is."""
@@ -49,16 +50,23 @@ def check_ledger(subject: Subject) -> Iterator[Finding]:
             name, f"{path} is a {facts.kind}, and no file", "move it away; docs/operations.md lists every file"
         )
         raise CannotLookError("the ledger cannot be read")
+    if facts.size == 0:
+        yield warning(
+            name,
+            f"{path} is empty: nothing was ever recorded in it, or a loss of power took it",
+            "if the station had keys, restore a backup before the daemon starts; else the daemon fills it",
+        )
+        raise CannotLookError("the ledger is empty")
     try:
-        with open_for_reading(subject) as ledger:
-            keys, wanted, running = ledger.keys(), ledger.active_files(), ledger.running
+        contents = subject.ledger.contents(subject)
     except LedgerError as error:
         yield _judge_unreadable(error)
         raise CannotLookError("the ledger cannot be read") from None
-    yield ok(name, f"the ledger is whole, of version {SCHEMA_VERSION}, and has {len(keys)} keys on record")
-    yield from judge_keys(keys, now=time.time(), running=running, served=subject.settings.policy.certificate_types)
+    yield ok(name, f"the ledger is whole, of version {SCHEMA_VERSION}, and has {len(contents.keys)} keys on record")
+    served = subject.settings.policy.certificate_types
+    yield from judge_keys(contents.keys, now=time.time(), running=contents.running, served=served)
     directory = subject.settings.state_dir / DIRECTORY_NAME
-    expected = {file_name(owner): content for owner, content in wanted.items()}
+    expected = {file_name(owner): content for owner, content in contents.active_files.items()}
     yield judge_active(look_at(directory), _contents(directory), expected, running=subject.daemon.running)
 
 
@@ -67,12 +75,12 @@ def _judge_unreadable(error: LedgerError) -> Finding:
     if error.reason == "ledger_older":
         return warning(name, error.message, error.hint)
     if error.reason == "ledger_busy":
-        return not_checked(name, f"{error.message}", "try again")
+        return warning(name, error.message, "which program holds it (fuser)? Requests are rejected meanwhile")
     return failure(name, error.message, error.hint or "restore a backup of the state directory, or move it away")
 
 
 def judge_keys(
-    keys: list[KeyRecord], *, now: float, running: int, served: tuple[CertificateType, ...] = tuple(CertificateType)
+    keys: Sequence[KeyRecord], *, now: float, running: int, served: tuple[CertificateType, ...] = tuple(CertificateType)
 ) -> Iterator[Finding]:
     """The keys that somebody should look at.
 

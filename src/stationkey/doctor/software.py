@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from stationkey import __version__
-from stationkey.doctor.findings import Finding, failure, listed, not_checked, ok, warning
+from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import ask
 from stationkey.doctor.subject import Subject
 
@@ -32,9 +32,12 @@ def check_software(subject: Subject) -> Iterator[Finding]:
     """Python and its packages, tpm2-tss, OpenSSL and its provider."""
     yield judge_python(sys.version_info[:3])
     yield judge_packages(*_packages())
-    yield judge_tss(_tss(), keystore=subject.configured.keystore or "", tcti=_tcti_library(subject))
+    keystore = subject.configured.keystore or ""
+    if not keystore.startswith("tpm2:"):
+        raise CannotLookError("no TPM is used")
+    yield judge_tss(_tss(), _tcti_library(keystore))
     status = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE)
-    yield judge_openssl(_openssl(status.out if status.status == 0 else ""), keystore=subject.configured.keystore or "")
+    yield judge_openssl(_openssl(status.out if status.status == 0 else ""))
 
 
 def judge_python(version: tuple[int, ...]) -> Finding:
@@ -89,10 +92,9 @@ def _tss() -> tuple[int, ...] | None:
     return _numbers(answer.out) if answer.status == 0 and answer.out.strip() else None
 
 
-def _tcti_library(subject: Subject) -> tuple[str, bool] | None:
-    scheme, _, tcti = (subject.configured.keystore or "").partition(":")
-    kind = tcti.partition(":")[0]
-    if scheme != "tpm2" or not re.fullmatch(r"[a-z0-9-]+", kind):
+def _tcti_library(keystore: str) -> tuple[str, bool] | None:
+    kind = keystore.split(":")[1]
+    if not re.fullmatch(r"[a-z0-9-]+", kind):
         return None
     try:
         ctypes.CDLL(f"libtss2-tcti-{kind}.so.0")
@@ -101,11 +103,9 @@ def _tcti_library(subject: Subject) -> tuple[str, bool] | None:
     return kind, True
 
 
-def judge_tss(version: tuple[int, ...] | None, *, keystore: str, tcti: tuple[str, bool] | None) -> Finding:
+def judge_tss(version: tuple[int, ...] | None, tcti: tuple[str, bool] | None) -> Finding:
     """tpm2-tss, its binding and the way to the TPM. `tcti`: its kind, and whether its library can be loaded."""
     name = "software.tss"
-    if not keystore.startswith("tpm2:"):
-        return not_checked(name, "no TPM is used")
     if version is None:
         return failure(
             name,
@@ -164,12 +164,10 @@ def _openssl(said: str) -> OpenSsl:
     return OpenSsl(version=version, modules=modules)
 
 
-def judge_openssl(seen: OpenSsl, *, keystore: str) -> Finding:
+def judge_openssl(seen: OpenSsl) -> Finding:
     """Whether a TLS service can use the active keys. The daemon itself needs nothing of it."""
     name = "software.openssl"
     library = ssl.OPENSSL_VERSION.split()[1]
-    if not keystore.startswith("tpm2:"):
-        return not_checked(name, "no TPM is used, and so no provider for it")
     only = "only services that use an active key need it, not the daemon"
     if not seen.version:
         return warning(name, f"there is no command openssl (Python has {library})", f"apt-get install openssl; {only}")

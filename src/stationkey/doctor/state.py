@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -25,8 +26,10 @@ from stationkey.doctor.subject import Subject
 from stationkey.ledger import DATABASE_NAME
 from stationkey.state import LOCK_NAME
 
-DIRECTORY_IDS: Final = ("state.directory", "state.files", "state.daemon")
+DIRECTORY_IDS: Final = ("state.directory", "state.files", "state.daemon", "state.settings")
 
+_NOTHING: Final = 2.0
+"""Seconds: the kernel counts the start of a process in hundredths, and from another beginning."""
 _OURS: Final = frozenset({DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm", f"{DATABASE_NAME}-journal"})
 
 
@@ -37,6 +40,7 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
     followed = look_at(path, follow=True)
     yield from judge_directory(followed, facts, user, closed_on_the_way(path, user), nearest(path))
     yield _judge_daemon(subject)
+    yield _check_settings(subject)
     if followed.kind != "directory":
         raise CannotLookError(f"there is no directory {path}")
     try:
@@ -171,6 +175,69 @@ def judge_files(inside: list[Facts], *, owner: int, user: User) -> Iterator[Find
         told = f"others may {'write' if badly else 'read'} {names}"
         found.append(failure(name, told, advice) if badly else warning(name, told, advice))
     yield from found or [ok(name, f"{len(ours)} files, all of one owner and closed to others")]
+
+
+def _check_settings(subject: Subject) -> Finding:
+    pid = subject.daemon.pid
+    if pid is None:
+        return not_checked("state.settings", "no daemon is to be seen")
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").rstrip("\0").split("\0")
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
+        base, started = Path(f"/proc/{pid}/cwd").readlink(), started_at(pid)
+    except (OSError, ValueError, IndexError):
+        return not_checked("state.settings", f"user {subject.me.name} may not look at the daemon", "run it as root")
+    return judge_settings(config_of(words, variables), base, subject.configured.file, started)
+
+
+def started_at(pid: int) -> float:
+    """When a process was started, Unix time [proc(5), /proc/pid/stat and /proc/uptime].
+
+    Raises:
+        OSError, ValueError, IndexError: that cannot be found out.
+    """
+    ticks = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
+    up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+    return time.time() - (up - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def config_of(words: list[str], variables: list[str]) -> str:
+    """The configuration file that a command line and an environment name; an empty text for none."""
+    for number, word in enumerate(words):
+        if word == "--config" and number + 1 < len(words):
+            return words[number + 1]
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    named = [variable.partition("=")[2] for variable in variables if variable.startswith("STATIONKEY_CONFIG=")]
+    return named[0] if named else ""
+
+
+def judge_settings(named: str, base: Path, file: Facts | None, started: float) -> Finding:
+    """Whether the running daemon has the settings that are examined here.
+
+    Args:
+        named: the configuration file that the daemon was given, or an empty text.
+        base: the directory that the daemon is in.
+        file: the one that is examined, or None.
+        started: when the daemon was started, Unix time.
+    """
+    name = "state.settings"
+    if not named and file is None:
+        return ok(name, "the daemon has no configuration file, and none is examined")
+    examined = "none" if file is None else str(file.path)
+    if not named or file is None or os.path.realpath(base / named) != os.path.realpath(file.path):
+        return warning(
+            name,
+            f"the running daemon has the configuration file {named or 'none'}, and {examined} is examined",
+            f"stationkey doctor --config {named}" if named else "leave --config out, or give it to the daemon",
+        )
+    if file.modified > started + _NOTHING:
+        return warning(
+            name,
+            f"{file.path} was changed after the daemon was started: what it says does not hold yet",
+            "restart the daemon: systemctl restart stationkey",
+        )
+    return ok(name, "the running daemon has the settings that are examined")
 
 
 def _judge_daemon(subject: Subject) -> Finding:

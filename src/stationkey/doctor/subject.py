@@ -10,6 +10,7 @@ from typing import Final
 from stationkey import config
 from stationkey.credential import SecretReference
 from stationkey.doctor.files import Facts, User, look_at
+from stationkey.doctor.ledger import LedgerReading
 from stationkey.doctor.running import ask, within
 from stationkey.errors import ConfigurationError
 from stationkey.state import LOCK_NAME
@@ -99,6 +100,7 @@ class Subject:
         options: as they were given.
         me: who runs the doctor.
         unit: see `Unit`; None where there is no systemd, or it does not answer.
+        ledger: reads it for whoever wants to know.
     """
 
     options: Options
@@ -106,6 +108,7 @@ class Subject:
     daemon: Daemon
     unit: Unit | None
     me: User = field(default_factory=User.present)
+    ledger: LedgerReading = field(default_factory=LedgerReading, compare=False)
 
     @property
     def settings(self) -> config.Settings:
@@ -176,7 +179,9 @@ def path_of(reference: SecretReference) -> Path | None:
 
 _SHOWN: Final = (
     "LoadState,ActiveState,SubState,Result,UnitFileState,NRestarts,User,LimitCORE,ExecStart,LoadCredential,"
-    "LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment"
+    "LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment,"
+    "DevicePolicy,DeviceAllow,PrivateDevices,ProtectSystem,ProtectHome,StateDirectory,ReadWritePaths,PrivateNetwork,"
+    "PrivateTmp"
 )
 
 
@@ -187,7 +192,11 @@ def look_at_unit() -> Unit | None:
     answer = ask(["systemctl", "show", "--no-pager", f"--property={_SHOWN}", UNIT], seconds=_PATIENCE)
     if answer.status != 0:
         return None
-    return Unit(properties=dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line))
+    properties = dict[str, str]()
+    for line in answer.out.splitlines():
+        name, _, value = line.partition("=")
+        properties[name] = f"{properties[name]} {value}" if name in properties else value  # one line for each of a list
+    return Unit(properties=properties)
 
 
 def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:

@@ -34,11 +34,11 @@ from stationkey.doctor.device import (
 )
 from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
-from stationkey.doctor.ledger import open_for_reading
 from stationkey.doctor.running import ask, judged
 from stationkey.doctor.subject import Subject
-from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
+from stationkey.terms import TpmTerms
 
 PATIENCE: Final = 5.0
 
@@ -81,6 +81,7 @@ def check_tpm(subject: Subject) -> Iterator[Finding]:
         raise CannotLookError("the TPM is in use by the running daemon, and takes one program at a time")
     keys, purposes = keys_to_try(subject, way)
     asked = {"tcti": tcti, "srk": subject.settings.tpm.srk_handle, "ak": subject.settings.tpm.ak_handle, "keys": keys}
+    asked["owner_auth"] = _owner_auth(subject.settings.tpm)
     # -P: no module of the directory that somebody happens to stand in.
     command = [sys.executable, "-P", "-m", "stationkey.doctor.probe"]
     probe = Probe.read(ask(command, seconds=PATIENCE, given=json.dumps(asked)))
@@ -163,21 +164,30 @@ def _others(way: Way) -> list[str]:
     return [f"{name} (process {pid})" for pid, name in found]
 
 
+def _owner_auth(settings: TpmTerms) -> str | None:
+    """The owner's authorisation value in base64, to be tried; not where it must not cross the bus in the clear."""
+    if settings.owner_auth is None or settings.session != "none":
+        return None
+    try:
+        return base64.b64encode(settings.owner_auth.read()).decode("ascii")
+    except ConfigurationError:
+        return None  # the check of the secrets says why
+
+
 def keys_to_try(subject: Subject, way: Way) -> tuple[dict[str, str], dict[str, str]]:
     """The active keys, wrapped, in base64; and what each is for. Empty where the ledger cannot be read."""
     if not may_try_keys(subject.settings.tpm, way, daemon_running=subject.daemon.running):
         return {}, {}
-    wrapped, purposes = dict[str, str](), dict[str, str]()
-    try:
-        with open_for_reading(subject) as ledger:
-            for key in ledger.usable():
-                reference = ledger.key_ref(key.key_id) if key.state == "active" else None
-                if reference is not None and reference.scheme == "tpm2" and len(wrapped) < _MAX_KEYS:
-                    wrapped[key.key_id] = base64.b64encode(reference.private).decode("ascii")
-                    purposes[key.key_id] = f"{key.certificate_type} {key.evse_id or ''}".strip()
-    except (StationKeyError, CannotLookError, OSError):
-        return {}, {}  # the check of the ledger says why
-    return wrapped, purposes
+    contents = subject.ledger.soon(subject)
+    if contents is None:
+        return {}, {}
+    wrapped = dict(list(contents.wrapped.items())[:_MAX_KEYS])
+    purposes = {
+        key.key_id: f"{key.certificate_type} {key.evse_id or ''}".strip()
+        for key in contents.keys
+        if key.key_id in wrapped
+    }
+    return {name: base64.b64encode(key).decode("ascii") for name, key in wrapped.items()}, purposes
 
 
 _MAX_KEYS: Final = 16
