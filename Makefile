@@ -1,7 +1,11 @@
 # make demo   try it: installs what is missing, answers requests with keys in a simulated TPM, ends by itself
 # make test   every check: lint, types, tests with branch coverage
 # make bench  how fast it is, beside the TPM alone and other programs: minutes; QUICK=1 for a look in less than two
-.PHONY: help setup demo test bench lint pin clean
+# make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
+# make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
+# make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
+# make audit  whether anything is known against what is pinned
+.PHONY: help setup demo test bench deb deb-check sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -22,6 +26,23 @@ bench:
 	@scripts/setup bench
 	@.venv/bin/python -m bench $(if $(QUICK),--quick)
 
+deb:
+	@scripts/setup deb
+	@scripts/deb
+
+deb-check: deb
+	@scripts/setup deb-check
+	@scripts/deb-check
+
+sbom:
+	@scripts/setup deb
+	@.venv/bin/python scripts/sbom.py dist/stationkey.cdx.json
+	@echo dist/stationkey.cdx.json
+
+audit:
+	@scripts/setup deb
+	@.venv/bin/python scripts/audit.py $(if $(AUDIT),-- $(AUDIT))
+
 lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -31,4 +52,4 @@ pin:
 	scripts/pin
 
 clean:
-	rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf .venv .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
