@@ -2,7 +2,11 @@
 # make test   every check: lint, types, tests with branch coverage
 # make bench  how fast it is, beside the TPM alone and other programs: minutes; QUICK=1 for a look in less than two
 # make fuzz   fuzz what reads messages, files and names: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse/corpus
-.PHONY: help setup demo test bench fuzz lint pin clean
+# make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
+# make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
+# make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
+# make audit  whether anything is known against what is pinned
+.PHONY: help setup demo test bench fuzz deb deb-check sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,6 +31,23 @@ fuzz:
 	@scripts/setup test
 	@PYTHONPATH=tests .venv/bin/python tests/abuse/fuzz.py $(if $(SECONDS),--seconds $(SECONDS))
 
+deb:
+	@scripts/setup deb
+	@scripts/deb
+
+deb-check: deb
+	@scripts/setup deb-check
+	@scripts/deb-check
+
+sbom:
+	@scripts/setup deb
+	@.venv/bin/python scripts/sbom.py dist/stationkey.cdx.json
+	@echo dist/stationkey.cdx.json
+
+audit:
+	@scripts/setup deb
+	@.venv/bin/python scripts/audit.py $(if $(AUDIT),-- $(AUDIT))
+
 lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -36,4 +57,4 @@ pin:
 	scripts/pin
 
 clean:
-	rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf .venv .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

@@ -143,7 +143,7 @@ class TestConfinement:
         assert confined.process is not None
         (uid,), (gid,) = set(confined.status("Uid")), set(confined.status("Gid"))
         assert "0" not in {uid, gid}
-        group = Path(f"/proc/{confined.process.pid}/root/etc/group").read_text().splitlines()
+        group = Path(f"/proc/{confined.process.pid}/root", "etc/group").read_text().splitlines()
         named = {line.split(":")[2]: line.split(":")[0] for line in group}
         assert named[gid] == UNIT.one("Group")
         assert [named[number] for number in confined.status("Groups")] == UNIT.words("SupplementaryGroups")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,14 +13,15 @@ from unit import ROOT, UNIT, Unit
 
 from stationkey import config
 
-WORST = 1.2
+WORST = 1.1
 """The exposure that the unit may have; less is better. From 2.0 on systemd says "MEDIUM", from 5.0 on "EXPOSED"."""
 HARDENING = (ROOT / "docs/hardening.md").read_text()
 
 
 def security(*options: str, unit: Path = UNIT) -> subprocess.CompletedProcess[str]:
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", *options, str(unit)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "LC_ALL": "C.UTF-8"}  # it has other marks where there is no UTF-8
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 
 def threshold(unit: Path) -> subprocess.CompletedProcess[str]:
@@ -47,7 +49,7 @@ class TestScore:
         assert score is not None
         assert f"**{score[1]} {score[2]}**" in HARDENING
         listed = dict(re.findall(r"^\| `([^`]+)` \| ([\d.]+) \|", HARDENING, re.MULTILINE))
-        assert listed == exposed()
+        assert {name.replace("\\|", "|"): counts for name, counts in listed.items()} == exposed()
 
 
 class TestUnit:
