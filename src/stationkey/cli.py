@@ -31,6 +31,7 @@ _PREFIX: Final = "STATIONKEY"
 _ELSEWHERE: Final = {
     "csms": ("stationkey.cli_csms", "csms"),
     "josev": ("stationkey.cli_josev", "josev"),
+    "key-auth": ("stationkey.cli_tls", "key_auth"),
     "tls-config": ("stationkey.cli_tls", "tls_config"),
 }
 """Commands that stand in modules of their own, imported when they are asked for: module and name."""
