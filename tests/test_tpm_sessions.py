@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from peers import Swtpm
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 
-from protection import P256, Opener, leftovers, refusal, sign, tool
+from protection import P256, SECRET, Opener, leftovers, refusal, sign, tool
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from wire import Meddler, Wire, flipped, untouched
 
@@ -290,3 +292,22 @@ def test_without_sessions_another_digest_is_signed_and_nobody_notices(swtpm: Swt
             assert isinstance(private, ec.EllipticCurvePrivateKey)
             assert private.sign(b"data", ec.ECDSA(hashes.SHA256()))
         store.close()
+
+
+def test_a_service_that_signs_through_openssl_says_the_value_in_the_clear_whatever_our_sessions_are(
+    swtpm: Swtpm, opened: Opener, tmp_path: Path
+) -> None:
+    """As docs/tls.md says: sessions are the daemon's, and tpm2-openssl has none."""
+    store = opened(key_auth=SECRET, session="encrypted")
+    (tmp_path / "key.pem").write_bytes(store.generate(P256).pem())
+    store.close()
+    with Wire(swtpm) as wire:
+        command = ["openssl", "dgst", "-provider", "default", "-provider", "tpm2", "-propquery", "?tpm2.signature=yes"]
+        subprocess.run(
+            [*command, "-sha256", "-sign", "key.pem", "-passin", "file:key_auth", "-out", "signature", "key.pem"],
+            cwd=tmp_path,
+            env=os.environ | {"TPM2OPENSSL_TCTI": wire.tcti},
+            capture_output=True,
+            check=True,
+        )
+    assert SECRET.encode() in wire.heard
