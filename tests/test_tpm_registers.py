@@ -137,6 +137,21 @@ def test_a_bank_that_is_not_active_is_refused_in_words_before_a_key_is_made(
         assert "PCR 0 (sha384)" in error.message
 
 
+def test_a_register_that_is_not_there_is_not_taken_for_another(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TPM may leave some out of a bank, and then tells the others alone."""
+    real = ESAPI.pcr_read
+
+    def without_three(esapi: ESAPI, selection: Any, *sessions: Any) -> Any:
+        numbers = [number for number in Registers.unmarshal(selection.marshal()).numbers if number != 3]
+        return real(esapi, Registers("sha256", tuple(numbers)).structure(), *sessions)
+
+    monkeypatch.setattr(ESAPI, "pcr_read", without_three)
+    store = opened(pcrs=(3, 5))
+    error = refusal(lambda: store.generate(P256))
+    assert error.reason == "pcr_bank_inactive"
+    assert "PCR 3, 5 (sha256)" in error.message
+
+
 def test_a_register_that_changes_while_the_policy_is_shown_costs_a_second_try(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

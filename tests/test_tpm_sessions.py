@@ -58,6 +58,23 @@ def test_sessions_are_kept_from_one_request_to_the_next(swtpm: Swtpm, opened: Op
     assert leftovers(swtpm) == []
 
 
+def test_behind_a_resource_manager_a_session_lasts_no_longer_than_a_job(
+    swtpm: Swtpm, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the table is everybody's. The real one of ``tests/car`` does not tell what is in the TPM behind it."""
+    sign(opened())
+    with Wire(swtpm) as wire:
+        store = opened(tcti=wire.tcti, session="encrypted", pcrs=(0,))
+        monkeypatch.setattr(store, "_resource_manager", True)
+        assert store.supports(P256)
+        wire.exchanges.clear()
+        for _ in range(3):
+            sign(store)
+            store.unload()  # as `KeyStoreThread` does after each job
+    assert wire.codes.count(0x176) == 6  # TPM2_StartAuthSession: one of each kind for each job
+    assert leftovers(swtpm) == []
+
+
 def test_sessions_that_a_dead_program_left_do_not_keep_the_store_from_working(swtpm: Swtpm, opened: Opener) -> None:
     fill_sessions(swtpm)
     store = opened(session="encrypted", pcrs=(0,))
@@ -189,9 +206,9 @@ def test_a_public_part_that_is_told_otherwise_the_second_time_is_noticed(swtpm: 
 
     with Wire(swtpm, responses=swap) as wire:
         store = opened(tcti=wire.tcti, session="hmac")
-        assert refusal(lambda: store.generate(P256)).reason in {"tpm_altered", "srk_changed", "tpm_unreachable"}
+        assert refusal(lambda: store.generate(P256)).reason == "tpm_altered"
         store.close()
-    assert seen >= 1
+    assert seen == 2
 
 
 # Somebody on the bus.

@@ -139,6 +139,7 @@ class Tpm2KeyStore(Device):
                 self._esapi.flush_context(loaded.handle)
             except TSS2_Exception:
                 self._forget()
+        super().unload()
 
     def _emptied(self) -> None:
         self._loaded = None
