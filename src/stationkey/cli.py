@@ -36,6 +36,7 @@ _ELSEWHERE: Final = {
     "doctor": ("stationkey.cli_doctor", "doctor"),
     "health": ("stationkey.cli_health", "health"),
     "josev": ("stationkey.cli_josev", "josev"),
+    "key-auth": ("stationkey.cli_tls", "key_auth"),
     "tls-config": ("stationkey.cli_tls", "tls_config"),
 }
 """Commands that stand in modules of their own, imported when they are asked for: module and name."""
