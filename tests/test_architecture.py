@@ -29,7 +29,8 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 ROWS: list[set[str]] = [
     # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
     {"errors", "logs", "handshake"},
-    {"credential", "profiles", "lifecycle", "seen"},
+    # attestation is a judge of its own: it needs the errors, and nothing else of ours; see below.
+    {"credential", "profiles", "lifecycle", "seen", "attestation", "files"},
     {"terms"},  # values that name certificate types and secrets
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
     {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
@@ -41,24 +42,29 @@ ROWS: list[set[str]] = [
     {"mqtt"},
     {"josev"},
     {"daemon", "station"},  # the composition root is given its configuration
-    {"cli_csms", "cli_josev", "cli_tls"},
+    {"cli_csms", "cli_josev", "cli_tls", "cli_verify"},
+    {"cli_attest"},
     {"cli"},
     {"__main__"},
 ]
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 
-INSIDE = {"keystore"}
+INSIDE = {"keystore", "attestation"}
 """A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
 
 HOMES: dict[str, set[str]] = {
-    "click": {"cli", "cli_csms", "cli_josev", "cli_tls"},
+    "click": {"cli", "cli_attest", "cli_csms", "cli_josev", "cli_tls", "cli_verify"},
     "rich": {"cli"},
     "paho": {"mqtt"},
-    "tpm2_pytss": {"keystore.tpm2"},
+    "tpm2_pytss": {"keystore.tpm2", "keystore.attestation"},
     "sqlite3": {"ledger"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
-    # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too.
-    "cryptography": {"csr", "certificate", "keystore.software", "keystore.tpm2", "pki", "csms", "station", "tls"},
+    # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too. The judge of
+    # evidence has its own eyes.
+    "cryptography": {
+        *("csr", "certificate", "keystore.software", "keystore.tpm2", "pki", "csms", "station", "tls"),
+        *("attestation.structures", "attestation.credential", "attestation.trust", "attestation.verifier"),
+    },
     # The wire's structs and UNSET, which says that a field is not there; TOML to frozen values.
     "msgspec": {"messages", "schema", "config", "ledger", "josev", "station", "cli"},
     # The official schemas, and the frames around payloads; the connection itself, and its two ends.
@@ -261,6 +267,15 @@ def test_the_handshake_is_a_program_that_needs_no_package() -> None:
 
     assert imported - sys.stdlib_module_names == set()
     assert [str(one) for one in IMPORTS if one.ours == "handshake"] == []
+
+
+def test_the_judge_of_evidence_needs_nothing_but_cryptography_and_the_errors() -> None:
+    """Whoever has to believe a verdict must not have to read the station's code for it."""
+    judge = [one for one in IMPORTS if one.importer.partition(".")[0] == "attestation"]
+    libraries = {one.imported.partition(".")[0] for one in judge} - sys.stdlib_module_names
+    ours = {one.ours.partition(".")[0] for one in judge if one.ours is not None}
+
+    assert (libraries, ours) == ({"cryptography", "stationkey"}, {"attestation", "errors"})
 
 
 def test_the_binding_to_the_tpm_loads_no_network_library() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -64,3 +66,25 @@ class StateDirectory:
     def close(self) -> None:
         """Let another process have it."""
         os.close(self._lock)
+
+
+@contextmanager
+def without_daemon(path: Path) -> Iterator[bool]:
+    """Keep a daemon from starting on a state directory while the block runs; False where one runs there already.
+
+    Changes nothing in the directory: where no daemon has ever been, there is none to be kept away.
+    """
+    lock = None
+    with suppress(OSError):  # not there, or not ours to open: what is done in the block will tell
+        lock = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import Algorithm, KeyType
@@ -23,8 +23,9 @@ from stationkey.profiles import Algorithm, KeyType
 if TYPE_CHECKING:
     from stationkey.csr import PrivateKey, PublicKey
 
-__all__ = ["Abandonable", "KeyRef", "KeyStore", "Support", "key_id_of", "keystore_opener"]
+__all__ = ["Abandonable", "KeyRef", "KeyStore", "Lending", "Support", "key_id_of", "keystore_opener"]
 
+T = TypeVar("T")
 
 _PEM_LABELS: Final = {"tpm2": "TSS2 PRIVATE KEY", "software": "PRIVATE KEY"}
 
@@ -157,8 +158,28 @@ class Abandonable(Protocol):
         ...
 
 
-def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[[], KeyStore]:
+@runtime_checkable
+class Lending(Protocol):
+    """A store in a TPM that lends it out, for what is no daily business of a key store: attestation."""
+
+    def lend(self, key: KeyRef | None, use: Callable[[Any, Any], T]) -> T:
+        """Call `use` with the open ESAPI context, and the handle of `key` loaded on it (None where none is given).
+
+        Where the TPM is lost meanwhile, it is called a second time.
+
+        Raises:
+            KeyStoreError: the key is not of this store or of this device, or the device failed.
+        """
+        ...
+
+
+def keystore_opener(uri: str, *, allow_software_keys: bool = False, guest: bool = False) -> Callable[[], KeyStore]:
     """Check a key-store URI and give a function that opens it, to be called in the thread that will own it.
+
+    Args:
+        uri: see the module.
+        allow_software_keys: whether ``software:`` is let in.
+        guest: whether the device is somebody else's too, so that what is loaded there is left alone.
 
     Raises:
         ConfigurationError: unknown scheme, ``tpm2:`` without a TCTI, or ``software:`` without `allow_software_keys`.
@@ -176,7 +197,7 @@ def keystore_opener(uri: str, *, allow_software_keys: bool = False) -> Callable[
         def open_tpm2() -> KeyStore:
             from stationkey.keystore.tpm2 import Tpm2KeyStore  # noqa: PLC0415 - only a daemon pays for tpm2-tss
 
-            return Tpm2KeyStore(rest)
+            return Tpm2KeyStore(rest, guest=guest)
 
         return open_tpm2
     if scheme == "software" and colon:

@@ -147,18 +147,24 @@ _RC_BAD_AUTH: Final = 0x9A2
 _RC_INTEGRITY: Final = 0x1DF  # TPM2_Load, parameter 1: the blob is of another TPM, or of this one before it was cleared
 
 
+def is_shared(tcti: str) -> bool:
+    """Whether a resource manager is behind a TCTI, so that several programs can use the TPM at a time."""
+    return tcti.startswith(_RESOURCE_MANAGERS)
+
+
 class Tpm2KeyStore:
     """Keys in the TPM behind a TCTI, with one ESAPI context that is kept until the TPM is lost.
 
     Args:
         tcti: name and configuration of a TPM command transmission interface, ``device:/dev/tpmrm0`` for example. Always
             given: without one, tpm2-tss falls through to whatever listens on localhost:2321.
+        guest: unload nothing that others have loaded, as behind a resource manager.
     """
 
-    def __init__(self, tcti: str) -> None:
+    def __init__(self, tcti: str, *, guest: bool = False) -> None:
         self.uri = f"{_SCHEME}:{tcti}"
         self._tcti = tcti
-        self._resource_manager = tcti.startswith(_RESOURCE_MANAGERS)
+        self._resource_manager = guest or is_shared(tcti)
         self._esapi: ESAPI | None = None
         self._srk: Any = None
         # A key just made is loaded already, and one just signed with still is: until `unload`, or the next command.
@@ -198,6 +204,15 @@ class Tpm2KeyStore:
         _own(key)
         if self._loaded is not None and self._loaded.key == key:
             self.unload()
+
+    def lend(self, key: KeyRef | None, use: Callable[[ESAPI, Any], T]) -> T:
+        """See `stationkey.keystore.Lending`."""
+
+        def command() -> T:
+            handle = None if key is None else self._load(key)
+            return use(self._esapi, handle)
+
+        return self._with_device(command)
 
     def unload(self) -> None:
         loaded, self._loaded = self._loaded, None
