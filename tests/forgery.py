@@ -28,7 +28,7 @@ SHA1, SHA256, SHA384, SHA512, NULL = 0x0004, 0x000B, 0x000C, 0x000D, 0x0010
 RSASSA, RSAPSS, ECDSA = 0x0014, 0x0016, 0x0018
 HASHES = {SHA1: "sha1", SHA256: "sha256", SHA384: "sha384", SHA512: "sha512"}
 SIGNING: dict[int, hashes.HashAlgorithm] = {
-    SHA1: hashes.SHA1(),  # noqa: S303 - to be refused
+    SHA1: hashes.SHA1(),
     SHA256: hashes.SHA256(),
     SHA384: hashes.SHA384(),
     SHA512: hashes.SHA512(),
@@ -119,10 +119,15 @@ def big(number: int, bits: int) -> bytes:
     return number.to_bytes((bits + 7) // 8, "big")
 
 
-def an_ak(private: Private | None = None, *, scheme: tuple[int, int] = (ECDSA, SHA256), **others: int) -> Object:
+def an_ak(
+    private: Private | None = None,
+    *,
+    scheme: tuple[int, int] = (ECDSA, SHA256),
+    attributes: int = AK_ATTRIBUTES,
+    name_alg: int = SHA256,
+) -> Object:
     """An attestation key, as it should be but for what is said otherwise."""
-    fields = {"attributes": AK_ATTRIBUTES, **others}
-    return Object(private or p256(), scheme=scheme, **fields)
+    return Object(private or p256(), scheme=scheme, attributes=attributes, name_alg=name_alg)
 
 
 def attest(

@@ -59,8 +59,8 @@ HOMES: dict[str, set[str]] = {
     "tpm2_pytss": {"keystore.tpm2", "keystore.attestation"},
     "sqlite3": {"ledger"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
-    # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too. The judge of
-    # evidence has its own eyes.
+    # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too. The judge
+    # of evidence has its own eyes.
     "cryptography": {
         *("csr", "certificate", "keystore.software", "keystore.tpm2", "pki", "csms", "station", "tls"),
         *("attestation.structures", "attestation.credential", "attestation.trust", "attestation.verifier"),
