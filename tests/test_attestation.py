@@ -1,7 +1,7 @@
 """The judge of evidence: what it believes, what it refuses, and that nothing makes it stumble.
 
-The evidence here is made in software, by `forgery`: so each thing that is wrong is wrong alone. What a real TPM gives is
-in ``test_attest_tpm.py``.
+The evidence here is made in software, by `forgery`: so each thing that is wrong is wrong alone. What a real TPM gives
+is in ``test_attest_tpm.py``.
 """
 
 from __future__ import annotations
