@@ -10,7 +10,7 @@ import os
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from peers import Swtpm
 from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG
+from tpm2_pytss.types import (
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE,
+    TPMT_SENSITIVE,
+    TPMT_SIG_SCHEME,
+    TPMU_SENSITIVE_COMPOSITE,
+)
 
+import forgery
 from stationkey.attestation import credential, trust, verifier
 from stationkey.attestation.documents import AttestationKey, Challenge, EndorsementKey, Evidence
 from stationkey.attestation.structures import PublicKey, read_public, spki_of
@@ -161,6 +172,70 @@ def test_the_tpm_signs_no_statement_that_it_did_not_make_up_itself(tpm: Swtpm, k
 
     assert refused.returncode != 0
     assert not (tpm.directory / "forged").exists()
+
+
+@pytest.fixture
+def outsider(tpm: Swtpm) -> Iterator[Callable[[forgery.Object], tuple[ESAPI, Any]]]:
+    """Loads the public part of a key in software into the TPM: that has any attributes that one likes."""
+    with closing(ESAPI(tpm.tcti)) as esapi, ExitStack() as left:
+
+        def load(key: forgery.Object) -> tuple[ESAPI, Any]:
+            handle = esapi.load_external(TPM2B_PUBLIC.unmarshal(key.public)[0], hierarchy=ESYS_TR.ENDORSEMENT)
+            left.callback(esapi.flush_context, handle)
+            return esapi, handle
+
+        yield load
+
+
+AUTH_UNAVAILABLE = 0x12F
+
+
+def test_the_tpm_attests_no_key_that_is_in_software(outsider: Callable[[forgery.Object], tuple[ESAPI, Any]]) -> None:
+    """Though its public area claims that it was made there."""
+    esapi, handle = outsider(forgery.Object())
+
+    with (
+        attestation._attestation_key(esapi, TERMS) as (ak, _),  # noqa: SLF001 - an attacker has all that we have
+        pytest.raises(TSS2_Exception) as refused,
+    ):
+        esapi.certify(handle, ak, b"", TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL))
+
+    assert refused.value.rc == AUTH_UNAVAILABLE
+
+
+def test_the_tpm_opens_no_challenge_for_an_attestation_key_that_is_in_software(
+    outsider: Callable[[forgery.Object], tuple[ESAPI, Any]],
+) -> None:
+    """Though the verifier has made one for it, as it could not know."""
+    software = forgery.an_ak()
+    esapi, handle = outsider(software)
+    with attestation._endorsement(esapi, TERMS) as hierarchy:  # noqa: SLF001 - as above
+        made = hierarchy.make_ek("EK-ECC256")
+        assert made is not None
+        ek, public = made
+        blob, secret = credential.make_credential(read_public(public, "EK").key, software.name, bytes(32))
+        opened = (TPM2B_ID_OBJECT(blob[2:]), TPM2B_ENCRYPTED_SECRET(secret[2:]))
+        with hierarchy.policy_secret() as policy, pytest.raises(TSS2_Exception) as refused:
+            esapi.activate_credential(handle, ek, *opened, session2=policy)
+        esapi.flush_context(ek)
+
+    assert refused.value.rc == AUTH_UNAVAILABLE
+
+
+def test_the_tpm_takes_no_private_key_in_that_claims_to_be_its_own(tpm: Swtpm) -> None:
+    key = forgery.Object()
+    assert isinstance(key.private, ec.EllipticCurvePrivateKey)
+    sensitive = TPM2B_SENSITIVE(
+        sensitiveArea=TPMT_SENSITIVE(
+            sensitiveType=TPM2_ALG.ECC,
+            sensitive=TPMU_SENSITIVE_COMPOSITE(ecc=key.private.private_numbers().private_value.to_bytes(32, "big")),
+        )
+    )
+    public = TPM2B_PUBLIC.unmarshal(key.public)[0]
+    with closing(ESAPI(tpm.tcti)) as esapi, pytest.raises(TSS2_Exception) as refused:
+        esapi.load_external(public, sensitive, hierarchy=ESYS_TR.NULL)
+
+    assert refused.value.rc & 0xBF == 0x82  # TPM_RC_ATTRIBUTES
 
 
 def test_clearing_the_tpm_ends_the_keys_and_leaves_the_attestation_key(swtpm: Swtpm) -> None:

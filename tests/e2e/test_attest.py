@@ -129,6 +129,24 @@ def test_a_ca_sees_that_the_key_of_a_csr_was_born_in_a_recorded_tpm(
     assert refused(evidence, "--ak", ak, "--nonce", "ff" * 16) == "nonce_differs"
 
 
+def test_a_factory_certifies_the_attestation_key_with_openssl(pole: Pole, tmp_path: Path) -> None:
+    """As docs/attestation.md has it."""
+    evidence = tmp_path / "evidence.json"
+    evidence.write_text(pole.attest(pole.key()[0]).stdout)
+    (tmp_path / "ak.pem").write_text(pole.attest("--ak").stdout)
+    (tmp_path / "ak.ext").write_text("extendedKeyUsage=2.23.133.8.3\nbasicConstraints=critical,CA:false\n")
+    ca = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc", "-keyout", "ca.key"]
+    ca += ["-subj", "/CN=factory CA", "-days", "30", "-out", "ca.pem"]
+    sign = ["x509", "-new", "-subj", "/CN=station42 attestation key", "-force_pubkey", "ak.pem", "-CA", "ca.pem"]
+    sign += ["-CAkey", "ca.key", "-days", "30", "-extfile", "ak.ext", "-out", "ak.crt.pem"]
+    for command in (ca, sign):
+        subprocess.run(["openssl", *command], cwd=tmp_path, check=True, capture_output=True, timeout=BOUND)
+
+    verdict = verdict_of(evidence, "--ak", tmp_path / "ak.crt.pem", "--ak-ca", tmp_path / "ca.pem")
+
+    assert any("certified by CN=factory CA as an attestation key" in line for line in verdict["proved"])
+
+
 def test_the_name_and_pem_of_the_attestation_key_are_what_openssl_reads(pole: Pole, ak: Path) -> None:
     printed = pole.attest("--ak").stdout
     assert printed.startswith("name 000b")
