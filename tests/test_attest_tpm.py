@@ -551,6 +551,23 @@ def ca_certificate(ca: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     )
 
 
+def test_a_tpm_that_makes_no_rsa_endorsement_key_tells_of_the_other(
+    tpm: Swtpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_primary = ESAPI.create_primary
+
+    def refuse_rsa(esapi: ESAPI, sensitive: object, template: TPM2B_PUBLIC, *rest: object, **more: object) -> object:
+        if template.publicArea.type == TPM2_ALG.RSA:
+            raise TSS2_Exception(0x2C4)  # TPM_RC_VALUE, parameter 2
+        return create_primary(esapi, sensitive, template, *rest, **more)
+
+    monkeypatch.setattr(ESAPI, "create_primary", refuse_rsa)
+
+    (told,) = ak_of(tpm).endorsement_keys
+    assert told.public is not None
+    assert isinstance(read_public(told.public, "EK").key, ec.EllipticCurvePublicKey)
+
+
 @pytest.mark.parametrize(("kind", "index"), [("RSA", 0x01C00002), ("ECC", 0x01C0000A)])
 def test_the_certificate_in_the_tpm_makes_its_endorsement_key_believed(swtpm: Swtpm, kind: str, index: int) -> None:
     key, ca = new_key(swtpm), ec.generate_private_key(ec.SECP256R1())

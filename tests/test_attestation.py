@@ -199,6 +199,20 @@ WRONG = [
     pytest.param(
         {"ak": an_ak(scheme=(forgery.RSASSA, forgery.SHA256))}, "evidence_malformed", id="an RSA scheme on a curve"
     ),
+    pytest.param(
+        {
+            "ak": an_ak(rsa_key(), scheme=(forgery.ECDSA, forgery.SHA256)),
+            "signature": lambda _, data: an_ak().sign(data),
+        },
+        "evidence_malformed",
+        id="a curve's scheme on RSA",
+    ),
+    pytest.param(
+        {"key": Object(symmetric=struct.pack(">HHH", 0x0013, 128, 0x0043))},
+        "evidence_unsupported",
+        id="SM4 for children",
+    ),
+    pytest.param({"key": Object(scheme=(0x0019, forgery.SHA256))}, "evidence_unsupported", id="a scheme for ECDH"),
 ]
 
 

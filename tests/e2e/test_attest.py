@@ -8,16 +8,21 @@ import socket
 import stat
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from outside import BOUND, Josev, Station, generate_csr, run
 from peers import Bus, Mosquitto, ResourceManager, Swtpm
 
 from parts import Authority, key_id_in, new_id, pem
+from stationkey.attestation.trust import read_key
+from test_attest_tpm import ca_certificate, certify_ek
 
 NONCE = "00112233445566778899aabbccddeeff"
 
@@ -196,6 +201,35 @@ def test_with_only_the_endorsement_key_known_a_challenge_proves_it(pole: Pole, a
     plain = tmp_path / "plain"
     plain.write_text(pole.attest(key_id, "--nonce", json.loads(secret.read_text())["nonce"]).stdout)
     assert refused(plain, "--secret", secret) == "challenge_unanswered"
+
+
+def test_an_endorsement_key_is_believed_by_the_certificate_of_its_maker(pole: Pole, ak: Path, tmp_path: Path) -> None:
+    def file(name: str, content: bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    ek = tmp_path / "ek.pem"
+    pole.tool("tpm2_createek", "-c", str(tmp_path / "ek.ctx"), "-G", "ecc", "-f", "pem", "-u", str(ek))
+    maker, other = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    certificate = certify_ek(read_key(ek.read_bytes())[0], maker)
+    ca, other_ca = file("ca.pem", pem(ca_certificate(maker))), file("other.pem", pem(ca_certificate(other)))
+    ek_pem = file("ek.crt.pem", pem(certificate))
+    told = json.loads(ak.read_text())
+    told["endorsement_keys"].append({"certificate": b64encode(certificate.public_bytes(Encoding.DER)).decode()})
+    document = file("told.json", json.dumps(told).encode())
+    challenge, secret, evidence = (tmp_path / name for name in ("challenge", "secret", "evidence"))
+    make = ("--make-challenge", challenge, "--secret-out", secret)
+
+    for believed in ((document, "--ek-ca", ca), (ak, "--ek", ek_pem, "--ek-ca", ca)):
+        assert verify(*believed, *make).returncode == 0
+        assert pole.attest(pole.key()[0], "--challenge", challenge, "--out", evidence).returncode == 0
+        verdict = verdict_of(evidence, "--secret", secret)
+        assert any("certified by CN=TPM maker as an endorsement key" in line for line in verdict["proved"])
+    for wrong in ((document, "--ek-ca", other_ca), (ak, "--ek-ca", ca), (ak, "--ek", ek_pem, "--ek-ca", other_ca)):
+        assert refused(*wrong, *make) == "certificate_untrusted"
+    assert verify(ak, "--ek", ek, "--ek-ca", ca, *make).returncode == 2
+    assert verify(evidence, "--secret", secret, "--certificate", ek).returncode == 1
 
 
 def pole_ak_pem(pole: Pole, folder: Path) -> Path:
