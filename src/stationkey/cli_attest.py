@@ -149,7 +149,7 @@ class _Station:
         def work(store: Lending, terms: AttestationTerms) -> AttestationKey:
             from stationkey.keystore import attestation  # noqa: PLC0415 - see stationkey.cli
 
-            return attestation.attestation_key(store, terms=terms)
+            return attestation.attestation_key(store, terms=terms, alone=not as_json)
 
         found = self._in_tpm(work)
         if as_json:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from tpm2_pytss import ESAPI, TSS2_Exception
@@ -142,8 +143,13 @@ def attest(
     return store.lend(key, certify)
 
 
-def attestation_key(store: Lending, *, terms: AttestationTerms) -> AttestationKey:
+def attestation_key(store: Lending, *, terms: AttestationTerms, alone: bool = False) -> AttestationKey:
     """The attestation key, and the endorsement keys that the TPM has, those by the usual templates made if need be.
+
+    Args:
+        store: where they are.
+        terms: see there.
+        alone: the attestation key alone: an RSA endorsement key takes a chip seconds.
 
     Raises:
         KeyStoreError: as of `attest`.
@@ -152,6 +158,8 @@ def attestation_key(store: Lending, *, terms: AttestationTerms) -> AttestationKe
     def look(esapi: ESAPI, _: Any) -> AttestationKey:
         with _attestation_key(esapi, terms) as (_handle, public):
             pass
+        if alone:
+            return AttestationKey(public=public)
         found = _at_hand(esapi)
         with _endorsement(esapi, terms) as hierarchy:
             for name in _USUAL_EK_TEMPLATES:
@@ -323,11 +331,12 @@ def _at_hand(esapi: ESAPI) -> dict[bytes, _Found]:
         certificate, _ = _template(esapi, name)
         if certificate is not None and (key := certified_key(certificate)) is not None:
             found.setdefault(spki_of(key), _Found()).certificate = certificate
-    return dict(list(found.items())[:MAX_ENDORSEMENT_KEYS])
+    return found
 
 
 def _told(found: dict[bytes, _Found]) -> tuple[EndorsementKey, ...]:
-    return tuple(EndorsementKey(public=each.public, certificate=each.certificate) for each in found.values())
+    told = (EndorsementKey(public=each.public, certificate=each.certificate) for each in found.values())
+    return tuple(islice(told, MAX_ENDORSEMENT_KEYS))
 
 
 def _spki(public: bytes) -> bytes:
