@@ -56,7 +56,7 @@ HOMES: dict[str, set[str]] = {
     "click": {"cli", "cli_attest", "cli_csms", "cli_josev", "cli_tls", "cli_verify"},
     "rich": {"cli"},
     "paho": {"mqtt"},
-    "tpm2_pytss": {"keystore.tpm2", "keystore.attestation"},
+    "tpm2_pytss": {"keystore.tpm2", "keystore.attestation", "keystore.endorsement"},
     "sqlite3": {"ledger"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
     # authorities of a trial, the certificates that come back and the other side of a handshake are X.509 too. The judge

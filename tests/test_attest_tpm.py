@@ -42,6 +42,7 @@ from stationkey.attestation.trust import RecordedKey, RecordedName
 from stationkey.errors import KeyStoreError, NotVerified
 from stationkey.keystore import KeyRef, attestation, tpm2
 from stationkey.keystore.attestation import AttestationTerms
+from stationkey.keystore.endorsement import endorsement
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.profiles import Algorithm
 
@@ -209,7 +210,7 @@ def test_the_tpm_opens_no_challenge_for_an_attestation_key_that_is_in_software(
     """Though the verifier has made one for it, as it could not know."""
     software = forgery.an_ak()
     esapi, handle = outsider(software)
-    with attestation._endorsement(esapi, TERMS) as hierarchy:  # noqa: SLF001 - as above
+    with endorsement(esapi, b"") as hierarchy:
         made = hierarchy.make_ek("EK-ECC256")
         assert made is not None
         ek, public = made
@@ -403,6 +404,10 @@ def test_a_challenge_that_was_changed_on_its_way_is_not_opened(tpm: Swtpm, keys:
         dataclasses.replace(challenge, credential_blob=blob[:-1] + bytes([blob[-1] ^ 1])),
         dataclasses.replace(challenge, credential_blob=b"\0\2ab"),
         dataclasses.replace(challenge, encrypted_secret=b"\0\2ab"),
+        dataclasses.replace(challenge, credential_blob=b"\0\1ab"),
+        dataclasses.replace(challenge, credential_blob=b"\4\0" + bytes(1024)),
+        dataclasses.replace(challenge, encrypted_secret=b"\4\0" + bytes(1024)),
+        dataclasses.replace(challenge, ek=b"junk"),
     ):
         attest = partial(attested, tpm, keys[Algorithm.ECDSA_SHA256], challenge=changed)
         assert reason_of(attest) == "challenge_not_ours"

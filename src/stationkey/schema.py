@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from stationkey import messages
-from stationkey.attestation import documents
+from stationkey.attestation import schemas
 from stationkey.profiles import DEFAULT_ALGORITHM, PROFILES
 
 MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
@@ -24,15 +24,15 @@ MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
 """Every message of the contract, by the name that ``stationkey schema`` knows it by."""
 
 ASYNCAPI: Final = "asyncapi"
-NAMES: Final = (*MESSAGES, ASYNCAPI, *documents.SCHEMAS)
+NAMES: Final = (*MESSAGES, ASYNCAPI, *schemas.SCHEMAS)
 
 Json = dict[str, Any]
 
 
 def document(name: str) -> Json:
     """The schema of one message or document, or the AsyncAPI document, by its name in `NAMES`."""
-    if name in documents.SCHEMAS:
-        return documents.json_schema(name)
+    if name in schemas.SCHEMAS:
+        return schemas.json_schema(name)
     return asyncapi() if name == ASYNCAPI else json_schema(name)
 
 
