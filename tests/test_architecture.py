@@ -31,6 +31,10 @@ ROWS: list[set[str]] = [
     # durable only writes files, tally only counts; process and systemd are about the machine.
     {"durable", "errors", "logs", "handshake", "tally", "process", "systemd"},
     {"credential", "profiles", "lifecycle", "seen", "provider", "listener"},
+    {
+        "attestation",
+        "files",
+    },  # attestation is a judge of its own: it needs the errors, and nothing else of ours; see below
     {"terms", "endpoint"},  # values that name certificate types and secrets; HTTP on a socket
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
     {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
@@ -43,22 +47,26 @@ ROWS: list[set[str]] = [
     {"josev", "metrics"},
     {"daemon", "station", "doctor"},  # the composition root is given its configuration; the doctor looks at all of it
     {"cli_mqtt"},  # options that several commands have
-    {"cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_tls"},
+    {"cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_tls", "cli_verify"},
+    {"cli_attest"},
     {"cli"},
     {"__main__"},
 ]
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 
-INSIDE = {"keystore", "doctor"}
+INSIDE = {"keystore", "doctor", "attestation"}
 """A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
 
 HOMES: dict[str, set[str]] = {
-    "click": {"cli", "cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_mqtt", "cli_tls"},
+    "click": {
+        *("cli", "cli_attest", "cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_mqtt", "cli_tls"),
+        "cli_verify",
+    },
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {
         *("keystore.tpm2", "keystore.device", "keystore.capabilities", "keystore.templates"),
-        *("keystore.sessions", "keystore.pcr", "keystore.signing"),
+        *("keystore.sessions", "keystore.pcr", "keystore.signing", "keystore.attestation", "keystore.endorsement"),
         "doctor.probe",  # asks, and changes nothing: the key store may not
     },
     "sqlite3": {"ledger"},
@@ -67,6 +75,8 @@ HOMES: dict[str, set[str]] = {
     "cryptography": {
         *("csr", "certificate", "doctor.certificates", "pki", "csms", "station", "tls"),
         *("keystore.software", "keystore.tpm2", "keystore.signing", "keystore.tss2"),
+        # The judge of evidence has its own eyes.
+        *("attestation.structures", "attestation.credential", "attestation.trust", "attestation.verifier"),
     },
     # The wire's structs and UNSET, which says that a field is not there; TOML to frozen values.
     "msgspec": {"messages", "schema", "config", "ledger", "josev", "station", "cli"},
@@ -272,6 +282,15 @@ def test_the_handshake_is_a_program_that_needs_no_package() -> None:
 
     assert imported - sys.stdlib_module_names == set()
     assert [str(one) for one in IMPORTS if one.ours == "handshake"] == []
+
+
+def test_the_judge_of_evidence_needs_nothing_but_cryptography_and_the_errors() -> None:
+    """Whoever has to believe a verdict must not have to read the station's code for it."""
+    judge = [one for one in IMPORTS if one.importer.partition(".")[0] == "attestation"]
+    libraries = {one.imported.partition(".")[0] for one in judge} - sys.stdlib_module_names
+    ours = {one.ours.partition(".")[0] for one in judge if one.ours is not None}
+
+    assert (libraries, ours) == ({"cryptography", "stationkey"}, {"attestation", "errors"})
 
 
 def test_the_binding_to_the_tpm_loads_no_network_library() -> None:

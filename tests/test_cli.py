@@ -277,7 +277,7 @@ def test_the_script_for_bash_is_one_that_bash_takes() -> None:
             "stationkey ",
             {
                 *("serve", "request", "keys", "key-auth", "schema", "completion", "josev", "csms", "tls-config"),
-                *("health", "doctor"),
+                *("health", "doctor", "attest", "verify-attestation"),
             },
         ),
         ("stationkey josev --ocpp ", {"2.1", "2.0.1", "1.6"}),

@@ -32,12 +32,14 @@ EXIT_NO_ANSWER: Final = 4
 
 
 _ELSEWHERE: Final = {
+    "attest": ("stationkey.cli_attest", "attest"),
     "csms": ("stationkey.cli_csms", "csms"),
     "doctor": ("stationkey.cli_doctor", "doctor"),
     "health": ("stationkey.cli_health", "health"),
     "josev": ("stationkey.cli_josev", "josev"),
     "key-auth": ("stationkey.cli_tls", "key_auth"),
     "tls-config": ("stationkey.cli_tls", "tls_config"),
+    "verify-attestation": ("stationkey.cli_verify", "verify_attestation"),
 }
 """Commands that stand in modules of their own, imported when they are asked for: module and name."""
 
@@ -271,18 +273,6 @@ def _ledger(state_dir: Path | None, config_file: Path | None, *, write: bool = F
         yield ledger
 
 
-def _one_key(ledger: Ledger, key_id: str) -> KeyRecord:
-    """The key that `key_id` is the beginning of the name of."""
-    found = ledger.keys(key_id) if key_id else []
-    if len(found) != 1:
-        raise StationKeyError(
-            f"{len(found)} keys begin with {key_id}" if found else f"there is no key {key_id}",
-            reason="key_not_found",
-            hint="stationkey keys list shows them all",
-        )
-    return found[0]
-
-
 def _key_json(key: KeyRecord) -> dict[str, object]:
     from base64 import b64encode  # noqa: PLC0415 - see the module's docstring
 
@@ -376,7 +366,7 @@ _key_id = click.argument("key_id", metavar="ID")
 def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Show one key. ID is its name, or as much of its beginning as no other key has."""
     with _ledger(state_dir, config_file) as ledger:
-        shown = _key_json(_one_key(ledger, key_id))
+        shown = _key_json(ledger.named(key_id))
     if as_json:
         click.echo(json.dumps(shown, indent=2))
         return
@@ -393,7 +383,7 @@ def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_
 def keys_history(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Show everything that happened to a key, first to last, with time and reason."""
     with _ledger(state_dir, config_file) as ledger:
-        events = ledger.history(_one_key(ledger, key_id).key_id)
+        events = ledger.history(ledger.named(key_id).key_id)
     if as_json:
         shown = [
             {
@@ -420,11 +410,11 @@ def _order(
     from stationkey.active import ActiveDirectory  # noqa: PLC0415 - see the module's docstring
 
     with _ledger(state_dir, config_file, write=True) as ledger:
-        key = _one_key(ledger, key_id)
+        key = ledger.named(key_id)
         if ask is not None:
             named = printable(f"{key.key_id} ({key.certificate_type}, {key.state})")
             click.confirm(f"{ask} {named}?", abort=True, err=True)
-            if (now := _one_key(ledger, key.key_id).state) != key.state:
+            if (now := ledger.named(key.key_id).state) != key.state:
                 raise StationKeyError(
                     f"{key.key_id} has become {now} meanwhile; nothing was changed",
                     reason="key_changed",
@@ -485,7 +475,7 @@ def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | 
     from ssl import DER_cert_to_PEM_cert  # noqa: PLC0415 - see the module's docstring
 
     with _ledger(state_dir, config_file) as ledger:
-        key = _one_key(ledger, key_id)
+        key = ledger.named(key_id)
     # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
     click.echo(DER_cert_to_PEM_cert(key.public).replace("CERTIFICATE", "PUBLIC KEY"), nl=False)
 
@@ -493,7 +483,7 @@ def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | 
 @main.command()
 @click.argument("name", required=False)
 def schema(name: str | None) -> None:
-    """Print the contract: the JSON Schema of a message, or the AsyncAPI document.
+    """Print the contract: the JSON Schema of a message or of evidence, or the AsyncAPI document.
 
     \b
     NAME is one of
@@ -501,6 +491,9 @@ def schema(name: str | None) -> None:
       generate_csr.response
       certificate_installation_status.update
       asyncapi
+      attestation.evidence
+      attestation.attestation_key
+      attestation.challenge
 
     Without NAME, all of them are printed as one JSON object.
     """  # noqa: D301 - as above

@@ -105,3 +105,10 @@ class BrokerError(StationKeyError):
     """The MQTT broker cannot be reached, or refuses."""
 
     fault = Fault.BROKER
+
+
+class NotVerified(StationKeyError):
+    """Evidence, or what came with it, does not prove what it should; see `stationkey.attestation`."""
+
+    fault = Fault.REQUEST
+    exit_code = 3

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from stationkey.errors import LedgerError
+from stationkey.errors import LedgerError, StationKeyError
 from stationkey.lifecycle import CSR_ANSWERED, INITIAL, MADE_AHEAD, IllegalTransition, KeyEvent, KeyState, step
 from stationkey.messages import GenerateCsrRequest
 from stationkey.migrations import MIGRATIONS, SCHEMA_VERSION
@@ -543,6 +543,21 @@ class Ledger:
         prefix = prefix.lower()
         # A range, and not LIKE or substr(): the index of the names serves it.
         return self._select("key_id >= ? AND key_id < ?", prefix, prefix + _LAST, order="number")
+
+    def named(self, beginning: str) -> KeyRecord:
+        """The one key whose name begins so.
+
+        Raises:
+            StationKeyError: there is none, or more than one.
+        """
+        found = self.keys(beginning) if beginning else []
+        if len(found) != 1:
+            raise StationKeyError(
+                f"{len(found)} keys begin with {beginning}" if found else f"there is no key {beginning}",
+                reason="key_not_found",
+                hint="stationkey keys list shows them all",
+            )
+        return found[0]
 
     def pending(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
         """The keys in pre-activation for a certificate type, newest last; of one EVSE, or of all where it is None."""

@@ -1,5 +1,7 @@
 """JSON Schema (2020-12) of each message, and one AsyncAPI 3.0 document; both made from `stationkey.messages`.
 
+The documents of attestation are no messages, and on no wire; their schemas are those of `stationkey.attestation`.
+
 What a schema language cannot say (no control characters in a name, an id used once) stands in the descriptions and in
 ``docs/contract.md``; `stationkey.messages.decode` holds to all of it.
 """
@@ -11,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from stationkey import messages
+from stationkey.attestation import schemas
 from stationkey.profiles import DEFAULT_ALGORITHM, PROFILES
 
 MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
@@ -21,13 +24,15 @@ MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
 """Every message of the contract, by the name that ``stationkey schema`` knows it by."""
 
 ASYNCAPI: Final = "asyncapi"
-NAMES: Final = (*MESSAGES, ASYNCAPI)
+NAMES: Final = (*MESSAGES, ASYNCAPI, *schemas.SCHEMAS)
 
 Json = dict[str, Any]
 
 
 def document(name: str) -> Json:
-    """The schema of one message, or the AsyncAPI document, by its name in `NAMES`."""
+    """The schema of one message or document, or the AsyncAPI document, by its name in `NAMES`."""
+    if name in schemas.SCHEMAS:
+        return schemas.json_schema(name)
     return asyncapi() if name == ASYNCAPI else json_schema(name)
 
 

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -225,3 +225,25 @@ def as_owner(directory: Path) -> Iterator[None]:
         os.seteuid(0)
         os.setegid(group)
         os.setgroups(groups)
+
+
+@contextmanager
+def without_daemon(path: Path) -> Iterator[bool]:
+    """Keep a daemon from starting on a state directory while the block runs; False where one runs there already.
+
+    Changes nothing in the directory: where no daemon has ever been, there is none to be kept away.
+    """
+    lock = None
+    with suppress(OSError):  # not there, or not ours to open: what is done in the block will tell
+        lock = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import Algorithm, KeyType
@@ -25,7 +25,19 @@ from stationkey.terms import TpmTerms
 if TYPE_CHECKING:
     from stationkey.csr import PrivateKey, PublicKey
 
-__all__ = ["Abandonable", "KeyRef", "KeyStore", "Protecting", "Support", "check_key", "key_id_of", "keystore_opener"]
+__all__ = [
+    "Abandonable",
+    "KeyRef",
+    "KeyStore",
+    "Lending",
+    "Protecting",
+    "Support",
+    "check_key",
+    "key_id_of",
+    "keystore_opener",
+]
+
+T = TypeVar("T")
 
 
 _PEM_LABELS: Final = {"tpm2": "TSS2 PRIVATE KEY", "software": "PRIVATE KEY"}
@@ -191,6 +203,21 @@ class Protecting(Protocol):
         ...
 
 
+@runtime_checkable
+class Lending(Protocol):
+    """A store in a TPM that lends it out, for what is no daily business of a key store: attestation."""
+
+    def lend(self, key: KeyRef | None, use: Callable[[Any, Any, Any], T]) -> T:
+        """Call `use` with the open ESAPI context, the handle of `key` loaded on it, and a session that authorises.
+
+        The handle is None where no key is given. Where the TPM is lost meanwhile, it is called a second time.
+
+        Raises:
+            KeyStoreError: the key is not of this store or of this device, or the device failed.
+        """
+        ...
+
+
 def check_key(store: KeyStore, key: KeyRef, *, as_new: bool = False) -> None:
     """Show that a store can use a key: see `Protecting`; any other store has to load it.
 
@@ -210,6 +237,7 @@ def keystore_opener(
     allow_software_keys: bool = False,
     terms: TpmTerms | None = None,
     state_dir: Path | None = None,
+    guest: bool = False,
 ) -> Callable[[], KeyStore]:
     """Check a key-store URI and give a function that opens it, to be called in the thread that will own it.
 
@@ -218,6 +246,7 @@ def keystore_opener(
         allow_software_keys: whether ``software:`` is let in.
         terms: how the TPM is used, and what protects its keys.
         state_dir: the state directory; ``tpm2:`` keeps files there where the terms need some.
+        guest: whether the device is somebody else's too, so that what is loaded there is left alone.
 
     Raises:
         ConfigurationError: unknown scheme, ``tpm2:`` without a TCTI, ``software:`` without `allow_software_keys` or
@@ -242,7 +271,7 @@ def keystore_opener(
         def open_tpm2() -> KeyStore:
             from stationkey.keystore.tpm2 import Tpm2KeyStore  # noqa: PLC0415 - only a daemon pays for tpm2-tss
 
-            return Tpm2KeyStore(rest, terms=terms, state_dir=state_dir)
+            return Tpm2KeyStore(rest, terms=terms, state_dir=state_dir, guest=guest)
 
         return open_tpm2
     if scheme == "software" and colon:

@@ -52,6 +52,11 @@ _SESSIONS: Final = ((0x02000000, 0x02FFFFFF), (0x03000000, 0x03FFFFFF))  # loade
 _PERSISTENT: Final = range(0x81000000, 0x82000000)
 
 
+def is_shared(tcti: str) -> bool:
+    """Whether a resource manager is behind a TCTI, so that several programs can use the TPM at a time."""
+    return tcti.startswith(_RESOURCE_MANAGERS)
+
+
 class Device:
     """A TPM, with the storage keys in it that other keys hang on.
 
@@ -59,14 +64,15 @@ class Device:
         tcti: name and configuration of a TPM command transmission interface.
         terms: storage root key, authorisation values, policy and sessions.
         state_dir: the state directory, where some of these need a file of their own; see `stationkey.keystore.kept`.
+        guest: unload nothing that others have loaded, as behind a resource manager.
     """
 
-    def __init__(self, tcti: str, terms: TpmTerms, state_dir: Path | None) -> None:
+    def __init__(self, tcti: str, terms: TpmTerms, state_dir: Path | None, *, guest: bool = False) -> None:
         self._tcti = tcti
         self._terms = terms
         self._registers = Registers(terms.pcr_bank, terms.pcrs) if terms.pcrs else None
         self._kept = None if state_dir is None else Kept(state_dir)
-        self._resource_manager = tcti.startswith(_RESOURCE_MANAGERS)
+        self._resource_manager = guest or is_shared(tcti)
         self._esapi: ESAPI | None = None
         self._srk: Any = None
         self._sessions: Sessions | None = None

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 # tpm2-tss prints every TPM error to standard error by itself; here each becomes an exception with its own words, and a
 # line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins,
@@ -27,7 +27,7 @@ os.environ["TSS2_LOG"] = re.sub("debug|trace", "info", os.environ.get("TSS2_LOG"
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tpm2_pytss import TSS2_Exception
+from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import TPM2_ALG, TPM2_RH, TPM2_ST
 from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS, TPMT_SIGNATURE, TPMT_TK_HASHCHECK
 
@@ -44,6 +44,8 @@ from stationkey.terms import TpmTerms
 
 __all__ = ["KEY_ATTRIBUTES", "Tpm2KeyStore"]
 
+T = TypeVar("T")
+
 _SCHEME: Final = "tpm2"
 _NO_TICKET: Final = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=TPM2_RH.NULL)  # the digest was made outside
 
@@ -56,10 +58,13 @@ class Tpm2KeyStore(Device):
             given: without one, tpm2-tss falls through to whatever listens on localhost:2321.
         terms: storage root key, authorisation values, policy and sessions.
         state_dir: the state directory, where some of these need a file of their own; see `stationkey.keystore.kept`.
+        guest: unload nothing that others have loaded, as behind a resource manager.
     """
 
-    def __init__(self, tcti: str, *, terms: TpmTerms | None = None, state_dir: Path | None = None) -> None:
-        super().__init__(tcti, terms or TpmTerms(), state_dir)
+    def __init__(
+        self, tcti: str, *, terms: TpmTerms | None = None, state_dir: Path | None = None, guest: bool = False
+    ) -> None:
+        super().__init__(tcti, terms or TpmTerms(), state_dir, guest=guest)
         self.uri = f"{_SCHEME}:{tcti}"
         self._unsealed: dict[Path, bytes] = {}
         # A key just made is loaded already, and one just signed with still is: until `unload`, or the next command.
@@ -130,6 +135,16 @@ class Tpm2KeyStore(Device):
         _own(key)
         if self._loaded is not None and self._loaded.key == key:
             self.unload()
+
+    def lend(self, key: KeyRef | None, use: Callable[[ESAPI, Any, Any], T]) -> T:
+        """See `stationkey.keystore.Lending`. TPM2_Certify takes the value of a key, whether or not it has a policy."""
+
+        def command() -> T:
+            handle = None if key is None else self._load(key)
+            assert self._sessions is not None
+            return use(self._esapi, handle, self._sessions.authorising())
+
+        return self._with_device(command)
 
     def unload(self) -> None:
         loaded, self._loaded = self._loaded, None

@@ -1,0 +1,148 @@
+"""A challenge that only one TPM can open, and only with one attestation key in it [TPM 2.0 part 1, 24].
+
+An endorsement key signs nothing. What can be done with it is to hide a secret: TPM2_MakeCredential, here in software,
+encrypts it to the endorsement key and binds it to the name of an attestation key. TPM2_ActivateCredential gives it out
+only where both are in the same TPM. The name is a hash over all that the attestation key is, so what is believed of it
+before (that it is restricted, for example) is then true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
+from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
+
+from stationkey.attestation.documents import SECRET_SIZE, Challenge, Secret
+from stationkey.attestation.refusals import unsupported
+from stationkey.attestation.structures import HASHES, PublicKey, describe_key, spki_of
+
+NONCE_SIZE: Final = 32
+_BLOCK: Final = 16
+_PROOF_LABEL: Final = b"stationkey activation v1\0"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the templates of endorsement keys have in common for a kind of key [TCG EK Credential Profile 2.5, B.4].
+
+    Attributes:
+        name_alg: hashlib's name of the hash.
+        aes_bits: of the AES key that protects what is sent to the key.
+    """
+
+    name_alg: str
+    aes_bits: int
+
+
+_KINDS: Final = {
+    "RSA-2048": _Kind("sha256", 128),
+    "RSA-3072": _Kind("sha384", 256),
+    "RSA-4096": _Kind("sha384", 256),
+    "secp256r1": _Kind("sha256", 128),
+    "secp384r1": _Kind("sha384", 256),
+    "secp521r1": _Kind("sha512", 256),
+}
+
+
+def make_challenge(ek: PublicKey, ak_name: bytes, *, believed: str) -> tuple[Challenge, Secret]:
+    """Make a new challenge: what goes to the station, and what stays here.
+
+    Args:
+        ek: the endorsement key; its template is taken to be the TCG's for a key of its kind.
+        ak_name: name of an attestation key whose public area was found to be that of one.
+        believed: why `ek` is believed to be an endorsement key, in words, for the verdict.
+
+    Raises:
+        NotVerified: no template of the TCG has a key of this kind.
+    """
+    secret, nonce = secrets.token_bytes(SECRET_SIZE), secrets.token_bytes(NONCE_SIZE)
+    credential_blob, encrypted_secret = make_credential(ek, ak_name, secret)
+    challenge = Challenge(
+        ak_name=ak_name,
+        ek=spki_of(ek),
+        credential_blob=credential_blob,
+        encrypted_secret=encrypted_secret,
+        nonce=nonce,
+    )
+    return challenge, Secret(secret=secret, ak_name=ak_name, ek=challenge.ek, believed=believed, nonce=nonce)
+
+
+def make_credential(ek: PublicKey, ak_name: bytes, credential: bytes) -> tuple[bytes, bytes]:
+    """What TPM2_MakeCredential gives: TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET [part 3, 12.6].
+
+    Raises:
+        NotVerified: no template of the TCG has a key of this kind.
+    """
+    described = describe_key(ek)
+    if described not in _KINDS:
+        raise unsupported(f"no endorsement key of the TCG's templates is {described}")
+    kind = _KINDS[described]
+    seed, encrypted_seed = _share_seed(ek, kind)
+    digest_size = hashlib.new(kind.name_alg).digest_size
+    identity = _encrypt(_kdfa(kind, seed, b"STORAGE", ak_name, kind.aes_bits // 8), _sized(credential))
+    integrity = hmac.digest(_kdfa(kind, seed, b"INTEGRITY", b"", digest_size), identity + ak_name, kind.name_alg)
+    return _sized(_sized(integrity) + identity), _sized(encrypted_seed)
+
+
+def activation(secret: bytes, attestation: bytes) -> bytes:
+    """The proof that a challenge was opened, for evidence with this TPMS_ATTEST: HMAC-SHA-256 by what was in it.
+
+    The secret itself stays out of the evidence, and the proof fits no other.
+    """
+    return hmac.digest(secret, _PROOF_LABEL + attestation, "sha256")
+
+
+def _share_seed(ek: PublicKey, kind: _Kind) -> tuple[bytes, bytes]:
+    """A seed, and what the endorsement key gets it back from [part 1, B.10.3 and C.6.3]."""
+    size = hashlib.new(kind.name_alg).digest_size
+    algorithm = HASHES[kind.name_alg]
+    if isinstance(ek, rsa.RSAPublicKey):
+        seed = secrets.token_bytes(size)
+        # The terminating zero belongs to the label [part 1, B.4].
+        oaep = padding.OAEP(padding.MGF1(algorithm), algorithm, b"IDENTITY\0")
+        return seed, ek.encrypt(seed, oaep)
+    ephemeral = ec.generate_private_key(ek.curve)
+    here, there = (key.public_numbers() for key in (ephemeral.public_key(), ek))
+    length = (ek.curve.key_size + 7) // 8
+    here_x, here_y, there_x = (number.to_bytes(length, "big") for number in (here.x, here.y, there.x))
+    # KDFe [part 1, 11.4.10.3] is the concatenation KDF of SP 800-56A.
+    derive = ConcatKDFHash(algorithm, size, b"IDENTITY\0" + here_x + there_x)
+    return derive.derive(ephemeral.exchange(ec.ECDH(), ek)), _sized(here_x) + _sized(here_y)
+
+
+def _kdfa(kind: _Kind, key: bytes, label: bytes, context: bytes, size: int) -> bytes:
+    """KDFa [part 1, 11.4.10.2]: SP 800-108 in counter mode."""
+    return KBKDFHMAC(
+        algorithm=HASHES[kind.name_alg],
+        mode=Mode.CounterMode,
+        length=size,
+        rlen=4,
+        llen=4,
+        location=CounterLocation.BeforeFixed,
+        label=label,
+        context=context,
+        fixed=None,
+    ).derive(key)
+
+
+def _encrypt(key: bytes, data: bytes) -> bytes:
+    """AES in CFB with an initial vector of zeros. cryptography has moved its own CFB from one place to another."""
+    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305 - the block cipher alone, for the mode below
+    last, encrypted = bytes(_BLOCK), b""
+    for start in range(0, len(data), _BLOCK):
+        mask = block.update(last)
+        last = bytes(one ^ other for one, other in zip(data[start : start + _BLOCK], mask, strict=False))
+        encrypted += last
+    return encrypted
+
+
+def _sized(data: bytes) -> bytes:
+    """A TPM2B."""
+    return len(data).to_bytes(2, "big") + data
