@@ -39,12 +39,14 @@ from stationkey.attestation import credential, trust, verifier
 from stationkey.attestation.documents import AttestationKey, Challenge, EndorsementKey, Evidence
 from stationkey.attestation.structures import PublicKey, read_public, spki_of
 from stationkey.attestation.trust import RecordedKey, RecordedName
+from stationkey.credential import SecretReference
 from stationkey.errors import KeyStoreError, NotVerified
 from stationkey.keystore import KeyRef, attestation, capabilities
 from stationkey.keystore.attestation import AttestationTerms
 from stationkey.keystore.endorsement import endorsement
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.profiles import Algorithm
+from stationkey.terms import TpmTerms
 
 NONCE = bytes(range(16))
 TERMS = AttestationTerms()
@@ -142,6 +144,36 @@ def test_a_key_of_each_kind_is_attested(tpm: Swtpm, keys: dict[Algorithm, KeyRef
     assert verdict.spki == keys[algorithm].public
     assert "the attestation names it as a primary key of the endorsement hierarchy" in verdict.proved
     assert loaded(tpm) == ""
+
+
+@pytest.mark.parametrize(
+    "protection",
+    [
+        pytest.param({"auth": True}, id="an authorisation value"),
+        pytest.param({"pcrs": (7,)}, id="registers"),
+        pytest.param({"auth": True, "pcrs": (0, 7)}, id="both"),
+        pytest.param({"session": "hmac"}, id="HMAC sessions"),
+        pytest.param({"auth": True, "pcrs": (7,), "session": "encrypted"}, id="everything"),
+    ],
+)
+def test_a_key_that_is_protected_besides_is_attested(swtpm: Swtpm, tmp_path: Path, protection: dict[str, Any]) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("sesame")
+    terms = TpmTerms(
+        key_auth=SecretReference(str(secret)) if protection.get("auth") else None,
+        pcrs=protection.get("pcrs", ()),
+        session=protection.get("session", "none"),
+    )
+    with closing(Tpm2KeyStore(swtpm.tcti, terms=terms, state_dir=tmp_path)) as store:
+        key = store.generate(Algorithm.ECDSA_SHA256)
+    qualifying = verifier.qualifying_data(NONCE)
+
+    with closing(Tpm2KeyStore(swtpm.tcti, terms=terms, state_dir=tmp_path, guest=True)) as store:
+        evidence = attestation.attest(store, key, qualifying=qualifying, terms=TERMS)
+
+    assert verifier.verify(evidence, anchor_of(swtpm), nonce=NONCE).spki == key.public
+    assert loaded(swtpm) == ""
 
 
 def test_the_evidence_of_one_tpm_is_not_believed_for_another(
