@@ -48,6 +48,7 @@ class TestScore:
         score = re.search(r"Overall exposure level for stationkey.service: ([\d.]+) (\w+)", security().stdout)
         assert score is not None
         assert f"**{score[1]} {score[2]}**" in HARDENING
+        assert f"(exposure {score[1]} by `systemd-analyze security`)" in (ROOT / "README.md").read_text()
         listed = dict(re.findall(r"^\| `([^`]+)` \| ([\d.]+) \|", HARDENING, re.MULTILINE))
         assert {name.replace("\\|", "|"): counts for name, counts in listed.items()} == exposed()
 
