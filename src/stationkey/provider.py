@@ -23,6 +23,8 @@ from stationkey.errors import BrokerError, ConfigurationError
 
 MAX_OPENED: Final = 100
 """How often a process has the provider anew. OpenSSL forgets nothing of the times before."""
+MAX_VAIN: Final = 4
+"""How often, where the time before brought nothing."""
 DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
 
 _QUERY_OPERATION: Final = 1027
@@ -68,6 +70,8 @@ class TpmProvider:
         self._opened = 0
         self._name = b""
         self._handle: int | None = None
+        self._worked = False
+        self._vain = 0
 
     def open(self, tcti: str | None) -> None:
         """Have it, with a connection to the TPM; nothing is done where it is there already.
@@ -104,11 +108,28 @@ class TpmProvider:
             )
         self._opened += 1
 
-    def close(self) -> None:
-        """Have it anew at the next time."""
-        if self._handle is not None and self._opened < MAX_OPENED:
-            _openssl().OSSL_PROVIDER_unload(self._handle)
-            self._handle = None
+    def works(self) -> None:
+        """Note that a key was loaded by it."""
+        self._worked = True
+
+    def close(self) -> bool:
+        """Give it up, to have it anew: its connection to the TPM may have ended.
+
+        Its connection may also be well, and OpenSSL keeps it for as long as the process lives. A resource manager has
+        few of them to give, so one that never worked is given up only `MAX_VAIN` times.
+
+        Returns:
+            Whether it can be had anew.
+        """
+        if self._handle is None:
+            return True
+        if self._opened >= MAX_OPENED or (not self._worked and self._vain >= MAX_VAIN):
+            return False
+        self._vain += not self._worked
+        self._worked = False
+        _openssl().OSSL_PROVIDER_unload(self._handle)
+        self._handle = None
+        return True
 
     def _narrowed(self, entry: Callable[..., int]) -> Any:
         """What starts the provider, without what imports keys."""
