@@ -210,12 +210,18 @@ class MqttConnection:
         client.on_socket_register_write = self._on_socket_register_write
         client.on_socket_unregister_write = self._on_socket_unregister_write
 
+    @property
+    def version(self) -> str:
+        """Of MQTT that is spoken: ``5``, or ``3.1.1``, in which a broker cannot say that it refuses a publication."""
+        return "5" if self._is_v5 else "3.1.1"
+
     async def open(self) -> None:
         """Connect.
 
         Raises:
             ProtocolRefused: the broker does not speak this version of MQTT.
             BrokerError: no connection.
+            ConfigurationError: what the terms name cannot be read, or is of no use with this broker.
         """
         properties = None
         arguments: dict[str, Any] = {}

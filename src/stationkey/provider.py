@@ -74,7 +74,7 @@ class TpmProvider:
         self._vain = 0
 
     def open(self, tcti: str | None) -> None:
-        """Have it, with a connection to the TPM; nothing is done where it is there already.
+        """Have it, with a connection to the TPM; nothing is done where it is there, from here or by ``OPENSSL_CONF``.
 
         Args:
             tcti: of the TPM; None for what the environment has in ``TPM2OPENSSL_TCTI``, or else `DEFAULT_TCTI`.
@@ -85,10 +85,12 @@ class TpmProvider:
         """
         if self._handle is not None:
             return
+        openssl = _openssl()
+        if openssl.OSSL_PROVIDER_available(None, b"tpm2"):
+            return  # by OPENSSL_CONF: whoever set it has said what TPM there is
         # Never without: tpm2-tss would take whatever TPM it finds, a simulator included.
         os.environ["TPM2OPENSSL_TCTI"] = tcti or os.environ.get("TPM2OPENSSL_TCTI") or DEFAULT_TCTI
         os.environ.setdefault("TSS2_LOG", "all+none")  # what there is to say is said by whoever uses the key
-        openssl = _openssl()
         # By a name of its own each time: what was had by a name once, OpenSSL gives back for ever, with its connection
         # to a TPM that may have ended long ago.
         name = f"stationkey-tpm2-{self._opened}".encode()
@@ -219,6 +221,7 @@ def _openssl() -> ctypes.CDLL:
     """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)]."""
     openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
     openssl.OPENSSL_info.restype = c_char_p
+    openssl.OSSL_PROVIDER_available.argtypes = [c_void_p, c_char_p]
     openssl.OSSL_PROVIDER_add_builtin.argtypes = [c_void_p, c_char_p, c_void_p]
     openssl.OSSL_PROVIDER_load.argtypes = [c_void_p, c_char_p]
     openssl.OSSL_PROVIDER_load.restype = c_void_p
