@@ -571,9 +571,8 @@ async def _in_thread(call: Callable[[], T], *, name: str) -> T:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     result = asyncio.wrap_future(future)
-    result.add_done_callback(
-        lambda done: done.cancelled() or done.exception()
-    )  # it may come when nobody waits any more
+    # What comes when nobody waits any more is looked at, so that nobody is told that nobody looked.
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(result)
 
 
@@ -615,7 +614,9 @@ def availability(prefix: str, topic: str) -> str:
     request, response = topics(prefix)
     whole = request.removesuffix(REQUEST_TOPIC) + topic
     if not topic or not _is_topic(whole) or whole in {request, response}:
-        raise ConfigurationError(f"{topic[:80]!r} cannot be that topic", reason="availability_topic_invalid")
+        raise ConfigurationError(
+            f"{topic[:80]!r} cannot be the availability topic", reason="availability_topic_invalid"
+        )
     return whole
 
 
