@@ -269,20 +269,25 @@ class _Tpm:
                 return self._made[1]
             self._made = None
             gc.collect()  # the key of the context before it leaves its slot only now
-            if self._stale:
-                TPM_PROVIDER.close()
-                self._stale = False
-            TPM_PROVIDER.open(files.terms.tcti)
-            try:
-                context = _context(files)
-            except BrokerError:
-                TPM_PROVIDER.close()
-                raise
+            self._stale = False
+            context = self._load(files)
             self._made = files, context
             return context
 
+    def _load(self, files: _Files) -> ssl.SSLContext:
+        TPM_PROVIDER.open(files.terms.tcti)
+        try:
+            context = _context(files)
+        except BrokerError:
+            if not TPM_PROVIDER.close():
+                raise
+            TPM_PROVIDER.open(files.terms.tcti)
+            context = _context(files)
+        TPM_PROVIDER.works()
+        return context
+
     def failed(self) -> bool:
-        """TLS failed, and so may have the TPM, or the connection to it: have both anew next time.
+        """TLS failed, and so may have the TPM: have the key loaded anew next time.
 
         Returns:
             Whether a key in a TPM was used at all.

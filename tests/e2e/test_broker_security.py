@@ -317,7 +317,7 @@ def test_a_wrong_password_is_said_and_the_right_one_taken_without_a_restart(tmp_
     [
         pytest.param('ca_file = "ca.pem"', "mqtts://", id="tls-options-without-tls"),
         pytest.param('password_file = "absent"\nusername = "u"', "absent cannot be read", id="no-password-file"),
-        pytest.param('availability_topic = "josev/cs"', "cannot be that topic", id="availability-topic"),
+        pytest.param('availability_topic = "josev/cs"', "cannot be the availability topic", id="availability-topic"),
     ],
 )
 def test_what_cannot_be_is_refused_at_the_start(tmp_path: Path, toml: str, said: str) -> None:

@@ -14,17 +14,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from outside import BOUND, Station, run
+from outside import BOUND, Station, run, software_station
 from peers import Bus, ResourceManager, Swtpm
 
 from secured import Authority, SecuredMosquitto, commands, write_secret
 from stationkey.profiles import Algorithm
+from stationkey.tls import environment, openssl_configuration
 
 MAKE_KEY = """\
 import sys
@@ -119,15 +120,29 @@ def test_the_broker_knows_the_daemon_by_a_certificate_whose_key_is_in_the_tpm(si
 
 def test_a_command_does_so_too(site: Site) -> None:
     key = site.make_key(Algorithm.ECDSA_SHA256)
-    data = ("--common-name", "DE-ABC-S-1", "--organization-name", "EcoG", "--country-name", "DE", "--timeout", "0.1")
+    data = ("--common-name", "DE-ABC-S-1", "--organization-name", "EcoG", "--country-name", "DE")
     terms = ("--mqtt-ca-file", str(site.brokers.file), "--mqtt-certificate-file", str(key))
-    done = run(
-        *("request", "v2g_certificate", *data, "--broker", site.broker.tls_url, *terms),
-        **site.resource_manager.environment,
-        TPM2OPENSSL_TCTI=site.resource_manager.tcti,
-    )
-    assert done.returncode == 4, done.stderr  # nobody is there to answer
+    with software_station(site.directory, site.broker):
+        done = run(
+            *("request", "v2g_certificate", *data, "--broker", site.broker.tls_url, *terms),
+            **site.resource_manager.environment,
+            TPM2OPENSSL_TCTI=site.resource_manager.tcti,
+        )
+    assert done.returncode == 0, done.stderr
     assert "u'stationkey'" in site.broker.log
+
+
+def test_it_does_so_where_openssl_is_told_of_the_tpm_already(site: Site) -> None:
+    """Then the TPM verifies as well, so the authority has a key that it knows."""
+    configuration = site.directory / "openssl.cnf"
+    configuration.write_text(openssl_configuration(tcti=site.resource_manager.tcti))
+    variables = environment(configuration, tcti=site.resource_manager.tcti)
+    brokers = Authority(site.directory / "brokers")
+    with SecuredMosquitto(site.directory / "another", brokers.broker(), site.clients) as broker:
+        here = replace(site, brokers=brokers, broker=broker)
+        with here.station(here.make_key(Algorithm.ECDSA_SHA256), **variables) as station:
+            assert "u'stationkey'" in broker.log
+            assert station.stop() == 0
 
 
 def test_broker_and_resource_manager_may_die_and_the_daemon_comes_back_by_itself(site: Site) -> None:
