@@ -264,7 +264,9 @@ def open_files() -> int:
 
 class TestWhoeverHoldsItUp:
     @pytest.mark.parametrize("sent", [b"", b"GET /page HTTP/1.1\r\nHost: lo"], ids=["nothing", "half a request"])
-    async def test_half_open_connections_keep_nobody_out_and_are_few(self, sent: bytes) -> None:
+    async def test_half_open_connections_keep_nobody_out_are_few_and_fill_no_log(
+        self, sent: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async with serving() as address, AsyncExitStack() as stack:
             held = []
             for _ in range(200):
@@ -278,13 +280,14 @@ class TestWhoeverHoldsItUp:
                     with suppress(ConnectionError):  # a reset is as good as an end
                         assert await reader.read() == b""
             assert PAGE in await get(address)
+        assert caplog.records == []
 
     async def test_a_connection_lasts_no_longer_than_its_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(endpoint, "TIME_LIMIT", 0.05)
         async with serving() as address:
             assert await exchange(address, b"GET /page HTTP/1.1\r\n") == b""
 
-    async def test_one_that_does_not_read_or_goes_away_leaves_nothing(self) -> None:
+    async def test_one_that_does_not_read_or_goes_away_leaves_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
         before = open_files()
         async with serving() as address:
             for _ in range(3 * MAX_CONNECTIONS):
@@ -293,6 +296,7 @@ class TestWhoeverHoldsItUp:
                 writer.transport.abort()
             assert PAGE in await get(address)
         async with asyncio.timeout(BOUND):
+            assert caplog.records == []
             while open_files() > before:  # noqa: ASYNC110 - nobody tells when a transport has closed its file
                 await asyncio.sleep(0.01)
 

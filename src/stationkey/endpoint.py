@@ -79,6 +79,7 @@ class Endpoint:
         self._any_host = listener.address.path is not None
         self._open: dict[_Connection, None] = {}  # in the order of their coming
         self._server: asyncio.Server | None = None
+        self._ending = False
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(
@@ -90,6 +91,7 @@ class Endpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._server is not None
+        self._ending = True
         self._server.close()
         tasks = [connection.task for connection in self._open if connection.task is not None]
         for task in tasks:
@@ -112,6 +114,9 @@ class Endpoint:
                     ignored += len(more)
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # it was too slow, or has gone
+        except asyncio.CancelledError:
+            if not self._ending:  # else the end is in order, and asyncio would log it as a fault
+                raise
         finally:
             self._open.pop(connection, None)
             writer.transport.abort()
@@ -134,12 +139,9 @@ class Endpoint:
                 raise _Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE) from None
             connection.answering = True
             method, page = self._find(head.decode("latin-1").split("\r\n"))
-            reply = await page()
+            reply = await _shown(page)
         except _Refused as refused:
             reply = Reply(f"{refused.status.phrase}\n".encode(), status=refused.status)
-        except Exception:
-            log.exception("a page could not be made; this is a fault of stationkey")
-            reply = Reply(b"a fault of stationkey; see its log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
         return _response(reply, with_body=method != "HEAD")
 
     def _find(self, lines: list[str]) -> tuple[str, Page]:
@@ -165,6 +167,14 @@ class Endpoint:
         if page is None:
             raise _Refused(HTTPStatus.NOT_FOUND)
         return method, page
+
+
+async def _shown(page: Page) -> Reply:
+    try:
+        return await page()
+    except Exception:
+        log.exception("a page could not be made; this is a fault of stationkey")
+        return Reply(b"a fault of stationkey; see its log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def is_loopback_host(host: str) -> bool:
