@@ -194,6 +194,46 @@ def test_a_link_of_the_administrators_to_the_state_directory_is_followed_once(tm
     assert directory.path == tmp_path / "data"
 
 
+def test_a_link_that_others_could_exchange_is_not_followed_to_a_state_directory(
+    tmp_path: Path, elsewhere: Elsewhere
+) -> None:
+    """Where it leads to is root's alone. But who may write beside the link can have it lead elsewhere tomorrow."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    (shared / "link").symlink_to(elsewhere.directory)
+
+    for path in (shared / "link" / "state", shared / "link"):
+        with pytest.raises(ConfigurationError) as refusal:
+            StateDirectory(path)
+        assert refusal.value.reason == "state_dir_exchangeable"
+    assert elsewhere.untouched
+
+
+def test_a_link_of_somebody_else_in_a_sticky_directory_is_not_followed(tmp_path: Path, elsewhere: Elsewhere) -> None:
+    shared = tmp_path / "tmp"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "stationkey").symlink_to(elsewhere.directory)
+    subprocess.run([*AS_ROOT, "chown", "--no-dereference", str(NOBODY), str(shared / "stationkey")], check=True)
+
+    with pytest.raises(ConfigurationError) as refusal:
+        StateDirectory(shared / "stationkey" / "state")
+
+    assert f"stationkey belongs to uid {NOBODY}" in refusal.value.message
+    assert elsewhere.untouched
+
+
+def test_a_way_up_out_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        StateDirectory(tmp_path / "nowhere" / ".." / "state")
+
+    for path, real in (("a/b/state", "a/b/state"), ("a/../c", "c")):
+        directory = StateDirectory(tmp_path / path)
+        directory.close()
+        assert directory.path == tmp_path / real
+
+
 @pytest.mark.parametrize("what", ["a link to itself", "a link to nothing", "a FIFO", "a link to a file"])
 def test_what_leads_to_no_directory_is_refused_in_words(tmp_path: Path, elsewhere: Elsewhere, what: str) -> None:
     PLANTS[what](tmp_path / "state", elsewhere)
