@@ -26,7 +26,17 @@ from stationkey.messages import (
     decode_response,
     rejected,
 )
-from stationkey.mqtt import MAX_IN_HAND, MAX_WAITING, Broker, ConnectionLost, MqttConnection, MqttEdge, connect, topics
+from stationkey.mqtt import (
+    MAX_IN_HAND,
+    MAX_WAITING,
+    Broker,
+    ConnectionLost,
+    MqttConnection,
+    MqttEdge,
+    availability,
+    connect,
+    topics,
+)
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
@@ -169,6 +179,8 @@ def at(mosquitto: Mosquitto) -> Broker:
         pytest.param("mqtt://127.0.0.1:1884", Broker("127.0.0.1", 1884), "mqtt://127.0.0.1:1884", id="host-and-port"),
         pytest.param("mqtt://broker.local", Broker("broker.local"), "mqtt://broker.local:1883", id="host"),
         pytest.param("mqtt://[::1]:1884/", Broker("::1", 1884), "mqtt://[::1]:1884", id="ipv6"),
+        pytest.param("mqtts://h", Broker("h", 8883, tls=True), "mqtts://h:8883", id="tls"),
+        pytest.param("mqtts://h:1883", Broker("h", 1883, tls=True), "mqtts://h:1883", id="tls-and-port"),
     ],
 )
 def test_a_broker_is_named_by_host_and_port(url: str, broker: Broker, shown: str) -> None:
@@ -221,6 +233,24 @@ def test_a_prefix_is_put_before_both_topics(prefix: str, request_topic: str) -> 
 def test_a_prefix_that_cannot_begin_a_topic_is_refused(prefix: str) -> None:
     with pytest.raises(ConfigurationError, match="cannot begin a topic"):
         topics(prefix)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "whole"),
+    [
+        pytest.param("", "cs/stationkey/availability", id="none"),
+        pytest.param("site/7", "site/7/cs/stationkey/availability", id="levels"),
+    ],
+)
+def test_a_prefix_is_put_before_the_availability_topic(prefix: str, whole: str) -> None:
+    assert availability(prefix, "cs/stationkey/availability") == whole
+
+
+@pytest.mark.parametrize("topic", ["", "a/+", "#", "$SYS/a", "a\0", "josev/cs", "cs/josev", "x" * 2000])
+def test_an_availability_topic_that_cannot_be_one_is_refused(topic: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        availability("", topic)
+    assert refused.value.reason == "availability_topic_invalid"
 
 
 # A connection.
