@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from peers import Mosquitto, Swtpm
+
+if TYPE_CHECKING:
+    from protection import Openers
 
 
 @pytest.fixture
@@ -28,3 +33,12 @@ def session_swtpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swtpm]:
     """A running TPM that many tests share: to be used and left as it was found."""
     with Swtpm(tmp_path_factory.mktemp("swtpm")) as tpm:
         yield tpm
+
+
+@pytest.fixture
+def opened(swtpm: Swtpm, tmp_path: Path) -> Iterator[Openers]:
+    """Opens ``tpm2:`` stores in this test's TPM."""
+    from protection import Openers  # noqa: PLC0415 - most tests need no TPM stack
+
+    with closing(Openers(swtpm, tmp_path)) as openers:
+        yield openers

@@ -32,7 +32,7 @@ from stationkey.lifecycle import KeyState
 from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest
 from stationkey.profiles import Algorithm, CertificateType
 from stationkey.service import StationKeyService
-from stationkey.terms import Terms
+from stationkey.terms import Terms, TpmTerms
 
 V2G = CertificateType.V2G_CERTIFICATE
 V2G20 = CertificateType.V2G20_CERTIFICATE
@@ -255,6 +255,7 @@ async def station(
     state_dir: Path,
     *,
     keystore: str = "software:",
+    tpm: TpmTerms | None = None,
     terms: Terms | None = None,
     certificate_dir: Path | None = None,
     clocks: Clocks | None = None,
@@ -263,7 +264,8 @@ async def station(
     clocks = clocks or Clocks()
     state_dir.mkdir(mode=0o700, exist_ok=True)  # noqa: ASYNC240 - nothing else runs yet
     with closing(Ledger(state_dir / DATABASE_NAME)) as ledger:
-        thread = KeyStoreThread(keystore_opener(keystore, allow_software_keys=True))
+        opener = keystore_opener(keystore, allow_software_keys=True, terms=tpm, state_dir=state_dir)
+        thread = KeyStoreThread(opener)
         # The service takes the machine's own clock, which no test could wait for.
         with mock.patch("stationkey.service.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
             service = StationKeyService(

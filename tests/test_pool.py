@@ -38,7 +38,7 @@ from stationkey.messages import GenerateCsrResponse
 from stationkey.pool import MARGIN, RETRY_LAST, KeyPool
 from stationkey.profiles import RSA_3072, SECP256R1, SECP521R1, Algorithm, KeyType, RsaModulus
 from stationkey.service import DEADLINE, StationKeyService
-from stationkey.terms import DAY, PoolTerms
+from stationkey.terms import DAY, PoolTerms, TpmTerms
 
 T = TypeVar("T")
 
@@ -186,6 +186,7 @@ async def pooled(
     *,
     store: Store | None = None,
     keystore: str | None = None,
+    tpm: TpmTerms | None = None,
     clocks: Clocks | None = None,
 ) -> AsyncIterator[Here]:
     """A service with a pool, that ends with the block; its ledger stays, and so it can be started again."""
@@ -196,7 +197,8 @@ async def pooled(
         return own
 
     with closing(Ledger(folder / DATABASE_NAME)) as ledger:
-        thread = NotedThread(keystore_opener(keystore) if keystore else open_own, clock=lambda: clocks.machine)
+        opener = keystore_opener(keystore, terms=tpm, state_dir=folder) if keystore else open_own
+        thread = NotedThread(opener, clock=lambda: clocks.machine)
         with mock.patch("stationkey.service.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
             answering = StationKeyService(thread, ledger, pool=terms, clock=lambda: clocks.wall)
         making = asyncio.create_task(answering.pool.run(), name="make-ahead")
@@ -486,6 +488,27 @@ async def test_keys_of_another_tpm_are_given_up_at_the_start_and_others_are_made
         assert len(ahead) == 2
         assert await here.key() == ahead[0]
         assert [key for key in old if here.history(key)] == []
+    assert {said["key_id"] for said in told(caplog, "a key made ahead is destroyed")} == old
+
+
+@pytest.mark.parametrize(
+    "tpm",
+    [
+        pytest.param(TpmTerms(key_auth="generated"), id="value"),
+        pytest.param(TpmTerms(pcrs=(0,)), id="registers"),
+        pytest.param(TpmTerms(srk_handle=0x81000010), id="parent"),
+    ],
+)
+async def test_keys_made_ahead_without_the_protection_of_now_are_given_to_nobody(
+    tmp_path: Path, swtpm: Swtpm, caplog: pytest.LogCaptureFixture, tpm: TpmTerms
+) -> None:
+    async with pooled(tmp_path, keystore=swtpm.uri) as here:
+        await here.full()
+        old = {*here.ahead(SECP256R1), *here.ahead(SECP521R1)}
+    async with pooled(tmp_path, keystore=swtpm.uri, tpm=tpm) as here:
+        await here.full()
+        assert set(here.ahead()) & old == set()
+        assert await here.key() not in old
     assert {said["key_id"] for said in told(caplog, "a key made ahead is destroyed")} == old
 
 

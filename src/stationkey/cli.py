@@ -34,6 +34,7 @@ EXIT_NO_ANSWER: Final = 4
 _ELSEWHERE: Final = {
     "csms": ("stationkey.cli_csms", "csms"),
     "josev": ("stationkey.cli_josev", "josev"),
+    "key-auth": ("stationkey.cli_tls", "key_auth"),
     "tls-config": ("stationkey.cli_tls", "tls_config"),
 }
 """Commands that stand in modules of their own, imported when they are asked for: module and name."""

@@ -1,4 +1,4 @@
-"""``stationkey tls-config``."""
+"""``stationkey tls-config``, and ``stationkey key-auth`` for the services that need it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from stationkey import config
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import CertificateType
 
-
-@click.command("tls-config")
-@click.option(
+_keystore = click.option(
     "--keystore",
     envvar="STATIONKEY_KEYSTORE",
     show_envvar=True,
     metavar="URI",
     help=f"The TPM that the keys are in.  [default: tpm2:device:{config.DEFAULT_DEVICE}, if there is one]",
 )
-@click.option(
+_state_dir = click.option(
     "--state-dir",
     envvar="STATIONKEY_STATE_DIR",
     show_envvar=True,
@@ -31,7 +29,7 @@ from stationkey.profiles import CertificateType
     type=click.Path(path_type=Path),
     help=f"Where active/ is.  [default: {config.DEFAULT_STATE_DIR}]",
 )
-@click.option(
+_config = click.option(
     "--config",
     "config_file",
     envvar="STATIONKEY_CONFIG",
@@ -40,6 +38,57 @@ from stationkey.profiles import CertificateType
     type=click.Path(path_type=Path),
     help="Configuration file (TOML).",
 )
+
+
+def files_of(named: str, state: Path) -> list[Path]:
+    """The files under ``active/`` for a certificate type, or the one file that was named instead.
+
+    Raises:
+        TlsCheckFailed: the type has none.
+    """
+    from stationkey import tls  # noqa: PLC0415 - see the docstring of stationkey.cli
+
+    return tls.active_files(state, CertificateType(named)) if named in set(CertificateType) else [Path(named)]
+
+
+@click.command("key-auth")
+@click.argument("named", metavar="TYPE|FILE")
+@_keystore
+@_state_dir
+@_config
+def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_file: Path | None) -> None:
+    """Write the authorisation value of a key to a pipe, for a service that uses it.
+
+    The key is the active one of a certificate type, or the one in FILE.pem. Where the TPM has sealed the value ([tpm]
+    key_auth = "generated"), it is unsealed. Whoever has the value, the file and the TPM can sign with the key.
+    """
+    from stationkey import tls  # noqa: PLC0415 - see the docstring of stationkey.cli
+    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - same
+
+    if sys.stdout.isatty():
+        raise ConfigurationError(
+            "standard output is a terminal, and what is on a screen others can read",
+            reason="secret_to_terminal",
+            hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
+        )
+    file = config.File() if config_file is None else config.read_file(config_file)
+    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
+    uri = keystore or file.keystore or config.default_keystore()
+    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
+    values: set[bytes] = {tls.password_of(one, open_store) for one in files_of(named, state)}
+    if len(values) != 1 or values == {b""}:
+        words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"
+        raise ConfigurationError(
+            f"{named}: {words}", reason="key_auth_unclear", hint="name the file of one that has one"
+        )
+    (value,) = values
+    sys.stdout.buffer.write(value)
+
+
+@click.command("tls-config")
+@_keystore
+@_state_dir
+@_config
 @click.option(
     "--check",
     "checked",
@@ -74,9 +123,11 @@ def tls_config(
         sys.exit(subprocess.run(command, env=variables, check=False).returncode)  # noqa: S603 - the command itself
 
     from stationkey import tls  # noqa: PLC0415 - see the docstring of stationkey.cli
+    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - same
 
     file = config.File() if config_file is None else config.read_file(config_file)
-    tcti = tls.tcti_of(keystore or file.keystore or config.default_keystore())
+    uri = keystore or file.keystore or config.default_keystore()
+    tcti = tls.tcti_of(uri)
     text = tls.openssl_configuration(tcti=tcti)
     if out is not None:
         try:
@@ -87,14 +138,13 @@ def tls_config(
         if out is None:
             click.echo(text, nl=False)
         return
-    if checked in set(CertificateType):
-        state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
-        files = tls.active_files(state, CertificateType(checked))
-    else:
-        files = [Path(checked)]
+    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
+    files = files_of(checked, state)
+    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
     with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
         configuration = Path(directory, "openssl.cnf")
         configuration.write_text(text, encoding="utf-8")
         for one in files:
-            for handshake in tls.check(one, configuration=configuration, tcti=tcti):
+            password = tls.password_of(one, open_store)
+            for handshake in tls.check(one, configuration=configuration, tcti=tcti, password=password):
                 click.echo(f"{one.name}: {handshake}: ok")

@@ -3,11 +3,13 @@
 Run as a script and with the standard library only: ``OPENSSL_CONF`` applies to a whole process, so what is loaded here
 is what a service would load, and nothing more.
 
-Use: handshake.py ROLE FILE TIMES PORT, where ROLE is ``server`` (PORT 0 for a free one; it is printed) or ``client``.
+Use: handshake.py ROLE FILE TIMES PORT PASSWORD, where ROLE is ``server`` (PORT 0 for a free one; it is printed) or
+``client``, and PASSWORD is a descriptor that the key's password is read from.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import sys
@@ -15,13 +17,14 @@ import sys
 TIMEOUT = 30.0
 
 
-def main(role: str, file: str, times: int, port: int) -> None:
+def main(role: str, file: str, times: int, port: int, password: int) -> None:
     """Load key and chain from `file`, and make `times` handshakes, one after the other."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "server" else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the key that is checked is this side's
-    # A password is never asked for on a terminal: an encrypted key of another program fails at once.
-    context.load_cert_chain(file, password=lambda: b"")
+    # A password is never asked for on a terminal: without one, a key that needs one fails at once.
+    with os.fdopen(password, "rb") as pipe:
+        context.load_cert_chain(file, password=pipe.read())
     print("loaded", flush=True)  # noqa: T201 - read by the other side
     if role == "client":
         for _ in range(times):
@@ -45,4 +48,4 @@ def _greet(session: ssl.SSLSocket) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,7 +29,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from stationkey.active import DIRECTORY_NAME, owner_of
 from stationkey.certificate import UNREADABLE, Chain, read_chain
-from stationkey.errors import ConfigurationError, Fault, StationKeyError
+from stationkey.errors import PASSING, ConfigurationError, Fault, KeyStoreError, StationKeyError
+from stationkey.keystore import KeyStore, Protecting, tss2
 from stationkey.profiles import CertificateType
 
 TIMEOUT: Final = 30.0
@@ -194,7 +195,47 @@ def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Pat
     return files
 
 
-def check(file: Path, *, configuration: Path, tcti: str) -> list[Handshake]:
+def password_of(file: Path, open_store: Callable[[], KeyStore]) -> bytes:
+    """The authorisation value of the key in `file`, which a service has to give OpenSSL as the key's password.
+
+    Args:
+        file: key, leaf and chain, such as those under ``active/``.
+        open_store: opens the key store; asked only where the key has such a value, and closed again.
+
+    Returns:
+        The value, or nothing where the key has none.
+
+    Raises:
+        TlsCheckFailed: it is not to be had, or would be of no use: OpenSSL cannot show a policy.
+    """
+    try:
+        key = tss2.read_pem(file.read_bytes())
+    except (OSError, ValueError):
+        return b""  # the check says so
+    if key is None:
+        return b""
+    if key.policy:
+        raise TlsCheckFailed(
+            f"{file.name}: the key is bound to PCRs, and OpenSSL's tpm2 provider cannot use such a key",
+            reason="tls_policy",
+            exit_code=EXIT_KEY,
+            hint="keys that services use through OpenSSL must be made without [tpm] pcrs",
+        )
+    if key.empty_auth:
+        return b""
+    store = open_store()
+    try:
+        return store.auth_value(key.der()) if isinstance(store, Protecting) else b""
+    except KeyStoreError as error:
+        code = EXIT_TPM if error.reason in PASSING else EXIT_KEY
+        raise TlsCheckFailed(
+            f"{file.name}: {error.message}", reason=error.reason, exit_code=code, hint=error.hint
+        ) from None
+    finally:
+        store.close()
+
+
+def check(file: Path, *, configuration: Path, tcti: str, password: bytes = b"") -> list[Handshake]:
     """Make a TLS handshake on loopback with the key and chain in `file`, for each version that its type needs.
 
     The side with the key runs in a process of its own, as a service would. The other side verifies the chain as far as
@@ -204,6 +245,7 @@ def check(file: Path, *, configuration: Path, tcti: str) -> list[Handshake]:
         file: key, leaf and chain, such as those under ``active/``.
         configuration: of OpenSSL; see `openssl_configuration`.
         tcti: of the TPM.
+        password: of the key; see `password_of`.
 
     Raises:
         TlsCheckFailed: no handshake; says why in words.
@@ -217,7 +259,7 @@ def check(file: Path, *, configuration: Path, tcti: str) -> list[Handshake]:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             listener.settimeout(TIMEOUT)
         port = 0 if listener is None else listener.getsockname()[1]
-        holder = stack.enter_context(_holder(use, file, port, variables))
+        holder = stack.enter_context(_holder(use, file, port, variables, password))
         try:
             holder.expect_loaded()
             if listener is None:
@@ -294,17 +336,25 @@ class _Holder:
 
 
 @contextmanager
-def _holder(use: Use, file: Path, port: int, variables: dict[str, str]) -> Iterator[_Holder]:
+def _holder(use: Use, file: Path, port: int, variables: dict[str, str], password: bytes) -> Iterator[_Holder]:
     script = Path(__file__).with_name("handshake.py")
-    with subprocess.Popen(  # noqa: S603 - our own script, and no shell
-        [sys.executable, "-I", str(script), use.role, str(file), str(len(use.versions)), str(port)],
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as process:
+    # Command line and environment are no places for a password: others can read the one, and children get the other.
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write(password)
+    with (
+        os.fdopen(reading),
+        subprocess.Popen(  # noqa: S603 - our own script, and no shell
+            [sys.executable, "-I", str(script), use.role, str(file), *map(str, (len(use.versions), port, reading))],
+            env=variables,
+            pass_fds=(reading,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
         holder = _Holder(process)
         guard = threading.Timer(TIMEOUT, holder.too_late)
         guard.start()
@@ -373,16 +423,28 @@ _TPM_SIGNS: Final[Sequence[tuple[str, str, str]]] = (
         "the TPM has no room for the key",
         "without a resource manager there is none for a TLS client; use tpm2:device:/dev/tpmrm0, or tpm2-abrmd",
     ),
+    (
+        "Esys_Load() Esys Finish ErrorCode (0x000009a2)",
+        "the storage root key has an authorisation value, and OpenSSL's tpm2 provider cannot give it",
+        "keys that services use through OpenSSL must hang on a storage root key without [tpm] srk_auth",
+    ),
+    *(
+        (code, "the authorisation value is not the key's", "[tpm] key_auth must name the value that it was made with")
+        for code in ("0x000009a2", "0x0000098e")
+    ),
     ("0x000001df", "the key is another TPM's", "a key works only in the TPM that made it; ask for a new one"),
     ("0x0000018b", "the TPM has no primary key where the file says", "was the TPM cleared? Then ask for new keys"),
 )
+
+_TPMS_OWN: Final = frozenset({"tcti", "0x00000902", "0x0000018b"})
+"""Signs of a fault that is not the key's."""
 
 
 def _explained(file: Path, error: Exception, said: str, *, loaded: bool, late: bool) -> TlsCheckFailed:
     """What went wrong, by what the process with the key said."""
     for sign, meaning, hint in _TPM_SIGNS:
         if sign in said:
-            code = EXIT_KEY if sign == "0x000001df" else EXIT_TPM
+            code = EXIT_TPM if sign in _TPMS_OWN else EXIT_KEY
             return TlsCheckFailed(f"{file.name}: {meaning}", reason="tls_tpm_failed", exit_code=code, hint=hint)
     if late:
         return TlsCheckFailed(

@@ -110,8 +110,8 @@ class ChargingStation:
 
 
 @contextmanager
-def charging_station(directory: Path) -> Iterator[ChargingStation]:
-    """A running station with no certificate yet."""
+def charging_station(directory: Path, more: str = "") -> Iterator[ChargingStation]:
+    """A running station with no certificate yet; `more` goes into its configuration file."""
     with (
         Mosquitto(directory / "mosquitto") as broker,
         Swtpm(directory / "swtpm") as tpm,
@@ -120,7 +120,7 @@ def charging_station(directory: Path) -> Iterator[ChargingStation]:
     ):
         (directory / "certificates").mkdir()
         configuration = write(
-            directory / "stationkey.toml", f'[josev]\ncertificate_dir = "{directory / "certificates"}"\n'
+            directory / "stationkey.toml", f'[josev]\ncertificate_dir = "{directory / "certificates"}"\n{more}'
         )
         daemon = subprocess.Popen(
             [

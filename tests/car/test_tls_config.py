@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import configparser
+import json
+import os
+import pty
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from authority import Authority, pem, write
@@ -17,11 +22,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from peers import Swtpm
 
+from protection import SECRET, terms
 from stationkey import tls
 from stationkey.cli import main
+from stationkey.credential import SecretReference
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 from stationkey.profiles import Algorithm, CertificateType
+from stationkey.terms import TpmTerms
 
 CHARGING_STATION, V2G, V2G20 = CertificateType
 CLIENT_ONLY = [(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)]
@@ -44,9 +52,10 @@ class Bench:
         evse: str = "",
         days: int = 60,
         chain: bool = True,
+        terms: TpmTerms | None = None,
     ) -> Path:
         """Key and chain as the daemon puts them under ``active/``."""
-        store = keystore_opener(self.tpm.uri)()
+        store = keystore_opener(self.tpm.uri, terms=terms, state_dir=self.state_dir)()
         try:
             key = store.generate(algorithm)
         finally:
@@ -60,16 +69,31 @@ class Bench:
         certificates = pem([leaf]) + self.authority.sub_cas if chain else ""
         return write(directory / f"{certificate_type}{evse}.pem", key.pem().decode() + certificates)
 
+    def protected(self, **options: Any) -> TpmTerms:
+        """Terms for `active`, and the same in the configuration file for the commands."""
+        found = terms(self.state_dir, **options)
+        lines = [f"{name} = {json.dumps(_in_toml(getattr(found, name)))}" for name in options]
+        self.configuration.write_text("\n".join(["[tpm]", *lines, ""]))
+        return found
+
+    @property
+    def configuration(self) -> Path:
+        return self.state_dir / "stationkey.toml"
+
     def check(self, checked: str | Path, *, keystore: str | None = None, **environment: str) -> Result:
-        arguments = [
-            "--keystore",
-            keystore or self.tpm.uri,
-            "--state-dir",
-            str(self.state_dir),
-            "--check",
-            str(checked),
-        ]
-        return CliRunner(env=environment).invoke(main, ["tls-config", *arguments])
+        arguments = ["tls-config", "--check", str(checked), *self.options(keystore)]
+        return CliRunner(env=environment).invoke(main, arguments)
+
+    def options(self, keystore: str | None = None) -> list[str]:
+        """Of every command here."""
+        options = ["--keystore", keystore or self.tpm.uri, "--state-dir", str(self.state_dir)]
+        return [*options, "--config", str(self.configuration)] if self.configuration.exists() else options
+
+
+def _in_toml(value: object) -> object:
+    if isinstance(value, SecretReference):
+        return value.source
+    return list(value) if isinstance(value, tuple) else value
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +189,114 @@ def test_a_key_for_clients_finds_no_room_in_a_tpm_without_resource_manager(bench
     assert done.exit_code == tls.EXIT_TPM, done.output
     assert "no room" in done.stderr
     assert "tpm2:device:/dev/tpmrm0" in done.stderr
+
+
+# Keys that need more than to be loaded: the table in docs/tls.md.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"key_auth": SECRET}, id="value-in-a-file"),
+        pytest.param({"key_auth": "generated", "session": "encrypted"}, id="value-that-the-tpm-sealed"),
+        pytest.param({"srk_handle": 0x81000010}, id="another-parent"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "algorithm"), [(V2G, Algorithm.ECDSA_SHA256), (V2G20, Algorithm.ECDSA_SHA512)], ids=["TLS-1.2", "TLS-1.3"]
+)
+def test_a_key_serves_tls_with_its_authorisation_value_and_under_any_parent(
+    bench: Bench, options: dict[str, Any], kind: CertificateType, algorithm: Algorithm
+) -> None:
+    """Python's ``load_cert_chain(password=…)``, in the process of the check."""
+    file = bench.active(kind, algorithm, terms=bench.protected(**options))
+    done = bench.check(kind)
+    assert (done.exit_code, done.output[: len(file.name)]) == (0, file.name), done.output
+
+
+@pytest.mark.parametrize("given", ["wrong", None], ids=["wrong", "none"])
+def test_a_wrong_authorisation_value_is_told(bench: Bench, given: str | None) -> None:
+    bench.active(V2G, terms=bench.protected(key_auth=SECRET))
+    bench.configuration.unlink()
+    if given is not None:
+        bench.protected(key_auth=given)
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_KEY
+    assert ("is not the key's" if given else "[tpm] key_auth is not set") in done.stderr
+    assert SECRET not in done.output
+
+
+def test_a_sealed_value_that_is_lost_is_told(bench: Bench) -> None:
+    bench.active(V2G, terms=bench.protected(key_auth="generated"))
+    for file in (bench.state_dir / "tpm").iterdir():
+        file.unlink()
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_KEY
+    assert "not in the state directory" in done.stderr
+    assert list((bench.state_dir / "tpm").iterdir()) == [], "a check makes nothing"
+
+
+def test_a_policy_is_told_as_what_openssl_cannot_use(bench: Bench) -> None:
+    bench.active(V2G, terms=bench.protected(pcrs=(0, 7)))
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_KEY
+    assert "bound to PCRs" in done.stderr
+
+
+def test_a_root_key_with_an_authorisation_value_is_told_as_what_openssl_cannot_use(bench: Bench, swtpm: Swtpm) -> None:
+    other = Bench(swtpm, bench.authority, bench.state_dir)
+    other.active(V2G, terms=other.protected(srk_auth=SECRET))
+    done = other.check(V2G)
+    assert done.exit_code == tls.EXIT_KEY
+    assert "the storage root key has an authorisation value" in done.stderr
+
+
+@pytest.mark.parametrize("auth", [SECRET, "generated"], ids=["file", "generated"])
+def test_openssl_is_given_the_value_through_a_pipe(bench: Bench, auth: str) -> None:
+    """As docs/tls.md has it, `stationkey key-auth` and all; by a command line that has no secret in it."""
+    file = bench.active(V2G, terms=bench.protected(key_auth=auth))
+    command = [sys.executable, "-m", "stationkey", "key-auth", str(V2G), *bench.options()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as giving:
+        assert giving.stdout is not None
+        value = giving.stdout.read()
+    assert giving.returncode == 0
+    assert len(value) == (32 if auth == "generated" else len(SECRET))
+    configuration = bench.state_dir / "openssl.cnf"
+    configuration.write_text(tls.openssl_configuration(tcti=bench.tpm.tcti))
+    asked = ["openssl", "req", "-new", "-key", str(file), "-passin", "stdin", "-subj", "/CN=x", "-verify"]
+    done = subprocess.run(
+        [*asked, "-noout"],
+        env=os.environ | tls.environment(configuration, tcti=bench.tpm.tcti),
+        input=value,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"verify OK" in done.stderr + done.stdout
+
+
+def test_the_value_is_never_written_to_a_terminal(bench: Bench) -> None:
+    bench.active(V2G, terms=bench.protected(key_auth=SECRET))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "stationkey", "key-auth", str(V2G), *bench.options()]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, check=False)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 1
+    assert b"is a terminal" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"), [(("",), "the key has none"), (("", ".DE%2AABC%2AE1"), "different authorisation values")]
+)
+def test_a_value_that_is_not_clear_is_not_given(bench: Bench, keys: tuple[str, ...], words: str) -> None:
+    bench.active(V2G)
+    for evse in keys[1:]:
+        bench.active(V2G, evse=evse, terms=bench.protected(key_auth=SECRET))
+    done = CliRunner().invoke(main, ["key-auth", str(V2G), *bench.options()])
+    assert done.exit_code == 1
+    assert words in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_missing_provider_is_told_with_the_package_to_install(bench: Bench, tmp_path: Path) -> None:

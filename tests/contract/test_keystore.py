@@ -1,4 +1,7 @@
-"""What every key store does, shown on each of them: ``software:``, and ``tpm2:`` in a real TPM simulator."""
+"""What every key store does, shown on each of them: ``software:``, and ``tpm2:`` in a real TPM simulator.
+
+The latter also with each protection that keys can have, and with all at once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.exceptions import InvalidSignature
@@ -15,10 +19,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from peers import Swtpm
 
+from protection import terms
 from stationkey.csr import PrivateKey, PublicKey, key_type
 from stationkey.errors import ConfigurationError, KeyStoreError
-from stationkey.keystore import KeyRef, KeyStore, keystore_opener
+from stationkey.keystore import KeyRef, KeyStore, Protecting, check_key, keystore_opener
 from stationkey.profiles import RSA_3072, SECP256R1, SECP521R1, Algorithm, KeyType
+from stationkey.terms import TpmTerms
 
 DATA = b"to be signed"
 
@@ -46,6 +52,8 @@ class Device:
 
     uri: str
     tpm: Swtpm | None
+    terms: TpmTerms = dataclasses.field(default_factory=TpmTerms)
+    state_dir: Path | None = None
     keys: dict[Algorithm, KeyRef] = dataclasses.field(default_factory=dict)
 
     @property
@@ -53,7 +61,7 @@ class Device:
         return self.uri.partition(":")[0]
 
     def open(self) -> KeyStore:
-        return keystore_opener(self.uri, allow_software_keys=True)()
+        return keystore_opener(self.uri, allow_software_keys=True, terms=self.terms, state_dir=self.state_dir)()
 
     def key(self, store: KeyStore, algorithm: Algorithm) -> KeyRef:
         """A key made at some time before; each is made once, because RSA takes long."""
@@ -68,13 +76,29 @@ class Device:
             self.tpm.start()
 
 
-@pytest.fixture(scope="module", params=["software", "tpm2"])
+PROTECTIONS: dict[str, dict[str, Any]] = {
+    "tpm2": {},
+    "tpm2-auth": {"key_auth": "the value of the keys"},
+    "tpm2-registers": {"pcrs": (0, 7)},
+    "tpm2-hmac": {"session": "hmac"},
+    "tpm2-all": {
+        "srk_handle": 0x81000020,
+        "srk_auth": "the value of the root key",
+        "key_auth": "generated",
+        "pcrs": (0, 7),
+        "pcr_bank": "sha384",
+        "session": "encrypted",
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["software", *PROTECTIONS])
 def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     if request.param == "software":
         yield Device("software:", None)
         return
     with Swtpm(tmp_path_factory.mktemp("swtpm")) as tpm:
-        yield Device(tpm.uri, tpm)
+        yield Device(tpm.uri, tpm, terms(tpm.directory, **PROTECTIONS[request.param]), tpm.directory)
 
 
 @pytest.fixture
@@ -168,6 +192,15 @@ def test_a_key_outlives_its_store_and_a_loss_of_power(device: Device, store: Key
         later.close()
 
 
+def test_a_key_that_works_passes_the_check_and_a_damaged_one_does_not(store: KeyStore) -> None:
+    key = store.generate(Algorithm.ECDSA_SHA256)
+    for as_new in (False, True):
+        check_key(store, key, as_new=as_new)
+        with pytest.raises(KeyStoreError) as caught:
+            check_key(store, dataclasses.replace(key, private=key.private[:-7]), as_new=as_new)
+        assert caught.value.reason == "key_damaged"
+
+
 def test_a_destroyed_key_takes_no_other_with_it(store: KeyStore) -> None:
     kept, used, unused = (store.generate(Algorithm.ECDSA_SHA256) for _ in range(3))
     sign_and_verify(store, used, Algorithm.ECDSA_SHA256)
@@ -228,7 +261,10 @@ def test_a_store_is_found_again_by_its_uri(device: Device, store: KeyStore) -> N
 def test_openssl_signs_with_the_pem_file_of_a_key(
     device: Device, store: KeyStore, algorithm: Algorithm, tmp_path: Path
 ) -> None:
-    """Without asking for anything; where the key is in a TPM, through the tpm2 provider. Plain OpenSSL verifies."""
+    """Where the key is in a TPM, through the tpm2 provider; it can give a value, and show no policy.
+
+    Plain OpenSSL verifies.
+    """
     key = device.key(store, algorithm)
     (tmp_path / "key.pem").write_bytes(key.pem())
     (tmp_path / "data").write_bytes(DATA)
@@ -244,13 +280,23 @@ def test_openssl_signs_with_the_pem_file_of_a_key(
         environment["TPM2OPENSSL_TCTI"] = device.tpm.tcti
         assert (tmp_path / "key.pem").read_bytes().startswith(b"-----BEGIN TSS2 PRIVATE KEY-----")
     digest = f"-{HASHES[algorithm].name}"
-    openssl(tmp_path, environment, "dgst", *providers, digest, "-sign", "key.pem", "-out", "signature", "data")
+    if device.terms.key_auth is not None:
+        assert isinstance(store, Protecting)
+        (tmp_path / "value").write_bytes(store.auth_value(key.private))
+        store.close()
+        providers += ["-passin", "file:value"]
+    command = ("dgst", *providers, digest, "-sign", "key.pem", "-out", "signature", "data")
+    if device.terms.pcrs:
+        # tpm2-openssl 1.1.1 does not know a key file with a policy.
+        assert "Could not read private key" in openssl(tmp_path, environment, *command, fails=True)
+        return
+    openssl(tmp_path, environment, *command)
     plain = dict(os.environ)
     said = openssl(tmp_path, plain, "dgst", digest, "-verify", "public.pem", "-signature", "signature", "data")
     assert said == "Verified OK\n"
 
 
-def openssl(directory: Path, environment: dict[str, str], *arguments: str) -> str:
+def openssl(directory: Path, environment: dict[str, str], *arguments: str, fails: bool = False) -> str:
     done = subprocess.run(
         ["openssl", *arguments],
         cwd=directory,
@@ -261,8 +307,8 @@ def openssl(directory: Path, environment: dict[str, str], *arguments: str) -> st
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert (done.returncode != 0) is fails, done.stderr
+    return done.stderr if fails else done.stdout
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,17 @@ class Protecting(Protocol):
         """
         ...
 
+    def auth_value(self, private: bytes) -> bytes:
+        """The authorisation value of a key; empty where it has none.
+
+        Args:
+            private: as in `KeyRef`.
+
+        Raises:
+            KeyStoreError: it is not known, or the device does not give it out.
+        """
+        ...
+
 
 def check_key(store: KeyStore, key: KeyRef, *, as_new: bool = False) -> None:
     """Show that a store can use a key: see `Protecting`; any other store has to load it.

@@ -72,11 +72,11 @@ class Registers:
         values: list[bytes] = []
         while len(values) < len(self.numbers):
             rest = Registers(self.bank, self.numbers[len(values) :])
-            digests = esapi.pcr_read(rest.structure(), session)[2]  # the TPM gives eight at a time, or fewer
+            _, told, digests = esapi.pcr_read(rest.structure(), session)  # the TPM gives eight at a time, or fewer
             page = [bytes(digest) for digest in digests]
-            if not page:
+            if not page or told.marshal() != Registers(self.bank, rest.numbers[: len(page)]).marshal():
                 raise KeyStoreError(
-                    f"this TPM has no {rest}: the bank is not active",
+                    f"this TPM has no {rest}: the bank is not active, or lacks one of them",
                     reason="pcr_bank_inactive",
                     hint="tpm2_getcap pcrs lists the active banks; [tpm] pcr_bank names the one to use",
                 )

@@ -10,6 +10,7 @@ What is done when the TPM is lost, reset, cleared or full stands at the head of 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ from secrets import token_urlsafe
 from typing import Any, Final
 
 # tpm2-tss prints every TPM error to standard error by itself; here each becomes an exception with its own words, and a
-# line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins.
-os.environ.setdefault("TSS2_LOG", "all+none")
+# line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins,
+# but for the levels at which the library prints whole commands: an authorisation value may be in them.
+os.environ["TSS2_LOG"] = re.sub("debug|trace", "info", os.environ.get("TSS2_LOG", "all+none"), flags=re.IGNORECASE)
 
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import hashes, serialization
@@ -106,14 +108,6 @@ class Tpm2KeyStore(Device):
         self._with_device(lambda: self._check(key))
 
     def auth_value(self, private: bytes) -> bytes:
-        """The authorisation value of a key; empty where it has none.
-
-        Args:
-            private: as in `KeyRef`.
-
-        Raises:
-            KeyStoreError: it is not known, or the TPM does not give it out.
-        """
         try:
             file = KeyFile.read(private)
             policy = PcrPolicy.read(file.policy)
@@ -145,6 +139,7 @@ class Tpm2KeyStore(Device):
                 self._esapi.flush_context(loaded.handle)
             except TSS2_Exception:
                 self._forget()
+        super().unload()
 
     def _emptied(self) -> None:
         self._loaded = None

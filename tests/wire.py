@@ -1,0 +1,169 @@
+"""Between a program and its simulated TPM: somebody who listens on the bus, and may change what crosses it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+from peers import Swtpm, free_port
+
+HEADER: Final = 10
+"""Bytes: tag, size of the whole, command or return code [TPM 2.0 part 1, 18]."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A command and its response, as the program sent the one and the TPM the other."""
+
+    command: bytes
+    response: bytes
+
+    @property
+    def code(self) -> int:
+        """Of the command."""
+        return int.from_bytes(self.command[6:10], "big")
+
+
+Change = Callable[[bytes], bytes]
+
+
+def untouched(message: bytes) -> bytes:
+    return message
+
+
+def flipped(message: bytes, at: int) -> bytes:
+    changed = bytearray(message)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+@dataclass
+class Wire:
+    """Passes all on, records it, and lets `commands` and `responses` change it.
+
+    swtpm is asked by a connection for each command or more, on two ports side by side: the TPM's, and its control.
+    """
+
+    tpm: Swtpm
+    commands: Change = untouched
+    responses: Change = untouched
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.port = free_port(2)
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    @property
+    def tcti(self) -> str:
+        return f"swtpm:host=127.0.0.1,port={self.port}"
+
+    @property
+    def codes(self) -> list[int]:
+        """The commands that crossed, by their codes."""
+        return [exchange.code for exchange in self.exchanges]
+
+    @property
+    def heard(self) -> bytes:
+        """All that a listener has heard."""
+        return b"".join(exchange.command + exchange.response for exchange in self.exchanges)
+
+    def __enter__(self) -> Self:
+        for offset, serve in ((0, self._talk), (1, self._pass_on)):
+            listener = self._remember(socket.create_server(("127.0.0.1", self.port + offset)))
+            self._run(lambda listener=listener, offset=offset, serve=serve: self._accept(listener, offset, serve))  # type: ignore[misc] # mypy infers no lambda with defaults
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            sockets, self._sockets = self._sockets, []
+        for each in sockets:
+            _end(each)
+        for thread in self._threads:
+            thread.join()
+
+    def _remember(self, new: socket.socket) -> socket.socket:
+        with self._lock:
+            self._sockets.append(new)
+        return new
+
+    def _run(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(
+        self, listener: socket.socket, offset: int, serve: Callable[[socket.socket, socket.socket], None]
+    ) -> None:
+        with contextlib.suppress(OSError):  # the end
+            while True:
+                program = self._remember(listener.accept()[0])
+                tpm = self._remember(socket.create_connection(("127.0.0.1", self.tpm.port + offset)))
+                for each in (program, tpm):
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._run(lambda program=program, tpm=tpm: serve(program, tpm))  # type: ignore[misc] # as above
+
+    def _talk(self, program: socket.socket, tpm: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while command := _message(program):
+                tpm.sendall(self.commands(command))
+                response = _message(tpm)
+                self.exchanges.append(Exchange(command, response))
+                program.sendall(self.responses(response))
+        _end(program)
+        _end(tpm)
+
+    def _pass_on(self, program: socket.socket, tpm: socket.socket) -> None:
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    sink.sendall(data)
+            _end(source)
+            _end(sink)
+
+        self._run(lambda: pump(tpm, program))
+        pump(program, tpm)
+
+
+class Meddler:
+    """Flips a bit of each command with a code, or of each response to one; a negative place is from the end."""
+
+    def __init__(self, wire: Wire, code: int, at: int, *, response: bool) -> None:
+        self._code, self._at, self._response, self._current = code, at, response, 0
+        wire.commands, wire.responses = self._command, self._answer
+
+    def _command(self, message: bytes) -> bytes:
+        self._current = int.from_bytes(message[6:10], "big")
+        return flipped(message, self._at) if self._current == self._code and not self._response else message
+
+    def _answer(self, message: bytes) -> bytes:
+        return flipped(message, self._at) if self._current == self._code and self._response else message
+
+
+def _message(source: socket.socket) -> bytes:
+    header = _exactly(source, HEADER)
+    return header + _exactly(source, int.from_bytes(header[2:6], "big") - HEADER) if header else b""
+
+
+def _exactly(source: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = source.recv(count - len(data))
+        if not more:
+            return b""
+        data += more
+    return data
+
+
+def _end(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
