@@ -31,10 +31,8 @@ ROWS: list[set[str]] = [
     # durable only writes files, tally only counts; process and systemd are about the machine.
     {"durable", "errors", "logs", "handshake", "tally", "process", "systemd"},
     {"credential", "profiles", "lifecycle", "seen", "provider", "listener"},
-    {
-        "attestation",
-        "files",
-    },  # attestation is a judge of its own: it needs the errors, and nothing else of ours; see below
+    # attestation is a judge of its own: it needs the errors, and nothing else of ours; see below.
+    {"attestation", "files"},
     {"terms", "endpoint"},  # values that name certificate types and secrets; HTTP on a socket
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
     {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages

@@ -11,6 +11,8 @@ start rather than when a certificate is due.
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -327,15 +329,17 @@ def read_file(path: Path) -> File:
     """Read a configuration file.
 
     Raises:
-        ConfigurationError: it cannot be read, is no TOML, or says something that cannot be; the message names where.
+        ConfigurationError: it cannot be read, everybody may write to it, it is no TOML, or it says something that
+            cannot be; the message names where.
     """
     return _checked(path, _table(path))
 
 
 def _table(path: Path) -> dict[str, object]:
     try:
-        with path.open("rb") as opened:  # no more than this of a device that never ends
-            content = opened.read(MAX_FILE + 1)
+        with path.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            content = opened.read(MAX_FILE + 1)  # no more than this of a device that never ends
         if len(content) > MAX_FILE:
             raise ConfigurationError(f"the configuration file {path} is too large", reason="config_unreadable")
         text = content.decode("utf-8")
@@ -345,6 +349,12 @@ def _table(path: Path) -> dict[str, object]:
         ) from None
     except UnicodeDecodeError:
         raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
+    if stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IWOTH:
+        raise ConfigurationError(
+            f"every user of this machine can write to the configuration file {path}",
+            reason="config_open",
+            hint=f"chmod o-w {path}, and look at what is in it",
+        )
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too

@@ -251,13 +251,16 @@ class Ledger:
                 raise
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(
+        connection = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?mode={mode}",
             uri=True,
             isolation_level=None,
             check_same_thread=False,
             timeout=5.0,
         )
+        # A database that somebody tampered with may have triggers and views: they get no function that does anything.
+        connection.execute("PRAGMA trusted_schema=OFF")
+        return connection
 
     def _check(self, *, migrate: bool, whole: bool) -> int:
         """Look for damage, and at the version, before anything is written.

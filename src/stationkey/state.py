@@ -7,6 +7,7 @@ becomes whom the directory belongs to (`as_owner`).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -24,6 +25,9 @@ _FILES: Final = (LOCK_NAME, *(f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wa
 """The files that are opened; the suffixes are SQLite's."""
 _DIRECTORIES: Final = ("active", "tpm")
 """The directories. What is in them is opened without following a link; one in their own place would be followed."""
+
+_MAX_LINKS: Final = 40
+"""As many as the kernel follows [path_resolution(7)]."""
 
 _KINDS: Final = {
     stat.S_IFLNK: "a symbolic link",
@@ -48,8 +52,8 @@ class StateDirectory:
 
     def __init__(self, path: Path) -> None:
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path = path = settled(path)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take(path)
             refuse_planted(path)
             self._lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -112,32 +116,78 @@ def _unusable(path: Path, error: OSError | ValueError) -> ConfigurationError:
 def settled(path: Path) -> Path:
     """Where `path` leads, if nobody else can make it lead elsewhere.
 
-    That is the case where each directory above it belongs to root or to its own owner, and no others may write there
-    [unlink(2), rename(2): the right to write in a directory is the right to exchange what is in it]. A sticky one, such
-    as ``/tmp``, may be open. What belongs to group root, or to the group that a user has for himself alone, is no more
-    open than its owner.
+    That is the case where each directory and each link on the way belongs to root or to whom the state directory
+    belongs, and no others may write in these directories [unlink(2), rename(2): the right to write in a directory is
+    the right to exchange what is in it]. A sticky one, such as ``/tmp``, may be open. What belongs to group root, or to
+    the group that a user has for himself alone, is no more open than its owner.
 
     Raises:
-        ConfigurationError: others can exchange it, or it is not there.
+        ConfigurationError: others can exchange it, or the way there is closed or no way.
     """
     try:
-        real = path.resolve(strict=True)
-        trusted = {0, real.stat().st_uid}
-        above = [(directory, directory.stat()) for directory in real.parents if directory != directory.parent]
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        raise _unusable(path, OSError(0, str(error)) if isinstance(error, RuntimeError) else error) from None
-    for directory, status in above:
-        mode = status.st_mode
-        writers = mode & (stat.S_IWOTH if status.st_gid in {0, status.st_uid} else stat.S_IWGRP | stat.S_IWOTH)
-        if status.st_uid in trusted and (not writers or mode & stat.S_ISVTX):
+        real, met = _walked(path)
+        status = _lstat(real)
+        if status is None and path.is_symlink():
+            raise FileNotFoundError(errno.ENOENT, "the link leads to nothing")
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from None
+    trusted = {0, os.geteuid() if status is None else status.st_uid}
+    for place, status in met:
+        if status.st_uid not in trusted:
+            who = f"belongs to uid {status.st_uid}"
+        elif stat.S_ISDIR(status.st_mode) and _others_may_write(status):
+            who = "can be written by others"
+        else:
             continue
-        who = f"belongs to uid {status.st_uid}" if status.st_uid not in trusted else "can be written by others"
         raise ConfigurationError(
-            f"the state directory {real} could be exchanged: {directory} {who}",
+            f"the state directory {real} could be exchanged: {place} {who}",
             reason="state_dir_exchangeable",
-            hint=f"chmod go-w {directory}, give it to root, or name another directory with --state-dir",
+            hint=f"chmod go-w {place}, give it to root, or name another directory with --state-dir",
         )
     return real
+
+
+def _others_may_write(directory: os.stat_result) -> bool:
+    own_group = directory.st_gid in {0, directory.st_uid}
+    others = stat.S_IWOTH if own_group else stat.S_IWGRP | stat.S_IWOTH
+    return bool(directory.st_mode & others) and not directory.st_mode & stat.S_ISVTX
+
+
+def _walked(path: Path) -> tuple[Path, list[tuple[Path, os.stat_result]]]:
+    """Where a path leads, and each directory that is looked into and each link that is followed on the way there.
+
+    The root directory is not among them: whose that is, his is the machine. What is missing at the end stays missing.
+
+    Raises:
+        OSError: the way there is closed, goes in a circle, or is none.
+    """
+    ahead = [*reversed(path.absolute().parts[1:])]
+    here, links = Path("/"), 0
+    met: list[tuple[Path, os.stat_result]] = []
+    while ahead:
+        name = ahead.pop()
+        if name == "..":
+            here = here.parent
+            continue
+        if here != here.parent:
+            met.append((here, here.stat()))
+        there = here / name
+        status = _lstat(there)
+        if status is None:
+            if ".." in ahead:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(there))
+            return there.joinpath(*reversed(ahead)), met
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+            met.append((there, status))
+            target = there.readlink()
+            here = Path("/") if target.is_absolute() else here
+            ahead += [part for part in reversed(target.parts) if part != "/"]
+        else:
+            here = there
+    return here, met
 
 
 def refuse_planted(directory: Path) -> None:
