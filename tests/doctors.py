@@ -74,14 +74,13 @@ def as_nobody(folder: Path, **options: object) -> Findings:
     arguments = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     change = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})" if os.geteuid() == 0 else "pass"
     program = f"import os, sys, asyncio; from stationkey.cli_doctor import doctor; {change}; doctor(sys.argv[1:])"
-    return read(command_output([sys.executable, "-c", program, "--json", *arguments]))
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("COV")}  # nobody may write there
+    return read(command_output([sys.executable, "-c", program, "--json", *arguments], environment=plain))
 
 
-def command_output(command: list[str], environment: Mapping[str, str] | None = None) -> str:
+def command_output(command: list[str], environment: Mapping[str, str] = os.environ) -> str:
     """What a command prints. Whatever it finds, it says nothing on standard error, and ends by itself."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **(environment or {})}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.stderr == ""
     assert done.returncode in {0, 1}
     return done.stdout

@@ -717,7 +717,7 @@ class TestBroker:
             ({"anonymous": Rights(asks=False)}, "every machine", "broker.anonymous", WARNING),
             ({"anonymous_why": "it is gone"}, None, "broker.anonymous", NOT_CHECKED),
             ({"subscribed": False}, None, "broker.subscribe", FAILURE),
-            ({"subscribed": None, "cut": "gone"}, None, "broker.subscribe", NOT_CHECKED),
+            ({"subscribed": None, "cut": "gone"}, None, "broker.subscribe", FAILURE),
             ({"josev": False}, None, "broker.josev", WARNING),
             ({"josev": None}, None, "broker.josev", NOT_CHECKED),
             ({"daemon": False}, None, "broker.daemon", WARNING),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -98,13 +100,14 @@ class TestWhereAllIsWell:
         state = used(tmp_path)
         if cut:  # as it lies there while it is open
             with closing(sqlite3.connect(state / DATABASE_NAME)) as writer:
-                writer.execute("UPDATE meta SET value = value")
+                writer.execute("INSERT INTO meta VALUES ('a', 'b')")
                 writer.commit()
                 shutil.copytree(state, tmp_path / "cut")
             shutil.rmtree(state)
             (tmp_path / "cut").rename(state)
             (state / f"{DATABASE_NAME}-shm").unlink()
         before = digest(state)
+        assert (state / f"{DATABASE_NAME}-wal").exists() is cut
         found = look(tmp_path)
         assert found.level("state.ledger") is Level.OK
         assert digest(state) == before
@@ -128,7 +131,7 @@ class TestWhereAllIsWell:
         ):
             text = command_output(
                 [*DOCTOR, "--json", "--keystore", f"tpm2:{manager.tcti}", "--state-dir", str(tmp_path / "state")],
-                manager.environment,
+                {**os.environ, **manager.environment},
             )
         assert read(text).level("tpm.manager") is read(text).level("tpm.slots") is Level.OK
         assert read(text).level("tpm.reachable") is Level.OK
@@ -227,6 +230,66 @@ class TestConfiguration:
         found = look(tmp_path, config_file=write_config(tmp_path, text), broker="mqtt://user:hunter3@localhost")
         assert found.level("config.secrets") is Level.FAILURE
         assert "hunter" not in json.dumps(found.report.to_json())
+
+    @pytest.mark.parametrize(
+        ("harm", "level"),
+        [
+            ("", Level.OK),
+            ("mode", Level.WARNING),
+            ("file", Level.FAILURE),
+            ("missing", Level.FAILURE),
+            ("many", Level.FAILURE),
+        ],
+    )
+    def test_the_directory_of_certificates_is_looked_at(self, tmp_path: Path, harm: str, level: Level) -> None:
+        directory = tmp_path / "certificates"
+        if harm == "file":
+            directory.touch()
+        elif harm != "missing":
+            directory.mkdir()
+            directory.chmod(0o777 if harm == "mode" else 0o755)
+        for number in range(1100 if harm == "many" else 0):
+            (directory / str(number)).touch()
+        config = write_config(tmp_path, f'[josev]\ncertificate_dir = "{directory}"\n')
+        assert look(tmp_path, config_file=config).level("config.certificate_dir") is level
+
+    @pytest.mark.parametrize(
+        ("harm", "level", "words"),
+        [
+            ("", Level.OK, "belong together"),
+            ("missing", Level.FAILURE, "is not there"),
+            ("no certificate", Level.FAILURE, "has no certificate in it"),
+            ("no key", Level.FAILURE, "there is no private key"),
+            ("no CA", Level.WARNING, "is a CA's"),
+            ("broken", Level.FAILURE, "cannot be read"),
+            ("broken key", Level.FAILURE, "its private key cannot be read"),
+            ("in the TPM", Level.OK, "is used in the TPM"),
+            ("large", Level.FAILURE, "larger than 1 MiB"),
+        ],
+    )
+    def test_the_files_of_tls_are_judged(self, tmp_path: Path, harm: str, level: Level, words: str) -> None:
+        pki = Pki(tmp_path / "pki")
+        certificate, key = pki.issue("station")
+        ca = certificate if harm == "no CA" else pki.ca_file
+        match harm:
+            case "missing":
+                ca.unlink()
+            case "no certificate":
+                certificate.write_text("")
+            case "no key":
+                key.write_bytes(certificate.read_bytes())
+            case "broken":
+                certificate.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+            case "broken key":
+                key.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+            case "in the TPM":
+                key.write_text("-----BEGIN TSS2 PRIVATE KEY-----\nAAAA\n-----END TSS2 PRIVATE KEY-----\n")
+            case "large":
+                ca.write_bytes(bytes(2**20 + 1))
+        text = f'[mqtt]\nca_file = "{ca}"\ncertificate_file = "{certificate}"\nkey_file = "{key}"\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text), broker="mqtts://localhost:1")
+        assert found.level("config.tls") is level
+        assert words in found.text("config.tls")
 
 
 class TestTpm:
@@ -517,6 +580,36 @@ class TestBroker:
         assert found.level("broker.retained") is Level.WARNING
         assert '"name": "stationkey_doctor"' in seen
         assert "generate_csr" not in seen
+
+    @pytest.mark.parametrize(
+        ("said", "name", "words"),
+        [
+            pytest.param(b"", "broker.login", "is it an MQTT broker?", id="closes"),
+            pytest.param(b"HTTP/1.1 400 \x1b[2J\r\n\r\n", "broker.login", "is it an MQTT broker?", id="speaks HTTP"),
+            pytest.param(
+                b"\x20\x03\x00\x00\x00", "broker.publish", "did not acknowledge", id="then acknowledges nothing"
+            ),
+        ],
+    )
+    def test_what_behaves_as_no_broker_does_is_told(self, tmp_path: Path, said: bytes, name: str, words: str) -> None:
+        def answer(listener: socket.socket) -> None:
+            held = contextlib.ExitStack()
+            with held, contextlib.suppress(OSError):  # the listener is closed at the end
+                while True:
+                    connection = held.enter_context(listener.accept()[0])
+                    connection.recv(1000)
+                    connection.sendall(said)
+                    if not said.startswith(b"\x20"):
+                        connection.close()
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=answer, args=(listener,))
+            thread.start()
+            found = look(tmp_path, broker=f"mqtt://127.0.0.1:{listener.getsockname()[1]}")
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        assert found.level(name) is Level.FAILURE
+        assert words in found.text(name)
 
     def test_a_name_that_leads_nowhere_is_told(self, tmp_path: Path) -> None:
         found = look(tmp_path, broker="mqtt://nowhere.invalid")

@@ -55,7 +55,7 @@ _COLUMN: Final = 10
     envvar="STATIONKEY_STATE_DIR",
     show_envvar=True,
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help=f"Where the ledger is kept.  [default: {config.DEFAULT_STATE_DIR}]",
 )
 @click.option(
@@ -72,7 +72,7 @@ _COLUMN: Final = 10
     envvar="STATIONKEY_CONFIG",
     show_envvar=True,
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="Configuration file (TOML).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

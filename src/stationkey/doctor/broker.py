@@ -13,13 +13,13 @@ from typing import Final
 
 from stationkey.doctor.certificates import MONTH
 from stationkey.doctor.device import listeners_on
-from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
+from stationkey.doctor.findings import CannotLookError, Finding, Level, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import within
 from stationkey.doctor.sense import is_loopback
 from stationkey.doctor.subject import Subject
 from stationkey.doctor.visit import Visit, visit
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.mqtt import Broker, topics
+from stationkey.mqtt import Broker, ProtocolRefused, topics
 from stationkey.terms import MqttTerms
 from stationkey.trust import introduction, no_handshake
 
@@ -62,7 +62,10 @@ def check_broker(subject: Subject) -> Iterator[Finding]:
     yield judge_port(broker, reached)
     if reached:
         raise CannotLookError("the broker cannot be reached")
-    yield from _check_tls(broker, settings.mqtt, local=local)
+    secured = list(_check_tls(broker, settings.mqtt, local=local))
+    yield from secured
+    if any(finding.level is Level.FAILURE for finding in secured):
+        raise CannotLookError("there is no TLS with the broker")
     seen = asyncio.run(visit(broker, settings.mqtt, settings.topic_prefix))
     if seen.refused is not None:
         yield judge_refused(broker, seen.refused, speaks_tls=not broker.tls and _speaks_tls(broker))
@@ -240,6 +243,8 @@ def judge_refused(broker: Broker, error: StationKeyError, *, speaks_tls: bool) -
     name = "broker.login"
     if speaks_tls:
         return failure(name, f"{broker} speaks TLS, and the URL says mqtt://", f"mqtts://{broker.host}:{broker.port}")
+    if isinstance(error, ProtocolRefused):
+        return failure(name, error.message, "is it an MQTT broker? If it is, its log says why")
     hints = {
         "broker_refuses": "are user name and password those that the broker knows? Its log says more; an access "
         "control list by client id must let in stationkey-doctor-*, too",
@@ -264,7 +269,12 @@ def judge_visit(seen: Visit, *, reach: str | None, daemon_running: bool) -> Iter
     yield ok("broker.login", f"the broker lets us in, {who}")
     yield judge_version(seen)
     if seen.own.answers is None and seen.cut:
-        raise CannotLookError(f"the broker stopped answering ({seen.cut})")
+        yield failure(
+            "broker.publish",
+            f"the broker let us in, and then did not acknowledge a message: {seen.cut}",
+            "see the broker's log; is something between it and us, and is it overloaded?",
+        )
+        raise CannotLookError("the broker stopped answering")
     yield judge_publish(seen)
     yield judge_subscribe(seen)
     yield judge_own_rights(seen, reach)
@@ -305,7 +315,7 @@ def judge_subscribe(seen: Visit) -> Finding:
     """Whether we may read requests."""
     name = "broker.subscribe"
     if seen.subscribed is None:
-        return not_checked(name, seen.cut or "the broker did not answer")
+        return failure(name, f"no answer to a subscription: {seen.cut}", "see the broker's log")
     if not seen.subscribed:
         return failure(
             name,

@@ -147,7 +147,7 @@ def judge_device(facts: Facts, chip: Chip, user: User, *, tpm: bool = True) -> I
         if not permits(facts, User(-1, group), READ | WRITE) or group == 0:
             advice = "install tpm-udev (Debian), which gives the device to the group tss, and restart the machine"
         else:
-            advice = f"usermod -a -G {group_name(group)} {user.name}, then restart the daemon"
+            advice = f"usermod -a -G {group_name(group)} {user.account}, then restart the daemon"
         yield failure(
             name,
             f"the daemon's user {user.name} may not open {path} (mode {octal(facts.mode)}, group {group_name(group)})",

@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 Kind = Literal["file", "directory", "link", "character device", "other", "missing", "unseen"]
 
+_NUMBER: Final = "number "
 READ: Final = 4
 WRITE: Final = 2
 ENTER: Final = 1
@@ -42,6 +43,11 @@ class User:
         """As people know it."""
         return user_name(self.uid)
 
+    @property
+    def account(self) -> str:
+        """As a command takes it."""
+        return account_of(self.uid)
+
     @classmethod
     def present(cls) -> User:
         """Who runs this."""
@@ -62,12 +68,17 @@ class User:
         return cls.named(str(uid)) or cls(uid, uid)
 
 
+def account_of(uid: int) -> str:
+    """A user as a command takes it: by name, or by number."""
+    return user_name(uid).removeprefix(_NUMBER)
+
+
 def user_name(uid: int) -> str:
     """The name of a user, or its number where it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
-        return f"number {uid}"
+        return f"{_NUMBER}{uid}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,7 +78,7 @@ def judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None)
         return warning(
             name,
             f"this is run by {me.name}, who may see less than the daemon: {who}",
-            f"run it as root, or as {user.name}: sudo -u {user.name} stationkey doctor",
+            f"run it as root, or as {user.name}: sudo -u {user.account} stationkey doctor",
         )
     if user.uid == 0:
         return warning(
@@ -90,7 +90,7 @@ def judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None)
         return warning(
             name,
             f"{who}, and is not in the group {_TSS_GROUP}, which has the TPM on Debian",
-            f"usermod -a -G {_TSS_GROUP} {user.name}, then restart the daemon (unless another group has the TPM here)",
+            f"usermod -a -G {_TSS_GROUP} {user.account}, then restart the daemon (unless another group has it here)",
         )
     return ok(name, f"{who}; this is run by {me.name}")
 

@@ -114,7 +114,7 @@ def judge_secret(secret: SecretSeen, user: User, unit: Unit | None, *, me: User)
         return failure(
             name,
             f"{where}: the daemon's user {user.name} may not read {path}",
-            f"chown {user.name} {path} && chmod 0400 {path}, and see that it may enter the directories on the way",
+            f"chown {user.account} {path} && chmod 0400 {path}, and see that it may enter the directories on the way",
         )
     if secret.complaint:
         return failure(name, f"{where}: {secret.complaint}", "write the secret into it, and nothing else")
@@ -182,7 +182,7 @@ def judge_certificate_dir(facts: Facts, user: User, closed: Path | None, number:
         return failure(
             name,
             f"[josev] certificate_dir: the daemon's user {user.name} may not read {closed or path}",
-            f"give it the right, for example: setfacl -m u:{user.name}:rx {closed or path}",
+            f"give it the right, for example: setfacl -m u:{user.account}:rx {closed or path}",
         )
     if number > _MAX_LISTED:
         return failure(

@@ -42,7 +42,7 @@ def check_ledger(subject: Subject) -> Iterator[Finding]:
         raise CannotLookError("there is no ledger")
     if facts.kind == "unseen" or (facts.kind == "file" and not os.access(path, os.R_OK)):
         yield not_checked(
-            name, f"user {subject.me.name} may not read {path}", f"run it as root, or as {subject.daemon.user.name}"
+            name, f"user {subject.me.name} may not read {path}", "run it as root, or as the daemon's user"
         )
         raise CannotLookError("the ledger may not be read by this user")
     if facts.kind != "file":

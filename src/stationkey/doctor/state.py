@@ -15,6 +15,7 @@ from stationkey.doctor.files import (
     WRITE,
     Facts,
     User,
+    account_of,
     closed_on_the_way,
     look_at,
     octal,
@@ -47,7 +48,7 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
         entries = sorted(os.listdir(path))[:1000]  # noqa: PTH208 - names, and no more than these
     except OSError:
         raise CannotLookError(
-            f"user {subject.me.name} may not look into {path}; run it as root or as {user.name}"
+            f"user {subject.me.name} may not look into {path}; run it as root, or as the daemon's user"
         ) from None
     inside = [look_at(path / name) for name in entries]
     yield from judge_files(inside, owner=followed.uid, user=user)
@@ -74,7 +75,7 @@ def judge_directory(
         nearest: the directory in which it would be made.
     """
     name, path = "state.directory", facts.path
-    mine = f"install -d -m 0700 -o {user.name} {path}"
+    mine = f"install -d -m 0700 -o {user.account} {path}"
     if closed is not None:
         yield failure(
             name, f"the daemon's user {user.name} may not enter {closed}, on the way to {path}", f"chmod o+x {closed}"
@@ -106,7 +107,7 @@ def judge_directory(
             name,
             f"{path} belongs to {user_name(facts.uid)} (mode {octal(facts.mode)}), and the daemon's user {user.name} "
             "may not write there",
-            f"chown -R {user.name} {path} && chmod 0700 {path}",
+            f"chown -R {user.account} {path} && chmod 0700 {path}",
         )
     elif facts.mode & 0o022:
         yield failure(
@@ -150,7 +151,7 @@ def judge_files(inside: list[Facts], *, owner: int, user: User) -> Iterator[Find
     if foreign:
         names = listed(f"{facts.path.name} ({user_name(facts.uid)})" for facts in foreign)
         told = f"not all in the state directory belongs to its owner, {user_name(owner)}: {names}"
-        advice = f"chown -R {user_name(owner)} {foreign[0].path.parent}; was the daemon started by hand, as root?"
+        advice = f"chown -R {account_of(owner)} {foreign[0].path.parent}; was the daemon started by hand, as root?"
         locked_out = any(not permits(facts, user, READ | WRITE) for facts in foreign)
         found.append(failure(name, told, advice) if locked_out else warning(name, told, advice))
     wrong = [
