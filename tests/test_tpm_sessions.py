@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 
 from protection import P256, SECRET, Opener, leftovers, refusal, sign, tool
+from stationkey.errors import KeyStoreError
 from stationkey.keystore.tpm2 import Tpm2KeyStore
-from wire import Meddler, Wire, flipped, untouched
+from wire import Meddler, Noise, Wire, flipped, untouched
 
 SRK = 0x81000001
 SESSIONS = ("none", "hmac", "encrypted")
@@ -341,6 +343,28 @@ def test_a_session_whose_beginning_was_altered_is_not_kept(
     sign(store, key)
     store.close()
     assert leftovers(swtpm) == []
+
+
+@pytest.mark.parametrize("session", ["hmac", "encrypted"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_bit_is_flipped_nothing_wrong_is_signed_and_the_next_request_succeeds(
+    swtpm: Swtpm, opened: Opener, session: str, seed: int
+) -> None:
+    """Of any command or answer, on an open connection or while one is opened."""
+    generator = Random(seed)
+    options = {"session": session, "pcrs": (0,), "key_auth": "generated"}
+    key = sign(opened(**options))
+    with Wire(swtpm) as wire:
+        store = opened(tcti=wire.tcti, **options)
+        for number in range(1, 41):
+            if number % 4 == 0:
+                store.close()
+            Noise(wire, generator.randrange(1, 28), generator)
+            with suppress(KeyStoreError):
+                sign(store, generator.choice([key, None]))  # verifies what was signed
+            wire.commands = wire.responses = untouched
+            sign(store, key)
+        store.close()
 
 
 def test_without_sessions_another_digest_is_signed_and_nobody_notices(swtpm: Swtpm, opened: Opener) -> None:
