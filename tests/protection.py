@@ -115,11 +115,7 @@ def leftovers(tpm: Swtpm) -> list[int]:
     """What a TPM holds that a client should have flushed: objects, and sessions loaded or saved."""
     esapi = ESAPI(tpm.tcti)
     try:
-        return [
-            handle
-            for first in (0x80000000, 0x02000000, 0x03000000)
-            for handle in capabilities.handles(esapi, first, first | 0xFFFFFF)
-        ]
+        return capabilities.handles(esapi, 0x80000000, 0x80FFFFFF) + capabilities.sessions(esapi)
     finally:
         esapi.close()
 

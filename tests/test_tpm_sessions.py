@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -15,8 +17,9 @@ from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 
 from protection import P256, SECRET, Opener, leftovers, refusal, sign, tool
+from stationkey.errors import KeyStoreError
 from stationkey.keystore.tpm2 import Tpm2KeyStore
-from wire import Meddler, Wire, flipped, untouched
+from wire import Meddler, Noise, Wire, flipped, untouched
 
 SRK = 0x81000001
 SESSIONS = ("none", "hmac", "encrypted")
@@ -24,6 +27,7 @@ SESSIONS = ("none", "hmac", "encrypted")
 # Command codes [TPM 2.0 part 2, 6.5.2].
 CREATE_PRIMARY, CREATE, LOAD, SIGN = 0x131, 0x153, 0x157, 0x15D
 UNSEAL, FLUSH_CONTEXT, CREATE_LOADED = 0x15E, 0x165, 0x191
+START_AUTH_SESSION = 0x176
 
 
 # Sessions.
@@ -54,7 +58,7 @@ def test_sessions_are_kept_from_one_request_to_the_next(swtpm: Swtpm, opened: Op
         for _ in range(5):
             sign(store)
         store.close()
-    assert wire.codes.count(0x176) == 2  # TPM2_StartAuthSession: one of each kind
+    assert wire.codes.count(START_AUTH_SESSION) == 2  # one of each kind
     assert leftovers(swtpm) == []
 
 
@@ -71,35 +75,54 @@ def test_behind_a_resource_manager_a_session_lasts_no_longer_than_a_job(
         for _ in range(3):
             sign(store)
             store.unload()  # as `KeyStoreThread` does after each job
-    assert wire.codes.count(0x176) == 6  # TPM2_StartAuthSession: one of each kind for each job
+    assert wire.codes.count(START_AUTH_SESSION) == 6  # one of each kind for each job
     assert leftovers(swtpm) == []
 
 
-def test_sessions_that_a_dead_program_left_do_not_keep_the_store_from_working(swtpm: Swtpm, opened: Opener) -> None:
-    fill_sessions(swtpm)
+kinds = pytest.mark.parametrize("kind", [TPM2_SE.HMAC, TPM2_SE.POLICY], ids=["hmac", "policy"])
+
+
+@kinds
+def test_sessions_that_a_dead_program_left_do_not_keep_the_store_from_working(
+    swtpm: Swtpm, opened: Opener, kind: Any
+) -> None:
+    fill_sessions(swtpm, kind)
+    assert len(leftovers(swtpm)) == 3
     store = opened(session="encrypted", pcrs=(0,))
     sign(store)
     store.close()
     assert leftovers(swtpm) == []
 
 
-def test_a_session_table_that_is_full_in_mid_life_is_emptied(swtpm: Swtpm, opened: Opener) -> None:
+def test_sessions_that_a_program_saved_and_forgot_are_ended(swtpm: Swtpm, opened: Opener) -> None:
+    """As tpm2_startauthsession leaves them."""
+    for name in ("one", "two"):
+        tool(swtpm, "tpm2_startauthsession", "--policy-session", "-S", name)
+    assert len(leftovers(swtpm)) == 2
+    store = opened(session="hmac")
+    sign(store)
+    store.close()
+    assert leftovers(swtpm) == []
+
+
+@kinds
+def test_a_session_table_that_is_full_in_mid_life_is_emptied(swtpm: Swtpm, opened: Opener, kind: Any) -> None:
     store = opened(session="hmac", pcrs=(0,))
     key = store.generate(P256)  # no policy session yet
     store.unload()
-    fill_sessions(swtpm)
+    fill_sessions(swtpm, kind)
     sign(store, key)
     sign(store)
     store.close()
     assert leftovers(swtpm) == []
 
 
-def fill_sessions(tpm: Swtpm) -> None:
+def fill_sessions(tpm: Swtpm, kind: Any) -> None:
     esapi = ESAPI(tpm.tcti)
     code = 0
     while not code:
         try:
-            esapi.start_auth_session(ESYS_TR.NONE, ESYS_TR.NONE, TPM2_SE.HMAC, None, TPM2_ALG.SHA256)
+            esapi.start_auth_session(ESYS_TR.NONE, ESYS_TR.NONE, kind, None, TPM2_ALG.SHA256)
         except TSS2_Exception as full:
             code = full.rc
     assert code == 0x903
@@ -297,6 +320,51 @@ def test_a_bit_that_is_changed_on_the_bus_is_noticed_and_the_next_request_succee
         sign(store)
         store.close()
     assert leftovers(swtpm) == []
+
+
+@pytest.mark.parametrize("session", SESSIONS)
+@pytest.mark.parametrize("auth", [None, SECRET], ids=["no-value", "value"])
+@pytest.mark.parametrize("at", [30, 11, -1], ids=["nonce", "handle", "end"])
+def test_a_session_whose_beginning_was_altered_is_not_kept(
+    swtpm: Swtpm, opened: Opener, session: str, auth: str | None, at: int
+) -> None:
+    """The registers need a session in any case."""
+    options = {"session": session, "pcrs": (0,)} | ({} if auth is None else {"key_auth": auth})
+    key = sign(opened(**options))
+    with Wire(swtpm) as wire:
+        store = opened(tcti=wire.tcti, **options)
+        Meddler(wire, START_AUTH_SESSION, at, response=True)
+        if session != "none" or auth is not None:
+            refusal(lambda: sign(store, key))
+        wire.commands = wire.responses = untouched
+        sign(store, key)
+        store.close()
+    store = opened(**options)
+    sign(store, key)
+    store.close()
+    assert leftovers(swtpm) == []
+
+
+@pytest.mark.parametrize("session", ["hmac", "encrypted"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_bit_is_flipped_nothing_wrong_is_signed_and_the_next_request_succeeds(
+    swtpm: Swtpm, opened: Opener, session: str, seed: int
+) -> None:
+    """Of any command or answer, on an open connection or while one is opened."""
+    generator = Random(seed)
+    options = {"session": session, "pcrs": (0,), "key_auth": "generated"}
+    key = sign(opened(**options))
+    with Wire(swtpm) as wire:
+        store = opened(tcti=wire.tcti, **options)
+        for number in range(1, 41):
+            if number % 4 == 0:
+                store.close()
+            Noise(wire, generator.randrange(1, 28), generator)
+            with suppress(KeyStoreError):
+                sign(store, generator.choice([key, None]))  # verifies what was signed
+            wire.commands = wire.responses = untouched
+            sign(store, key)
+        store.close()
 
 
 def test_without_sessions_another_digest_is_signed_and_nobody_notices(swtpm: Swtpm, opened: Opener) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from types import TracebackType
 from typing import Final, Self
 
@@ -146,6 +147,23 @@ class Meddler:
 
     def _answer(self, message: bytes) -> bytes:
         return flipped(message, self._at) if self._current == self._code and self._response else message
+
+
+class Noise:
+    """Flips one bit of one message: the one of this number, at a place that a generator chooses.
+
+    Sizes stay as they are, since tpm2-tss would wait for what never comes.
+    """
+
+    def __init__(self, wire: Wire, number: int, generator: Random) -> None:
+        self._left, self._generator = number, generator
+        wire.commands = wire.responses = self._pass
+
+    def _pass(self, message: bytes) -> bytes:
+        self._left -= 1
+        if self._left != 0 or len(message) <= HEADER:
+            return message
+        return flipped(message, self._generator.randrange(6, len(message)))
 
 
 def _message(source: socket.socket) -> bytes:

@@ -41,6 +41,19 @@ def persistent(esapi: ESAPI, handle: int) -> bool:
     return handle in handles(esapi, handle, handle)
 
 
+def sessions(esapi: ESAPI) -> list[int]:
+    """Every session, loaded or saved.
+
+    The first byte of a handle says that it is one of HMAC (0x02) or of a policy (0x03). That of the question says
+    loaded (0x02) or saved (0x03) instead, so an answer may begin otherwise than its question [TPM 2.0 part 2, 7.2].
+    """
+    found: list[int] = []
+    for first in (0x02000000, 0x03000000):
+        _, page = esapi.get_capability(TPM2_CAP.HANDLES, first, _PAGE)  # a TPM has 64 at the most
+        found += [int(handle) for handle in page.data.handles if int(handle) >> 24 in {0x02, 0x03}]
+    return list(dict.fromkeys(found))
+
+
 def algorithms(esapi: ESAPI, session: Any = ESYS_TR.NONE) -> set[int]:
     """As TPM_ALG_IDs. The session authenticates the answer."""
     pages = _pages(esapi, TPM2_CAP.ALGS, "algorithms", lambda entry: int(entry.alg), 0, session)

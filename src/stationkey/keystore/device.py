@@ -48,7 +48,6 @@ MAX_AUTH: Final = 32
 
 _RESOURCE_MANAGERS: Final = ("device:/dev/tpmrm", "tabrmd")
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
-_SESSIONS: Final = ((0x02000000, 0x02FFFFFF), (0x03000000, 0x03FFFFFF))  # loaded, and saved
 _PERSISTENT: Final = range(0x81000000, 0x82000000)
 
 
@@ -231,6 +230,8 @@ class Device:
         handle = self._terms.srk_handle
         srk = esapi.tr_from_tpmpublic(handle)
         found = esapi.read_public(srk)[0]
+        if bytes(esapi.tr_get_name(srk)) != bytes(found.get_name()):
+            raise failures.altered("two answers differ")
         public = found.publicArea
         attributes = public.objectAttributes
         wrong = None
@@ -291,15 +292,14 @@ class Device:
     def _flush_strays(self, esapi: ESAPI, *, sessions: bool) -> None:
         """Unload every transient object of a bare TPM: they are of clients that died, for this is its only user now."""
         self._emptied()
-        ranges = [_TRANSIENT]
+        strays = capabilities.handles(esapi, *_TRANSIENT)
         if sessions:
-            ranges += _SESSIONS
+            strays += capabilities.sessions(esapi)
             if self._sessions is not None:
                 self._sessions.forget()
-        for first, last in ranges:
-            for handle in capabilities.handles(esapi, first, last):
-                self._refuse_if_abandoned()
-                esapi.flush_context(esapi.tr_from_tpmpublic(handle))
+        for handle in strays:
+            self._refuse_if_abandoned()
+            esapi.flush_context(esapi.tr_from_tpmpublic(handle))
 
     # Storage keys, and how they are authorised.
 
@@ -346,11 +346,12 @@ class Device:
             code = rc.code(error)
             if code not in rc.WRONG_AUTH:
                 raise
-            if handle in self._accepted and self._terms.session != "none":
+            accepted = handle in self._accepted
+            self.close()
+            if accepted and self._terms.session != "none":
                 raise failures.altered(f"{error.rc:#x}") from None
             if code == rc.AUTH_FAIL:  # it counts
                 self._refused[handle] = self._given[handle]
-            self.close()
             raise failures.parent_refused(handle, self._terms, f"{error.rc:#x}") from None
         self._accepted.add(handle)
 

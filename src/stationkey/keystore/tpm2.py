@@ -360,14 +360,18 @@ class Tpm2KeyStore(Device):
             yield self._shown(policy, auth=auth)
         except TSS2_Exception as error:
             code = rc.code(error)
+            if policy is not None or code in rc.WRONG_AUTH:
+                self._sessions.close()  # it may be the session that is wrong: what began it may have been altered
             if policy is not None and code == rc.POLICY_FAIL:
                 raise failures.pcr_changed(policy.registers, f"{error.rc:#x}") from None
-            if code in rc.WRONG_AUTH and not auth and self._terms.session != "none":
-                raise failures.altered(f"{error.rc:#x}") from None
             if code in rc.WRONG_AUTH:
+                with_sessions = self._terms.session != "none"
+                if with_sessions and not auth:
+                    raise failures.altered(f"{error.rc:#x}") from None
                 raise failures.key_auth_wrong(
                     f"the authorisation value is not the one that the key was made with ({error.rc:#x})",
-                    hint="[tpm] key_auth must name the value of then; otherwise ask for a new certificate",
+                    hint="[tpm] key_auth must name the value of then; otherwise ask for a new certificate"
+                    + ("; or the command was altered on its way to the TPM" if with_sessions else ""),
                 ) from None
             raise
 
