@@ -41,9 +41,11 @@ def auth_refused(whose: str, option: str, configured: object, code: str) -> KeyS
     """An authorisation value that is missing or wrong, by the option that names it."""
     if configured is None:
         words = f"{whose} has an authorisation value, and [tpm] {option} is not set ({code})"
+        hint = f"let {option} name a file or a credential that has it"
     else:
         words = f"the authorisation value of {whose} is another than [tpm] {option} says ({code})"
-    return KeyStoreError(words, reason="tpm_auth", hint=f"put the right value where {option} points to")
+        hint = f"put the right value where {option} points to"
+    return KeyStoreError(words, reason="tpm_auth", hint=hint)
 
 
 def parent_refused(handle: int, terms: TpmTerms, code: str) -> KeyStoreError:
