@@ -9,9 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from stationkey.config import Settings
-from stationkey.doctor.device import (
-    Way,
-)
+from stationkey.doctor.device import Way
 from stationkey.doctor.findings import CannotLookError
 from stationkey.doctor.running import Answer
 from stationkey.profiles import SECP256R1, SECP521R1, KeyType

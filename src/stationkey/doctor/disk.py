@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stationkey.doctor.files import (
-    look_at,
-)
+from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, not_checked, ok, warning
 from stationkey.doctor.state import nearest
 from stationkey.doctor.subject import Subject
