@@ -27,7 +27,6 @@ from stationkey.doctor.running import Check, run
 from stationkey.doctor.subject import Options, Subject, survey
 
 __all__ = ["CHECKS", "Finding", "Level", "Options", "Report", "examine"]
-
 CHECKS: Final[tuple[Check[Subject], ...]] = (
     Check("Configuration", configuration.FILE_IDS, configuration.check_file),
     Check("Configuration", named.SECRET_IDS, named.check_secrets),
@@ -43,7 +42,6 @@ CHECKS: Final[tuple[Check[Subject], ...]] = (
     Check("Machine", software.SOFTWARE_IDS, software.check_software, 8.0),
 )
 """Every check, in the order of the report."""
-
 AREAS: Final = {name: check.area for check in CHECKS for name in check.ids}
 """The heading that each finding stands under."""
 

@@ -81,7 +81,6 @@ WEAKNESSES: Final = (
         means="its ECDSA keys can be computed from the time that many signatures take",
     ),
 )
-
 """Only what the maker itself, or an advisory that it has a part in, has published."""
 
 

@@ -9,9 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from stationkey.config import Settings
-from stationkey.doctor.device import (
-    Way,
-)
+from stationkey.doctor.device import Way
 from stationkey.doctor.findings import CannotLookError
 from stationkey.doctor.running import Answer
 from stationkey.profiles import SECP256R1, SECP521R1, KeyType
@@ -19,94 +17,55 @@ from stationkey.terms import TpmTerms
 
 # TPM_PT [TPM 2.0 part 2, 6.13].
 PT_FAMILY: Final = 0x100
-
 PT_REVISION: Final = 0x102
-
 PT_MANUFACTURER: Final = 0x105
-
 PT_VENDOR: Final = (0x106, 0x107, 0x108, 0x109)
-
 PT_FIRMWARE: Final = (0x10B, 0x10C)
-
 PT_PERMANENT: Final = 0x200
-
 PT_STARTUP_CLEAR: Final = 0x201
-
 PT_LOADED_SESSIONS_AVAIL: Final = 0x204
-
 PT_ACTIVE_SESSIONS_AVAIL: Final = 0x206
-
 PT_TRANSIENT_AVAIL: Final = 0x207
-
 PT_PERSISTENT_AVAIL: Final = 0x209
-
 PT_LOCKOUT_COUNTER: Final = 0x20E
-
 PT_MAX_AUTH_FAIL: Final = 0x20F
-
 PT_LOCKOUT_INTERVAL: Final = 0x210
-
 PT_LOCKOUT_RECOVERY: Final = 0x211
 
 # TPMA_PERMANENT and TPMA_STARTUP_CLEAR [TPM 2.0 part 2, 8.6 and 8.7].
 OWNER_AUTH_SET: Final = 1 << 0
-
 ENDORSEMENT_AUTH_SET: Final = 1 << 1
-
 LOCKOUT_AUTH_SET: Final = 1 << 2
-
 DISABLE_CLEAR: Final = 1 << 8
-
 IN_LOCKOUT: Final = 1 << 9
-
 STORAGE_ENABLED: Final = 1 << 1
-
 ENDORSEMENT_ENABLED: Final = 1 << 2
-
 ORDERLY: Final = 1 << 31
 
 # TPM_ALG_ID and TPM_ECC_CURVE [TPM 2.0 part 2, 6.3 and 6.4].
 ALG_RSA: Final = 0x01
-
 ALG_AES: Final = 0x06
-
 ALG_RSASSA: Final = 0x14
-
 ALG_ECDSA: Final = 0x18
-
 ALG_ECC: Final = 0x23
-
 ALG_CFB: Final = 0x43
-
 HASHES: Final = MappingProxyType({"sha1": 0x04, "sha256": 0x0B, "sha384": 0x0C, "sha512": 0x0D})
-
 CURVES: Final[Mapping[KeyType, int]] = MappingProxyType({SECP256R1: 0x03, SECP521R1: 0x05})
 
 # TPMA_OBJECT [TPM 2.0 part 2, 8.3].
 NODA: Final = 1 << 10
-
 RESTRICTED: Final = 1 << 16
-
 DECRYPT: Final = 1 << 17
-
 SIGN: Final = 1 << 18
-
 SRK_NEEDED: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | RESTRICTED | DECRYPT
-
 RC_BAD_AUTH: Final = 0x9A2
 RC_AUTH_FAIL: Final = 0x98E
 RC_INITIALIZE: Final = 0x100
-
 RC_FAILURE: Final = 0x101
-
 RC_NEEDS_TEST: Final = 0x153
-
 RC_TESTING: Final = 0x90A
-
 RC_INTEGRITY: Final = 0x1DF
-
 RC_OBJECT_MEMORY: Final = 0x902
-
 MANAGER_ADVICE: Final = 'keystore = "tpm2:device:/dev/tpmrm0", or tpm2-abrmd and "tpm2:tabrmd"'
 
 

@@ -28,18 +28,12 @@ IDS: Final = (
     *("broker.publish", "broker.subscribe", "broker.own_rights", "broker.anonymous", "broker.josev", "broker.daemon"),
     *("broker.retained", "broker.delay"),
 )
-
 DEADLINE: Final = 9.0
-
 Addresses = list[tuple[int, tuple[object, ...]]]
 """Family and address of each, as `socket` has them."""
-
 _NAME: Final = 2.0
-
 _PORT: Final = 2.0
-
 _NAGLE: Final = 0.020
-
 """Seconds that nothing but a delayed acknowledgement adds; it is 40 ms on Linux."""
 
 
@@ -436,7 +430,7 @@ def judge_delay(seen: Visit) -> Finding:
     name = "broker.delay"
     if seen.single is None or seen.pair is None:
         return not_checked(name, seen.cut or "there is no subscription to measure it by")
-    took = f"one exchange takes {seen.single * 1000:.1f} ms at the least, two at once {seen.pair * 1000:.1f} ms"
+    took = f"one exchange takes {seen.single * 1000:.1f} ms, two at once {seen.pair * 1000:.1f} ms"
     if seen.pair - seen.single > _NAGLE:
         return warning(
             name,

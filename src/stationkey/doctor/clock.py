@@ -16,7 +16,6 @@ from stationkey.doctor.subject import Subject
 from stationkey.ledger import DATABASE_NAME
 
 IDS: Final = ("clock.time", "clock.synchronised", "clock.battery")
-
 WRITTEN: Final = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 """No station has run this program before."""
 _FAR: Final = datetime(2100, 1, 1, tzinfo=UTC).timestamp()

@@ -13,13 +13,10 @@ from stationkey.doctor.sense import judge_sense
 from stationkey.doctor.subject import Configured, Options, Subject
 
 FILE_IDS: Final = ("config.file", "config.rights", "config.environment", "config.sense")
-
 _SHOWN: Final = 4
 """Mistakes that are told one by one."""
 _USUAL: Final = Path("/etc/stationkey/stationkey.toml")
-
 _PREFIX: Final = "STATIONKEY_"
-
 _VARIABLES: Final = frozenset(
     f"{_PREFIX}{name}"
     for name in (
@@ -27,7 +24,6 @@ _VARIABLES: Final = frozenset(
         "COMPLETE",
     )
 )
-
 _LOG_FORMATS: Final = ("text", "json")
 
 

@@ -8,32 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stationkey.doctor.files import (
-    look_at,
-)
+from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, not_checked, ok, warning
 from stationkey.doctor.state import nearest
 from stationkey.doctor.subject import Subject
 from stationkey.ledger import DATABASE_NAME
 
 DISK_IDS: Final = ("state.disk", "state.filesystem")
-
 _MEBIBYTE: Final = 1024 * 1024
-
 _LEAST: Final = 4 * _MEBIBYTE
-
 """Of free room: for the log of a minute, and for the ledger to be written anew after a destruction."""
-
 _LITTLE: Final = 64 * _MEBIBYTE
-
 _LEAST_FILES: Final = 16
-
 _LITTLE_FILES: Final = 1000
-
 _MEMORY: Final = frozenset({"tmpfs", "ramfs"})
-
 _FOREIGN: Final = frozenset({"vfat", "msdos", "exfat", "ntfs", "ntfs3"})
-
 _REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs"})
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 Kind = Literal["file", "directory", "link", "character device", "other", "missing", "unseen"]
-
 _NUMBER: Final = "number "
 READ: Final = 4
 WRITE: Final = 2
 ENTER: Final = 1
-
 _KINDS: Final[dict[int, Kind]] = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",

@@ -21,14 +21,10 @@ IDS: Final = (
     "machine.randomness",
     "machine.memory",
 )
-
 _PATIENCE: Final = 2.0
-
 _TSS_GROUP: Final = "tss"
-
 _SHUT: Final = ("/home", "/root", "/run/user")
 _LITTLE_MEMORY: Final = 64
-
 """MiB. The daemon takes some 40."""
 
 

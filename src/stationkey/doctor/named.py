@@ -16,11 +16,8 @@ from stationkey.doctor.subject import UNIT, Subject, Unit, path_of
 from stationkey.errors import ConfigurationError
 
 SECRET_IDS: Final = ("config.secrets",)
-
 JOSEV_IDS: Final = ("config.certificate_dir",)
-
 _MAX_LISTED: Final = 1024
-
 """Files in a certificate directory, beyond which the daemon does not look."""
 
 

@@ -25,11 +25,9 @@ from stationkey.profiles import CertificateType
 from stationkey.terms import DAY
 
 LEDGER_IDS: Final = ("state.ledger", "state.keys", "state.active")
-
 DEADLINE: Final = 7.0
 """Seconds: SQLite waits five for a lock that another program holds."""
 _LONG: Final = 7 * DAY
-
 """Milliseconds after which somebody should ask where a certificate is."""
 
 

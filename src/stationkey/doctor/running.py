@@ -16,7 +16,6 @@ from stationkey.doctor.findings import CannotLookError, Finding, failure, not_ch
 S = TypeVar("S")
 T = TypeVar("T")
 P = ParamSpec("P")
-
 DEADLINE: Final = 5.0
 """Seconds that a check has. Its questions have deadlines of their own; this one is for what has none: a dead disk."""
 

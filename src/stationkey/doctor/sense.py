@@ -12,7 +12,6 @@ from stationkey.doctor.findings import Finding, failure, listed, warning
 from stationkey.profiles import ALGORITHMS, PROFILES, RsaModulus
 
 _SHORT: Final = 5.0
-
 """Seconds. A busy TPM takes that long now and then."""
 
 

@@ -19,12 +19,8 @@ from stationkey.doctor.running import ask
 from stationkey.doctor.subject import Subject
 
 _PATIENCE: Final = 2.0
-
-
 SOFTWARE_IDS: Final = ("software.python", "software.packages", "software.tss", "software.openssl")
-
 _OLD_TSS: Final = (3, 0)
-
 _PROVIDERS: Final = ("tpm2.so",)
 
 

@@ -28,7 +28,6 @@ from stationkey.ledger import DATABASE_NAME
 from stationkey.state import LOCK_NAME
 
 DIRECTORY_IDS: Final = ("state.directory", "state.files", "state.daemon", "state.settings")
-
 _NOTHING: Final = 2.0
 """Seconds: the kernel counts the start of a process in hundredths, and from another beginning."""
 _OURS: Final = frozenset({DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm", f"{DATABASE_NAME}-journal"})

@@ -41,17 +41,11 @@ from stationkey.keystore import keystore_opener
 from stationkey.terms import TpmTerms
 
 PATIENCE: Final = 5.0
-
 """Seconds for all questions together. The slowest of them takes a chip some tens of milliseconds."""
-
 DEADLINE: Final = PATIENCE + 2.5
-
 _RC_TCTI: Final = frozenset({0xA000B, 0xA0015})  # bad value, unknown name
-
 _RC_LAYER: Final = 0x00FF0000
-
 _RC_NOT_THE_TPM: Final = frozenset(range(1, 0x0B))  # layers of tpm2-tss itself, shifted
-
 IDS: Final = (
     *("tpm.keystore", "tpm.device", "tpm.manager", "tpm.reachable"),
     *("tpm.started", "tpm.self_test", "tpm.version", "tpm.firmware", "tpm.simulated", "tpm.algorithms"),
