@@ -37,6 +37,7 @@ from stationkey.mqtt import (
     connect,
     topics,
 )
+from stationkey.terms import MqttTerms
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
@@ -109,11 +110,13 @@ class Service:
 class Edge:
     """A running edge, and how often it was ready."""
 
-    def __init__(self, broker: Broker, service: Service, *, drain: float = 5.0) -> None:
+    def __init__(self, broker: Broker, service: Service, *, drain: float = 5.0, terms: MqttTerms = mqtt.PLAIN) -> None:
         self.service = service
         self.stop = asyncio.Event()
         self._ready: asyncio.Queue[None] = asyncio.Queue()
-        edge = MqttEdge(broker, service, client_id="the-station", on_ready=lambda: self._ready.put_nowait(None))
+        edge = MqttEdge(
+            broker, service, client_id="the-station", terms=terms, on_ready=lambda: self._ready.put_nowait(None)
+        )
         self.task = asyncio.create_task(edge.run(self.stop, drain=drain))
 
     async def ready(self) -> None:
@@ -594,6 +597,26 @@ async def test_what_is_never_finished_is_given_up_and_sent_again_by_the_broker(
         service.gate.set()
         async with serving(at(mosquitto), service):
             assert await answers(asking, 1) == [request_id]
+
+
+async def test_a_broker_that_refuses_the_last_will_is_served_without(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mosquitto takes any; others look at its topic when the client connects."""
+
+    def judge(data: bytes) -> bytes | None:
+        has_will = data[0] == 0x10 and data[9] & 0x04  # Connect Flags [MQTT 5 3.1.2.3]
+        return bytes([0x20, 3, 0, 0x87, 0]) if has_will else None  # CONNACK: Not authorized
+
+    request_id = str(uuid.uuid4())
+    async with Front(at(mosquitto), judge) as broker, josev(at(mosquitto)) as asking:
+        edge = Edge(broker, Service(), terms=MqttTerms(availability_topic="availability"))
+        await edge.ready()
+        await asking.publish("josev/cs", payload(request_id))
+        assert await answers(asking, 1) == [request_id]
+        await edge.end()
+    said = [record.getMessage() for record in caplog.records if "availability" in record.getMessage()]
+    assert said == ["availability is not published: the broker refuses the Last Will"]
 
 
 class Attempts(logging.Handler):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _ctypes
+import _ssl
 import asyncio
 import logging
 import re
@@ -22,7 +24,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from peers import Mosquitto
 
 from secured import NAME, Authority, Identity, SecuredMosquitto, terms, write_secret
-from stationkey import mqtt, trust
+from stationkey import mqtt, provider, trust
 from stationkey.credential import SecretReference
 from stationkey.errors import BrokerError, ConfigurationError
 from stationkey.mqtt import Broker, ConnectionLost, MqttConnection, check, connect
@@ -472,6 +474,13 @@ async def test_what_is_of_use_with_tls_only_is_refused_without(mosquitto: Mosqui
 async def test_a_server_name_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no server name"):
         await check(Broker("127.0.0.1", 1, tls=True), MqttTerms(server_name=".broker"))
+
+
+def test_a_python_that_does_not_show_its_openssl_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ssl, "__file__", _ctypes.__file__)  # a library without OpenSSL
+    with pytest.raises(ConfigurationError, match="shared library") as refused:
+        provider.TpmProvider().open("device:/dev/null")
+    assert refused.value.reason == "tls_provider_missing"
 
 
 # User name and password.

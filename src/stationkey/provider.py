@@ -210,21 +210,32 @@ def _entry(openssl: ctypes.CDLL) -> Any:
         directory = os.environ.get("OPENSSL_MODULES") or openssl.OPENSSL_info(_MODULES_DIRECTORY).decode()
         return _Init(("OSSL_provider_init", ctypes.CDLL(f"{directory}/tpm2.so")))
     except (OSError, AttributeError):
-        raise ConfigurationError(
-            "the private key for the broker is in a TPM, and OpenSSL's tpm2 provider is missing",
-            reason="tls_provider_missing",
-            hint=f"install tpm2-openssl, or set OPENSSL_MODULES to where tpm2.so is; this is {ssl.OPENSSL_VERSION}",
-        ) from None
+        raise _missing("install tpm2-openssl, or set OPENSSL_MODULES to where tpm2.so is") from None
 
 
 def _openssl() -> ctypes.CDLL:
-    """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)]."""
+    """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)].
+
+    Raises:
+        ConfigurationError: it is older than 3.0, or a part of Python that shows none of its functions.
+    """
     openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
-    openssl.OPENSSL_info.restype = c_char_p
-    openssl.OSSL_PROVIDER_available.argtypes = [c_void_p, c_char_p]
-    openssl.OSSL_PROVIDER_add_builtin.argtypes = [c_void_p, c_char_p, c_void_p]
-    openssl.OSSL_PROVIDER_load.argtypes = [c_void_p, c_char_p]
-    openssl.OSSL_PROVIDER_load.restype = c_void_p
-    openssl.OSSL_PROVIDER_unload.argtypes = [c_void_p]
-    openssl.EVP_set_default_properties.argtypes = [c_void_p, c_char_p]
+    try:
+        openssl.OPENSSL_info.restype = c_char_p
+        openssl.OSSL_PROVIDER_available.argtypes = [c_void_p, c_char_p]
+        openssl.OSSL_PROVIDER_add_builtin.argtypes = [c_void_p, c_char_p, c_void_p]
+        openssl.OSSL_PROVIDER_load.argtypes = [c_void_p, c_char_p]
+        openssl.OSSL_PROVIDER_load.restype = c_void_p
+        openssl.OSSL_PROVIDER_unload.argtypes = [c_void_p]
+        openssl.EVP_set_default_properties.argtypes = [c_void_p, c_char_p]
+    except AttributeError:
+        raise _missing("use a Python that has OpenSSL 3 as a shared library, such as Debian's") from None
     return openssl
+
+
+def _missing(hint: str) -> ConfigurationError:
+    return ConfigurationError(
+        "the private key for the broker is in a TPM, and OpenSSL's tpm2 provider is missing",
+        reason="tls_provider_missing",
+        hint=f"{hint}; this is {ssl.OPENSSL_VERSION}",
+    )
