@@ -124,14 +124,19 @@ def settled(path: Path) -> Path:
     Raises:
         ConfigurationError: others can exchange it, or the way there is closed or no way.
     """
+    return _settled(path)[0]
+
+
+def _settled(path: Path) -> tuple[Path, os.stat_result | None]:
+    """The same, and what is there; None for nothing yet."""
     try:
         real, met = _walked(path)
-        status = _lstat(real)
-        if status is None and path.is_symlink():
+        found = _lstat(real)
+        if found is None and path.is_symlink():
             raise FileNotFoundError(errno.ENOENT, "the link leads to nothing")
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from None
-    trusted = {0, os.geteuid() if status is None else status.st_uid}
+    trusted = {0, os.geteuid() if found is None else found.st_uid}
     for place, status in met:
         if status.st_uid not in trusted:
             who = f"belongs to uid {status.st_uid}"
@@ -144,7 +149,7 @@ def settled(path: Path) -> Path:
             reason="state_dir_exchangeable",
             hint=f"chmod go-w {place}, give it to root, or name another directory with --state-dir",
         )
-    return real
+    return real, found
 
 
 def _others_may_write(directory: os.stat_result) -> bool:
@@ -239,26 +244,27 @@ def visit(directory: Path) -> Iterator[Path]:
         ConfigurationError: it is closed to this user, or others can put another in its place.
         LedgerError: something in it is not what the daemon put there.
     """
-    real = settled(directory)
-    with as_owner(real):
+    real, owner = _settled(directory)
+    if owner is None:
+        raise _unusable(real, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    with as_owner(owner):
         refuse_planted(real)
         yield real
 
 
 @contextmanager
-def as_owner(directory: Path) -> Iterator[None]:
-    """For root: be the user whom `directory` belongs to, for what is done within.
+def as_owner(owner: os.stat_result) -> Iterator[None]:
+    """For root: be the user whom a directory belongs to, for what is done within.
 
     Whatever that user has put there, links above all, then leads root no further than he can go himself; and what is
     made belongs to him, so that ``sudo stationkey keys`` does not lock the daemon out. For other users nothing changes.
 
     Args:
-        directory: as `settled` gives it.
+        owner: what was seen of the directory when it was looked at; asked anew, it might be another by now.
 
     Raises:
         ConfigurationError: root cannot become that user here.
     """
-    owner = directory.stat()
     if os.geteuid() != 0 or owner.st_uid == 0:
         yield
         return
@@ -268,7 +274,11 @@ def as_owner(directory: Path) -> Iterator[None]:
         os.setegid(owner.st_gid)
         os.seteuid(owner.st_uid)
     except (OSError, ValueError) as error:
-        raise _unusable(directory, error) from None
+        raise ConfigurationError(
+            f"root cannot become uid {owner.st_uid}, whom the state directory belongs to: {error}",
+            reason="state_dir_foreign",
+            hint="run this as that user",
+        ) from None
     try:
         yield
     finally:

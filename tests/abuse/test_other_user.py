@@ -33,15 +33,24 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture
-def station(folder: Path, mosquitto: Mosquitto) -> Iterator[Station]:
-    """A running daemon with an active key, and a secret in its environment."""
-    options = ("--broker", mosquitto.url, "--keystore", "software:", "--allow-software-keys")
-    with Station(folder, *options, SOME_SECRET=PASSWORD) as made, Josev(mosquitto) as josev:
+@pytest.fixture(scope="module")
+def station(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Station]:
+    """A running daemon with an active key, and a secret in its environment; what is tried on it leaves it as it was."""
+    with (
+        Mosquitto(tmp_path_factory.mktemp("mosquitto")) as broker,
+        tempfile.TemporaryDirectory() as name,
+        Station(Path(name), *options(broker), SOME_SECRET=PASSWORD) as made,
+        Josev(broker) as josev,
+    ):
+        Path(name).chmod(0o711)
         josev.ask(generate_csr())
         josev.publish(STATUS)
         made.wait_for("written")
         yield made
+
+
+def options(broker: Mosquitto) -> tuple[str, ...]:
+    return ("--broker", broker.url, "--keystore", "software:", "--allow-software-keys")
 
 
 def pid_of(station: Station) -> int:
@@ -127,10 +136,9 @@ def test_its_command_line_which_every_user_can_read_has_no_secret(station: Stati
 def test_what_it_makes_is_closed_to_others_whatever_umask_it_was_started_with(
     folder: Path, mosquitto: Mosquitto
 ) -> None:
-    options = ("--broker", mosquitto.url, "--keystore", "software:", "--allow-software-keys")
     before = os.umask(0)
     try:
-        station = Station(folder, *options).start()
+        station = Station(folder, *options(mosquitto)).start()
     finally:
         os.umask(before)
     with station, Josev(mosquitto) as josev:
