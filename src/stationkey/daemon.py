@@ -18,6 +18,7 @@ from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Ledger
 from stationkey.mqtt import Broker, MqttEdge, unless
+from stationkey.policy import Policy
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
 from stationkey.state import StateDirectory
@@ -54,6 +55,7 @@ async def serve(settings: Settings) -> None:
                 keystore,
                 ledger,
                 profiles=settings.profiles,
+                policy=Policy(settings.policy, settings.profiles),
                 deadline=settings.deadlines.ec,
                 rsa_deadline=settings.deadlines.rsa,
                 terms=settings.terms,
@@ -68,6 +70,8 @@ async def serve(settings: Settings) -> None:
                 service,
                 client_id=settings.client_id or ledger.client_id(),
                 topic_prefix=settings.topic_prefix,
+                queue=settings.policy.queue,
+                payload_bytes=settings.policy.payload_bytes,
                 on_ready=_ready,
             )
             try:

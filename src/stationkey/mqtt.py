@@ -30,6 +30,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
 from stationkey.messages import (
+    MAX_PAYLOAD,
     REQUEST_TOPIC,
     RESPONSE_TOPIC,
     CertificateInstallationStatus,
@@ -55,11 +56,21 @@ SESSION_EXPIRY: Final = 7 * 24 * 3600
 MAX_PREFIX: Final = 1024
 """Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
 MAX_IN_HAND: Final = 64
-"""How many messages are in hand at a time. The broker holds the rest: an RSA key takes its time."""
+"""How many messages are in hand at a time, unless it is said otherwise. The broker holds the rest: an RSA key takes its
+time."""
 MAX_WAITING: Final = 1024
 """How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
-broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound. Reading never pauses: behind the
-requests comes what the answers wait for, their acknowledgements."""
+broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound, if it counts right. Reading never
+pauses: behind the requests comes what the answers wait for, their acknowledgements."""
+MAX_RECEIVED: Final = 16 * 1024
+MAX_RECEIVED_BYTES: Final = 8 * 1024 * 1024
+"""How many messages may wait whatever their QoS, and how large they may be together. A broker that sends more than it
+may (Mosquitto 2.0.11 to a client that publishes, its issue 2301) must not fill the memory: what comes then is not
+acknowledged, and once the rest is dealt with it is asked for again by a new connection."""
+PACKET_MARGIN: Final = 64 * 1024
+"""Bytes that a packet may be larger than the largest payload that is read: one that is a little too large is rejected
+by its id, and what is larger the broker keeps to itself, by Maximum Packet Size [MQTT 5 3.1.2.11.4]. Without that a
+single message of 256 MiB would be read into memory before anybody could look at its length."""
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
 """Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
@@ -114,6 +125,10 @@ class ConnectionLost(BrokerError):
     """The connection ended while something was under way on it."""
 
 
+class Overrun(ConnectionLost):
+    """The broker sent more than there was room for. The connection stands, and is to be left for another."""
+
+
 class ProtocolRefused(BrokerError):
     """The broker does not speak this version of MQTT, or said nothing to it: closed the connection, or kept silent."""
 
@@ -126,6 +141,8 @@ class Message:
     connection: MqttConnection
     mid: int
     qos: int
+    received: float
+    """When, by the event loop's time."""
 
     def acknowledge(self) -> None:
         """Tell the broker that it need not send this again. Too late on a connection that was lost: then it will."""
@@ -139,6 +156,8 @@ class MqttConnection:
         broker: where to connect to.
         client_id: client identifier; with `persistent`, the broker's session belongs to it.
         persistent: keep the session (subscriptions, unacknowledged messages) at the broker between connections.
+        in_hand: how many messages the broker may send before one of them is acknowledged.
+        max_payload: payloads larger than this, and some margin, the broker is to keep to itself.
         protocol: MQTT version to speak.
     """
 
@@ -148,13 +167,19 @@ class MqttConnection:
         *,
         client_id: str,
         persistent: bool,
+        in_hand: int = MAX_IN_HAND,
+        max_payload: int = MAX_PAYLOAD,
         protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
     ) -> None:
         self._broker = broker
         self._persistent = persistent
+        self._in_hand = in_hand
+        self._max_payload = max_payload
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: there will be no more
+        self._received_bytes = 0
+        self._overrun = False
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
@@ -194,7 +219,8 @@ class MqttConnection:
         if self._is_v5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho types its client only
             properties.SessionExpiryInterval = SESSION_EXPIRY if self._persistent else 0
-            properties.ReceiveMaximum = MAX_IN_HAND
+            properties.ReceiveMaximum = self._in_hand
+            properties.MaximumPacketSize = self._max_payload + PACKET_MARGIN
             arguments = {"clean_start": not self._persistent, "properties": properties}
         try:
             # Name look-up and TCP connect block; paho has no other way.
@@ -272,12 +298,19 @@ class MqttConnection:
         """The next message.
 
         Raises:
+            Overrun: there was no room for what came next.
             ConnectionLost: the connection has ended. What was received before comes first.
         """
+        if self._overrun and self._received.empty():
+            raise Overrun(
+                f"{self._broker} sent more than may be in hand; it is asked for the rest again",
+                reason="connection_lost",
+            )
         message = await self._received.get()
         if message is None:
             self._received.put_nowait(None)  # for whoever asks next
             raise self._connection_lost()
+        self._received_bytes -= len(message.payload)
         self._dropping = self._dropping and not self._received.empty()
         return message
 
@@ -392,8 +425,15 @@ class MqttConnection:
         self._end(str(reason))
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
-        if message.qos > 0 or self._received.qsize() < MAX_WAITING:
-            self._received.put_nowait(Message(bytes(message.payload), self, message.mid, message.qos))
+        payload = bytes(message.payload)
+        waiting = self._received.qsize()
+        # Of two messages the first is not passed over for the second: their order may matter.
+        self._overrun |= waiting >= MAX_RECEIVED or self._received_bytes + len(payload) > MAX_RECEIVED_BYTES
+        if self._overrun:
+            return
+        if message.qos > 0 or waiting < MAX_WAITING:
+            self._received_bytes += len(payload)
+            self._received.put_nowait(Message(payload, self, message.mid, message.qos, self._loop.time()))
         elif not self._dropping:
             self._dropping = True  # said once, until all that waits has been taken
             log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")
@@ -414,13 +454,24 @@ class MqttConnection:
             waiting.set_result(reason)
 
 
-async def connect(broker: Broker, *, client_id: str, persistent: bool) -> MqttConnection:
+async def connect(
+    broker: Broker,
+    *,
+    client_id: str,
+    persistent: bool,
+    in_hand: int = MAX_IN_HAND,
+    max_payload: int = MAX_PAYLOAD,
+) -> MqttConnection:
     """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
+
+    The arguments are those of `MqttConnection`; the last two only a broker of MQTT 5 is told.
 
     Raises:
         BrokerError: neither.
     """
-    connection = MqttConnection(broker, client_id=client_id, persistent=persistent)
+    connection = MqttConnection(
+        broker, client_id=client_id, persistent=persistent, in_hand=in_hand, max_payload=max_payload
+    )
     try:
         await connection.open()
     except ProtocolRefused as error:
@@ -481,8 +532,8 @@ def topics(prefix: str) -> tuple[str, str]:
 class Answering(Protocol):
     """What the edge needs of the service; `stationkey.service.StationKeyService` has it."""
 
-    async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
-        """Answer a request."""
+    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+        """Answer a request that has waited for so many seconds already."""
 
     async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
         """Refuse a message that is wrong and has an id."""
@@ -530,6 +581,8 @@ class MqttEdge:
         service: answers the requests.
         client_id: of the persistent session; the same at every start.
         topic_prefix: see `topics`.
+        queue: how many messages are in hand at a time; the broker holds the rest.
+        payload_bytes: how large a message may be.
         on_ready: called whenever the subscription stands.
     """
 
@@ -540,6 +593,8 @@ class MqttEdge:
         *,
         client_id: str,
         topic_prefix: str = "",
+        queue: int = MAX_IN_HAND,
+        payload_bytes: int = MAX_PAYLOAD,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._broker = broker
@@ -551,7 +606,9 @@ class MqttEdge:
         self._connected = asyncio.Event()
         """There is a connection, or there will be none any more: `_ending`."""
         self._ending = False
-        self._free = asyncio.Semaphore(MAX_IN_HAND)
+        self._queue = queue
+        self._payload_bytes = payload_bytes
+        self._free = asyncio.Semaphore(queue)
         self._in_hand: set[_InHand] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -587,7 +644,13 @@ class MqttEdge:
 
     async def _connect(self) -> MqttConnection:
         """A connection on which the subscription stands."""
-        connection = await connect(self._broker, client_id=self._client_id, persistent=True)
+        connection = await connect(
+            self._broker,
+            client_id=self._client_id,
+            persistent=True,
+            in_hand=self._queue,
+            max_payload=self._payload_bytes,
+        )
         try:
             await connection.subscribe(self._request_topic)
         except BaseException:
@@ -615,7 +678,14 @@ class MqttEdge:
 
     async def _receive(self, connection: MqttConnection) -> NoReturn:
         while True:
-            message = await connection.receive()
+            try:
+                message = await connection.receive()
+            except Overrun:
+                # What is not acknowledged before the connection ends comes again with the rest. But nothing waits for
+                # long: a status may be in hand until the TPM is back.
+                if self._tasks:
+                    await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT)
+                raise
             if any(in_hand.takes_over(message) for in_hand in self._in_hand):
                 continue
             acquire = self._free.acquire()
@@ -658,7 +728,7 @@ class MqttEdge:
 
     async def _respond(self, in_hand: _InHand) -> GenerateCsrResponse | None:
         try:
-            message = decode(in_hand.message.payload)
+            message = decode(in_hand.message.payload, max_payload=self._payload_bytes)
         except MessageError as error:
             in_hand.request_id = error.request_id
             if error.request_id is not None:
@@ -668,7 +738,8 @@ class MqttEdge:
         match message:
             case GenerateCsrRequest():
                 in_hand.request_id = message.id
-                return await self._service.answer(message)
+                waited = asyncio.get_running_loop().time() - in_hand.message.received
+                return await self._service.answer(message, waited=waited)
             case CertificateInstallationStatus():
                 await self._service.note_status(message)
         return None
