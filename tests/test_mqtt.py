@@ -439,6 +439,23 @@ async def test_how_many_are_in_hand_is_for_the_configuration_to_say(mosquitto: M
     assert service.most_at_once == 3
 
 
+async def test_one_id_said_over_and_over_leaves_most_hands_to_others(mosquitto: Mosquitto) -> None:
+    """The copies beyond a quarter are acknowledged: the answer to the first is yet to come, and theirs as well."""
+    service = Service()
+    repeated, other = str(uuid.uuid4()), str(uuid.uuid4())
+    spelled = [payload(repeated).ljust(300 + number) for number in range(20)] + [payload(repeated.upper())] * 20
+    async with serving(at(mosquitto), service, queue=8), josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        await publish_burst(mosquitto, spelled, qos=1)
+        await asking.publish("josev/cs", payload(other))
+        await service.until(lambda: other in service.asked)
+        service.gate.set()
+        assert sorted(await answers(asking, 4)) == sorted([repeated, repeated, repeated, other])
+        await asking.publish("josev/cs", payload(repeated))
+        assert await answers(asking, 1) == [repeated]
+    assert service.asked == [repeated, repeated, repeated, other, repeated]
+
+
 async def test_the_service_is_told_how_long_a_request_has_waited_for_a_free_hand(mosquitto: Mosquitto) -> None:
     service = Service()
     first, second = str(uuid.uuid4()), str(uuid.uuid4())

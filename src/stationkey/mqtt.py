@@ -15,6 +15,7 @@ import logging
 import random
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -67,6 +68,9 @@ MAX_RECEIVED_BYTES: Final = 8 * 1024 * 1024
 """How many messages may wait whatever their QoS, and how large they may be together. A broker that sends more than it
 may (Mosquitto 2.0.11 to a client that publishes, its issue 2301) must not fill the memory: what comes then is not
 acknowledged, and once the rest is dealt with it is asked for again by a new connection."""
+COPIES_SHARE: Final = 4
+"""One in so many of those in hand may be a copy of a request that is in hand already. It waits for the answer to that:
+one id said over and over would keep all others out while a key is made."""
 PACKET_MARGIN: Final = 64 * 1024
 """Bytes that a packet may be larger than the largest payload that is read: one that is a little too large is rejected
 by its id, and what is larger the broker keeps to itself, by Maximum Packet Size [MQTT 5 3.1.2.11.4]. Without that a
@@ -557,6 +561,8 @@ class _InHand:
 
     message: Message
     request_id: str | None = None
+    canonical_id: str | None = None
+    copy: bool = False
 
     def about(self) -> dict[str, object]:
         """What a log line says of it."""
@@ -610,6 +616,8 @@ class MqttEdge:
         self._payload_bytes = payload_bytes
         self._free = asyncio.Semaphore(queue)
         self._in_hand: set[_InHand] = set()
+        self._ids: Counter[str] = Counter()
+        self._copies = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, stop: asyncio.Event, *, drain: float) -> None:
@@ -724,6 +732,7 @@ class MqttEdge:
             in_hand.message.acknowledge()
         finally:
             self._in_hand.discard(in_hand)
+            self._let_go(in_hand)
             self._free.release()
 
     async def _respond(self, in_hand: _InHand) -> GenerateCsrResponse | None:
@@ -738,11 +747,32 @@ class MqttEdge:
         match message:
             case GenerateCsrRequest():
                 in_hand.request_id = message.id
+                if not self._take_up(in_hand, message.id.lower()):
+                    log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
+                    return None
                 waited = asyncio.get_running_loop().time() - in_hand.message.received
                 return await self._service.answer(message, waited=waited)
             case CertificateInstallationStatus():
                 await self._service.note_status(message)
         return None
+
+    def _take_up(self, in_hand: _InHand, canonical_id: str) -> bool:
+        """Whether a request is to have an answer of its own; else that to another with its id is yet to come."""
+        is_copy = self._ids[canonical_id] > 0
+        if is_copy and self._copies >= max(1, self._queue // COPIES_SHARE):
+            return False
+        in_hand.canonical_id, in_hand.copy = canonical_id, is_copy
+        self._ids[canonical_id] += 1
+        self._copies += is_copy
+        return True
+
+    def _let_go(self, in_hand: _InHand) -> None:
+        if in_hand.canonical_id is None:
+            return
+        self._copies -= in_hand.copy
+        self._ids[in_hand.canonical_id] -= 1
+        if not self._ids[in_hand.canonical_id]:
+            del self._ids[in_hand.canonical_id]
 
     async def _deliver(self, response: GenerateCsrResponse) -> bool:
         """Publish an answer; over a new connection where one is lost, for as long as it takes.
