@@ -309,6 +309,8 @@ POOL_SIZE: Final = {"P-256": 16, "P-521": 16, "RSA-3072": 2}
 """Keys ready, and so requests in a row that a warm pool can serve. The two curves share one setting."""
 POOL: Final = f"[pool]\nec = {POOL_SIZE['P-256']}\nrsa = {POOL_SIZE['RSA-3072']}\nidle_seconds = 0.05\n"
 NO_POOL: Final = "[pool]\nrsa = 0\n"
+NO_LIMIT: Final = "[policy]\nrequests_per_minute = 0\n"
+"""A measurement asks as fast as it is answered; a station does not."""
 POOL_FULL: Final = '"event": "pool full"'
 
 
@@ -361,7 +363,7 @@ def serve_arguments(home: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, con
     home.mkdir(parents=True, exist_ok=True)
     # A name of its own at the broker, also where its state was copied from another's.
     pool = "" if "[pool]" in configuration else NO_POOL
-    (home / "stationkey.toml").write_text(f'client_id = "{name}"\n{configuration}{pool}')
+    (home / "stationkey.toml").write_text(f'client_id = "{name}"\n{configuration}{pool}{NO_LIMIT}')
     return (
         *("--broker", broker.url, "--keystore", tpm.uri, "--topic-prefix", name),
         *("--state-dir", str(home / "state"), "--config", str(home / "stationkey.toml")),

@@ -35,7 +35,7 @@ ROWS: list[set[str]] = [
     {"attestation", "files"},
     {"terms", "endpoint"},  # values that name certificate types and secrets; HTTP on a socket
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
-    {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
+    {"csr", "schema", "migrations", "ocppj", "policy"},  # a CSR and a schema are made from messages, and these judged
     {"certificate", "keystore", "pki"},  # what signs a CSR knows how one is built
     {"ledger", "active", "csms"},  # the ledger gives keys back as the key store knows them
     {"bridge", "condition", "installation", "state", "tls", "trust"},

@@ -245,6 +245,11 @@ def test_what_no_stations_certificate_may_have_is_refused_at_start(file: Path, t
             for value in values
         ),
         pytest.param("[pool]\nsize = 1", "size", id="pool of an unknown name"),
+        pytest.param('[policy]\ncountry_names = ["GER"]', "country_names", id="country of three letters"),
+        pytest.param('[policy]\nevse_ids = [""]', "evse_ids", id="empty pattern, which nothing would match"),
+        pytest.param("[policy]\nrequests_per_minute = nan", "requests_per_minute", id="rate that is no number"),
+        pytest.param('[policy]\nsecc_id = "no"', "secc_id", id="severity of another name"),
+        pytest.param("[policy]\nqueue = 0", "queue", id="no place at all"),
         pytest.param("broker = ", "no TOML", id="no TOML"),
         pytest.param('broker = "a"\nbroker = "b"', "no TOML", id="a name twice"),
         pytest.param(f"x = {'9' * 5000}", "no TOML", id="a number of 5,000 digits"),

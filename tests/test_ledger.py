@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from parts import E1, V2G, C, O, dump, new_id, request
+from parts import E1, E2, STATION, V2G, V2G20, C, O, dump, new_id, request
 from stationkey.errors import LedgerError
 from stationkey.keystore import KeyRef
 from stationkey.ledger import KeyRecord, Ledger
@@ -170,6 +170,48 @@ def test_the_oldest_pending_key_of_all_makes_room_where_there_are_many_evses(led
     assert [key.key_id for key in on_record(ledger) if key.state is KeyState.PRE_ACTIVATION] == keys[30:]
 
 
+def pending(ledger: Ledger) -> list[str]:
+    return [key.key_id for key in on_record(ledger) if key.state is KeyState.PRE_ACTIVATION]
+
+
+def test_a_flood_of_one_certificate_type_costs_another_no_pending_key(ledger: Ledger) -> None:
+    bounds = Bounds(pending_total=9)
+    others = [answer(ledger, request(kind, evse_id), bounds=bounds) for kind in (V2G, V2G20) for evse_id in (None, E1)]
+    flood = [answer(ledger, request(STATION, f"DE*ABC*E{number}"), bounds=bounds) for number in range(30)]
+
+    assert pending(ledger) == [*others, *flood[-5:]]
+
+
+def test_made_up_evse_ids_cost_no_pending_key_of_an_evse_that_has_one_in_use(ledger: Ledger) -> None:
+    bounds = Bounds(pending_total=6)
+    known = {E1: V2G, E2: V2G}
+    for evse_id in known:
+        bring(ledger, answer(ledger, request(V2G, evse_id), bounds=bounds), KeyEvent.INSTALLED)
+    renewals = [answer(ledger, request(V2G, evse_id), bounds=bounds) for evse_id in known]
+    flood = [answer(ledger, request(V2G, f"DE*ABC*E9{number}"), bounds=bounds) for number in range(30)]
+
+    assert pending(ledger) == [*renewals, *flood[-4:]]
+
+
+def test_whoever_has_the_most_pending_keys_of_a_type_loses_the_oldest_of_them(ledger: Ledger) -> None:
+    bounds = Bounds(pending_total=6)
+    modest = answer(ledger, request(V2G, E1), bounds=bounds)
+    greedy = [answer(ledger, request(V2G, E2), bounds=bounds) for _ in range(5)]
+    newest = [answer(ledger, request(V2G, f"DE*ABC*E{number}"), bounds=bounds) for number in (3, 4)]
+
+    assert pending(ledger) == [modest, *greedy[2:], *newest]
+
+
+def test_the_key_that_was_just_made_is_never_the_one_that_makes_room(ledger: Ledger) -> None:
+    bounds = Bounds(pending_total=1)
+    bring(ledger, answer(ledger, request(V2G, E1), bounds=bounds), KeyEvent.INSTALLED)
+    answer(ledger, request(V2G, E1), bounds=bounds)
+    unknown = answer(ledger, request(V2G, E2), bounds=bounds)
+    assert pending(ledger) == [unknown]
+    last = answer(ledger, request(STATION), bounds=bounds)
+    assert pending(ledger) == [last]
+
+
 def test_nobody_makes_room_where_an_owner_has_made_it(ledger: Ledger) -> None:
     bounds = Bounds(pending_limit=2, pending_total=4)
     eldest = answer(ledger, request(V2G, E1), bounds=bounds)
@@ -240,6 +282,78 @@ def test_one_step_of_forgetting_is_small(ledger: Ledger, monkeypatch: pytest.Mon
     assert ledger.forget(keep=0, answered_before=0) == 3
 
 
+# Rejections.
+
+
+def note(ledger: Ledger, *names: str) -> None:
+    for name in names:
+        ledger.note_rejection(name, reason="r", message="m", now=0)
+
+
+def rejected(ledger: Ledger) -> list[str]:
+    """Whose rejections are on disk."""
+    with closing(sqlite3.connect(ledger.path)) as connection:
+        return [row[0] for row in connection.execute("SELECT request_id FROM rejection ORDER BY seq")]
+
+
+def test_a_rejection_is_noted_at_once_and_written_with_the_others(ledger: Ledger) -> None:
+    note(ledger, "a", "b")
+    answer(ledger)
+    assert rejected(ledger) == []
+    assert not ledger.write_rejections()
+    assert rejected(ledger) == ["a", "b"]
+    assert not ledger.write_rejections()
+    note(ledger, "c")
+    ledger.close()
+    assert rejected(ledger) == ["a", "b", "c"]
+
+
+def test_one_step_of_writing_rejections_is_small(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stationkey.ledger._PART", 2)
+    note(ledger, *"abcde")
+    assert [ledger.write_rejections() for _ in range(3)] == [True, True, False]
+    assert rejected(ledger) == list("abcde")
+
+
+def test_of_rejections_the_newest_are_kept_in_memory_and_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stationkey.ledger.MAX_REJECTIONS", 3)
+    with closing(Ledger(path)) as ledger:
+        note(ledger, *"abcde")
+        ledger.write_rejections()
+        assert rejected(ledger) == list("cde")
+        note(ledger, *"fg")
+        ledger.write_rejections()
+        assert rejected(ledger) == list("efg")
+
+
+def test_rejections_that_cannot_be_written_are_kept_and_the_oldest_make_room(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stationkey.ledger.MAX_REJECTIONS", 4)
+    with closing(Ledger(path)) as ledger:
+        note(ledger, *"ab")
+        with closing(sqlite3.connect(path)) as other:
+            ledger._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(LedgerError) as failure:
+                ledger.write_rejections()
+            assert failure.value.reason == "ledger_busy"
+            note(ledger, *"cde")
+            with pytest.raises(LedgerError):
+                ledger.write_rejections()
+        ledger.write_rejections()
+        assert rejected(ledger) == list("bcde")
+
+
+def test_a_ledger_that_takes_no_rejections_any_more_is_closed_all_the_same(ledger: Ledger, path: Path) -> None:
+    note(ledger, "a")
+    with closing(sqlite3.connect(path)) as other:
+        ledger._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
+        other.execute("BEGIN IMMEDIATE")
+        ledger.close()
+    assert rejected(ledger) == []
+
+
 # Growth.
 
 OWNER = (V2G, E1)
@@ -271,6 +385,11 @@ def _delivered(ledger: Ledger, _: str) -> None:
     ledger.write_running(1)
 
 
+def _rejected(ledger: Ledger, _: str) -> None:
+    ledger.note_rejection(ASKED, reason="r", message="m", now=0)
+    ledger.write_rejections()
+
+
 def _destroyed_and_wiped(ledger: Ledger, key_id: str) -> None:
     ledger.apply(key_id, KeyEvent.DELETED, reason="", now=0)
     assert ledger.wipe()
@@ -285,7 +404,7 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "record_answer with a key made ahead": lambda ledger, _: answer(
         ledger, request(*OWNER), key=stock_of(ledger)[0], taken=True
     ),
-    "record_rejection": lambda ledger, _: ledger.record_rejection(ASKED, reason="r", message="m", now=0),
+    "write_rejections": _rejected,
     "mark_delivered": _delivered,
     "undelivered": lambda ledger, _: ledger.undelivered(),
     "make_ahead": lambda ledger, _: ahead(ledger),

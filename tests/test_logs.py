@@ -211,3 +211,104 @@ def test_setting_up_twice_says_each_thing_once(root: logging.Logger) -> None:
     root.warning("said")
 
     assert (first.getvalue(), second.getvalue().count("said")) == ("", 1)
+
+
+# A flood of lines.
+
+
+class Lines:
+    """A log that is written to memory, as JSON."""
+
+    def __init__(self, *, minute: float = logs.MINUTE) -> None:
+        self._stream = io.StringIO()
+        self.handler = logs.BoundedHandler(self._stream, minute=minute)
+        self.handler.setFormatter(logs.JsonFormatter())
+
+    def say(self, count: int, message: str = "rejected: %s", *, level: int = logging.WARNING, **fields: object) -> None:
+        for number in range(count):
+            record = a_record(message, number, **fields) if "%" in message else a_record(message, **fields)
+            record.levelno, record.levelname = level, logging.getLevelName(level)
+            self.handler.handle(record)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._stream.getvalue().splitlines()]
+
+    def said(self) -> list[tuple[str, object]]:
+        """Each line, and how many like it are missing."""
+        return [(event["event"], event.get("unwritten")) for event in self.events]
+
+
+def test_of_a_flood_of_refusals_the_first_are_written_and_the_last_with_the_number_that_is_missing() -> None:
+    lines = Lines()
+    lines.say(1000, reason="not_json")
+    assert lines.said() == [(f"rejected: {number}", None) for number in range(20)]
+    lines.handler.tell()
+    assert lines.said()[20:] == [("rejected: 999", 979)]
+    assert lines.events[-1]["reason"] == "not_json"
+    lines.say(1)
+    assert lines.said()[21:] == [("rejected: 0", None)]
+
+
+def test_a_flood_of_one_reason_leaves_the_lines_of_another_alone() -> None:
+    lines = Lines()
+    lines.say(1000, reason="not_json")
+    lines.say(2, reason="policy_country")
+    lines.say(2, "key active", level=logging.INFO)
+
+    assert [event.get("reason") for event in lines.events[20:]] == ["policy_country"] * 2 + [None] * 2
+
+
+def test_what_is_served_has_more_lines_and_is_bounded_too() -> None:
+    lines = Lines()
+    lines.say(5000, "repeated the answer", level=logging.INFO)
+    lines.handler.close()
+
+    assert len(lines.events) == 601
+    assert lines.said()[-1] == ("repeated the answer", 4399)
+
+
+def test_a_line_that_was_the_only_one_withheld_is_written_and_none_is_missing() -> None:
+    lines = Lines()
+    lines.say(21)
+    lines.handler.close()
+
+    assert lines.said()[-1] == ("rejected: 20", 0)
+
+
+def test_faults_are_bounded_by_their_kind_and_the_first_have_their_traceback() -> None:
+    lines = Lines()
+    for _ in range(50):
+        record = a_failure("of ours")
+        record.levelno = logging.CRITICAL
+        lines.handler.handle(record)
+    lines.handler.close()
+
+    assert ["traceback" in event for event in lines.events] == [True] * 20 + [False]
+
+
+def test_no_number_of_kinds_takes_more_memory_than_there_are_places() -> None:
+    lines = Lines()
+    for number in range(2000):
+        lines.say(1, "said", reason=f"reason_{number}")
+    lines.handler.close()
+
+    assert len(lines.events) == logs.MAX_KINDS + 20 + 1
+    assert lines.said()[-1] == ("said", 2000 - logs.MAX_KINDS - 20 - 1)
+
+
+def test_what_was_withheld_is_told_at_the_end_of_the_minute_though_nothing_else_is_said() -> None:
+    lines = Lines(minute=0.05)
+    lines.say(100)
+    teller = lines.handler._teller  # noqa: SLF001 - the thread that waits for the end of the minute
+    if teller is not None:  # else the minute was over before everything was said
+        teller.join()
+
+    assert sum(1 + int(event.get("unwritten", 0)) for event in lines.events) == 100
+
+
+def test_a_new_minute_has_lines_of_its_own() -> None:
+    lines = Lines(minute=0.0)
+    lines.say(100)
+
+    assert lines.said() == [(f"rejected: {number}", None) for number in range(100)]

@@ -442,6 +442,26 @@ def test_a_payload_of_64_kib_is_read() -> None:
     assert decoded(full) == decoded(a_request())
 
 
+def test_how_much_is_read_is_for_the_caller_to_say() -> None:
+    payload = wire(a_request())
+
+    assert messages.decode(payload, max_payload=len(payload)) == decoded(a_request())
+    with pytest.raises(MessageError) as refused:
+        messages.decode(payload, max_payload=len(payload) - 1)
+    assert (refused.value.reason, refused.value.request_id) == ("payload_too_large", REQUEST_ID)
+    assert messages.decode(wire(a_request() | {"x": "x" * 70_000}), max_payload=1024 * 1024) == decoded(a_request())
+
+
+def test_a_great_many_repeated_names_are_looked_at_once_each() -> None:
+    """Were the names seen so far gone through for each that follows, this would take minutes."""
+    members = ", ".join(f'"{number // 2}": ""' for number in range(400_000))
+    payload = wire(a_request())[:-1] + f", {members}}}".encode()
+    with pytest.raises(MessageError) as refused:
+        messages.decode(payload, max_payload=len(payload) - 1)
+
+    assert (refused.value.reason, refused.value.request_id) == ("payload_too_large", REQUEST_ID)
+
+
 @pytest.mark.parametrize("depth", range(950, 1010, 3))
 def test_a_value_of_ours_is_refused_at_every_depth(depth: int) -> None:
     """Around the depth that the reader of JSON gives up at, the one who writes the refusal must not give up either."""

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
@@ -29,10 +29,12 @@ from stationkey.messages import (
 from stationkey.mqtt import (
     MAX_IN_HAND,
     MAX_WAITING,
+    PACKET_MARGIN,
     Broker,
     ConnectionLost,
     MqttConnection,
     MqttEdge,
+    Overrun,
     availability,
     connect,
     topics,
@@ -62,6 +64,7 @@ class Service:
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked: list[str] = []
+        self.waited: list[float] = []
         self.handed_over: list[str] = []
         self.earlier: list[GenerateCsrResponse] = []
         self.faulty: str | None = None
@@ -70,7 +73,8 @@ class Service:
         self._at_once = 0
         self._news = asyncio.Condition()
 
-    async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
+    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+        self.waited.append(waited)
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         await self._note(self.asked, request.id)
@@ -110,12 +114,27 @@ class Service:
 class Edge:
     """A running edge, and how often it was ready."""
 
-    def __init__(self, broker: Broker, service: Service, *, drain: float = 5.0, terms: MqttTerms = mqtt.PLAIN) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        service: Service,
+        *,
+        drain: float = 5.0,
+        terms: MqttTerms = mqtt.PLAIN,
+        queue: int = MAX_IN_HAND,
+        payload_bytes: int = 65536,
+    ) -> None:
         self.service = service
         self.stop = asyncio.Event()
         self._ready: asyncio.Queue[None] = asyncio.Queue()
         edge = MqttEdge(
-            broker, service, client_id="the-station", terms=terms, on_ready=lambda: self._ready.put_nowait(None)
+            broker,
+            service,
+            client_id="the-station",
+            terms=terms,
+            queue=queue,
+            payload_bytes=payload_bytes,
+            on_ready=lambda: self._ready.put_nowait(None),
         )
         self.task = asyncio.create_task(edge.run(self.stop, drain=drain))
 
@@ -131,8 +150,8 @@ class Edge:
 
 
 @asynccontextmanager
-async def serving(broker: Broker, service: Service) -> AsyncIterator[Edge]:
-    edge = Edge(broker, service)
+async def serving(broker: Broker, service: Service, **limits: Any) -> AsyncIterator[Edge]:
+    edge = Edge(broker, service, **limits)
     try:
         await edge.ready()
         yield edge
@@ -430,6 +449,118 @@ async def test_at_most_a_bounded_number_is_in_hand_and_all_are_answered_once(mos
         await service.until(lambda: len(service.handed_over) == len(ids))
     assert sorted(service.asked) == sorted(ids)
     assert service.most_at_once == MAX_IN_HAND
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_how_many_are_in_hand_is_for_the_configuration_to_say(mosquitto: Mosquitto, qos: int) -> None:
+    service = Service()
+    ids = [str(uuid.uuid4()) for _ in range(20)]
+    async with serving(at(mosquitto), service, queue=3), josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        await publish_burst(mosquitto, map(payload, ids), qos=qos)
+        await service.until(lambda: len(service.asked) == 3)
+        service.gate.set()
+        assert sorted(await answers(asking, len(ids))) == sorted(ids)
+    assert service.most_at_once == 3
+
+
+async def test_one_id_said_over_and_over_leaves_most_hands_to_others(mosquitto: Mosquitto) -> None:
+    """The copies beyond a quarter are acknowledged: the answer to the first is yet to come, and theirs as well."""
+    service = Service()
+    repeated, other = str(uuid.uuid4()), str(uuid.uuid4())
+    spelled = [payload(repeated).ljust(300 + number) for number in range(20)] + [payload(repeated.upper())] * 20
+    async with serving(at(mosquitto), service, queue=8), josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        await publish_burst(mosquitto, spelled, qos=1)
+        await asking.publish("josev/cs", payload(other))
+        await service.until(lambda: other in service.asked)
+        service.gate.set()
+        assert sorted(await answers(asking, 4)) == sorted([repeated, repeated, repeated, other])
+        await asking.publish("josev/cs", payload(repeated))
+        assert await answers(asking, 1) == [repeated]
+    assert service.asked == [repeated, repeated, repeated, other, repeated]
+
+
+async def test_the_service_is_told_how_long_a_request_has_waited_for_a_free_hand(mosquitto: Mosquitto) -> None:
+    service = Service()
+    first, second = str(uuid.uuid4()), str(uuid.uuid4())
+    async with serving(at(mosquitto), service, queue=1), josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        # At QoS 0 the broker holds nothing back: the second waits here.
+        await publish_burst(mosquitto, [payload(first), payload(second)], qos=0)
+        await service.until(lambda: service.asked == [first])
+        service.gate.set()
+        assert await answers(asking, 2) == [first, second]
+    assert 0 <= service.waited[0] < service.waited[1]
+
+
+@pytest.mark.parametrize(("bound", "most"), [("MAX_RECEIVED", 10), ("MAX_RECEIVED_BYTES", 10 * len(payload()))])
+async def test_what_a_broker_sends_beyond_all_bounds_is_not_taken_and_comes_again_over_a_new_connection(
+    mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
+) -> None:
+    """In its order; of what was acknowledged last, the broker may not have heard."""
+    monkeypatch.setattr(mqtt, bound, most)
+    payloads = [payload() for _ in range(25)]
+    received: list[bytes] = []
+    connections = 0
+    async with await connect(at(mosquitto), client_id="the-station", persistent=True) as first:
+        await first.subscribe("josev/cs")
+    await publish_burst(mosquitto, payloads, qos=1)
+    while set(received) != set(payloads):
+        async with await connect(at(mosquitto), client_id="the-station", persistent=True) as connection:
+            connections += 1
+            await connection.publish("elsewhere", b"")  # once it is acknowledged, all that was held has come
+            with suppress(Overrun):
+                while set(received) != set(payloads):
+                    message = await connection.receive()
+                    received.append(message.payload)
+                    message.acknowledge()
+    assert list(dict.fromkeys(received)) == payloads
+    assert connections > 1
+
+
+async def test_an_edge_that_was_sent_more_than_it_has_room_for_answers_all_of_it(
+    mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt, "MAX_RECEIVED", 30)
+    service = Service()
+    ids = [str(uuid.uuid4()) for _ in range(200)]
+    async with serving(at(mosquitto), service, queue=4) as edge:
+        service.gate.clear()
+        await publish_burst(mosquitto, map(payload, ids), qos=0)  # which the broker does not hold back
+        await service.until(lambda: len(service.asked) == 4)
+        await publish_burst(mosquitto, map(payload, ids), qos=1)
+        service.gate.set()
+        await edge.ready()  # by a new connection
+        await service.until(lambda: set(service.handed_over) == set(ids))
+        await publish_burst(mosquitto, [payload()], qos=1)
+        await service.until(lambda: len(set(service.handed_over)) == len(ids) + 1)
+
+
+class Rejecting(Service):
+    """Rejects what is wrong, and says why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: list[str] = []
+
+    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
+        self.refused.append(error.reason)
+        return rejected(request_id)
+
+
+async def test_what_is_a_little_too_large_is_rejected_and_what_is_much_too_large_never_comes(
+    mosquitto: Mosquitto,
+) -> None:
+    service = Rejecting()
+    little, much, fitting = (str(uuid.uuid4()) for _ in range(3))
+    async with serving(at(mosquitto), service, payload_bytes=1024), josev(at(mosquitto)) as asking:
+        await asking.publish("josev/cs", payload(little).ljust(1025))
+        await asking.publish("josev/cs", payload(much).ljust(1024 + PACKET_MARGIN))
+        await asking.publish("josev/cs", payload(fitting).ljust(1024))
+        assert sorted(await answers(asking, 2)) == sorted([little, fitting])
+    assert service.refused == ["payload_too_large"]
+    assert service.asked == [fitting]
 
 
 async def test_a_flood_at_qos_0_is_cut_and_said_once(mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture) -> None:

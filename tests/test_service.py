@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from parts import software_key
 from stationkey import (
@@ -32,12 +33,17 @@ from stationkey import (
     LedgerError,
     MessageError,
     StationKeyService,
+    encode,
     generate_csr,
+    rejected,
     service,
 )
+from stationkey.bridge import on_keystore
 from stationkey.csr import Csr, sign_csr
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.lifecycle import KeyState
+from stationkey.policy import Policy
+from stationkey.terms import PolicyTerms
 
 ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
 """AlgorithmIdentifier [RFC 5758 3.2]."""
@@ -167,6 +173,7 @@ async def test_the_same_id_with_other_content_is_rejected_and_recorded(
     )
     response = await answering.answer(request(asked.id, other))
     assert (response.id, response.data.status, response.data.csr) == (asked.id, "rejected", UNSET)
+    await answering.aclose()
     assert rejections(tmp_path) == [(asked.id, "id_reused", "the id was used before, with other content")]
     assert store.made == 1
 
@@ -214,7 +221,6 @@ async def test_a_ledger_that_cannot_write_costs_the_request_and_leaves_no_key(
     asked = request()
     with monkeypatch.context() as fault:
         fault.setattr(Ledger, "record_answer", full)
-        fault.setattr(Ledger, "record_rejection", full)
         response = await answering.answer(asked)
     assert response.data.status == "rejected"
     assert ledger.keys() == []
@@ -231,9 +237,10 @@ async def test_a_store_that_hangs_costs_the_request_at_its_deadline_and_leaves_n
     store.go_on.clear()
     asked = request()
     assert (await impatient.answer(asked)).data.status == "rejected"
+    store.go_on.set()
+    await impatient.aclose()
     [(request_id, reason, _)] = rejections(tmp_path)
     assert (request_id, reason) == (asked.id, "keystore_timeout")
-    store.go_on.set()
     assert ledger.keys() == []
 
 
@@ -251,6 +258,7 @@ async def test_a_fault_of_ours_is_a_rejection_too(
     asked = request()
     store.fault = ZeroDivisionError("of ours")
     assert (await answering.answer(asked)).data.status == "rejected"
+    await answering.aclose()
     assert [reason for _, reason, _ in rejections(tmp_path)] == ["internal_error"]
     [traceback] = [record for record in caplog.records if record.exc_info]
     assert vars(traceback)["request_id"] == asked.id
@@ -274,11 +282,12 @@ async def test_a_csr_that_does_not_verify_is_rejected_and_its_key_destroyed(
     with monkeypatch.context() as fault:
         fault.setattr(service, "sign_csr", lambda *arguments: other_signature(sign_csr(*arguments)))
         assert (await answering.answer(asked)).data.status == "rejected"
-    assert [(request_id, reason) for request_id, reason, _ in rejections(tmp_path)] == [(asked.id, "signature_invalid")]
     assert [key.state for key in ledger.keys("")] == [KeyState.DESTROYED]
     assert ledger.undelivered() == []
     assert ledger.find_answer(asked.id) is None
     assert csr_of(await answering.answer(asked))
+    await answering.aclose()
+    assert [(request_id, reason) for request_id, reason, _ in rejections(tmp_path)] == [(asked.id, "signature_invalid")]
 
 
 async def test_a_csr_on_record_that_does_not_verify_is_never_handed_out(
@@ -312,6 +321,7 @@ async def test_a_wrong_message_is_rejected_logged_and_recorded(
     error = MessageError("country_name is wrong", reason="country_name_invalid", request_id=request_id)
     response = await answering.reject(request_id, error)
     assert (response.id, response.data.status) == (request_id, "rejected")
+    await answering.aclose()
     assert rejections(tmp_path) == [(request_id, "country_name_invalid", "country_name is wrong")]
     [record] = caplog.records
     assert (record.levelno, vars(record)["request_id"]) == (logging.WARNING, request_id)
@@ -387,3 +397,181 @@ async def test_what_the_profile_would_have_otherwise_is_served_with_a_warning(
     for record, words in zip(warned, warnings, strict=True):
         assert record.getMessage().startswith(words)
         assert vars(record)["request_id"] == asked.id
+
+
+# The policy.
+
+
+class Clock:
+    """Nanoseconds that a test lets go by."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def strict(keystore: KeyStoreThread, ledger: Ledger, clock: Clock) -> AsyncIterator[StationKeyService]:
+    """A service that serves one organisation, twice at once and then once a minute."""
+    terms = PolicyTerms(organization_names=("EcoG",), requests_per_minute=1, burst=2)
+    async with aclosing(StationKeyService(keystore, ledger, policy=Policy(terms, clock=clock))) as opened:
+        yield opened
+
+
+def by_mallory(request_id: str | None = None) -> GenerateCsrRequest:
+    return request(request_id, replace(DATA, organization_name="Mallory"))
+
+
+async def test_what_the_policy_refuses_is_rejected_and_nothing_else_and_named_in_log_counts_and_ledger(
+    strict: StationKeyService, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = by_mallory()
+    response = await strict.answer(asked)
+    await strict.aclose()
+
+    assert encode(response) == encode(rejected(asked.id))
+    assert strict.counts == {"policy_organization": 1}
+    [(request_id, reason, message)] = rejections(tmp_path)
+    assert (request_id, reason) == (asked.id, "policy_organization")
+    assert '"Mallory" is not among the organization_names that are served' in message
+    [record] = caplog.records
+    assert (record.levelno, vars(record)["reason"]) == (logging.WARNING, "policy_organization")
+    assert vars(record)["request_id"] == asked.id
+    assert store.made == 0
+
+
+async def test_a_refused_id_is_served_once_the_allowance_has_grown(strict: StationKeyService, clock: Clock) -> None:
+    for _ in range(2):
+        assert csr_of(await strict.answer(request()))
+    asked = request()
+    assert (await strict.answer(asked)).data.status == "rejected"
+    assert (await strict.answer(asked)).data.status == "rejected"
+    clock.now += 60 * 10**9
+    first = csr_of(await strict.answer(asked))
+    assert csr_of(await strict.answer(request(asked.id.upper()))) == first
+    assert strict.counts == {"accepted": 3, "rate_limited": 2, "repeated": 1}
+
+
+async def test_neither_a_repeat_nor_what_is_refused_costs_any_of_the_allowance(strict: StationKeyService) -> None:
+    asked = request()
+    first = csr_of(await strict.answer(asked))
+    for _ in range(5):
+        assert csr_of(await strict.answer(request(asked.id.upper()))) == first
+        assert (await strict.answer(by_mallory(asked.id))).data.status == "rejected"  # the id of another request
+        assert (await strict.answer(by_mallory())).data.status == "rejected"
+    assert csr_of(await strict.answer(request()))
+    assert strict.counts == {"accepted": 2, "repeated": 5, "id_reused": 5, "policy_organization": 5}
+
+
+async def test_the_same_request_many_times_at_once_costs_one_token(strict: StationKeyService, store: Store) -> None:
+    store.go_on.clear()
+    asked = request()
+    answers = [asyncio.create_task(strict.answer(request(asked.id))) for _ in range(10)]
+    await asyncio.sleep(0)  # each of them has begun
+    store.go_on.set()
+    await asyncio.gather(*answers)
+    assert csr_of(await strict.answer(request()))
+    assert (await strict.answer(request())).data.status == "rejected"
+
+
+async def test_what_was_answered_is_repeated_although_the_policy_would_refuse_it_now(
+    keystore: KeyStoreThread, ledger: Ledger
+) -> None:
+    asked = request()
+    async with aclosing(StationKeyService(keystore, ledger)) as before:
+        first = csr_of(await before.answer(asked))
+    nothing = Policy(PolicyTerms(certificate_types=()))
+    async with aclosing(StationKeyService(keystore, ledger, policy=nothing)) as after:
+        assert csr_of(await after.answer(asked)) == first
+        assert (await after.answer(request())).data.status == "rejected"
+
+
+async def test_time_spent_waiting_counts_against_the_deadline(answering: StationKeyService, store: Store) -> None:
+    """At the edge, for the answer to the same id, for the key store: there is one deadline for it all."""
+    assert (await answering.answer(request(), waited=service.DEADLINE + 1)).data.status == "rejected"
+    assert csr_of(await answering.answer(request(), waited=1.0))
+    assert answering.counts == {"keystore_timeout": 1, "accepted": 1}
+    assert store.made == 1
+
+
+async def test_the_second_of_two_with_one_id_has_no_more_time_than_the_first(
+    impatient: StationKeyService, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[float] = []
+
+    async def note(*arguments: Any, timeout: float, **keywords: Any) -> Any:
+        left.append(timeout)
+        return await on_keystore(*arguments, timeout=timeout, **keywords)
+
+    monkeypatch.setattr(service, "on_keystore", note)
+    store.go_on.clear()
+    asked = request()
+    answers = await asyncio.gather(impatient.answer(asked), impatient.answer(asked))
+    assert [answer.data.status for answer in answers] == ["rejected", "rejected"]
+    first, second = left
+    assert first > 0 >= second  # the first took all of it
+
+
+# What is refused, put on record.
+
+
+async def test_a_rejection_is_on_record_soon_and_nobody_waits_for_it(
+    answering: StationKeyService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    write = Ledger.write_rejections
+
+    def note(own: Ledger) -> bool:
+        more = write(own)
+        loop.call_soon_threadsafe(written.set)
+        return more
+
+    monkeypatch.setattr(Ledger, "write_rejections", note)
+    monkeypatch.setattr(service, "RECORD_WITHIN", 0.01)
+    for reason in ("one", "two"):
+        await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason=reason))
+    assert rejections(tmp_path) == []
+    await asyncio.wait_for(written.wait(), 10)
+    assert [reason for _, reason, _ in rejections(tmp_path)] == ["one", "two"]
+    await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="three"))
+    written.clear()
+    await asyncio.wait_for(written.wait(), 10)
+    assert [reason for _, reason, _ in rejections(tmp_path)] == ["one", "two", "three"]
+
+
+async def test_a_rejection_that_cannot_be_written_is_told_and_written_when_it_can(
+    answering: StationKeyService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: Ledger) -> bool:
+        raise LedgerError("the ledger cannot be written: database or disk is full", reason="disk_full")
+
+    monkeypatch.setattr(service, "RECORD_WITHIN", 0.0)
+    with monkeypatch.context() as fault:
+        fault.setattr(Ledger, "write_rejections", full)
+        await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="one"))
+        recording = answering._recording  # noqa: SLF001 - the task that nobody waits for
+        assert recording is not None
+        await recording
+    assert "rejections are not on record yet" in caplog.text
+    assert csr_of(await answering.answer(request()))
+    await answering.aclose()
+    assert [reason for _, reason, _ in rejections(tmp_path)] == ["one"]
+
+
+async def test_a_flood_of_rejections_is_counted_whole_and_recorded_in_part(
+    keystore: KeyStoreThread, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_REJECTIONS", 50)
+    async with aclosing(StationKeyService(keystore, ledger)) as flooded:
+        for _ in range(500):
+            await flooded.reject(str(uuid.uuid4()), MessageError("wrong", reason="wrong"))
+        assert flooded.counts == {"wrong": 500}
+    assert 50 <= len(rejections(tmp_path)) < 100

@@ -26,6 +26,7 @@ from stationkey.credential import SecretReference
 from stationkey.errors import ConfigurationError
 from stationkey.logs import printable
 from stationkey.profiles import (
+    NAME_MAX_LENGTH,
     PROFILES,
     Algorithm,
     CertificateProfile,
@@ -136,7 +137,9 @@ class Josev(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 _Text = Annotated[str, Meta(max_length=4096)]
-_Names = Annotated[list[Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=256)]
+_Names = Annotated[list[Annotated[str, Meta(min_length=1, max_length=NAME_MAX_LENGTH)]], Meta(max_length=256)]
+_Countries = Annotated[list[Annotated[str, Meta(pattern=r"^[A-Za-z]{2}\Z")]], Meta(max_length=256)]
+_Patterns = Annotated[list[Annotated[str, Meta(min_length=1, max_length=2 * NAME_MAX_LENGTH)]], Meta(max_length=256)]
 _FIRST_PERSISTENT: Final = 0x81000000
 _PersistentHandle = Annotated[int, Meta(ge=_FIRST_PERSISTENT, le=0x81FFFFFF)]
 
@@ -192,9 +195,9 @@ class Policy(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     certificate_types: list[CertificateType] = msgspec.field(default_factory=lambda: list(CertificateType))
     algorithms: list[Algorithm] = msgspec.field(default_factory=lambda: list(Algorithm))
     organization_names: _Names = msgspec.field(default_factory=list)
-    country_names: _Names = msgspec.field(default_factory=list)
-    common_names: _Names = msgspec.field(default_factory=list)
-    evse_ids: _Names = msgspec.field(default_factory=list)
+    country_names: _Countries = msgspec.field(default_factory=list)
+    common_names: _Patterns = msgspec.field(default_factory=list)
+    evse_ids: _Patterns = msgspec.field(default_factory=list)
     secc_id: Severity = "warn"
     off_profile: Severity = "warn"
     requests_per_minute: Annotated[float, Meta(ge=0, le=60_000)] = 60.0

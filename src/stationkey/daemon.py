@@ -21,6 +21,7 @@ from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread, Task
 from stationkey.ledger import Ledger
 from stationkey.mqtt import Broker, MqttEdge, check, unless
+from stationkey.policy import Policy
 from stationkey.process import close_to_others
 from stationkey.profiles import Algorithm
 from stationkey.service import StationKeyService
@@ -72,6 +73,7 @@ async def serve(settings: Settings) -> None:
                 keystore,
                 ledger,
                 profiles=settings.profiles,
+                policy=Policy(settings.policy, settings.profiles),
                 deadline=settings.deadlines.ec,
                 rsa_deadline=settings.deadlines.rsa,
                 terms=settings.terms,
@@ -87,6 +89,8 @@ async def serve(settings: Settings) -> None:
                 client_id=settings.client_id or ledger.client_id(),
                 topic_prefix=settings.topic_prefix,
                 terms=settings.mqtt,
+                queue=settings.policy.queue,
+                payload_bytes=settings.policy.payload_bytes,
                 on_ready=partial(_ready, health),
                 on_away=health.away,
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import threading
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ _BATCH: Final = 25
 """How many keys or answers one step of cleaning up takes: a request waits for no more than one step."""
 
 _PART: Final = 1000
-"""How many ids are read at a time."""
+"""How many ids are read, and how many rejections written, at a time."""
 
 _MAKING: Final = "seconds to make "
 """Begins the name of a value in `meta`; the type of a key follows."""
@@ -218,6 +219,8 @@ class Ledger:
         self._delivered: deque[str] = deque()
         self.trouble = ""
         """Reason of the last failure, until something is written again. May be looked at from any thread."""
+        self._rejections: deque[tuple[str, str, str, int]] = deque(maxlen=MAX_REJECTIONS)
+        self._noting = threading.Lock()
         make = make and not read_only
         with self._explained("opened"):
             if make:
@@ -312,6 +315,9 @@ class Ledger:
             if self._delivered:
                 with self._transaction():
                     self._write_delivered()
+            with suppress(LedgerError):  # not worth more trouble than whoever closes has already
+                while self.write_rejections():
+                    pass
             self._connection.close()
 
     # Answers.
@@ -435,38 +441,73 @@ class Ledger:
         ).fetchone()
         crowded = []
         if own > bounds.pending_limit:
-            crowded = self._end_oldest(
-                "certificate_type = ? AND evse_id = ?", owner, count=own - bounds.pending_limit, now=now
-            )
+            crowded = self._end_oldest(owner, count=own - bounds.pending_limit, now=now)
         # After its own: where one of those went, nobody else's has to.
-        every -= len(crowded)
-        if every > bounds.pending_total:
-            crowded += self._end_oldest("certificate_type > ''", (), count=every - bounds.pending_total, now=now)
+        for _ in range(every - len(crowded) - bounds.pending_total):
+            crowded += self._end_oldest(self._most_crowded(owner), count=1, now=now)
         return crowded
 
-    def _end_oldest(self, where: str, arguments: tuple[str, ...], *, count: int, now: int) -> list[str]:
+    def _most_crowded(self, newest: tuple[str, str]) -> tuple[str, str]:
+        """The owner who loses a pending key for the one that `newest` just got, and has another one to lose.
+
+        Of the certificate type that has the most of them: what is asked of one type never costs another type a key,
+        unless that has more. In it, of an EVSE that has no key in use, before one that does: EVSE IDs are quickly made
+        up. Then of the one that has the most, and of several such whoever has the oldest.
+        """
+        owners = self._connection.execute(_PENDING_OWNERS, {"pending": INITIAL, "active": KeyState.ACTIVE}).fetchall()
+        others = [row[:2] for row in owners if row[:2] != newest or row[2] > 1]
+        return others[0] if others else newest
+
+    def _end_oldest(self, owner: tuple[str, str], *, count: int, now: int) -> list[str]:
         rows = self._connection.execute(
-            f"SELECT key_id FROM key WHERE state = ? AND {where} AND {_LIVING} ORDER BY asked LIMIT ?",  # noqa: S608 - `where` is this module's own text
-            (INITIAL, *arguments, count),
+            f"SELECT key_id FROM key WHERE state = ? AND certificate_type = ? AND evse_id = ? AND {_LIVING}"  # noqa: S608 - `_LIVING` is this module's own text
+            " ORDER BY asked LIMIT ?",
+            (INITIAL, *owner, count),
         ).fetchall()
         for (key_id,) in rows:
             self._apply(key_id, KeyEvent.EXPIRED, reason="too many keys were pending", now=now)
         return [key_id for (key_id,) in rows]
 
-    def record_rejection(self, request_id: str, *, reason: str, message: str, now: int) -> None:
-        """Write down why a request was refused. The oldest beyond `MAX_REJECTIONS` are forgotten."""
-        with self._explained("written"), self._transaction():
-            cursor = self._connection.execute(
-                "INSERT INTO rejection (request_id, reason, message, at) VALUES (?, ?, ?, ?)",
-                (request_id, reason, message, now),
-            )
-            self._connection.execute(
-                "DELETE FROM rejection WHERE seq <= ?", ((cursor.lastrowid or 0) - MAX_REJECTIONS,)
-            )
-            self._write_delivered()
+    def note_rejection(self, request_id: str, *, reason: str, message: str, now: int) -> None:
+        """Note why a request was refused. May be called from any thread; nothing waits for the disk.
+
+        `write_rejections` and `close` write it down. Of what was noted and not written, the oldest beyond
+        `MAX_REJECTIONS` are forgotten; a crash takes it all.
+        """
+        with self._noting:
+            self._rejections.append((request_id, reason, message, now))
+
+    def write_rejections(self) -> bool:
+        """Write down what was noted, a part at a time. The oldest on record beyond `MAX_REJECTIONS` are forgotten.
+
+        Returns:
+            Whether there is more.
+
+        Raises:
+            LedgerError: nothing was written, and the notes are kept.
+        """
+        with self._noting:
+            part = [self._rejections.popleft() for _ in range(min(_PART, len(self._rejections)))]
+        if not part:
+            return False
+        try:
+            with self._explained("written"), self._transaction():
+                self._connection.executemany(
+                    "INSERT INTO rejection (request_id, reason, message, at) VALUES (?, ?, ?, ?)", part
+                )
+                self._connection.execute(
+                    "DELETE FROM rejection WHERE seq <= (SELECT max(seq) FROM rejection) - ?", (MAX_REJECTIONS,)
+                )
+                self._write_delivered()
+        except BaseException:
+            with self._noting:
+                room = MAX_REJECTIONS - len(self._rejections)
+                self._rejections.extendleft(reversed(part[max(0, len(part) - room) :]))
+            raise
+        return bool(self._rejections)
 
     def mark_delivered(self, request_id: str) -> None:
-        """Note that the broker has the answer. The one method that may be called from any thread.
+        """Note that the broker has the answer. May be called from any thread.
 
         Written with the next transaction: forgotten in a crash, the same answer is only published once more.
         """
@@ -1056,6 +1097,15 @@ _NEW_OWNER: Final = (
     f" asked = {_NEXT_EVENT}"
     " WHERE key_id = :key_id AND certificate_type = '' AND state = 'pre-activation' RETURNING number"
 )
+
+_PENDING_OWNERS: Final = (
+    "SELECT certificate_type, evse_id, own FROM (SELECT certificate_type, evse_id, count(*) AS own,"  # noqa: S608 - `_LIVING` is this module's own text
+    " min(asked) AS oldest, sum(count(*)) OVER (PARTITION BY certificate_type) AS of_type FROM key"
+    f" WHERE state = :pending AND certificate_type > '' AND {_LIVING} GROUP BY certificate_type, evse_id) AS waiting"
+    " ORDER BY of_type DESC, EXISTS (SELECT 1 FROM key WHERE state = :active AND certificate_type ="
+    f" waiting.certificate_type AND evse_id = waiting.evse_id AND {_LIVING}), own DESC, oldest LIMIT 2"
+)
+"""Who has pending keys and how many: the two who are first to lose one, see `Ledger._most_crowded`."""
 
 _ALSO: Final = {
     KeyEvent.INSTALLED: ", installed = :seq",

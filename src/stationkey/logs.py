@@ -1,6 +1,9 @@
 """Logs: one readable line an event, or one JSON object an event. Values are escaped, so that no name can forge a line.
 
 Plain `logging` with two formatters: structlog would cost 60 ms at start and 5 MiB (see ``docs/architecture.md``).
+
+Anybody who reaches the broker can make the daemon say something, thousands of times a second. So of each kind of line
+only so many are written in a minute, and then one that says how many more there were: see `BoundedHandler`.
 """
 
 from __future__ import annotations
@@ -9,8 +12,21 @@ import json
 import logging
 import re
 import sys
+import threading
+import time
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, TextIO
+
+MINUTE: Final = 60.0
+"""Seconds."""
+LINES_A_MINUTE: Final[Mapping[int, int]] = {logging.DEBUG: 600, logging.INFO: 600, logging.WARNING: 20}
+"""How many lines of one kind are written in a minute, by their level; above these as many as at the highest. What is
+served, or comes again, is worth more lines than what is refused."""
+MAX_KINDS: Final = 256
+"""How many kinds are told apart in a minute; the others are taken together."""
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN: Final = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
@@ -67,6 +83,78 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(event, default=str)
 
 
+@dataclass(slots=True)
+class _Kind:
+    """What was said of one kind in the minute under way."""
+
+    written: int = 0
+    withheld: int = 0
+    last: logging.LogRecord | None = None
+
+
+class BoundedHandler(logging.StreamHandler[TextIO]):
+    """Writes at most `LINES_A_MINUTE` of each kind, and then the last of the minute, with the number that is missing.
+
+    Of one kind are lines with the same words around what is filled in, and the same ``reason``. The last one of the
+    minute that was withheld is written at the minute's end (or at `close`), with a field ``unwritten``: how many like
+    it were not. What this remembers is bounded, too.
+
+    Args:
+        stream: where the lines go.
+        minute: how long a minute is, in seconds.
+    """
+
+    def __init__(self, stream: TextIO, *, minute: float = MINUTE) -> None:
+        super().__init__(stream)
+        self._minute = minute
+        self._kinds: dict[object, _Kind] = {}
+        self._ends = 0.0  # when the minute under way does
+        self._teller: threading.Timer | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or count it. Called with the handler's lock held."""
+        if time.monotonic() >= self._ends:
+            self.tell()
+            self._ends = time.monotonic() + self._minute
+        kind = self._kind(record)
+        if kind.written < LINES_A_MINUTE.get(record.levelno, LINES_A_MINUTE[logging.WARNING]):
+            kind.written += 1
+            super().emit(record)
+            return
+        kind.withheld += 1
+        # As text: what it was made of, an error with all that led to it, is not to be kept for a minute.
+        kind.last = copy(record)
+        kind.last.msg, kind.last.args, kind.last.exc_info = record.getMessage(), (), None
+        if self._teller is None:  # a thread that waits for the minute's end: there may be no later line to tell at
+            self._teller = threading.Timer(self._ends - time.monotonic(), self.tell)
+            self._teller.daemon = True
+            self._teller.start()
+
+    def _kind(self, record: logging.LogRecord) -> _Kind:
+        key: object = (record.name, record.levelno, record.msg, getattr(record, "reason", None))
+        if key not in self._kinds and len(self._kinds) >= MAX_KINDS:
+            key = record.levelno
+        return self._kinds.setdefault(key, _Kind())
+
+    def tell(self) -> None:
+        """End the minute: write what the lines withheld come to."""
+        assert self.lock is not None
+        with self.lock:
+            if self._teller is not None:
+                self._teller.cancel()
+            self._teller, self._ends = None, 0.0
+            kinds, self._kinds = self._kinds, {}
+            for kind in kinds.values():
+                if kind.last is not None:
+                    kind.last.unwritten = kind.withheld - 1
+                    super().emit(kind.last)
+
+    def close(self) -> None:
+        """Write what was withheld; nothing is written after it."""
+        self.tell()
+        super().close()
+
+
 def set_up(log_format: str, *, stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send the logs of this process to `stream` (default: standard error), as ``text`` or ``json``."""
     # What no format of ours shows need not be found out; the caller's line alone is a third of what a record costs.
@@ -74,7 +162,7 @@ def set_up(log_format: str, *, stream: TextIO | None = None, level: int = loggin
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # What a library warns of, such as a certificate with a negative serial number, is a line like every other.
     logging.captureWarnings(capture=True)
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = BoundedHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

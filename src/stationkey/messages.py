@@ -38,7 +38,8 @@ RESPONSE_TOPIC: Final = "cs/josev"
 """From the charging station to Josev."""
 
 MAX_PAYLOAD: Final = 64 * 1024
-"""Largest payload that is read, in bytes. A real request has some 400; the bound keeps a flood of large ones cheap."""
+"""Largest payload that is read, in bytes, unless it is said otherwise. A real request has some 400; the bound keeps a
+flood of large ones cheap."""
 
 UUID_PATTERN: Final = r"^[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}$"
 """The 8-4-4-4-12 text form of RFC 9562, either case; no braces, no ``urn:uuid:`` (decision 4)."""
@@ -187,8 +188,12 @@ def encode(message: Struct) -> bytes:
         raise MessageError("the message has text that is not UTF-8", reason="not_utf8") from None
 
 
-def decode(payload: bytes) -> Inbound | None:
+def decode(payload: bytes, *, max_payload: int = MAX_PAYLOAD) -> Inbound | None:
     """Read one payload of ``josev/cs``.
+
+    Args:
+        payload: the payload.
+        max_payload: how many bytes of it are read at most. Of a larger one only so many are looked at, for its id.
 
     Returns:
         The message; or None where it is somebody else's (another ``name``, or a ``generate_csr`` of type
@@ -198,7 +203,7 @@ def decode(payload: bytes) -> Inbound | None:
         MessageError: the payload is not JSON, or is one of our messages and wrong. Its `request_id` is set where a
             ``rejected`` can be sent.
     """
-    document = _parse(payload)
+    document = _parse(payload, max_payload)
     name = document.get("name")
     if not isinstance(name, str):
         reason, text = document.wrong or ("not_a_message", "not a message: no text field 'name'")
@@ -262,12 +267,12 @@ class _Document(dict[str, object]):
         return value if isinstance(value, str) and is_usable_id(value) and "id" not in self.repeated else None
 
 
-def _parse(payload: bytes) -> _Document:
+def _parse(payload: bytes, max_payload: int) -> _Document:
     """JSON object of a payload, read strictly by RFC 8259 and I-JSON (RFC 7493: no duplicate names)."""
-    if len(payload) > MAX_PAYLOAD:
+    if len(payload) > max_payload:
         return _outline(
-            payload[:MAX_PAYLOAD].decode("utf-8", "replace"),
-            ("payload_too_large", f"the payload is {len(payload)} bytes; {MAX_PAYLOAD} is the most that is read"),
+            payload[:max_payload].decode("utf-8", "replace"),
+            ("payload_too_large", f"the payload is {len(payload)} bytes; {max_payload} is the most that is read"),
         )
     try:
         text = payload.decode("utf-8")
@@ -334,14 +339,16 @@ def _outline(text: str, wrong: tuple[str, str]) -> _Document:
             match path:
                 case [key, ":", value]:
                     members.append((key, value))
+    repeated: set[str] = set()  # grown in place: a frozenset grown name by name would cost the square of their number
     for raw_key, raw_value in members:
         try:
             key, value = json.loads(raw_key), json.loads(raw_value)
         except ValueError:
             continue
         if key in document:
-            document.repeated |= {key}
+            repeated.add(key)
         document[key] = value
+    document.repeated = frozenset(repeated)
     return document
 
 

@@ -17,6 +17,7 @@ import random
 import socket
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
@@ -34,6 +35,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
 from stationkey.messages import (
+    MAX_PAYLOAD,
     REQUEST_TOPIC,
     RESPONSE_TOPIC,
     CertificateInstallationStatus,
@@ -62,13 +64,26 @@ SESSION_EXPIRY: Final = 7 * 24 * 3600
 MAX_PREFIX: Final = 1024
 """Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
 MAX_IN_HAND: Final = 64
-"""How many messages are in hand at a time. The broker holds the rest: an RSA key takes its time."""
+"""How many messages are in hand at a time, unless it is said otherwise. The broker holds the rest: an RSA key takes its
+time."""
 MAX_WAITING: Final = 1024
 """How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
-broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound. Reading never pauses: behind the
-requests comes what the answers wait for, their acknowledgements."""
+broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound, if it counts right. Reading never
+pauses: behind the requests comes what the answers wait for, their acknowledgements."""
 MAX_CONNECTING: Final = 8
 """How many attempts to connect may hang. What blocks for ever, such as a TPM, must not cost a thread each time."""
+MAX_RECEIVED: Final = 16 * 1024
+MAX_RECEIVED_BYTES: Final = 8 * 1024 * 1024
+"""How many messages may wait whatever their QoS, and how large they may be together. A broker that sends more than it
+may (Mosquitto 2.0.11 to a client that publishes, its issue 2301) must not fill the memory: what comes then is not
+acknowledged, and once the rest is dealt with it is asked for again by a new connection."""
+COPIES_SHARE: Final = 4
+"""One in so many of those in hand may be a copy of a request that is in hand already. It waits for the answer to that:
+one id said over and over would keep all others out while a key is made."""
+PACKET_MARGIN: Final = 64 * 1024
+"""Bytes that a packet may be larger than the largest payload that is read: one that is a little too large is rejected
+by its id, and what is larger the broker keeps to itself, by Maximum Packet Size [MQTT 5 3.1.2.11.4]. Without that a
+single message of 256 MiB would be read into memory before anybody could look at its length."""
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
 """Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
@@ -135,6 +150,10 @@ class ConnectionLost(BrokerError):
     """The connection ended while something was under way on it."""
 
 
+class Overrun(ConnectionLost):
+    """The broker sent more than there was room for. The connection stands, and is to be left for another."""
+
+
 class ProtocolRefused(BrokerError):
     """The broker does not speak this version of MQTT, or said nothing to it: closed the connection, or kept silent."""
 
@@ -147,6 +166,8 @@ class Message:
     connection: MqttConnection
     mid: int
     qos: int
+    received: float
+    """When, by the event loop's time."""
     topic: str = ""
     retained: bool = False
     """Whether the broker had kept it from before the subscription."""
@@ -165,6 +186,8 @@ class MqttConnection:
         persistent: keep the session (subscriptions, unacknowledged messages) at the broker between connections.
         terms: TLS and credentials.
         will: a topic on which the broker is to keep `OFFLINE` once this connection ends without a DISCONNECT.
+        in_hand: how many messages the broker may send before one of them is acknowledged.
+        max_payload: payloads larger than this, and some margin, the broker is to keep to itself.
         protocol: MQTT version to speak.
     """
 
@@ -176,14 +199,20 @@ class MqttConnection:
         persistent: bool,
         terms: MqttTerms = PLAIN,
         will: str | None = None,
+        in_hand: int = MAX_IN_HAND,
+        max_payload: int = MAX_PAYLOAD,
         protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
     ) -> None:
         self._broker = broker
         self._terms = terms
         self._persistent = persistent
+        self._in_hand = in_hand
+        self._max_payload = max_payload
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: there will be no more
+        self._received_bytes = 0
+        self._overrun = False
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
@@ -233,7 +262,8 @@ class MqttConnection:
         if self._is_v5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho types its client only
             properties.SessionExpiryInterval = SESSION_EXPIRY if self._persistent else 0
-            properties.ReceiveMaximum = MAX_IN_HAND
+            properties.ReceiveMaximum = self._in_hand
+            properties.MaximumPacketSize = self._max_payload + PACKET_MARGIN
             arguments = {"clean_start": not self._persistent, "properties": properties}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -340,12 +370,19 @@ class MqttConnection:
         """The next message.
 
         Raises:
+            Overrun: there was no room for what came next.
             ConnectionLost: the connection has ended. What was received before comes first.
         """
+        if self._overrun and self._received.empty():
+            raise Overrun(
+                f"{self._broker} sent more than may be in hand; it is asked for the rest again",
+                reason="connection_lost",
+            )
         message = await self._received.get()
         if message is None:
             self._received.put_nowait(None)  # for whoever asks next
             raise self._connection_lost()
+        self._received_bytes -= len(message.payload)
         self._dropping = self._dropping and not self._received.empty()
         return message
 
@@ -487,9 +524,25 @@ class MqttConnection:
         self._end(str(reason))
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
-        if message.qos > 0 or self._received.qsize() < MAX_WAITING:
-            payload, retained = bytes(message.payload), bool(message.retain)
-            self._received.put_nowait(Message(payload, self, message.mid, message.qos, message.topic, retained))
+        payload = bytes(message.payload)
+        waiting = self._received.qsize()
+        # Of two messages the first is not passed over for the second: their order may matter.
+        self._overrun |= waiting >= MAX_RECEIVED or self._received_bytes + len(payload) > MAX_RECEIVED_BYTES
+        if self._overrun:
+            return
+        if message.qos > 0 or waiting < MAX_WAITING:
+            self._received_bytes += len(payload)
+            self._received.put_nowait(
+                Message(
+                    payload,
+                    self,
+                    message.mid,
+                    message.qos,
+                    self._loop.time(),
+                    topic=message.topic,
+                    retained=bool(message.retain),
+                )
+            )
         elif not self._dropping:
             self._dropping = True  # said once, until all that waits has been taken
             log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")
@@ -533,16 +586,19 @@ def _is_loopback(host: str) -> bool:
 
 
 async def connect(
-    broker: Broker, *, client_id: str, persistent: bool, terms: MqttTerms = PLAIN, will: str | None = None
+    broker: Broker,
+    *,
+    client_id: str,
+    persistent: bool,
+    terms: MqttTerms = PLAIN,
+    will: str | None = None,
+    in_hand: int = MAX_IN_HAND,
+    max_payload: int = MAX_PAYLOAD,
 ) -> MqttConnection:
     """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
 
-    Args:
-        broker: where to connect to.
-        client_id: see `MqttConnection`.
-        persistent: see `MqttConnection`.
-        terms: TLS and credentials; the files and secrets that they name are read now.
-        will: see `MqttConnection`.
+    The arguments are those of `MqttConnection`; the files and secrets that `terms` names are read now, and the last two
+    only a broker of MQTT 5 is told.
 
     Raises:
         BrokerError: neither.
@@ -550,7 +606,14 @@ async def connect(
     """
     for protocol in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
         connection = MqttConnection(
-            broker, client_id=client_id, persistent=persistent, terms=terms, will=will, protocol=protocol
+            broker,
+            client_id=client_id,
+            persistent=persistent,
+            terms=terms,
+            will=will,
+            in_hand=in_hand,
+            max_payload=max_payload,
+            protocol=protocol,
         )
         try:
             await connection.open()
@@ -650,8 +713,8 @@ def _is_topic(text: str) -> bool:
 class Answering(Protocol):
     """What the edge needs of the service; `stationkey.service.StationKeyService` has it."""
 
-    async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
-        """Answer a request."""
+    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+        """Answer a request that has waited for so many seconds already."""
 
     async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
         """Refuse a message that is wrong and has an id."""
@@ -675,6 +738,8 @@ class _InHand:
 
     message: Message
     request_id: str | None = None
+    canonical_id: str | None = None
+    copy: bool = False
 
     def about(self) -> dict[str, object]:
         """What a log line says of it."""
@@ -700,6 +765,8 @@ class MqttEdge:
         client_id: of the persistent session; the same at every start.
         topic_prefix: see `topics`.
         terms: TLS, credentials and availability topic.
+        queue: how many messages are in hand at a time; the broker holds the rest.
+        payload_bytes: how large a message may be.
         on_ready: called whenever the subscription stands.
         on_away: called whenever there is no connection: it was lost, or could not be made.
 
@@ -715,6 +782,8 @@ class MqttEdge:
         client_id: str,
         topic_prefix: str = "",
         terms: MqttTerms = PLAIN,
+        queue: int = MAX_IN_HAND,
+        payload_bytes: int = MAX_PAYLOAD,
         on_ready: Callable[[], None] = lambda: None,
         on_away: Callable[[], None] = lambda: None,
     ) -> None:
@@ -733,8 +802,12 @@ class MqttEdge:
         self._connected = asyncio.Event()
         """There is a connection, or there will be none any more: `_ending`."""
         self._ending = False
-        self._free = asyncio.Semaphore(MAX_IN_HAND)
+        self._queue = queue
+        self._payload_bytes = payload_bytes
+        self._free = asyncio.Semaphore(queue)
         self._in_hand: set[_InHand] = set()
+        self._ids: Counter[str] = Counter()
+        self._copies = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -797,7 +870,15 @@ class MqttEdge:
 
     async def _open(self) -> MqttConnection:
         """A connection, with a Last Will where there is an availability topic and the broker takes one."""
-        open_ = partial(connect, self._broker, client_id=self._client_id, persistent=True, terms=self._terms)
+        open_ = partial(
+            connect,
+            self._broker,
+            client_id=self._client_id,
+            persistent=True,
+            terms=self._terms,
+            in_hand=self._queue,
+            max_payload=self._payload_bytes,
+        )
         self._announces = self._availability is not None
         try:
             return await open_(will=self._availability)
@@ -856,7 +937,14 @@ class MqttEdge:
 
     async def _receive(self, connection: MqttConnection) -> NoReturn:
         while True:
-            message = await connection.receive()
+            try:
+                message = await connection.receive()
+            except Overrun:
+                # What is not acknowledged before the connection ends comes again with the rest. But nothing waits for
+                # long: a status may be in hand until the TPM is back.
+                if self._tasks:
+                    await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT)
+                raise
             if any(in_hand.takes_over(message) for in_hand in self._in_hand):
                 continue
             acquire = self._free.acquire()
@@ -895,11 +983,12 @@ class MqttEdge:
             in_hand.message.acknowledge()
         finally:
             self._in_hand.discard(in_hand)
+            self._let_go(in_hand)
             self._free.release()
 
     async def _respond(self, in_hand: _InHand) -> GenerateCsrResponse | None:
         try:
-            message = decode(in_hand.message.payload)
+            message = decode(in_hand.message.payload, max_payload=self._payload_bytes)
         except MessageError as error:
             in_hand.request_id = error.request_id
             if error.request_id is not None:
@@ -909,10 +998,32 @@ class MqttEdge:
         match message:
             case GenerateCsrRequest():
                 in_hand.request_id = message.id
-                return await self._service.answer(message)
+                if not self._take_up(in_hand, message.id.lower()):
+                    log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
+                    return None
+                waited = asyncio.get_running_loop().time() - in_hand.message.received
+                return await self._service.answer(message, waited=waited)
             case CertificateInstallationStatus():
                 await self._service.note_status(message)
         return None
+
+    def _take_up(self, in_hand: _InHand, canonical_id: str) -> bool:
+        """Whether a request is to have an answer of its own; else that to another with its id is yet to come."""
+        is_copy = self._ids[canonical_id] > 0
+        if is_copy and self._copies >= max(1, self._queue // COPIES_SHARE):
+            return False
+        in_hand.canonical_id, in_hand.copy = canonical_id, is_copy
+        self._ids[canonical_id] += 1
+        self._copies += is_copy
+        return True
+
+    def _let_go(self, in_hand: _InHand) -> None:
+        if in_hand.canonical_id is None:
+            return
+        self._copies -= in_hand.copy
+        self._ids[in_hand.canonical_id] -= 1
+        if not self._ids[in_hand.canonical_id]:
+            del self._ids[in_hand.canonical_id]
 
     async def _deliver(self, response: GenerateCsrResponse) -> bool:
         """Publish an answer; over a new connection where one is lost, for as long as it takes.

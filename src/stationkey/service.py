@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +23,14 @@ from stationkey.custody import KeyCustody, RunningTime
 from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.thread import KeyStoreThread, Task, Turn
-from stationkey.ledger import Answered, Figures, Ledger, content_digest
+from stationkey.ledger import MAX_REJECTIONS, Answered, Figures, Ledger, content_digest
 from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
+from stationkey.policy import Policy, TokenBucket, is_rsa
 from stationkey.pool import USELESS, KeyPool
-from stationkey.profiles import ALGORITHMS, PROFILES, CertificateProfile, CertificateType, RsaModulus, is_secc_id
+from stationkey.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.seen import SeenIds
 from stationkey.tally import UNKNOWN, Tally
-from stationkey.terms import PoolTerms, Terms
+from stationkey.terms import PolicyTerms, PoolTerms, Terms
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,11 @@ DEADLINE: Final = 30.0
 """Seconds within which a request for an EC key is answered, one way or the other."""
 RSA_DEADLINE: Final = 60.0
 """The same for RSA: a hardware TPM searches for primes for tens of seconds."""
+RECORD_WITHIN: Final = 1.0
+"""Seconds within which a rejection is on disk: what is refused meanwhile is written with it, in one transaction."""
+RECORDED_A_MINUTE: Final = 60
+"""How many rejections a minute are put on record once as many as are kept came in a row. What wears a flash memory is
+written a flood or not, day after day; counted is every one."""
 
 
 class StationKeyService:
@@ -46,6 +52,7 @@ class StationKeyService:
         keystore: the thread that owns the key store. Not closed by this class.
         ledger: the ledger. Not closed by this class, and used by nobody else while requests are answered.
         profiles: the profile of each certificate type, the operator's overrides included.
+        policy: what may be asked for, and how often; by default what `PolicyTerms` says.
         deadline: seconds allowed for a request, EC.
         rsa_deadline: seconds allowed for a request, RSA.
         terms: how long keys and records last, and how many there may be.
@@ -66,6 +73,7 @@ class StationKeyService:
         ledger: Ledger,
         *,
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
+        policy: Policy | None = None,
         deadline: float = DEADLINE,
         rsa_deadline: float = RSA_DEADLINE,
         terms: Terms | None = None,
@@ -75,16 +83,22 @@ class StationKeyService:
     ) -> None:
         self._keystore = keystore
         self._ledger = LedgerThread(ledger)
-        self._mark_delivered = ledger.mark_delivered  # which only makes a note, and may be called from any thread
+        # Which only make a note, and may be called from any thread.
+        self._mark_delivered = ledger.mark_delivered
+        self._note_rejection = ledger.note_rejection
         self._terms = terms or Terms()
         self._running = RunningTime(ledger.running)
         self._profiles = profiles
+        self._policy = policy or Policy(PolicyTerms(), profiles)
         self._deadline = deadline
         self._rsa_deadline = rsa_deadline
         self._clock = clock
         self._seen = SeenIds()
         self._knows_ids = False  # whether `_seen` has those of earlier runs, too
         self._in_hand: dict[str, _InHand] = {}
+        self._recordable = TokenBucket(per_minute=RECORDED_A_MINUTE, burst=MAX_REJECTIONS)
+        self._recording: asyncio.Task[None] | None = None
+        self._unrecorded = False  # whether there are rejections that it has not come to yet
         self._closed = False
         self.counts: Counter[str] = Counter()
         self.tally = Tally()
@@ -109,15 +123,22 @@ class StationKeyService:
             clock=clock,
         )
 
-    async def answer(self, request: GenerateCsrRequest) -> GenerateCsrResponse:
-        """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``."""
-        begun = time.monotonic()
+    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+        """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``.
+
+        Args:
+            request: the request.
+            waited: seconds that it has waited for this call already; its deadline is so much nearer.
+        """
+        begun = time.monotonic() - waited
+        until = self._until(request, waited)
         async with self._one_at_a_time(request.id):
             try:
                 if (answered := await self._find(request.id)) is not None:
                     return self._repeat(request, answered)
-                self._warn(request)
-                key, csr = await self._key_and_csr(request)
+                with self._policy.admitted(request) as remarks:
+                    self._warn(request, remarks)
+                    key, csr = await self._key_and_csr(request, until)
             except StationKeyError as error:
                 return await self.reject(request.id, error, certificate_type=request.data.certificate_type)
             except Exception:
@@ -134,17 +155,19 @@ class StationKeyService:
     async def reject(
         self, request_id: str, error: StationKeyError, *, certificate_type: str = UNKNOWN
     ) -> GenerateCsrResponse:
-        """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker."""
+        """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker.
+
+        It is on disk within `RECORD_WITHIN`, or at `aclose`; nobody waits for that.
+        """
         self.counts[error.reason] += 1
         self.tally.requests.add(str(certificate_type), "rejected", error.reason)
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
         log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
-        try:
-            await self._ledger(
-                Ledger.record_rejection, request_id, reason=error.reason, message=str(error), now=self._now()
-            )
-        except StationKeyError as failure:
-            log.error("the rejection is not on record: %s", failure, extra={"request_id": request_id})
+        if self._recordable.take(time.monotonic_ns()):
+            self._note_rejection(request_id, reason=error.reason, message=str(error), now=self._now())
+            self._unrecorded = True
+            if self._recording is None and not self._closed:
+                self._recording = asyncio.create_task(self._record_rejections(), name="record-rejections")
         return messages.rejected(request_id)
 
     def pass_over(self, error: StationKeyError) -> None:
@@ -218,8 +241,11 @@ class StationKeyService:
         if self._closed:
             return
         self._closed = True
+        if self._recording is not None:
+            self._recording.cancel()
         try:
             await self._ledger(Ledger.write_running, self._running.now())
+            await self._write_rejections()
         except StationKeyError as error:
             log.error("%s", error, extra={"reason": error.reason})
         self._ledger.close()
@@ -247,21 +273,18 @@ class StationKeyService:
         log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id})
         return messages.accepted(request, answered.csr)
 
-    def _warn(self, request: GenerateCsrRequest) -> None:
-        """What is served although the profile would have it otherwise."""
-        profile = self._profiles[request.data.certificate_type]
-        if profile.secc_id and not is_secc_id(request.data.common_name):
-            log.warning("the common name is no SECC ID", extra={"request_id": request.id, **_about(request)})
-        if profile.preferred_algorithm not in {None, request.algorithm}:
-            log.warning(
-                "the profile of this certificate type wants %s",
-                profile.preferred_algorithm,
-                extra={"request_id": request.id, **_about(request)},
-            )
+    def _warn(self, request: GenerateCsrRequest, remarks: Iterable[str]) -> None:
+        """Say why a request would rather not be served that is."""
+        for remark in remarks:
+            log.warning(remark, extra={"request_id": request.id, **_about(request)})
 
-    async def _key_and_csr(self, request: GenerateCsrRequest) -> tuple[KeyRef, str]:
+    def _until(self, request: GenerateCsrRequest, waited: float) -> float:
+        """When a request must be answered, by the loop's time."""
+        allowed = self._rsa_deadline if is_rsa(request) else self._deadline
+        return asyncio.get_running_loop().time() + allowed - waited
+
+    async def _key_and_csr(self, request: GenerateCsrRequest, until: float) -> tuple[KeyRef, str]:
         """A key, made ahead or now, and its CSR in PEM, both on record. One deadline for all that is tried."""
-        until = asyncio.get_running_loop().time() + (self._rsa_deadline if _is_rsa(request) else self._deadline)
         while (ahead := self.pool.take(request.algorithm)) is not None:
             try:
                 return await self._sign_and_record(request, ahead.key, until)
@@ -294,7 +317,7 @@ class StationKeyService:
                 return used, sign_csr(request, private_key, profile)
 
         turn, task = Turn.SHORT, Task.NEW_EC_KEY if ahead is None else Task.POOLED_KEY
-        if ahead is None and _is_rsa(request):
+        if ahead is None and is_rsa(request):
             turn, task = Turn.LONG, Task.NEW_RSA_KEY
         left = until - asyncio.get_running_loop().time()
         return await on_keystore(self._keystore, sign, timeout=left, turn=turn, task=task)
@@ -332,6 +355,22 @@ class StationKeyService:
         """Take back an answer that was written down and must not go out."""
         await self._ledger(Ledger.withdraw, request_id, now=self._now())
 
+    async def _record_rejections(self) -> None:
+        """Put on record what was refused lately. Where that fails it is kept, and written with what comes next."""
+        try:
+            while self._unrecorded:
+                await asyncio.sleep(RECORD_WITHIN)
+                self._unrecorded = False
+                await self._write_rejections()
+        except StationKeyError as error:
+            log.error("rejections are not on record yet: %s", error, extra={"reason": error.reason})
+        finally:
+            self._recording = None
+
+    async def _write_rejections(self) -> None:
+        while await self._ledger(Ledger.write_rejections):
+            pass  # in steps: what else the ledger is wanted for goes in between
+
     def _now(self) -> int:
         return int(self._clock() * 1000)
 
@@ -356,10 +395,6 @@ class _InHand:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
-
-
-def _is_rsa(request: GenerateCsrRequest) -> bool:
-    return isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
 
 
 def _about(request: GenerateCsrRequest) -> dict[str, object]:
