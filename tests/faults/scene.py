@@ -11,14 +11,14 @@ from asker import Asker
 from peers import Daemon, Mosquitto, Swtpm
 
 CONFIG: Final = """\
+[policy]
+requests_per_minute = 0
 [deadlines]
 ec = 2.0
 rsa = 20.0
 [lifecycle]
 pending_limit = 100
 pending_total = 10000
-[policy]
-requests_per_minute = 0
 """
 """Bounds so wide that no key of a test has to make room for another, a deadline that a test can wait for, and no limit
 on how often a test may ask."""
