@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,8 +19,17 @@ from stationkey.credential import SecretReference
 from stationkey.mqtt import Broker
 from stationkey.terms import MqttTerms
 
+DOCUMENT = Path(__file__).parent.parent / "docs/broker.md"
 NAME = "broker.station.test"
 """In the broker's certificate, beside its address."""
+
+
+def commands(heading: str) -> str:
+    """The first shell block under a heading of docs/broker.md."""
+    block = rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```$"
+    found = re.search(block, DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def write_secret(path: Path, content: str | bytes) -> Path:
@@ -42,7 +52,7 @@ class Authority:
 
     Args:
         directory: where its files are written; its own certificate is `file`.
-        key: its private key; an elliptic curve's by default.
+        key: its private key; an elliptic curve's by default. It is in `key_file`, too.
     """
 
     def __init__(self, directory: Path, key: Any = None) -> None:
@@ -54,6 +64,7 @@ class Authority:
         certificate = self._sign(self._name, self._key.public_key(), [constraints], age=0)
         self.file = directory / "ca.pem"
         self.file.write_bytes(certificate)
+        self.key_file = write_secret(directory / "ca.key", _pem(self._key))
 
     def elsewhere(self, directory: Path) -> Authority:
         """The same authority, with files in another directory."""
@@ -81,10 +92,7 @@ class Authority:
     def identity(self, name: str, **options: Any) -> Identity:
         """A certificate and its key, under this name."""
         key = ec.generate_private_key(ec.SECP256R1())
-        text = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        made = Identity(self._directory / f"{name}.crt", write_secret(self._directory / f"{name}.key", text))
+        made = Identity(self._directory / f"{name}.crt", write_secret(self._directory / f"{name}.key", _pem(key)))
         made.certificate.write_bytes(self.certify(name, key.public_key(), **options))
         return made
 
@@ -92,6 +100,13 @@ class Authority:
         """The broker's: `NAME`, and an address."""
         names = (x509.DNSName(NAME), x509.IPAddress(ipaddress.ip_address(address)))
         return self.identity("broker", age=age, names=names)
+
+
+def _pem(key: Any) -> bytes:
+    text: bytes = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return text
 
 
 class SecuredMosquitto(Mosquitto):

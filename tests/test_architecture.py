@@ -29,18 +29,19 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 ROWS: list[set[str]] = [
     # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
     {"errors", "logs", "handshake"},
-    {"credential", "profiles", "lifecycle", "seen"},
+    {"credential", "profiles", "lifecycle", "seen", "provider"},
     {"terms"},  # values that name certificate types and secrets
     {"messages", "config", "ocpp"},  # the wires: MQTT's and OCPP's
     {"csr", "schema", "migrations", "ocppj"},  # a CSR and a schema are made from messages
     {"certificate", "keystore", "pki"},  # what signs a CSR knows how one is built
     {"ledger", "active", "csms"},  # the ledger gives keys back as the key store knows them
-    {"bridge", "installation", "state", "tls"},
+    {"bridge", "installation", "state", "tls", "trust"},
     {"custody", "pool"},
     {"service"},
     {"mqtt"},
     {"josev"},
     {"daemon", "station", "doctor"},  # the composition root is given its configuration; the doctor looks at all of it
+    {"cli_mqtt"},  # options that several commands have
     {"cli_csms", "cli_doctor", "cli_josev", "cli_tls"},
     {"cli"},
     {"__main__"},
@@ -51,7 +52,7 @@ INSIDE = {"keystore", "doctor"}
 """A package is one module to all others. Inside, the front door opens stores by URI, and the stores import the door."""
 
 HOMES: dict[str, set[str]] = {
-    "click": {"cli", "cli_csms", "cli_doctor", "cli_josev", "cli_tls"},
+    "click": {"cli", "cli_csms", "cli_doctor", "cli_josev", "cli_mqtt", "cli_tls"},
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {"keystore.tpm2", "doctor.probe"},  # the probe asks, and changes nothing: the key store may not

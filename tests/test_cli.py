@@ -273,7 +273,7 @@ def test_the_script_for_bash_is_one_that_bash_takes() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("stationkey ", {"serve", "request", "keys", "schema", "completion", "josev", "csms", "tls-config"}),
+        ("stationkey ", {"serve", "request", "keys", "schema", "completion", "josev", "csms", "doctor", "tls-config"}),
         ("stationkey josev --ocpp ", {"2.1", "2.0.1", "1.6"}),
         ("stationkey csms --trigger ", set(CertificateType)),
         ("stationkey keys d", {"destroy"}),

@@ -336,7 +336,7 @@ def test_a_broker_url_names_host_and_port(url: str, host: str, port: int) -> Non
         "127.0.0.1:1883",
         "mqtt://",
         "mqtt://:1883",
-        "mqtts://h",
+        "https://h",
         "tcp://h:1883",
         "mqtt://h:0",
         "mqtt://h:65536",

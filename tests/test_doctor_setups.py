@@ -518,7 +518,7 @@ def guarded(folder: Path, acl: str, *extra: str) -> Iterator[tuple[Mosquitto, Pa
 
 
 OURS = "user stationkey\ntopic read josev/cs\ntopic write cs/josev\n"
-JOSEVS = "user josev\ntopic write josev/cs\ntopic read cs/josev\n"
+SHIPPED = Path(__file__).parent.parent / "packaging/mosquitto/stationkey.acl"
 CLOSED = "allow_anonymous false"
 
 
@@ -526,7 +526,7 @@ class TestBroker:
     @pytest.mark.parametrize(
         ("acl", "extra", "failures"),
         [
-            pytest.param(OURS + JOSEVS, CLOSED, set(), id="as it should be"),
+            pytest.param(SHIPPED.read_text(), CLOSED, set(), id="as it is shipped"),
             pytest.param("", CLOSED, {"broker.own_rights"}, id="no access control list"),
             pytest.param("", "", {"broker.own_rights", "broker.anonymous"}, id="anybody may do anything"),
             pytest.param("topic read nothing\n" + OURS, "", set(), id="anybody may come in and do nothing"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from peers import Daemon, Mosquitto
 
+from secured import Authority, SecuredMosquitto
 from stationkey.certificate import read_chain
 from stationkey.csms import (
     CertificateAnswered,
@@ -312,6 +313,28 @@ async def test_the_command_renews_and_ends(trial: Trial) -> None:
     assert ended.stdout.count("verified and installed") == 2
     await trial.key_is("active", number=0)
     await trial.key_is("active", number=1)
+
+
+async def test_the_command_reaches_a_broker_behind_tls(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    josev = authority.identity("josev")
+    with SecuredMosquitto(tmp_path / "mosquitto", authority.broker(), authority) as broker:
+        trial = Trial(tmp_path, broker)
+        with trial.daemon:
+            async with Csms(organization=ORGANIZATION) as csms:
+                settings = trial.settings(csms)
+                command = [
+                    *(sys.executable, "-m", "stationkey", "josev", "--csms", csms.url, "--identity", IDENTITY),
+                    *("--broker", broker.tls_url, "--mqtt-ca-file", str(authority.file)),
+                    *("--mqtt-certificate-file", str(josev.certificate), "--mqtt-key-file", str(josev.key)),
+                    *("--common-name", SECC_ID, "--organization-name", ORGANIZATION, "--country-name", "DE"),
+                    *("--state-dir", str(settings.state_dir), "--certificate-dir", str(settings.certificate_dir)),
+                    *("--trust-anchors", str(settings.trust_anchors), "--renew", V2G, "--once"),
+                ]
+                ended = await asyncio.to_thread(_run, command)
+            assert ended.returncode == 0, ended.stderr
+            assert "u'josev'" in broker.log
+            await trial.key_is("active")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

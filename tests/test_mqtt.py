@@ -26,7 +26,18 @@ from stationkey.messages import (
     decode_response,
     rejected,
 )
-from stationkey.mqtt import MAX_IN_HAND, MAX_WAITING, Broker, ConnectionLost, MqttConnection, MqttEdge, connect, topics
+from stationkey.mqtt import (
+    MAX_IN_HAND,
+    MAX_WAITING,
+    Broker,
+    ConnectionLost,
+    MqttConnection,
+    MqttEdge,
+    availability,
+    connect,
+    topics,
+)
+from stationkey.terms import MqttTerms
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
@@ -99,11 +110,13 @@ class Service:
 class Edge:
     """A running edge, and how often it was ready."""
 
-    def __init__(self, broker: Broker, service: Service, *, drain: float = 5.0) -> None:
+    def __init__(self, broker: Broker, service: Service, *, drain: float = 5.0, terms: MqttTerms = mqtt.PLAIN) -> None:
         self.service = service
         self.stop = asyncio.Event()
         self._ready: asyncio.Queue[None] = asyncio.Queue()
-        edge = MqttEdge(broker, service, client_id="the-station", on_ready=lambda: self._ready.put_nowait(None))
+        edge = MqttEdge(
+            broker, service, client_id="the-station", terms=terms, on_ready=lambda: self._ready.put_nowait(None)
+        )
         self.task = asyncio.create_task(edge.run(self.stop, drain=drain))
 
     async def ready(self) -> None:
@@ -169,6 +182,8 @@ def at(mosquitto: Mosquitto) -> Broker:
         pytest.param("mqtt://127.0.0.1:1884", Broker("127.0.0.1", 1884), "mqtt://127.0.0.1:1884", id="host-and-port"),
         pytest.param("mqtt://broker.local", Broker("broker.local"), "mqtt://broker.local:1883", id="host"),
         pytest.param("mqtt://[::1]:1884/", Broker("::1", 1884), "mqtt://[::1]:1884", id="ipv6"),
+        pytest.param("mqtts://h", Broker("h", 8883, tls=True), "mqtts://h:8883", id="tls"),
+        pytest.param("mqtts://h:1883", Broker("h", 1883, tls=True), "mqtts://h:1883", id="tls-and-port"),
     ],
 )
 def test_a_broker_is_named_by_host_and_port(url: str, broker: Broker, shown: str) -> None:
@@ -221,6 +236,24 @@ def test_a_prefix_is_put_before_both_topics(prefix: str, request_topic: str) -> 
 def test_a_prefix_that_cannot_begin_a_topic_is_refused(prefix: str) -> None:
     with pytest.raises(ConfigurationError, match="cannot begin a topic"):
         topics(prefix)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "whole"),
+    [
+        pytest.param("", "cs/stationkey/availability", id="none"),
+        pytest.param("site/7", "site/7/cs/stationkey/availability", id="levels"),
+    ],
+)
+def test_a_prefix_is_put_before_the_availability_topic(prefix: str, whole: str) -> None:
+    assert availability(prefix, "cs/stationkey/availability") == whole
+
+
+@pytest.mark.parametrize("topic", ["", "a/+", "#", "$SYS/a", "a\0", "josev/cs", "cs/josev", "x" * 2000])
+def test_an_availability_topic_that_cannot_be_one_is_refused(topic: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        availability("", topic)
+    assert refused.value.reason == "availability_topic_invalid"
 
 
 # A connection.
@@ -300,6 +333,7 @@ async def test_a_broker_that_knows_no_mqtt_5_is_spoken_to_in_3_1_1(mosquitto: Mo
         return answer if data[8] == 5 else None
 
     async with Front(at(mosquitto), judge) as broker, josev(broker) as connection:
+        assert connection.version == "3.1.1"
         await connection.publish("cs/josev", b"in 3.1.1")
         assert (await connection.receive()).payload == b"in 3.1.1"
     assert versions == [5, 4]
@@ -563,6 +597,26 @@ async def test_what_is_never_finished_is_given_up_and_sent_again_by_the_broker(
         service.gate.set()
         async with serving(at(mosquitto), service):
             assert await answers(asking, 1) == [request_id]
+
+
+async def test_a_broker_that_refuses_the_last_will_is_served_without(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mosquitto takes any; others look at its topic when the client connects."""
+
+    def judge(data: bytes) -> bytes | None:
+        has_will = data[0] == 0x10 and data[9] & 0x04  # Connect Flags [MQTT 5 3.1.2.3]
+        return bytes([0x20, 3, 0, 0x87, 0]) if has_will else None  # CONNACK: Not authorized
+
+    request_id = str(uuid.uuid4())
+    async with Front(at(mosquitto), judge) as broker, josev(at(mosquitto)) as asking:
+        edge = Edge(broker, Service(), terms=MqttTerms(availability_topic="availability"))
+        await edge.ready()
+        await asking.publish("josev/cs", payload(request_id))
+        assert await answers(asking, 1) == [request_id]
+        await edge.end()
+    said = [record.getMessage() for record in caplog.records if "availability" in record.getMessage()]
+    assert said == ["availability is not published: the broker refuses the Last Will"]
 
 
 class Attempts(logging.Handler):

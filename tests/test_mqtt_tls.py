@@ -84,6 +84,7 @@ async def test_a_broker_whose_certificate_leads_to_the_ca_file_is_spoken_to(
     )
     async with connection:
         await connection.open()
+        assert connection.version == ("5" if version is MQTTProtocolVersion.MQTTv5 else "3.1.1")
         assert await echo(connection) == b"echo"
         assert connection._tls is not None  # noqa: SLF001 - the socket is nobody else's business
         assert connection._tls.version() == "TLSv1.3"  # noqa: SLF001 - same
@@ -154,6 +155,18 @@ async def test_a_listener_without_tls_is_told_from_one_that_is_not_trusted(
 ) -> None:
     with pytest.raises(BrokerError, match="does it speak TLS there"):
         await opened(Broker("127.0.0.1", mosquitto.port, tls=True), terms(authority))
+
+
+async def test_a_listener_that_hangs_up_is_an_error_in_words(authority: Authority) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with server:
+        with pytest.raises(BrokerError, match=r"no TLS with mqtts:.*unexpected eof") as refused:
+            await opened(Broker("127.0.0.1", server.sockets[0].getsockname()[1], tls=True), terms(authority))
+    assert refused.value.reason == "broker_tls_failed"
 
 
 async def test_a_handshake_that_never_ends_is_given_up(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from stationkey import __version__, config
+from stationkey.cli_mqtt import PREFIX as _PREFIX
+from stationkey.cli_mqtt import Reach, broker_option, reaches_broker, topic_prefix_option
 from stationkey.errors import StationKeyError
 from stationkey.lifecycle import KeyEvent
 from stationkey.profiles import Algorithm, CertificateType
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 EXIT_REJECTED: Final = 3
 EXIT_NO_ANSWER: Final = 4
-_PREFIX: Final = "STATIONKEY"
 
 
 _ELSEWHERE: Final = {
@@ -100,20 +101,6 @@ def main() -> None:
     """
 
 
-_broker = click.option(
-    "--broker",
-    envvar=f"{_PREFIX}_BROKER",
-    show_envvar=True,
-    metavar="URL",
-    help=f"MQTT broker, mqtt://HOST:PORT.  [default: {config.DEFAULT_BROKER}]",
-)
-_topic_prefix = click.option(
-    "--topic-prefix",
-    envvar=f"{_PREFIX}_TOPIC_PREFIX",
-    show_envvar=True,
-    metavar="PREFIX",
-    help="Put before both topics; a / is added where it ends in none.",
-)
 _state_dir = click.option(
     "--state-dir",
     envvar=f"{_PREFIX}_STATE_DIR",
@@ -139,7 +126,7 @@ def _file(path: Path | None) -> config.File:
 
 
 @main.command()
-@_broker
+@broker_option
 @click.option(
     "--keystore",
     envvar=f"{_PREFIX}_KEYSTORE",
@@ -157,7 +144,7 @@ def _file(path: Path | None) -> config.File:
     help="Let software: be the key store. Its keys are not protected.",
 )
 @_state_dir
-@_topic_prefix
+@topic_prefix_option
 @click.option(
     "--log-format",
     envvar=f"{_PREFIX}_LOG_FORMAT",
@@ -203,8 +190,7 @@ def serve(
 @click.option("--evse-id", help="EVSE that the key is for.")
 @click.option("--id", "request_id", metavar="UUID", help="Id of the request.  [default: a new one]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds to wait.")
-@_broker
-@_topic_prefix
+@reaches_broker
 @_json
 def request(
     certificate_type: str,
@@ -215,9 +201,8 @@ def request(
     evse_id: str | None,
     request_id: str | None,
     timeout: float,
-    broker: str | None,
-    topic_prefix: str | None,
     as_json: bool,
+    reach: Reach,
 ) -> None:
     """Ask for a CSR, as Josev does, and print it.
 
@@ -231,7 +216,6 @@ def request(
 
     from stationkey import messages  # noqa: PLC0415 - see the module's docstring
     from stationkey.josev import ask  # noqa: PLC0415 - see the module's docstring
-    from stationkey.mqtt import Broker  # noqa: PLC0415 - see the module's docstring
 
     if request_id is not None and not messages.is_usable_id(request_id):
         raise click.BadParameter("no UUID of the form 8-4-4-4-12: nobody could answer it", param_hint="--id")
@@ -246,8 +230,9 @@ def request(
             algorithm=UNSET if algorithm is None else Algorithm(algorithm),
         ),
     )
-    address = Broker.parse(broker or config.DEFAULT_BROKER)
-    response = asyncio.run(ask(address, asked, topic_prefix=topic_prefix or "", timeout=timeout))
+    response = asyncio.run(
+        ask(reach.broker, asked, topic_prefix=reach.topic_prefix, timeout=timeout, terms=reach.terms)
+    )
     if response is None:
         click.echo(f"stationkey: no answer to {asked.id} within {timeout:g} s", err=True)
         click.echo("  is stationkey serve running, on this broker and with this topic prefix?", err=True)

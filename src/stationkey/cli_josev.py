@@ -11,9 +11,8 @@ from pathlib import Path
 
 import click
 
-from stationkey import config
+from stationkey.cli_mqtt import Reach, reaches_broker
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.mqtt import Broker
 from stationkey.ocpp import OcppVersion
 from stationkey.profiles import Algorithm, CertificateType
 from stationkey.station import Station, StationSettings
@@ -31,22 +30,7 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
     type=click.Choice(list(_VERSIONS)),
     help="Versions to offer, best first.  [default: 2.1, 2.0.1, 1.6]",
 )
-@click.option(
-    "--broker",
-    envvar="STATIONKEY_BROKER",
-    show_envvar=True,
-    metavar="URL",
-    default=config.DEFAULT_BROKER,
-    help="MQTT broker, mqtt://HOST:PORT.",
-)
-@click.option(
-    "--topic-prefix",
-    envvar="STATIONKEY_TOPIC_PREFIX",
-    show_envvar=True,
-    metavar="PREFIX",
-    default="",
-    help="Put before both topics.",
-)
+@reaches_broker
 @click.option("--common-name", required=True, help="CN of the CSRs: SECC ID, or serial number of the station.")
 @click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
 @click.option("--country-name", required=True, help="C: two letters.")
@@ -92,8 +76,6 @@ def josev(
     csms: str,
     identity: str,
     versions: tuple[str, ...],
-    broker: str,
-    topic_prefix: str,
     common_name: str,
     organization_name: str,
     country_name: str,
@@ -109,6 +91,7 @@ def josev(
     algorithm: str | None,
     renew: tuple[str, ...],
     once: bool,
+    reach: Reach,
 ) -> None:
     """Play Josev between a charging station and a CSMS.
 
@@ -119,8 +102,9 @@ def josev(
         csms=csms,
         identity=identity,
         versions=tuple(_VERSIONS[name] for name in versions) or (OcppVersion.V21, OcppVersion.V201, OcppVersion.V16),
-        broker=Broker.parse(broker),
-        topic_prefix=topic_prefix,
+        broker=reach.broker,
+        mqtt=reach.terms,
+        topic_prefix=reach.topic_prefix,
         common_name=common_name,
         organization_name=organization_name,
         country_name=country_name,

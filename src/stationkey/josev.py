@@ -17,12 +17,18 @@ from stationkey.messages import (
     decode_response,
     encode,
 )
-from stationkey.mqtt import Broker, connect, topics
+from stationkey.mqtt import PLAIN, Broker, connect, topics
 from stationkey.profiles import CertificateType
+from stationkey.terms import MqttTerms
 
 
 async def ask(
-    broker: Broker, request: GenerateCsrRequest, *, topic_prefix: str = "", timeout: float = 30.0
+    broker: Broker,
+    request: GenerateCsrRequest,
+    *,
+    topic_prefix: str = "",
+    timeout: float = 30.0,
+    terms: MqttTerms = PLAIN,
 ) -> GenerateCsrResponse | None:
     """Ask for a CSR over MQTT and wait for the answer that carries the request's own id, character for character.
 
@@ -31,12 +37,14 @@ async def ask(
         request: what to ask. Published as it is: whether it is right is the station's to say.
         topic_prefix: see `stationkey.mqtt.topics`.
         timeout: seconds to wait for the answer, connecting included.
+        terms: TLS and credentials for the broker.
 
     Returns:
         The answer, or None where none came in time.
 
     Raises:
         BrokerError: the broker cannot be reached, refuses, or went away meanwhile.
+        ConfigurationError: what `terms` names cannot be read.
         MessageError: the request has text that is not UTF-8.
     """
     payload = encode(request)
@@ -44,7 +52,7 @@ async def ask(
     client_id = f"stationkey-request-{uuid.uuid4().hex[:12]}"
     try:
         async with asyncio.timeout(timeout):
-            async with await connect(broker, client_id=client_id, persistent=False) as connection:
+            async with await connect(broker, client_id=client_id, persistent=False, terms=terms) as connection:
                 await connection.subscribe(response_topic)  # before asking: an answer may be quick
                 await connection.publish(request_topic, payload)
                 while True:
@@ -64,6 +72,7 @@ async def report_status(
     *,
     evse_id: str | None = None,
     topic_prefix: str = "",
+    terms: MqttTerms = PLAIN,
 ) -> None:
     """Tell the charging station what became of a certificate, by ``certificate_installation_status``.
 
@@ -73,9 +82,11 @@ async def report_status(
         status: what became of it.
         evse_id: EVSE that its key is for, or None.
         topic_prefix: see `stationkey.mqtt.topics`.
+        terms: TLS and credentials for the broker.
 
     Raises:
         BrokerError: the broker cannot be reached, or does not take it.
+        ConfigurationError: what `terms` names cannot be read.
     """
     message = CertificateInstallationStatus(
         id=str(uuid.uuid4()),
@@ -87,5 +98,5 @@ async def report_status(
     )
     topic, _ = topics(topic_prefix)
     client_id = f"stationkey-josev-{uuid.uuid4().hex[:12]}"
-    async with await connect(broker, client_id=client_id, persistent=False) as connection:
+    async with await connect(broker, client_id=client_id, persistent=False, terms=terms) as connection:
         await connection.publish(topic, encode(message))

@@ -215,12 +215,18 @@ class MqttConnection:
         client.on_socket_register_write = self._on_socket_register_write
         client.on_socket_unregister_write = self._on_socket_unregister_write
 
+    @property
+    def version(self) -> str:
+        """Of MQTT that is spoken: ``5``, or ``3.1.1``, in which a broker cannot say that it refuses a publication."""
+        return "5" if self._is_v5 else "3.1.1"
+
     async def open(self) -> None:
         """Connect.
 
         Raises:
             ProtocolRefused: the broker does not speak this version of MQTT.
             BrokerError: no connection.
+            ConfigurationError: what the terms name cannot be read, or is of no use with this broker.
         """
         properties = None
         arguments: dict[str, Any] = {}
@@ -580,9 +586,8 @@ async def _in_thread(call: Callable[[], T], *, name: str) -> T:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     result = asyncio.wrap_future(future)
-    result.add_done_callback(
-        lambda done: done.cancelled() or done.exception()
-    )  # it may come when nobody waits any more
+    # What comes when nobody waits any more is looked at, so that nobody is told that nobody looked.
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(result)
 
 
@@ -624,7 +629,9 @@ def availability(prefix: str, topic: str) -> str:
     request, response = topics(prefix)
     whole = request.removesuffix(REQUEST_TOPIC) + topic
     if not topic or not _is_topic(whole) or whole in {request, response}:
-        raise ConfigurationError(f"{topic[:80]!r} cannot be that topic", reason="availability_topic_invalid")
+        raise ConfigurationError(
+            f"{topic[:80]!r} cannot be the availability topic", reason="availability_topic_invalid"
+        )
     return whole
 
 

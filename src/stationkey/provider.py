@@ -23,6 +23,9 @@ from stationkey.errors import BrokerError, ConfigurationError
 
 MAX_OPENED: Final = 100
 """How often a process has the provider anew. OpenSSL forgets nothing of the times before."""
+MAX_VAIN: Final = 4
+"""How often, where the time before brought nothing."""
+DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
 
 _QUERY_OPERATION: Final = 1027
 _UNQUERY_OPERATION: Final = 1028
@@ -67,12 +70,14 @@ class TpmProvider:
         self._opened = 0
         self._name = b""
         self._handle: int | None = None
+        self._worked = False
+        self._vain = 0
 
     def open(self, tcti: str | None) -> None:
-        """Have it, with a connection to the TPM; nothing is done where it is there already.
+        """Have it, with a connection to the TPM; nothing is done where it is there, from here or by ``OPENSSL_CONF``.
 
         Args:
-            tcti: of the TPM; None for what the environment has in ``TPM2OPENSSL_TCTI``.
+            tcti: of the TPM; None for what the environment has in ``TPM2OPENSSL_TCTI``, or else `DEFAULT_TCTI`.
 
         Raises:
             ConfigurationError: it is not installed.
@@ -80,10 +85,12 @@ class TpmProvider:
         """
         if self._handle is not None:
             return
-        if tcti is not None:
-            os.environ["TPM2OPENSSL_TCTI"] = tcti
-        os.environ.setdefault("TSS2_LOG", "all+none")  # what there is to say is said by whoever uses the key
         openssl = _openssl()
+        if openssl.OSSL_PROVIDER_available(None, b"tpm2"):
+            return  # by OPENSSL_CONF: whoever set it has said what TPM there is
+        # Never without: tpm2-tss would take whatever TPM it finds, a simulator included.
+        os.environ["TPM2OPENSSL_TCTI"] = tcti or os.environ.get("TPM2OPENSSL_TCTI") or DEFAULT_TCTI
+        os.environ.setdefault("TSS2_LOG", "all+none")  # what there is to say is said by whoever uses the key
         # By a name of its own each time: what was had by a name once, OpenSSL gives back for ever, with its connection
         # to a TPM that may have ended long ago.
         name = f"stationkey-tpm2-{self._opened}".encode()
@@ -103,11 +110,28 @@ class TpmProvider:
             )
         self._opened += 1
 
-    def close(self) -> None:
-        """Have it anew at the next time."""
-        if self._handle is not None and self._opened < MAX_OPENED:
-            _openssl().OSSL_PROVIDER_unload(self._handle)
-            self._handle = None
+    def works(self) -> None:
+        """Note that a key was loaded by it."""
+        self._worked = True
+
+    def close(self) -> bool:
+        """Give it up, to have it anew: its connection to the TPM may have ended.
+
+        Its connection may also be well, and OpenSSL keeps it for as long as the process lives. A resource manager has
+        few of them to give, so one that never worked is given up only `MAX_VAIN` times.
+
+        Returns:
+            Whether it can be had anew.
+        """
+        if self._handle is None:
+            return True
+        if self._opened >= MAX_OPENED or (not self._worked and self._vain >= MAX_VAIN):
+            return False
+        self._vain += not self._worked
+        self._worked = False
+        _openssl().OSSL_PROVIDER_unload(self._handle)
+        self._handle = None
+        return True
 
     def _narrowed(self, entry: Callable[..., int]) -> Any:
         """What starts the provider, without what imports keys."""
@@ -197,6 +221,7 @@ def _openssl() -> ctypes.CDLL:
     """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)]."""
     openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
     openssl.OPENSSL_info.restype = c_char_p
+    openssl.OSSL_PROVIDER_available.argtypes = [c_void_p, c_char_p]
     openssl.OSSL_PROVIDER_add_builtin.argtypes = [c_void_p, c_char_p, c_void_p]
     openssl.OSSL_PROVIDER_load.argtypes = [c_void_p, c_char_p]
     openssl.OSSL_PROVIDER_load.restype = c_void_p

@@ -31,7 +31,7 @@ from stationkey.active import file_name
 from stationkey.certificate import Chain, Expected, differences, read_chain, untrusted
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.josev import ask, report_status
-from stationkey.mqtt import Broker
+from stationkey.mqtt import PLAIN, Broker
 from stationkey.ocpp import (
     CARRIAGES,
     INVALID_CERTIFICATE_EVENT,
@@ -52,6 +52,7 @@ from stationkey.ocpp import (
 )
 from stationkey.ocppj import CallError, NotAnswered, OcppConnection
 from stationkey.profiles import PROFILES, Algorithm, CertificateProfile, CertificateType
+from stationkey.terms import MqttTerms
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class StationSettings:
         identity: the station's identity, the last part of the URL.
         versions: OCPP versions to offer, best first.
         broker: where the charging station's side listens.
+        mqtt: TLS and credentials for it.
         topic_prefix: see `stationkey.mqtt.topics`.
         common_name: CN of the CSRs.
         organization_name: O, as the CSMS has it configured [A00.FR.509].
@@ -106,6 +108,7 @@ class StationSettings:
     certificate_dir: Path
     versions: tuple[OcppVersion, ...] = (OcppVersion.V201,)
     topic_prefix: str = ""
+    mqtt: MqttTerms = PLAIN
     evse_id: str | None = None
     trust_anchors: Path | None = None
     wait_minimum: float = 30.0
@@ -408,7 +411,13 @@ class Station:
                 algorithm=UNSET if algorithm is None else algorithm,
             ),
         )
-        response = await ask(settings.broker, request, topic_prefix=settings.topic_prefix, timeout=ANSWER_TIMEOUT)
+        response = await ask(
+            settings.broker,
+            request,
+            topic_prefix=settings.topic_prefix,
+            timeout=ANSWER_TIMEOUT,
+            terms=settings.mqtt,
+        )
         if response is None:
             raise SigningRefused("the charging station did not answer", reason="no_answer")
         if response.data.status != "accepted" or response.data.csr is UNSET:
@@ -547,5 +556,6 @@ class Station:
             status,
             evse_id=evse_id if self._settings.profiles[certificate_type].secc_id else None,
             topic_prefix=self._settings.topic_prefix,
+            terms=self._settings.mqtt,
         )
         self._tell(f"told the charging station: {status}", certificate_type)

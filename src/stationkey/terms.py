@@ -75,7 +75,7 @@ class MqttTerms:
         certificate_file: where the client's certificate and its chain are, in PEM, or None.
         key_file: where its private key is, in PEM, a ``TSS2 PRIVATE KEY`` included; None where it is in
             `certificate_file`.
-        tcti: of the TPM that such a key is in; None for the one that the environment names by ``TPM2OPENSSL_TCTI``.
+        tcti: of the TPM that such a key is in; None for that of the environment, ``TPM2OPENSSL_TCTI``.
         server_name: the name in the broker's certificate where it is another than the URL's host, or None.
         username: user name, or None.
         password: where the password is, or None.

@@ -7,6 +7,7 @@ in a TPM; see `stationkey.provider`.
 from __future__ import annotations
 
 import gc
+import re
 import socket
 import ssl
 import threading
@@ -22,6 +23,7 @@ from stationkey.terms import MqttTerms
 MAX_PEM: Final = 1024 * 1024
 """Bytes of a file with certificates or a key."""
 
+_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _HINTS: Final = {
     **dict.fromkeys((9, 10), "is this machine's clock right?"),
     **dict.fromkeys((62, 64), "if it has another name than the URL's host, say it by server_name"),
@@ -153,11 +155,11 @@ def _read(terms: MqttTerms) -> _Files:
     if terms.certificate_file is not None:
         certificate = _read_certificate(terms.certificate_file.path)
         key = (terms.key_file or terms.certificate_file).read(limit=MAX_PEM)
-    ca = None if terms.ca_file is None else _read_pem(terms.ca_file, "CA file", "ca_file_unusable")
+    ca = None if terms.ca_file is None else _read_pem(terms.ca_file, "CA file", reason="ca_file_unusable")
     return _Files(terms, ca, certificate, key)
 
 
-def _read_pem(path: Path, name: str, reason: str) -> bytes:
+def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_PEM + 1)
@@ -166,14 +168,19 @@ def _read_pem(path: Path, name: str, reason: str) -> bytes:
     if len(content) > MAX_PEM:
         raise ConfigurationError(f"the {name} {path} has more than {MAX_PEM} bytes", reason=reason)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_certificates(content))
     except (OSError, ValueError):
         raise ConfigurationError(f"there is no certificate (PEM) in the {name} {path}", reason=reason) from None
     return content
 
 
+def _certificates(content: bytes) -> str:
+    """The certificates in a PEM file: between them may stand keys, and comments in any encoding [RFC 7468 2]."""
+    return "\n".join(block.decode("ascii", "replace") for block in _CERTIFICATE.findall(content))
+
+
 def _read_certificate(path: Path) -> bytes:
-    return _read_pem(path, "certificate file", "client_certificate_unusable")
+    return _read_pem(path, "certificate file", reason="client_certificate_unusable")
 
 
 def _context(files: _Files) -> ssl.SSLContext:
@@ -196,7 +203,7 @@ def _context(files: _Files) -> ssl.SSLContext:
     if terms.ca_file is None:
         context.load_default_certs()
     else:
-        context.load_verify_locations(terms.ca_file)
+        context.load_verify_locations(cadata=_certificates(files.ca or b""))
     if files.key is not None:
         _load_key(context, files)
     return context
@@ -248,6 +255,7 @@ class _Tpm:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._made: tuple[_Files, ssl.SSLContext] | None = None
+        self._stale = False
 
     def context(self, files: _Files) -> ssl.SSLContext:
         """The context of these files.
@@ -257,30 +265,35 @@ class _Tpm:
             BrokerError: the TPM does not give the key, now.
         """
         with self._lock:
-            if self._made is not None and self._made[0] == files:
+            if self._made is not None and self._made[0] == files and not self._stale:
                 return self._made[1]
             self._made = None
             gc.collect()  # the key of the context before it leaves its slot only now
-            TPM_PROVIDER.open(files.terms.tcti)
-            try:
-                context = _context(files)
-            except BrokerError:
-                TPM_PROVIDER.close()
-                raise
+            self._stale = False
+            context = self._load(files)
             self._made = files, context
             return context
 
+    def _load(self, files: _Files) -> ssl.SSLContext:
+        TPM_PROVIDER.open(files.terms.tcti)
+        try:
+            context = _context(files)
+        except BrokerError:
+            if not TPM_PROVIDER.close():
+                raise
+            TPM_PROVIDER.open(files.terms.tcti)
+            context = _context(files)
+        TPM_PROVIDER.works()
+        return context
+
     def failed(self) -> bool:
-        """TLS failed, and so may have the TPM, or the connection to it: have both anew next time.
+        """TLS failed, and so may have the TPM: have the key loaded anew next time.
 
         Returns:
             Whether a key in a TPM was used at all.
         """
-        with self._lock:
-            used = self._made is not None
-            self._made = None
-            TPM_PROVIDER.close()
-        return used
+        self._stale = True  # and no more here: the caller is the event loop, and the TPM may hang
+        return self._made is not None
 
 
 _TPM: Final = _Tpm()
