@@ -84,7 +84,7 @@ def test_help_says_what_a_command_is_for_and_what_each_option_does(
     assert "\b" not in result.output
     assert "\\b" not in result.output
     for parameter in command.params:
-        if isinstance(parameter, click.Option):
+        if isinstance(parameter, click.Option) and not parameter.hidden:
             assert parameter.opts[-1] in result.output
             assert parameter.help
 

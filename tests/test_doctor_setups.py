@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,11 +23,15 @@ from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port, sea
 
 from doctors import Pki, as_nobody, command_output, look, read, write_config
 from parts import station
+from stationkey.credential import SecretReference
 from stationkey.doctor import AREAS, Level
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.ledger import DATABASE_NAME, Ledger
+from stationkey.mqtt import Broker, connect
 from stationkey.profiles import Algorithm
+from stationkey.terms import MqttTerms
 
+ROOT = Path(__file__).parent.parent
 DOCTOR = [sys.executable, "-m", "stationkey", "doctor"]
 
 
@@ -519,6 +524,7 @@ def guarded(folder: Path, acl: str, *extra: str) -> Iterator[tuple[Mosquitto, Pa
 
 OURS = "user stationkey\ntopic read josev/cs\ntopic write cs/josev\n"
 JOSEVS = "user josev\ntopic write josev/cs\ntopic read cs/josev\n"
+SHIPPED = ROOT / "packaging/mosquitto/stationkey.acl"
 CLOSED = "allow_anonymous false"
 
 
@@ -526,7 +532,7 @@ class TestBroker:
     @pytest.mark.parametrize(
         ("acl", "extra", "failures"),
         [
-            pytest.param(OURS + JOSEVS, CLOSED, set(), id="as it should be"),
+            pytest.param(SHIPPED.read_text(), CLOSED, set(), id="as it is shipped"),
             pytest.param("", CLOSED, {"broker.own_rights"}, id="no access control list"),
             pytest.param("", "", {"broker.own_rights", "broker.anonymous"}, id="anybody may do anything"),
             pytest.param("topic read nothing\n" + OURS, "", set(), id="anybody may come in and do nothing"),
@@ -539,6 +545,40 @@ class TestBroker:
         with guarded(tmp_path / "guarded", acl, extra) as (_, config):
             found = look(tmp_path, broker=None, config_file=config, allow_software_keys=True)
         assert found.failures == failures
+
+    def test_where_a_user_has_one_session_nothing_in_it_is_lost(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        """As packaging/mosquitto/passwords.example has it: the doctor gets the daemon's session, requests included."""
+        with guarded(tmp_path / "guarded", OURS + JOSEVS, CLOSED, "use_username_as_clientid true") as (broker, config):
+            options = ("--config", str(config), "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state"))
+            with Daemon(tmp_path / "daemon", *options) as daemon:
+                found = look(tmp_path, broker=None, config_file=config, keystore=swtpm.uri)
+                assert "one session for each user" in found.text("broker.login")
+                assert found.level("broker.own_rights") is Level.NOT_CHECKED
+                daemon.terminate()
+                at = ("-p", str(broker.port), "-u", "josev", "-P", "hunter2", "-q", "1")
+                request = (ROOT / "examples/requests.jsonl").read_text().splitlines()[0]
+                subprocess.run(["mosquitto_pub", *at, "-t", "josev/cs", "-m", request], check=True)
+                found = look(tmp_path, broker=None, config_file=config, keystore=swtpm.uri)
+                assert found.level("broker.own_rights") is Level.OK
+                assert found.failures == set()
+                daemon.start()
+                while "accepted" not in daemon.run_log:
+                    time.sleep(0.01)  # a log has no events
+                assert daemon.run_log.count("accepted") == 1
+
+    @pytest.mark.parametrize("acl", [OURS, ""], ids=["rights", "none"])
+    def test_no_session_is_left_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acl: str) -> None:
+        monkeypatch.setattr("stationkey.doctor.visit._client_id", lambda: "stationkey-doctor-1")
+
+        async def resumed(broker: Broker, terms: MqttTerms) -> bool:
+            async with await connect(broker, client_id="stationkey-doctor-1", persistent=True, terms=terms) as again:
+                return again.resumed
+
+        with guarded(tmp_path / "guarded", acl, CLOSED) as (broker, config):
+            look(tmp_path, broker=None, config_file=config)
+            secret = SecretReference(str(tmp_path / "guarded" / "secret"))
+            terms = MqttTerms(username="stationkey", password=secret)
+            assert not asyncio.run(resumed(Broker.parse(broker.url), terms))
 
     def test_a_wrong_password_is_told_apart(self, tmp_path: Path) -> None:
         with guarded(tmp_path / "guarded", OURS, CLOSED) as (_, config):

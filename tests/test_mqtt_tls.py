@@ -60,7 +60,8 @@ def strict(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> It
 
 
 async def opened(broker: Broker, by: MqttTerms = mqtt.PLAIN) -> MqttConnection:
-    return await connect(broker, client_id=f"us-{uuid.uuid4().hex[:8]}", persistent=False, terms=by)
+    client_id = f"us-{uuid.uuid4().hex[:8]}"
+    return await connect(broker, client_id=client_id, persistent=False, terms=by, max_payload=8 * 1024 * 1024)
 
 
 async def echo(connection: MqttConnection, payload: bytes = b"echo") -> bytes:

@@ -17,6 +17,7 @@ from typing import Final
 import click
 
 from stationkey import config
+from stationkey.cli_mqtt import broker_option, topic_prefix_option
 from stationkey.doctor import AREAS, Finding, Level, Options, Report, examine
 
 _WIDTHS: Final = (60, 120)
@@ -28,13 +29,7 @@ _COLUMN: Final = 10
 
 
 @click.command("doctor")
-@click.option(
-    "--broker",
-    envvar="STATIONKEY_BROKER",
-    show_envvar=True,
-    metavar="URL",
-    help=f"MQTT broker.  [default: {config.DEFAULT_BROKER}]",
-)
+@broker_option
 @click.option(
     "--keystore",
     envvar="STATIONKEY_KEYSTORE",
@@ -58,14 +53,14 @@ _COLUMN: Final = 10
     type=click.Path(path_type=Path, readable=False),
     help=f"Where the ledger is kept.  [default: {config.DEFAULT_STATE_DIR}]",
 )
+@topic_prefix_option
 @click.option(
-    "--topic-prefix",
-    envvar="STATIONKEY_TOPIC_PREFIX",
+    "--log-format",
+    envvar="STATIONKEY_LOG_FORMAT",
     show_envvar=True,
-    metavar="PREFIX",
-    help="Put before both topics.",
+    metavar="text|json",
+    help="As for serve: whether it is one is said in the report.",
 )
-@click.option("--log-format", envvar="STATIONKEY_LOG_FORMAT", metavar="text|json", hidden=True)
 @click.option(
     "--config",
     "config_file",

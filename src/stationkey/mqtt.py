@@ -218,6 +218,8 @@ class MqttConnection:
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
         self.lost: asyncio.Future[str] = self._loop.create_future()
         """Done, with the reason, when the connection has ended."""
+        self.resumed = False
+        """Whether the broker had a session for us. One that goes by user name and not by client id gives another's."""
         self._sock: socket.socket | None = None
         self._tls: BrokerSocket | None = None
         """The same, with TLS. It stays when the connection has ended, to say why."""
@@ -297,12 +299,20 @@ class MqttConnection:
             self._client.tls_set_context(we.tls)
         self._client.connect(self._broker.host, self._broker.port, KEEPALIVE, **arguments)
 
-    async def close(self) -> None:
-        """Say DISCONNECT, as far as there is anybody to hear it, and close."""
+    async def close(self, *, forget: bool = False) -> None:
+        """Say DISCONNECT, as far as there is anybody to hear it, and close.
+
+        Args:
+            forget: have the broker end a persistent session, too. With MQTT 5 only.
+        """
         if self._keeper is not None:
             self._keeper.cancel()
         if not self.lost.done():
-            self._client.disconnect()
+            properties = None
+            if forget and self._is_v5:
+                properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call] # as in `open`
+                properties.SessionExpiryInterval = 0
+            self._client.disconnect(properties=properties)
             # paho ends the connection once the DISCONNECT is written; a broker that does not read must not hold us.
             await asyncio.wait({self.lost}, timeout=1.0)
         self._drop("closed")
@@ -503,11 +513,12 @@ class MqttConnection:
             self._loop.remove_writer(sock)
 
     def _on_connect(
-        self, client: paho.Client, userdata: object, flags: object, reason: ReasonCode, properties: object
+        self, client: paho.Client, userdata: object, flags: paho.ConnectFlags, reason: ReasonCode, properties: object
     ) -> None:
         if self._accepted.done():
             return
         if not reason.is_failure:
+            self.resumed = flags.session_present
             self._accepted.set_result(None)
         elif reason.value == _UNSUPPORTED_PROTOCOL_VERSION:
             self._accepted.set_exception(

@@ -60,7 +60,7 @@ def check_broker(subject: Subject) -> Iterator[Finding]:
     yield from secured
     if any(finding.level is Level.FAILURE for finding in secured):
         raise CannotLookError("there is no TLS with the broker")
-    seen = asyncio.run(visit(broker, settings.mqtt, settings.topic_prefix))
+    seen = asyncio.run(visit(broker, settings.mqtt, settings.topic_prefix, daemon_running=subject.daemon.running))
     if seen.refused is not None:
         yield judge_refused(broker, seen.refused, speaks_tls=not broker.tls and _speaks_tls(broker))
     reach = None if local and not _listens_beyond(broker.port) else _beyond(broker, local=local)
@@ -259,6 +259,17 @@ def judge_visit(seen: Visit, *, reach: str | None, daemon_running: bool) -> Iter
         if seen.anonymous is not None:
             yield judge_anonymous(seen, reach)
         raise CannotLookError("the broker does not let us in")
+    if seen.in_its_place:
+        yield warning(
+            "broker.login",
+            "the broker lets us in, and has one session for each user: the doctor was taken for the running daemon, "
+            "and went at once. The daemon connects anew, and nothing is lost",
+            "to have its rights looked at, stop the daemon for that while",
+        )
+        yield judge_version(seen)
+        if seen.anonymous is not None:
+            yield judge_anonymous(seen, reach)
+        raise CannotLookError("the broker has one session for each user, and the daemon has it")
     who = "with our identity" if seen.named else "without a name"
     yield ok("broker.login", f"the broker lets us in, {who}")
     yield judge_version(seen)

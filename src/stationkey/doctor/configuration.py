@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+from stationkey.config import Mqtt
 from stationkey.doctor.files import READ, Facts, User, closed_on_the_way, look_at, octal, permits
 from stationkey.doctor.findings import Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.sense import judge_sense
@@ -19,11 +20,10 @@ _USUAL: Final = Path("/etc/stationkey/stationkey.toml")
 _PREFIX: Final = "STATIONKEY_"
 _VARIABLES: Final = frozenset(
     f"{_PREFIX}{name}"
-    for name in (
-        *("BROKER", "KEYSTORE", "ALLOW_SOFTWARE_KEYS", "STATE_DIR", "TOPIC_PREFIX", "LOG_FORMAT", "CONFIG"),
-        "COMPLETE",
-    )
+    for name in ("BROKER", "KEYSTORE", "ALLOW_SOFTWARE_KEYS", "STATE_DIR", "TOPIC_PREFIX", "LOG_FORMAT", "CONFIG")
 )
+_OTHERS: Final = frozenset(f"{_PREFIX}MQTT_{name.upper()}" for name in Mqtt.__struct_fields__)
+"""What the commands that are clients of the broker read."""
 _LOG_FORMATS: Final = ("text", "json")
 
 
@@ -124,7 +124,7 @@ def judge_environment(environment: Mapping[str, str], options: Options) -> Itera
     """The variables of this shell. A service has its own."""
     name = "config.environment"
     ours = sorted(variable for variable in environment if variable.startswith(_PREFIX))
-    strange = [variable for variable in ours if variable not in _VARIABLES]
+    strange = [variable for variable in ours if variable not in _VARIABLES | _OTHERS]
     if options.log_format is not None and options.log_format not in _LOG_FORMATS:
         yield failure(
             name,
@@ -141,7 +141,7 @@ def judge_environment(environment: Mapping[str, str], options: Options) -> Itera
         yield warning(
             name,
             f"nothing reads {listed(strange)}",
-            f"is it a slip of the pen? What is read: {listed(sorted(_VARIABLES - {f'{_PREFIX}COMPLETE'}), most=9)}",
+            f"is it a slip of the pen? What is read: {listed(sorted(_VARIABLES), most=9)}",
         )
     elif ours:
         yield ok(name, f"{listed(ours)} of this shell win over the file")

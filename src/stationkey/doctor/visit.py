@@ -1,7 +1,13 @@
 """A visit to the broker, with the daemon's identity and without any, to find out what each may do.
 
 What is published is a message that the contract has everybody pass over (decision 3: another `name` than ours). No
-request is made, nothing is retained, and the daemon's own session is left alone: the doctor has a client id of its own.
+request is made, nothing is retained, and the daemon's own session is left as it is.
+
+The doctor has a client id of its own; but a broker may take the user name in its place (``use_username_as_clientid``),
+and then it has one session for us and the daemon. To begin anew would be to end it, with all that waits in it. So the
+doctor resumes whatever there is, acknowledges nothing but what it published itself, and ends only a session that it has
+begun. While the daemon runs, it goes as soon as it finds itself in its place: the daemon connects anew, and nothing is
+lost.
 """
 
 from __future__ import annotations
@@ -61,6 +67,7 @@ class Visit:
         pair: seconds that two at once take, or None.
         anonymous: what somebody without a name may do; None where he is not let in.
         anonymous_why: why that is not known, or an empty text.
+        in_its_place: we were taken for the running daemon, and so went at once.
         cut: why the visit ended before its end, or an empty text.
     """
 
@@ -77,6 +84,7 @@ class Visit:
     pair: float | None = None
     anonymous: Rights | None = None
     anonymous_why: str = ""
+    in_its_place: bool = False
     cut: str = ""
 
 
@@ -86,22 +94,26 @@ def _usual(seconds: list[float]) -> float:
     return settled[len(settled) // 4]
 
 
+_OURS: Final = "stationkey_doctor"
+
+
 def _harmless() -> bytes:
     """A message that is nobody's business [contract, decision 3], and that is known again."""
-    return json.dumps({"name": "stationkey_doctor", "type": "probe", "id": str(uuid.uuid4())}).encode()
+    return json.dumps({"name": _OURS, "type": "probe", "id": str(uuid.uuid4())}).encode()
 
 
 def _client_id() -> str:
     return f"stationkey-doctor-{uuid.uuid4().hex[:8]}"
 
 
-async def visit(broker: Broker, terms: MqttTerms, prefix: str) -> Visit:
+async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running: bool) -> Visit:
     """Look around at the broker, with the daemon's identity and without any."""
+    client_id = _client_id()
     named = terms.username is not None or terms.certificate_file is not None
     stranger = asyncio.create_task(_as_a_stranger(broker, terms), name="stranger") if named else None
     try:
         async with asyncio.timeout(_LOGIN):
-            connection = await connect(broker, client_id=_client_id(), persistent=False, terms=terms)
+            connection = await connect(broker, client_id=client_id, persistent=named, terms=terms)
     except TimeoutError:
         silent = BrokerError(
             f"{broker} takes the connection and says nothing", reason="broker_unreachable", hint="is it an MQTT broker?"
@@ -109,7 +121,10 @@ async def visit(broker: Broker, terms: MqttTerms, prefix: str) -> Visit:
         return Visit(refused=silent, named=named, anonymous=await _let_in(stranger))
     except StationKeyError as error:
         return Visit(refused=error, named=named, anonymous=await _let_in(stranger))
-    async with connection:
+    if connection.resumed and daemon_running:
+        await connection.close()
+        return Visit(named=True, mqtt5=connection.is_v5, in_its_place=True, anonymous=await _let_in(stranger))
+    try:
         look = _Round(connection, *topics(prefix), named=named)
         try:
             async with asyncio.timeout(_TALK):
@@ -118,7 +133,20 @@ async def visit(broker: Broker, terms: MqttTerms, prefix: str) -> Visit:
             look.note(cut=str(error) or "the broker stopped answering")
         if stranger is not None:
             await _take_the_stranger_round(stranger, look)
+    finally:
+        await connection.close(forget=named and not connection.resumed)
+    if named and not connection.resumed and not connection.is_v5:
+        await _forget(broker, terms, client_id)
     return look.seen
+
+
+async def _forget(broker: Broker, terms: MqttTerms, client_id: str) -> None:
+    """End a session by MQTT 3.1.1: a clean one takes its place, and ends with its connection."""
+    try:
+        async with asyncio.timeout(_LOGIN):
+            await (await connect(broker, client_id=client_id, persistent=False, terms=terms)).close()
+    except (TimeoutError, StationKeyError):
+        pass  # the broker ends it by its own rules
 
 
 async def _as_a_stranger(broker: Broker, terms: MqttTerms) -> MqttConnection | str:
@@ -211,7 +239,8 @@ class _Round:
             async with asyncio.timeout(_ECHO):
                 while True:
                     message = await connection.receive()
-                    message.acknowledge()
+                    if _OURS.encode() in message.payload:  # else it may be a request that waits for the daemon
+                        message.acknowledge()
                     if message.retained:
                         self.note(retained=(*dict.fromkeys((*self.seen.retained, message.topic)),))
                     if message.payload == probe:
