@@ -500,6 +500,12 @@ class TestTpm:
         seen = chip(text="[tpm]\nak_handle = 0x81010002", tmp_path=tmp_path, ak=there)
         assert worst(condition.judge_attestation_key(seen)) is level
 
+    def test_keys_are_not_tried_in_a_bare_tpm_that_the_daemon_works_with(self) -> None:
+        busy = dataclasses.replace(chip(tcti=BARE, keys={"k": "v2g"}), daemon_running=True)
+        assert worst(condition.judge_keys(busy)) is NOT_CHECKED
+        cleared = dataclasses.replace(chip(tcti=BARE, keys={"k": "v2g"}, srk=None), daemon_running=True)
+        assert worst(condition.judge_keys(cleared)) is worst(condition.judge_srk(cleared)) is FAILURE
+
     def test_a_certificate_type_that_is_not_served_is_not_judged(self, tmp_path: Path) -> None:
         text = '[policy]\ncertificate_types = ["v2g_certificate"]'
         assert worst(abilities.judge_certificate_types(chip(text=text, tmp_path=tmp_path, curves=[3]))) is OK

@@ -95,8 +95,8 @@ def judge_firmware(seen: Seen) -> Iterator[Finding]:
             yield failure(
                 name,
                 f"{what}: known to be weak ({weakness.name}): {weakness.means}",
-                "get the firmware update from the maker of the board; then have new keys made, and the certificates of "
-                "the old ones revoked",
+                "get the firmware update from the maker of the board; then have new keys made, and the certificates "
+                "of the old ones revoked",
             )
             return
     yield ok(name, what)

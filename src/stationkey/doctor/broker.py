@@ -96,9 +96,8 @@ def judge_name(broker: Broker, addresses: Addresses | str) -> Finding:
         return failure(
             name,
             f"the name {broker.host} leads nowhere: {addresses}",
-            "is it written right, and does the name server answer (resolvectl query, /etc/resolv.conf)? "
-            "An address works "
-            "without one",
+            "is it written right, and does the name server answer (resolvectl query, /etc/resolv.conf)? An address "
+            "works without one",
         )
     return ok(name, f"{broker.host} is {listed(dict.fromkeys(str(address[0]) for _, address in addresses))}")
 
@@ -429,8 +428,8 @@ def judge_retained(seen: Visit) -> Finding:
     if seen.retained:
         return warning(
             name,
-            f"a retained message lies on {listed(seen.retained)}: the broker sends it at every "
-            "subscription, as if it were new",
+            f"a retained message lies on {listed(seen.retained)}: the broker sends it at every subscription, as if it "
+            "were new",
             f"take it away: mosquitto_pub -t {seen.retained[0]} -r -n; and find out who sets retain",
         )
     return ok(name, "no retained message lies on josev/cs")
@@ -446,7 +445,7 @@ def judge_delay(seen: Visit) -> Finding:
         return warning(
             name,
             f"the broker holds small packets back (Nagle's algorithm): {took}",
-            "set_tcp_nodelay true in the configuration of Mosquitto "
-            "(packaging/mosquitto/stationkey.conf), then restart it",
+            "set_tcp_nodelay true in the configuration of Mosquitto (packaging/mosquitto/stationkey.conf), then "
+            "restart it",
         )
     return ok(name, took)

@@ -92,8 +92,8 @@ def judge_time(clocks: Clocks) -> Finding:
     if clocks.latest is not None and clocks.latest - now > _DIFFERENCE:
         return warning(
             name,
-            f"the clock says {_date(now)}, and the ledger has something of {_date(clocks.latest)}: one of "
-            "the two was wrong",
+            f"the clock says {_date(now)}, and the ledger has something of {_date(clocks.latest)}: one of the two was "
+            "wrong",
             "see whether the clock is right now. No key ends by it, but certificates are judged by it",
         )
     return ok(name, f"the clock says {_date(now)}")
@@ -108,9 +108,8 @@ def judge_synchronised(clocks: Clocks) -> Finding:
         return warning(
             name,
             "nothing keeps the clock right, as far as the kernel knows",
-            "timedatectl set-ntp true, or chrony; see that the station reaches a time server. Where the "
-            "host of a virtual "
-            "machine, GNSS or the CSMS sets the clock, this may be so",
+            "timedatectl set-ntp true, or chrony; see that the station reaches a time server. Where the host of a "
+            "virtual machine, GNSS or the CSMS sets the clock, this may be so",
         )
     return ok(name, "the clock is kept right (NTP, or another source that the kernel knows)")
 

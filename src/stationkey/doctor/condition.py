@@ -57,8 +57,8 @@ def judge_started(seen: Seen) -> Iterator[Finding]:
     if seen.probe.errors.get("properties") == RC_INITIALIZE:
         yield warning(
             name,
-            "the TPM waits for TPM2_Startup, which the firmware sends at power-on; the daemon sends it "
-            "when it opens the TPM",
+            "the TPM waits for TPM2_Startup, which the firmware sends at power-on; the daemon sends it when it opens "
+            "the TPM",
             "start the daemon. Where this comes again, the TPM is reset while the station runs: look at its supply",
         )
     else:
@@ -113,18 +113,17 @@ def judge_srk(seen: Seen) -> Iterator[Finding]:
         if seen.keys:
             yield failure(
                 name,
-                f"there is no storage root key at {handle:#x}, and there are active keys: the TPM was "
-                "cleared or exchanged",
+                f"there is no storage root key at {handle:#x}, and there are active keys: the TPM was cleared or "
+                "exchanged",
                 "nothing brings the keys back: have new certificates asked for (docs/operations.md, Another TPM)",
             )
         elif permanent & OWNER_AUTH_SET and seen.tpm.owner_auth is None:
             yield failure(
                 name,
-                f"there is no storage root key at {handle:#x}, and none can be made: the owner hierarchy "
-                "has a password",
-                "name it by [tpm] owner_auth, or make the key once: tpm2_createprimary -C o -P PASSWORD "
-                "-G ecc256:aes128cfb "
-                f"-c srk.ctx, tpm2_evictcontrol -C o -P PASSWORD -c srk.ctx {handle:#x}",
+                f"there is no storage root key at {handle:#x}, and none can be made: the owner hierarchy has a "
+                "password",
+                "name it by [tpm] owner_auth, or make the key once: tpm2_createprimary -C o -P PASSWORD -G "
+                f"ecc256:aes128cfb -c srk.ctx, tpm2_evictcontrol -C o -P PASSWORD -c srk.ctx {handle:#x}",
             )
         elif avail == 0:
             yield failure(
@@ -146,8 +145,8 @@ def judge_srk(seen: Seen) -> Iterator[Finding]:
         yield warning(
             name,
             f"the storage root key at {handle:#x} lacks noda: losses of power can lock it for a while",
-            "before there are keys: remove it (tpm2_evictcontrol), and the daemon makes a better one. "
-            "Afterwards it must stay",
+            "before there are keys: remove it (tpm2_evictcontrol), and the daemon makes a better one. Afterwards it "
+            "must stay",
         )
     else:
         yield ok(name, f"the storage root key at {handle:#x} is as it should be")
@@ -179,8 +178,8 @@ def judge_authorisation(seen: Seen) -> Iterator[Finding]:
         if named and not flags & bit:
             yield warning(
                 name,
-                f"[tpm] {which}_auth names a password, and the {which} hierarchy has none: the TPM was "
-                "cleared, perhaps",
+                f"[tpm] {which}_auth names a password, and the {which} hierarchy has none: the TPM was cleared, "
+                "perhaps",
                 f"set it (tpm2_changeauth -c {which} PASSWORD), or take {which}_auth out",
             )
     if flags & ENDORSEMENT_AUTH_SET and tpm.endorsement_auth is None:
@@ -218,8 +217,8 @@ def judge_lockout(seen: Seen) -> Iterator[Finding]:
         )
         yield failure(
             name,
-            f"the TPM is in lockout after {tries} wrong authorisations or losses of power ({most} are "
-            f"allowed): {means}",
+            f"the TPM is in lockout after {tries} wrong authorisations or losses of power ({most} are allowed): "
+            f"{means}",
             f"find out who gave wrong passwords; then {reset}. By itself it ends one try each {interval} s"
             + ("" if interval else ", which here is never"),
         )
@@ -255,11 +254,10 @@ def judge_slots(seen: Seen) -> Iterator[Finding]:
     elif strays and (avail < _WANTED or RC_OBJECT_MEMORY in tried):
         yield warning(
             name,
-            f"the TPM's slots are full: {len(strays)} objects of programs that are gone are loaded, "
-            f"{avail} slots are free",
+            f"the TPM's slots are full: {len(strays)} objects of programs that are gone are loaded, {avail} slots are "
+            "free",
             "the daemon unloads them when it opens the TPM. Other programs cannot use the TPM until then: "
-            "tpm2_flushcontext "
-            "-t, or a resource manager",
+            "tpm2_flushcontext -t, or a resource manager",
         )
     elif strays:
         yield warning(
@@ -313,9 +311,8 @@ def judge_pcrs(seen: Seen) -> Iterator[Finding]:
     else:
         yield warning(
             name,
-            f"keys are bound to the registers {listed(tpm.pcrs)} ({tpm.pcr_bank}): after an update of "
-            "firmware, boot loader "
-            "or kernel they may be of no use",
+            f"keys are bound to the registers {listed(tpm.pcrs)} ({tpm.pcr_bank}): after an update of firmware, boot "
+            "loader or kernel they may be of no use",
             "have new certificates asked for after each such update; no service can use these keys through OpenSSL",
         )
 
@@ -356,12 +353,6 @@ def judge_shutdown(seen: Seen) -> Iterator[Finding]:
 def judge_keys(seen: Seen) -> Iterator[Finding]:
     """Whether this TPM takes the active keys."""
     name = "tpm.keys"
-    if seen.tpm.srk_auth is not None:
-        yield not_checked(name, "the storage root key has a password, and the doctor does not send it")
-        return
-    if not may_try_keys(seen.tpm, seen.way, daemon_running=seen.daemon_running):
-        yield not_checked(name, "the running daemon has the TPM to itself; its log names the keys that cannot be used")
-        return
     if not seen.keys:
         yield ok(name, "no active key of a TPM is on record")
         return
@@ -371,6 +362,12 @@ def judge_keys(seen: Seen) -> Iterator[Finding]:
             f"{len(seen.keys)} active keys cannot be used: their storage root key is gone",
             "have new certificates asked for (docs/operations.md, Another TPM)",
         )
+        return
+    if seen.tpm.srk_auth is not None:
+        yield not_checked(name, "the storage root key has a password, and the doctor does not send it")
+        return
+    if not may_try_keys(seen.tpm, seen.way, daemon_running=seen.daemon_running):
+        yield not_checked(name, "the running daemon has the TPM to itself; its log names the keys that cannot be used")
         return
     tried: dict[str, int] = seen.probe.get("keys")
     bad = {key: code for key, code in tried.items() if code}

@@ -175,8 +175,8 @@ def _judge_missing(path: Path, chip: Chip) -> Finding:
     return failure(
         name,
         f"{path} is not there, and the kernel has found no TPM",
-        "is it switched on in the firmware's set-up, is it in the device tree, is its driver loaded (tpm_tis, tpm_crb, "
-        "tpm_tis_spi)? dmesg | grep -i tpm says more",
+        "is it switched on in the firmware's set-up, is it in the device tree, is its driver loaded (tpm_tis, "
+        "tpm_crb, tpm_tis_spi)? dmesg | grep -i tpm says more",
     )
 
 

@@ -190,8 +190,8 @@ def judge_certificate_dir(facts: Facts, user: User, closed: Path | None, number:
     if facts.mode & WRITE:
         return warning(
             name,
-            f"every user may put certificates into {path} (mode {octal(facts.mode)}); each is still held "
-            "against its key",
+            f"every user may put certificates into {path} (mode {octal(facts.mode)}); each is still held against its "
+            "key",
             f"chmod o-w {path}",
         )
     return ok(name, f"{path} can be read")

@@ -121,8 +121,8 @@ def judge_keys(
         found.append(
             warning(
                 name,
-                f"{len(old)} of {len(waiting)} pending keys wait for their certificate since a week and "
-                f"more ({longest} days)",
+                f"{len(old)} of {len(waiting)} pending keys wait for their certificate since a week and more "
+                f"({longest} days)",
                 "does the CSMS sign? stationkey keys list shows them; they end by themselves",
             )
         )
@@ -205,8 +205,8 @@ def judge_active(
     if directory.kind == "link" or (directory.kind not in {"directory", "missing", "unseen"}):
         return failure(
             name,
-            f"{directory.path} is a {directory.kind}: the daemon does not write there, and services read "
-            "who knows what",
+            f"{directory.path} is a {directory.kind}: the daemon does not write there, and services read who knows "
+            "what",
             f"rm {directory.path}, and find out who made it",
         )
     if contents is None or directory.kind == "unseen":

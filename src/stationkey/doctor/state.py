@@ -138,8 +138,8 @@ def judge_files(inside: list[Facts], *, owner: int, user: User) -> Iterator[Find
         found.append(
             failure(
                 name,
-                f"there are symbolic links in the state directory: {listed(links)}. The daemon makes none, "
-                "and follows none",
+                f"there are symbolic links in the state directory: {listed(links)}. The daemon makes none, and "
+                "follows none",
                 "who could write there? Remove them, after a look at where they lead (ls -l)",
             )
         )

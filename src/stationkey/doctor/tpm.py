@@ -125,9 +125,8 @@ def judge_manager(way: Way) -> Finding:
         )
     return warning(
         name,
-        f"no resource manager is between the daemon and the TPM ({way.tcti}): no other program can use it "
-        "meanwhile, so "
-        "no TLS service can use an active key",
+        f"no resource manager is between the daemon and the TPM ({way.tcti}): no other program can use it meanwhile, "
+        "so no TLS service can use an active key",
         MANAGER_ADVICE,
     )
 
@@ -169,9 +168,10 @@ def _owner_auth(settings: TpmTerms) -> str | None:
 
 
 def keys_to_try(subject: Subject, way: Way) -> tuple[dict[str, str], dict[str, str]]:
-    """The active keys, wrapped, in base64; and what each is for. Empty where the ledger cannot be read."""
-    if not may_try_keys(subject.settings.tpm, way, daemon_running=subject.daemon.running):
-        return {}, {}
+    """The active keys, wrapped, in base64, as far as they may be tried; and what each is for.
+
+    Nothing where the ledger cannot be read.
+    """
     contents = subject.ledger.soon(subject)
     if contents is None:
         return {}, {}
@@ -181,6 +181,8 @@ def keys_to_try(subject: Subject, way: Way) -> tuple[dict[str, str], dict[str, s
         for key in contents.keys
         if key.key_id in wrapped
     }
+    if not may_try_keys(subject.settings.tpm, way, daemon_running=subject.daemon.running):
+        wrapped = {}
     return {name: base64.b64encode(key).decode("ascii") for name, key in wrapped.items()}, purposes
 
 
