@@ -46,9 +46,10 @@ from stationkey.keystore import KeyRef
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.ledger import Ledger
 from stationkey.lifecycle import KeyEvent, KeyState
+from stationkey.policy import Policy
 from stationkey.profiles import SECP256R1, Algorithm
 from stationkey.state import StateDirectory
-from stationkey.terms import DAY, Bounds, Terms, TpmTerms
+from stationkey.terms import DAY, Bounds, PolicyTerms, Terms, TpmTerms
 
 PENDING, ACTIVE, DEACTIVATED, COMPROMISED, DESTROYED = (
     KeyState.PRE_ACTIVATION,
@@ -756,3 +757,28 @@ def test_the_document_quotes_the_log_as_it_is(line: str) -> None:
     source = Path(custody.__file__).parent
 
     assert any(line in file.read_text() for file in source.glob("*.py"))
+
+
+async def test_no_more_keys_become_active_than_there_may_be_and_a_renewal_always_does(tmp_path: Path) -> None:
+    async with station(tmp_path, terms=Terms(bounds=Bounds(active_limit=2))) as here:
+        for evse_id in (E1, E2):
+            await here.key(V2G, evse_id)
+            await here.told("installed", V2G, evse_id)
+        third = await here.key(V2G, "DE*ABC*E3")
+        await here.told("installed", V2G, "DE*ABC*E3")
+        renewed = await here.key(V2G, E1)
+        await here.told("installed", V2G, E1)
+
+        assert here.states(third, renewed) == [KeyState.PRE_ACTIVATION, KeyState.ACTIVE]
+        assert here.service.counts["too_many_active"] == 1
+
+
+async def test_a_flood_of_statuses_is_looked_at_as_often_as_is_allowed(tmp_path: Path) -> None:
+    async with station(tmp_path) as here:
+        mine = await here.key(V2G, E1)
+        here.service._policy = Policy(PolicyTerms(requests_per_minute=1, burst=3))  # noqa: SLF001 - a small allowance
+        for _ in range(10):
+            await here.told("deleted", V2G, E2)
+        await here.told("installed", STATION)
+        assert here.service.counts == {"accepted": 1, "status_fits_no_key": 4, "rate_limited": 7}
+        assert here.states(mine) == [KeyState.PRE_ACTIVATION]

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -155,6 +155,25 @@ class TestAsking:
         monkeypatch.setattr(module, "LEDGER_PATIENCE", BOUND)
         assert await health.figures() is not None
         assert health.condition().ledger == ""
+
+    async def test_a_ledger_that_hangs_gives_no_sign_of_life(
+        self, here: Station, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("stationkey.bridge.LEDGER_PATIENCE", 0.05)
+        manager, signs = mock.Mock(watchdog=0.02), asyncio.Queue[None]()
+        manager.alive.side_effect = lambda: signs.put_nowait(None)
+        health, go_on = Health(here.keystore, manager, broker="", patience=BOUND), threading.Event()
+        health.watch(here.service, _Edge())
+        async with health.watching(), asyncio.timeout(BOUND):
+            await signs.get()
+            held = here.service._ledger(lambda _: go_on.wait(BOUND))  # noqa: SLF001 - a disk that hangs
+            with suppress(TimeoutError):  # they come every 10 ms, until they come no more
+                while True:
+                    await asyncio.wait_for(signs.get(), 0.5)
+            assert "the ledger hangs" in caplog.text
+            go_on.set()
+            await held
+            await signs.get()
 
     async def test_a_ledger_that_cannot_be_written_is_told_of_until_it_can(self, here: Station) -> None:
         health = watching(here)

@@ -335,6 +335,24 @@ def test_however_many_calls_hang_there_is_one_thread_more_at_most(
     assert {future.result(LONG) for future in waiting} == {"keystore-2"}
 
 
+def test_no_more_jobs_wait_behind_one_that_hangs_than_there_may_be(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stationkey.keystore.thread.MAX_JOBS", 3)
+    hangs = stuck()
+    held = thread.submit(hangs, timeout=LONG)
+    assert hangs.begun.wait(LONG)
+    waiting = [thread.submit(lambda _: "done", timeout=LONG) for _ in range(3)]
+
+    with pytest.raises(KeyStoreError) as refused:
+        thread.submit(lambda _: "one too many", timeout=LONG).result(0)
+    assert refused.value.reason == "keystore_timeout"
+
+    hangs.let_go.set()
+    assert [job.result(LONG) for job in waiting] == ["done"] * 3
+    assert held.result(LONG) == "late"
+
+
 def test_a_call_that_does_not_return_within_the_whole_time_of_its_job_is_stuck(
     thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
 ) -> None:

@@ -112,6 +112,18 @@ class Service:
             await self._news.wait_for(true)
 
 
+class Rejecting(Service):
+    """Rejects what is to be rejected, and says why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: list[str] = []
+
+    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
+        self.refused.append(error.reason)
+        return rejected(request_id)
+
+
 class Edge:
     """A running edge, and how often it was ready."""
 
@@ -482,6 +494,19 @@ async def test_one_id_said_over_and_over_leaves_most_hands_to_others(mosquitto: 
     assert service.asked == [repeated, repeated, repeated, other, repeated]
 
 
+async def test_one_id_said_over_and_over_with_other_content_is_rejected(mosquitto: Mosquitto) -> None:
+    service = Rejecting()
+    repeated = str(uuid.uuid4())
+    others = [payload(repeated).replace(b"EcoG", b"EcoG %d" % number) for number in range(20)]
+    async with serving(at(mosquitto), service, queue=8), josev(at(mosquitto)) as asking:
+        service.gate.clear()
+        await publish_burst(mosquitto, [payload(repeated), *others], qos=1)
+        assert await answers(asking, 18) == [repeated] * 18
+        assert service.refused == ["id_reused"] * 18
+        service.gate.set()
+        assert await answers(asking, 3) == [repeated] * 3
+
+
 async def test_the_service_is_told_how_long_a_request_has_waited_for_a_free_hand(mosquitto: Mosquitto) -> None:
     service = Service()
     first, second = str(uuid.uuid4()), str(uuid.uuid4())
@@ -536,18 +561,6 @@ async def test_an_edge_that_was_sent_more_than_it_has_room_for_answers_all_of_it
         await service.until(lambda: set(service.handed_over) == set(ids))
         await publish_burst(mosquitto, [payload()], qos=1)
         await service.until(lambda: len(set(service.handed_over)) == len(ids) + 1)
-
-
-class Rejecting(Service):
-    """Rejects what is wrong, and says why."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.refused: list[str] = []
-
-    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
-        self.refused.append(error.reason)
-        return rejected(request_id)
 
 
 async def test_what_is_a_little_too_large_is_rejected_and_what_is_much_too_large_never_comes(

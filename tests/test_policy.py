@@ -255,12 +255,24 @@ def test_a_flood_of_one_certificate_type_takes_nothing_from_another() -> None:
     assert refused_as(policy, asked(STATION)) == "rate_limited"
 
 
+def test_statuses_have_an_allowance_of_their_own() -> None:
+    policy = Policy(PolicyTerms(requests_per_minute=60, burst=3), clock=Clock())
+    for _ in range(3):
+        policy.admit_status(V2G)
+    with pytest.raises(RequestRefused, match="statuses for v2g_certificate come more often") as refused:
+        policy.admit_status(V2G)
+    assert refused.value.reason == "rate_limited"
+
+    policy.admit_status(V2G20)
+    admit(policy, asked(V2G))
+
+
 def test_the_refusal_says_how_often_is_allowed_and_where_that_is_set() -> None:
     policy = Policy(PolicyTerms(requests_per_minute=0.5, burst=1), clock=Clock())
     admit(policy, asked())
     error = refusal(policy, asked())
 
-    assert "v2g_certificate is asked for more often than 0.5 times a minute, and the 1" in error.message
+    assert "v2g_certificate come more often than 0.5 times a minute, and the 1" in error.message
     assert "[policy] requests_per_minute and burst" in error.hint
 
 
@@ -271,7 +283,7 @@ def test_what_a_rule_forbids_costs_nothing(rule: str) -> None:
     for _ in range(5):
         assert refused_as(policy, request) == reason
 
-    everything: list[Any] = [policy._allowances[kind].take(0) for kind in CertificateType]  # noqa: SLF001 - what is left
+    everything: list[Any] = [policy._requests[kind].take(0) for kind in CertificateType]  # noqa: SLF001 - what is left
     assert everything == [True] * 3
 
 

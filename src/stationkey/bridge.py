@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from stationkey.keystore import KeyStore
 from stationkey.keystore.thread import KeyStoreThread, Task, Turn, overdue
@@ -16,6 +17,9 @@ from stationkey.ledger import Ledger
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+LEDGER_PATIENCE: Final = 120.0
+"""Seconds that a call on the ledger's thread may take. Most take milliseconds; other users of it are waited for 5 s."""
 
 
 class LedgerThread:
@@ -28,6 +32,7 @@ class LedgerThread:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._closed = False
+        self._begun: float | None = None  # when the call in hand began; None between calls
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
@@ -61,9 +66,17 @@ class LedgerThread:
         """See `Ledger.trouble`."""
         return self._ledger.trouble
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the call in hand seems never to return: the disk, or a file system that is looked at, hangs."""
+        begun = self._begun
+        return begun is not None and time.monotonic() - begun > LEDGER_PATIENCE
+
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
+            self._begun = time.monotonic()
             call()
+            self._begun = None
 
     def close(self) -> None:
         """Wait for what is under way."""

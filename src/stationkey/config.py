@@ -99,6 +99,7 @@ class Lifecycle(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     answer_days: Days = 90.0
     pending_limit: Annotated[int, Meta(ge=1, le=100)] = 8
     pending_total: Annotated[int, Meta(ge=1, le=10_000)] = 256
+    active_limit: Annotated[int, Meta(ge=1, le=10_000)] = 256
     history_limit: Annotated[int, Meta(ge=0, le=100_000)] = 1000
 
     def terms(self) -> Terms:
@@ -111,6 +112,7 @@ class Lifecycle(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
             bounds=Bounds(
                 pending_limit=self.pending_limit,
                 pending_total=self.pending_total,
+                active_limit=self.active_limit,
                 history_limit=self.history_limit,
             ),
         )

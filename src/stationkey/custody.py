@@ -123,16 +123,15 @@ class KeyCustody:
         ``deleted`` must not overtake the ``installed`` before it. None is acknowledged to the broker until it was dealt
         with.
         """
-        about = {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
         if self._trouble is not None and self._waiting >= MAX_WAITING:
-            self._refuse(status, self._trouble, about)
+            self.refuse(status, self._trouble)
             return
         self._waiting += 1
         try:
             async with self._in_order:
-                await self._settle(status, about)
+                await self._settle(status, _about(status))
         except StationKeyError as error:
-            self._refuse(status, error, about)
+            self.refuse(status, error)
         finally:
             self._waiting -= 1
 
@@ -155,9 +154,9 @@ class KeyCustody:
         finally:
             self._trouble = None
 
-    def _refuse(
-        self, status: CertificateInstallationStatus, error: StationKeyError, about: Mapping[str, object]
-    ) -> None:
+    def refuse(self, status: CertificateInstallationStatus, error: StationKeyError) -> None:
+        """Log and count a status that changes nothing."""
+        about = _about(status)
         self._counts[error.reason] += 1
         self._tally.statuses.add(status.data.status, "refused", error.reason)
         log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
@@ -194,6 +193,7 @@ class KeyCustody:
             now=self._now(),
             grace_due=self._running.now() + self._terms.grace,
             message_id=status.id,
+            limit=self._terms.bounds.active_limit,
         )
         self._counts["installed"] += 1
         self._tally.statuses.add("installed", "applied", "")
@@ -377,6 +377,11 @@ class KeyCustody:
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _about(status: CertificateInstallationStatus) -> dict[str, object]:
+    """What a log line says of a status."""
+    return {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
 
 
 def _tell_if_left(key_id: str, done: Future[None]) -> None:

@@ -4,6 +4,9 @@
 watchdog stop, for only then does a new process help: the call is given up with the old one. A TPM that is gone fails at
 once, and no restart brings it back. A TPM that works for minutes at an RSA key has minutes for that. Where nobody wants
 anything, nobody would notice: so the key store is asked a small question now and then.
+
+The ledger's thread hangs where the disk does, or a file system that the certificate directory leads to. The signs of
+life stop then, too.
 """
 
 from __future__ import annotations
@@ -201,9 +204,9 @@ class Health:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _feed(self, watchdog: float | None) -> None:
-        """Give signs of life while the key store is not stuck. They come from the event loop, so that is alive too."""
+        """Give signs of life while neither key store nor ledger hangs. The event loop gives them, so it lives."""
         interval = PROBE_INTERVAL if watchdog is None else watchdog / 2
-        before = self.condition()
+        before, ledger_was_stuck = self.condition(), False
         while True:
             now = self.condition()
             if now.stuck and not before.stuck:
@@ -212,7 +215,11 @@ class Health:
                 log.warning("the key store hangs no more")
             if now.troubles != before.troubles:
                 self._news.set()
-            if watchdog is not None and not now.stuck:
+            ledger_stuck = self.service is not None and self.service.ledger_stuck
+            if ledger_stuck and not ledger_was_stuck:
+                log.error("the ledger hangs")
+            ledger_was_stuck = ledger_stuck
+            if watchdog is not None and not (now.stuck or ledger_stuck):
                 self._manager.alive()
             before = now
             self._probe(interval)

@@ -802,6 +802,7 @@ class Ledger:
         now: int,
         grace_due: int,
         message_id: str | None,
+        limit: int | None = None,
     ) -> list[str]:
         """Make a key the active one of its owner, in one transaction with the end of the one before it.
 
@@ -813,6 +814,7 @@ class Ledger:
             now: Unix time in milliseconds.
             grace_due: when the grace period of the replaced key ends, in milliseconds of running time.
             message_id: of the message that said so.
+            limit: how many active keys there may be, where this one replaces none; None for no bound.
 
         Returns:
             The names of the keys that were replaced.
@@ -835,9 +837,23 @@ class Ledger:
                     {"key_id": key_id, "active": KeyState.ACTIVE},
                 )
             ]
+            if limit is not None and not replaced:
+                self._refuse_beyond(limit)
             for other in replaced:
                 self._apply(other, KeyEvent.REPLACED, reason=f"by {key_id}", now=now, due=grace_due)
         return replaced
+
+    def _refuse_beyond(self, limit: int) -> None:
+        (active,) = self._connection.execute(
+            f"SELECT count(*) FROM key WHERE state = ? AND {_LIVING}",  # noqa: S608 - `_LIVING` is this module's own text
+            (KeyState.ACTIVE,),
+        ).fetchone()
+        if active > limit:
+            raise LedgerError(
+                f"{limit} keys are active, each for another certificate type or EVSE, and more are not allowed",
+                reason="too_many_active",
+                hint="retire those that are not needed, or see [lifecycle] active_limit",
+            )
 
     def _apply(
         self,

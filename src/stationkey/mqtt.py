@@ -33,12 +33,13 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
+from stationkey.errors import BrokerError, ConfigurationError, MessageError, RequestRefused, StationKeyError
 from stationkey.messages import (
     MAX_PAYLOAD,
     REQUEST_TOPIC,
     RESPONSE_TOPIC,
     CertificateInstallationStatus,
+    GenerateCsrData,
     GenerateCsrRequest,
     GenerateCsrResponse,
     decode,
@@ -818,6 +819,7 @@ class MqttEdge:
         self._free = asyncio.Semaphore(queue)
         self._in_hand: set[_InHand] = set()
         self._ids: Counter[str] = Counter()
+        self._asked: dict[str, GenerateCsrData] = {}  # what the first request in hand with an id asks for
         self._copies = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -1009,7 +1011,10 @@ class MqttEdge:
         match message:
             case GenerateCsrRequest():
                 in_hand.request_id = message.id
-                if not self._take_up(in_hand, message.id.lower()):
+                if (first := self._take_up(in_hand, message)) is not None:
+                    if message.data != first:
+                        other = RequestRefused("the id is in hand, with other content", reason="id_reused")
+                        return await self._service.reject(message.id, other)
                     log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
                     return None
                 waited = asyncio.get_running_loop().time() - in_hand.message.received
@@ -1018,15 +1023,20 @@ class MqttEdge:
                 await self._service.note_status(message)
         return None
 
-    def _take_up(self, in_hand: _InHand, canonical_id: str) -> bool:
-        """Whether a request is to have an answer of its own; else that to another with its id is yet to come."""
-        is_copy = self._ids[canonical_id] > 0
-        if is_copy and self._copies >= max(1, self._queue // COPIES_SHARE):
-            return False
-        in_hand.canonical_id, in_hand.copy = canonical_id, is_copy
+    def _take_up(self, in_hand: _InHand, request: GenerateCsrRequest) -> GenerateCsrData | None:
+        """None where a request is to have an answer of its own.
+
+        Else there are copies enough in hand: what the first of them asks for, whose answer is yet to come.
+        """
+        canonical_id = request.id.lower()
+        first = self._asked.get(canonical_id)
+        if first is not None and self._copies >= max(1, self._queue // COPIES_SHARE):
+            return first
+        in_hand.canonical_id, in_hand.copy = canonical_id, first is not None
+        self._asked.setdefault(canonical_id, request.data)
         self._ids[canonical_id] += 1
-        self._copies += is_copy
-        return True
+        self._copies += in_hand.copy
+        return None
 
     def _let_go(self, in_hand: _InHand) -> None:
         if in_hand.canonical_id is None:
@@ -1034,7 +1044,7 @@ class MqttEdge:
         self._copies -= in_hand.copy
         self._ids[in_hand.canonical_id] -= 1
         if not self._ids[in_hand.canonical_id]:
-            del self._ids[in_hand.canonical_id]
+            del self._ids[in_hand.canonical_id], self._asked[in_hand.canonical_id]
 
     async def _deliver(self, response: GenerateCsrResponse) -> bool:
         """Publish an answer; over a new connection where one is lost, for as long as it takes.

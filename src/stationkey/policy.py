@@ -88,7 +88,12 @@ class Policy:
         self._evse_ids = _Patterns(terms.evse_ids)
         self._rsa_places = max(1, terms.queue // RSA_SHARE)
         self._rsa_in_hand: Counter[CertificateType] = Counter()
-        self._allowances = {
+        self._requests = self._allowances()
+        self._statuses = self._allowances()
+
+    def _allowances(self) -> dict[CertificateType, TokenBucket]:
+        terms = self._terms
+        return {
             certificate_type: TokenBucket(per_minute=terms.requests_per_minute, burst=terms.burst)
             for certificate_type in (CertificateType if terms.requests_per_minute else ())
         }
@@ -106,8 +111,18 @@ class Policy:
         self._check_lists(request)
         remarks = list(self._check_profile(request))
         with self._place(request):
-            self._spend(request.data.certificate_type)
+            self._spend(self._requests, request.data.certificate_type, "requests")
             yield remarks
+
+    def admit_status(self, certificate_type: CertificateType) -> None:
+        """Let a status be looked at, which may take a signature and a look through the certificate directory.
+
+        It has the same allowance as requests, of its own: neither keeps the other out.
+
+        Raises:
+            RequestRefused: not now.
+        """
+        self._spend(self._statuses, certificate_type, "statuses")
 
     def _check_lists(self, request: GenerateCsrRequest) -> None:
         terms, data = self._terms, request.data
@@ -161,12 +176,14 @@ class Policy:
         finally:
             self._rsa_in_hand[certificate_type] -= 1
 
-    def _spend(self, certificate_type: CertificateType) -> None:
-        allowance = self._allowances.get(certificate_type)
+    def _spend(
+        self, allowances: Mapping[CertificateType, TokenBucket], certificate_type: CertificateType, what: str
+    ) -> None:
+        allowance = allowances.get(certificate_type)
         if allowance is None or allowance.take(self._clock()):
             return
         raise RequestRefused(
-            f"{certificate_type} is asked for more often than {self._terms.requests_per_minute:g} times a minute,"
+            f"{what} for {certificate_type} come more often than {self._terms.requests_per_minute:g} times a minute,"
             f" and the {self._terms.burst} that may come at once are used up",
             reason="rate_limited",
             hint="ask again later; see [policy] requests_per_minute and burst",

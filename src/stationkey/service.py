@@ -177,7 +177,12 @@ class StationKeyService:
         log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
-        """Take note of what became of a certificate; see `KeyCustody.note_status`."""
+        """Take note of what became of a certificate, as often as is allowed; see `KeyCustody.note_status`."""
+        try:
+            self._policy.admit_status(status.data.certificate_type)
+        except RequestRefused as error:
+            self.custody.refuse(status, error)
+            return
         await self.custody.note_status(status)
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
@@ -225,6 +230,11 @@ class StationKeyService:
     def ledger_trouble(self) -> str:
         """Reason of the ledger's last failure, until something is written again; else an empty text."""
         return self._ledger.trouble
+
+    @property
+    def ledger_stuck(self) -> bool:
+        """Whether a call of the ledger's thread hangs."""
+        return self._ledger.stuck
 
     @property
     def running(self) -> int:

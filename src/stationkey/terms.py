@@ -22,11 +22,13 @@ class Bounds:
             were sent (OCTT TC_A_23), so it is more than one; eight are more than any retry scheme sends in a row.
         pending_total: pending keys in all. EVSE IDs come over MQTT, and there are many of them. Keys made
             ahead are none.
+        active_limit: active keys in all: one for each certificate type and EVSE, and EVSE IDs come over MQTT.
         history_limit: destroyed keys that stay on record: years of renewals, in a MiB or two.
     """
 
     pending_limit: int = 8
     pending_total: int = 256
+    active_limit: int = 256
     history_limit: int = 1000
 
 

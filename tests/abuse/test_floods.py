@@ -117,7 +117,10 @@ def test_a_hundred_thousand_bad_messages_leave_the_daemon_as_it_was_and_good_one
             else:
                 assert here.listener.ask(good(evse_id=f"DE*ABC*E{first}")) == "accepted"
         took = time.monotonic() - begun
-        to_be_answered = sum(BAD_MESSAGES // len(kinds) for _, answerable in kinds if answerable)
+        # Not counted: those with a used id, which are all alike, so that many get one answer together.
+        to_be_answered = sum(BAD_MESSAGES // len(kinds) for _, answerable in kinds if answerable) - BAD_MESSAGES // len(
+            kinds
+        )
         here.listener.wait_for(
             lambda: here.listener.total["rejected"] >= to_be_answered, "all are rejected that can be"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import secrets as random
+import select
 import signal
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 from leaks import files_of, found
-from outside import STATIONKEY, Josev, Station, generate_csr
+from outside import BOUND, STATIONKEY, Josev, Station, generate_csr
 from peers import Mosquitto, Swtpm, free_port
 
 from secured import write_secret
@@ -288,11 +289,14 @@ def test_a_fault_of_ours_shows_its_traceback_and_no_secret(soft_scene: Scene) ->
 def test_a_daemon_that_is_aborted_leaves_no_secret_behind(soft_scene: Scene, number: signal.Signals) -> None:
     """Python's fault handler shows where each thread was; a core would show all. However large cores may be."""
     scene = soft_scene
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
     with scene.station as station, Josev(scene.broker) as josev:
         josev.ask(generate_csr()).csr  # noqa: B018 - it must be accepted
         scene.learn_blobs()
         assert station.process is not None
-        station.signal(number)
+        with os.fdopen(os.pidfd_open(station.process.pid)) as process:
+            station.signal(number)
+            assert select.select([process], [], [], BOUND)[0] == [process]
         ended = os.waitid(os.P_PID, station.process.pid, os.WEXITED | os.WNOWAIT)
         assert ended is not None
         assert ended.si_code == os.CLD_KILLED  # and not CLD_DUMPED: also none that goes through a pipe

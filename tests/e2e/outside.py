@@ -85,7 +85,11 @@ class Station:
         """Start it, and wait until it is ready: by the event itself, as a line of text may have ``ready=0`` in it."""
         self.launch()
         assert self.log is not None
-        self.log.wait(lambda lines: any(_event(line)["event"].split()[-1:] == ["ready"] for line in lines))
+        try:
+            self.log.wait(lambda lines: any(_event(line)["event"].split()[-1:] == ["ready"] for line in lines))
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     @property

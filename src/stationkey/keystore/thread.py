@@ -39,6 +39,11 @@ FAIR_SHARE: Final = 16
 """How many short jobs may go before a long one that waits: no flood of the ones keeps the others out for ever."""
 
 
+MAX_JOBS: Final = 4096
+"""How many jobs may wait, those that nobody waits for any more included: more than messages can be in hand. Behind a
+device that hangs for good nothing takes them away."""
+
+
 class Turn(IntEnum):
     """When a job is done, among those that wait."""
 
@@ -310,6 +315,9 @@ class KeyStoreThread:
         """
         future: Future[T] = Future()
         now = self._clock()
+        if sum(self.waiting.values()) >= MAX_JOBS:
+            future.set_exception(overdue())
+            return future
         with self._lock:
             self._abandoned = [worker for worker in self._abandoned if worker.is_alive()]
             if len(self._abandoned) < MAX_ABANDONED and self._worker.give_up():
