@@ -190,6 +190,24 @@ async def test_the_same_request_many_times_at_once_makes_one_key(answering: Stat
     assert store.made == 1
 
 
+async def test_an_id_in_hand_with_other_content_is_rejected_at_once_and_one_on_record_repeated(
+    answering: StationKeyService, store: Store
+) -> None:
+    """While the key store is busy: whoever says one id over and over keeps nobody waiting."""
+    known, asked = request(), request()
+    first = csr_of(await answering.answer(known))
+    store.go_on.clear()
+    busy = asyncio.create_task(answering.answer(asked))
+    await asyncio.sleep(0)  # it has begun
+
+    other = await answering.answer(request(asked.id.upper(), replace(DATA, common_name="another")))
+    assert other.data.status == "rejected"
+    assert csr_of(await answering.answer(known)) == first
+    store.go_on.set()
+    assert csr_of(await busy)
+    assert answering.counts == {"accepted": 2, "id_reused": 1, "repeated": 1}
+
+
 async def test_different_requests_at_once_get_a_key_each(answering: StationKeyService, store: Store) -> None:
     responses = await asyncio.gather(*(answering.answer(request()) for _ in range(20)))
     assert len({csr_of(response) for response in responses}) == 20

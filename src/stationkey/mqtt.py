@@ -33,7 +33,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from stationkey.errors import BrokerError, ConfigurationError, MessageError, RequestRefused, StationKeyError
+from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
 from stationkey.messages import (
     MAX_PAYLOAD,
     REQUEST_TOPIC,
@@ -1011,10 +1011,7 @@ class MqttEdge:
         match message:
             case GenerateCsrRequest():
                 in_hand.request_id = message.id
-                if (first := self._take_up(in_hand, message)) is not None:
-                    if message.data != first:
-                        other = RequestRefused("the id is in hand, with other content", reason="id_reused")
-                        return await self._service.reject(message.id, other)
+                if not self._take_up(in_hand, message):
                     log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
                     return None
                 waited = asyncio.get_running_loop().time() - in_hand.message.received
@@ -1023,20 +1020,20 @@ class MqttEdge:
                 await self._service.note_status(message)
         return None
 
-    def _take_up(self, in_hand: _InHand, request: GenerateCsrRequest) -> GenerateCsrData | None:
-        """None where a request is to have an answer of its own.
+    def _take_up(self, in_hand: _InHand, request: GenerateCsrRequest) -> bool:
+        """Whether a request is to have an answer of its own; else that to the same request is yet to come.
 
-        Else there are copies enough in hand: what the first of them asks for, whose answer is yet to come.
+        One with the same id and other content is none: the service says at once what is to be said to it.
         """
         canonical_id = request.id.lower()
-        first = self._asked.get(canonical_id)
-        if first is not None and self._copies >= max(1, self._queue // COPIES_SHARE):
-            return first
-        in_hand.canonical_id, in_hand.copy = canonical_id, first is not None
+        is_copy = self._asked.get(canonical_id) == request.data
+        if is_copy and self._copies >= max(1, self._queue // COPIES_SHARE):
+            return False
+        in_hand.canonical_id, in_hand.copy = canonical_id, is_copy
         self._asked.setdefault(canonical_id, request.data)
         self._ids[canonical_id] += 1
-        self._copies += in_hand.copy
-        return None
+        self._copies += is_copy
+        return True
 
     def _let_go(self, in_hand: _InHand) -> None:
         if in_hand.canonical_id is None:

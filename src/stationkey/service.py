@@ -132,19 +132,21 @@ class StationKeyService:
         """
         begun = time.monotonic() - waited
         until = self._until(request, waited)
-        async with self._one_at_a_time(request.id):
-            try:
-                if (answered := await self._find(request.id)) is not None:
+        try:
+            if (answered := await self._find(request.id)) is not None:
+                return self._repeat(request, answered)
+            async with self._one_at_a_time(request):
+                if (answered := await self._find(request.id)) is not None:  # by the one before it
                     return self._repeat(request, answered)
                 with self._policy.admitted(request) as remarks:
                     self._warn(request, remarks)
                     key, csr = await self._key_and_csr(request, until)
-            except StationKeyError as error:
-                return await self.reject(request.id, error, certificate_type=request.data.certificate_type)
-            except Exception:
-                log.exception("a fault of stationkey", extra={"request_id": request.id})
-                fault = StationKeyError("a fault of ours", reason="internal_error")
-                return await self.reject(request.id, fault, certificate_type=request.data.certificate_type)
+        except StationKeyError as error:
+            return await self.reject(request.id, error, certificate_type=request.data.certificate_type)
+        except Exception:
+            log.exception("a fault of stationkey", extra={"request_id": request.id})
+            fault = StationKeyError("a fault of ours", reason="internal_error")
+            return await self.reject(request.id, fault, certificate_type=request.data.certificate_type)
         self.counts["accepted"] += 1
         self.tally.requests.add(str(request.data.certificate_type), "accepted", "")
         self.tally.answered(str(request.algorithm), time.monotonic() - begun)
@@ -385,10 +387,16 @@ class StationKeyService:
         return int(self._clock() * 1000)
 
     @asynccontextmanager
-    async def _one_at_a_time(self, request_id: str) -> AsyncIterator[None]:
-        """Keep two requests with the same id apart, so that the second finds the answer to the first."""
-        canonical = request_id.lower()
-        one = self._in_hand.setdefault(canonical, _InHand())
+    async def _one_at_a_time(self, request: GenerateCsrRequest) -> AsyncIterator[None]:
+        """Keep two requests with the same id apart, so that the second finds the answer to the first.
+
+        Raises:
+            RequestRefused: one with other content is in hand. It is not waited for: it may wait for the TPM.
+        """
+        canonical = request.id.lower()
+        one = self._in_hand.setdefault(canonical, _InHand(request))
+        if one.users and content_digest(one.request) != content_digest(request):
+            raise RequestRefused("the id is in hand already, with other content", reason="id_reused")
         one.users += 1
         try:
             async with one.lock:
@@ -401,8 +409,9 @@ class StationKeyService:
 
 @dataclass(slots=True)
 class _InHand:
-    """Who may answer an id now, and how many want to."""
+    """Who may answer an id now, what the first of them asks for, and how many they are."""
 
+    request: GenerateCsrRequest
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
 

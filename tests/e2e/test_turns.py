@@ -112,6 +112,9 @@ def test_statuses_that_need_no_tpm_take_effect_while_it_makes_an_rsa_key(
         here.wait_for("key destroyed", message_id=deletion["id"])
         assert events_of(here, key_for(here, failing)) == ["CSR answered", "installation failed"]
         assert events_of(here, key_for(here, deleted)) == ["CSR answered", "installed", "deleted"]
+        after = status("deleted", "DE*ABC*E3")  # statuses are dealt with in order, files included
+        josev.publish(after)
+        here.wait_for("changes nothing", message_id=after["id"])
         assert not list((here.state_dir / "active").glob("*.pem"))
         assert josev.answers(rsa["id"]) == []
         swtpm.thaw()
