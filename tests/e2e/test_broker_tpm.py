@@ -114,7 +114,8 @@ def test_the_broker_knows_the_daemon_by_a_certificate_whose_key_is_in_the_tpm(si
             assert "u'stationkey'" in site.broker.log
             assert site.asked().returncode == 0  # its key store has the same TPM
             assert station.stop() == 0
-            assert notified.recv(64) == b"STOPPING=1"
+            told = iter(lambda: notified.recv(256), b"STOPPING=1")
+            assert all(line.startswith(b"STATUS=") for line in told)
         assert [line for line in station.lines if "level" in line and json.loads(line)["level"] == "error"] == []
 
 
