@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -185,6 +186,31 @@ def show_handshakes(console: Console, keystore: str, state_dir: Path) -> bool:
     return everything_right
 
 
+def show_evidence(console: Console, keystore: str, state_dir: Path, folder: Path) -> bool:
+    """The TPM states that an active key was born in it, and the verdict on that."""
+    listed = json.loads(run("keys", "list", "--json", "--state-dir", str(state_dir)).stdout)
+    key = next(key["key_id"] for key in listed if key["state"] == "active")
+    station = ("--keystore", keystore, "--state-dir", str(state_dir))
+    ak, evidence, nonce = str(folder / "ak.json"), str(folder / "evidence.json"), secrets.token_hex(16)
+    console.print(f"Evidence that {key} was born in this TPM, and the verdict of a judge that needs none:")
+    done = [
+        run("attest", "--ak", "--json", "--out", ak, *station),
+        run("attest", key, "--nonce", nonce, "--out", evidence, *station),
+        run("verify-attestation", evidence, "--ak", ak, "--nonce", nonce),
+    ]
+    for line in done[-1].stdout.splitlines():
+        console.print(f"  {line}", markup=False, highlight=False)
+    for failed in (each for each in done if each.returncode):
+        console.print(failed.stderr, markup=False)
+    console.print()
+    return not any(each.returncode for each in done)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A ``stationkey`` command."""
+    return subprocess.run([*STATIONKEY, *arguments], capture_output=True, text=True, check=False)
+
+
 def main() -> int:
     """Run the demo; 0 if everything was as it should be."""
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -214,6 +240,7 @@ def main() -> int:
                 right = asyncio.run(show_circle(console, broker, folder)) and right
                 right = until_active(state_dir) and right
                 right = show_handshakes(console, keystore, state_dir) and right
+                right = show_evidence(console, keystore, state_dir, folder) and right
                 daemon.terminate()
     console.print("Everything that was started is stopped, and its files are gone.")
     if not right:
