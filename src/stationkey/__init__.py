@@ -39,9 +39,11 @@ if TYPE_CHECKING:
         rejected,
     )
     from stationkey.mqtt import Broker, MqttEdge
+    from stationkey.policy import Policy
     from stationkey.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateProfile, CertificateType
     from stationkey.service import StationKeyService
     from stationkey.state import StateDirectory
+    from stationkey.terms import MqttTerms, PolicyTerms, TpmTerms
 
 _HOME: Final = {
     "csr": ("CsrSummary", "build_csr", "inspect_csr", "to_pem"),
@@ -71,9 +73,11 @@ _HOME: Final = {
         "rejected",
     ),
     "mqtt": ("Broker", "MqttEdge"),
+    "policy": ("Policy",),
     "profiles": ("ALGORITHMS", "PROFILES", "Algorithm", "CertificateProfile", "CertificateType"),
     "service": ("StationKeyService",),
     "state": ("StateDirectory",),
+    "terms": ("MqttTerms", "PolicyTerms", "TpmTerms"),
 }
 _MODULES: Final = {name: module for module, names in _HOME.items() for name in names}
 
@@ -99,10 +103,14 @@ __all__ = [
     "LedgerError",
     "MessageError",
     "MqttEdge",
+    "MqttTerms",
+    "Policy",
+    "PolicyTerms",
     "RequestRefused",
     "StateDirectory",
     "StationKeyError",
     "StationKeyService",
+    "TpmTerms",
     "UnsupportedAlgorithm",
     "__version__",
     "accepted",
