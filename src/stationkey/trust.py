@@ -314,8 +314,10 @@ def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
         )
     if "_ALERT_" in (error.reason or ""):
         return refused(broker, error.reason)
+    # A Python may give no reason of OpenSSL's for this one.
+    why = "it hung up" if isinstance(error, ssl.SSLEOFError) else _words(error.reason)
     return BrokerError(
-        f"no TLS with {broker}: {_words(error.reason)}",
+        f"no TLS with {broker}: {why}",
         reason="broker_tls_failed",
         hint="or the TPM did not sign with the client's key" if _TPM.failed() else "",
     )
