@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fractions import Fraction
 from typing import Final
 
 from stationkey.errors import RequestRefused
@@ -46,7 +45,8 @@ class TokenBucket:
     """
 
     def __init__(self, *, per_minute: float, burst: int) -> None:
-        self._one = -(-MINUTE // Fraction(per_minute))  # rounded up: never more than was said
+        numerator, denominator = float(per_minute).as_integer_ratio()
+        self._one = -(-MINUTE * denominator // numerator)  # rounded up: never more than was said
         self._all = burst * self._one
         self._now = self._full_at = _LONG_AGO
 
