@@ -42,6 +42,17 @@ class _Now:
     figures: Figures | None
 
 
+class _Process(ProcessCollector):
+    """What the kernel says of this process, also where it shows nothing of others.
+
+    The library reads the time of boot from ``/proc/stat``, which ``ProcSubset=pid`` of the unit hides, and then shows
+    nothing at all.
+    """
+
+    def _boot_time(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Exposition(Collector):
     """The text that Prometheus reads.
 
@@ -54,7 +65,7 @@ class Exposition(Collector):
         self._now = _Now(health.condition(), None)
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        _Process(registry=self._registry)
         self._one_at_a_time = asyncio.Lock()
         self._made_at = -FRESH
         self._text = b""

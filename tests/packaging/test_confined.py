@@ -15,9 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
-from peers import Daemon, Mosquitto, Swtpm
+from peers import Daemon, Mosquitto, Swtpm, free_port
 from unit import Unit
 
 from parts import E1, STATION, V2G, V2G20, status
@@ -39,7 +40,12 @@ class Confined(Daemon):
         self.state = directory / "state"
         self.state.mkdir()
         self.config = directory / "stationkey.toml"
-        self.config.write_text(f'broker = "{broker.url}"\nkeystore = "{tpm.uri}"\nlog_format = "json"\n')
+        self.metrics = f"127.0.0.1:{free_port()}"
+        self.config.write_text(
+            f'broker = "{broker.url}"\nkeystore = "{tpm.uri}"\nlog_format = "json"\n'
+            f'metrics.listen = "{self.metrics}"\n'
+            'tpm = {session = "encrypted", key_auth = "generated"}\n'
+        )
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind("\0stationkey-" + os.urandom(8).hex())
         self.manager.settimeout(30)
@@ -110,6 +116,13 @@ class TestServing:
             ["openssl", "req", "-verify", "-noout"], input=answered.stdout, capture_output=True, text=True, check=True
         )
         assert "verify OK" in judged.stderr + judged.stdout
+
+    def test_the_figures_are_told_those_of_the_process_among_them(self, confined: Confined) -> None:
+        with urlopen(f"http://{confined.metrics}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        assert "stationkey_ready 1.0" in text
+        assert "process_resident_memory_bytes" in text
+        assert "process_start_time_seconds" in text
 
     def test_an_installed_certificate_makes_its_key_active(self, confined: Confined) -> None:
         assert ask(confined, V2G, Algorithm.ECDSA_SHA256, "--evse-id", E1).returncode == 0
