@@ -791,3 +791,42 @@ async def test_the_waits_between_attempts_to_connect_double_with_jitter() -> Non
     finally:
         logger.removeHandler(attempts)
         await edge.end()
+
+
+MALFORMED = {
+    "a SUBACK without a reason": b"\x90\x03MM\0",
+    "a PUBLISH whose topic is no UTF-8": b"\x32\x0a\0\x04\xff\xfe\xfd\xfc\0\1\0\0",
+    "a PUBLISH of one byte": b"\x32\x01\0",
+    "a length of five bytes": b"\x32\xff\xff\xff\xff\xff",
+    "properties longer than the packet": b"\x32\x12\0\x08josev/cs\0\1\x05\xff\xff\xff\xff\xff",
+    "a type that there is not": b"\0\x03abc",
+    "a PUBACK of one byte": b"\x40\x01\xff",
+}
+
+
+@pytest.mark.parametrize("packet", MALFORMED.values(), ids=MALFORMED)
+async def test_a_broker_that_sends_what_is_no_mqtt_is_left_and_tried_again(
+    packet: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, in words: what cannot be read must not be tried again and again, which takes all of a processor."""
+    met = asyncio.Queue[bytes]()
+
+    async def broker(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1024)  # CONNECT
+        writer.write(b"\x20\3\0\0\0")
+        subscribe = await reader.read(1024)
+        granted = b"\x90\4" + subscribe[2:4] + b"\0\1"
+        writer.write(packet.replace(b"MM", subscribe[2:4]) if packet[0] == granted[0] else granted + packet)
+        met.put_nowait(await reader.read())  # until it is closed from there
+        writer.close()
+
+    async with await asyncio.start_server(broker, "127.0.0.1", 0) as server, asyncio.timeout(BOUND):
+        stop = asyncio.Event()
+        edge = MqttEdge(Broker("127.0.0.1", server.sockets[0].getsockname()[1]), Service(), client_id="station")
+        running = asyncio.create_task(edge.run(stop, drain=1.0))
+        for _ in range(2):
+            await met.get()
+        stop.set()
+        await running
+    assert "Exception" not in caplog.text
+    assert any("trying again" in record.getMessage() for record in caplog.records)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import random
 import socket
 import ssl
@@ -100,6 +101,11 @@ SIGN_OFF: Final = 1.0
 
 _NO_MATCHING_SUBSCRIBERS: Final = 0x10
 """[MQTT 5 3.4.2.1]."""
+STEADY: Final = 10.0
+"""Seconds that a connection must have lasted for the next one to be tried for as soon as the first."""
+UNSTEADY_DELAY: Final = 1.0
+"""Seconds before the next one at most where it did not: each may cost a handshake, signed for in the TPM."""
+
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
 
@@ -476,7 +482,11 @@ class MqttConnection:
         """Read a packet. With TLS there may be more of them in what was decrypted, and the socket tells of none."""
         if sock.fileno() == -1:
             return
-        self._client.loop_read()
+        try:
+            self._client.loop_read()
+        except Exception:  # noqa: BLE001 - paho raises whatever it stumbles over in a packet that is none
+            self._drop("what came is no MQTT")
+            return
         if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
             self._loop.call_soon(self._read, sock)
 
@@ -847,17 +857,20 @@ class MqttEdge:
         """
         self._spawn(self._deliver_recorded(), "deliver-recorded")
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        delay = FIRST_DELAY
+        delay, now = FIRST_DELAY, asyncio.get_running_loop().time
         try:
             while not stop.is_set():
+                since = math.inf
                 try:
                     connection = await unless(stopping, self._connect())
                     if connection is None:
                         break
-                    delay = FIRST_DELAY
+                    since, delay = now(), min(delay, UNSTEADY_DELAY)
                     await self._serve(connection, stopping, drain)
                 except (BrokerError, ConfigurationError) as error:  # a secret or a certificate may just be exchanged
                     self._on_away()
+                    if now() - since > STEADY:
+                        delay = FIRST_DELAY
                     wait = delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
                     log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
                     await asyncio.wait([stopping], timeout=wait)
