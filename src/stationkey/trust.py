@@ -314,8 +314,9 @@ def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
         )
     if "_ALERT_" in (error.reason or ""):
         return refused(broker, error.reason)
-    # A Python may give no reason of OpenSSL's for this one.
-    why = "it hung up" if isinstance(error, ssl.SSLEOFError) else _words(error.reason)
+    # Which of the two it is depends on the Python, and so does whether there is a reason.
+    hung_up = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    why = "it hung up" if hung_up else _words(error.reason)
     return BrokerError(
         f"no TLS with {broker}: {why}",
         reason="broker_tls_failed",

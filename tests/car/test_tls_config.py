@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import fcntl
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from stationkey.terms import TpmTerms
 
 CHARGING_STATION, V2G, V2G20 = CertificateType
 CLIENT_ONLY = [(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)]
+TIOCSPTLCK, TIOCGPTPEER = 0x40045431, 0x5441
+"""Unlock a pseudo-terminal; open its other end without its name [ioctl_tty(2)]."""
 TCTI = "device:/dev/tpmrm0"
 
 
@@ -275,16 +278,39 @@ def test_openssl_is_given_the_value_through_a_pipe(bench: Bench, auth: str) -> N
     assert b"verify OK" in done.stderr + done.stdout
 
 
-def test_the_value_is_never_written_to_a_terminal(bench: Bench) -> None:
+@contextmanager
+def terminal(folder: Path) -> Iterator[tuple[int, int]]:
+    """Both ends of a pseudo-terminal; in a bare root, which has none, of a file system of this test's own."""
+    mounted = None
+    try:
+        ours, theirs = os.openpty()
+    except OSError:
+        mounted = folder / "pts"
+        mounted.mkdir()
+        subprocess.run(["mount", "-t", "devpts", "-o", "newinstance,ptmxmode=0666", "none", str(mounted)], check=True)
+        ours = os.open(mounted / "ptmx", os.O_RDWR | os.O_NOCTTY)
+        fcntl.ioctl(ours, TIOCSPTLCK, bytes(4))
+        theirs = fcntl.ioctl(ours, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+    try:
+        yield ours, theirs
+    finally:
+        os.close(theirs)
+        os.close(ours)
+        if mounted is not None:
+            subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_the_value_is_never_written_to_a_terminal(bench: Bench, tmp_path: Path) -> None:
     bench.active(V2G, terms=bench.protected(key_auth=SECRET))
-    command = shlex.join([sys.executable, "-m", "stationkey", "key-auth", str(V2G), *bench.options()])
-    on_a_terminal = ["script", "--quiet", "--return", "--command", command, "/dev/null"]
-    if not os.path.ismount("/dev/pts"):  # in a bare root there are no terminals
-        on_a_terminal = ["unshare", "-m", "sh", "-c", 'mount -t devpts devpts /dev/pts && "$@"', "sh", *on_a_terminal]
-    done = subprocess.run(on_a_terminal, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    command = [sys.executable, "-m", "stationkey", "key-auth", str(V2G), *bench.options()]
+    with terminal(tmp_path) as (ours, theirs):
+        done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, check=False)
+        os.set_blocking(ours, False)
+        with pytest.raises(BlockingIOError):
+            os.read(ours, 1)
     assert done.returncode == 1
-    assert b"is a terminal" in done.stdout
-    assert SECRET.encode() not in done.stdout
+    assert b"is a terminal" in done.stderr
+    assert SECRET.encode() not in done.stderr
 
 
 @pytest.mark.parametrize(
