@@ -115,11 +115,6 @@ class Subject:
         """See `Configured`."""
         return self.configured.settings
 
-    @property
-    def sees_all(self) -> bool:
-        """Whether the doctor may look at all that the daemon may."""
-        return self.me.uid in {0, self.daemon.user.uid}
-
 
 def survey(options: Options) -> Subject:
     """Find out what is to be examined. Never raises, and never takes longer than some seconds."""
