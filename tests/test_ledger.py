@@ -362,7 +362,10 @@ INSTALLED = "00000000-0000-4000-8000-000000000002"
 
 
 def with_history(ledger: Ledger, destroyed: int) -> str:
-    """Fill a ledger with destroyed keys, and with a few that live, always as many; the active one's name."""
+    """Fill a ledger with destroyed keys, and with a few that live, always as many; the active one's name.
+
+    The EVSE IDs are always the same: how many steps SQLite sorts them in depends on their order.
+    """
     before = None
     for _ in range(destroyed):
         key_id = answer(ledger, request(*OWNER))
@@ -371,9 +374,9 @@ def with_history(ledger: Ledger, destroyed: int) -> str:
             bring(ledger, before, KeyEvent.EXPIRED)
         before = key_id
     assert before is not None
-    for _ in range(5):
+    for number in range(5):
         bring(ledger, answer(ledger), KeyEvent.EXPIRED)
-        answer(ledger, request(V2G, f"DE*ABC*E{uuid.uuid4()}"))
+        answer(ledger, request(V2G, f"DE*ABC*E{number}"))
         answer(ledger, request(*OWNER))
         ahead(ledger)
     ledger.wipe()
