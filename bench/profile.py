@@ -90,7 +90,7 @@ def serve() -> None:
     """The daemon, with its points noted."""
     import tpm2_pytss  # noqa: PLC0415 - see `main`
 
-    from stationkey import cli, ledger, mqtt, service  # noqa: PLC0415 - same
+    from stationkey import cli, edge, ledger, mqtt, service  # noqa: PLC0415 - same
     from stationkey.keystore import tpm2  # noqa: PLC0415 - same
 
     marks: list[tuple[str, float]] = []
@@ -111,7 +111,7 @@ def serve() -> None:
         setattr(home, name, noting)
 
     note(mqtt.MqttConnection, "_on_message", before="received")
-    note(mqtt, "decode", after="decoded")
+    note(edge, "decode", after="decoded")
     note(tpm2.Tpm2KeyStore, "generate", before="begun", after="made")
     note(tpm2_pytss.ESAPI, "create_loaded", after="created")
     note(tpm2_pytss.ESAPI, "sign", before="digest", after="signed")

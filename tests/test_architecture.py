@@ -29,7 +29,7 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 ROWS: list[set[str]] = [
     # logs knows nothing of ours: whoever logs uses the standard library. handshake is a program of its own; see below.
     # durable only writes files, tally only counts; process and systemd are about the machine.
-    {"durable", "errors", "logs", "handshake", "tally", "process", "systemd"},
+    {"durable", "errors", "logs", "handshake", "packet", "tally", "process", "systemd"},
     {"credential", "profiles", "lifecycle", "seen", "provider", "listener"},
     # attestation is a judge of its own: it needs the errors, and nothing else of ours; see below.
     {"attestation", "files"},
@@ -39,9 +39,9 @@ ROWS: list[set[str]] = [
     {"certificate", "keystore", "pki"},  # what signs a CSR knows how one is built
     {"ledger", "active", "csms"},  # the ledger gives keys back as the key store knows them
     {"bridge", "condition", "installation", "state", "tls", "trust"},
-    {"custody", "pool"},
+    {"custody", "pool", "mqtt"},
     {"service"},
-    {"mqtt", "health"},
+    {"edge", "health"},
     {"josev", "metrics"},
     {"daemon", "station", "doctor"},  # the composition root is given its configuration; the doctor looks at all of it
     {"cli_mqtt"},  # options that several commands have

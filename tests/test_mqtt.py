@@ -18,6 +18,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from peers import Mosquitto, free_port
 
 from stationkey import mqtt
+from stationkey.edge import FIRST_DELAY, MqttEdge
 from stationkey.errors import BrokerError, ConfigurationError, LedgerError, StationKeyError
 from stationkey.messages import (
     CertificateInstallationStatus,
@@ -34,7 +35,6 @@ from stationkey.mqtt import (
     Broker,
     ConnectionLost,
     MqttConnection,
-    MqttEdge,
     Overrun,
     availability,
     connect,
@@ -779,14 +779,14 @@ class Attempts(logging.Handler):
 
 async def test_the_waits_between_attempts_to_connect_double_with_jitter() -> None:
     attempts = Attempts()
-    logger = logging.getLogger("stationkey.mqtt")
+    logger = logging.getLogger("stationkey.edge")
     logger.addHandler(attempts)
     edge = Edge(Broker("127.0.0.1", free_port()), Service())
     try:
         for attempt in range(4):
             async with asyncio.timeout(BOUND):
                 wait = await attempts.waits.get()
-            longest = mqtt.FIRST_DELAY * 2**attempt
+            longest = FIRST_DELAY * 2**attempt
             assert longest / 2 - 0.05 <= wait <= longest + 0.05  # the log rounds to a tenth
     finally:
         logger.removeHandler(attempts)

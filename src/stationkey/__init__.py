@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from stationkey.csr import CsrSummary, build_csr, inspect_csr, to_pem
+    from stationkey.edge import MqttEdge
     from stationkey.errors import (
         BrokerError,
         ConfigurationError,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         generate_csr,
         rejected,
     )
-    from stationkey.mqtt import Broker, MqttEdge
+    from stationkey.mqtt import Broker
     from stationkey.policy import Policy
     from stationkey.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateProfile, CertificateType
     from stationkey.service import StationKeyService
@@ -57,6 +58,7 @@ _HOME: Final = {
         "StationKeyError",
         "UnsupportedAlgorithm",
     ),
+    "edge": ("MqttEdge",),
     "josev": ("ask",),
     "keystore": ("KeyRef", "KeyStore", "keystore_opener"),
     "keystore.thread": ("KeyStoreThread",),
@@ -72,7 +74,7 @@ _HOME: Final = {
         "generate_csr",
         "rejected",
     ),
-    "mqtt": ("Broker", "MqttEdge"),
+    "mqtt": ("Broker",),
     "policy": ("Policy",),
     "profiles": ("ALGORITHMS", "PROFILES", "Algorithm", "CertificateProfile", "CertificateType"),
     "service": ("StationKeyService",),

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Final
 from stationkey import __version__
 from stationkey.bridge import on_keystore
 from stationkey.config import Settings
+from stationkey.edge import MqttEdge
 from stationkey.errors import PASSING, KeyStoreError
 from stationkey.health import Health
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.thread import KeyStoreThread, Task
 from stationkey.ledger import Ledger
-from stationkey.mqtt import Broker, MqttEdge, check, unless
+from stationkey.mqtt import Broker, check, unless
 from stationkey.policy import Policy
 from stationkey.process import close_to_others
 from stationkey.profiles import Algorithm

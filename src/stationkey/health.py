@@ -42,7 +42,7 @@ STATUS_PAUSE: Final = 1.0
 
 
 class Connecting(Protocol):
-    """What is looked at of the edge; `stationkey.mqtt.MqttEdge` has it."""
+    """What is looked at of the edge; `stationkey.edge.MqttEdge` has it."""
 
     @property
     def connected(self) -> bool:

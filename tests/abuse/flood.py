@@ -103,8 +103,9 @@ HUGE: Final = wire(request(common_name="x" * 400_000))
 # MQTT 3.1.1 by hand: a client library would take longer to publish these than the daemon to refuse them.
 
 
-def _packet(kind: int, body: bytes) -> bytes:
-    length, digits = len(body), bytearray()
+def packet(kind: int, body: bytes, *, filler: int = 0) -> bytes:
+    """A packet, or the front of one: so many bytes are to follow."""
+    length, digits = len(body) + filler, bytearray()
     while True:
         length, digit = divmod(length, 128)
         digits.append(digit | (128 if length else 0))
@@ -112,17 +113,31 @@ def _packet(kind: int, body: bytes) -> bytes:
             return bytes([kind, *digits]) + body
 
 
-def _text(text: str) -> bytes:
+def text(text: str) -> bytes:
     return len(text).to_bytes(2, "big") + text.encode()
 
 
 def _connect(client_id: str) -> bytes:
-    return _packet(0x10, _text("MQTT") + bytes([4, 2, 0, 0]) + _text(client_id))
+    return packet(0x10, text("MQTT") + bytes([4, 2, 0, 0]) + text(client_id))
 
 
 def publish(payload: bytes, number: int) -> bytes:
     """A PUBLISH of QoS 1 on ``josev/cs``."""
-    return _packet(0x32, _text("josev/cs") + (number % 65_535 + 1).to_bytes(2, "big") + payload)
+    return packet(0x32, text("josev/cs") + (number % 65_535 + 1).to_bytes(2, "big") + payload)
+
+
+def packets(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """First byte and body of each packet that comes, until the other side ends."""
+    with connection.makefile("rb") as stream:
+        while head := stream.read(1):
+            length = shift = 0
+            while True:
+                digit = stream.read(1)[0]
+                length |= (digit & 127) << shift
+                shift += 7
+                if digit < 128:
+                    break
+            yield head[0], stream.read(length)
 
 
 class Connection:
@@ -150,16 +165,8 @@ class Connection:
         self._socket.sendall(packets)
 
     def _read(self) -> None:
-        with self._socket.makefile("rb") as stream:
-            while head := stream.read(1):
-                length = shift = 0
-                while True:
-                    digit = stream.read(1)[0]
-                    length |= (digit & 127) << shift
-                    shift += 7
-                    if digit < 128:
-                        break
-                self.take(head[0], stream.read(length))
+        for head, body in packets(self._socket):
+            self.take(head, body)
 
     def take(self, head: int, body: bytes) -> None:
         """Take in a packet; acknowledgements need no more than that."""
@@ -184,7 +191,7 @@ class Listener(Connection):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self.send(_packet(0x82, b"\0\1" + _text("cs/josev") + b"\0"))
+        self.send(packet(0x82, b"\0\1" + text("cs/josev") + b"\0"))
         assert self._subscribed.wait(BOUND)
         return self
 
