@@ -7,12 +7,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from stationkey import config
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import CertificateType
+
+if TYPE_CHECKING:
+    from stationkey import tls
 
 _keystore = click.option(
     "--keystore",
@@ -40,15 +44,17 @@ _config = click.option(
 )
 
 
-def files_of(named: str, state: Path) -> list[Path]:
+def files_of(named: str, state: Path) -> list[tls.KeyFile]:
     """The files under ``active/`` for a certificate type, or the one file that was named instead.
 
     Raises:
-        TlsCheckFailed: the type has none.
+        TlsCheckFailed: the type has none, or one cannot be read.
     """
     from stationkey import tls  # noqa: PLC0415 - see the docstring of stationkey.cli
 
-    return tls.active_files(state, CertificateType(named)) if named in set(CertificateType) else [Path(named)]
+    if named in set(CertificateType):
+        return tls.active_files(state, CertificateType(named))
+    return [tls.key_file(Path(named))]
 
 
 @click.command("key-auth")

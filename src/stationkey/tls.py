@@ -7,9 +7,11 @@ providers are loaded in one order and preferred by one property query; all other
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from stationkey.active import DIRECTORY_NAME, owner_of
 from stationkey.certificate import UNREADABLE, Chain, read_chain
 from stationkey.errors import PASSING, ConfigurationError, Fault, KeyStoreError, StationKeyError
+from stationkey.files import MAX_FILE
 from stationkey.keystore import KeyStore, Protecting, tss2
 from stationkey.profiles import CertificateType
 
@@ -173,20 +176,46 @@ class Handshake:
         return f"{self.version} {self.role}, {self.suite}"
 
 
-def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class KeyFile:
+    """What was in a file with a key and its chain when it was read. It is read once: it may be exchanged at any time.
+
+    Attributes:
+        name: of the file, without its directory.
+        content: PEM.
+    """
+
+    name: str
+    content: bytes
+
+
+def active_files(state_dir: Path, certificate_type: CertificateType) -> list[KeyFile]:
     """The files under ``active/`` for a certificate type: one, or one for each EVSE.
 
+    Root may ask, and the directory is another user's: a link in it leads nowhere, and a FIFO keeps nobody waiting.
+
     Raises:
-        TlsCheckFailed: there is none, or the directory cannot be read.
+        TlsCheckFailed: there is none, or something cannot be read.
     """
     directory = state_dir / DIRECTORY_NAME
+    files = []
+    path = directory
     try:
-        owned = [(path, owner_of(path.name)) for path in sorted(directory.iterdir())]
+        with _opened(directory, os.O_DIRECTORY | os.O_NOFOLLOW) as opened:
+            for name in sorted(os.listdir(opened)):  # noqa: PTH208 - of a directory that stays the same one
+                owner = owner_of(name)
+                if owner is None or owner[0] != certificate_type:
+                    continue
+                path = directory / name
+                with (
+                    contextlib.suppress(FileNotFoundError),  # deactivated meanwhile
+                    _opened(name, os.O_NOFOLLOW | os.O_NONBLOCK, directory=opened) as file,
+                ):
+                    files.append(KeyFile(name, _content(file)))
     except FileNotFoundError:
-        owned = []
+        pass
     except OSError as error:
-        raise _no_file(f"{directory} cannot be read: {error.strerror}") from None
-    files = [path for path, owner in owned if owner is not None and owner[0] == certificate_type]
+        raise _unreadable(path, error) from None
     if not files:
         raise _no_file(
             f"there is no active {certificate_type} in {directory}",
@@ -195,7 +224,44 @@ def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Pat
     return files
 
 
-def password_of(file: Path, open_store: Callable[[], KeyStore]) -> bytes:
+def key_file(path: Path) -> KeyFile:
+    """A file that the operator named. That may be a link.
+
+    Raises:
+        TlsCheckFailed: it cannot be read.
+    """
+    try:
+        with _opened(path, os.O_NONBLOCK) as file:
+            return KeyFile(path.name, _content(file))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+@contextmanager
+def _opened(path: str | Path, flags: int, *, directory: int | None = None) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags, dir_fd=directory)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _content(descriptor: int) -> bytes:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    with open(descriptor, "rb", closefd=False) as file:
+        content = file.read(MAX_FILE + 1)
+    if len(content) > MAX_FILE:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_FILE} bytes")
+    return content
+
+
+def _unreadable(path: Path, error: OSError) -> TlsCheckFailed:
+    why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+    return _no_file(f"{path} cannot be read: {why}", hint="run as the user that the daemon runs as")
+
+
+def password_of(file: KeyFile, open_store: Callable[[], KeyStore]) -> bytes:
     """The authorisation value of the key in `file`, which a service has to give OpenSSL as the key's password.
 
     Args:
@@ -209,8 +275,8 @@ def password_of(file: Path, open_store: Callable[[], KeyStore]) -> bytes:
         TlsCheckFailed: it is not to be had, or would be of no use: OpenSSL cannot show a policy.
     """
     try:
-        key = tss2.read_pem(file.read_bytes())
-    except (OSError, ValueError):
+        key = tss2.read_pem(file.content)
+    except ValueError:
         return b""  # the check says so
     if key is None:
         return b""
@@ -235,7 +301,7 @@ def password_of(file: Path, open_store: Callable[[], KeyStore]) -> bytes:
         store.close()
 
 
-def check(file: Path, *, configuration: Path, tcti: str, password: bytes = b"") -> list[Handshake]:
+def check(file: KeyFile, *, configuration: Path, tcti: str, password: bytes = b"") -> list[Handshake]:
     """Make a TLS handshake on loopback with the key and chain in `file`, for each version that its type needs.
 
     The side with the key runs in a process of its own, as a service would. The other side verifies the chain as far as
@@ -272,25 +338,19 @@ def check(file: Path, *, configuration: Path, tcti: str, password: bytes = b"") 
             raise _explained(file, error, said, loaded=holder.loaded, late=holder.late) from None
 
 
-def _read(file: Path) -> Chain:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise _no_file(
-            f"{file} cannot be read: {error.strerror}", hint="run as the user that the daemon runs as"
-        ) from None
-    chain = read_chain(content)
+def _read(file: KeyFile) -> Chain:
+    chain = read_chain(file.content)
     if chain is None:
         raise _no_file(
-            f"{file} has no certificate",
+            f"{file.name} has no certificate",
             hint="with [josev] certificate_dir in the configuration of the daemon, it puts the chain beside the key",
         )
-    if b"PRIVATE KEY-----" not in content:
-        raise _no_file(f"{file} has no private key")
+    if b"PRIVATE KEY-----" not in file.content:
+        raise _no_file(f"{file.name} has no private key")
     return chain
 
 
-def _use(file: Path, chain: Chain) -> Use:
+def _use(file: KeyFile, chain: Chain) -> Use:
     """By the file's name, as the daemon gives it; else by extendedKeyUsage, in both versions."""
     owner = owner_of(file.name)
     for certificate_type, use in USES.items():
@@ -336,18 +396,29 @@ class _Holder:
 
 
 @contextmanager
-def _holder(use: Use, file: Path, port: int, variables: dict[str, str], password: bytes) -> Iterator[_Holder]:
-    script = Path(__file__).with_name("handshake.py")
+def _in_memory(content: bytes) -> Iterator[int]:
+    """The descriptor of a file with that content which is on no disk."""
+    with os.fdopen(os.memfd_create("stationkey"), "wb") as file:
+        file.write(content)
+        file.flush()
+        yield file.fileno()
+
+
+@contextmanager
+def _holder(use: Use, file: KeyFile, port: int, variables: dict[str, str], password: bytes) -> Iterator[_Holder]:
     # Command line and environment are no places for a password: others can read the one, and children get the other.
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as pipe:
         pipe.write(password)
+    command = [sys.executable, "-I", str(Path(__file__).with_name("handshake.py")), use.role]
     with (
         os.fdopen(reading),
+        _in_memory(file.content) as content,
         subprocess.Popen(  # noqa: S603 - our own script, and no shell
-            [sys.executable, "-I", str(script), use.role, str(file), *map(str, (len(use.versions), port, reading))],
+            # OpenSSL takes a key by a path only: this one leads to what was looked at, and not to what is there by now.
+            [*command, f"/proc/self/fd/{content}", *map(str, (len(use.versions), port, reading))],
             env=variables,
-            pass_fds=(reading,),
+            pass_fds=(reading, content),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -440,7 +511,7 @@ _TPMS_OWN: Final = frozenset({"tcti", "0x00000902", "0x0000018b"})
 """Signs of a fault that is not the key's."""
 
 
-def _explained(file: Path, error: Exception, said: str, *, loaded: bool, late: bool) -> TlsCheckFailed:
+def _explained(file: KeyFile, error: Exception, said: str, *, loaded: bool, late: bool) -> TlsCheckFailed:
     """What went wrong, by what the process with the key said."""
     for sign, meaning, hint in _TPM_SIGNS:
         if sign in said:
@@ -459,7 +530,7 @@ def _explained(file: Path, error: Exception, said: str, *, loaded: bool, late: b
             reason="tls_handshake_failed",
             exit_code=EXIT_KEY,
         )
-    if b"TSS2 PRIVATE KEY" not in file.read_bytes():
+    if b"TSS2 PRIVATE KEY" not in file.content:
         return TlsCheckFailed(f"{file.name}: the key cannot be read", reason="tls_handshake_failed", exit_code=EXIT_KEY)
     # tpm2-tss had nothing to say, so nobody asked it: OpenSSL has no provider for such a key.
     return TlsCheckFailed(

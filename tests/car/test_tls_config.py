@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -412,3 +412,41 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     )
     assert done.exit_code == 1
     assert "cannot be written" in done.stderr
+
+
+PLANTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "a link to the right file": (lambda file, right: file.symlink_to(right), "it is a link"),
+    "a FIFO": (lambda file, _: os.mkfifo(file), "it is no regular file"),
+    "a directory": (lambda file, _: file.mkdir(), "it is no regular file"),
+    "a file that never ends": (lambda file, _: os.truncate(write(file, ""), 2**40), "it has more than"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("command", ["tls-config", "key-auth"])
+def test_what_the_daemons_user_planted_under_active_leads_root_nowhere_and_keeps_him_waiting_for_nothing(
+    bench: Bench, tmp_path: Path, plant: str, command: str
+) -> None:
+    file = bench.active(V2G)
+    right = file.rename(tmp_path / "elsewhere.pem")
+    make, said = PLANTED[plant]
+    make(file, right)
+    named = ["--check", str(V2G)] if command == "tls-config" else [str(V2G)]
+    done = CliRunner().invoke(main, [command, *named, *bench.options()])
+    assert done.exit_code == tls.EXIT_FILE, done.output
+    assert f"{file} cannot be read: {said}" in done.stderr
+
+
+def test_a_link_in_the_place_of_active_leads_root_nowhere(bench: Bench, tmp_path: Path) -> None:
+    directory = bench.active(V2G).parent
+    directory.symlink_to(directory.rename(tmp_path / "elsewhere"))
+    done = bench.check(V2G)
+    assert done.exit_code == tls.EXIT_FILE
+    assert f"{directory} cannot be read" in done.stderr
+
+
+def test_a_file_that_the_operator_named_may_be_a_link(bench: Bench, tmp_path: Path) -> None:
+    named = tmp_path / "mine.pem"
+    named.symlink_to(bench.active(V2G))
+    done = bench.check(named)
+    assert done.exit_code == 0, done.output
