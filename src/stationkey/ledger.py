@@ -637,7 +637,7 @@ class Ledger:
                 " WHERE key_number = (SELECT number FROM key WHERE key_id = ?) ORDER BY seq",
                 (key_id,),
             ).fetchall()
-        return [EventRecord(*row) for row in rows]
+        return [EventRecord(seq, _moment(at, milliseconds=True), *rest) for seq, at, *rest in rows]
 
     def active_files(self) -> dict[tuple[str, str], bytes]:
         """What the file of each owner under ``active/`` should hold: key, then leaf and chain where they are known."""
@@ -736,13 +736,13 @@ class Ledger:
                 common_name=row[6],
                 organization_name=row[7],
                 country_name=row[8],
-                state=KeyState(row[9]),
-                created_at=row[10],
+                state=_state(row[9]),
+                created_at=_moment(row[10], milliseconds=True),
                 public=row[11],
                 due=row[12],
                 failed=bool(row[13]),
                 chain=row[14],
-                not_after=row[15],
+                not_after=None if row[15] is None else _moment(row[15]),
                 asked=row[16] or 0,
                 installed=row[17] or 0,
                 request_ids=() if row[18] is None else (row[18],),
@@ -871,7 +871,7 @@ class Ledger:
         if row is None:
             raise LedgerError(f"there is no key {key_id} on record", reason="key_not_found")
         number, before, certificate_type = row
-        state = step(KeyState(before), event)
+        state = step(_state(before), event)
         if not certificate_type and event in {KeyEvent.INSTALLED, KeyEvent.INSTALLATION_FAILED}:
             raise IllegalTransition(
                 f"a key that no request has taken cannot have the event '{event}'", reason="illegal_transition"
@@ -1092,9 +1092,37 @@ def _made(key: KeyRef, now: int) -> dict[str, object]:
 def _key_ref(scheme: str, key_type: str, public: bytes, private: bytes) -> KeyRef:
     from stationkey.keystore import KeyRef  # noqa: PLC0415 - `keys list` does without
 
-    return KeyRef(scheme=scheme, key_type=read_key_type(key_type), public=public, private=private)
+    try:
+        read = read_key_type(key_type)
+    except ValueError:
+        raise _damaged("a type of key") from None
+    return KeyRef(scheme=scheme, key_type=read, public=public, private=private)
 
 
+# What SQLite takes and this program never writes: something else did, or somebody.
+
+
+def _state(text: str) -> KeyState:
+    try:
+        return KeyState(text)
+    except ValueError:
+        raise _damaged("a state of a key") from None
+
+
+def _moment(time: int, *, milliseconds: bool = False) -> int:
+    if not _YEAR_1 <= (time // 1000 if milliseconds else time) <= _YEAR_9999:
+        raise _damaged("a time")
+    return time
+
+
+def _damaged(what: str) -> LedgerError:
+    reason, hint = _DAMAGED
+    return LedgerError(f"the ledger is damaged: {what} in it is none that there can be", reason=reason, hint=hint)
+
+
+_YEAR_1: Final = -62_135_596_800
+_YEAR_9999: Final = 253_402_300_799
+"""The first and last second that a certificate can name [RFC 5280 4.1.2.5], or nearly so, and Python; Unix time."""
 _LAST: Final = "\U0010ffff"
 """Comes after every other character, in the order of the index."""
 
