@@ -793,6 +793,20 @@ async def test_the_waits_between_attempts_to_connect_double_with_jitter() -> Non
         await edge.end()
 
 
+async def test_a_retained_request_is_answered_once_and_not_at_each_reconnect(mosquitto: Mosquitto) -> None:
+    service = Service()
+    retained, other = str(uuid.uuid4()), str(uuid.uuid4())
+    async with josev(at(mosquitto)) as asking:
+        await asking.publish("josev/cs", payload(retained), retain=True)
+        async with serving(at(mosquitto), service):
+            assert await answers(asking, 1) == [retained]
+        async with serving(at(mosquitto), service):
+            await asking.publish("josev/cs", payload(other))
+            assert await answers(asking, 1) == [other]
+        await asking.publish("josev/cs", b"", retain=True)  # takes it away
+    assert service.asked == [retained, other]
+
+
 MALFORMED = {
     "a SUBACK without a reason": b"\x90\x03MM\0",
     "a PUBLISH whose topic is no UTF-8": b"\x32\x0a\0\x04\xff\xfe\xfd\xfc\0\1\0\0",

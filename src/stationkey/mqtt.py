@@ -27,6 +27,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from stationkey.errors import BrokerError, ConfigurationError
 from stationkey.messages import MAX_PAYLOAD, REQUEST_TOPIC, RESPONSE_TOPIC
@@ -318,11 +319,18 @@ class MqttConnection:
     async def subscribe(self, topic: str) -> None:
         """Subscribe at QoS 1.
 
+        A retained message comes once in a session, and not again at each reconnect, where the broker speaks MQTT 5
+        [3.8.3.1, Retain Handling].
+
         Raises:
             BrokerError: the broker refuses, for want of rights perhaps.
             ConnectionLost: it went away.
         """
-        code, mid = self._client.subscribe(topic, qos=1)
+        if self._is_v5:
+            once = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB)
+            code, mid = self._client.subscribe(topic, options=once)
+        else:
+            code, mid = self._client.subscribe(topic, qos=1)
         if (await self._answer(code, mid)).is_failure:
             raise BrokerError(
                 f"the broker refuses a subscription to {topic}",
