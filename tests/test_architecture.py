@@ -44,6 +44,7 @@ ROWS: list[set[str]] = [
     {"edge", "health"},
     {"josev", "metrics"},
     {"daemon", "station", "doctor"},  # the composition root is given its configuration; the doctor looks at all of it
+    {"cli_options"},
     {"cli_mqtt"},  # options that several commands have
     {"cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_tls", "cli_verify"},
     {"cli_attest"},
@@ -57,7 +58,8 @@ INSIDE = {"keystore", "doctor", "attestation"}
 
 HOMES: dict[str, set[str]] = {
     "click": {
-        *("cli", "cli_attest", "cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_mqtt", "cli_tls"),
+        *("cli", "cli_attest", "cli_csms", "cli_doctor", "cli_health", "cli_josev", "cli_options"),
+        "cli_tls",
         "cli_verify",
     },
     "rich": {"cli"},

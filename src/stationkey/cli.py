@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from stationkey import __version__, config
-from stationkey.cli_mqtt import PREFIX as _PREFIX
-from stationkey.cli_mqtt import Reach, broker_option, reaches_broker, topic_prefix_option
+from stationkey.cli_mqtt import Reach, reaches_broker
+from stationkey.cli_options import (
+    allow_software_keys_option,
+    broker_option,
+    config_option,
+    json_option,
+    keystore_option,
+    option,
+    state_dir_option,
+    topic_prefix_option,
+)
 from stationkey.errors import StationKeyError
 from stationkey.lifecycle import KeyEvent
 from stationkey.logs import printable
@@ -107,24 +116,8 @@ def main() -> None:
     """
 
 
-_state_dir = click.option(
-    "--state-dir",
-    envvar=f"{_PREFIX}_STATE_DIR",
-    show_envvar=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help=f"Where the ledger is kept.  [default: {config.DEFAULT_STATE_DIR}]",
-)
-_config = click.option(
-    "--config",
-    "config_file",
-    envvar=f"{_PREFIX}_CONFIG",
-    show_envvar=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Configuration file (TOML).",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_state_dir = state_dir_option("Where the ledger is kept.")
+_config = config_option()
 
 
 def _file(path: Path | None) -> config.File:
@@ -133,28 +126,14 @@ def _file(path: Path | None) -> config.File:
 
 @main.command()
 @broker_option
-@click.option(
-    "--keystore",
-    envvar=f"{_PREFIX}_KEYSTORE",
-    show_envvar=True,
-    metavar="URI",
-    help="Key store: tpm2:TCTI, such as tpm2:device:/dev/tpmrm0 or tpm2:swtpm:host=127.0.0.1,port=2321; or software:."
-    f"  [default: tpm2:device:{config.DEFAULT_DEVICE}, if there is one]",
+@keystore_option(
+    "Key store: tpm2:TCTI, such as tpm2:device:/dev/tpmrm0 or tpm2:swtpm:host=127.0.0.1,port=2321; or software:."
 )
-@click.option(
-    "--allow-software-keys",
-    envvar=f"{_PREFIX}_ALLOW_SOFTWARE_KEYS",
-    show_envvar=True,
-    is_flag=True,
-    default=None,
-    help="Let software: be the key store. Its keys are not protected.",
-)
+@allow_software_keys_option("Let software: be the key store. Its keys are not protected.")
 @_state_dir
 @topic_prefix_option
-@click.option(
+@option(
     "--log-format",
-    envvar=f"{_PREFIX}_LOG_FORMAT",
-    show_envvar=True,
     type=click.Choice(["text", "json"]),
     help="Format of the log on standard error.  [default: text]",
 )
@@ -197,7 +176,7 @@ def serve(
 @click.option("--id", "request_id", metavar="UUID", help="Id of the request.  [default: a new one]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds to wait.")
 @reaches_broker
-@_json
+@json_option
 def request(
     certificate_type: str,
     common_name: str,
@@ -327,7 +306,7 @@ def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None
 @keys.command("list")
 @_state_dir
 @_config
-@_json
+@json_option
 def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """List the keys, in the order in which they were made."""
     with _ledger(state_dir, config_file) as ledger:
@@ -362,7 +341,7 @@ _key_id = click.argument("key_id", metavar="ID")
 @_key_id
 @_state_dir
 @_config
-@_json
+@json_option
 def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Show one key. ID is its name, or as much of its beginning as no other key has."""
     with _ledger(state_dir, config_file) as ledger:
@@ -379,7 +358,7 @@ def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_
 @_key_id
 @_state_dir
 @_config
-@_json
+@json_option
 def keys_history(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Show everything that happened to a key, first to last, with time and reason."""
     with _ledger(state_dir, config_file) as ledger:

@@ -23,6 +23,7 @@ from stationkey.attestation.documents import (
 )
 from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
+from stationkey.cli_options import config_option, keystore_option, state_dir_option
 from stationkey.cli_verify import nonce_option, public_pem
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
 from stationkey.files import read_bounded, write_text
@@ -54,30 +55,9 @@ _READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 @click.option("--json", "as_json", is_flag=True, help="With --ak: print JSON, with the TPM's endorsement keys.")
 @click.option("--out", metavar="FILE", type=_FILE, help="Write to a file instead of printing.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds for the TPM.")
-@click.option(
-    "--keystore",
-    envvar="STATIONKEY_KEYSTORE",
-    show_envvar=True,
-    metavar="URI",
-    help=f"The TPM that the keys are in.  [default: tpm2:device:{config.DEFAULT_DEVICE}, if there is one]",
-)
-@click.option(
-    "--state-dir",
-    envvar="STATIONKEY_STATE_DIR",
-    show_envvar=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help=f"Where the ledger is.  [default: {config.DEFAULT_STATE_DIR}]",
-)
-@click.option(
-    "--config",
-    "config_file",
-    envvar="STATIONKEY_CONFIG",
-    show_envvar=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Configuration file (TOML).",
-)
+@keystore_option("The TPM that the keys are in.")
+@state_dir_option("Where the ledger is.")
+@config_option()
 def attest(
     key_id: str | None,
     only_ak: bool,

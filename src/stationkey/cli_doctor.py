@@ -16,8 +16,16 @@ from typing import Final
 
 import click
 
-from stationkey import config
-from stationkey.cli_mqtt import broker_option, topic_prefix_option
+from stationkey.cli_options import (
+    allow_software_keys_option,
+    broker_option,
+    config_option,
+    json_option,
+    keystore_option,
+    option,
+    state_dir_option,
+    topic_prefix_option,
+)
 from stationkey.doctor import AREAS, Finding, Level, Options, Report, examine
 
 _WIDTHS: Final = (60, 120)
@@ -30,47 +38,17 @@ _COLUMN: Final = 10
 
 @click.command("doctor")
 @broker_option
-@click.option(
-    "--keystore",
-    envvar="STATIONKEY_KEYSTORE",
-    show_envvar=True,
-    metavar="URI",
-    help=f"Key store.  [default: tpm2:device:{config.DEFAULT_DEVICE}, if there is one]",
-)
-@click.option(
-    "--allow-software-keys",
-    envvar="STATIONKEY_ALLOW_SOFTWARE_KEYS",
-    show_envvar=True,
-    is_flag=True,
-    default=None,
-    help="As for serve.",
-)
-@click.option(
-    "--state-dir",
-    envvar="STATIONKEY_STATE_DIR",
-    show_envvar=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path, readable=False),
-    help=f"Where the ledger is kept.  [default: {config.DEFAULT_STATE_DIR}]",
-)
+@keystore_option("Key store.")
+@allow_software_keys_option("As for serve.")
+@state_dir_option("Where the ledger is kept.")
 @topic_prefix_option
-@click.option(
+@option(
     "--log-format",
-    envvar="STATIONKEY_LOG_FORMAT",
-    show_envvar=True,
     metavar="text|json",
     help="As for serve: whether it is one is said in the report.",
 )
-@click.option(
-    "--config",
-    "config_file",
-    envvar="STATIONKEY_CONFIG",
-    show_envvar=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, readable=False),
-    help="Configuration file (TOML).",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@config_option()
+@json_option
 def doctor(
     broker: str | None,
     keystore: str | None,

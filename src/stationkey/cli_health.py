@@ -11,6 +11,7 @@ from typing import Final
 import click
 
 from stationkey import config
+from stationkey.cli_options import config_option
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.listener import Address
 
@@ -59,15 +60,7 @@ def ask(address: Address) -> tuple[bool, str]:
 
 @click.command()
 @click.argument("address", required=False)
-@click.option(
-    "--config",
-    "config_file",
-    envvar="STATIONKEY_CONFIG",
-    show_envvar=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Configuration file (TOML) of the daemon.",
-)
+@config_option("Configuration file (TOML) of the daemon.")
 def health(address: str | None, config_file: Path | None) -> None:
     """Ask the daemon how it is, and print what it says.
 

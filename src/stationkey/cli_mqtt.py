@@ -7,30 +7,12 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
 from stationkey import config
+from stationkey.cli_options import broker_option, option, topic_prefix_option
 
 if TYPE_CHECKING:
     from stationkey.mqtt import Broker
     from stationkey.terms import MqttTerms
-
-PREFIX: Final = "STATIONKEY"
-
-broker_option = click.option(
-    "--broker",
-    envvar=f"{PREFIX}_BROKER",
-    show_envvar=True,
-    metavar="URL",
-    help=f"MQTT broker, mqtt://HOST:PORT, or mqtts://HOST:PORT for TLS.  [default: {config.DEFAULT_BROKER}]",
-)
-topic_prefix_option = click.option(
-    "--topic-prefix",
-    envvar=f"{PREFIX}_TOPIC_PREFIX",
-    show_envvar=True,
-    metavar="PREFIX",
-    help="Put before both topics; a / is added where it ends in none.",
-)
 
 _OPTIONS: Final = {
     "ca_file": ("FILE", "Certificates (PEM) that the broker's must lead to.  [default: those of this machine]"),
@@ -70,12 +52,7 @@ def reaches_broker(command: Callable[..., Any]) -> Callable[..., Any]:
         reach = Reach(where, config.Mqtt(**said).terms(), topic_prefix or "")
         return command(reach=reach, **others)
 
+    decorated: Callable[..., Any] = with_reach
     for name, (metavar, text) in reversed(_OPTIONS.items()):
-        with_reach = click.option(
-            f"--mqtt-{name.replace('_', '-')}",
-            envvar=f"{PREFIX}_MQTT_{name.upper()}",
-            show_envvar=True,
-            metavar=metavar,
-            help=text,
-        )(with_reach)
-    return broker_option(topic_prefix_option(with_reach))
+        decorated = option(f"--mqtt-{name.replace('_', '-')}", metavar=metavar, help=text)(decorated)
+    return broker_option(topic_prefix_option(decorated))

@@ -12,36 +12,16 @@ from typing import TYPE_CHECKING
 import click
 
 from stationkey import config
+from stationkey.cli_options import config_option, keystore_option, state_dir_option
 from stationkey.errors import ConfigurationError
 from stationkey.profiles import CertificateType
 
 if TYPE_CHECKING:
     from stationkey import tls
 
-_keystore = click.option(
-    "--keystore",
-    envvar="STATIONKEY_KEYSTORE",
-    show_envvar=True,
-    metavar="URI",
-    help=f"The TPM that the keys are in.  [default: tpm2:device:{config.DEFAULT_DEVICE}, if there is one]",
-)
-_state_dir = click.option(
-    "--state-dir",
-    envvar="STATIONKEY_STATE_DIR",
-    show_envvar=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help=f"Where active/ is.  [default: {config.DEFAULT_STATE_DIR}]",
-)
-_config = click.option(
-    "--config",
-    "config_file",
-    envvar="STATIONKEY_CONFIG",
-    show_envvar=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Configuration file (TOML).",
-)
+_keystore = keystore_option("The TPM that the keys are in.")
+_state_dir = state_dir_option("Where active/ is.")
+_config = config_option()
 
 
 def files_of(named: str, state: Path) -> list[tls.KeyFile]:
