@@ -200,6 +200,29 @@ def test_sessions_are_salted_with_no_other_storage_root_key_than_the_first_time(
     sign(store)
 
 
+@pytest.mark.parametrize("session", ["hmac", "encrypted"])
+def test_every_session_has_a_salt_that_a_listener_does_not_know(swtpm: Swtpm, opened: Opener, session: str) -> None:
+    """The storage root key has no authorisation value by default: what is not salted is secured by nothing secret.
+
+    The session before there is a storage root key has a salt, too, and so has one that shows a policy.
+    """
+    with Wire(swtpm) as wire:
+        sign(opened(tcti=wire.tcti, session=session, key_auth=SECRET, pcrs=(0,)))
+    begun = [exchange.command for exchange in wire.exchanges if exchange.code == START_AUTH_SESSION]
+
+    assert [salt_of(command)[0] == SRK for command in begun] == [False, True, True]
+    salts = {salt_of(command)[1] for command in begun}
+    assert len(salts) == len(begun)
+    assert min(map(len, salts)) > 2 * 32  # a point on P-256
+
+
+def salt_of(command: bytes) -> tuple[int, bytes]:
+    """The key that TPM2_StartAuthSession names for the salt, and the salt as encrypted to it [TPM 2.0 part 3, 11.1]."""
+    nonce = int.from_bytes(command[18:20], "big")
+    size = int.from_bytes(command[20 + nonce : 22 + nonce], "big")
+    return int.from_bytes(command[10:14], "big"), command[22 + nonce : 22 + nonce + size]
+
+
 def test_a_name_that_was_put_there_in_the_factory_is_held_to(opened: Opener, tmp_path: Path) -> None:
     """So the first time need not be trusted."""
     (tmp_path / "tpm").mkdir()
