@@ -104,6 +104,24 @@ def test_an_owner_authorisation_that_is_missing_or_wrong_is_told_by_its_option(
     assert leftovers(swtpm) == []
 
 
+def test_keys_go_on_working_while_the_tpm_is_in_lockout(swtpm: Swtpm, opened: Opener) -> None:
+    """Whoever may open the TPM can bring that about, by wrong values for an object of his own."""
+    store = opened(key_auth=SECRET)
+    key = sign(store)
+    store.close()
+    his = "0x81000009"
+    tool(swtpm, "tpm2_createprimary", "-C", "o", "-p", "right", "-c", "his.ctx")
+    tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", "his.ctx", his)
+    tool(swtpm, "tpm2_flushcontext", "-t")
+    for _ in range(3):
+        tool(swtpm, "tpm2_create", "-C", his, "-P", "wrong", fails=True)
+    said = tool(swtpm, "tpm2_create", "-C", his, "-P", "right", fails=True)
+    assert "0x921" in said  # TPM_RC_LOCKOUT
+
+    sign(store, key)
+    sign(store)
+
+
 @pytest.mark.parametrize("session", SESSIONS)
 def test_a_storage_root_key_gets_its_authorisation_value_and_is_used_with_it(
     swtpm: Swtpm, opened: Opener, session: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from contextlib import closing, suppress
 from pathlib import Path
@@ -228,6 +229,27 @@ def test_a_name_that_was_put_there_in_the_factory_is_held_to(opened: Opener, tmp
     (tmp_path / "tpm").mkdir()
     (tmp_path / "tpm" / "srk-81000001.name").write_text("000b" + "00" * 32 + "\n")
     assert refusal(lambda: opened(session="hmac").generate(P256)).reason == "srk_changed"
+
+
+def test_the_commands_of_the_document_put_the_name_there_and_it_is_held_to(
+    swtpm: Swtpm, opened: Opener, tmp_path: Path
+) -> None:
+    """docs/tpm.md, run before the first start; only the state directory and its owner are this test's."""
+    document = (Path(__file__).parent.parent / "docs/tpm.md").read_text()
+    (script,) = (
+        block
+        for block in re.findall(r"^```sh\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+        if "evictcontrol" in block
+    )
+    assert script.count("/var/lib/stationkey/") == script.count(" -o stationkey -g stationkey ") == 2
+    script = script.replace("/var/lib/stationkey", str(tmp_path)).replace(" -o stationkey -g stationkey ", " ")
+    tool(swtpm, "sh", "-euc", script)
+
+    store = opened(session="encrypted")
+    sign(store)
+    store.close()
+    tool(swtpm, "tpm2_clear", "-c", "p")
+    assert refusal(lambda: store.generate(P256)).reason == "srk_changed"
 
 
 def test_a_damaged_name_is_told_and_left_alone(opened: Opener, tmp_path: Path) -> None:
