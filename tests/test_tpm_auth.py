@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
 import stat
@@ -246,6 +247,8 @@ def test_a_generated_value_outlives_store_and_power_and_is_on_disk_only_sealed(
     (file,) = sealed_files(tmp_path)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    content = file.read_bytes()
+    assert value not in base64.b64decode(b"".join(content.splitlines()[1:-1]))
     assert all(value not in each.read_bytes() for each in tmp_path.rglob("*") if each.is_file())
     store.close()
     swtpm.kill()
