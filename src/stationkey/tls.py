@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -176,16 +177,19 @@ class Handshake:
 def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Path]:
     """The files under ``active/`` for a certificate type: one, or one for each EVSE.
 
+    Files alone: whoever runs this may be root, and a link or a FIFO there is none of the daemon's work.
+
     Raises:
         TlsCheckFailed: there is none, or the directory cannot be read.
     """
     directory = state_dir / DIRECTORY_NAME
     try:
-        owned = [(path, owner_of(path.name)) for path in sorted(directory.iterdir())]
+        regular = [path for path in sorted(directory.iterdir()) if stat.S_ISREG(path.lstat().st_mode)]
     except FileNotFoundError:
-        owned = []
+        regular = []
     except OSError as error:
         raise _no_file(f"{directory} cannot be read: {error.strerror}") from None
+    owned = [(path, owner_of(path.name)) for path in regular]
     files = [path for path, owner in owned if owner is not None and owner[0] == certificate_type]
     if not files:
         raise _no_file(

@@ -434,3 +434,21 @@ def test_what_is_planted_under_active_while_the_daemon_runs_is_gone_after_the_ne
         assert josev.ask(generate_csr()).csr
         assert station.stop() == 0
     assert elsewhere.untouched
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a link to a file", "a link to nothing", "a link to what never ends"])
+@pytest.mark.parametrize("command", [["tls-config", "--check"], ["key-auth"]], ids=" ".join)
+def test_a_command_that_uses_active_keys_waits_for_nothing_and_reads_nothing_that_is_planted_there(
+    tmp_path: Path, elsewhere: Elsewhere, command: list[str], what: str
+) -> None:
+    """It may be root who runs it."""
+    (tmp_path / "active").mkdir()
+    if what in PLANTS:
+        PLANTS[what](tmp_path / "active" / NAME, elsewhere)
+    else:
+        (tmp_path / "active" / NAME).symlink_to("/dev/zero")
+
+    ended = run(*command, "v2g_certificate", "--keystore", "tpm2:device:/dev/null", "--state-dir", str(tmp_path))
+
+    assert "there is no active v2g_certificate" in ended.stderr
+    assert ended.returncode != 0
