@@ -646,6 +646,17 @@ async def test_a_destroyed_key_is_in_no_file_of_the_state_directory(
     assert all(reference(seeing, other).private in after for other in kept)
 
 
+async def test_the_sweep_writes_the_private_parts_anew_after_each_destruction(here: Station) -> None:
+    """What SQLite may have left of a row that it once moved is nothing that a test can wait for."""
+    for end in (_deleted, _ordered):
+        key = await here.key()
+        await end(here, key)
+        await here.pass_by(0)
+
+        assert here.states(key) == [DESTROYED]
+        assert not here.ledger.wipe(), "there was something left to do"
+
+
 async def test_a_key_that_made_room_is_in_no_file_after_a_sweep(here: Station) -> None:
     first = await here.key()
     gone = reference(here, first).private

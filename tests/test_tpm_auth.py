@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
 import stat
@@ -102,6 +103,24 @@ def test_an_owner_authorisation_that_is_missing_or_wrong_is_told_by_its_option(
     store.close()
     assert lockout_counter(swtpm) == 0
     assert leftovers(swtpm) == []
+
+
+def test_keys_go_on_working_while_the_tpm_is_in_lockout(swtpm: Swtpm, opened: Opener) -> None:
+    """Whoever may open the TPM can bring that about, by wrong values for an object of his own."""
+    store = opened(key_auth=SECRET)
+    key = sign(store)
+    store.close()
+    his = "0x81000009"
+    tool(swtpm, "tpm2_createprimary", "-C", "o", "-p", "right", "-c", "his.ctx")
+    tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", "his.ctx", his)
+    tool(swtpm, "tpm2_flushcontext", "-t")
+    for _ in range(3):
+        tool(swtpm, "tpm2_create", "-C", his, "-P", "wrong", fails=True)
+    said = tool(swtpm, "tpm2_create", "-C", his, "-P", "right", fails=True)
+    assert "0x921" in said  # TPM_RC_LOCKOUT
+
+    sign(store, key)
+    sign(store)
 
 
 @pytest.mark.parametrize("session", SESSIONS)
@@ -228,6 +247,8 @@ def test_a_generated_value_outlives_store_and_power_and_is_on_disk_only_sealed(
     (file,) = sealed_files(tmp_path)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    content = file.read_bytes()
+    assert value not in base64.b64decode(b"".join(content.splitlines()[1:-1]))
     assert all(value not in each.read_bytes() for each in tmp_path.rglob("*") if each.is_file())
     store.close()
     swtpm.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from contextlib import closing, suppress
 from pathlib import Path
@@ -200,11 +201,55 @@ def test_sessions_are_salted_with_no_other_storage_root_key_than_the_first_time(
     sign(store)
 
 
+@pytest.mark.parametrize("session", ["hmac", "encrypted"])
+def test_every_session_has_a_salt_that_a_listener_does_not_know(swtpm: Swtpm, opened: Opener, session: str) -> None:
+    """The storage root key has no authorisation value by default: what is not salted is secured by nothing secret.
+
+    The session before there is a storage root key has a salt, too, and so has one that shows a policy.
+    """
+    with Wire(swtpm) as wire:
+        sign(opened(tcti=wire.tcti, session=session, key_auth=SECRET, pcrs=(0,)))
+    begun = [exchange.command for exchange in wire.exchanges if exchange.code == START_AUTH_SESSION]
+
+    assert [salt_of(command)[0] == SRK for command in begun] == [False, True, True]
+    salts = {salt_of(command)[1] for command in begun}
+    assert len(salts) == len(begun)
+    assert min(map(len, salts)) > 2 * 32  # a point on P-256
+
+
+def salt_of(command: bytes) -> tuple[int, bytes]:
+    """The key that TPM2_StartAuthSession names for the salt, and the salt as encrypted to it [TPM 2.0 part 3, 11.1]."""
+    nonce = int.from_bytes(command[18:20], "big")
+    size = int.from_bytes(command[20 + nonce : 22 + nonce], "big")
+    return int.from_bytes(command[10:14], "big"), command[22 + nonce : 22 + nonce + size]
+
+
 def test_a_name_that_was_put_there_in_the_factory_is_held_to(opened: Opener, tmp_path: Path) -> None:
     """So the first time need not be trusted."""
     (tmp_path / "tpm").mkdir()
     (tmp_path / "tpm" / "srk-81000001.name").write_text("000b" + "00" * 32 + "\n")
     assert refusal(lambda: opened(session="hmac").generate(P256)).reason == "srk_changed"
+
+
+def test_the_commands_of_the_document_put_the_name_there_and_it_is_held_to(
+    swtpm: Swtpm, opened: Opener, tmp_path: Path
+) -> None:
+    """docs/tpm.md, run before the first start; only the state directory and its owner are this test's."""
+    document = (Path(__file__).parent.parent / "docs/tpm.md").read_text()
+    (script,) = (
+        block
+        for block in re.findall(r"^```sh\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+        if "evictcontrol" in block
+    )
+    assert script.count("/var/lib/stationkey/") == script.count(" -o stationkey -g stationkey ") == 2
+    script = script.replace("/var/lib/stationkey", str(tmp_path)).replace(" -o stationkey -g stationkey ", " ")
+    tool(swtpm, "sh", "-euc", script)
+
+    store = opened(session="encrypted")
+    sign(store)
+    store.close()
+    tool(swtpm, "tpm2_clear", "-c", "p")
+    assert refusal(lambda: store.generate(P256)).reason == "srk_changed"
 
 
 def test_a_damaged_name_is_told_and_left_alone(opened: Opener, tmp_path: Path) -> None:

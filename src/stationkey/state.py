@@ -56,6 +56,7 @@ class StateDirectory:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take(path)
             refuse_planted(path)
+            self._close_files(path)
             self._lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except (OSError, ValueError) as error:  # ValueError: a path with NUL
             raise _unusable(path, error) from None
@@ -93,6 +94,14 @@ class StateDirectory:
                     hint="name a directory of its own",
                 )
             path.chmod(0o700)
+
+    @staticmethod
+    def _close_files(path: Path) -> None:
+        """Close the files to others as well: what a backup has put back is as open as the copy was."""
+        for file in (path / name for name in _FILES):
+            status = _lstat(file)
+            if status is not None and status.st_mode & 0o177:
+                file.chmod(0o600)  # no link: that was just looked at, and nobody else may write here
 
     @property
     def database(self) -> Path:

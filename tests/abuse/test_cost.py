@@ -107,6 +107,8 @@ def test_a_message_costs_no_more_than_in_proportion_to_its_size(
 def test_of_a_message_that_is_too_large_no_more_than_64_kib_is_looked_at(family: Callable[[int], bytes]) -> None:
     large, larger = family(8 * SMALL), family(20 * MAX_PAYLOAD)
 
+    # Of one that is a byte too large just as much is looked at.
+    assert memory(lambda: decode(larger)) <= memory(lambda: decode(larger[: MAX_PAYLOAD + 1])) + 10_000
     assert memory(lambda: decode(larger)) <= 150 * MAX_PAYLOAD + 100_000
     if b"\xff" not in larger:  # which is looked for before
         assert memory(lambda: decode(larger)) <= 4 * memory(lambda: decode(large)) + 150 * MAX_PAYLOAD

@@ -161,3 +161,20 @@ def test_a_directory_that_was_open_is_closed_before_anything_is_read_in_it(folde
         StateDirectory(state)
 
     assert as_user(NOBODY, "touch", f"{state}/more").returncode != 0
+
+
+def test_a_ledger_that_was_put_back_from_a_backup_open_as_it_may_be_is_closed_at_the_start(
+    folder: Path, mosquitto: Mosquitto
+) -> None:
+    """As ``sqlite3 .backup`` makes it with the usual umask; SQLite makes the log beside it no less open."""
+    with Station(folder, *options(mosquitto)) as station, Josev(mosquitto) as josev:
+        josev.ask(generate_csr())
+        station.stop()
+        database = station.state_dir / "ledger.sqlite3"
+        database.chmod(0o644)
+        station.start()
+        josev.ask(generate_csr())
+        modes = {path.name: path.stat().st_mode & 0o777 for path in station.state_dir.iterdir() if path.is_file()}
+
+    assert modes.keys() >= {"ledger.sqlite3", "ledger.sqlite3-wal", "lock"}
+    assert set(modes.values()) == {0o600}

@@ -11,7 +11,7 @@ import sqlite3
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -305,6 +305,23 @@ def test_whatever_is_planted_under_active_goes_or_is_named_and_nothing_outside_i
     if name != ".lock":  # without the lock nothing is done
         assert (directory.path / "v2g20_certificate.pem").read_bytes() == b"right, too"
     assert elsewhere.untouched
+
+
+@pytest.mark.parametrize("plant", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_to_a_file_with_the_right_content_is_not_taken_for_the_right_file(
+    tmp_path: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    """Its content could be changed between two looks, by whoever may write where it leads."""
+    directory, copy = ActiveDirectory(tmp_path), tmp_path / "copy"
+    directory.sync(dict)
+    copy.touch(mode=0o600)
+    copy.write_bytes(b"right")
+    plant(directory.path / NAME, copy)
+
+    directory.sync(lambda: {OWNER: b"right"})
+
+    assert not (directory.path / NAME).is_symlink()
+    assert not (directory.path / NAME).samefile(copy)
 
 
 @pytest.mark.parametrize("what", ["a FIFO", "a link to a file", "a link to nothing", "a directory with a file"])

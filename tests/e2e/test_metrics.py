@@ -5,6 +5,7 @@ Judged by prometheus_client's own parser. No test knows a name that docs/metrics
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import re
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped] # comes without types
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from outside import BOUND, Event, Josev, Station, generate_csr, run
 from peers import Mosquitto, Swtpm, free_port
 from prometheus_client.metrics_core import Metric
@@ -213,9 +216,28 @@ def test_keys_are_counted_by_state_and_type(josev: Josev, listen: str) -> None:
 
 
 def test_no_name_of_anybody_is_in_the_figures_or_the_health(josev: Josev, listen: str) -> None:
-    josev.ask(generate_csr(common_name="Erika Mustermann", organization_name="Über Strom GmbH"))
+    """An EVSE is named where a certificate of its expires, see test_health.py, and nowhere else."""
+    request = generate_csr(common_name="Erika Mustermann", organization_name="Über Strom GmbH", evse_id="DE*ABC*E7")
+    csr = x509.load_pem_x509_csr((josev.ask(request).csr or "").encode())
+    applied = {"name": "statuses_total", "status": "installed", "outcome": "applied", "reason": ""}
+    before = sample(scrape(listen), **applied)
+    josev.publish(update("installed", request))
+    until(listen, lambda found: sample(found, **applied) > before)
+    josev.ask(generate_csr(country_name="Absurdistan"))
     text = get(listen, "/metrics")[1] + get(listen, "/health")[1]
-    assert not [name for name in ("Erika", "Mustermann", "Strom", "PRIVATE") if name in text]
+    key_id = hashlib.sha256(csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    names = (
+        "Erika",
+        "Mustermann",
+        "Strom",
+        "PRIVATE",
+        "ABC",
+        "Absurdistan",
+        request["id"],
+        key_id[:12],
+        "REQUEST-----",
+    )
+    assert not [name for name in names if name in text]
 
 
 def test_the_names_are_as_prometheus_wants_them(josev: Josev, listen: str) -> None:

@@ -178,7 +178,7 @@ class Tpm2KeyStore(Device):
         if value is None:
             raise failures.key_auth_wrong(
                 "the authorisation value of the key is not in the state directory",
-                hint="restore tpm/ from a backup, or ask for a new certificate",
+                hint="restore tpm/ from a backup; or, was the TPM cleared or exchanged? Then ask for a new certificate",
             )
         return value
 
