@@ -57,4 +57,4 @@ pin:
 	scripts/pin
 
 clean:
-	rm -rf --one-file-system .venv .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf --one-file-system .venv .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
