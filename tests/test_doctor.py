@@ -577,7 +577,7 @@ class TestState:
         ("changes", "user", "level", "words"),
         [
             ({}, STATION, OK, ""),
-            ({}, ROOT, WARNING, "run as root"),
+            ({}, ROOT, FAILURE, "does not take another's"),
             ({"uid": 0, "gid": 0}, STATION, FAILURE, "chown -R"),
             ({"mode": 0o755}, STATION, WARNING, "look into"),
             ({"mode": 0o777}, STATION, FAILURE, "others may write"),

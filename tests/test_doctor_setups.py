@@ -21,14 +21,16 @@ from pathlib import Path
 import pytest
 from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port, search_path
 
-from doctors import Pki, as_nobody, command_output, look, read, write_config
+from doctors import NOBODY, Pki, as_nobody, command_output, look, read, write_config
 from parts import station
 from stationkey.credential import SecretReference
 from stationkey.doctor import AREAS, Level
+from stationkey.errors import StationKeyError
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.ledger import DATABASE_NAME, Ledger
 from stationkey.mqtt import Broker, connect
 from stationkey.profiles import Algorithm
+from stationkey.state import StateDirectory
 from stationkey.terms import MqttTerms
 
 ROOT = Path(__file__).parent.parent
@@ -442,6 +444,72 @@ class TestState:
     def test_who_may_enter_the_state_directory_is_told(self, tmp_path: Path, mode: int, level: Level) -> None:
         used(tmp_path).chmod(mode)
         assert look(tmp_path).level("state.directory") is level
+
+    @pytest.mark.parametrize(
+        ("harm", "name", "words"),
+        [
+            pytest.param("hard link", "state.files", "a hard link", id="the ledger has a second name"),
+            pytest.param("group", "state.directory", "chmod go-w", id="a group may write in the directory above"),
+            pytest.param("shared", "state.directory", "other files in it", id="it is open, and not of its own"),
+            pytest.param("loop", "state.directory", "symbolic links", id="a link to itself"),
+            pytest.param("file", "state.directory", "Not a directory", id="below a file"),
+            pytest.param("long", "state.directory", "name too long", id="a name that is too long"),
+        ],
+    )
+    def test_what_the_daemon_would_not_take_at_its_start_is_a_failure(
+        self, tmp_path: Path, harm: str, name: str, words: str
+    ) -> None:
+        """The daemon is asked by the same rules, on the same directory: the two must not disagree."""
+        above = tmp_path / "above"
+        above.mkdir()
+        path = above / "state"
+        match harm:
+            case "hard link":
+                path = used(above)
+                os.link(path / DATABASE_NAME, tmp_path / "second")
+            case "group":
+                path.mkdir(mode=0o700)
+                above.chmod(0o775)
+                if os.geteuid() == 0:  # the own group of a user may be his alone, and so be no other
+                    os.chown(above, 0, 4711)
+                else:
+                    above.chmod(0o777)
+            case "shared":
+                path.mkdir(mode=0o755)
+                (path / "README").touch()
+            case "loop":
+                path.symlink_to(path)
+            case "file":
+                (above / "file").touch()
+                path = above / "file" / "state"
+            case "long":
+                path = above / ("x" * 300)
+        with pytest.raises(StationKeyError):
+            StateDirectory(path)
+        found = look(tmp_path, state_dir=path)
+        assert found.level(name) is Level.FAILURE
+        assert words in found.text(name) or harm == "group"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="to give a directory away takes root")
+    @pytest.mark.parametrize("which", ["the directory above", "a link on the way"])
+    def test_what_belongs_to_another_user_on_the_way_is_a_failure_with_the_way_out(
+        self, tmp_path: Path, which: str
+    ) -> None:
+        above = tmp_path / "above"
+        above.mkdir()
+        path = above / "state"
+        if which == "the directory above":
+            path.mkdir(mode=0o700)
+            os.chown(above, NOBODY, NOBODY)
+        else:
+            (tmp_path / "real").mkdir(mode=0o700)
+            path.symlink_to(tmp_path / "real")
+            os.lchown(path, NOBODY, NOBODY)
+        found = look(tmp_path, state_dir=path)
+        assert found.level("state.directory") is Level.FAILURE
+        (advice,) = (finding.advice for finding in found["state.directory"])
+        subprocess.run(advice.split(",")[0].split(), check=True)
+        assert look(tmp_path, state_dir=path).level("state.directory") is Level.OK
 
     def test_links_in_the_state_directory_are_a_failure(self, tmp_path: Path) -> None:
         state = used(tmp_path)
