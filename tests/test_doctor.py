@@ -199,8 +199,8 @@ class TestConfiguration:
 
     def test_a_file_that_is_not_named_and_there_is_told(self) -> None:
         configured = Configured(file=None, complaints=(), settings=settings(), keystore=None)
-        assert configuration.judge_file(configured, usual=True).level is WARNING
-        assert configuration.judge_file(configured, usual=False).level is OK
+        assert configuration.judge_file(configured, STATION, usual=True).level is WARNING
+        assert configuration.judge_file(configured, STATION, usual=False).level is OK
 
     @pytest.mark.parametrize(
         ("environment", "level"),

@@ -159,8 +159,8 @@ class TestTheCommand:
         )
         assert done.returncode == 1
         assert done.stderr == ""
-        assert "FAILURE   config.file: the configuration file" in done.stdout
-        assert done.stdout.splitlines()[-1].startswith("3 failures, ")
+        assert "FAILURE   config.file: there is no configuration file" in done.stdout
+        assert done.stdout.splitlines()[-1].startswith("2 failures, ")
         assert max(map(len, done.stdout.splitlines())) <= 80
         assert "\x1b" not in done.stdout
 
@@ -200,6 +200,49 @@ class TestConfiguration:
         found = look(tmp_path, config_file=write_config(tmp_path, text), broker=None)
         assert all(word in found.text("config.file") for word in ("brocker", "$.pool.rsa", "$.deadlines.ec"))
         assert text.split('"')[1] in found.text("broker.url")
+
+    @pytest.mark.parametrize("text", ["broker = ", "\x00", "a = 1\na = 2", "broker = 1\nkeystore = 2\nstate_dir = 3\n"])
+    def test_a_wrong_file_is_the_only_failure(self, tmp_path: Path, text: str) -> None:
+        """What it says of the rest is not known; that nothing is where it is guessed says nothing."""
+        config = write_config(tmp_path, text)
+        found = look(tmp_path, config_file=config, broker=None, keystore=None, state_dir=None)
+        assert found.failures == {"config.file"}
+        assert "put that right first" in found.text("broker.port") + found.text("tpm.keystore")
+
+    def test_one_mistake_in_a_section_does_not_cost_the_rest_of_it(self, tmp_path: Path) -> None:
+        secret = tmp_path / "secret"
+        text = f'[mqtt]\nusername = "us"\npassword_file = "{secret}"\nca_fiel = "ca"\nserver_name = 1\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text))
+        assert all(word in found.text("config.file") for word in ("ca_fiel", "server_name"))
+        assert str(secret) in found.text("config.secrets")
+
+    def test_what_two_names_are_together_is_told_too(self, tmp_path: Path) -> None:
+        text = '[mqtt]\npassword_file = "/x"\nca_fiel = "ca"\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text))
+        assert all(word in found.text("config.file") for word in ("ca_fiel", "no username"))
+
+    def test_a_byte_order_mark_is_no_mistake(self, tmp_path: Path) -> None:
+        """Nobody sees it, and what is said of it would point at a line without a fault."""
+        config = write_config(tmp_path, "")
+        config.write_bytes(b"\xef\xbb\xbfbroker = 'mqtt://127.0.0.1:1'\n")
+        found = look(tmp_path, config_file=config, broker=None)
+        assert found.level("config.file") is Level.OK
+        assert "mqtt://127.0.0.1:1" in found.text("broker.url")
+
+    def test_a_file_that_this_user_may_not_read_says_nothing_of_the_daemon(self, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("root makes a file that another user may not read")
+        for directory in (tmp_path, *tmp_path.parents):
+            if len(directory.parts) > 3:
+                directory.chmod(0o711)
+        found = as_nobody(tmp_path, config=write_config(tmp_path, ""))
+        assert found.level("config.file") is Level.NOT_CHECKED
+        assert "run it as root" in found.text("config.file")
+
+    @pytest.mark.parametrize("line", ['state_dir = "state"', '[mqtt]\nca_file = "~/ca.pem"', '[tpm]\nsrk_auth = "a/b"'])
+    def test_a_path_that_leads_elsewhere_for_a_service_is_told(self, tmp_path: Path, line: str) -> None:
+        found = look(tmp_path, config_file=write_config(tmp_path, line + "\n"), state_dir=None)
+        assert "does not begin with a slash" in found.text("config.sense")
 
     @pytest.mark.parametrize("text", ["broker = ", "\x00", "a = 1\na = 2"])
     def test_what_is_no_toml_is_told(self, tmp_path: Path, text: str) -> None:

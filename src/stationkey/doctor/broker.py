@@ -16,7 +16,7 @@ from stationkey.doctor.device import listeners_on
 from stationkey.doctor.findings import CannotLookError, Finding, Level, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import within
 from stationkey.doctor.sense import is_loopback
-from stationkey.doctor.subject import Subject
+from stationkey.doctor.subject import Subject, unless_guessed
 from stationkey.doctor.visit import Visit, visit
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt import Broker, ProtocolRefused, topics
@@ -39,6 +39,13 @@ _NAGLE: Final = 0.020
 
 def check_broker(subject: Subject) -> Iterator[Finding]:
     """From its URL to its rights, as far as it goes."""
+    hang_on = {"broker": IDS, "topic_prefix": IDS[5:], "mqtt": IDS[3:]}
+    return unless_guessed(
+        _check(subject), {name: ids for name, ids in hang_on.items() if name in subject.configured.lost}
+    )
+
+
+def _check(subject: Subject) -> Iterator[Finding]:
     settings = subject.settings
     try:
         broker = Broker.parse(settings.broker)

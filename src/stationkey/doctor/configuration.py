@@ -32,16 +32,32 @@ def check_file(subject: Subject) -> Iterator[Finding]:
     configured, user = subject.configured, subject.daemon.user
     usual = subject.options.config_file is None and look_at(_USUAL).kind == "file"
     closed = None if configured.file is None else closed_on_the_way(configured.file.path, user)
-    yield judge_file(configured, usual=usual)
+    closed_to_me = configured.file is not None and not os.access(configured.file.path, os.R_OK)
+    yield judge_file(configured, subject.me, usual=usual, closed_to_me=closed_to_me)
     yield from judge_rights(configured.file, user, closed)
     yield from judge_environment(os.environ, subject.options)
     found = list(judge_sense(subject.settings))
     yield from found or [ok("config.sense", "nothing in it contradicts itself")]
 
 
-def judge_file(configured: Configured, *, usual: bool) -> Finding:
-    """Whether the file can be read and is right. `usual`: none is named, and there is one where the package puts it."""
+def judge_file(configured: Configured, me: User, *, usual: bool, closed_to_me: bool = False) -> Finding:
+    """Whether the file can be read and is right.
+
+    Args:
+        configured: what came of it.
+        me: who runs the doctor.
+        usual: none is named, and there is one where the package puts it.
+        closed_to_me: who runs the doctor may not read it, which says nothing of the daemon.
+    """
     facts, name = configured.file, "config.file"
+    if facts is not None and facts.kind == "missing":
+        return failure(
+            name,
+            f"there is no configuration file {facts.path}, and the daemon does not start with it",
+            "correct the path, or make the file; packaging/stationkey.toml says what can be in it",
+        )
+    if facts is not None and closed_to_me and facts.kind in {"file", "unseen"}:
+        return not_checked(name, f"user {me.name} may not read {facts.path}", "run it as root, or as the daemon's user")
     if configured.complaints:
         said = "; ".join(configured.complaints[:_SHOWN])
         more = len(configured.complaints) - _SHOWN
@@ -50,7 +66,7 @@ def judge_file(configured: Configured, *, usual: bool) -> Finding:
             name,
             f"{said}{rest}",
             "the daemon does not start with it. Put it right by packaging/stationkey.toml, which says what each name "
-            "may be. Where it is wrong, the defaults are examined below",
+            "may be. What is right in it is used below, and the defaults for the rest",
         )
     if usual:
         return warning(

@@ -8,6 +8,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from stationkey.config import Settings
+from stationkey.credential import SecretReference
 from stationkey.doctor.findings import Finding, failure, listed, warning
 from stationkey.profiles import ALGORITHMS, PROFILES, RsaModulus
 
@@ -20,6 +21,7 @@ def judge_sense(settings: Settings) -> Iterator[Finding]:
     yield from _about_the_broker(settings)
     yield from _about_the_tpm(settings)
     yield from _about_the_policy(settings)
+    yield from _about_paths(settings)
     if settings.deadlines.ec < _SHORT or settings.deadlines.rsa < _SHORT:
         yield warning(
             "config.sense",
@@ -125,4 +127,25 @@ def _about_the_policy(settings: Settings) -> Iterator[Finding]:
             name,
             f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA",
             "[pool] rsa = 0",
+        )
+
+
+def _about_paths(settings: Settings) -> Iterator[Finding]:
+    """A path leads elsewhere for a service than for the shell that it was tried in, unless it begins at the root."""
+    mqtt, tpm = settings.mqtt, settings.tpm
+    secrets = (
+        *(mqtt.certificate_file, mqtt.key_file, mqtt.username, mqtt.password),
+        *(tpm.owner_auth, tpm.srk_auth, tpm.endorsement_auth, tpm.key_auth),
+    )
+    sources = [secret.source for secret in secrets if isinstance(secret, SecretReference)]
+    # Without a slash it may be the secret itself, set in the wrong place; that is told where secrets are judged.
+    named = [source for source in sources if "/" in source and not source.startswith("credential:")]
+    named += [str(path) for path in (settings.state_dir, settings.certificate_dir, mqtt.ca_file) if path is not None]
+    relative = [path for path in named if not path.startswith("/")]
+    if relative:
+        yield warning(
+            "config.sense",
+            f"{listed(relative)} does not begin with a slash: it is looked for in the directory that the daemon is "
+            "started in, and here in another one, perhaps. Nothing puts a home in the place of ~",
+            "write the whole path",
         )

@@ -26,7 +26,7 @@ from stationkey.doctor.files import (
     user_name,
 )
 from stationkey.doctor.findings import CannotLookError, Finding, Level, failure, listed, not_checked, ok, warning
-from stationkey.doctor.subject import Subject
+from stationkey.doctor.subject import UNREADABLE, Subject
 from stationkey.errors import StationKeyError
 from stationkey.ledger import DATABASE_NAME
 from stationkey.state import LOCK_NAME, refuse_planted, refuse_unfit
@@ -46,6 +46,8 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
     path, user = subject.settings.state_dir, subject.daemon.user
     facts = look_at(path)
     followed = look_at(path, follow=True)
+    if facts.kind == "missing" and "state_dir" in subject.configured.lost:
+        raise CannotLookError(UNREADABLE)
     found = list(judge_directory(followed, facts, user, closed_on_the_way(path, user), nearest(path)))
     if all(finding.level is not Level.FAILURE for finding in found) and (refused := _refused(subject)):
         found = [refused]

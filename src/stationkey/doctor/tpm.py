@@ -35,7 +35,7 @@ from stationkey.doctor.device import (
 from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import ask, judged
-from stationkey.doctor.subject import Subject
+from stationkey.doctor.subject import Subject, unless_guessed
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 from stationkey.terms import TpmTerms
@@ -56,6 +56,16 @@ IDS: Final = (
 
 def check_tpm(subject: Subject) -> Iterator[Finding]:
     """All about the key store."""
+    hang_on = {
+        "keystore": IDS,
+        "tpm": ("tpm.srk", "tpm.authorisation", "tpm.sessions", "tpm.pcrs", "tpm.attestation_key", "tpm.keys"),
+    }
+    return unless_guessed(
+        _check(subject), {name: ids for name, ids in hang_on.items() if name in subject.configured.lost}
+    )
+
+
+def _check(subject: Subject) -> Iterator[Finding]:
     keystore = subject.configured.keystore
     yield judge_keystore(keystore, allowed=subject.settings.allow_software_keys)
     scheme, _, tcti = (keystore or "").partition(":")
