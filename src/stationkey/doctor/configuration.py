@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from stationkey.config import Mqtt
+from stationkey.doctor.device import listeners_on
 from stationkey.doctor.files import READ, Facts, User, closed_on_the_way, look_at, octal, permits
 from stationkey.doctor.findings import Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.sense import judge_sense
 from stationkey.doctor.subject import Configured, Options, Subject
+from stationkey.errors import ConfigurationError
+from stationkey.listener import Address
 
 FILE_IDS: Final = ("config.file", "config.rights", "config.environment", "config.sense")
 _SHOWN: Final = 4
@@ -37,6 +40,8 @@ def check_file(subject: Subject) -> Iterator[Finding]:
     yield from judge_rights(configured.file, user, closed)
     yield from judge_environment(os.environ, subject.options)
     found = list(judge_sense(subject.settings))
+    if subject.settings.metrics and not subject.daemon.running:
+        found += judge_listening(subject.settings.metrics, listeners_on)
     yield from found or [ok("config.sense", "nothing in it contradicts itself")]
 
 
@@ -163,3 +168,29 @@ def judge_environment(environment: Mapping[str, str], options: Options) -> Itera
         yield ok(name, f"{listed(ours)} of this shell win over the file")
     else:
         yield ok(name, "no variable of this shell changes the settings")
+
+
+def judge_listening(listen: str, listeners: Callable[[int], list[str]]) -> Iterator[Finding]:
+    """Whether the daemon will be able to listen where figures are asked for; nothing where all is well.
+
+    Args:
+        listen: as ``[metrics] listen`` has it.
+        listeners: what listens on a port of this machine; see `listeners_on`.
+    """
+    name = "config.sense"
+    try:
+        address = Address.parse(listen)
+    except ConfigurationError:
+        return  # said by judge_sense
+    if address.path is not None and look_at(address.path.parent, follow=True).kind in {"missing", "file"}:
+        yield failure(
+            name,
+            f"[metrics] listen: there is no directory {address.path.parent}, and the daemon does not start without",
+            "RuntimeDirectory= in the unit makes one below /run; or name another path",
+        )
+    elif address.path is None and listeners(address.port):
+        yield failure(
+            name,
+            f"[metrics] listen: another program listens on port {address.port}, and the daemon would not start",
+            f"which one is it (ss -ltnp sport = :{address.port})? Name another port",
+        )

@@ -257,6 +257,15 @@ def _check_settings(subject: Subject) -> Finding:
     return judge_settings(config_of(words, variables), base, subject.configured.file, started)
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal, or by who debugs it [proc(5), /proc/pid/stat]."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[:1] in (["T"], ["t"])
+
+
 def started_at(pid: int) -> float:
     """When a process was started, Unix time [proc(5), /proc/pid/stat and /proc/uptime].
 
@@ -309,6 +318,12 @@ def judge_settings(named: str, base: Path, file: Facts | None, started: float) -
 
 def _judge_daemon(subject: Subject) -> Finding:
     name, daemon = "state.daemon", subject.daemon
+    if daemon.pid is not None and _is_stopped(daemon.pid):
+        return failure(
+            name,
+            f"the daemon (process {daemon.pid}) is stopped: it holds the state directory, and answers nothing",
+            f"kill -CONT {daemon.pid}, or systemctl restart stationkey; who sent it SIGSTOP, or is it in a debugger?",
+        )
     if daemon.pid is not None:
         return ok(name, f"the daemon runs, as {daemon.user.name} (process {daemon.pid})")
     if daemon.running:
