@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import shutil
 import socket
 import sqlite3
@@ -43,6 +44,16 @@ def tool(tpm: Swtpm, *words: str, fails: bool = False) -> None:
         words, env={**os.environ, "TPM2TOOLS_TCTI": tpm.tcti}, capture_output=True, text=True, check=False
     )
     assert (done.returncode != 0) == fails, done.stderr
+
+
+def child_with(parent: int, word: str) -> int:
+    """A process that another has started and that has a word in its command line, or 0."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_child = (process / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
+            if is_child and word in (process / "cmdline").read_text():
+                return int(process.name)
+    return 0
 
 
 def digest(directory: Path) -> dict[str, tuple[str, int, int]]:
@@ -189,6 +200,36 @@ class TestTheCommand:
         assert "says nothing" in found.text("broker.login")
         assert found.level("state.directory") is not Level.NOT_CHECKED
 
+    @pytest.mark.parametrize("form", [[], ["--json"]])
+    def test_where_the_report_cannot_be_written_that_is_said_in_a_line(self, tmp_path: Path, form: list[str]) -> None:
+        with Path("/dev/full").open("w") as full:
+            command = [*DOCTOR, *form, "--state-dir", str(tmp_path / "state")]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == "stationkey: the report cannot be written: No space left on device\n"
+
+    def test_without_a_standard_output_the_exit_status_tells(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        options = f"--broker {mosquitto.url} --keystore {swtpm.uri} --state-dir {tmp_path}/state"
+        for more, status in (("", 0), (" --config /none", 1)):
+            command = ["sh", "-c", f"exec {' '.join(DOCTOR)} {options}{more} >&-"]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+            assert (done.returncode, done.stderr) == (status, "")
+
+    def test_with_it_ends_what_waits_for_a_tpm_that_hangs(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        """Whoever stops the doctor, ``timeout`` for example, leaves no process behind that waits for ever."""
+        swtpm.freeze()
+        command = [*DOCTOR, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as doctor:
+            while not (probe := child_with(doctor.pid, "stationkey.doctor.probe")):
+                assert doctor.poll() is None
+            ended = os.pidfd_open(probe)
+            doctor.terminate()
+        assert select.select([ended], [], [], 30)[0]
+        os.close(ended)
+        swtpm.thaw()
+
     def test_a_pipe_in_place_of_the_configuration_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         assert "is no file" in look(tmp_path, config_file=tmp_path / "pipe").text("config.file")
@@ -243,6 +284,26 @@ class TestConfiguration:
     def test_a_path_that_leads_elsewhere_for_a_service_is_told(self, tmp_path: Path, line: str) -> None:
         found = look(tmp_path, config_file=write_config(tmp_path, line + "\n"), state_dir=None)
         assert "does not begin with a slash" in found.text("config.sense")
+
+    @pytest.mark.parametrize(
+        ("listen", "words"),
+        [
+            pytest.param("127.0.0.1:{port}", "another program listens", id="a port that is taken"),
+            pytest.param("unix:{folder}/none/socket", "no directory", id="a directory that is not there"),
+            pytest.param("nonsense", "no address with a port", id="no address"),
+            pytest.param("0.0.0.0:9464", "other machines", id="open to others"),
+        ],
+    )
+    def test_where_the_daemon_could_not_listen_is_a_failure(self, tmp_path: Path, listen: str, words: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            where = listen.format(port=other.getsockname()[1], folder=tmp_path)
+            found = look(tmp_path, config_file=write_config(tmp_path, f'[metrics]\nlisten = "{where}"\n'))
+        assert found.level("config.sense") is Level.FAILURE
+        assert words in found.text("config.sense")
+
+    def test_an_availability_topic_that_is_one_of_the_others_is_a_failure(self, tmp_path: Path) -> None:
+        config = write_config(tmp_path, 'topic_prefix = "a"\n[mqtt]\navailability_topic = "josev/cs"\n')
+        assert "availability_topic" in look(tmp_path, config_file=config).text("config.sense")
 
     @pytest.mark.parametrize("text", ["broker = ", "\x00", "a = 1\na = 2"])
     def test_what_is_no_toml_is_told(self, tmp_path: Path, text: str) -> None:
@@ -475,6 +536,20 @@ class TestState:
             os.utime(config, (2**32, 2**32))
             assert "restart the daemon" in look(tmp_path, **options).text("state.settings")
             assert f"--config {config}" in look(tmp_path).text("state.settings")
+
+    def test_a_daemon_that_was_stopped_is_a_failure_with_the_way_out(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        """It has the state directory, its session at the broker and the TPM, and answers nothing."""
+        options = {"broker": mosquitto.url, "keystore": swtpm.uri}
+        given = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with Daemon(tmp_path / "daemon", *given, "--state-dir", str(tmp_path / "state")) as daemon:
+            daemon.freeze()
+            found = look(tmp_path, **options)
+            assert found.level("state.daemon") is Level.FAILURE
+            assert daemon.process is not None
+            assert f"kill -CONT {daemon.process.pid}" in found.text("state.daemon")
+            daemon.thaw()
 
     def test_a_ledger_of_a_newer_version_is_a_failure(self, tmp_path: Path) -> None:
         with closing(sqlite3.connect(used(tmp_path) / DATABASE_NAME)) as database:

@@ -4,16 +4,19 @@ A process, and not a thread: a TPM command has no time limit, and one that waits
 It makes no key, starts no TPM, and unloads nothing but the keys that it loaded itself, to see whether this TPM takes
 them. What is found out is printed line by line, so that whoever waits has it even if the next answer never comes.
 
-Standard input: ``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null,
-"keys": {NAME: base64 of the wrapped key}}``. Output: lines of
+Argument: the number of the process that waits for it, with which it ends. Standard input:
+``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null, "keys": {NAME: base64 of the wrapped
+key}}``. Output: lines of
 ``{"part": NAME, "value": ...}`` or ``{"part": NAME, "error": RETURN CODE}``. Judged in `stationkey.doctor.tpm`.
 """
 
 from __future__ import annotations
 
 import base64
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -31,6 +34,7 @@ _VARIABLE: Final = 0x200
 _RSA: Final = (2048, 3072)
 _RANGES: Final = {"loaded_sessions": 0x02000000, "transient": 0x80000000, "persistent": 0x81000000}
 _RC_SUCCESS: Final = 0
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def say(part: str, **what: object) -> None:
@@ -149,8 +153,20 @@ def opens(path: str) -> bool:
     return True
 
 
+def end_with(parent: int) -> None:
+    """Have the kernel end this process with the one that started it: a TPM that hangs would hold it for ever.
+
+    Also where that was ended before it could be asked for [prctl(2), PR_SET_PDEATHSIG].
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def main() -> None:
     """Ask all of it."""
+    if len(sys.argv) > 1:
+        end_with(int(sys.argv[1]))
     asked = json.load(sys.stdin)
     name, _, path = asked["tcti"].partition(":")
     if name == "device" and path and not opens(path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -87,7 +88,7 @@ def _check(subject: Subject) -> Iterator[Finding]:
     asked = {"tcti": tcti, "srk": subject.settings.tpm.srk_handle, "ak": subject.settings.tpm.ak_handle, "keys": keys}
     asked["owner_auth"] = _owner_auth(subject.settings.tpm)
     # -P: no module of the directory that somebody happens to stand in.
-    command = [sys.executable, "-P", "-m", "stationkey.doctor.probe"]
+    command = [sys.executable, "-P", "-m", "stationkey.doctor.probe", str(os.getpid())]
     probe = Probe.read(ask(command, seconds=PATIENCE, given=json.dumps(asked)))
     seen = Seen(
         probe=probe,
