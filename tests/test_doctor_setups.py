@@ -11,8 +11,10 @@ import select
 import shutil
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -376,6 +378,8 @@ class TestConfiguration:
             ("broken key", Level.FAILURE, "its private key cannot be read"),
             ("in the TPM", Level.OK, "is used in the TPM"),
             ("large", Level.FAILURE, "larger than 1 MiB"),
+            ("DER", Level.FAILURE, "openssl x509 -inform DER"),
+            ("PKCS #12", Level.FAILURE, "openssl pkcs12"),
         ],
     )
     def test_the_files_of_tls_are_judged(self, tmp_path: Path, harm: str, level: Level, words: str) -> None:
@@ -395,6 +399,10 @@ class TestConfiguration:
                 key.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
             case "in the TPM":
                 key.write_text("-----BEGIN TSS2 PRIVATE KEY-----\nAAAA\n-----END TSS2 PRIVATE KEY-----\n")
+            case "DER":
+                ca.write_bytes(ssl.PEM_cert_to_DER_cert(ca.read_text()))
+            case "PKCS #12":
+                ca.write_bytes(b"\x30\x82\x01\x00" + bytes(256))
             case "large":
                 ca.write_bytes(bytes(2**20 + 1))
         text = f'[mqtt]\nca_file = "{ca}"\ncertificate_file = "{certificate}"\nkey_file = "{key}"\n'
@@ -752,6 +760,82 @@ class TestBroker:
                     time.sleep(0.01)  # a log has no events
                 assert daemon.run_log.count("accepted") == 1
 
+    @pytest.mark.parametrize(
+        ("limit", "words"),
+        [
+            ("message_size_limit 1000", "none of 4096 octets"),
+            ("max_packet_size 1000", "none of 4096 octets"),
+            ("message_size_limit 20", "message_size_limit"),
+            ("max_qos 0", "max_qos"),
+        ],
+    )
+    def test_a_broker_that_would_not_take_an_answer_is_a_failure(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, words: str
+    ) -> None:
+        """And no session is left behind where the broker ends the connection for it."""
+        monkeypatch.setattr("stationkey.doctor.visit._client_id", lambda: "stationkey-doctor-1")
+        with guarded(tmp_path / "guarded", OURS, CLOSED, limit) as (broker, config):
+            found = look(tmp_path, broker=None, config_file=config)
+            assert found.level("broker.publish") is Level.FAILURE
+            assert words in found.text("broker.publish")
+            terms = MqttTerms(username="stationkey", password=SecretReference(str(tmp_path / "guarded" / "secret")))
+
+            async def resumed() -> bool:
+                at = Broker.parse(broker.url)
+                async with await connect(at, client_id="stationkey-doctor-1", persistent=True, terms=terms) as again:
+                    return again.resumed
+
+            assert not asyncio.run(resumed())
+
+    def test_topics_are_called_by_their_names_with_the_prefix(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
+        found = look(tmp_path, broker=mosquitto.url, topic_prefix="site/7")
+        for name in ("publish", "subscribe", "josev", "daemon", "retained"):
+            assert "site/7/" in found.text(f"broker.{name}")
+
+    def test_what_lies_on_a_topic_is_taken_away_as_it_is_said(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
+        at = ("-p", str(mosquitto.port))
+        subprocess.run(["mosquitto_pub", *at, "-t", "a/josev/cs", "-r", "-m", "old"], check=True)
+        found = look(tmp_path, broker=mosquitto.url, topic_prefix="a")
+        (advice,) = (finding.advice for finding in found["broker.retained"])
+        subprocess.run(advice.partition(": ")[2].partition(";")[0].split(), check=True)
+        assert look(tmp_path, broker=mosquitto.url, topic_prefix="a").level("broker.retained") is Level.OK
+
+    def test_a_credential_of_the_unit_is_used_where_systemd_has_put_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The doctor is run from a shell, and the daemon by its unit: what that gets, the shell has not."""
+        monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+        monkeypatch.setattr("stationkey.doctor.subject.CREDENTIALS", tmp_path / "credentials")
+        with guarded(tmp_path / "guarded", OURS, CLOSED) as (broker, _):
+            text = f'broker = "{broker.url}"\n[mqtt]\nusername = "stationkey"\npassword_file = "credential:password"\n'
+            config = write_config(tmp_path, text)
+            before = look(tmp_path, broker=None, config_file=config)
+            directory = tmp_path / "credentials" / "stationkey.service"
+            directory.mkdir(parents=True)
+            (tmp_path / "guarded" / "secret").rename(directory / "password")
+            after = look(tmp_path, broker=None, config_file=config)
+        assert before.level("broker.login") is Level.NOT_CHECKED
+        assert "while the unit runs" in before.text("broker.login")
+        assert after.level("broker.publish") is Level.OK
+
+    def test_a_password_that_this_user_may_not_read_says_nothing_of_the_daemon(self) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("root makes a file that another user may not read")
+        with (
+            tempfile.TemporaryDirectory(prefix="stationkey-") as name,  # where others may go, too
+            guarded(Path(name, "guarded"), OURS, CLOSED) as (broker, config),
+        ):
+            Path(name).chmod(0o755)
+            config.chmod(0o644)
+            state = Path(name, "state")
+            state.mkdir(mode=0o700)
+            os.chown(state, 4711, 4711)  # somebody's, and not that of whoever looks
+            found = as_nobody(Path(name), config=config, broker=broker.url)
+        assert found.level("config.file") is Level.OK
+        assert found.level("state.directory") is not Level.FAILURE
+        assert found.level("broker.login") is Level.NOT_CHECKED
+        assert "run it as root" in found.text("broker.login")
+
     @pytest.mark.parametrize("acl", [OURS, ""], ids=["rights", "none"])
     def test_no_session_is_left_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acl: str) -> None:
         monkeypatch.setattr("stationkey.doctor.visit._client_id", lambda: "stationkey-doctor-1")
@@ -867,6 +951,28 @@ class TestBroker:
             found = look(tmp_path, broker=url, config_file=config)
         assert found.level("broker.tls") is level
         assert words in found.text("broker.tls")
+
+    def test_a_client_s_certificate_that_the_broker_does_not_take_is_told(self, tmp_path: Path) -> None:
+        """Whichever comes first, the alert or the end of the connection: the hint is at the certificate."""
+        pki, others = Pki(tmp_path / "pki"), Pki(tmp_path / "others")
+        certificate, key = pki.issue("broker")
+        own, own_key = others.issue("station")
+        lines = (f"certfile {certificate}", f"keyfile {key}", f"cafile {pki.ca_file}", "require_certificate true")
+        with Mosquitto(tmp_path / "broker", *lines) as broker:
+            text = f'[mqtt]\nca_file = "{pki.ca_file}"\ncertificate_file = "{own}"\nkey_file = "{own_key}"\n'
+            found = look(tmp_path, broker=f"mqtts://localhost:{broker.port}", config_file=write_config(tmp_path, text))
+        assert found.level("broker.login") is Level.FAILURE
+        assert "client certificate" in found.text("broker.login")
+
+    def test_what_is_wrong_on_our_side_is_not_looked_for_in_the_broker_s_log(
+        self, tmp_path: Path, mosquitto: Mosquitto
+    ) -> None:
+        (tmp_path / "name").write_bytes(b"\xff\xfe")
+        (tmp_path / "name").chmod(0o600)
+        config = write_config(tmp_path, f'[mqtt]\nusername_file = "{tmp_path}/name"\n')
+        assert "correct it under [mqtt]" in look(tmp_path, broker=mosquitto.url, config_file=config).text(
+            "broker.login"
+        )
 
     def test_tls_is_told_from_no_tls(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
         certificate, key = Pki(tmp_path / "pki").issue("broker")

@@ -10,6 +10,7 @@ start rather than when a certificate is due.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import os
 import stat
@@ -365,7 +366,7 @@ def _content(path: Path) -> tuple[bytes, bool]:
 
 def _table(path: Path, content: bytes) -> dict[str, object]:
     try:
-        text = content.decode("utf-8-sig")  # some editors put a byte order mark before it, which nobody sees
+        text = content.removeprefix(codecs.BOM_UTF8).decode()  # some editors put that mark there, and nobody sees it
     except UnicodeDecodeError:
         raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
     try:

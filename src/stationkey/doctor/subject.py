@@ -20,6 +20,8 @@ from stationkey.state import LOCK_NAME
 UNIT: Final = "stationkey.service"
 USER: Final = "stationkey"
 """The user that the package makes for the daemon."""
+CREDENTIALS: Final = Path("/run/credentials")
+"""Where systemd puts what a unit loads [systemd.exec(5), LoadCredential=]."""
 _SYSTEMD: Final = Path("/run/systemd/system")
 _LOCKS: Final = Path("/proc/locks")
 _PATIENCE: Final = 1.5
@@ -198,7 +200,7 @@ def path_of(reference: SecretReference) -> Path | None:
     try:
         return reference.path
     except ConfigurationError:
-        path = Path("/run/credentials", UNIT, reference.source.partition(":")[2])
+        path = Path(CREDENTIALS, UNIT, reference.source.partition(":")[2])
         return path if look_at(path).there else None
 
 
@@ -233,7 +235,7 @@ def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
         user, known_by = named, f"{UNIT} says so"
     elif (made := User.named(USER)) is not None:
         user, known_by = made, "that is the user which the package makes for it"
-    elif me.uid == 0 and directory.there and directory.uid != 0:
+    elif directory.there and directory.uid not in {0, me.uid}:
         user, known_by = User.numbered(directory.uid), f"{state_dir} belongs to it"
     else:
         user, known_by = me, "that is who runs this"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
+from stationkey.credential import SecretReference
 from stationkey.doctor import abilities, condition
 from stationkey.doctor.answers import (
     MANAGER_ADVICE,
@@ -36,7 +37,7 @@ from stationkey.doctor.device import (
 from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import ask, judged
-from stationkey.doctor.subject import Subject, unless_guessed
+from stationkey.doctor.subject import Subject, path_of, unless_guessed
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 from stationkey.terms import TpmTerms
@@ -172,8 +173,10 @@ def _owner_auth(settings: TpmTerms) -> str | None:
     """The owner's authorisation value in base64, to be tried; not where it must not cross the bus in the clear."""
     if settings.owner_auth is None or settings.session != "none":
         return None
+    if (path := path_of(settings.owner_auth)) is None:
+        return None
     try:
-        return base64.b64encode(settings.owner_auth.read()).decode("ascii")
+        return base64.b64encode(SecretReference(str(path)).read()).decode("ascii")
     except ConfigurationError:
         return None  # the check of the secrets says why
 
