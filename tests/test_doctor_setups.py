@@ -484,6 +484,68 @@ class TestTpm:
         assert found.level("tpm.lockout") is Level.OK
         assert "hunter" not in json.dumps(found.report.to_json())
 
+    @pytest.mark.parametrize("noda", [True, False])
+    def test_a_storage_root_key_with_a_password_is_found_out_without_a_wrong_try(
+        self, tmp_path: Path, swtpm: Swtpm, noda: bool
+    ) -> None:
+        """Where wrong tries are counted nothing is tried: to look must not bring the TPM nearer to its lockout."""
+        attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|decrypt" + "|noda" * noda
+        key, words = str(tmp_path / "key"), ("-G", "ecc256:aes128cfb", "-p", "hunter2", "-a", attributes)
+        tool(swtpm, "tpm2_createprimary", "-C", "o", *words, "-c", key)
+        tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", key, "0x81000001")
+        tool(swtpm, "tpm2_flushcontext", "-t")
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert found.level("tpm.srk") is (Level.FAILURE if noda else Level.WARNING)
+        assert found.level("tpm.lockout") is Level.OK
+        if noda:
+            assert "srk_auth" in found.text("tpm.srk")
+            tool(swtpm, *found.text("tpm.srk").rpartition(": ")[2].split())
+            assert look(tmp_path, keystore=swtpm.uri).level("tpm.srk") is Level.OK
+
+    def test_advice_about_what_has_a_password_says_where_it_goes(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        key = str(tmp_path / "key")
+        tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "ecc384:aes256cfb", "-g", "sha384", "-c", key)
+        tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", key, "0x81000001")
+        tool(swtpm, "tpm2_flushcontext", "-t")
+        tool(swtpm, "tpm2_changeauth", "-c", "owner", "hunter2")
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert "the curve P-384" in found.text("tpm.srk")
+        command = found.text("tpm.srk").partition("needs it: ")[2].partition(";")[0]
+        tool(swtpm, *command.replace("PASSWORD", "hunter2").split())
+        assert "owner_auth" in look(tmp_path, keystore=swtpm.uri).text("tpm.srk")
+
+    @pytest.mark.parametrize("password", [[], ["-p", "hunter2"]], ids=["without a password", "with one"])
+    def test_a_protection_that_is_switched_off_is_told(self, tmp_path: Path, swtpm: Swtpm, password: list[str]) -> None:
+        off = ("--setup-parameters", "--max-tries=3", "--recovery-time=0", "--lockout-recovery-time=0")
+        tool(swtpm, "tpm2_dictionarylockout", *off)
+        if password:
+            tool(swtpm, "tpm2_changeauth", "-c", "lockout", "hunter2")
+        (found,) = look(tmp_path, keystore=swtpm.uri)["tpm.lockout"]
+        assert found.level is Level.WARNING
+        tool(swtpm, *found.advice.replace("PASSWORD", "hunter2").split())
+        assert look(tmp_path, keystore=swtpm.uri).level("tpm.lockout") is Level.OK
+
+    @pytest.mark.parametrize(
+        ("tcti", "name", "words"),
+        [
+            pytest.param("swtpm:host=127.0.0.1,port={control}", "tpm.reachable", "right port", id="its other port"),
+            pytest.param("swtpm:host=127.0.0.1,port={broker}", "tpm.reachable", "right port", id="a broker"),
+            pytest.param("swtpm:path={folder}/none", "tpm.device", "none is not there", id="no such socket"),
+            pytest.param("swtpm:path={folder}/file", "tpm.device", "no socket but a file", id="no socket"),
+            pytest.param(" swtpm:port=1", "tpm.reachable", "a blank in it", id="a blank"),
+            pytest.param("device:{folder}/link", "tpm.device", "leads nowhere", id="a link that leads nowhere"),
+        ],
+    )
+    def test_what_is_wrong_with_the_way_to_it_is_told(
+        self, tmp_path: Path, swtpm: Swtpm, mosquitto: Mosquitto, tcti: str, name: str, words: str
+    ) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "link").symlink_to(tmp_path / "nothing")
+        tcti = tcti.format(folder=tmp_path, control=swtpm.port + 1, broker=mosquitto.port)
+        found = look(tmp_path, keystore=f"tpm2:{tcti}")
+        assert found.level(name) is Level.FAILURE
+        assert words in found.text(name)
+
     def test_active_keys_of_another_tpm_are_named(self, tmp_path: Path, swtpm: Swtpm) -> None:
         state = used(tmp_path, keystore=swtpm.uri)
         swtpm.terminate()
