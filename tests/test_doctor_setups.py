@@ -352,12 +352,15 @@ class TestConfiguration:
             ("file", Level.FAILURE),
             ("missing", Level.FAILURE),
             ("many", Level.FAILURE),
+            ("loop", Level.FAILURE),
         ],
     )
     def test_the_directory_of_certificates_is_looked_at(self, tmp_path: Path, harm: str, level: Level) -> None:
         directory = tmp_path / "certificates"
         if harm == "file":
             directory.touch()
+        elif harm == "loop":
+            directory.symlink_to(directory)
         elif harm != "missing":
             directory.mkdir()
             directory.chmod(0o777 if harm == "mode" else 0o755)
@@ -639,7 +642,7 @@ class TestState:
             pytest.param("hard link", "state.files", "a hard link", id="the ledger has a second name"),
             pytest.param("group", "state.directory", "chmod go-w", id="a group may write in the directory above"),
             pytest.param("shared", "state.directory", "other files in it", id="it is open, and not of its own"),
-            pytest.param("loop", "state.directory", "symbolic links", id="a link to itself"),
+            pytest.param("loop", "state.directory", "leads nowhere", id="a link to itself"),
             pytest.param("file", "state.directory", "Not a directory", id="below a file"),
             pytest.param("long", "state.directory", "name too long", id="a name that is too long"),
         ],
@@ -848,6 +851,12 @@ class TestBroker:
                     return again.resumed
 
             assert not asyncio.run(resumed())
+
+    @pytest.mark.parametrize("prefix", ["a/#", "$SYS", "x" * 2000], ids=["a wildcard", "the broker's own", "too long"])
+    def test_a_topic_prefix_that_is_none_is_told_with_what_it_may_be(self, tmp_path: Path, prefix: str) -> None:
+        found = look(tmp_path, topic_prefix=prefix)
+        assert found.level("broker.url") is Level.FAILURE
+        assert "correct topic_prefix" in found.text("broker.url")
 
     def test_topics_are_called_by_their_names_with_the_prefix(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
         found = look(tmp_path, broker=mosquitto.url, topic_prefix="site/7")

@@ -23,7 +23,7 @@ from stationkey.doctor.sense import is_loopback
 from stationkey.doctor.subject import Subject, path_of, unless_guessed
 from stationkey.doctor.visit import LARGE, Visit, visit
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.mqtt import Broker, ProtocolRefused, topics
+from stationkey.mqtt import MAX_PREFIX, Broker, ProtocolRefused, topics
 from stationkey.terms import MqttTerms
 from stationkey.trust import introduction, no_handshake
 
@@ -55,7 +55,10 @@ def _check(subject: Subject) -> Iterator[Finding]:
         broker = Broker.parse(settings.broker)
         topics(settings.topic_prefix)
     except ConfigurationError as error:
-        yield failure("broker.url", error.message, error.hint or "correct it in the configuration")
+        hint = error.hint or "correct it in the configuration"
+        if error.reason == "topic_prefix_invalid":
+            hint = f"correct topic_prefix: no + and #, no $ at its beginning, {MAX_PREFIX} bytes at the most"
+        yield failure("broker.url", error.message, hint)
         raise CannotLookError("there is no usable address of a broker") from None
     local = is_loopback(broker.host)
     yield judge_url(broker, local=local, port_in_use_for_tls=8883)
