@@ -73,7 +73,8 @@ def as_nobody(folder: Path, **options: object) -> Findings:
     settings |= {name: str(value) for name, value in options.items()}
     arguments = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     change = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})" if os.geteuid() == 0 else "pass"
-    program = f"import os, sys, asyncio; from stationkey.cli_doctor import doctor; {change}; doctor(sys.argv[1:])"
+    modules = "os, sys, asyncio, encodings.idna"  # the last is looked for by the first name that is looked up
+    program = f"import {modules}; from stationkey.cli_doctor import doctor; {change}; doctor(sys.argv[1:])"
     plain = {name: value for name, value in os.environ.items() if not name.startswith("COV")}  # nobody may write there
     return read(command_output([sys.executable, "-c", program, "--json", *arguments], environment=plain))
 
@@ -81,7 +82,7 @@ def as_nobody(folder: Path, **options: object) -> Findings:
 def command_output(command: list[str], environment: Mapping[str, str] = os.environ) -> str:
     """What a command prints. Whatever it finds, it says nothing on standard error, and ends by itself."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
-    assert done.stderr == ""
+    assert done.stderr == "", done.stderr
     assert done.returncode in {0, 1}
     return done.stdout
 

@@ -199,8 +199,8 @@ class TestConfiguration:
 
     def test_a_file_that_is_not_named_and_there_is_told(self) -> None:
         configured = Configured(file=None, complaints=(), settings=settings(), keystore=None)
-        assert configuration.judge_file(configured, usual=True).level is WARNING
-        assert configuration.judge_file(configured, usual=False).level is OK
+        assert configuration.judge_file(configured, STATION, usual=True).level is WARNING
+        assert configuration.judge_file(configured, STATION, usual=False).level is OK
 
     @pytest.mark.parametrize(
         ("environment", "level"),
@@ -224,7 +224,7 @@ class TestConfiguration:
             ('broker = "mqtt://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', FAILURE, "in the clear"),
             ('broker = "mqtts://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', OK, ""),
             ('[mqtt]\nusername = "u"', WARNING, "neither password nor certificate"),
-            ('[mqtt]\navailability_topic = "a/#"', FAILURE, "wildcard"),
+            ('[mqtt]\navailability_topic = "a/#"', FAILURE, "cannot be the availability topic"),
             ('[tpm]\nkey_auth = "generated"', WARNING, "listens on the bus"),
             ('[tpm]\npcrs = [7]\npcr_bank = "sha1"', WARNING, "SHA-1"),
             ("allow_software_keys = true", WARNING, "not used"),
@@ -232,7 +232,7 @@ class TestConfiguration:
             ('[policy]\nalgorithms = ["ECDSA_SHA256", "ECDSA_SHA512"]', WARNING, "[pool] makes 1 RSA"),
             ("[policy]\ncertificate_types = []", FAILURE, "a list is empty"),
             ("[deadlines]\nec = 0.5", WARNING, "busy"),
-            ('[metrics]\nlisten = "0.0.0.0:9100"', FAILURE, "from outside"),
+            ('[metrics]\nlisten = "0.0.0.0:9100"', FAILURE, "from other machines"),
             ('[metrics]\nlisten = "[::1]:9100"', OK, ""),
             ('[metrics]\nlisten = "unix:/run/x"', OK, ""),
         ],
@@ -577,7 +577,7 @@ class TestState:
         ("changes", "user", "level", "words"),
         [
             ({}, STATION, OK, ""),
-            ({}, ROOT, WARNING, "run as root"),
+            ({}, ROOT, FAILURE, "does not take another's"),
             ({"uid": 0, "gid": 0}, STATION, FAILURE, "chown -R"),
             ({"mode": 0o755}, STATION, WARNING, "look into"),
             ({"mode": 0o777}, STATION, FAILURE, "others may write"),

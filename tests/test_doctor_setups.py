@@ -7,11 +7,14 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import shutil
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,14 +24,16 @@ from pathlib import Path
 import pytest
 from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port, search_path
 
-from doctors import Pki, as_nobody, command_output, look, read, write_config
+from doctors import NOBODY, Pki, as_nobody, command_output, look, read, write_config
 from parts import station
 from stationkey.credential import SecretReference
 from stationkey.doctor import AREAS, Level
+from stationkey.errors import StationKeyError
 from stationkey.keystore.tpm2 import Tpm2KeyStore
 from stationkey.ledger import DATABASE_NAME, Ledger
 from stationkey.mqtt import Broker, connect
 from stationkey.profiles import Algorithm
+from stationkey.state import StateDirectory
 from stationkey.terms import MqttTerms
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +46,16 @@ def tool(tpm: Swtpm, *words: str, fails: bool = False) -> None:
         words, env={**os.environ, "TPM2TOOLS_TCTI": tpm.tcti}, capture_output=True, text=True, check=False
     )
     assert (done.returncode != 0) == fails, done.stderr
+
+
+def child_with(parent: int, word: str) -> int:
+    """A process that another has started and that has a word in its command line, or 0."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_child = (process / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
+            if is_child and word in (process / "cmdline").read_text():
+                return int(process.name)
+    return 0
 
 
 def digest(directory: Path) -> dict[str, tuple[str, int, int]]:
@@ -157,8 +172,8 @@ class TestTheCommand:
         )
         assert done.returncode == 1
         assert done.stderr == ""
-        assert "FAILURE   config.file: the configuration file" in done.stdout
-        assert done.stdout.splitlines()[-1].startswith("3 failures, ")
+        assert "FAILURE   config.file: there is no configuration file" in done.stdout
+        assert done.stdout.splitlines()[-1].startswith("2 failures, ")
         assert max(map(len, done.stdout.splitlines())) <= 80
         assert "\x1b" not in done.stdout
 
@@ -187,6 +202,36 @@ class TestTheCommand:
         assert "says nothing" in found.text("broker.login")
         assert found.level("state.directory") is not Level.NOT_CHECKED
 
+    @pytest.mark.parametrize("form", [[], ["--json"]])
+    def test_where_the_report_cannot_be_written_that_is_said_in_a_line(self, tmp_path: Path, form: list[str]) -> None:
+        with Path("/dev/full").open("w") as full:
+            command = [*DOCTOR, *form, "--state-dir", str(tmp_path / "state")]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == "stationkey: the report cannot be written: No space left on device\n"
+
+    def test_without_a_standard_output_the_exit_status_tells(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        options = f"--broker {mosquitto.url} --keystore {swtpm.uri} --state-dir {tmp_path}/state"
+        for more, status in (("", 0), (" --config /none", 1)):
+            command = ["sh", "-c", f"exec {' '.join(DOCTOR)} {options}{more} >&-"]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+            assert (done.returncode, done.stderr) == (status, "")
+
+    def test_with_it_ends_what_waits_for_a_tpm_that_hangs(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        """Whoever stops the doctor, ``timeout`` for example, leaves no process behind that waits for ever."""
+        swtpm.freeze()
+        command = [*DOCTOR, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as doctor:
+            while not (probe := child_with(doctor.pid, "stationkey.doctor.probe")):
+                assert doctor.poll() is None
+            ended = os.pidfd_open(probe)
+            doctor.terminate()
+        assert select.select([ended], [], [], 30)[0]
+        os.close(ended)
+        swtpm.thaw()
+
     def test_a_pipe_in_place_of_the_configuration_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         assert "is no file" in look(tmp_path, config_file=tmp_path / "pipe").text("config.file")
@@ -198,6 +243,69 @@ class TestConfiguration:
         found = look(tmp_path, config_file=write_config(tmp_path, text), broker=None)
         assert all(word in found.text("config.file") for word in ("brocker", "$.pool.rsa", "$.deadlines.ec"))
         assert text.split('"')[1] in found.text("broker.url")
+
+    @pytest.mark.parametrize("text", ["broker = ", "\x00", "a = 1\na = 2", "broker = 1\nkeystore = 2\nstate_dir = 3\n"])
+    def test_a_wrong_file_is_the_only_failure(self, tmp_path: Path, text: str) -> None:
+        """What it says of the rest is not known; that nothing is where it is guessed says nothing."""
+        config = write_config(tmp_path, text)
+        found = look(tmp_path, config_file=config, broker=None, keystore=None, state_dir=None)
+        assert found.failures == {"config.file"}
+        assert "put that right first" in found.text("broker.port") + found.text("tpm.keystore")
+
+    def test_one_mistake_in_a_section_does_not_cost_the_rest_of_it(self, tmp_path: Path) -> None:
+        secret = tmp_path / "secret"
+        text = f'[mqtt]\nusername = "us"\npassword_file = "{secret}"\nca_fiel = "ca"\nserver_name = 1\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text))
+        assert all(word in found.text("config.file") for word in ("ca_fiel", "server_name"))
+        assert str(secret) in found.text("config.secrets")
+
+    def test_what_two_names_are_together_is_told_too(self, tmp_path: Path) -> None:
+        text = '[mqtt]\npassword_file = "/x"\nca_fiel = "ca"\n'
+        found = look(tmp_path, config_file=write_config(tmp_path, text))
+        assert all(word in found.text("config.file") for word in ("ca_fiel", "no username"))
+
+    def test_a_byte_order_mark_is_no_mistake(self, tmp_path: Path) -> None:
+        """Nobody sees it, and what is said of it would point at a line without a fault."""
+        config = write_config(tmp_path, "")
+        config.write_bytes(b"\xef\xbb\xbfbroker = 'mqtt://127.0.0.1:1'\n")
+        found = look(tmp_path, config_file=config, broker=None)
+        assert found.level("config.file") is Level.OK
+        assert "mqtt://127.0.0.1:1" in found.text("broker.url")
+
+    def test_a_file_that_this_user_may_not_read_says_nothing_of_the_daemon(self, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("root makes a file that another user may not read")
+        for directory in (tmp_path, *tmp_path.parents):
+            if len(directory.parts) > 3:
+                directory.chmod(0o711)
+        found = as_nobody(tmp_path, config=write_config(tmp_path, ""))
+        assert found.level("config.file") is Level.NOT_CHECKED
+        assert "run it as root" in found.text("config.file")
+
+    @pytest.mark.parametrize("line", ['state_dir = "state"', '[mqtt]\nca_file = "~/ca.pem"', '[tpm]\nsrk_auth = "a/b"'])
+    def test_a_path_that_leads_elsewhere_for_a_service_is_told(self, tmp_path: Path, line: str) -> None:
+        found = look(tmp_path, config_file=write_config(tmp_path, line + "\n"), state_dir=None)
+        assert "does not begin with a slash" in found.text("config.sense")
+
+    @pytest.mark.parametrize(
+        ("listen", "words"),
+        [
+            pytest.param("127.0.0.1:{port}", "another program listens", id="a port that is taken"),
+            pytest.param("unix:{folder}/none/socket", "no directory", id="a directory that is not there"),
+            pytest.param("nonsense", "no address with a port", id="no address"),
+            pytest.param("0.0.0.0:9464", "other machines", id="open to others"),
+        ],
+    )
+    def test_where_the_daemon_could_not_listen_is_a_failure(self, tmp_path: Path, listen: str, words: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            where = listen.format(port=other.getsockname()[1], folder=tmp_path)
+            found = look(tmp_path, config_file=write_config(tmp_path, f'[metrics]\nlisten = "{where}"\n'))
+        assert found.level("config.sense") is Level.FAILURE
+        assert words in found.text("config.sense")
+
+    def test_an_availability_topic_that_is_one_of_the_others_is_a_failure(self, tmp_path: Path) -> None:
+        config = write_config(tmp_path, 'topic_prefix = "a"\n[mqtt]\navailability_topic = "josev/cs"\n')
+        assert "availability_topic" in look(tmp_path, config_file=config).text("config.sense")
 
     @pytest.mark.parametrize("text", ["broker = ", "\x00", "a = 1\na = 2"])
     def test_what_is_no_toml_is_told(self, tmp_path: Path, text: str) -> None:
@@ -244,12 +352,15 @@ class TestConfiguration:
             ("file", Level.FAILURE),
             ("missing", Level.FAILURE),
             ("many", Level.FAILURE),
+            ("loop", Level.FAILURE),
         ],
     )
     def test_the_directory_of_certificates_is_looked_at(self, tmp_path: Path, harm: str, level: Level) -> None:
         directory = tmp_path / "certificates"
         if harm == "file":
             directory.touch()
+        elif harm == "loop":
+            directory.symlink_to(directory)
         elif harm != "missing":
             directory.mkdir()
             directory.chmod(0o777 if harm == "mode" else 0o755)
@@ -270,6 +381,8 @@ class TestConfiguration:
             ("broken key", Level.FAILURE, "its private key cannot be read"),
             ("in the TPM", Level.OK, "is used in the TPM"),
             ("large", Level.FAILURE, "larger than 1 MiB"),
+            ("DER", Level.FAILURE, "openssl x509 -inform DER"),
+            ("PKCS #12", Level.FAILURE, "openssl pkcs12"),
         ],
     )
     def test_the_files_of_tls_are_judged(self, tmp_path: Path, harm: str, level: Level, words: str) -> None:
@@ -289,6 +402,10 @@ class TestConfiguration:
                 key.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
             case "in the TPM":
                 key.write_text("-----BEGIN TSS2 PRIVATE KEY-----\nAAAA\n-----END TSS2 PRIVATE KEY-----\n")
+            case "DER":
+                ca.write_bytes(ssl.PEM_cert_to_DER_cert(ca.read_text()))
+            case "PKCS #12":
+                ca.write_bytes(b"\x30\x82\x01\x00" + bytes(256))
             case "large":
                 ca.write_bytes(bytes(2**20 + 1))
         text = f'[mqtt]\nca_file = "{ca}"\ncertificate_file = "{certificate}"\nkey_file = "{key}"\n'
@@ -370,6 +487,68 @@ class TestTpm:
         assert found.level("tpm.lockout") is Level.OK
         assert "hunter" not in json.dumps(found.report.to_json())
 
+    @pytest.mark.parametrize("noda", [True, False])
+    def test_a_storage_root_key_with_a_password_is_found_out_without_a_wrong_try(
+        self, tmp_path: Path, swtpm: Swtpm, noda: bool
+    ) -> None:
+        """Where wrong tries are counted nothing is tried: to look must not bring the TPM nearer to its lockout."""
+        attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|decrypt" + "|noda" * noda
+        key, words = str(tmp_path / "key"), ("-G", "ecc256:aes128cfb", "-p", "hunter2", "-a", attributes)
+        tool(swtpm, "tpm2_createprimary", "-C", "o", *words, "-c", key)
+        tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", key, "0x81000001")
+        tool(swtpm, "tpm2_flushcontext", "-t")
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert found.level("tpm.srk") is (Level.FAILURE if noda else Level.WARNING)
+        assert found.level("tpm.lockout") is Level.OK
+        if noda:
+            assert "srk_auth" in found.text("tpm.srk")
+            tool(swtpm, *found.text("tpm.srk").rpartition(": ")[2].split())
+            assert look(tmp_path, keystore=swtpm.uri).level("tpm.srk") is Level.OK
+
+    def test_advice_about_what_has_a_password_says_where_it_goes(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        key = str(tmp_path / "key")
+        tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "ecc384:aes256cfb", "-g", "sha384", "-c", key)
+        tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", key, "0x81000001")
+        tool(swtpm, "tpm2_flushcontext", "-t")
+        tool(swtpm, "tpm2_changeauth", "-c", "owner", "hunter2")
+        found = look(tmp_path, keystore=swtpm.uri)
+        assert "the curve P-384" in found.text("tpm.srk")
+        command = found.text("tpm.srk").partition("needs it: ")[2].partition(";")[0]
+        tool(swtpm, *command.replace("PASSWORD", "hunter2").split())
+        assert "owner_auth" in look(tmp_path, keystore=swtpm.uri).text("tpm.srk")
+
+    @pytest.mark.parametrize("password", [[], ["-p", "hunter2"]], ids=["without a password", "with one"])
+    def test_a_protection_that_is_switched_off_is_told(self, tmp_path: Path, swtpm: Swtpm, password: list[str]) -> None:
+        off = ("--setup-parameters", "--max-tries=3", "--recovery-time=0", "--lockout-recovery-time=0")
+        tool(swtpm, "tpm2_dictionarylockout", *off)
+        if password:
+            tool(swtpm, "tpm2_changeauth", "-c", "lockout", "hunter2")
+        (found,) = look(tmp_path, keystore=swtpm.uri)["tpm.lockout"]
+        assert found.level is Level.WARNING
+        tool(swtpm, *found.advice.replace("PASSWORD", "hunter2").split())
+        assert look(tmp_path, keystore=swtpm.uri).level("tpm.lockout") is Level.OK
+
+    @pytest.mark.parametrize(
+        ("tcti", "name", "words"),
+        [
+            pytest.param("swtpm:host=127.0.0.1,port={control}", "tpm.reachable", "right port", id="its other port"),
+            pytest.param("swtpm:host=127.0.0.1,port={broker}", "tpm.reachable", "right port", id="a broker"),
+            pytest.param("swtpm:path={folder}/none", "tpm.device", "none is not there", id="no such socket"),
+            pytest.param("swtpm:path={folder}/file", "tpm.device", "no socket but a file", id="no socket"),
+            pytest.param(" swtpm:port=1", "tpm.reachable", "a blank in it", id="a blank"),
+            pytest.param("device:{folder}/link", "tpm.device", "leads nowhere", id="a link that leads nowhere"),
+        ],
+    )
+    def test_what_is_wrong_with_the_way_to_it_is_told(
+        self, tmp_path: Path, swtpm: Swtpm, mosquitto: Mosquitto, tcti: str, name: str, words: str
+    ) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "link").symlink_to(tmp_path / "nothing")
+        tcti = tcti.format(folder=tmp_path, control=swtpm.port + 1, broker=mosquitto.port)
+        found = look(tmp_path, keystore=f"tpm2:{tcti}")
+        assert found.level(name) is Level.FAILURE
+        assert words in found.text(name)
+
     def test_active_keys_of_another_tpm_are_named(self, tmp_path: Path, swtpm: Swtpm) -> None:
         state = used(tmp_path, keystore=swtpm.uri)
         swtpm.terminate()
@@ -431,6 +610,20 @@ class TestState:
             assert "restart the daemon" in look(tmp_path, **options).text("state.settings")
             assert f"--config {config}" in look(tmp_path).text("state.settings")
 
+    def test_a_daemon_that_was_stopped_is_a_failure_with_the_way_out(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        """It has the state directory, its session at the broker and the TPM, and answers nothing."""
+        options = {"broker": mosquitto.url, "keystore": swtpm.uri}
+        given = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with Daemon(tmp_path / "daemon", *given, "--state-dir", str(tmp_path / "state")) as daemon:
+            daemon.freeze()
+            found = look(tmp_path, **options)
+            assert found.level("state.daemon") is Level.FAILURE
+            assert daemon.process is not None
+            assert f"kill -CONT {daemon.process.pid}" in found.text("state.daemon")
+            daemon.thaw()
+
     def test_a_ledger_of_a_newer_version_is_a_failure(self, tmp_path: Path) -> None:
         with closing(sqlite3.connect(used(tmp_path) / DATABASE_NAME)) as database:
             database.execute("PRAGMA user_version=99")
@@ -442,6 +635,72 @@ class TestState:
     def test_who_may_enter_the_state_directory_is_told(self, tmp_path: Path, mode: int, level: Level) -> None:
         used(tmp_path).chmod(mode)
         assert look(tmp_path).level("state.directory") is level
+
+    @pytest.mark.parametrize(
+        ("harm", "name", "words"),
+        [
+            pytest.param("hard link", "state.files", "a hard link", id="the ledger has a second name"),
+            pytest.param("group", "state.directory", "chmod go-w", id="a group may write in the directory above"),
+            pytest.param("shared", "state.directory", "other files in it", id="it is open, and not of its own"),
+            pytest.param("loop", "state.directory", "leads nowhere", id="a link to itself"),
+            pytest.param("file", "state.directory", "Not a directory", id="below a file"),
+            pytest.param("long", "state.directory", "name too long", id="a name that is too long"),
+        ],
+    )
+    def test_what_the_daemon_would_not_take_at_its_start_is_a_failure(
+        self, tmp_path: Path, harm: str, name: str, words: str
+    ) -> None:
+        """The daemon is asked by the same rules, on the same directory: the two must not disagree."""
+        above = tmp_path / "above"
+        above.mkdir()
+        path = above / "state"
+        match harm:
+            case "hard link":
+                path = used(above)
+                os.link(path / DATABASE_NAME, tmp_path / "second")
+            case "group":
+                path.mkdir(mode=0o700)
+                above.chmod(0o775)
+                if os.geteuid() == 0:  # the own group of a user may be his alone, and so be no other
+                    os.chown(above, 0, 4711)
+                else:
+                    above.chmod(0o777)
+            case "shared":
+                path.mkdir(mode=0o755)
+                (path / "README").touch()
+            case "loop":
+                path.symlink_to(path)
+            case "file":
+                (above / "file").touch()
+                path = above / "file" / "state"
+            case "long":
+                path = above / ("x" * 300)
+        with pytest.raises(StationKeyError):
+            StateDirectory(path)
+        found = look(tmp_path, state_dir=path)
+        assert found.level(name) is Level.FAILURE
+        assert words in found.text(name) or harm == "group"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="to give a directory away takes root")
+    @pytest.mark.parametrize("which", ["the directory above", "a link on the way"])
+    def test_what_belongs_to_another_user_on_the_way_is_a_failure_with_the_way_out(
+        self, tmp_path: Path, which: str
+    ) -> None:
+        above = tmp_path / "above"
+        above.mkdir()
+        path = above / "state"
+        if which == "the directory above":
+            path.mkdir(mode=0o700)
+            os.chown(above, NOBODY, NOBODY)
+        else:
+            (tmp_path / "real").mkdir(mode=0o700)
+            path.symlink_to(tmp_path / "real")
+            os.lchown(path, NOBODY, NOBODY)
+        found = look(tmp_path, state_dir=path)
+        assert found.level("state.directory") is Level.FAILURE
+        (advice,) = (finding.advice for finding in found["state.directory"])
+        subprocess.run(advice.split(",")[0].split(), check=True)
+        assert look(tmp_path, state_dir=path).level("state.directory") is Level.OK
 
     def test_links_in_the_state_directory_are_a_failure(self, tmp_path: Path) -> None:
         state = used(tmp_path)
@@ -566,6 +825,88 @@ class TestBroker:
                     time.sleep(0.01)  # a log has no events
                 assert daemon.run_log.count("accepted") == 1
 
+    @pytest.mark.parametrize(
+        ("limit", "words"),
+        [
+            ("message_size_limit 1000", "none of 4096 octets"),
+            ("max_packet_size 1000", "none of 4096 octets"),
+            ("message_size_limit 20", "message_size_limit"),
+            ("max_qos 0", "max_qos"),
+        ],
+    )
+    def test_a_broker_that_would_not_take_an_answer_is_a_failure(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, words: str
+    ) -> None:
+        """And no session is left behind where the broker ends the connection for it."""
+        monkeypatch.setattr("stationkey.doctor.visit._client_id", lambda: "stationkey-doctor-1")
+        with guarded(tmp_path / "guarded", OURS, CLOSED, limit) as (broker, config):
+            found = look(tmp_path, broker=None, config_file=config)
+            assert found.level("broker.publish") is Level.FAILURE
+            assert words in found.text("broker.publish")
+            terms = MqttTerms(username="stationkey", password=SecretReference(str(tmp_path / "guarded" / "secret")))
+
+            async def resumed() -> bool:
+                at = Broker.parse(broker.url)
+                async with await connect(at, client_id="stationkey-doctor-1", persistent=True, terms=terms) as again:
+                    return again.resumed
+
+            assert not asyncio.run(resumed())
+
+    @pytest.mark.parametrize("prefix", ["a/#", "$SYS", "x" * 2000], ids=["a wildcard", "the broker's own", "too long"])
+    def test_a_topic_prefix_that_is_none_is_told_with_what_it_may_be(self, tmp_path: Path, prefix: str) -> None:
+        found = look(tmp_path, topic_prefix=prefix)
+        assert found.level("broker.url") is Level.FAILURE
+        assert "correct topic_prefix" in found.text("broker.url")
+
+    def test_topics_are_called_by_their_names_with_the_prefix(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
+        found = look(tmp_path, broker=mosquitto.url, topic_prefix="site/7")
+        for name in ("publish", "subscribe", "josev", "daemon", "retained"):
+            assert "site/7/" in found.text(f"broker.{name}")
+
+    def test_what_lies_on_a_topic_is_taken_away_as_it_is_said(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
+        at = ("-p", str(mosquitto.port))
+        subprocess.run(["mosquitto_pub", *at, "-t", "a/josev/cs", "-r", "-m", "old"], check=True)
+        found = look(tmp_path, broker=mosquitto.url, topic_prefix="a")
+        (advice,) = (finding.advice for finding in found["broker.retained"])
+        subprocess.run(advice.partition(": ")[2].partition(";")[0].split(), check=True)
+        assert look(tmp_path, broker=mosquitto.url, topic_prefix="a").level("broker.retained") is Level.OK
+
+    def test_a_credential_of_the_unit_is_used_where_systemd_has_put_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The doctor is run from a shell, and the daemon by its unit: what that gets, the shell has not."""
+        monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+        monkeypatch.setattr("stationkey.doctor.subject.CREDENTIALS", tmp_path / "credentials")
+        with guarded(tmp_path / "guarded", OURS, CLOSED) as (broker, _):
+            text = f'broker = "{broker.url}"\n[mqtt]\nusername = "stationkey"\npassword_file = "credential:password"\n'
+            config = write_config(tmp_path, text)
+            before = look(tmp_path, broker=None, config_file=config)
+            directory = tmp_path / "credentials" / "stationkey.service"
+            directory.mkdir(parents=True)
+            (tmp_path / "guarded" / "secret").rename(directory / "password")
+            after = look(tmp_path, broker=None, config_file=config)
+        assert before.level("broker.login") is Level.NOT_CHECKED
+        assert "while the unit runs" in before.text("broker.login")
+        assert after.level("broker.publish") is Level.OK
+
+    def test_a_password_that_this_user_may_not_read_says_nothing_of_the_daemon(self) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("root makes a file that another user may not read")
+        with (
+            tempfile.TemporaryDirectory(prefix="stationkey-") as name,  # where others may go, too
+            guarded(Path(name, "guarded"), OURS, CLOSED) as (broker, config),
+        ):
+            Path(name).chmod(0o755)
+            config.chmod(0o644)
+            state = Path(name, "state")
+            state.mkdir(mode=0o700)
+            os.chown(state, 4711, 4711)  # somebody's, and not that of whoever looks
+            found = as_nobody(Path(name), config=config, broker=broker.url)
+        assert found.level("config.file") is Level.OK
+        assert found.level("state.directory") is not Level.FAILURE
+        assert found.level("broker.login") is Level.NOT_CHECKED
+        assert "run it as root" in found.text("broker.login")
+
     @pytest.mark.parametrize("acl", [OURS, ""], ids=["rights", "none"])
     def test_no_session_is_left_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acl: str) -> None:
         monkeypatch.setattr("stationkey.doctor.visit._client_id", lambda: "stationkey-doctor-1")
@@ -681,6 +1022,28 @@ class TestBroker:
             found = look(tmp_path, broker=url, config_file=config)
         assert found.level("broker.tls") is level
         assert words in found.text("broker.tls")
+
+    def test_a_client_s_certificate_that_the_broker_does_not_take_is_told(self, tmp_path: Path) -> None:
+        """Whichever comes first, the alert or the end of the connection: the hint is at the certificate."""
+        pki, others = Pki(tmp_path / "pki"), Pki(tmp_path / "others")
+        certificate, key = pki.issue("broker")
+        own, own_key = others.issue("station")
+        lines = (f"certfile {certificate}", f"keyfile {key}", f"cafile {pki.ca_file}", "require_certificate true")
+        with Mosquitto(tmp_path / "broker", *lines) as broker:
+            text = f'[mqtt]\nca_file = "{pki.ca_file}"\ncertificate_file = "{own}"\nkey_file = "{own_key}"\n'
+            found = look(tmp_path, broker=f"mqtts://localhost:{broker.port}", config_file=write_config(tmp_path, text))
+        assert found.level("broker.login") is Level.FAILURE
+        assert "client certificate" in found.text("broker.login")
+
+    def test_what_is_wrong_on_our_side_is_not_looked_for_in_the_broker_s_log(
+        self, tmp_path: Path, mosquitto: Mosquitto
+    ) -> None:
+        (tmp_path / "name").write_bytes(b"\xff\xfe")
+        (tmp_path / "name").chmod(0o600)
+        config = write_config(tmp_path, f'[mqtt]\nusername_file = "{tmp_path}/name"\n')
+        assert "correct it under [mqtt]" in look(tmp_path, broker=mosquitto.url, config_file=config).text(
+            "broker.login"
+        )
 
     def test_tls_is_told_from_no_tls(self, tmp_path: Path, mosquitto: Mosquitto) -> None:
         certificate, key = Pki(tmp_path / "pki").issue("broker")

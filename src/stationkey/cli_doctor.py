@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -81,18 +82,31 @@ def doctor(
             log_format=log_format,
         )
     )
-    if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
-    else:
-        terminal = sys.stdout.isatty()
-        columns = shutil.get_terminal_size().columns if terminal else _PLAIN_WIDTH
-        for line in shown(report, width=min(max(columns, _WIDTHS[0]), _WIDTHS[1])):
-            click.echo(line)
+    status = _print(report, as_json=as_json)
     if left_behind:
         # A thread is stuck in a system call. To wait for it would be to hang.
-        sys.stdout.flush()
-        os._exit(report.exit_code)
-    sys.exit(report.exit_code)
+        os._exit(status)
+    sys.exit(status)
+
+
+def _print(report: Report, *, as_json: bool) -> int:
+    """Print a report; gives the exit status."""
+    if sys.stdout is None:  # closed by whoever started this, and who wants the exit status alone
+        return report.exit_code
+    try:
+        if as_json:
+            click.echo(json.dumps(report.to_json(), indent=2))
+        else:
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PLAIN_WIDTH
+            for line in shown(report, width=min(max(columns, _WIDTHS[0]), _WIDTHS[1])):
+                click.echo(line)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # whoever reads has read enough; click ends quietly
+        click.echo(f"stationkey: the report cannot be written: {error.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried again at the end
+        return 1
+    return report.exit_code
 
 
 def shown(report: Report, *, width: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ start rather than when a certificate is due.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import os
 import stat
@@ -17,7 +18,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -337,42 +338,54 @@ def read_file(path: Path) -> File:
         ConfigurationError: it cannot be read, everybody may write to it, it is no TOML, or it says something that
             cannot be; the message names where.
     """
-    return _checked(path, _table(path))
+    content, open_to_all = _content(path)
+    if open_to_all:
+        raise ConfigurationError(
+            _OPEN.format(path), reason="config_open", hint=f"chmod o-w {path}, and look at what is in it"
+        )
+    return _checked(path, _table(path, content))
 
 
-def _table(path: Path) -> dict[str, object]:
+_OPEN: Final = "every user of this machine can write to the configuration file {}"
+
+
+def _content(path: Path) -> tuple[bytes, bool]:
+    """What is in a file, and whether every user may write to it."""
     try:
         with path.open("rb") as opened:
             status = os.fstat(opened.fileno())
             content = opened.read(MAX_FILE + 1)  # no more than this of a device that never ends
-        if len(content) > MAX_FILE:
-            raise ConfigurationError(f"the configuration file {path} is too large", reason="config_unreadable")
-        text = content.decode("utf-8")
     except OSError as error:
         raise ConfigurationError(
             f"the configuration file {path} cannot be read: {error.strerror}", reason="config_unreadable"
         ) from None
+    if len(content) > MAX_FILE:
+        raise ConfigurationError(f"the configuration file {path} is too large", reason="config_unreadable")
+    return content, stat.S_ISREG(status.st_mode) and bool(status.st_mode & stat.S_IWOTH)
+
+
+def _table(path: Path, content: bytes) -> dict[str, object]:
+    try:
+        text = content.removeprefix(codecs.BOM_UTF8).decode()  # some editors put that mark there, and nobody sees it
     except UnicodeDecodeError:
         raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
-    if stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IWOTH:
-        raise ConfigurationError(
-            f"every user of this machine can write to the configuration file {path}",
-            reason="config_open",
-            hint=f"chmod o-w {path}, and look at what is in it",
-        )
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         raise ConfigurationError(f"{path} is no TOML: {_said(error)}", reason="config_invalid") from None
 
 
-def _checked(path: Path, table: dict[str, object]) -> File:
+def _typed(path: Path, table: dict[str, object]) -> File:
     _refuse_nul(path, table)
     _refuse_fixed(path, table)
     try:
-        file = msgspec.convert(table, File)
+        return msgspec.convert(table, File)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path}: {_said(error)}", reason="config_invalid") from None
+
+
+def _checked(path: Path, table: dict[str, object]) -> File:
+    file = _typed(path, table)
     # These refuse what cannot be, whether or not the caller asks for it.
     apply_overrides(file.csr)
     file.mqtt.terms()
@@ -400,26 +413,68 @@ def _refuse_nul(path: Path, table: dict[str, object]) -> None:
                 raise ConfigurationError(f"{path}: a text has a NUL character in it", reason="config_invalid")
 
 
-def read_parts(path: Path) -> tuple[File, tuple[str, ...]]:
-    """What can be used of a file that `read_file` refuses, section by section, and what is wrong with each other one.
+class Parts(NamedTuple):
+    """What can be used of a file that `read_file` refuses.
 
-    For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises: of a file
-    that is no TOML there are no parts, and nothing is said.
+    Attributes:
+        file: all that is right in it.
+        complaints: what is wrong with the rest.
+        lost: names at the top of the file of which something could not be used; None where that is all of it.
     """
+
+    file: File
+    complaints: tuple[str, ...]
+    lost: frozenset[str] | None
+
+
+def read_parts(path: Path) -> Parts:
+    """What can be used of a file that `read_file` refuses, name by name, and what is wrong with each other one.
+
+    For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises.
+    """
+    complaints: list[str] = []
     try:
-        table = _table(path)
-    except ConfigurationError:
-        return File(), ()
+        content, open_to_all = _content(path)
+        if open_to_all:
+            complaints.append(_OPEN.format(path))
+        table = _table(path, content)
+    except ConfigurationError as error:
+        return Parts(File(), (*complaints, error.message), None)
+    good: dict[str, object] = {}
+    lost = set()
+    for name, value in table.items():
+        right, wrong = _right_part(path, name, value)
+        good |= right
+        complaints += wrong
+        if wrong:
+            lost.add(name)
+    return Parts(_checked(path, good), tuple(complaints), frozenset(lost))
+
+
+def _right_part(path: Path, name: str, value: object) -> tuple[dict[str, object], list[str]]:
+    """What of a name at the top of the file can be used, and what is wrong with the rest of it."""
+    try:
+        _checked(path, {name: value})
+    except ConfigurationError as error:
+        whole = [error.message]
+    else:
+        return {name: value}, []
+    if not isinstance(value, dict):
+        return {}, whole
     good: dict[str, object] = {}
     complaints = []
-    for name, value in table.items():
-        try:
-            _checked(path, {name: value})
+    for field, one in value.items():
+        try:  # each by itself: what two of them are together is seen below
+            _typed(path, {name: {field: one}})
         except ConfigurationError as error:
             complaints.append(error.message)
         else:
-            good[name] = value
-    return _checked(path, good), tuple(complaints)
+            good[field] = one
+    try:
+        _checked(path, {name: good})
+    except ConfigurationError as error:
+        return {}, [*complaints, error.message]
+    return {name: good}, complaints or whole
 
 
 _FIXED: Final = {

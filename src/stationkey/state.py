@@ -77,22 +77,7 @@ class StateDirectory:
         Raises:
             ConfigurationError: it is not this user's, or has been open and has other things in it than a ledger.
         """
-        status = path.stat()
-        if status.st_uid != os.geteuid():
-            raise ConfigurationError(
-                f"the state directory {path} belongs to another user (uid {status.st_uid}; this is {os.geteuid()})",
-                reason="state_dir_foreign",
-                hint="run as that user, or give the directory and all that is in it to this one",
-            )
-        mode = stat.S_IMODE(status.st_mode)
-        if mode & 0o077:
-            entries = {entry.name for entry in path.iterdir()}
-            if entries and DATABASE_NAME not in entries:
-                raise ConfigurationError(
-                    f"the state directory {path} is open to others (mode {mode:04o}) and has other files in it",
-                    reason="state_dir_open",
-                    hint="name a directory of its own",
-                )
+        if _refuse_foreign(path, path.stat(), os.geteuid()):
             path.chmod(0o700)
 
     @staticmethod
@@ -111,6 +96,52 @@ class StateDirectory:
     def close(self) -> None:
         """Let another process have it."""
         os.close(self._lock)
+
+
+def _refuse_foreign(path: Path, status: os.stat_result, user: int) -> bool:
+    """Whether a directory is still to be closed to others, and may be, because nothing but ours can be in it.
+
+    Raises:
+        ConfigurationError: it is not this user's, or has been open and has other things in it than a ledger.
+    """
+    if status.st_uid != user:
+        raise ConfigurationError(
+            f"the state directory {path} belongs to another user (uid {status.st_uid}; this is {user})",
+            reason="state_dir_foreign",
+            hint="run as that user, or give the directory and all that is in it to this one",
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if not mode & 0o077:
+        return False
+    entries = {entry.name for entry in path.iterdir()}
+    if entries and DATABASE_NAME not in entries:
+        raise ConfigurationError(
+            f"the state directory {path} is open to others (mode {mode:04o}) and has other files in it",
+            reason="state_dir_open",
+            hint=f"name a directory of its own; or, if all in it is the daemon's, chmod 0700 {path}",
+        )
+    return True
+
+
+def refuse_unfit(path: Path, *, user: int) -> Path:
+    """What a daemon of `user` says of a state directory when it starts, before it opens or changes anything.
+
+    Args:
+        path: of the state directory; it may be missing.
+        user: number of the user that the daemon runs as.
+
+    Returns:
+        Where it leads.
+
+    Raises:
+        ConfigurationError: the daemon would not take it.
+    """
+    real, found = _settled(path, user=user)
+    if found is not None:
+        if not stat.S_ISDIR(found.st_mode):
+            raise _unusable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        _refuse_foreign(real, found, user)
+    return real
 
 
 def _unusable(path: Path, error: OSError | ValueError) -> ConfigurationError:
@@ -133,11 +164,11 @@ def settled(path: Path) -> Path:
     Raises:
         ConfigurationError: others can exchange it, or the way there is closed or no way.
     """
-    return _settled(path)[0]
+    return _settled(path, user=os.geteuid())[0]
 
 
-def _settled(path: Path) -> tuple[Path, os.stat_result | None]:
-    """The same, and what is there; None for nothing yet."""
+def _settled(path: Path, *, user: int) -> tuple[Path, os.stat_result | None]:
+    """The same, and what is there; None for nothing yet, which would then be made by `user`."""
     try:
         real, met = _walked(path)
         found = _lstat(real)
@@ -145,18 +176,20 @@ def _settled(path: Path) -> tuple[Path, os.stat_result | None]:
             raise FileNotFoundError(errno.ENOENT, "the link leads to nothing")
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from None
-    trusted = {0, os.geteuid() if found is None else found.st_uid}
+    trusted = {0, user if found is None else found.st_uid}
     for place, status in met:
         if status.st_uid not in trusted:
             who = f"belongs to uid {status.st_uid}"
+            hint = f"chown -h root {place}"
         elif stat.S_ISDIR(status.st_mode) and _others_may_write(status):
             who = "can be written by others"
+            hint = f"chmod go-w {place}"
         else:
             continue
         raise ConfigurationError(
             f"the state directory {real} could be exchanged: {place} {who}",
             reason="state_dir_exchangeable",
-            hint=f"chmod go-w {place}, give it to root, or name another directory with --state-dir",
+            hint=f"{hint}, or name another directory with --state-dir",
         )
     return real, found
 
@@ -253,7 +286,7 @@ def visit(directory: Path) -> Iterator[Path]:
         ConfigurationError: it is closed to this user, or others can put another in its place.
         LedgerError: something in it is not what the daemon put there.
     """
-    real, owner = _settled(directory)
+    real, owner = _settled(directory, user=os.geteuid())
     if owner is None:
         raise _unusable(real, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     with as_owner(owner):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import socket
 import ssl
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
+from stationkey.credential import SecretReference
 from stationkey.doctor.certificates import MONTH
 from stationkey.doctor.device import listeners_on
+from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, Level, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import within
 from stationkey.doctor.sense import is_loopback
-from stationkey.doctor.subject import Subject
-from stationkey.doctor.visit import Visit, visit
+from stationkey.doctor.subject import Subject, path_of, unless_guessed
+from stationkey.doctor.visit import LARGE, Visit, visit
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.mqtt import Broker, ProtocolRefused, topics
+from stationkey.mqtt import MAX_PREFIX, Broker, ProtocolRefused, topics
 from stationkey.terms import MqttTerms
 from stationkey.trust import introduction, no_handshake
 
@@ -39,12 +43,22 @@ _NAGLE: Final = 0.020
 
 def check_broker(subject: Subject) -> Iterator[Finding]:
     """From its URL to its rights, as far as it goes."""
+    hang_on = {"broker": IDS, "topic_prefix": IDS[5:], "mqtt": IDS[3:]}
+    return unless_guessed(
+        _check(subject), {name: ids for name, ids in hang_on.items() if name in subject.configured.lost}
+    )
+
+
+def _check(subject: Subject) -> Iterator[Finding]:
     settings = subject.settings
     try:
         broker = Broker.parse(settings.broker)
         topics(settings.topic_prefix)
     except ConfigurationError as error:
-        yield failure("broker.url", error.message, error.hint or "correct it in the configuration")
+        hint = error.hint or "correct it in the configuration"
+        if error.reason == "topic_prefix_invalid":
+            hint = f"correct topic_prefix: no + and #, no $ at its beginning, {MAX_PREFIX} bytes at the most"
+        yield failure("broker.url", error.message, hint)
         raise CannotLookError("there is no usable address of a broker") from None
     local = is_loopback(broker.host)
     yield judge_url(broker, local=local, port_in_use_for_tls=8883)
@@ -56,15 +70,40 @@ def check_broker(subject: Subject) -> Iterator[Finding]:
     yield judge_port(broker, reached)
     if reached:
         raise CannotLookError("the broker cannot be reached")
-    secured = list(_check_tls(broker, settings.mqtt, local=local))
+    terms, out_of_reach = _at_hand(settings.mqtt, subject)
+    if out_of_reach:
+        raise CannotLookError(f"{out_of_reach}, and without it the broker cannot be visited as the daemon does")
+    secured = list(_check_tls(broker, terms, local=local))
     yield from secured
     if any(finding.level is Level.FAILURE for finding in secured):
         raise CannotLookError("there is no TLS with the broker")
-    seen = asyncio.run(visit(broker, settings.mqtt, settings.topic_prefix, daemon_running=subject.daemon.running))
+    seen = asyncio.run(visit(broker, terms, settings.topic_prefix, daemon_running=subject.daemon.running))
     if seen.refused is not None:
         yield judge_refused(broker, seen.refused, speaks_tls=not broker.tls and _speaks_tls(broker))
     reach = None if local and not _listens_beyond(broker.port) else _beyond(broker, local=local)
     yield from judge_visit(seen, reach=reach, daemon_running=subject.daemon.running)
+
+
+def _at_hand(terms: MqttTerms, subject: Subject) -> tuple[MqttTerms, str]:
+    """The terms with systemd's credentials where they lie; and what of it is not for this user, or an empty text.
+
+    What is missing or wrong for the daemon, too, is for others to say; this is about whoever runs the doctor.
+    """
+    found: dict[str, SecretReference] = {}
+    for name in ("certificate_file", "key_file", "username", "password"):
+        reference = getattr(terms, name)
+        if not isinstance(reference, SecretReference):
+            continue
+        path = path_of(reference)
+        if path is None:
+            return terms, f"{reference.source} comes from systemd, which has it for root, and while the unit runs,"
+        found[name] = SecretReference(str(path))
+    paths = [Path(one.source) for one in found.values()] + ([terms.ca_file] if terms.ca_file is not None else [])
+    if subject.me.uid not in {0, subject.daemon.user.uid}:
+        for path in paths:
+            if look_at(path, follow=True).kind in {"file", "unseen"} and not os.access(path, os.R_OK):
+                return terms, f"user {subject.me.name} may not read {path} (run it as root, or as the daemon's user)"
+    return dataclasses.replace(terms, **found), ""  # type: ignore[arg-type] # each is a field that had a reference before
 
 
 def judge_url(broker: Broker, *, local: bool, port_in_use_for_tls: int) -> Finding:
@@ -237,13 +276,14 @@ def judge_refused(broker: Broker, error: StationKeyError, *, speaks_tls: bool) -
     if speaks_tls:
         return failure(name, f"{broker} speaks TLS, and the URL says mqtt://", f"mqtts://{broker.host}:{broker.port}")
     if isinstance(error, ProtocolRefused):
-        return failure(name, error.message, "is it an MQTT broker? If it is, its log says why")
+        return failure(name, error.message, error.hint or "is it an MQTT broker? If it is, its log says why")
     hints = {
         "broker_refuses": "are user name and password those that the broker knows? Its log says more; an access "
         "control list by client id must let in stationkey-doctor-*, too",
         "broker_unreachable": "is it an MQTT broker, and does its log say anything?",
     }
-    return failure(name, error.message, error.hint or hints.get(error.reason, "see the broker's log"))
+    ours = "correct it under [mqtt]" if isinstance(error, ConfigurationError) else "see the broker's log"
+    return failure(name, error.message, error.hint or hints.get(error.reason, ours))
 
 
 def judge_visit(seen: Visit, *, reach: str | None, daemon_running: bool) -> Iterator[Finding]:
@@ -276,7 +316,8 @@ def judge_visit(seen: Visit, *, reach: str | None, daemon_running: bool) -> Iter
         yield failure(
             "broker.publish",
             f"the broker let us in, and then did not acknowledge a message: {seen.cut}",
-            "see the broker's log; is something between it and us, and is it overloaded?",
+            "see the broker's log: does it limit messages (Mosquitto: max_qos, message_size_limit)? Is something "
+            "between it and us, and is it overloaded?",
         )
         raise CannotLookError("the broker stopped answering")
     yield judge_publish(seen)
@@ -308,11 +349,18 @@ def judge_publish(seen: Visit) -> Finding:
         return failure(
             name,
             f"answers do not get through: {seen.why or 'the broker refuses them'}",
-            "let stationkey's identity write to cs/josev (packaging/mosquitto)",
+            f"let stationkey's identity write to {seen.responses} (packaging/mosquitto)",
+        )
+    if seen.too_large:
+        return failure(
+            name,
+            f"the broker takes a short message, and none of {LARGE} octets; an answer may have half of that: "
+            f"{seen.too_large}",
+            "take the limit away, or raise it (Mosquitto: message_size_limit and max_packet_size)",
         )
     if not seen.mqtt5:
         return not_checked(name, "with MQTT 3.1.1 the broker acknowledges what it refuses, too")
-    return ok(name, "the broker takes messages of ours on cs/josev")
+    return ok(name, f"the broker takes messages of ours on {seen.responses}")
 
 
 def judge_subscribe(seen: Visit) -> Finding:
@@ -324,9 +372,9 @@ def judge_subscribe(seen: Visit) -> Finding:
         return failure(
             name,
             f"requests do not get through: {seen.why}",
-            "let stationkey's identity read josev/cs (packaging/mosquitto)",
+            f"let stationkey's identity read {seen.requests} (packaging/mosquitto)",
         )
-    return ok(name, "a subscription to josev/cs is granted")
+    return ok(name, f"a subscription to {seen.requests} is granted")
 
 
 def judge_own_rights(seen: Visit, reach: str | None) -> Finding:
@@ -337,11 +385,11 @@ def judge_own_rights(seen: Visit, reach: str | None) -> Finding:
     if seen.own.asks is None:
         return not_checked(name, seen.cut or "the broker did not answer")
     if not seen.own.asks:
-        return ok(name, "our own identity may not publish on josev/cs")
-    advice = "have an access control list by which only Josev may write to josev/cs (packaging/mosquitto)"
+        return ok(name, f"our own identity may not publish on {seen.requests}")
+    advice = f"have an access control list by which only Josev may write to {seen.requests} (packaging/mosquitto)"
     return failure(
         name,
-        "our own identity may publish on josev/cs, as if it were Josev"
+        f"our own identity may publish on {seen.requests}, as if it were Josev"
         + (f"; so may, perhaps, {reach}" if reach else ""),
         advice,
     )
@@ -371,9 +419,9 @@ def judge_anonymous(seen: Visit, reach: str | None) -> Finding:
     can = [
         words
         for words, may in (
-            ("ask for keys (josev/cs)", rights.asks),
-            ("answer in our place (cs/josev)", rights.answers),
-            ("read the answers (cs/josev)", rights.listens),
+            (f"ask for keys ({seen.requests})", rights.asks),
+            (f"answer in our place ({seen.responses})", rights.answers),
+            (f"read the answers ({seen.responses})", rights.listens),
         )
         if may
     ]
@@ -390,14 +438,14 @@ def judge_josev(seen: Visit) -> Finding:
     """Whether anybody waits for answers."""
     name = "broker.josev"
     if seen.josev is None:
-        return not_checked(name, "the broker does not say who is subscribed to cs/josev")
+        return not_checked(name, f"the broker does not say who is subscribed to {seen.responses}")
     if not seen.josev:
         return warning(
             name,
-            "nobody is subscribed to cs/josev: answers are not heard",
+            f"nobody is subscribed to {seen.responses}: answers are not heard",
             "is Josev running, at this broker and with this topic prefix?",
         )
-    return ok(name, "somebody is subscribed to cs/josev")
+    return ok(name, f"somebody is subscribed to {seen.responses}")
 
 
 def judge_daemon(seen: Visit, *, daemon_running: bool) -> Finding:
@@ -405,13 +453,16 @@ def judge_daemon(seen: Visit, *, daemon_running: bool) -> Finding:
     name = "broker.daemon"
     if seen.daemon is None:
         return not_checked(
-            name, "only who may write to josev/cs is told who is subscribed to it, and we may not, which is right"
+            name,
+            f"only who may write to {seen.requests} is told who is subscribed to it, and we may not, which is right",
         )
     if seen.daemon:
         return ok(
-            name, "somebody is subscribed to josev/cs" + ("" if daemon_running else ", or the broker keeps its session")
+            name,
+            f"somebody is subscribed to {seen.requests}"
+            + ("" if daemon_running else ", or the broker keeps its session"),
         )
-    told = "nobody is subscribed to josev/cs" + (", though the daemon runs" if daemon_running else "")
+    told = f"nobody is subscribed to {seen.requests}" + (", though the daemon runs" if daemon_running else "")
     advice = (
         "see the daemon's log: is it at this broker, and with this topic prefix?"
         if daemon_running
@@ -430,9 +481,10 @@ def judge_retained(seen: Visit) -> Finding:
             name,
             f"a retained message lies on {listed(seen.retained)}: the broker sends it at every subscription, as if it "
             "were new",
-            f"take it away: mosquitto_pub -t {seen.retained[0]} -r -n; and find out who sets retain",
+            f"take it away, as who may write there: mosquitto_pub {seen.at} -t {seen.retained[0]} -r -n; and find out "
+            "who sets retain",
         )
-    return ok(name, "no retained message lies on josev/cs")
+    return ok(name, f"no retained message lies on {seen.requests}")
 
 
 def judge_delay(seen: Visit) -> Finding:

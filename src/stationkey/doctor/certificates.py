@@ -89,7 +89,7 @@ def open_pem(path: Path, user: User) -> Opened:
     except OSError as error:
         return Opened(facts=facts, closed=closed, complaint=f"it cannot be read: {error.strerror}")
     certificates: tuple[Certificate, ...] = ()
-    complaint = ""
+    complaint = "" if b"-----BEGIN " in content else _other_form(path, content)
     if b"-----BEGIN CERTIFICATE-----" in content:
         try:
             certificates = tuple(map(_certificate, x509.load_pem_x509_certificates(content)))
@@ -106,6 +106,17 @@ def open_pem(path: Path, user: User) -> Opened:
     return Opened(
         facts=facts, closed=closed, complaint=complaint, certificates=certificates, public=public, in_tpm=in_tpm
     )
+
+
+def _other_form(path: Path, content: bytes) -> str:
+    """What a file without PEM in it is, where that can be told: the same things come in other forms, too."""
+    if not content.startswith(b"\x30"):  # a SEQUENCE of ASN.1
+        return ""
+    try:
+        x509.load_der_x509_certificate(content)
+    except (ValueError, UnsupportedAlgorithm):
+        return "it is DER or PKCS #12, and PEM is needed (openssl pkcs12, or openssl pkey -inform DER, makes it)"
+    return f"it is DER, and PEM is needed: openssl x509 -inform DER -in {path} -out {path.with_suffix('.pem')}"
 
 
 def _spki(public_key: object) -> bytes:

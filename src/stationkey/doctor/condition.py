@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from stationkey.doctor.answers import (
@@ -47,6 +48,8 @@ from stationkey.doctor.answers import (
 from stationkey.doctor.findings import Finding, failure, listed, not_checked, ok, warning
 from stationkey.profiles import SECP256R1
 
+_CURVES: Final = MappingProxyType({1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"})
+"""That a storage root key may be on, by their numbers [TPM 2.0 part 2, 6.4]."""
 _WANTED: Final = 2
 """Slots: for a key, and for its parent while that is used."""
 
@@ -109,6 +112,8 @@ def judge_srk(seen: Seen) -> Iterator[Finding]:
     name, handle = "tpm.srk", seen.tpm.srk_handle
     there = seen.probe.get("srk")
     permanent, avail = seen.probe.properties(PT_PERMANENT, PT_PERSISTENT_AVAIL)
+    owner = " -P PASSWORD" if permanent & OWNER_AUTH_SET else ""
+    remove = f"tpm2_evictcontrol -C o{owner} -c {handle:#x}"
     if there is None:
         if seen.keys:
             yield failure(
@@ -129,7 +134,8 @@ def judge_srk(seen: Seen) -> Iterator[Finding]:
             yield failure(
                 name,
                 f"there is no storage root key at {handle:#x}, and no room for a persistent key",
-                "see tpm2_getcap handles-persistent, and remove what is not needed: tpm2_evictcontrol -C o -c HANDLE",
+                "see tpm2_getcap handles-persistent, and remove what is not needed: "
+                f"tpm2_evictcontrol -C o{owner} -c HANDLE",
             )
         else:
             yield ok(name, f"there is no storage root key at {handle:#x} yet; the daemon makes it at its first start")
@@ -139,14 +145,20 @@ def judge_srk(seen: Seen) -> Iterator[Finding]:
         yield failure(
             name,
             f"the TPM holds {wrong} at {handle:#x}, where an ECC P-256 storage root key should be",
-            f"if nothing else needs it: tpm2_evictcontrol -C o -c {handle:#x}; else [tpm] srk_handle = another one",
+            f"if nothing else needs it: {remove}; else [tpm] srk_handle = another one",
+        )
+    elif seen.probe.values.get("srk_open") is False:
+        yield failure(
+            name,
+            f"the storage root key at {handle:#x} has a password, and no setting names it: no key can be made",
+            "name it by [tpm] srk_auth; or, if nothing else needs this key, remove it, and the daemon makes one: "
+            + remove,
         )
     elif not there["attributes"] & NODA:
         yield warning(
             name,
             f"the storage root key at {handle:#x} lacks noda: losses of power can lock it for a while",
-            "before there are keys: remove it (tpm2_evictcontrol), and the daemon makes a better one. Afterwards it "
-            "must stay",
+            f"before there are keys: remove it ({remove}), and the daemon makes a better one. Afterwards it must stay",
         )
     else:
         yield ok(name, f"the storage root key at {handle:#x} is as it should be")
@@ -157,7 +169,8 @@ def srk_differs(there: Mapping[str, int]) -> str:
     if there["type"] != ALG_ECC:
         return f"a key of type {'RSA' if there['type'] == ALG_RSA else hex(there['type'])}"
     if there.get("curve") != CURVES[SECP256R1]:
-        return f"a key on the curve {there.get('curve', 0):#x}"
+        curve = there.get("curve", 0)
+        return f"a key on the curve {_CURVES.get(curve, hex(curve))}"
     if there["attributes"] & SRK_NEEDED != SRK_NEEDED:
         return "a signing key" if there["attributes"] & SIGN else f"a key with the attributes {there['attributes']:#x}"
     return ""
@@ -206,9 +219,22 @@ def judge_lockout(seen: Seen) -> Iterator[Finding]:
     flags, tries, most, interval, recovery = seen.probe.properties(
         PT_PERMANENT, PT_LOCKOUT_COUNTER, PT_MAX_AUTH_FAIL, PT_LOCKOUT_INTERVAL, PT_LOCKOUT_RECOVERY
     )
-    reset = "tpm2_dictionarylockout --clear-lockout" + (" -p PASSWORD" if flags & LOCKOUT_AUTH_SET else "")
+    password = " -p PASSWORD" if flags & LOCKOUT_AUTH_SET else ""
+    reset = f"tpm2_dictionarylockout --clear-lockout{password}"
+    usual = (
+        f"tpm2_dictionarylockout --setup-parameters{password} --max-tries=32 --recovery-time=600 "
+        "--lockout-recovery-time=86400"
+    )
     there = seen.probe.values.get("srk")
-    if flags & IN_LOCKOUT or (most and tries >= most):
+    if most and not interval:
+        # A recovery time of 0 switches the protection off [TPM 2.0 part 3, 25.3.1].
+        yield warning(
+            name,
+            "the protection against guessing is switched off (recovery time 0): the passwords of other keys can be "
+            "tried without end",
+            usual,
+        )
+    elif flags & IN_LOCKOUT or (most and tries >= most):
         locked = there is not None and not there["attributes"] & NODA
         means = (
             "the storage root key is locked with it, so no request is served"
@@ -219,15 +245,13 @@ def judge_lockout(seen: Seen) -> Iterator[Finding]:
             name,
             f"the TPM is in lockout after {tries} wrong authorisations or losses of power ({most} are allowed): "
             f"{means}",
-            f"find out who gave wrong passwords; then {reset}. By itself it ends one try each {interval} s"
-            + ("" if interval else ", which here is never"),
+            f"find out who gave wrong passwords; then {reset}. By itself it ends one try each {interval} s",
         )
     elif most == 0:
         yield warning(
             name,
             "the TPM allows no wrong authorisation at all: keys without noda are always locked",
-            "tpm2_dictionarylockout --setup-parameters --max-tries=32 --recovery-time=600 "
-            "--lockout-recovery-time=86400",
+            usual,
         )
     elif tries:
         yield warning(
@@ -365,6 +389,9 @@ def judge_keys(seen: Seen) -> Iterator[Finding]:
         return
     if seen.tpm.srk_auth is not None:
         yield not_checked(name, "the storage root key has a password, and the doctor does not send it")
+        return
+    if seen.probe.values.get("srk_open") is False:
+        yield not_checked(name, "their storage root key has a password, and no setting names it")
         return
     if not may_try_keys(seen.tpm, seen.way, daemon_running=seen.daemon_running):
         yield not_checked(name, "the running daemon has the TPM to itself; its log names the keys that cannot be used")

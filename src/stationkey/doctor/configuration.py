@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from stationkey.config import Mqtt
+from stationkey.doctor.device import listeners_on
 from stationkey.doctor.files import READ, Facts, User, closed_on_the_way, look_at, octal, permits
 from stationkey.doctor.findings import Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.sense import judge_sense
 from stationkey.doctor.subject import Configured, Options, Subject
+from stationkey.errors import ConfigurationError
+from stationkey.listener import Address
 
 FILE_IDS: Final = ("config.file", "config.rights", "config.environment", "config.sense")
 _SHOWN: Final = 4
@@ -32,16 +35,34 @@ def check_file(subject: Subject) -> Iterator[Finding]:
     configured, user = subject.configured, subject.daemon.user
     usual = subject.options.config_file is None and look_at(_USUAL).kind == "file"
     closed = None if configured.file is None else closed_on_the_way(configured.file.path, user)
-    yield judge_file(configured, usual=usual)
+    closed_to_me = configured.file is not None and not os.access(configured.file.path, os.R_OK)
+    yield judge_file(configured, subject.me, usual=usual, closed_to_me=closed_to_me)
     yield from judge_rights(configured.file, user, closed)
     yield from judge_environment(os.environ, subject.options)
     found = list(judge_sense(subject.settings))
+    if subject.settings.metrics and not subject.daemon.running:
+        found += judge_listening(subject.settings.metrics, listeners_on)
     yield from found or [ok("config.sense", "nothing in it contradicts itself")]
 
 
-def judge_file(configured: Configured, *, usual: bool) -> Finding:
-    """Whether the file can be read and is right. `usual`: none is named, and there is one where the package puts it."""
+def judge_file(configured: Configured, me: User, *, usual: bool, closed_to_me: bool = False) -> Finding:
+    """Whether the file can be read and is right.
+
+    Args:
+        configured: what came of it.
+        me: who runs the doctor.
+        usual: none is named, and there is one where the package puts it.
+        closed_to_me: who runs the doctor may not read it, which says nothing of the daemon.
+    """
     facts, name = configured.file, "config.file"
+    if facts is not None and facts.kind == "missing":
+        return failure(
+            name,
+            f"there is no configuration file {facts.path}, and the daemon does not start with it",
+            "correct the path, or make the file; packaging/stationkey.toml says what can be in it",
+        )
+    if facts is not None and closed_to_me and facts.kind in {"file", "unseen"}:
+        return not_checked(name, f"user {me.name} may not read {facts.path}", "run it as root, or as the daemon's user")
     if configured.complaints:
         said = "; ".join(configured.complaints[:_SHOWN])
         more = len(configured.complaints) - _SHOWN
@@ -50,7 +71,7 @@ def judge_file(configured: Configured, *, usual: bool) -> Finding:
             name,
             f"{said}{rest}",
             "the daemon does not start with it. Put it right by packaging/stationkey.toml, which says what each name "
-            "may be. Where it is wrong, the defaults are examined below",
+            "may be. What is right in it is used below, and the defaults for the rest",
         )
     if usual:
         return warning(
@@ -147,3 +168,29 @@ def judge_environment(environment: Mapping[str, str], options: Options) -> Itera
         yield ok(name, f"{listed(ours)} of this shell win over the file")
     else:
         yield ok(name, "no variable of this shell changes the settings")
+
+
+def judge_listening(listen: str, listeners: Callable[[int], list[str]]) -> Iterator[Finding]:
+    """Whether the daemon will be able to listen where figures are asked for; nothing where all is well.
+
+    Args:
+        listen: as ``[metrics] listen`` has it.
+        listeners: what listens on a port of this machine; see `listeners_on`.
+    """
+    name = "config.sense"
+    try:
+        address = Address.parse(listen)
+    except ConfigurationError:
+        return  # said by judge_sense
+    if address.path is not None and look_at(address.path.parent, follow=True).kind in {"missing", "file"}:
+        yield failure(
+            name,
+            f"[metrics] listen: there is no directory {address.path.parent}, and the daemon does not start without",
+            "RuntimeDirectory= in the unit makes one below /run; or name another path",
+        )
+    elif address.path is None and listeners(address.port):
+        yield failure(
+            name,
+            f"[metrics] listen: another program listens on port {address.port}, and the daemon would not start",
+            f"which one is it (ss -ltnp sport = :{address.port})? Name another port",
+        )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stationkey.doctor.files import READ, WRITE, Facts, User, closed_on_the_way, octal, permits
+from stationkey.doctor.files import READ, WRITE, Facts, User, closed_on_the_way, look_at, octal, permits
 from stationkey.doctor.findings import Finding, failure, not_checked, ok, warning
 
 _SYS: Final = Path("/sys/class/tpm")
@@ -62,6 +62,11 @@ class Way:
                 port=int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0,  # noqa: PLR2004 - 65535
             )
         return cls(tcti=tcti, name=short)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a simulator is on this machine."""
+        return self.host in {"localhost", "127.0.0.1", "::1"}
 
     @property
     def is_simulator(self) -> bool:
@@ -128,6 +133,8 @@ def judge_device(facts: Facts, chip: Chip, user: User, *, tpm: bool = True) -> I
             "the TPM of this machine is a TPM 1.2, which has no elliptic curves",
             "stationkey needs a TPM 2.0; some chips can be changed over in the firmware's set-up",
         )
+    elif facts.kind == "missing" and path.is_symlink():
+        yield failure(name, f"{path} is a link that leads nowhere", f"ls -l {path} shows where to; name the TPM itself")
     elif facts.kind == "missing":
         yield _judge_missing(path, chip)
     elif facts.kind == "unseen":
@@ -185,12 +192,17 @@ def judge_socket(way: Way, user: User) -> Iterator[Finding]:
     name = "tpm.device"
     if way.path is not None and (closed := closed_on_the_way(way.path, user)) is not None:
         yield failure(name, f"the daemon's user {user.name} may not enter {closed}", f"chmod o+x {closed}")
-    elif way.host and way.host not in {"localhost", "127.0.0.1", "::1"}:
+    elif way.path is not None and (facts := look_at(way.path, follow=True)).kind in {"missing", "file", "directory"}:
+        what = "is not there" if facts.kind == "missing" else f"is no socket but a {facts.kind}"
+        yield failure(name, f"{way.path} {what}", "start what makes it, or correct the path")
+    elif way.host and way.path is None and way.host not in {"localhost", "127.0.0.1", "::1"}:
         yield warning(
             name,
             f"the TPM is asked over the network, at {way.host}, and nothing protects what goes there",
             "use the TPM of this machine",
         )
+    elif way.name == "device":
+        yield ok(name, "which device it is, tpm2-tss chooses")
     else:
         yield ok(name, f"the TPM is reached by {way.name}, which is no device")
 

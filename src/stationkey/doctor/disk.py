@@ -67,16 +67,17 @@ def judge_disk(room: Room) -> Finding:
     """Whether there is room."""
     name, free = "state.disk", f"{room.octets / _MEBIBYTE:.1f} MiB"
     advice = f"make room: du -xh {room.path} | sort -h | tail. Without it requests are rejected (disk_full)"
+    fewer = f"remove files, whatever their length: du --inodes -x {room.path} | sort -n | tail shows where they are"
     if room.octets < room.needed:
         return failure(
             name, f"{free} are free at {room.path}, and {room.needed / _MEBIBYTE:.1f} may be needed at once", advice
         )
     if room.files is not None and room.files < _LEAST_FILES:
-        return failure(name, f"no more than {room.files} files can be made at {room.path}", advice)
+        return failure(name, f"no more than {room.files} files can be made at {room.path}", fewer)
     if room.octets < max(_LITTLE, room.needed):
         return warning(name, f"only {free} are free at {room.path}", advice)
     if room.files is not None and room.files < _LITTLE_FILES:
-        return warning(name, f"no more than {room.files} files can be made at {room.path}", advice)
+        return warning(name, f"no more than {room.files} files can be made at {room.path}", fewer)
     return ok(name, f"{free} are free at {room.path}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import stat
@@ -114,8 +115,10 @@ def look_at(path: Path, *, follow: bool = False) -> Facts:
         seen = path.stat() if follow else path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return Facts(path=path, kind="missing")
-    except (OSError, ValueError):
-        return Facts(path=path, kind="unseen")
+    except (OSError, ValueError) as error:
+        # A link to itself, and a name that is too long, lead nowhere for everybody, root included.
+        nowhere = getattr(error, "errno", None) in {errno.ELOOP, errno.ENAMETOOLONG}
+        return Facts(path=path, kind="missing" if nowhere else "unseen")
     return Facts(
         path=path,
         kind=_KINDS.get(stat.S_IFMT(seen.st_mode), "other"),

@@ -4,7 +4,8 @@ A process, and not a thread: a TPM command has no time limit, and one that waits
 It makes no key, starts no TPM, and unloads nothing but the keys that it loaded itself, to see whether this TPM takes
 them. What is found out is printed line by line, so that whoever waits has it even if the next answer never comes.
 
-Standard input: ``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null,
+Argument: the number of the process that waits for it, with which it ends. Standard input:
+``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null, "try_srk": BOOLEAN,
 "keys": {NAME: base64 of the wrapped key}}``. Output: lines of
 ``{"part": NAME, "value": ...}`` or ``{"part": NAME, "error": RETURN CODE}``. Judged in `stationkey.doctor.tpm`.
 """
@@ -12,8 +13,10 @@ Standard input: ``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth
 from __future__ import annotations
 
 import base64
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -21,9 +24,18 @@ from typing import Any, Final
 os.environ.setdefault("TSS2_LOG", "all+none")  # what goes wrong is told by return code; see keystore/tpm2.py
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_CLOCK
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_CLOCK, TPMA_OBJECT
 from tpm2_pytss.tsskey import TSSPrivKey
-from tpm2_pytss.types import TPMS_RSA_PARMS, TPMT_PUBLIC_PARMS, TPMT_RSA_SCHEME, TPMT_SYM_DEF_OBJECT, TPMU_PUBLIC_PARMS
+from tpm2_pytss.types import (
+    TPM2B_PRIVATE,
+    TPM2B_PUBLIC,
+    TPMS_RSA_PARMS,
+    TPMT_PUBLIC,
+    TPMT_PUBLIC_PARMS,
+    TPMT_RSA_SCHEME,
+    TPMT_SYM_DEF_OBJECT,
+    TPMU_PUBLIC_PARMS,
+)
 
 _PAGE: Final = 64
 _FIXED: Final = 0x100
@@ -31,6 +43,15 @@ _VARIABLE: Final = 0x200
 _RSA: Final = (2048, 3072)
 _RANGES: Final = {"loaded_sessions": 0x02000000, "transient": 0x80000000, "persistent": 0x81000000}
 _RC_SUCCESS: Final = 0
+_PR_SET_PDEATHSIG: Final = 1
+_NODA: Final = 1 << 10
+_A_KEY: Final = TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT
+_FORMAT_ONE: Final = 0xBF
+"""What is left of a return code without the number of the parameter or session [TPM 2.0 part 2, 6.6.3]."""
+_NO_AUTHORISATION: Final = frozenset({0x8E, 0xA2})
+"""TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH."""
+_OF_PARAMETER: Final = 0xC0
+"""The bits that an error about a parameter has."""
 
 
 def say(part: str, **what: object) -> None:
@@ -129,6 +150,27 @@ def loads(esapi: ESAPI, parent: int, wrapped: str) -> int:
     return _RC_SUCCESS
 
 
+def srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
+    """Whether the storage root key can be used without a password: by a key that it cannot but refuse.
+
+    A TPM looks at the authorisation before it looks at what is to be loaded [TPM 2.0 part 3, 5.6 and 5.7]. Where wrong
+    tries are counted this would be one; so only a key that is exempt from that is tried.
+    """
+    there = object_at(esapi, handle)
+    if there is None or not there["attributes"] & _NODA:
+        raise LookupError
+    public = TPM2B_PUBLIC(publicArea=TPMT_PUBLIC.parse("ecc256:ecdsa", objectAttributes=_A_KEY))
+    try:
+        esapi.load(esapi.tr_from_tpmpublic(handle), TPM2B_PRIVATE(bytes(64)), public)
+    except TSS2_Exception as error:
+        if int(error.rc) & _FORMAT_ONE in _NO_AUTHORISATION:
+            return False
+        if int(error.rc) & _OF_PARAMETER == _OF_PARAMETER:
+            return True
+        raise
+    raise LookupError  # which cannot be
+
+
 def owner_takes(esapi: ESAPI, value: bytes) -> bool:
     """Whether this is the authorisation value of the owner hierarchy: by a command that changes nothing with it.
 
@@ -149,8 +191,20 @@ def opens(path: str) -> bool:
     return True
 
 
+def end_with(parent: int) -> None:
+    """Have the kernel end this process with the one that started it: a TPM that hangs would hold it for ever.
+
+    Also where that was ended before it could be asked for [prctl(2), PR_SET_PDEATHSIG].
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def main() -> None:
     """Ask all of it."""
+    if len(sys.argv) > 1:
+        end_with(int(sys.argv[1]))
     asked = json.load(sys.stdin)
     name, _, path = asked["tcti"].partition(":")
     if name == "device" and path and not opens(path):
@@ -174,6 +228,8 @@ def main() -> None:
     look("rsa", lambda: rsa_sizes(esapi))
     look("banks", lambda: banks(esapi))
     look("srk", lambda: object_at(esapi, asked["srk"]))
+    if asked["try_srk"]:
+        look("srk_open", lambda: srk_takes_no_password(esapi, asked["srk"]))
     if asked["ak"]:
         look("ak", lambda: object_at(esapi, asked["ak"]))
     if asked["owner_auth"]:

@@ -16,7 +16,7 @@ from stationkey.doctor.files import (
     look_at,
 )
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
-from stationkey.doctor.subject import Subject
+from stationkey.doctor.subject import UNREADABLE, Subject
 from stationkey.errors import LedgerError
 from stationkey.ledger import DATABASE_NAME, KeyRecord
 from stationkey.lifecycle import KeyState
@@ -35,6 +35,8 @@ def check_ledger(subject: Subject) -> Iterator[Finding]:
     """The ledger, read and not changed; then its keys, and whether ``active/`` shows what it says."""
     name, path = "state.ledger", subject.settings.state_dir / DATABASE_NAME
     facts = look_at(path)
+    if facts.kind == "missing" and "state_dir" in subject.configured.lost:
+        raise CannotLookError(UNREADABLE)
     if facts.kind == "missing" and look_at(path.parent, follow=True).kind != "unseen":
         yield ok(name, "there is no ledger yet; the daemon makes it at its first start")
         raise CannotLookError("there is no ledger")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, ParamSpec, TypeVar
@@ -144,6 +147,7 @@ def ask(command: Sequence[str], *, seconds: float, given: str | None = None) -> 
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            process_group=0,  # with what it starts itself: a TCTI may be a program
         )
     except OSError as error:
         return Answer(-1, "", error.strerror or "")
@@ -151,7 +155,8 @@ def ask(command: Sequence[str], *, seconds: float, given: str | None = None) -> 
         out, said = process.communicate(given, timeout=seconds)
         return Answer(process.returncode, out, said)
     except subprocess.TimeoutExpired as late:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         try:
             out, said = process.communicate(timeout=0.5)
         except subprocess.TimeoutExpired:  # in a system call that nothing interrupts

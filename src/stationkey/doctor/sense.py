@@ -8,7 +8,11 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from stationkey.config import Settings
+from stationkey.credential import SecretReference
 from stationkey.doctor.findings import Finding, failure, listed, warning
+from stationkey.errors import ConfigurationError
+from stationkey.listener import Address
+from stationkey.mqtt import availability
 from stationkey.profiles import ALGORITHMS, PROFILES, RsaModulus
 
 _SHORT: Final = 5.0
@@ -20,6 +24,7 @@ def judge_sense(settings: Settings) -> Iterator[Finding]:
     yield from _about_the_broker(settings)
     yield from _about_the_tpm(settings)
     yield from _about_the_policy(settings)
+    yield from _about_paths(settings)
     if settings.deadlines.ec < _SHORT or settings.deadlines.rsa < _SHORT:
         yield warning(
             "config.sense",
@@ -27,19 +32,11 @@ def judge_sense(settings: Settings) -> Iterator[Finding]:
             "busy takes some seconds, and a request that takes longer is rejected",
             "take the defaults, 30 and 60",
         )
-    if settings.metrics and not _is_local(settings.metrics):
-        yield failure(
-            "config.sense",
-            f"[metrics] listen = {settings.metrics!r} can be asked from outside this machine",
-            'figures are for this machine alone: listen = "127.0.0.1:PORT", or a unix: socket',
-        )
-
-
-def _is_local(listen: str) -> bool:
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rpartition(":")[0].strip("[]")
-    return is_loopback(host) or host == "localhost"
+    if settings.metrics:
+        try:
+            Address.parse(settings.metrics)
+        except ConfigurationError as error:
+            yield failure("config.sense", error.message, error.hint)
 
 
 def is_loopback(host: str) -> bool:
@@ -81,9 +78,18 @@ def _about_the_broker(settings: Settings) -> Iterator[Finding]:
         )
     if mqtt.username is not None and mqtt.password is None and mqtt.certificate_file is None:
         yield warning(name, "[mqtt] has a user name and neither password nor certificate", "set password_file")
-    topic = mqtt.availability_topic
-    if topic is not None and any(character in topic for character in "+#\0"):
-        yield failure(name, f"[mqtt] availability_topic {topic!r} has a wildcard", "name one topic, without + and #")
+    if mqtt.availability_topic is not None:
+        try:
+            availability(settings.topic_prefix, mqtt.availability_topic)
+        except ConfigurationError as error:
+            if (
+                error.reason == "availability_topic_invalid"
+            ):  # else it is the prefix, and the check of the broker says it
+                yield failure(
+                    name,
+                    f"[mqtt] availability_topic: {error.message}",
+                    "name a topic of its own, without + and #: not josev/cs, and not cs/josev",
+                )
 
 
 def _about_the_tpm(settings: Settings) -> Iterator[Finding]:
@@ -125,4 +131,25 @@ def _about_the_policy(settings: Settings) -> Iterator[Finding]:
             name,
             f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA",
             "[pool] rsa = 0",
+        )
+
+
+def _about_paths(settings: Settings) -> Iterator[Finding]:
+    """A path leads elsewhere for a service than for the shell that it was tried in, unless it begins at the root."""
+    mqtt, tpm = settings.mqtt, settings.tpm
+    secrets = (
+        *(mqtt.certificate_file, mqtt.key_file, mqtt.username, mqtt.password),
+        *(tpm.owner_auth, tpm.srk_auth, tpm.endorsement_auth, tpm.key_auth),
+    )
+    sources = [secret.source for secret in secrets if isinstance(secret, SecretReference)]
+    # Without a slash it may be the secret itself, set in the wrong place; that is told where secrets are judged.
+    named = [source for source in sources if "/" in source and not source.startswith("credential:")]
+    named += [str(path) for path in (settings.state_dir, settings.certificate_dir, mqtt.ca_file) if path is not None]
+    relative = [path for path in named if not path.startswith("/")]
+    if relative:
+        yield warning(
+            "config.sense",
+            f"{listed(relative)} does not begin with a slash: it is looked for in the directory that the daemon is "
+            "started in, and here in another one, perhaps. Nothing puts a home in the place of ~",
+            "write the whole path",
         )

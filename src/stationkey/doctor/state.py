@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +25,19 @@ from stationkey.doctor.files import (
     permits,
     user_name,
 )
-from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
-from stationkey.doctor.subject import Subject
+from stationkey.doctor.findings import CannotLookError, Finding, Level, failure, listed, not_checked, ok, warning
+from stationkey.doctor.subject import UNREADABLE, Subject
+from stationkey.errors import StationKeyError
 from stationkey.ledger import DATABASE_NAME
-from stationkey.state import LOCK_NAME
+from stationkey.state import LOCK_NAME, refuse_planted, refuse_unfit
 
 DIRECTORY_IDS: Final = ("state.directory", "state.files", "state.daemon", "state.settings")
 _NOTHING: Final = 2.0
 """Seconds: the kernel counts the start of a process in hundredths, and from another beginning."""
+_GET_FLAGS: Final = 0x80006601 | struct.calcsize("l") << 16
+"""FS_IOC_GETFLAGS, as most machines number it; on another one it is refused, and nothing is said."""
+_FIXED: Final = 0x10 | 0x20
+"""FS_IMMUTABLE_FL, FS_APPEND_FL."""
 _OURS: Final = frozenset({DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm", f"{DATABASE_NAME}-journal"})
 
 
@@ -38,7 +46,12 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
     path, user = subject.settings.state_dir, subject.daemon.user
     facts = look_at(path)
     followed = look_at(path, follow=True)
-    yield from judge_directory(followed, facts, user, closed_on_the_way(path, user), nearest(path))
+    if facts.kind == "missing" and "state_dir" in subject.configured.lost:
+        raise CannotLookError(UNREADABLE)
+    found = list(judge_directory(followed, facts, user, closed_on_the_way(path, user), nearest(path)))
+    if all(finding.level is not Level.FAILURE for finding in found) and (refused := _refused(subject)):
+        found = [refused]
+    yield from found
     yield _judge_daemon(subject)
     yield _check_settings(subject)
     if followed.kind != "directory":
@@ -50,7 +63,61 @@ def check_directory(subject: Subject) -> Iterator[Finding]:
             f"user {subject.me.name} may not look into {path}; run it as root, or as the daemon's user"
         ) from None
     inside = [look_at(path / name) for name in entries]
-    yield from judge_files(inside, owner=followed.uid, user=user)
+    files = list(judge_files(inside, owner=followed.uid, user=user))
+    if all(finding.level is not Level.FAILURE for finding in files) and (planted := _planted(path)):
+        files = [planted]
+    yield from files
+
+
+def _refused(subject: Subject) -> Finding | None:
+    """What the daemon itself would say of the directory at its start, where it would not take it.
+
+    Its rules are asked, not repeated: who else could put another directory there is a long story. Of another user's
+    directories only root sees enough for that.
+    """
+    path, user = subject.settings.state_dir, subject.daemon.user
+    if subject.me.uid not in {0, user.uid}:
+        return None
+    try:
+        real = refuse_unfit(path, user=user.uid)
+        if _is_immutable(real):
+            return failure(
+                "state.directory",
+                f"nothing can be written in {real}: it is marked as immutable, or to be appended to alone",
+                f"chattr -i -a {real}; see who set it (lsattr -d)",
+            )
+    except StationKeyError as error:
+        return failure("state.directory", error.message, error.hint)
+    except OSError:
+        return None  # it is gone since it was looked at
+    return None
+
+
+def _planted(path: Path) -> Finding | None:
+    """What the daemon would say of the files in it at its start, where it would open none of them."""
+    try:
+        refuse_planted(path)
+    except StationKeyError as error:
+        return failure(
+            "state.files", error.message, "find out who put it there, and move it away (mv); ls -li shows it"
+        )
+    return None
+
+
+def _is_immutable(path: Path) -> bool:
+    """Whether the file system has a mark on a directory by which not even root makes a file in it [ioctl_iflags(2)]."""
+    flags = bytearray(8)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.ioctl(descriptor, _GET_FLAGS, flags)
+    except OSError:  # not every file system has such marks
+        return False
+    finally:
+        os.close(descriptor)
+    return bool(int.from_bytes(flags[:4], sys.byteorder) & _FIXED)
 
 
 def nearest(path: Path) -> Facts:
@@ -120,11 +187,11 @@ def judge_directory(
             f"others may look into {path} (mode {octal(facts.mode)})",
             f"chmod 0700 {path}; the daemon does so at its start, where there is a ledger in it",
         )
-    elif facts.uid not in {user.uid, 0} and user.uid == 0:
-        yield warning(
+    elif facts.uid != user.uid:
+        yield failure(
             name,
-            f"{path} belongs to {user_name(facts.uid)}, and the daemon would run as root",
-            f"run it as {user_name(facts.uid)} (User= in the unit): it needs no rights of root",
+            f"{path} belongs to {user_name(facts.uid)}, and the daemon's user {user.name} does not take another's",
+            f"run it as {account_of(facts.uid)} (User= in the unit), or chown -R {user.account} {path}",
         )
     else:
         yield ok(name, f"{path} belongs to {user_name(facts.uid)} and is closed to others")
@@ -167,7 +234,7 @@ def judge_files(inside: list[Facts], *, owner: int, user: User) -> Iterator[Find
     shut = [facts.path.name for facts in ours if facts.uid == user.uid and not facts.mode & 0o200]
     if shut and user.uid != 0:
         found.append(failure(name, f"the daemon may not write its own {listed(shut)}", "chmod u+w, on each of them"))
-    open_to_others = [facts for facts in ours if facts.mode & 0o077]
+    open_to_others = [facts for facts in ours if facts.mode & 0o077 and facts.path.name not in wrong]
     if open_to_others:
         names = listed(f"{facts.path.name} ({octal(facts.mode)})" for facts in open_to_others)
         badly = any(facts.mode & 0o022 for facts in open_to_others)
@@ -188,6 +255,15 @@ def _check_settings(subject: Subject) -> Finding:
     except (OSError, ValueError, IndexError):
         return not_checked("state.settings", f"user {subject.me.name} may not look at the daemon", "run it as root")
     return judge_settings(config_of(words, variables), base, subject.configured.file, started)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal, or by who debugs it [proc(5), /proc/pid/stat]."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[:1] in (["T"], ["t"])
 
 
 def started_at(pid: int) -> float:
@@ -242,6 +318,12 @@ def judge_settings(named: str, base: Path, file: Facts | None, started: float) -
 
 def _judge_daemon(subject: Subject) -> Finding:
     name, daemon = "state.daemon", subject.daemon
+    if daemon.pid is not None and _is_stopped(daemon.pid):
+        return failure(
+            name,
+            f"the daemon (process {daemon.pid}) is stopped: it holds the state directory, and answers nothing",
+            f"kill -CONT {daemon.pid}, or systemctl restart stationkey; who sent it SIGSTOP, or is it in a debugger?",
+        )
     if daemon.pid is not None:
         return ok(name, f"the daemon runs, as {daemon.user.name} (process {daemon.pid})")
     if daemon.running:

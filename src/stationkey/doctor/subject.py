@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from stationkey import config
 from stationkey.credential import SecretReference
 from stationkey.doctor.files import Facts, User, look_at
+from stationkey.doctor.findings import Finding, Level, not_checked
 from stationkey.doctor.ledger import LedgerReading
 from stationkey.doctor.running import ask, within
 from stationkey.errors import ConfigurationError
@@ -18,6 +20,8 @@ from stationkey.state import LOCK_NAME
 UNIT: Final = "stationkey.service"
 USER: Final = "stationkey"
 """The user that the package makes for the daemon."""
+CREDENTIALS: Final = Path("/run/credentials")
+"""Where systemd puts what a unit loads [systemd.exec(5), LoadCredential=]."""
 _SYSTEMD: Final = Path("/run/systemd/system")
 _LOCKS: Final = Path("/proc/locks")
 _PATIENCE: Final = 1.5
@@ -48,12 +52,36 @@ class Configured:
         complaints: what is wrong with the file.
         settings: what the daemon would run by, with the default in place of all that is wrong.
         keystore: URI, or None where none is named and there is no default.
+        lost: what the file may say and cannot be read of, and no option says: the settings have a guess there.
     """
 
     file: Facts | None
     complaints: tuple[str, ...]
     settings: config.Settings
     keystore: str | None
+    lost: frozenset[str] = frozenset()
+
+
+_TOLD: Final = frozenset({"broker", "topic_prefix", "keystore", "state_dir", "mqtt", "tpm"})
+"""Names at the top of the file by which it is found out where to look."""
+
+
+UNREADABLE: Final = "what the configuration file says of it cannot be read: put that right first"
+
+
+def unless_guessed(findings: Iterator[Finding], lost: Mapping[str, Collection[str]]) -> Iterator[Finding]:
+    """Findings as far as they can be believed: a failure of what was guessed is none.
+
+    Args:
+        findings: of a check.
+        lost: for each name of the file that could not be read, the findings that hang on what it says.
+    """
+    guessed = {name for names in lost.values() for name in names}
+    for finding in findings:
+        if finding.level is Level.FAILURE and finding.id in guessed:
+            yield not_checked(finding.id, UNREADABLE)
+        else:
+            yield finding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,25 +158,27 @@ def read_configuration(options: Options) -> Configured:
     """Read the configuration file, and of a wrong one what can be used."""
     path = options.config_file
     if path is None:
-        return _default(options, ())
+        return _settle(options, config.Parts(config.File(), (), frozenset()))
     facts = look_at(path, follow=True)
     if facts.there and facts.kind != "file":
-        return _default(options, (f"{path} is no file",), facts)  # to open a pipe would be to wait for ever
+        what = "directory" if facts.kind == "directory" else "device, pipe or socket"
+        return _default(
+            options, (f"{path} is no file, but a {what}",), facts
+        )  # to open a pipe would be to wait for ever
     try:
-        return _settle(options, config.read_file(path), (), facts)
-    except ConfigurationError as error:
-        complaints: tuple[str, ...] = (error.message,)
+        return _settle(options, config.Parts(config.read_file(path), (), frozenset()), facts)
+    except ConfigurationError:
+        return _settle(options, config.read_parts(path), facts)
     except (OSError, ValueError):  # a name with a NUL in it, for example
         return _default(options, (f"{path} cannot be read",), facts)
-    file, each = config.read_parts(path)
-    return _settle(options, file, each or complaints, facts)
 
 
 def _default(options: Options, complaints: tuple[str, ...], facts: Facts | None = None) -> Configured:
-    return _settle(options, config.File(), complaints, facts)
+    return _settle(options, config.Parts(config.File(), complaints, None), facts)
 
 
-def _settle(options: Options, file: config.File, complaints: tuple[str, ...], facts: Facts | None) -> Configured:
+def _settle(options: Options, parts: config.Parts, facts: Facts | None = None) -> Configured:
+    file = parts.file
     keystore = options.keystore or file.keystore
     if keystore is None and Path(config.DEFAULT_DEVICE).exists():
         keystore = config.default_keystore()
@@ -160,7 +190,9 @@ def _settle(options: Options, file: config.File, complaints: tuple[str, ...], fa
         allow_software_keys=options.allow_software_keys,
         state_dir=options.state_dir,
     )
-    return Configured(file=facts, complaints=complaints, settings=settings, keystore=keystore)
+    lost = _TOLD if parts.lost is None else parts.lost & _TOLD
+    known = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
+    return Configured(file=facts, complaints=parts.complaints, settings=settings, keystore=keystore, lost=lost - known)
 
 
 def path_of(reference: SecretReference) -> Path | None:
@@ -168,7 +200,7 @@ def path_of(reference: SecretReference) -> Path | None:
     try:
         return reference.path
     except ConfigurationError:
-        path = Path("/run/credentials", UNIT, reference.source.partition(":")[2])
+        path = Path(CREDENTIALS, UNIT, reference.source.partition(":")[2])
         return path if look_at(path).there else None
 
 
@@ -203,7 +235,7 @@ def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
         user, known_by = named, f"{UNIT} says so"
     elif (made := User.named(USER)) is not None:
         user, known_by = made, "that is the user which the package makes for it"
-    elif me.uid == 0 and directory.there and directory.uid != 0:
+    elif directory.there and directory.uid not in {0, me.uid}:
         user, known_by = User.numbered(directory.uid), f"{state_dir} belongs to it"
     else:
         user, known_by = me, "that is who runs this"

@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
+from stationkey.credential import SecretReference
 from stationkey.doctor import abilities, condition
 from stationkey.doctor.answers import (
     MANAGER_ADVICE,
@@ -29,13 +31,14 @@ from stationkey.doctor.device import (
     is_tpm,
     judge_device,
     judge_socket,
+    listeners_on,
     look_at_chip,
     simulator_lives,
 )
 from stationkey.doctor.files import look_at
 from stationkey.doctor.findings import CannotLookError, Finding, failure, listed, not_checked, ok, warning
 from stationkey.doctor.running import ask, judged
-from stationkey.doctor.subject import Subject
+from stationkey.doctor.subject import Subject, path_of, unless_guessed
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 from stationkey.terms import TpmTerms
@@ -56,6 +59,16 @@ IDS: Final = (
 
 def check_tpm(subject: Subject) -> Iterator[Finding]:
     """All about the key store."""
+    hang_on = {
+        "keystore": IDS,
+        "tpm": ("tpm.srk", "tpm.authorisation", "tpm.sessions", "tpm.pcrs", "tpm.attestation_key", "tpm.keys"),
+    }
+    return unless_guessed(
+        _check(subject), {name: ids for name, ids in hang_on.items() if name in subject.configured.lost}
+    )
+
+
+def _check(subject: Subject) -> Iterator[Finding]:
     keystore = subject.configured.keystore
     yield judge_keystore(keystore, allowed=subject.settings.allow_software_keys)
     scheme, _, tcti = (keystore or "").partition(":")
@@ -76,8 +89,10 @@ def check_tpm(subject: Subject) -> Iterator[Finding]:
     keys, purposes = keys_to_try(subject, way)
     asked = {"tcti": tcti, "srk": subject.settings.tpm.srk_handle, "ak": subject.settings.tpm.ak_handle, "keys": keys}
     asked["owner_auth"] = _owner_auth(subject.settings.tpm)
+    # Where keys may be tried, so may this be.
+    asked["try_srk"] = may_try_keys(subject.settings.tpm, way, daemon_running=subject.daemon.running)
     # -P: no module of the directory that somebody happens to stand in.
-    command = [sys.executable, "-P", "-m", "stationkey.doctor.probe"]
+    command = [sys.executable, "-P", "-m", "stationkey.doctor.probe", str(os.getpid())]
     probe = Probe.read(ask(command, seconds=PATIENCE, given=json.dumps(asked)))
     seen = Seen(
         probe=probe,
@@ -137,7 +152,7 @@ def _in_use(subject: Subject, way: Way) -> Finding | None:
         return None
     name = "tpm.reachable"
     if way.name in {"swtpm", "mssim"} and way.port:
-        if not connections_to(way.port) and way.host in {"localhost", "127.0.0.1", "::1"}:
+        if not connections_to(way.port) and way.is_local:
             return None  # the daemon has lost it; so it can be asked
         if way.name == "swtpm" and simulator_lives(way) is False:
             return failure(
@@ -161,8 +176,10 @@ def _owner_auth(settings: TpmTerms) -> str | None:
     """The owner's authorisation value in base64, to be tried; not where it must not cross the bus in the clear."""
     if settings.owner_auth is None or settings.session != "none":
         return None
+    if (path := path_of(settings.owner_auth)) is None:
+        return None
     try:
-        return base64.b64encode(settings.owner_auth.read()).decode("ascii")
+        return base64.b64encode(SecretReference(str(path)).read()).decode("ascii")
     except ConfigurationError:
         return None  # the check of the secrets says why
 
@@ -199,10 +216,15 @@ def judge_reachable(seen: Seen, others: list[str]) -> Finding:
             return failure(name, f"the TPM at {way.tcti} answered some questions, and then no more", "reset it")
         code = probe.errors.get("properties", 0)
         if code & _RC_LAYER and code & _RC_LAYER >> 16 in _RC_NOT_THE_TPM:
-            return failure(name, f"the TPM at {way.tcti} was lost while it was asked ({code:#x})", "is it there still?")
+            advice = "is it there still?"
+            if way.name == "tabrmd":
+                advice = "the resource manager runs, and has lost the TPM: systemctl restart tpm2-abrmd, and see dmesg"
+            return failure(name, f"the TPM at {way.tcti} was lost while it was asked ({code:#x})", advice)
         return ok(name, f"the TPM at {way.tcti} answers")
     if probe.hung:
         advice = "reset the TPM (a chip: switch the station off and on); then see dmesg | grep -i tpm"
+        if way.name == "tabrmd":
+            advice = "is it tpm2-abrmd that hangs (systemctl restart tpm2-abrmd)? Else " + advice
         if others:
             advice = "end that program, or put a resource manager in between: " + MANAGER_ADVICE
         return failure(name, f"the TPM at {way.tcti} does not answer within {PATIENCE:g} s{who}", advice)
@@ -210,6 +232,9 @@ def judge_reachable(seen: Seen, others: list[str]) -> Finding:
         return _judge_opening(way, probe.errors["device"], who)
     if "open" in probe.errors:
         code = probe.errors["open"]
+        if code in _RC_TCTI and way.tcti != "".join(way.tcti.split()):
+            said = f"tpm2-tss cannot make use of the TCTI {way.tcti!r} ({code:#x}), which has a blank in it"
+            return failure(name, said, "write it without")
         if code in _RC_TCTI:
             return failure(
                 name,
@@ -226,6 +251,13 @@ def judge_reachable(seen: Seen, others: list[str]) -> Finding:
 
 
 def _reach_advice(way: Way) -> str:
+    if way.path is not None and way.is_simulator:
+        return f"does the simulator listen at {way.path}, and as {way.name}?"
+    if way.is_simulator and way.is_local and listeners_on(way.port):
+        return (
+            f"something listens at port {way.port} (ss -ltnp sport = :{way.port}), and is no {way.name} that answers: "
+            "is it the right port? That of swtpm's --server, not that of its --ctrl"
+        )
     if way.is_simulator:
         return f"start the simulator at {way.host}:{way.port}, or name the TPM of this machine as keystore"
     if way.name == "tabrmd":

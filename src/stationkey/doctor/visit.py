@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stationkey.errors import BrokerError, StationKeyError
+from stationkey.messages import REQUEST_TOPIC, RESPONSE_TOPIC
 from stationkey.mqtt import Broker, ConnectionLost, MqttConnection, connect, topics
 from stationkey.terms import MqttTerms
 
@@ -54,11 +55,15 @@ class Visit:
     """What was seen at a broker.
 
     Attributes:
+        requests: the topic that we read.
+        responses: the topic that we write to.
+        at: the broker, as the options of Mosquitto's clients name it.
         refused: why there is no connection, or None.
         named: whether we have a user name or a certificate there.
         mqtt5: whether MQTT 5 is spoken.
         own: what we may do.
         why: what the broker said where we may not do what we must.
+        too_large: what the broker said to a message of `LARGE` octets where it does not take it, or an empty text.
         subscribed: whether a subscription to the topic of requests is granted.
         josev: whether somebody is subscribed to the topic of responses; None where the broker does not say.
         daemon: whether somebody is subscribed to the topic of requests; None likewise.
@@ -71,11 +76,15 @@ class Visit:
         cut: why the visit ended before its end, or an empty text.
     """
 
+    requests: str = REQUEST_TOPIC
+    responses: str = RESPONSE_TOPIC
+    at: str = ""
     refused: StationKeyError | None = None
     named: bool = False
     mqtt5: bool = True
     own: Rights = Rights()
     why: str = ""
+    too_large: str = ""
     subscribed: bool | None = None
     josev: bool | None = None
     daemon: bool | None = None
@@ -95,11 +104,13 @@ def _usual(seconds: list[float]) -> float:
 
 
 _OURS: Final = "stationkey_doctor"
+LARGE: Final = 4096
+"""Octets. An answer with a CSR of RSA-3072 has some 2000."""
 
 
-def _harmless() -> bytes:
-    """A message that is nobody's business [contract, decision 3], and that is known again."""
-    return json.dumps({"name": _OURS, "type": "probe", "id": str(uuid.uuid4())}).encode()
+def _harmless(octets: int = 0) -> bytes:
+    """A message that is nobody's business [contract, decision 3], and that is known again; of a length at the least."""
+    return json.dumps({"name": _OURS, "type": "probe", "id": str(uuid.uuid4()), "data": "." * octets}).encode()
 
 
 def _client_id() -> str:
@@ -108,7 +119,9 @@ def _client_id() -> str:
 
 async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running: bool) -> Visit:
     """Look around at the broker, with the daemon's identity and without any."""
-    client_id = _client_id()
+    client_id, at = _client_id(), f"-h {broker.host} -p {broker.port}"
+    requests, responses = topics(prefix)
+    nothing = Visit(requests=requests, responses=responses, at=at)
     named = terms.username is not None or terms.certificate_file is not None
     stranger = asyncio.create_task(_as_a_stranger(broker, terms), name="stranger") if named else None
     try:
@@ -118,14 +131,16 @@ async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running
         silent = BrokerError(
             f"{broker} takes the connection and says nothing", reason="broker_unreachable", hint="is it an MQTT broker?"
         )
-        return Visit(refused=silent, named=named, anonymous=await _let_in(stranger))
+        return dataclasses.replace(nothing, refused=silent, named=named, anonymous=await _let_in(stranger))
     except StationKeyError as error:
-        return Visit(refused=error, named=named, anonymous=await _let_in(stranger))
+        return dataclasses.replace(nothing, refused=error, named=named, anonymous=await _let_in(stranger))
     if connection.resumed and daemon_running:
         await connection.close()
-        return Visit(named=True, mqtt5=connection.is_v5, in_its_place=True, anonymous=await _let_in(stranger))
+        anonymous = await _let_in(stranger)
+        return dataclasses.replace(nothing, named=True, mqtt5=connection.is_v5, in_its_place=True, anonymous=anonymous)
+    cut = False
     try:
-        look = _Round(connection, *topics(prefix), named=named)
+        look = _Round(connection, dataclasses.replace(nothing, named=named, mqtt5=connection.is_v5))
         try:
             async with asyncio.timeout(_TALK):
                 await look.look_around()
@@ -133,15 +148,17 @@ async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running
             look.note(cut=str(error) or "the broker stopped answering")
         if stranger is not None:
             await _take_the_stranger_round(stranger, look)
+        await look.weigh()
     finally:
+        cut = connection.lost.done()
         await connection.close(forget=named and not connection.resumed)
-    if named and not connection.resumed and not connection.is_v5:
+    if named and not connection.resumed and (cut or not connection.is_v5):
         await _forget(broker, terms, client_id)
     return look.seen
 
 
 async def _forget(broker: Broker, terms: MqttTerms, client_id: str) -> None:
-    """End a session by MQTT 3.1.1: a clean one takes its place, and ends with its connection."""
+    """End a session that no DISCONNECT of ours ended: a clean one takes its place, and ends with its connection."""
     try:
         async with asyncio.timeout(_LOGIN):
             await (await connect(broker, client_id=client_id, persistent=False, terms=terms)).close()
@@ -187,11 +204,11 @@ async def _take_the_stranger_round(stranger: asyncio.Task[MqttConnection | str],
 class _Round:
     """A look around on one connection; what was seen so far is in `seen`, whatever comes."""
 
-    def __init__(self, connection: MqttConnection, requests: str, responses: str, *, named: bool) -> None:
+    def __init__(self, connection: MqttConnection, begin: Visit) -> None:
         self._connection = connection
-        self._requests = requests
-        self._responses = responses
-        self.seen = Visit(named=named, mqtt5=connection.is_v5)
+        self._requests = begin.requests
+        self._responses = begin.responses
+        self.seen = begin
 
     def note(self, **what: object) -> None:
         self.seen = dataclasses.replace(self.seen, **what)  # type: ignore[arg-type] # names and types are those of Visit
@@ -259,6 +276,20 @@ class _Round:
             singles.append(middle - begin)
             pairs.append(time.perf_counter() - middle)
         self.note(single=_usual(singles), pair=_usual(pairs))
+
+    async def weigh(self) -> None:
+        """Whether the broker takes a message as large as an answer; the last of all, for it may end the connection."""
+        if not self.seen.own.answers or self._connection.lost.done():
+            return
+        try:
+            async with asyncio.timeout(_TALK):
+                taken, _, why = await self._publish(self._connection, self._responses, _harmless(LARGE))
+        except TimeoutError:
+            taken, why = False, "no answer to it"
+        except ConnectionLost as error:
+            taken, why = False, str(error)
+        if not taken:
+            self.note(too_large=why)
 
     async def rights_of(self, stranger: MqttConnection) -> Rights:
         """What somebody else may do, with our help to be listened to."""
