@@ -314,7 +314,7 @@ PROPERTIES = {
     0x109: 0,
     0x10B: 7 << 16 | 85,
     0x10C: 0,
-    0x200: 0,
+    0x200: 4,  # lockoutAuthSet
     0x201: 0x8000000F,
     0x204: 3,
     0x206: 64,
@@ -427,6 +427,8 @@ class TestTpm:
             pytest.param("srk", chip(srk=GOOD_SRK | {"attributes": 0x30072}), WARNING, "noda", id="without noda"),
             pytest.param("authorisation", chip(properties={0x200: 7}), WARNING, "endorsement_auth", id="passwords"),
             pytest.param("authorisation", chip(properties={0x200: 4}), OK, "lockout: with a password", id="lockout's"),
+            pytest.param("authorisation", chip(properties={0x200: 0}), WARNING, "may clear it", id="open to clearing"),
+            pytest.param("authorisation", chip(properties={0x200: 1 << 8}), OK, "with none", id="clearing disabled"),
             pytest.param("lockout", chip(properties={0x200: 1 << 9}), FAILURE, "exempt", id="in lockout"),
             pytest.param(
                 "lockout",

@@ -479,6 +479,7 @@ class TestTpm:
     @pytest.mark.parametrize(("value", "level"), [("hunter2", Level.OK), ("hunter3", Level.FAILURE)])
     def test_the_owner_s_password_is_tried(self, tmp_path: Path, swtpm: Swtpm, value: str, level: Level) -> None:
         tool(swtpm, "tpm2_changeauth", "-c", "owner", "hunter2")
+        tool(swtpm, "tpm2_changeauth", "-c", "lockout", "hunter4")
         (tmp_path / "owner").write_text(value)
         (tmp_path / "owner").chmod(0o600)
         config = write_config(tmp_path, f'[tpm]\nowner_auth = "{tmp_path}/owner"\n')

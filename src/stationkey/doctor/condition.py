@@ -207,10 +207,15 @@ def judge_authorisation(seen: Seen) -> Iterator[Finding]:
             "what [tpm] owner_auth names is not the password of the owner hierarchy: no storage root key can be made",
             "put the right one there; see who changed it (tpm2_changeauth -c owner)",
         )
-    clears = "" if flags & (LOCKOUT_AUTH_SET | DISABLE_CLEAR) else "; whoever may open the TPM may clear it"
+    if not flags & (LOCKOUT_AUTH_SET | DISABLE_CLEAR):
+        yield warning(
+            name,
+            "the lockout hierarchy has no password: whoever may open the TPM may clear it, which ends every key",
+            "give it one, and keep that off the station: tpm2_changeauth -c lockout file:-",
+        )
     told = [f"{listed(have)}: with a password"] if have else []
     told += [f"{listed(lack)}: with none"] if lack else []
-    yield ok(name, f"{'; '.join(told)}{clears}")
+    yield ok(name, "; ".join(told))
 
 
 def judge_lockout(seen: Seen) -> Iterator[Finding]:
