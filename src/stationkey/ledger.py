@@ -248,6 +248,10 @@ class Ledger:
                     self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten with zeros
                     self._connection.execute("PRAGMA cache_size=-512")  # KiB: an answer touches a dozen pages of four
                     self._connection.execute("PRAGMA temp_store=MEMORY")  # no copy of it in a temporary file
+                    # From the first look on it has its files open.
+                    self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+                self._own = self._found()
+                if not read_only:
                     self._migrate(version)
             except BaseException:
                 self._connection.close()
@@ -326,12 +330,27 @@ class Ledger:
         This process must open none of them by another way: as soon as it closes one, all locks on it are given up that
         SQLite holds [fcntl(2); sqlite.org/howtocorrupt.html 2.2].
         """
+        return self._own
+
+    def _found(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of what has the names of the database and of the files beside it now."""
         found = set()
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            with suppress(OSError):
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
                 status = Path(f"{self.path}{suffix}").stat()
                 found.add((status.st_dev, status.st_ino))
         return frozenset(found)
+
+    def _refuse_elsewhere(self) -> None:
+        """Write nothing to a database that the next start would not find: SQLite does not notice, and goes on."""
+        if self._found() == self._own:
+            return
+        self.trouble = "ledger_moved"
+        raise LedgerError(
+            f"the ledger {self.path} was moved, removed or exchanged while it was in use",
+            reason="ledger_moved",
+            hint="put it back where it was, or stop the daemon before another takes its place",
+        )
 
     # Answers.
 
@@ -1067,6 +1086,7 @@ class Ledger:
     def _transaction(self) -> Iterator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._refuse_elsewhere()
             yield
             self._connection.execute("COMMIT")
             self.trouble = ""
