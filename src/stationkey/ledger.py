@@ -63,6 +63,13 @@ _SPARE: Final = 64
 _CHECKED_WHOLE: Final = 4096
 """A database of more pages than this, 16 MiB, is only checked as a whole after an end that was not in order."""
 
+_PATIENCE: Final = 5000
+"""Milliseconds that another process is waited for which writes: a command takes a few."""
+
+_IMPATIENCE: Final = 50
+"""The same once that was in vain, until something is written again: what waits behind one another must not wait for
+seconds each, or a request is answered minutes late."""
+
 _LIVING: Final = "state != 'destroyed'"
 """What a query of the living keys must say, so that SQLite takes the index of them."""
 
@@ -217,6 +224,7 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True, alone: bool = False) -> None:
         self.path = path
         self._delivered: deque[str] = deque()
+        self._patient = True
         self.trouble = ""
         """Reason of the last failure, until something is written again. May be looked at from any thread."""
         self._rejections: deque[tuple[str, str, str, int]] = deque(maxlen=MAX_REJECTIONS)
@@ -263,7 +271,7 @@ class Ledger:
             uri=True,
             isolation_level=None,
             check_same_thread=False,
-            timeout=5.0,
+            timeout=_PATIENCE / 1000,
         )
         # A database that somebody tampered with may have triggers and views: they get no function that does anything.
         connection.execute("PRAGMA trusted_schema=OFF")
@@ -1084,16 +1092,27 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error:
+            self._be_patient(False)
+            raise
         try:
             self._refuse_elsewhere()
             yield
             self._connection.execute("COMMIT")
+            self._be_patient(True)
             self.trouble = ""
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+
+    def _be_patient(self, patient: bool) -> None:
+        """Wait for other processes, or not any more: see `_IMPATIENCE`."""
+        if patient is not self._patient:
+            self._patient = patient
+            self._connection.execute(f"PRAGMA busy_timeout={_PATIENCE if patient else _IMPATIENCE}")
 
     @contextmanager
     def _explained(self, act: str) -> Iterator[None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -156,6 +158,25 @@ def test_a_state_directory_that_is_moved_away_rejects_requests_in_words_and_heal
     until(lambda: '"event": "key active"' in scene.daemon.run_log, "the key is active")
     scene.daemon.terminate()
     assert "Traceback" not in scene.daemon.run_log
+    judge(scene.state_dir, scene.keystore, asker.accepted)
+
+
+def test_a_ledger_that_another_process_holds_rejects_requests_one_after_the_other_at_once_and_heals(
+    scene: Scene,
+) -> None:
+    """The first waits for it. Where each did that, the last of these would be answered after a minute and a half."""
+    scene.daemon.start()
+    asker = scene.asker
+    asker.ask()
+    with closing(sqlite3.connect(scene.state_dir / DATABASE, isolation_level=None)) as another:
+        another.execute("BEGIN IMMEDIATE")
+        for _ in range(20):
+            asker.publish(asker.request())
+        asker.wait_for_all()
+        assert reasons_of(scene.daemon) == ["ledger_busy"] * 20
+        another.execute("ROLLBACK")
+    assert asker.ask().data.status == "accepted"
+    scene.daemon.terminate()
     judge(scene.state_dir, scene.keystore, asker.accepted)
 
 
