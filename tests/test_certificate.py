@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from parts import CN, NOW, STATION, V2G, V2G20, Authority, C, O, pem, request, software_key
-from stationkey.certificate import Chain, Expected, differences, prove, read_chain
+from stationkey.certificate import MAX_CHAIN, Chain, Expected, differences, prove, read_chain
 from stationkey.csr import build_csr, to_pem
 from stationkey.errors import KeyStoreError
 from stationkey.keystore.software import SoftwareKeyStore
@@ -166,6 +166,17 @@ def test_a_chain_is_in_order_if_each_certificate_is_followed_by_its_issuer(found
     told = differences(found, expected(), now=NOW.timestamp())
 
     assert [text.partition(":")[0] for text in told] == ([] if in_order else ["chain order"])
+
+
+def test_a_chain_that_is_too_long_is_told_and_its_signatures_are_not_verified() -> None:
+    """The root is its own issuer, and could follow itself for ever."""
+    leaf = chain(AUTHORITY.sign(CSRS[V2G])).certificates
+    found = Chain((*leaf, *(AUTHORITY.root,) * MAX_CHAIN))
+
+    told = differences(found, expected(V2G), now=NOW.timestamp())
+
+    assert len(told) == 1
+    assert told[0].startswith(f"chain order: of {len(leaf) + MAX_CHAIN} certificates")
 
 
 # Files.

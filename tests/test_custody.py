@@ -9,6 +9,7 @@ import re
 import sqlite3
 import ssl
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing, suppress
 from datetime import timedelta
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import NameOID
+from outside import BOUND
 from peers import Swtpm
 
 from parts import (
@@ -273,6 +275,31 @@ async def test_only_so_many_statuses_wait(
         waiting.cancel()
         with suppress(asyncio.CancelledError):
             await waiting
+
+
+async def test_statuses_of_which_each_takes_long_give_their_places_back(
+    here: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is away, and so no trouble is told: only those who wait can notice."""
+    monkeypatch.setattr(custody, "MAX_WAITING", 2)
+    monkeypatch.setattr(custody, "PATIENCE", 0.01)
+    first, second = await here.key(V2G), await here.key(STATION)
+    gate = threading.Event()
+    here.keystore.submit(lambda _: gate.wait(BOUND), timeout=BOUND)
+    waiting = [asyncio.create_task(here.told("installed", kind)) for kind in (V2G, STATION)]
+    await asyncio.sleep(0)  # so that they come first
+
+    await asyncio.gather(*(here.told("deleted") for _ in range(8)))
+    monkeypatch.setattr(custody, "PATIENCE", BOUND)
+    await here.told("deleted")  # at once
+
+    assert here.counts["statuses_crowded"] == 9
+    assert not any(task.done() for task in waiting)
+    gate.set()
+    await asyncio.gather(*waiting)
+    assert here.states(first, second) == [ACTIVE, ACTIVE]
+    await asyncio.gather(*(here.told("deleted", kind) for kind in (V2G, STATION)))
+    assert here.states(first, second) == [DESTROYED, DESTROYED]
 
 
 async def test_while_a_status_waits_time_goes_on_for_other_keys(

@@ -22,6 +22,10 @@ from stationkey.csr import HASHES, PrivateKey, key_type
 from stationkey.errors import KeyStoreError, StationKeyError
 from stationkey.profiles import CertificateProfile, ExtendedKeyUsage, KeyUsage
 
+MAX_CHAIN: Final = 10
+"""Certificates of a file whose order is looked at. A chain of ISO 15118 has four at the most, and each signature may
+cost what an exponent of thousands of bits costs, while requests wait."""
+
 _USAGE_FIELDS: Final = {
     KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
     KeyUsage.CONTENT_COMMITMENT: "content_commitment",
@@ -186,6 +190,8 @@ def _order_differences(chain: Chain) -> list[str]:
     wrong = ["chain order: the station's certificate should be first, and each followed by the one that issued it"]
     if chain.position != 0:
         return wrong
+    if len(chain.certificates) > MAX_CHAIN:
+        return [f"chain order: of {len(chain.certificates)} certificates, more than {MAX_CHAIN}, it is not looked at"]
     for subject, issuer in zip(chain.certificates, chain.certificates[1:], strict=False):
         try:
             subject.verify_directly_issued_by(issuer)

@@ -43,6 +43,9 @@ RETRY_LAST: Final = 60.0
 """Seconds between tries at a status that needs a TPM which is away; doubled in between."""
 MAX_WAITING: Final = 16
 """How many of them wait at a time: they must not take the places of requests."""
+PATIENCE: Final = 20.0
+"""Seconds that more than those wait where nothing is away, but each takes long: a certificate directory filled to its
+bounds, a slow TPM. A burst of statuses that is honest is through by then."""
 
 
 class RunningTime:
@@ -112,6 +115,7 @@ class KeyCustody:
         self._in_order = asyncio.Lock()
         self._waiting = 0
         self._trouble: StationKeyError | None = None
+        self._crowded = False
         self.on_change: Callable[[], None] = lambda: None
 
     # A status.
@@ -121,19 +125,38 @@ class KeyCustody:
 
         While the TPM is away or the disk is full the status waits, and those that come after it wait for their turn:
         ``deleted`` must not overtake the ``installed`` before it. None is acknowledged to the broker until it was dealt
-        with.
+        with. Where `MAX_WAITING` of them wait, the next ones give up: at once where something is away, else after
+        `PATIENCE`, and then at once until none waits any more.
         """
-        if self._trouble is not None and self._waiting >= MAX_WAITING:
-            self.refuse(status, self._trouble)
+        beyond = self._waiting >= MAX_WAITING
+        if beyond and (self._trouble is not None or self._crowded):
+            self.refuse(status, self._trouble or _crowd())
             return
         self._waiting += 1
         try:
-            async with self._in_order:
+            await self._take_turn(PATIENCE if beyond else None)
+            try:
                 await self._settle(status, _about(status))
+            finally:
+                self._in_order.release()
         except StationKeyError as error:
             self.refuse(status, error)
         finally:
             self._waiting -= 1
+            self._crowded = self._crowded and self._waiting > 0
+
+    async def _take_turn(self, patience: float | None) -> None:
+        """Wait until the statuses before this one were dealt with; to be released afterwards.
+
+        Raises:
+            StationKeyError: that took longer than `patience` seconds.
+        """
+        try:
+            async with asyncio.timeout(patience):
+                await self._in_order.acquire()
+        except TimeoutError:
+            self._crowded = True
+            raise self._trouble or _crowd() from None
 
     async def _settle(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         """Do what a status says, as soon as key store and ledger are there for it."""
@@ -382,6 +405,14 @@ class KeyCustody:
 def _about(status: CertificateInstallationStatus) -> dict[str, object]:
     """What a log line says of a status."""
     return {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
+
+
+def _crowd() -> StationKeyError:
+    return StationKeyError(
+        f"{MAX_WAITING} statuses wait already, and each takes long",
+        reason="statuses_crowded",
+        hint="who sends so many, and what is in [josev] certificate_dir?",
+    )
 
 
 def _tell_if_left(key_id: str, done: Future[None]) -> None:

@@ -29,7 +29,7 @@ class Fault(StrEnum):
 PASSING: Final = frozenset(
     {
         *("tpm_unreachable", "keystore_timeout", "tpm_reset", "tpm_lockout", "tpm_full", "tpm_altered"),
-        *("disk_full", "ledger_read_only", "ledger_busy"),
+        *("disk_full", "ledger_read_only", "ledger_busy", "ledger_moved"),
     }
 )
 """Reasons of troubles with the key store or the ledger that may be over at the next try."""

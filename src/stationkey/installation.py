@@ -78,18 +78,18 @@ class KeyFinder:
         # A key that is named is meant, whatever certificates there are for the active one.
         active = [] if isinstance(named, KeyRecord) else ledger.active(certificate_type, evse_id)
         if self._certificate_dir is not None:
-            return self._by_certificate(pending, active)
+            return self._by_certificate(ledger, pending, active)
         if isinstance(named, KeyRecord):
             return Found(named)
         return _newest(_one_owner(pending, evse_id), active)
 
-    def _by_certificate(self, pending: list[KeyRecord], active: list[KeyRecord]) -> Found | None:
+    def _by_certificate(self, ledger: Ledger, pending: list[KeyRecord], active: list[KeyRecord]) -> Found | None:
         """The pending key with the newest certificate [A02.FR.15].
 
         One that is older than the certificate of the active key of the same owner is not meant: it was passed over
         when that one was activated, and the message is a repeat.
         """
-        chains = self._installed_chains(complete=False)
+        chains = self._installed_chains(ledger, complete=False)
         in_use = {key.owner: chains[key.public] for key in active if key.public in chains}
         best: tuple[KeyRecord, Chain] | None = None
         for key in pending:
@@ -147,7 +147,7 @@ class KeyFinder:
         if named is not None:
             deactivated = []  # the file under active/ is the active key's
         elif self._certificate_dir is not None:
-            chains = self._installed_chains(complete=True)
+            chains = self._installed_chains(ledger, complete=True)
             active = [key for key in active if key.public not in chains]
             deactivated = [key for key in deactivated if key.public not in chains]
         if deactivated:
@@ -196,10 +196,11 @@ class KeyFinder:
             return owner_of(target.name) if str(target.parent) == active_path else None
         return None
 
-    def _installed_chains(self, *, complete: bool) -> dict[bytes, Chain]:
+    def _installed_chains(self, ledger: Ledger, *, complete: bool) -> dict[bytes, Chain]:
         """What the certificate directory holds: for each subjectPublicKeyInfo the newest certificate, with its chain.
 
         Args:
+            ledger: whose own files are passed over, whatever link leads to them.
             complete: whether a file that cannot be read matters: its certificate would seem to be deleted.
 
         Raises:
@@ -207,10 +208,11 @@ class KeyFinder:
         """
         assert self._certificate_dir is not None
         found: list[Chain] = []
+        own = ledger.own_files()
         try:
             for path in _files(self._certificate_dir):
                 with suppress(FileNotFoundError if complete else OSError):
-                    if chain := read_chain(_content(path)):
+                    if chain := read_chain(_content(path, own)):
                         found += chain.seen_from_each()
                 if len(found) > MAX_CERTIFICATES:
                     raise _too_much(self._certificate_dir, f"more than {MAX_CERTIFICATES} certificates")
@@ -248,34 +250,55 @@ def _files(directory: Path) -> list[Path]:
     return sorted(files)
 
 
-_NOTHING_TO_READ: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV})
-"""A link in a circle, a socket, a device that is not there."""
-
-
-def _content(path: Path) -> bytes:
+def _content(path: Path, own: frozenset[tuple[int, int]]) -> bytes:
     """The content of a regular file that is no larger than `MAX_CERTIFICATE_SIZE`; empty for anything else.
 
-    Nothing else is opened, if it can be helped: to open a device may do something. And what was opened is asked again
-    what it is, without having waited for anybody: meanwhile a FIFO may have come into the place of the file.
+    A place is found first (O_PATH), which opens nothing; then what was found is looked at and opened, whatever has come
+    into the place meanwhile. To open a device may do something, and a FIFO would keep us waiting. To close one of the
+    ledger's own files would give up the locks that SQLite holds on it, and let the next command that ends take the
+    write-ahead log away under the daemon [fcntl(2): all locks go with any descriptor of the process].
+
+    Args:
+        path: may be a link.
+        own: device and inode of the files that are never opened.
 
     Raises:
         OSError: it cannot be read.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return b""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in _NOTHING_TO_READ:
+        if error.errno == errno.ELOOP:  # a link in a circle
             return b""
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+    try:
+        status = os.fstat(place)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CERTIFICATE_SIZE:
             return b""
+        if (status.st_dev, status.st_ino) in own:
+            return b""
+        descriptor = _opened(place, path)
+    finally:
+        os.close(place)
+    with os.fdopen(descriptor, "rb") as file:
         # A file of /proc says that it is empty, and is not; and some there have nothing yet, which is None.
         content = file.read(MAX_CERTIFICATE_SIZE + 1) or b""
     return content if len(content) <= MAX_CERTIFICATE_SIZE else b""
+
+
+def _opened(place: int, path: Path) -> int:
+    """A descriptor to read from what `place` is; never a `FileNotFoundError`, for it was there.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        raise OSError(errno.EOPNOTSUPP, "it needs /proc to be mounted", str(path)) from None
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _too_much(directory: Path, what: str) -> OSError:

@@ -63,6 +63,13 @@ _SPARE: Final = 64
 _CHECKED_WHOLE: Final = 4096
 """A database of more pages than this, 16 MiB, is only checked as a whole after an end that was not in order."""
 
+_PATIENCE: Final = 5000
+"""Milliseconds that another process is waited for which writes: a command takes a few."""
+
+_IMPATIENCE: Final = 50
+"""The same once that was in vain, until something is written again: what waits behind one another must not wait for
+seconds each, or a request is answered minutes late."""
+
 _LIVING: Final = "state != 'destroyed'"
 """What a query of the living keys must say, so that SQLite takes the index of them."""
 
@@ -217,6 +224,7 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True, alone: bool = False) -> None:
         self.path = path
         self._delivered: deque[str] = deque()
+        self._patient = True
         self.trouble = ""
         """Reason of the last failure, until something is written again. May be looked at from any thread."""
         self._rejections: deque[tuple[str, str, str, int]] = deque(maxlen=MAX_REJECTIONS)
@@ -248,6 +256,10 @@ class Ledger:
                     self._connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten with zeros
                     self._connection.execute("PRAGMA cache_size=-512")  # KiB: an answer touches a dozen pages of four
                     self._connection.execute("PRAGMA temp_store=MEMORY")  # no copy of it in a temporary file
+                    # From the first look on it has its files open.
+                    self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+                self._own = self._found()
+                if not read_only:
                     self._migrate(version)
             except BaseException:
                 self._connection.close()
@@ -259,7 +271,7 @@ class Ledger:
             uri=True,
             isolation_level=None,
             check_same_thread=False,
-            timeout=5.0,
+            timeout=_PATIENCE / 1000,
         )
         # A database that somebody tampered with may have triggers and views: they get no function that does anything.
         connection.execute("PRAGMA trusted_schema=OFF")
@@ -319,6 +331,34 @@ class Ledger:
                 while self.write_rejections():
                     pass
             self._connection.close()
+
+    def own_files(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of the database, and of what SQLite keeps beside it.
+
+        This process must open none of them by another way: as soon as it closes one, all locks on it are given up that
+        SQLite holds [fcntl(2); sqlite.org/howtocorrupt.html 2.2].
+        """
+        return self._own
+
+    def _found(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of what has the names of the database and of the files beside it now."""
+        found = set()
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                status = Path(f"{self.path}{suffix}").stat()
+                found.add((status.st_dev, status.st_ino))
+        return frozenset(found)
+
+    def _refuse_elsewhere(self) -> None:
+        """Write nothing to a database that the next start would not find: SQLite does not notice, and goes on."""
+        if self._found() == self._own:
+            return
+        self.trouble = "ledger_moved"
+        raise LedgerError(
+            f"the ledger {self.path} was moved, removed or exchanged while it was in use",
+            reason="ledger_moved",
+            hint="put it back where it was, or stop the daemon before another takes its place",
+        )
 
     # Answers.
 
@@ -1052,15 +1092,27 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error:
+            self._be_patient(False)
+            raise
+        try:
+            self._refuse_elsewhere()
             yield
             self._connection.execute("COMMIT")
+            self._be_patient(True)
             self.trouble = ""
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+
+    def _be_patient(self, patient: bool) -> None:
+        """Wait for other processes, or not any more: see `_IMPATIENCE`."""
+        if patient is not self._patient:
+            self._patient = patient
+            self._connection.execute(f"PRAGMA busy_timeout={_PATIENCE if patient else _IMPATIENCE}")
 
     @contextmanager
     def _explained(self, act: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from outside import Josev, generate_csr, software_station
+from outside import Josev, generate_csr, run, software_station
 from peers import Mosquitto
 
 from parts import NOW, Authority, Station, key_id_in, pem, software_key, station
@@ -24,6 +24,7 @@ from stationkey.installation import (
     MAX_CERTIFICATE_SIZE,
     MAX_CERTIFICATES,
 )
+from stationkey.ledger import DATABASE_NAME
 from stationkey.lifecycle import KeyState
 
 AUTHORITY = Authority()
@@ -186,6 +187,75 @@ async def test_a_fifo_that_comes_into_the_place_of_a_file_is_waited_for_by_nobod
     assert here.states(key_id_in(csr)) == [KeyState.ACTIVE]
 
 
+def locks_on(database: Path, pid: int) -> set[tuple[int, str, str]]:
+    """What a process has locked of a database: inode, first and last byte [proc(5), /proc/locks]."""
+    inodes = {Path(f"{database}{suffix}").stat().st_ino for suffix in ("", "-shm")}
+    rows = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "POSIX" in line]
+    found = {(int(row[5].rsplit(":", 1)[1]), row[6], row[7]) for row in rows if row[4] == str(pid)}
+    return {lock for lock in found if lock[0] in inodes}
+
+
+def links_by_name(directory: Path, database: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        (directory / f"a{suffix}.pem").symlink_to(f"{database}{suffix}")
+
+
+def links_to_what_is_open(directory: Path, _: Path) -> None:
+    """Where the state directory is closed to whoever plants, and its name is not known to him."""
+    for number in range(64):
+        (directory / f"{number}.pem").symlink_to(f"/proc/self/fd/{number}")
+
+
+def other_names_of_it(directory: Path, database: Path) -> None:
+    for suffix in ("", "-shm"):
+        (directory / f"a{suffix}.pem").hardlink_to(f"{database}{suffix}")
+
+
+LEADS_TO_THE_LEDGER = [links_by_name, links_to_what_is_open, other_names_of_it]
+
+
+@pytest.mark.parametrize("plant", LEADS_TO_THE_LEDGER, ids=lambda plant: plant.__name__.replace("_", " "))
+async def test_what_leads_to_the_ledger_itself_takes_no_lock_off_it(
+    here: Station, certificate_dir: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    csr = await here.csr()
+    (certificate_dir / "secc.pem").write_bytes(pem(AUTHORITY.sign(csr)))
+    before = locks_on(here.ledger.path, os.getpid())
+    plant(certificate_dir, here.ledger.path)
+
+    await here.told("installed")
+    await here.told("deleted")
+
+    assert before
+    assert locks_on(here.ledger.path, os.getpid()) == before
+    assert here.states(key_id_in(csr)) == [KeyState.ACTIVE]
+
+
+async def test_a_link_to_the_ledger_that_comes_into_the_place_of_a_file_takes_no_lock_off_it(
+    here: Station, certificate_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at a file and its opening: the fault is injected there."""
+    csr = await here.csr()
+    (certificate_dir / "secc.pem").write_bytes(pem(AUTHORITY.sign(csr)))
+    raced = certificate_dir / "a.pem"
+    raced.touch()
+    before = locks_on(here.ledger.path, os.getpid())
+    really_open = os.open
+
+    def exchanged(path: str | Path, flags: int, *mode: int) -> int:
+        if path == raced and not raced.is_symlink():
+            raced.unlink()
+            raced.symlink_to(here.ledger.path)
+        return really_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", exchanged)
+
+    await here.told("installed")
+
+    assert raced.is_symlink()
+    assert locks_on(here.ledger.path, os.getpid()) == before
+
+
 def with_an_extension_twice(csr: str) -> bytes:
     """In DER. Two extensions that nobody knows become one that is there twice: their names are of one length."""
     return in_der(csr).replace(b"\x06\x03\x2a\x03\x05", b"\x06\x03\x2a\x03\x04")
@@ -259,6 +329,35 @@ def test_the_daemon_answers_while_its_certificate_directory_is_full_of_traps(
         assert f"more than {MAX_CERTIFICATE_FILES} files" in refused["event"]
         assert josev.ask(generate_csr()).csr
         assert daemon.stop() == 0
+
+
+def test_no_answer_is_lost_where_a_link_to_the_ledger_lies_in_the_certificate_directory(
+    tmp_path: Path, mosquitto: Mosquitto, certificate_dir: Path
+) -> None:
+    """Without its locks, the next command that ends would take away the write-ahead log that the daemon writes to."""
+    config = tmp_path / "stationkey.toml"
+    config.write_text(f'[josev]\ncertificate_dir = "{certificate_dir}"\n')
+
+    with software_station(tmp_path, mosquitto, "--config", str(config)) as daemon, Josev(mosquitto) as josev:
+        first = key_id_in(josev.ask(generate_csr()).csr)
+        links_by_name(certificate_dir, daemon.state_dir / DATABASE_NAME)
+        josev.publish(
+            {
+                "id": "123e4567-e89b-12d3-a456-426614174000",
+                "name": "certificate_installation_status",
+                "type": "update",
+                "data": {"certificate_type": "charging_station_certificate", "status": "installed"},
+            }
+        )
+        daemon.wait_for("changes nothing")
+        state_dir = ("--state-dir", str(daemon.state_dir))
+        assert run("keys", "destroy", first, "--yes", "--reason", "test", *state_dir).returncode == 0
+        second = key_id_in(josev.ask(generate_csr()).csr)
+        daemon.kill()
+
+        listed = run("keys", "list", "--json", *state_dir)
+
+    assert second in listed.stdout
 
 
 def test_what_a_library_warns_of_a_certificate_is_a_line_of_the_log_like_every_other(

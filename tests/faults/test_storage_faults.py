@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -138,6 +141,79 @@ def test_a_database_that_becomes_read_only_rejects_requests_in_words_and_heals(s
     scene.daemon.terminate()
     assert "Traceback" not in scene.daemon.run_log
     judge(scene.state_dir, scene.keystore, scene.asker.accepted)
+
+
+def test_a_state_directory_that_is_moved_away_rejects_requests_in_words_and_heals_when_it_is_back(scene: Scene) -> None:
+    """A write to what has no name any more succeeds: only the next start would miss the key."""
+    scene.daemon.start()
+    asker = scene.asker
+    asker.ask(asker.request(evse_id=EVSE))
+    elsewhere = scene.state_dir.rename(scene.folder / "elsewhere")
+    assert asker.ask().data.status == "rejected"
+    assert reasons_of(scene.daemon) == ["ledger_moved"]
+    status = asker.tell("installed", evse_id=EVSE)
+    until(lambda: any(event.get("message_id") == status for event in events_of(scene.daemon)), "the status is tried")
+    elsewhere.rename(scene.state_dir)
+    assert asker.ask().data.status == "accepted"
+    until(lambda: '"event": "key active"' in scene.daemon.run_log, "the key is active")
+    scene.daemon.terminate()
+    assert "Traceback" not in scene.daemon.run_log
+    judge(scene.state_dir, scene.keystore, asker.accepted)
+
+
+def test_a_ledger_that_another_process_holds_rejects_requests_one_after_the_other_at_once_and_heals(
+    scene: Scene,
+) -> None:
+    """The first waits for it. Where each did that, the last of these would be answered after a minute and a half."""
+    scene.daemon.start()
+    asker = scene.asker
+    asker.ask()
+    with closing(sqlite3.connect(scene.state_dir / DATABASE, isolation_level=None)) as another:
+        another.execute("BEGIN IMMEDIATE")
+        for _ in range(20):
+            asker.publish(asker.request())
+        asker.wait_for_all()
+        assert reasons_of(scene.daemon) == ["ledger_busy"] * 20
+        another.execute("ROLLBACK")
+    assert asker.ask().data.status == "accepted"
+    scene.daemon.terminate()
+    judge(scene.state_dir, scene.keystore, asker.accepted)
+
+
+def all_of_it(state_dir: Path) -> None:
+    shutil.rmtree(state_dir)
+
+
+def the_database(state_dir: Path) -> None:
+    (state_dir / DATABASE).unlink()
+
+
+def the_write_ahead_log(state_dir: Path) -> None:
+    (state_dir / f"{DATABASE}-wal").unlink()
+
+
+def the_database_for_a_copy(state_dir: Path) -> None:
+    copy = state_dir / "copy"
+    shutil.copy(state_dir / DATABASE, copy)
+    copy.replace(state_dir / DATABASE)
+
+
+TAKEN: Final = [all_of_it, the_database, the_write_ahead_log, the_database_for_a_copy]
+
+
+@pytest.mark.parametrize("take", TAKEN, ids=lambda take: take.__name__.replace("_", " "))
+def test_a_ledger_that_is_taken_away_under_the_daemon_is_written_to_no_more(
+    scene: Scene, take: Callable[[Path], None]
+) -> None:
+    scene.daemon.start()
+    scene.asker.ask()
+    take(scene.state_dir)
+    assert scene.asker.ask().data.status == "rejected"
+    assert reasons_of(scene.daemon) == ["ledger_moved"]
+    scene.daemon.kill()
+    shutil.rmtree(scene.state_dir, ignore_errors=True)
+    scene.daemon.start()
+    assert scene.asker.ask().data.status == "accepted"
 
 
 def flipped(content: bytes) -> bytes:
