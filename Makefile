@@ -4,9 +4,10 @@
 # make fuzz   fuzz what reads messages, files and names: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse/corpus
 # make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
 # make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
+# make alerts  tries the alerts by Prometheus' promtool, if that is installed (Debian: prometheus; PROMTOOL=FILE names another)
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo test bench fuzz deb deb-check sbom audit lint pin clean
+.PHONY: help setup demo test bench fuzz deb deb-check alerts sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -38,6 +39,12 @@ deb:
 deb-check: deb
 	@scripts/setup deb-check
 	@scripts/deb-check
+
+alerts: PROMTOOL ?= promtool
+alerts:
+	@command -v $(PROMTOOL) >/dev/null || { echo "promtool is missing: Debian has it in the package prometheus, whose server can be disabled" >&2; exit 1; }
+	@$(PROMTOOL) check rules packaging/prometheus/alerts.yml
+	@$(PROMTOOL) test rules tests/packaging/alerts.yml
 
 sbom:
 	@scripts/setup deb
