@@ -27,7 +27,7 @@ from stationkey.keystore import KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.thread import KeyStoreThread
 from stationkey.ledger import Figures
-from stationkey.metrics import Exposition
+from stationkey.metrics import UNANSWERABLE, Exposition
 from stationkey.systemd import ServiceManager
 from stationkey.tally import BUCKETS, MAX_SERIES, Counts, Durations
 
@@ -269,6 +269,23 @@ class TestExpiries:
         assert [labels["evse_id"] for labels, _ in found] == HOSTILE
 
 
+async def test_what_alerts_count_is_shown_before_it_happens(here: Station) -> None:
+    """increase() does not see what a series begins with."""
+    text = (await Exposition(watching(here)).text()).decode()
+    shown = {
+        (one.name, *one.labels.values()): one.value
+        for each in text_string_to_metric_families(text)
+        for one in each.samples
+    }
+    assert shown["stationkey_rejected_requests_total",] == 0
+    assert {shown["stationkey_unanswerable_messages_total", reason] for reason in UNANSWERABLE} == {0}
+    here.service.tally.requests.add("unknown", "rejected", "not_json")
+    here.service.tally.requests.add("v2g_certificate", "rejected", "rate_limited")
+    here.service.tally.requests.add("v2g_certificate", "accepted", "")
+    text = (await Exposition(watching(here)).text()).decode()
+    assert "\nstationkey_rejected_requests_total 2.0\n" in text
+
+
 class TestProbing:
     def thread(self, clock: list[float]) -> KeyStoreThread:
         return KeyStoreThread(SoftwareKeyStore, clock=lambda: clock[0])
@@ -303,6 +320,31 @@ class TestProbing:
             assert thread.stuck
             assert (sum(thread.waiting.values()), thread.abandoned) == (0, 0)
             go_on.set()
+
+
+async def test_the_line_of_status_tells_of_a_hang_long_before_the_next_sign_of_life_is_due(
+    here: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/health knows at once; whoever looks at systemctl status must not read the contrary for half a minute."""
+    monkeypatch.setattr(module, "LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr(module, "STATUS_PAUSE", 0.01)
+    told, go_on = asyncio.Event(), threading.Event()
+
+    def status(line: str) -> None:
+        if "hangs" in line:
+            told.set()
+
+    manager = mock.Mock(watchdog=60.0, status=status)
+    health = Health(here.keystore, manager, broker="mqtt://127.0.0.1:1883", patience=BOUND)
+    health.watch(here.service, _Edge())
+    health.connected()
+    async with health.watching():
+        here.keystore.submit(lambda _: go_on.wait(BOUND), timeout=0.05)
+        try:
+            await asyncio.wait_for(told.wait(), BOUND / 3)
+        finally:
+            go_on.set()
+    assert manager.alive.call_count == 1
 
 
 class _Broken(ServiceManager):

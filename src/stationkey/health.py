@@ -35,6 +35,8 @@ EXPIRIES: Final = 32
 """Of how many active keys it is told when the certificate expires. EVSE IDs come over MQTT, and there are many."""
 PROBE_INTERVAL: Final = 30.0
 """Seconds between two questions to a key store that nobody wants anything of, at the most."""
+LOOK_INTERVAL: Final = 5.0
+"""Seconds between two looks at what nobody tells: that a call to the key store hangs, and that it does no more."""
 STATUS_INTERVAL: Final = 30.0
 """Seconds between two looks at whether the line of status is still true, where nothing is told meanwhile."""
 STATUS_PAUSE: Final = 1.0
@@ -207,6 +209,7 @@ class Health:
         """Give signs of life while neither key store nor ledger hangs. The event loop gives them, so it lives."""
         interval = PROBE_INTERVAL if watchdog is None else watchdog / 2
         before, ledger_was_stuck = self.condition(), False
+        look, fed_at = min(interval, LOOK_INTERVAL), -interval
         while True:
             now = self.condition()
             if now.stuck and not before.stuck:
@@ -219,11 +222,14 @@ class Health:
             if ledger_stuck and not ledger_was_stuck:
                 log.error("the ledger hangs")
             ledger_was_stuck = ledger_stuck
-            if watchdog is not None and not (now.stuck or ledger_stuck):
-                self._manager.alive()
             before = now
-            self._probe(interval)
-            await asyncio.sleep(interval)
+            if time.monotonic() - fed_at >= interval - look / 2:
+                fed_at = time.monotonic()
+                if watchdog is not None and not (now.stuck or ledger_stuck):
+                    self._manager.alive()
+                self._probe(interval)
+            # Looked at more often than fed: /health knows at once, and the log and the line of status are to agree.
+            await asyncio.sleep(look)
 
     def _probe(self, interval: float) -> None:
         """Ask a key store whose last sign of life is old; one that has something to do will give one, or be stuck."""

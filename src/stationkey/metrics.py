@@ -28,6 +28,19 @@ from stationkey.service import StationKeyService
 from stationkey.tally import BUCKETS, Counts
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+UNANSWERABLE: Final = (
+    "duplicate_name",
+    "id_invalid",
+    "id_missing",
+    "nested_too_deep",
+    "not_a_message",
+    "not_a_number",
+    "not_json",
+    "not_utf8",
+    "number_too_long",
+    "payload_too_large",
+)
+"""Reasons why a message cannot be answered, shown at 0 from the start; one that is not here begins with its first."""
 _PREFIX: Final = "stationkey_"
 
 L = TypeVar("L", bound=tuple[str, ...])
@@ -139,6 +152,9 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
         tally.requests,
         [(certificate_type, outcome, "") for certificate_type in types for outcome in ("accepted", "repeated")],
     )
+    rejected = sum(count for (_, outcome, _), count in tally.requests.items() if outcome == "rejected")
+    # Too many reasons there are to show each at 0 from the start; so that the first burst has a rate, the sum is there.
+    yield _counter("rejected_requests", "Requests that were rejected, for whatever reason.", rejected)
     yield _counters(
         "statuses",
         "Messages about installed certificates, by what became of them.",
@@ -147,7 +163,11 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
         [(status, "applied", "") for status in ("installed", "failed_installation", "deleted")],
     )
     yield _counters(
-        "unanswerable_messages", "Messages without a usable id, by what was wrong.", ("reason",), tally.unanswerable
+        "unanswerable_messages",
+        "Messages without a usable id, by what was wrong.",
+        ("reason",),
+        tally.unanswerable,
+        [(reason,) for reason in UNANSWERABLE],
     )
     answers = HistogramMetricFamily(
         _PREFIX + "answer_seconds", "How long a new CSR took, from the message to the answer.", labels=("algorithm",)

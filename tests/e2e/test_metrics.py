@@ -181,6 +181,7 @@ def test_what_happens_moves_its_own_counters_and_no_others(josev: Josev, station
             total("requests_total", 2, certificate_type="v2g_certificate", outcome="repeated", reason=""),
             total("requests_total", 4, certificate_type="v2g_certificate", outcome="rejected", reason="id_reused"),
             total("requests_total", 3, certificate_type="unknown", outcome="rejected", reason="country_name_invalid"),
+            total("rejected_requests_total", 7),
             total("unanswerable_messages_total", 6, reason="not_a_message"),
             total("statuses_total", 1, status="installed", outcome="applied", reason=""),
             total("statuses_total", 1, status="installed", outcome="repeated", reason=""),

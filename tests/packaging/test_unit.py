@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trespass import TRESPASSES
 from unit import ROOT, UNIT, Unit
 
 from stationkey import config
@@ -75,6 +76,10 @@ class TestUnit:
     def test_every_setting_is_explained_in_the_document(self) -> None:
         explained = set(re.findall(r"`(\w+)=[^`]*`", HARDENING))
         assert {name for section, name, _ in Unit() if section == "Service"} - explained == set()
+
+    def test_what_is_tried_under_it_is_what_it_forbids(self) -> None:
+        """scripts/deb-check starts that program in the daemon's place."""
+        assert {re.split(r"\W", name)[0] for name in TRESPASSES} <= {name for _, name, _ in Unit()}
 
     def test_the_directories_are_those_of_the_program(self) -> None:
         unit = Unit()
