@@ -91,8 +91,8 @@ class Service:
     def pass_over(self, error: StationKeyError) -> None:
         raise AssertionError("no test sends what cannot be answered") from error
 
-    async def note_status(self, status: CertificateInstallationStatus) -> None:
-        raise AssertionError(f"no test sends {status}")
+    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
+        raise AssertionError(f"no test sends {status}, retained or not: {retained}")
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
         if self.unreadable:

@@ -74,8 +74,8 @@ class Answering(Protocol):
     def pass_over(self, error: StationKeyError) -> None:
         """Note a message that is wrong and cannot be answered."""
 
-    async def note_status(self, status: CertificateInstallationStatus) -> None:
-        """Take note of what became of a certificate."""
+    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
+        """Take note of what became of a certificate; of some other time, where the broker had `retained` it."""
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
         """Answers on record that no broker has confirmed."""
@@ -301,6 +301,9 @@ class MqttEdge:
                 if self._tasks:
                     await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT)
                 raise
+            if message.topic != self._request_topic:
+                await self._leave(message)
+                continue
             if any(in_hand.takes_over(message) for in_hand in self._in_hand):
                 continue
             acquire = self._free.acquire()
@@ -308,6 +311,18 @@ class MqttEdge:
             if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
                 continue  # never acknowledged, so the broker sends it again
             self._spawn(self._handle(_InHand(message)), "answer")
+
+    async def _leave(self, message: Message) -> None:
+        """Pass over a message of a topic that is not ours, and have the broker send no more of them.
+
+        The session is the broker's, and keeps what was subscribed to by an earlier run with another prefix, or by
+        somebody who had our client id.
+        """
+        words = f"it came on {message.topic[:80]!r}, which nobody here subscribed to"
+        self._service.pass_over(MessageError(words, reason="topic_foreign"))
+        message.acknowledge()
+        with suppress(ConnectionLost):  # then at the next one, over the next connection
+            await message.connection.unsubscribe(message.topic)
 
     async def _drain(self, seconds: float) -> None:
         """Let what is in hand be finished. From now on nothing waits for another connection."""
@@ -360,7 +375,7 @@ class MqttEdge:
                 waited = asyncio.get_running_loop().time() - in_hand.message.received
                 return await self._service.answer(message, waited=waited)
             case CertificateInstallationStatus():
-                await self._service.note_status(message)
+                await self._service.note_status(message, retained=in_hand.message.retained)
         return None
 
     def _take_up(self, in_hand: _InHand, request: GenerateCsrRequest) -> bool:

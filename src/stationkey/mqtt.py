@@ -232,6 +232,7 @@ class MqttConnection:
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
         client.on_socket_register_write = self._on_socket_register_write
@@ -331,12 +332,23 @@ class MqttConnection:
             code, mid = self._client.subscribe(topic, options=once)
         else:
             code, mid = self._client.subscribe(topic, qos=1)
-        if (await self._answer(code, mid)).is_failure:
+        granted = await self._answer(code, mid)
+        if granted.is_failure:
             raise BrokerError(
                 f"the broker refuses a subscription to {topic}",
                 reason="subscription_refused",
                 hint="look at its access control list",
             )
+        if granted.value < 1:
+            log.warning("the broker grants QoS 0 for %s: what comes while there is no connection is lost", topic)
+
+    async def unsubscribe(self, topic: str) -> None:
+        """End a subscription to just this topic, if there is one.
+
+        Raises:
+            ConnectionLost: the connection ended.
+        """
+        await self._answer(*self._client.unsubscribe(topic))
 
     @property
     def is_v5(self) -> bool:
@@ -570,6 +582,12 @@ class MqttConnection:
     ) -> None:
         self._answered(mid, reasons[0])
 
+    def _on_unsubscribe(
+        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
+    ) -> None:
+        # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
+        self._answered(mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
+
     def _answered(self, mid: int, reason: ReasonCode) -> None:
         waiting = self._waiting.get(mid)
         if waiting is not None and not waiting.done():
@@ -646,7 +664,7 @@ async def _in_thread(call: Callable[[], T], *, name: str) -> T:
     """The result of a blocking call; in a thread that, unlike the event loop's own, a process may end without.
 
     Raises:
-        BrokerError: as many of them as there may be hang.
+        BrokerError: as many of them as there may be hang, or this machine has no room for another thread.
     """
     future: Future[T] = Future()
     if not _threads.acquire(blocking=False):
@@ -665,7 +683,11 @@ async def _in_thread(call: Callable[[], T], *, name: str) -> T:
         finally:
             _threads.release()
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except (RuntimeError, MemoryError) as error:
+        _threads.release()
+        raise BrokerError(f"no thread to connect with: {error}", reason="broker_unreachable") from None
     result = asyncio.wrap_future(future)
     # What comes when nobody waits any more is looked at, so that nobody is told that nobody looked.
     result.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -178,8 +178,22 @@ class StationKeyService:
         self.tally.unanswerable.add(error.reason)
         log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
 
-    async def note_status(self, status: CertificateInstallationStatus) -> None:
-        """Take note of what became of a certificate, as often as is allowed; see `KeyCustody.note_status`."""
+    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
+        """Take note of what became of a certificate, as often as is allowed; see `KeyCustody.note_status`.
+
+        Args:
+            status: what is said.
+            retained: whether the broker had kept it from before the subscription. It tells each new session of
+                something that happened once, however long ago: a ``deleted`` would destroy key after key.
+        """
+        if retained:
+            old = StationKeyError(
+                "the broker has retained it from another time",
+                reason="status_retained",
+                hint="who sets retain? doctor says how to take it away",
+            )
+            self.custody.refuse(status, old)
+            return
         try:
             self._policy.admit_status(status.data.certificate_type)
         except RequestRefused as error:
