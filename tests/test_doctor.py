@@ -838,11 +838,16 @@ class TestClockAndMachine:
             ({"ProtectSystem": "strict", "ReadWritePaths": "/srv /var/lib"}, OK, ""),
             ({"ProtectSystem": "strict", "StateDirectory": "other"}, FAILURE, "ReadWritePaths"),
             ({"PrivateNetwork": "yes"}, FAILURE, "without a network"),
+            ({"IPAddressDeny": "0.0.0.0/0 ::/0", "IPAddressAllow": "127.0.0.0/8"}, FAILURE, "IPAddressAllow=192.0.2.7"),
+            ({"IPAddressDeny": "0.0.0.0/0 ::/0", "IPAddressAllow": "127.0.0.0/8 192.0.2.0/24"}, OK, ""),
+            ({"IPAddressDeny": "198.51.100.0/24"}, OK, ""),
         ],
     )
     def test_what_the_unit_takes_from_the_daemon(self, properties: dict[str, str], level: Level, words: str) -> None:
         unit = Unit(properties={"LoadState": "loaded", **properties})
-        finding = machine.judge_sandbox(unit, device="/dev/tpmrm0", state_dir="/var/lib/stationkey")
+        finding = machine.judge_sandbox(
+            unit, device="/dev/tpmrm0", state_dir="/var/lib/stationkey", broker=("192.0.2.7",)
+        )
         assert finding.level is level
         assert words in said([finding])
 

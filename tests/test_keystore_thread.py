@@ -437,6 +437,26 @@ def test_once_a_thread_that_was_given_up_has_ended_another_may_be(
         abandoned.join(LONG)
 
 
+def test_where_there_is_no_room_for_another_thread_the_next_job_tries_again(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with TasksMax= of systemd, or ulimit -u."""
+
+    def no_room(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    job = stuck()
+    hang(thread, job, clock)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", no_room)
+        for _ in range(2):
+            with pytest.raises(KeyStoreError) as refused:
+                thread.submit(name, timeout=LONG).result(LONG)
+            assert refused.value.reason == "keystore_timeout"
+    job.let_go.set()
+    assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-2"
+
+
 def test_close_waits_for_the_jobs_in_the_queue_and_closes_the_store_in_its_own_thread(stores: Stores) -> None:
     thread = KeyStoreThread(stores)
     jobs = [thread.submit(name, timeout=LONG) for _ in range(20)]

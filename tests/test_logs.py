@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
+import os
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from hypothesis import given, settings
@@ -312,3 +316,87 @@ def test_a_new_minute_has_lines_of_its_own() -> None:
     lines.say(100)
 
     assert lines.said() == [(f"rejected: {number}", None) for number in range(100)]
+
+
+# Standard error that nobody reads.
+
+
+class Pipe:
+    """The log of a process that writes to a pipe, and what is in the pipe."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        fcntl.fcntl(self._writing, fcntl.F_SETPIPE_SZ, 8192)
+        self.handler = logs.BoundedHandler(logs.Outlet(self._writing, patience=0.0))  # type: ignore[arg-type] # text is all it takes
+        self.handler.setFormatter(logs.JsonFormatter())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handler.close()
+        os.close(self._writing)
+        with suppress(OSError):  # a test closes it itself
+            os.close(self._reading)
+
+    def say(self, message: str, **fields: object) -> None:
+        record = a_record(message, **fields)
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        self.handler.handle(record)
+
+    def read(self) -> list[str]:
+        return os.read(self._reading, 2**20).decode().splitlines()
+
+    def leave(self) -> None:
+        """Nobody is there to read any more."""
+        os.close(self._reading)
+
+
+def test_lines_that_nobody_takes_are_lost_and_counted_and_keep_nobody_waiting() -> None:
+    with Pipe() as pipe:
+        for number in range(500):
+            pipe.say(f"line {number}")
+        taken = [json.loads(line)["event"] for line in pipe.read()]
+        assert taken == [f"line {number}" for number in range(len(taken))]
+        assert 0 < len(taken) < 500
+        pipe.say("there again")
+        lost, again = (json.loads(line) for line in pipe.read())
+        assert (lost["level"], lost["unwritten"]) == ("warning", 500 - len(taken))
+        assert again["event"] == "there again"
+
+
+def test_after_a_line_of_which_only_a_part_was_taken_the_next_one_is_whole() -> None:
+    with Pipe() as pipe:
+        pipe.say("x" * 100_000)
+        torn = pipe.read()
+        assert [line[:10] for line in torn] == ['{"time": "']
+        pipe.say("whole")
+        assert [json.loads(line)["event"] for line in pipe.read() if line][-1] == "whole"
+
+
+def test_where_nobody_is_left_to_read_nothing_is_raised() -> None:
+    with Pipe() as pipe:
+        pipe.leave()
+        for number in range(500):
+            pipe.say(f"line {number}")
+
+
+def test_a_reader_that_is_slow_gets_every_line() -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 8192)
+    taken: list[bytes] = []
+
+    def read() -> None:
+        with os.fdopen(reading, "rb", buffering=0) as stream:
+            while data := stream.read(100):
+                taken.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    outlet = logs.Outlet(writing, patience=30.0)
+    for number in range(2000):
+        outlet.write(f"{number}\n")
+    os.close(writing)
+    reader.join()
+    assert outlet.lost == 0
+    assert b"".join(taken).split() == [str(number).encode() for number in range(2000)]

@@ -8,17 +8,21 @@ only so many are written in a minute, and then one that says how many more there
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import re
+import select
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TextIO
+from typing import Final, TextIO, cast
 
 MINUTE: Final = 60.0
 """Seconds."""
@@ -27,6 +31,11 @@ LINES_A_MINUTE: Final[Mapping[int, int]] = {logging.DEBUG: 600, logging.INFO: 60
 served, or comes again, is worth more lines than what is refused."""
 MAX_KINDS: Final = 256
 """How many kinds are told apart in a minute; the others are taken together."""
+PATIENCE: Final = 0.5
+"""Seconds that whoever reads standard error has, once, to make room."""
+
+_ATOMIC: Final = select.PIPE_BUF
+"""Bytes that a pipe or socket which is ready to be written to takes at once [poll(2), pipe(7)]: 4,096 on Linux."""
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN: Final = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
@@ -92,6 +101,50 @@ class _Kind:
     last: logging.LogRecord | None = None
 
 
+class Outlet(io.TextIOBase):
+    """Standard error, by which nobody is kept waiting.
+
+    A pipe that nobody reads, a terminal that was stopped (Ctrl-S) or a journal that hangs would stop the event loop,
+    and all requests, with the first line that has no room. Here that line is lost, and so are those that come until
+    there is room again; how many they are is counted.
+
+    Args:
+        descriptor: what is written to; it is not closed.
+        encoding: of the text; what it has not is written as its number.
+        patience: seconds that the first line is kept for, so that a burst before a slow reader is not lost.
+    """
+
+    def __init__(self, descriptor: int, *, encoding: str = "utf-8", patience: float = PATIENCE) -> None:
+        self._descriptor = descriptor
+        self._encoding = encoding
+        self._patience = patience
+        self._room = select.poll()
+        self._room.register(descriptor, select.POLLOUT)
+        self._torn = False
+        self.lost = 0
+
+    def write(self, text: str) -> int:
+        """Write `text` whole, or count it as lost."""
+        data = text.encode(self._encoding, "backslashreplace")
+        if self._torn:  # the line before has no end
+            data = b"\n" + data
+        for begin in range(0, len(data), _ATOMIC):
+            if not self.has_room():
+                self.lost += 1
+                self._torn = self._torn or begin > 0
+                break
+            piece = data[begin : begin + _ATOMIC]
+            with suppress(OSError):  # nobody is there to read, or ever will be: no reason to end
+                os.write(self._descriptor, piece)
+        else:
+            self._torn = False
+        return len(text)
+
+    def has_room(self) -> bool:
+        """Whether `_ATOMIC` bytes are taken without waiting, or at least within the patience that is left."""
+        return bool(self._room.poll(0 if self.lost else self._patience * 1000))
+
+
 class BoundedHandler(logging.StreamHandler[TextIO]):
     """Writes at most `LINES_A_MINUTE` of each kind, and then the last of the minute, with the number that is missing.
 
@@ -119,7 +172,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         kind = self._kind(record)
         if kind.written < LINES_A_MINUTE.get(record.levelno, LINES_A_MINUTE[logging.WARNING]):
             kind.written += 1
-            super().emit(record)
+            self._write(record)
             return
         kind.withheld += 1
         # As text: what it was made of, an error with all that led to it, is not to be kept for a minute.
@@ -128,7 +181,10 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         if self._teller is None:  # a thread that waits for the minute's end: there may be no later line to tell at
             self._teller = threading.Timer(self._ends - time.monotonic(), self.tell)
             self._teller.daemon = True
-            self._teller.start()
+            try:
+                self._teller.start()
+            except RuntimeError:  # no room for a thread: then the next line after the minute's end tells, or `close`
+                self._teller = None
 
     def _kind(self, record: logging.LogRecord) -> _Kind:
         key: object = (record.name, record.levelno, record.msg, getattr(record, "reason", None))
@@ -147,7 +203,17 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
             for kind in kinds.values():
                 if kind.last is not None:
                     kind.last.unwritten = kind.withheld - 1
-                    super().emit(kind.last)
+                    self._write(kind.last)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        outlet = self.stream
+        if isinstance(outlet, Outlet) and outlet.lost and outlet.has_room():
+            lost, outlet.lost = outlet.lost, 0
+            words = "nobody took what was written here, and some lines are lost"
+            told = logging.LogRecord(__name__, logging.WARNING, "", 0, words, (), None)
+            told.unwritten = lost
+            super().emit(told)
+        super().emit(record)
 
     def close(self) -> None:
         """Write what was withheld; nothing is written after it."""
@@ -162,8 +228,16 @@ def set_up(log_format: str, *, stream: TextIO | None = None, level: int = loggin
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # What a library warns of, such as a certificate with a negative serial number, is a line like every other.
     logging.captureWarnings(capture=True)
-    handler = BoundedHandler(stream or sys.stderr)
+    handler = BoundedHandler(stream or _standard_error())
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+
+
+def _standard_error() -> TextIO:
+    """Standard error as an `Outlet`, where it is one that can be waited for; else as it is."""
+    try:
+        return cast("TextIO", Outlet(sys.stderr.fileno(), encoding=sys.stderr.encoding))
+    except (AttributeError, OSError, ValueError):  # closed at the start; or in memory, and no descriptor
+        return sys.stderr

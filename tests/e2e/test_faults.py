@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from outside import Josev, Station, generate_csr, run, software_station
+from outside import PROMISED_END, Josev, Station, generate_csr, run, software_station
 from peers import Mosquitto, Swtpm
 
 from stationkey.ledger import DATABASE_NAME, Ledger
@@ -357,3 +358,26 @@ def test_a_storage_root_key_that_does_not_fit_is_refused_at_the_start_in_words(
     assert "0x81000001" in words
     assert "tpm2_evictcontrol" in words
     assert "Traceback" not in words
+
+
+def test_a_standard_error_that_nobody_reads_keeps_no_request_waiting(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    with software_station(tmp_path, mosquitto) as station:  # has the broker keep what is asked while it is away
+        assert station.stop() == 0
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 8192)
+    try:
+        with (
+            subprocess.Popen(station.command, env=station.environment, stderr=writing) as daemon,
+            Josev(mosquitto) as josev,
+        ):
+            try:
+                for _ in range(30):  # each is a line of a hundred bytes and more
+                    assert josev.ask(generate_csr()).csr
+                daemon.terminate()
+                assert daemon.wait(PROMISED_END) == 0
+            finally:
+                daemon.kill()
+        assert len(os.read(reading, 2**20)) <= 8192
+    finally:
+        os.close(reading)
+        os.close(writing)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import grp
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from stationkey.doctor.files import User
 from stationkey.doctor.findings import Finding, failure, not_checked, ok, warning
+from stationkey.doctor.running import within
 from stationkey.doctor.subject import UNIT, Daemon, Subject, Unit
+from stationkey.errors import ConfigurationError
+from stationkey.mqtt import Broker
 
 IDS: Final = (
     "machine.user",
@@ -43,7 +48,28 @@ def check_machine(subject: Subject) -> Iterator[Finding]:
 def _check_sandbox(subject: Subject) -> Finding:
     keystore = subject.configured.keystore or ""
     device = keystore.removeprefix("tpm2:device:") if keystore.startswith("tpm2:device:") else ""
-    return judge_sandbox(subject.unit, device=device, state_dir=str(subject.settings.state_dir))
+    unit = subject.unit
+    restricted = unit is not None and unit["IPAddressDeny"] != ""
+    return judge_sandbox(
+        unit,
+        device=device,
+        state_dir=str(subject.settings.state_dir),
+        broker=_addresses(subject.settings.broker) if restricted and "broker" not in subject.configured.lost else (),
+    )
+
+
+def _addresses(url: str) -> tuple[str, ...]:
+    """Those of the broker; none where its name does not resolve, which is another check's to tell."""
+    try:
+        broker = Broker.parse(url)
+        return within(_PATIENCE, lambda: _resolved(broker), ())
+    except (ConfigurationError, OSError, UnicodeError):
+        return ()
+
+
+def _resolved(broker: Broker) -> tuple[str, ...]:
+    found = socket.getaddrinfo(broker.host, broker.port, type=socket.SOCK_STREAM)
+    return tuple(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
 
 
 def _text(path: Path) -> str | None:
@@ -123,13 +149,14 @@ def judge_unit(unit: Unit | None, *, running: bool) -> Finding:
     return ok(name, f"{UNIT} is active, and starts by itself")
 
 
-def judge_sandbox(unit: Unit | None, *, device: str, state_dir: str) -> Finding:
+def judge_sandbox(unit: Unit | None, *, device: str, state_dir: str, broker: tuple[str, ...] = ()) -> Finding:
     """Whether the unit lets the daemon have what it needs.
 
     Args:
         unit: the systemd unit, or None.
         device: the TPM's device file, or an empty text.
         state_dir: the state directory.
+        broker: the addresses of the broker, as far as they are known.
     """
     name = "machine.sandbox"
     if unit is None or not unit.installed:
@@ -155,7 +182,23 @@ def judge_sandbox(unit: Unit | None, *, device: str, state_dir: str) -> Finding:
         return failure(
             name, f"{UNIT} leaves the daemon without a network", "PrivateNetwork=no: the broker is over there"
         )
+    if broker and not any(_lets_reach(unit, address) for address in broker):
+        return failure(
+            name,
+            f"{UNIT} does not let the daemon reach the broker at {broker[0]}",
+            f"systemctl edit {UNIT}, with IPAddressAllow={broker[0]} under [Service]; then restart it",
+        )
     return ok(name, f"{UNIT} lets the daemon have TPM, state directory and network")
+
+
+def _lets_reach(unit: Unit, address: str) -> bool:
+    """What is both allowed and denied is allowed [systemd.resource-control(5), IPAddressAllow=]."""
+    reached = ipaddress.ip_address(address)
+
+    def holds(name: str) -> bool:
+        return any(reached in ipaddress.ip_network(net, strict=False) for net in unit[name].split())
+
+    return holds("IPAddressAllow") or not holds("IPAddressDeny")
 
 
 def judge_core_dumps(pattern: str | None, limits: str | None, unit: Unit | None) -> Finding:

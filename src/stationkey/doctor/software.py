@@ -19,6 +19,8 @@ from stationkey.doctor.running import ask
 from stationkey.doctor.subject import Subject
 
 _PATIENCE: Final = 2.0
+_LOADING: Final = 4.0
+"""Seconds. On a slow board, the libraries under a TPM stack take their time."""
 SOFTWARE_IDS: Final = ("software.python", "software.packages", "software.tss", "software.openssl")
 _OLD_TSS: Final = (3, 0)
 _PROVIDERS: Final = ("tpm2.so",)
@@ -31,7 +33,10 @@ def check_software(subject: Subject) -> Iterator[Finding]:
     keystore = subject.configured.keystore or ""
     if not keystore.startswith("tpm2:"):
         raise CannotLookError("no TPM is used")
-    yield judge_tss(_tss(), _tcti_library(keystore))
+    try:
+        yield judge_tss(_tss(), _tcti_library(keystore))
+    except CannotLookError as unseen:
+        yield not_checked("software.tss", str(unseen))
     status = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE)
     yield judge_openssl(_openssl(status.out if status.status == 0 else ""))
 
@@ -82,9 +87,15 @@ def judge_packages(missing: list[str], there: list[str]) -> Finding:
 
 
 def _tss() -> tuple[int, ...] | None:
-    """The version of tpm2-tss that tpm2-pytss was built against; None where it cannot be loaded."""
+    """The version of tpm2-tss that tpm2-pytss was built against; None where it cannot be loaded.
+
+    Raises:
+        CannotLookError: it was not loaded in time.
+    """
     program = "from tpm2_pytss.internal.versions import _versions; print(_versions.get('tss2-esys', '0'))"
-    answer = ask([sys.executable, "-P", "-c", program], seconds=_PATIENCE)
+    answer = ask([sys.executable, "-P", "-c", program], seconds=_LOADING)
+    if answer.status is None:
+        raise CannotLookError(f"tpm2-pytss was not loaded within {_LOADING:g} s: this machine is busy, or slow")
     return _numbers(answer.out) if answer.status == 0 and answer.out.strip() else None
 
 

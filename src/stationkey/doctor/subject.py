@@ -206,7 +206,7 @@ def path_of(reference: SecretReference) -> Path | None:
 
 _SHOWN: Final = (
     ""
-    "LoadState,ActiveState,SubState,Result,UnitFileState,NRestarts,User,LimitCORE,ExecStart,LoadCredential,LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment,DevicePolicy,DeviceAllow,PrivateDevices,ProtectSystem,ProtectHome,StateDirectory,ReadWritePaths,PrivateNetwork,PrivateTmp"
+    "LoadState,ActiveState,SubState,Result,UnitFileState,NRestarts,User,LimitCORE,ExecStart,LoadCredential,LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment,DevicePolicy,DeviceAllow,PrivateDevices,ProtectSystem,ProtectHome,StateDirectory,ReadWritePaths,PrivateNetwork,PrivateTmp,IPAddressDeny,IPAddressAllow"
 )
 
 

@@ -290,13 +290,12 @@ class KeyStoreThread:
         self._lock = threading.Lock()
         self._abandoned: list[_Worker] = []
         self._count = 0
-        self._worker = self._start()
+        self._worker = self._next()
+        self._worker.start()
 
-    def _start(self) -> _Worker:
+    def _next(self) -> _Worker:
         self._count += 1
-        worker = _Worker(f"keystore-{self._count}", self._open_store, self._jobs, self._clock)
-        worker.start()
-        return worker
+        return _Worker(f"keystore-{self._count}", self._open_store, self._jobs, self._clock)
 
     def submit(
         self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT, task: str = Task.OTHER
@@ -322,7 +321,14 @@ class KeyStoreThread:
             self._abandoned = [worker for worker in self._abandoned if worker.is_alive()]
             if len(self._abandoned) < MAX_ABANDONED and self._worker.give_up():
                 self._abandoned.append(self._worker)
-                self._worker = self._start()
+                self._worker = self._next()
+            try:
+                if self._worker.ident is None:
+                    self._worker.start()
+            except RuntimeError:  # the machine has no room for it; the next job tries again
+                log.error("the key store hangs, and there is no room for a thread to try it anew")
+                future.set_exception(overdue())
+                return future
         self._jobs.put(_Job(run, now + timeout, timeout, future, turn, task))
         return future
 
@@ -386,5 +392,6 @@ class KeyStoreThread:
             Whether it ended in time. One that is stuck in a call is left behind.
         """
         self._jobs.end()
-        self._worker.join(timeout)
+        if self._worker.ident is not None:
+            self._worker.join(timeout)
         return not self._worker.is_alive()
