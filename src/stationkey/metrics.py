@@ -39,6 +39,7 @@ UNANSWERABLE: Final = (
     "not_utf8",
     "number_too_long",
     "payload_too_large",
+    "topic_foreign",
 )
 """Reasons why a message cannot be answered, shown at 0 from the start; one that is not here begins with its first."""
 _PREFIX: Final = "stationkey_"
