@@ -223,6 +223,7 @@ class Ledger:
 
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True, alone: bool = False) -> None:
         self.path = path
+        self._names = tuple(f"{path}{suffix}" for suffix in ("", "-wal", "-shm"))
         self._delivered: deque[str] = deque()
         self._patient = True
         self.trouble = ""
@@ -343,10 +344,12 @@ class Ledger:
     def _found(self) -> frozenset[tuple[int, int]]:
         """Device and inode of what has the names of the database and of the files beside it now."""
         found = set()
-        for suffix in ("", "-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                status = Path(f"{self.path}{suffix}").stat()
-                found.add((status.st_dev, status.st_ino))
+        for name in self._names:  # looked at before every write: os.stat takes a fifth of the time of Path.stat
+            try:
+                status = os.stat(name)  # noqa: PTH116 - see above
+            except FileNotFoundError:
+                continue
+            found.add((status.st_dev, status.st_ino))
         return frozenset(found)
 
     def _refuse_elsewhere(self) -> None:
