@@ -51,6 +51,8 @@ SESSION_EXPIRY: Final = 7 * 24 * 3600
 """Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
 MAX_PREFIX: Final = 1024
 """Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
+MAX_SHOWN: Final = 120
+"""Characters of a URL that are shown where it is wrong."""
 MAX_IN_HAND: Final = 64
 """How many messages are in hand at a time, unless it is said otherwise. The broker holds the rest: an RSA key takes its
 time."""
@@ -106,7 +108,9 @@ class Broker:
             tls = parts.scheme == "mqtts"
             port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
         except ValueError as error:
-            raise ConfigurationError(f"{url!r} is no broker URL: {error}", reason="broker_invalid", hint=hint) from None
+            raise ConfigurationError(
+                f"{_short(url)} is no broker URL: {_short(str(error))}", reason="broker_invalid", hint=hint
+            ) from None
         if (
             parts.scheme not in {"mqtt", "mqtts"}
             or not parts.hostname
@@ -115,12 +119,17 @@ class Broker:
             or parts.fragment
             or port == 0
         ):
-            raise ConfigurationError(f"{url!r} is no broker URL", reason="broker_invalid", hint=hint)
+            raise ConfigurationError(f"{_short(url)} is no broker URL", reason="broker_invalid", hint=hint)
         return cls(parts.hostname, port, tls)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"mqtt{'s' if self.tls else ''}://{host}:{self.port}"
+
+
+def _short(text: str) -> str:
+    """As much of it as fits into a line."""
+    return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…")
 
 
 class ConnectionLost(BrokerError):
