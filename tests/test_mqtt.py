@@ -438,6 +438,13 @@ async def test_a_broker_that_wants_a_password_is_an_error_in_words(mosquitto: Mo
         await connect(at(mosquitto), client_id="station", persistent=True)
 
 
+async def test_a_connection_that_the_broker_closes_without_a_word_is_called_that(mosquitto: Mosquitto) -> None:
+    async with await connect(at(mosquitto), client_id="c", persistent=False) as connection:
+        mosquitto.kill()
+        with pytest.raises(ConnectionLost, match="closed from there, or lost"):
+            await connection.receive()
+
+
 async def test_a_broker_that_hangs_is_given_up(mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
     async with josev(at(mosquitto)) as connection:
         monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.05)

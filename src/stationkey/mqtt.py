@@ -78,6 +78,8 @@ OFFLINE: Final = b"offline"
 """What the availability topic says [MQTT 5 3.1.2.5, the Will Message]."""
 _NO_MATCHING_SUBSCRIBERS: Final = 0x10
 """[MQTT 5 3.4.2.1]."""
+_UNSPECIFIED_ERROR: Final = 0x80
+"""[MQTT 5 3.14.2.1]."""
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
 
@@ -553,9 +555,16 @@ class MqttConnection:
             )
 
     def _on_disconnect(
-        self, client: paho.Client, userdata: object, flags: object, reason: ReasonCode, properties: object
+        self,
+        client: paho.Client,
+        userdata: object,
+        flags: paho.DisconnectFlags,
+        reason: ReasonCode,
+        properties: object,
     ) -> None:
-        self._end(str(reason))
+        # paho calls it an unspecified error where nobody said anything.
+        closed = reason.value == _UNSPECIFIED_ERROR and not flags.is_disconnect_packet_from_server
+        self._end("it was closed from there, or lost" if closed else str(reason))
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
         payload = bytes(message.payload)
