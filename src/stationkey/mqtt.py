@@ -33,7 +33,7 @@ from stationkey.errors import BrokerError, ConfigurationError
 from stationkey.messages import MAX_PAYLOAD, REQUEST_TOPIC, RESPONSE_TOPIC
 from stationkey.packet import PacketBound
 from stationkey.terms import MqttTerms
-from stationkey.trust import BrokerSocket, introduction, no_handshake, refused
+from stationkey.trust import BrokerSocket, closed_without_a_word, introduction, no_handshake, refused
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -470,6 +470,8 @@ class MqttConnection:
         """What it means that the connection ended before the broker answered the CONNECT."""
         if self._tls is not None and self._tls.failure is not None:
             return refused(str(self._broker), self._tls.failure)
+        if self._tls is not None:
+            closed_without_a_word()
         # Some brokers that know no MQTT 5 close the connection without a word.
         return ProtocolRefused(
             f"{self._broker} closed the connection: {why}",

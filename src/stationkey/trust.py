@@ -340,6 +340,14 @@ def refused(broker: str, failure: str) -> BrokerError:
     )
 
 
+def closed_without_a_word() -> None:
+    """The broker ended a connection by TLS, and gave no reason: a reset takes an alert with it that was not read yet.
+
+    So it may have been that the TPM did not sign; a key in it is loaded anew for the next connection.
+    """
+    _TPM.failed()
+
+
 def _words(failure: str | None) -> str:
     return "it failed" if failure is None else failure.lower().replace("_", " ")
 
