@@ -224,6 +224,26 @@ class TlsServer:
             yield Broker("127.0.0.1", server.sockets[0].getsockname()[1], tls=True)
 
 
+async def test_after_a_close_without_a_word_the_key_in_the_tpm_is_loaded_anew(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reset takes the alert with it that would say that the TPM had not signed; so it is taken for possible."""
+    identity = authority.broker()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.certificate, identity.key)
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1024)  # CONNECT
+        writer.close()
+
+    stale = trust._Tpm()  # noqa: SLF001 - whether it would load the key anew is the point
+    monkeypatch.setattr(trust, "_TPM", stale)
+    async with await asyncio.start_server(close, "127.0.0.1", 0, ssl=context) as server:
+        with pytest.raises(BrokerError, match="closed the connection"):
+            await opened(Broker("127.0.0.1", server.sockets[0].getsockname()[1], tls=True), terms(authority))
+    assert stale._stale  # noqa: SLF001 - same
+
+
 def publish_packet(payload: bytes) -> bytes:
     """A PUBLISH of QoS 0 on the topic ``t`` [MQTT 5 3.3]."""
     body = b"\x00\x01t\x00" + payload
