@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from peers import Mosquitto, Swtpm
 
 if TYPE_CHECKING:
     from protection import Openers
+
+
+class _Patient:
+    """`sys` for `threading`, which sets the trace function of coverage in each new thread.
+
+    Python 3.11 refuses that by RuntimeError where another thread is just doing the same, and the new one ends unborn.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys, name)
+
+    @staticmethod
+    def settrace(function: Any) -> None:
+        while True:
+            try:
+                return sys.settrace(function)
+            except RuntimeError:
+                time.sleep(0)  # lets the other thread finish
+
+
+threading._sys = _Patient()  # type: ignore[attr-defined] # noqa: SLF001 - there is no other place between the two
 
 
 @pytest.fixture
