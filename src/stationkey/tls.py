@@ -258,7 +258,9 @@ def _content(descriptor: int) -> bytes:
 
 def _unreadable(path: Path, error: OSError) -> TlsCheckFailed:
     why = "it is a link" if error.errno == errno.ELOOP else error.strerror
-    return _no_file(f"{path} cannot be read: {why}", hint="run as the user that the daemon runs as")
+    closed = error.errno in {errno.EACCES, errno.EPERM}
+    hint = "run as the user that the daemon runs as" if closed else "the daemon put no such thing there: who did?"
+    return _no_file(f"{path} cannot be read: {why}", hint=hint)
 
 
 def password_of(file: KeyFile, open_store: Callable[[], KeyStore]) -> bytes:

@@ -195,7 +195,7 @@ def judge_socket(way: Way, user: User) -> Iterator[Finding]:
     elif way.path is not None and (facts := look_at(way.path, follow=True)).kind in {"missing", "file", "directory"}:
         what = "is not there" if facts.kind == "missing" else f"is no socket but a {facts.kind}"
         yield failure(name, f"{way.path} {what}", "start what makes it, or correct the path")
-    elif way.host and way.path is None and way.host not in {"localhost", "127.0.0.1", "::1"}:
+    elif way.host and way.path is None and not way.is_local:
         yield warning(
             name,
             f"the TPM is asked over the network, at {way.host}, and nothing protects what goes there",
