@@ -10,7 +10,7 @@ from typing import Final
 NAMES: Final = frozenset({"key_id", "canonical_id", "request_id", "public", "message_id"})
 """Columns that tell one key or request from another."""
 COUNTED: Final = frozenset({"number", "key_number", "ended"})
-"""Columns that count keys; see `stationkey.migrations`."""
+"""Columns that count keys; see `stationkey.ledger.migrations`."""
 EVENTS: Final = frozenset({"seq", "asked", "installed", "deleted"})
 """Columns that count events."""
 

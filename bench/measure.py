@@ -42,8 +42,9 @@ from bench.sides import (
     start_once,
     station,
 )
-from stationkey.ledger import DATABASE_NAME, Ledger
-from stationkey.lifecycle import KeyEvent
+from stationkey.ledger import Ledger
+from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.system.state_dir import DATABASE_NAME
 
 WARM_UP: Final = 10
 """Requests before the first sample: a daemon's first ones load modules and fill caches."""

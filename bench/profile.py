@@ -90,8 +90,10 @@ def serve() -> None:
     """The daemon, with its points noted."""
     import tpm2_pytss  # noqa: PLC0415 - see `main`
 
-    from stationkey import cli, edge, ledger, mqtt, service  # noqa: PLC0415 - same
-    from stationkey.keystore import tpm2  # noqa: PLC0415 - same
+    from stationkey import cli, ledger  # noqa: PLC0415 - same
+    from stationkey.keystore.tpm2 import store  # noqa: PLC0415 - same
+    from stationkey.mqtt import connection, gateway  # noqa: PLC0415 - same
+    from stationkey.service import requests  # noqa: PLC0415 - same
 
     marks: list[tuple[str, float]] = []
 
@@ -110,14 +112,14 @@ def serve() -> None:
 
         setattr(home, name, noting)
 
-    note(mqtt.MqttConnection, "_on_message", before="received")
-    note(edge, "decode", after="decoded")
-    note(tpm2.Tpm2KeyStore, "generate", before="begun", after="made")
+    note(connection.MqttConnection, "_on_message", before="received")
+    note(gateway, "decode", after="decoded")
+    note(store.Tpm2KeyStore, "generate", before="begun", after="made")
     note(tpm2_pytss.ESAPI, "create_loaded", after="created")
     note(tpm2_pytss.ESAPI, "sign", before="digest", after="signed")
-    note(service, "sign_csr", after="csr")
+    note(requests, "sign_csr", after="csr")
     note(ledger.Ledger, "record_answer", before="writing", after="written")
-    note(mqtt.MqttConnection, "publish", before="publishing")
+    note(connection.MqttConnection, "publish", before="publishing")
     try:
         cli.main()
     finally:

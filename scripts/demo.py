@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stationkey import ALGORITHMS, PROFILES, Algorithm, Broker, CertificateType, inspect_csr
-from stationkey.csms import CertificateAnswered, Csms
-from stationkey.ocpp import OcppVersion
-from stationkey.station import Station, StationSettings
+from stationkey.simulators.csms.server import CertificateAnswered, Csms
+from stationkey.simulators.josev import Station, StationSettings
+from stationkey.simulators.ocpp import OcppVersion
 
 STATIONKEY = [sys.executable, "-m", "stationkey"]
 SECC_ID = "DE-ABC-S-STATION42"

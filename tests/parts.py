@@ -21,18 +21,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from msgspec import UNSET
 
-from stationkey import messages
-from stationkey.csr import PublicKey
-from stationkey.custody import RunningTime
+from stationkey.config.settings import Terms, TpmTerms
+from stationkey.contract import messages
+from stationkey.contract.messages import CertificateInstallationStatus, GenerateCsrRequest
+from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.keystore import key_id_of, keystore_opener
 from stationkey.keystore.software import SoftwareKeyStore
-from stationkey.keystore.thread import KeyStoreThread
-from stationkey.ledger import DATABASE_NAME, KeyRecord, Ledger
-from stationkey.lifecycle import KeyState
-from stationkey.messages import CertificateInstallationStatus, GenerateCsrRequest
-from stationkey.profiles import Algorithm, CertificateType
-from stationkey.service import StationKeyService
-from stationkey.terms import Terms, TpmTerms
+from stationkey.keystore.worker import KeyStoreThread
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.ledger.lifecycle import KeyState
+from stationkey.service.requests import StationKeyService
+from stationkey.service.statuses import RunningTime
+from stationkey.system.state_dir import DATABASE_NAME
+from stationkey.x509.csr import PublicKey
 
 V2G = CertificateType.V2G_CERTIFICATE
 V2G20 = CertificateType.V2G20_CERTIFICATE
@@ -267,7 +268,7 @@ async def station(
         opener = keystore_opener(keystore, allow_software_keys=True, terms=tpm, state_dir=state_dir)
         thread = KeyStoreThread(opener)
         # The service takes the machine's own clock, which no test could wait for.
-        with mock.patch("stationkey.service.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
+        with mock.patch("stationkey.service.requests.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
             service = StationKeyService(
                 thread, ledger, terms=terms, certificate_dir=certificate_dir, clock=lambda: clocks.wall
             )

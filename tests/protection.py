@@ -14,13 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Swtpm
 from tpm2_pytss import ESAPI
 
-from stationkey.credential import SecretReference
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import TpmTerms
+from stationkey.contract.profiles import Algorithm
 from stationkey.errors import KeyStoreError
-from stationkey.keystore import KeyRef, capabilities
-from stationkey.keystore.tpm2 import Tpm2KeyStore
-from stationkey.keystore.tss2 import KeyFile
-from stationkey.profiles import Algorithm
-from stationkey.terms import TpmTerms
+from stationkey.keystore import KeyRef
+from stationkey.keystore.tpm2 import capabilities
+from stationkey.keystore.tpm2.keyfile import KeyFile
+from stationkey.keystore.tpm2.store import Tpm2KeyStore
 
 Opener = Callable[..., Tpm2KeyStore]
 """What the fixture `opened` gives: an `Openers`."""

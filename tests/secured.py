@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from peers import Mosquitto, free_port
 
-from stationkey.credential import SecretReference
-from stationkey.mqtt import Broker
-from stationkey.terms import MqttTerms
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import MqttTerms
+from stationkey.mqtt.connection import Broker
 
 DOCUMENT = Path(__file__).parent.parent / "docs/broker.md"
 NAME = "broker.station.test"

@@ -15,9 +15,11 @@ import msgspec
 import pytest
 from peers import Mosquitto
 
-from stationkey import cli, config, messages
+from stationkey import cli
+from stationkey.config import file as config
+from stationkey.contract import messages
+from stationkey.contract.profiles import ALGORITHMS, PROFILES, CertificateProfile
 from stationkey.errors import MessageError
-from stationkey.profiles import ALGORITHMS, PROFILES, CertificateProfile
 
 ROOT = Path(__file__).parent.parent
 IGNORED = [".git", ".coverage.*", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())]
@@ -298,7 +300,7 @@ class TestArchitecture:
         assert [name for name in names if f"`{name}`" not in cells] == []
 
     def test_every_table_of_the_ledger_is_described(self) -> None:
-        tables = re.findall(r"CREATE TABLE (\w+)", (ROOT / "src/stationkey/migrations.py").read_text())
+        tables = re.findall(r"CREATE TABLE (\w+)", (ROOT / "src/stationkey/ledger/migrations.py").read_text())
         assert tables
         assert [table for table in tables if f"`{table}`" not in ARCHITECTURE] == []
 

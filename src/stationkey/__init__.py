@@ -12,23 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stationkey.csr import CsrSummary, build_csr, inspect_csr, to_pem
-    from stationkey.edge import MqttEdge
-    from stationkey.errors import (
-        BrokerError,
-        ConfigurationError,
-        KeyStoreError,
-        LedgerError,
-        MessageError,
-        RequestRefused,
-        StationKeyError,
-        UnsupportedAlgorithm,
-    )
-    from stationkey.josev import ask
-    from stationkey.keystore import KeyRef, KeyStore, keystore_opener
-    from stationkey.keystore.thread import KeyStoreThread
-    from stationkey.ledger import Ledger
-    from stationkey.messages import (
+    from stationkey.config.settings import MqttTerms, PolicyTerms, TpmTerms
+    from stationkey.contract.messages import (
         CertificateInstallationStatus,
         GenerateCsrData,
         GenerateCsrRequest,
@@ -39,15 +24,30 @@ if TYPE_CHECKING:
         generate_csr,
         rejected,
     )
-    from stationkey.mqtt import Broker
-    from stationkey.policy import Policy
-    from stationkey.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateProfile, CertificateType
-    from stationkey.service import StationKeyService
-    from stationkey.state import StateDirectory
-    from stationkey.terms import MqttTerms, PolicyTerms, TpmTerms
+    from stationkey.contract.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateProfile, CertificateType
+    from stationkey.errors import (
+        BrokerError,
+        ConfigurationError,
+        KeyStoreError,
+        LedgerError,
+        MessageError,
+        RequestRefused,
+        StationKeyError,
+        UnsupportedAlgorithm,
+    )
+    from stationkey.keystore import KeyRef, KeyStore, keystore_opener
+    from stationkey.keystore.worker import KeyStoreThread
+    from stationkey.ledger import Ledger
+    from stationkey.mqtt.client import ask
+    from stationkey.mqtt.connection import Broker
+    from stationkey.mqtt.gateway import MqttEdge
+    from stationkey.service.policy import Policy
+    from stationkey.service.requests import StationKeyService
+    from stationkey.system.state_dir import StateDirectory
+    from stationkey.x509.csr import CsrSummary, build_csr, inspect_csr, to_pem
 
 _HOME: Final = {
-    "csr": ("CsrSummary", "build_csr", "inspect_csr", "to_pem"),
+    "x509.csr": ("CsrSummary", "build_csr", "inspect_csr", "to_pem"),
     "errors": (
         "BrokerError",
         "ConfigurationError",
@@ -58,12 +58,12 @@ _HOME: Final = {
         "StationKeyError",
         "UnsupportedAlgorithm",
     ),
-    "edge": ("MqttEdge",),
-    "josev": ("ask",),
+    "mqtt.gateway": ("MqttEdge",),
+    "mqtt.client": ("ask",),
     "keystore": ("KeyRef", "KeyStore", "keystore_opener"),
-    "keystore.thread": ("KeyStoreThread",),
+    "keystore.worker": ("KeyStoreThread",),
     "ledger": ("Ledger",),
-    "messages": (
+    "contract.messages": (
         "CertificateInstallationStatus",
         "GenerateCsrData",
         "GenerateCsrRequest",
@@ -74,12 +74,12 @@ _HOME: Final = {
         "generate_csr",
         "rejected",
     ),
-    "mqtt": ("Broker",),
-    "policy": ("Policy",),
-    "profiles": ("ALGORITHMS", "PROFILES", "Algorithm", "CertificateProfile", "CertificateType"),
-    "service": ("StationKeyService",),
-    "state": ("StateDirectory",),
-    "terms": ("MqttTerms", "PolicyTerms", "TpmTerms"),
+    "mqtt.connection": ("Broker",),
+    "service.policy": ("Policy",),
+    "contract.profiles": ("ALGORITHMS", "PROFILES", "Algorithm", "CertificateProfile", "CertificateType"),
+    "service.requests": ("StationKeyService",),
+    "system.state_dir": ("StateDirectory",),
+    "config.settings": ("MqttTerms", "PolicyTerms", "TpmTerms"),
 }
 _MODULES: Final = {name: module for module, names in _HOME.items() for name in names}
 

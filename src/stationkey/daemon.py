@@ -13,24 +13,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from stationkey import __version__
-from stationkey.bridge import on_keystore
-from stationkey.config import Settings
-from stationkey.edge import MqttEdge
+from stationkey.config.file import Settings
+from stationkey.contract.profiles import Algorithm
 from stationkey.errors import PASSING, KeyStoreError
-from stationkey.health import Health
 from stationkey.keystore import KeyStore, keystore_opener
-from stationkey.keystore.thread import KeyStoreThread, Task
+from stationkey.keystore.worker import KeyStoreThread, Task
 from stationkey.ledger import Ledger
-from stationkey.mqtt import Broker, check, unless
-from stationkey.policy import Policy
-from stationkey.process import close_to_others
-from stationkey.profiles import Algorithm
-from stationkey.service import StationKeyService
-from stationkey.state import StateDirectory
-from stationkey.systemd import ServiceManager
+from stationkey.ledger.worker import on_keystore
+from stationkey.mqtt.connection import Broker, check, unless
+from stationkey.mqtt.gateway import MqttEdge
+from stationkey.observability.health import Health
+from stationkey.service.policy import Policy
+from stationkey.service.requests import StationKeyService
+from stationkey.system.hardening import close_to_others
+from stationkey.system.state_dir import StateDirectory
+from stationkey.system.systemd import ServiceManager
 
 if TYPE_CHECKING:
-    from stationkey.endpoint import Page
+    from stationkey.observability.http import Page
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +161,8 @@ async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -
     health = Health(keystore, ServiceManager.of(os.environ), broker=broker, patience=settings.deadlines.ec)
     async with health.watching(probing=settings.metrics is not None), AsyncExitStack() as stack:
         if settings.metrics is not None:
-            from stationkey.endpoint import Endpoint  # noqa: PLC0415 - nobody else pays for it
-            from stationkey.listener import Address, Listener  # noqa: PLC0415 - same
+            from stationkey.observability.http import Endpoint  # noqa: PLC0415 - nobody else pays for it
+            from stationkey.system.listener import Address, Listener  # noqa: PLC0415 - same
 
             listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
             await stack.enter_async_context(Endpoint(listener, _pages(health)))
@@ -173,8 +173,8 @@ async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -
 def _pages(health: Health) -> Mapping[str, Page]:
     from http import HTTPStatus  # noqa: PLC0415 - nobody pays for these who does not want them
 
-    from stationkey.endpoint import Reply  # noqa: PLC0415 - same
-    from stationkey.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415 - same
+    from stationkey.observability.http import Reply  # noqa: PLC0415 - same
+    from stationkey.observability.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415 - same
 
     exposition = Exposition(health)
 

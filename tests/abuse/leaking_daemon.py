@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stationkey import cli, custody, ledger, service
+from stationkey import cli, ledger
+from stationkey.service import requests, statuses
 
 
 class Fault(RuntimeError):
@@ -31,8 +32,8 @@ def fail_to_prove(private_key: object, *others: object) -> None:
     raise Fault(f"{private_key!r} {private_key} {others!r}")
 
 
-setattr(service, "sign_csr", faulty("sign", getattr(service, "sign_csr")))  # noqa: B009, B010 - it is imported there
-setattr(custody, "prove", fail_to_prove)  # noqa: B010 - same
+setattr(requests, "sign_csr", faulty("sign", getattr(requests, "sign_csr")))  # noqa: B009, B010 - it is imported there
+setattr(statuses, "prove", fail_to_prove)  # noqa: B010 - same
 setattr(ledger.Ledger, "record_answer", faulty("record", ledger.Ledger.record_answer))  # noqa: B010 - same
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from parts import request
-from stationkey.csr import sign_csr, to_pem
+from stationkey.config.settings import Bounds
+from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
 from stationkey.keystore.software import SoftwareKeyStore
-from stationkey.ledger import DATABASE_NAME, Ledger
-from stationkey.profiles import PROFILES, Algorithm, CertificateType
-from stationkey.terms import Bounds
+from stationkey.ledger import Ledger
+from stationkey.system.state_dir import DATABASE_NAME
+from stationkey.x509.csr import sign_csr, to_pem
 
 NOBODY: Final = 65534
 """A user that has nothing to do with the station."""

@@ -24,16 +24,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it ships no types
 
 from parts import STATION, Authority, pem, software_key
-from stationkey import config, schema
-from stationkey.active import file_name, owner_of
-from stationkey.certificate import Expected, differences, read_chain
-from stationkey.config import read_file, settle
-from stationkey.csr import sign_csr, to_pem
-from stationkey.errors import ConfigurationError, MessageError, StationKeyError
-from stationkey.installation import KeyFinder, StatusUnfit
-from stationkey.keystore import keystore_opener
-from stationkey.ledger import Ledger
-from stationkey.messages import (
+from stationkey.cli import schema_documents
+from stationkey.config import file as config
+from stationkey.config.file import read_file, settle
+from stationkey.contract.messages import (
     MAX_PAYLOAD,
     CertificateInstallationStatus,
     CertificateInstallationStatusData,
@@ -42,8 +36,15 @@ from stationkey.messages import (
     decode_response,
     encode,
 )
-from stationkey.mqtt import Broker
-from stationkey.profiles import PROFILES, CertificateType
+from stationkey.contract.profiles import PROFILES, CertificateType
+from stationkey.errors import ConfigurationError, MessageError, StationKeyError
+from stationkey.keystore import keystore_opener
+from stationkey.ledger import Ledger
+from stationkey.mqtt.connection import Broker
+from stationkey.service.active_files import file_name, owner_of
+from stationkey.service.matching import KeyFinder, StatusUnfit
+from stationkey.x509.certificate import Expected, differences, read_chain
+from stationkey.x509.csr import sign_csr, to_pem
 
 Json = dict[str, Any]
 
@@ -76,7 +77,7 @@ class Target:
 # Messages, held against the published schemas.
 
 REQUEST, STATUS, RESPONSE = (
-    Draft202012Validator(schema.json_schema(name))
+    Draft202012Validator(schema_documents.json_schema(name))
     for name in ("generate_csr.request", "certificate_installation_status.update", "generate_csr.response")
 )
 TEXTS: Final = (

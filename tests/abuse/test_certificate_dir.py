@@ -18,14 +18,14 @@ from outside import Josev, generate_csr, run, software_station
 from peers import Mosquitto
 
 from parts import NOW, Authority, Station, key_id_in, pem, software_key, station
-from stationkey.installation import (
+from stationkey.ledger.lifecycle import KeyState
+from stationkey.service.matching import (
     MAX_CERTIFICATE_DIRECTORIES,
     MAX_CERTIFICATE_FILES,
     MAX_CERTIFICATE_SIZE,
     MAX_CERTIFICATES,
 )
-from stationkey.ledger import DATABASE_NAME
-from stationkey.lifecycle import KeyState
+from stationkey.system.state_dir import DATABASE_NAME
 
 AUTHORITY = Authority()
 

@@ -15,12 +15,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
-
-from stationkey.active import owner_of
-from stationkey.certificate import read_chain
-from stationkey.errors import MessageError
-from stationkey.messages import MAX_PAYLOAD, decode, decode_response
 from test_messages import REQUEST_ID, a_request, wire
+
+from stationkey.contract.messages import MAX_PAYLOAD, decode, decode_response
+from stationkey.errors import MessageError
+from stationkey.service.active_files import owner_of
+from stationkey.x509.certificate import read_chain
 
 SMALL, LARGE = 12_000, 48_000
 """Bytes."""

@@ -34,7 +34,8 @@ from flood import (
 )
 from peers import Daemon, Mosquitto, Swtpm
 
-from stationkey.ledger import DATABASE_NAME, MAX_REJECTIONS
+from stationkey.ledger import MAX_REJECTIONS
+from stationkey.system.state_dir import DATABASE_NAME
 
 MIB: Final = 1024 * 1024
 BAD_MESSAGES: Final = 100_000

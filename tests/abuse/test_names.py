@@ -22,9 +22,9 @@ from peers import Mosquitto
 from station import Elsewhere, a_ledger
 
 from parts import V2G
-from stationkey.active import DIRECTORY_NAME, file_name
-from stationkey.ledger import DATABASE_NAME
-from stationkey.profiles import EVSE_ID_PATTERN, CertificateType
+from stationkey.contract.profiles import EVSE_ID_PATTERN, CertificateType
+from stationkey.service.active_files import DIRECTORY_NAME, file_name
+from stationkey.system.state_dir import DATABASE_NAME
 
 NAME_MAX = 255
 """Bytes of a file name [limits.h], on every file system that a station has."""

@@ -14,7 +14,7 @@ from peers import Mosquitto
 from station import AS_ROOT, NOBODY, as_user
 
 from stationkey.errors import LedgerError
-from stationkey.state import StateDirectory
+from stationkey.system.state_dir import StateDirectory
 
 PASSWORD = "correct horse battery staple"
 STATUS = {

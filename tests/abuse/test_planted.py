@@ -30,12 +30,12 @@ from station import (
     take_back,
 )
 
-from stationkey.active import ActiveDirectory
-from stationkey.config import read_file
+from stationkey.config.file import read_file
 from stationkey.errors import ConfigurationError, LedgerError
-from stationkey.ledger import DATABASE_NAME, Ledger
-from stationkey.lifecycle import KeyEvent
-from stationkey.state import StateDirectory, settled
+from stationkey.ledger import Ledger
+from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.service.active_files import ActiveDirectory
+from stationkey.system.state_dir import DATABASE_NAME, StateDirectory, settled
 
 PLANTED = [pytest.param(plant, id=name) for name, plant in PLANTS.items()]
 OPENED = ["lock", DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm", f"{DATABASE_NAME}-journal"]

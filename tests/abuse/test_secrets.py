@@ -26,7 +26,7 @@ from outside import BOUND, STATIONKEY, Josev, Station, generate_csr
 from peers import Mosquitto, Swtpm, free_port
 
 from secured import write_secret
-from stationkey.ledger import DATABASE_NAME
+from stationkey.system.state_dir import DATABASE_NAME
 
 LOUD = {
     "TSS2_LOG": "all+trace",

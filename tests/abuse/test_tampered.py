@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from station import a_ledger
 
 from stationkey.cli import main
-from stationkey.ledger import DATABASE_NAME
+from stationkey.system.state_dir import DATABASE_NAME
 
 VALUES: dict[str, tuple[object, ...]] = {
     "INTEGER": (-1, 2**63 - 1, -(2**63), None),

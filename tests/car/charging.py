@@ -19,10 +19,11 @@ from pathlib import Path
 from authority import Authority, write
 from peers import Bus, Mosquitto, ResourceManager, Swtpm
 
-from stationkey import messages, tls
-from stationkey.josev import ask
-from stationkey.mqtt import Broker, connect, topics
-from stationkey.profiles import Algorithm, CertificateType
+from stationkey.contract import messages
+from stationkey.contract.profiles import Algorithm, CertificateType
+from stationkey.mqtt.client import ask
+from stationkey.mqtt.connection import Broker, connect, topics
+from stationkey.openssl import check
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
@@ -105,8 +106,8 @@ class ChargingStation:
 
     def openssl_environment(self) -> dict[str, str]:
         """The environment of a program that uses the active keys, as docs/tls.md has it."""
-        configuration = write(self.directory / "openssl.cnf", tls.openssl_configuration(tcti=self.tcti))
-        return {**os.environ, **self.environment, **tls.environment(configuration, tcti=self.tcti)}
+        configuration = write(self.directory / "openssl.cnf", check.openssl_configuration(tcti=self.tcti))
+        return {**os.environ, **self.environment, **check.environment(configuration, tcti=self.tcti)}
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from charging import BOUND, ChargingStation, charging_station
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from stationkey.profiles import Algorithm, CertificateType
+from stationkey.contract.profiles import Algorithm, CertificateType
 
 V2G, V2G20 = CertificateType.V2G_CERTIFICATE, CertificateType.V2G20_CERTIFICATE
 

@@ -21,7 +21,7 @@ from authority import Authority, write
 from charging import charging_station
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from stationkey.profiles import Algorithm, CertificateType
+from stationkey.contract.profiles import Algorithm, CertificateType
 
 PYTHON = Path(__file__).parents[2] / ".venv" / "iso15118" / "bin" / "python"
 BOUND = 120.0

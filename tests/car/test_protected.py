@@ -21,8 +21,8 @@ from charging import BOUND, ChargingStation, charging_station
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from protection import SECRET, write_secret
-from stationkey.keystore.tss2 import read_pem
-from stationkey.profiles import Algorithm, CertificateType
+from stationkey.contract.profiles import Algorithm, CertificateType
+from stationkey.keystore.tpm2.keyfile import read_pem
 
 V2G = CertificateType.V2G_CERTIFICATE
 

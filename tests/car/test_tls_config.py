@@ -24,13 +24,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from peers import Swtpm
 
 from protection import SECRET, terms
-from stationkey import tls
 from stationkey.cli import main
-from stationkey.credential import SecretReference
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import TpmTerms
+from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
-from stationkey.profiles import Algorithm, CertificateType
-from stationkey.terms import TpmTerms
+from stationkey.openssl import check
 
 CHARGING_STATION, V2G, V2G20 = CertificateType
 CLIENT_ONLY = [(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)]
@@ -117,7 +117,7 @@ def bench(tpm: Swtpm, authority: Authority, tmp_path: Path) -> Bench:
 
 def test_the_configuration_loads_default_before_tpm2_and_prefers_only_the_tpms_signatures() -> None:
     parser = configparser.ConfigParser()
-    parser.read_string("[top]\n" + tls.openssl_configuration(tcti=TCTI))
+    parser.read_string("[top]\n" + check.openssl_configuration(tcti=TCTI))
     start = parser[parser["top"]["openssl_conf"]]
     assert list(parser[start["providers"]]) == ["default", "tpm2"]
     assert parser[start["alg_section"]]["default_properties"] == "?tpm2.signature=yes"
@@ -128,7 +128,7 @@ def test_openssl_itself_reads_the_configuration(bench: Bench, tmp_path: Path) ->
     arguments = ["tls-config", "--keystore", bench.tpm.uri, "--out", str(configuration)]
     done = CliRunner().invoke(main, arguments)
     assert (done.exit_code, done.output) == (0, "")
-    variables = tls.environment(configuration, tcti=bench.tpm.tcti)
+    variables = check.environment(configuration, tcti=bench.tpm.tcti)
     listed = subprocess.run(
         ["openssl", "list", "-providers"], env=variables, capture_output=True, text=True, check=True
     )
@@ -141,14 +141,14 @@ def test_openssl_itself_reads_the_configuration(bench: Bench, tmp_path: Path) ->
 def test_what_is_printed_names_both_variables_that_a_service_needs(bench: Bench) -> None:
     done = CliRunner().invoke(main, ["tls-config", "--keystore", bench.tpm.uri])
     assert done.exit_code == 0
-    assert done.stdout == tls.openssl_configuration(tcti=bench.tpm.tcti)
+    assert done.stdout == check.openssl_configuration(tcti=bench.tpm.tcti)
     assert "OPENSSL_CONF" in done.stdout
     assert f"TPM2OPENSSL_TCTI  {bench.tpm.tcti}" in done.stdout
 
 
 def test_a_tcti_cannot_add_lines_to_the_configuration() -> None:
     with pytest.raises(ConfigurationError, match="control character"):
-        tls.openssl_configuration(tcti="device:/dev/tpm0\n[evil]")
+        check.openssl_configuration(tcti="device:/dev/tpm0\n[evil]")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_key_for_clients_finds_no_room_in_a_tpm_without_resource_manager(bench
     """Three slots are too few for a TLS client; test_wss.py shows the same with a resource manager."""
     bench.active(CHARGING_STATION)
     done = bench.check(CHARGING_STATION)
-    assert done.exit_code == tls.EXIT_TPM, done.output
+    assert done.exit_code == check.EXIT_TPM, done.output
     assert "no room" in done.stderr
     assert "tpm2:device:/dev/tpmrm0" in done.stderr
 
@@ -224,7 +224,7 @@ def test_a_wrong_authorisation_value_is_told(bench: Bench, given: str | None) ->
     if given is not None:
         bench.protected(key_auth=given)
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert ("is not the key's" if given else "[tpm] key_auth is not set") in done.stderr
     assert SECRET not in done.output
 
@@ -234,7 +234,7 @@ def test_a_sealed_value_that_is_lost_is_told(bench: Bench) -> None:
     for file in (bench.state_dir / "tpm").iterdir():
         file.unlink()
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert "not in the state directory" in done.stderr
     assert list((bench.state_dir / "tpm").iterdir()) == [], "a check makes nothing"
 
@@ -242,7 +242,7 @@ def test_a_sealed_value_that_is_lost_is_told(bench: Bench) -> None:
 def test_a_policy_is_told_as_what_openssl_cannot_use(bench: Bench) -> None:
     bench.active(V2G, terms=bench.protected(pcrs=(0, 7)))
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert "bound to PCRs" in done.stderr
 
 
@@ -250,7 +250,7 @@ def test_a_root_key_with_an_authorisation_value_is_told_as_what_openssl_cannot_u
     other = Bench(swtpm, bench.authority, bench.state_dir)
     other.active(V2G, terms=other.protected(srk_auth=SECRET))
     done = other.check(V2G)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert "the storage root key has an authorisation value" in done.stderr
 
 
@@ -265,11 +265,11 @@ def test_openssl_is_given_the_value_through_a_pipe(bench: Bench, auth: str) -> N
     assert giving.returncode == 0
     assert len(value) == (32 if auth == "generated" else len(SECRET))
     configuration = bench.state_dir / "openssl.cnf"
-    configuration.write_text(tls.openssl_configuration(tcti=bench.tpm.tcti))
+    configuration.write_text(check.openssl_configuration(tcti=bench.tpm.tcti))
     asked = ["openssl", "req", "-new", "-key", str(file), "-passin", "stdin", "-subj", "/CN=x", "-verify"]
     done = subprocess.run(
         [*asked, "-noout"],
-        env=os.environ | tls.environment(configuration, tcti=bench.tpm.tcti),
+        env=os.environ | check.environment(configuration, tcti=bench.tpm.tcti),
         input=value,
         capture_output=True,
         check=False,
@@ -329,7 +329,7 @@ def test_a_value_that_is_not_clear_is_not_given(bench: Bench, keys: tuple[str, .
 def test_a_missing_provider_is_told_with_the_package_to_install(bench: Bench, tmp_path: Path) -> None:
     bench.active(V2G)
     done = bench.check(V2G, OPENSSL_MODULES=str(tmp_path))
-    assert done.exit_code == tls.EXIT_PROVIDER
+    assert done.exit_code == check.EXIT_PROVIDER
     assert "tpm2 provider is missing" in done.stderr
     assert "tpm2-openssl" in done.stderr
 
@@ -337,38 +337,38 @@ def test_a_missing_provider_is_told_with_the_package_to_install(bench: Bench, tm
 def test_a_tpm_that_is_not_there_is_told(bench: Bench) -> None:
     bench.active(V2G)
     done = bench.check(V2G, keystore="tpm2:device:/dev/null/none")
-    assert done.exit_code == tls.EXIT_TPM
+    assert done.exit_code == check.EXIT_TPM
     assert "the TPM cannot be reached" in done.stderr
 
 
 def test_a_tpm_that_hangs_is_told_within_the_bound(bench: Bench, swtpm: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.active(V2G)
-    monkeypatch.setattr(tls, "TIMEOUT", 1.0)
+    monkeypatch.setattr(check, "TIMEOUT", 1.0)
     swtpm.freeze()
     done = bench.check(V2G, keystore=swtpm.uri)
     swtpm.thaw()
-    assert done.exit_code == tls.EXIT_TPM
+    assert done.exit_code == check.EXIT_TPM
     assert "hangs" in done.stderr
 
 
 def test_a_key_of_another_tpm_is_told(bench: Bench, swtpm: Swtpm) -> None:
     Bench(swtpm, bench.authority, bench.state_dir).active(V2G)
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert "another TPM" in done.stderr
 
 
 def test_an_expired_certificate_is_told(bench: Bench) -> None:
     bench.active(V2G, days=-1)
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert "certificate has expired" in done.stderr
 
 
 def test_a_key_that_no_car_of_iso15118_2_can_use_is_told(bench: Bench) -> None:
     bench.active(V2G, Algorithm.RSA_SHA256)
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert "no handshake" in done.stderr
 
 
@@ -377,7 +377,7 @@ def test_a_certificate_of_another_key_is_told(bench: Bench) -> None:
     head, mark, _ = one.read_text().partition("-----BEGIN CERTIFICATE-----")
     write(one, head + mark + other.read_text().partition(mark)[2])
     done = bench.check(one)
-    assert done.exit_code == tls.EXIT_KEY
+    assert done.exit_code == check.EXIT_KEY
     assert "do not belong together" in done.stderr
 
 
@@ -396,7 +396,7 @@ def test_what_is_missing_under_active_is_told(bench: Bench, content: str | None,
         file = bench.active(V2G)
         write(file, file.read_text().partition("-----END TSS2 PRIVATE KEY-----\n")[2])
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_FILE
+    assert done.exit_code == check.EXIT_FILE
     assert said in done.stderr
 
 
@@ -433,7 +433,7 @@ def test_what_the_daemons_user_planted_under_active_leads_root_nowhere_and_keeps
     make(file, right)
     named = ["--check", str(V2G)] if command == "tls-config" else [str(V2G)]
     done = CliRunner().invoke(main, [command, *named, *bench.options()])
-    assert done.exit_code == tls.EXIT_FILE, done.output
+    assert done.exit_code == check.EXIT_FILE, done.output
     assert f"{file} cannot be read: {said}" in done.stderr
 
 
@@ -441,7 +441,7 @@ def test_a_link_in_the_place_of_active_leads_root_nowhere(bench: Bench, tmp_path
     directory = bench.active(V2G).parent
     directory.symlink_to(directory.rename(tmp_path / "elsewhere"))
     done = bench.check(V2G)
-    assert done.exit_code == tls.EXIT_FILE
+    assert done.exit_code == check.EXIT_FILE
     assert f"{directory} cannot be read" in done.stderr
 
 

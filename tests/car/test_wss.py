@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from websockets.sync.server import ServerConnection, serve
 
-from stationkey.profiles import Algorithm, CertificateType
+from stationkey.contract.profiles import Algorithm, CertificateType
 
 CHARGING_STATION = CertificateType.CHARGING_STATION_CERTIFICATE
 LOOPBACK = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])

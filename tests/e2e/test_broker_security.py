@@ -15,11 +15,11 @@ from peers import Mosquitto, free_port
 
 import parts
 from secured import Authority, SecuredMosquitto, commands
-from stationkey.credential import SecretReference
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import MqttTerms
 from stationkey.errors import BrokerError
-from stationkey.josev import ask
-from stationkey.mqtt import Broker, MqttConnection, connect
-from stationkey.terms import MqttTerms
+from stationkey.mqtt.client import ask
+from stationkey.mqtt.connection import Broker, MqttConnection, connect
 
 SHIPPED = Path(__file__).parent.parent.parent / "packaging/mosquitto"
 AVAILABILITY = "cs/stationkey/availability"

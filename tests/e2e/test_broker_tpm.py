@@ -24,13 +24,13 @@ from outside import BOUND, Station, run, software_station
 from peers import Bus, ResourceManager, Swtpm
 
 from secured import Authority, SecuredMosquitto, commands, write_secret
-from stationkey.profiles import Algorithm
-from stationkey.tls import environment, openssl_configuration
+from stationkey.contract.profiles import Algorithm
+from stationkey.openssl.check import environment, openssl_configuration
 
 MAKE_KEY = """\
 import sys
 from cryptography.hazmat.primitives import serialization as s
-from stationkey.keystore.tpm2 import Tpm2KeyStore
+from stationkey.keystore.tpm2.store import Tpm2KeyStore
 key = Tpm2KeyStore(sys.argv[1]).generate(sys.argv[2])
 public = s.load_der_public_key(key.public)
 print(key.pem().decode(), public.public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo).decode(), sep="\\n")
@@ -210,7 +210,7 @@ def test_a_missing_provider_is_refused_at_the_start(site: Site) -> None:
 
 def test_a_key_that_openssl_made_by_the_commands_of_the_document_is_used(site: Site) -> None:
     site.make_key(Algorithm.ECDSA_SHA256)  # and with it the storage root key, as the daemon's first start does
-    sign = f"openssl x509 -req -in stationkey.csr -CA {site.clients.file} -CAkey {site.clients.key_file} -days 8"
+    sign = f"openssl x509 -req -in stationkey.x509.csr -CA {site.clients.file} -CAkey {site.clients.key_file} -days 8"
     subprocess.run(
         ["sh", "-euc", f"{commands('With the key in the TPM')}{sign} >stationkey.crt"],
         cwd=site.directory,

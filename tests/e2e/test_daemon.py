@@ -20,7 +20,8 @@ from cryptography.x509 import load_pem_x509_csr
 from outside import Event, Josev, Station, generate_csr, run, software_station
 from peers import Mosquitto, Swtpm, free_port
 
-from stationkey.ledger import DATABASE_NAME, KeyRecord, Ledger
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.system.state_dir import DATABASE_NAME
 
 EXAMPLE = """\
 {"id": "123e4567-e89b-12d3-a456-426614174000", "name": "generate_csr", "type": "request",

@@ -15,7 +15,8 @@ import pytest
 from outside import PROMISED_END, Josev, Station, generate_csr, run, software_station
 from peers import Mosquitto, Swtpm
 
-from stationkey.ledger import DATABASE_NAME, Ledger
+from stationkey.ledger import Ledger
+from stationkey.system.state_dir import DATABASE_NAME
 
 REJECTED = {"status": "rejected"}
 

@@ -391,7 +391,8 @@ def listening(pid: int) -> set[str]:
 
 NOTED = """
 import atexit, sys
-atexit.register(lambda: print("loaded", "prometheus_client" in sys.modules, "stationkey.endpoint" in sys.modules,
+atexit.register(lambda: print("loaded", "prometheus_client" in sys.modules,
+                              "stationkey.observability.http" in sys.modules,
                               file=sys.stderr))
 from stationkey.cli import main
 main()

@@ -14,7 +14,7 @@ import pytest
 from outside import STATIONKEY, Station
 from peers import Mosquitto
 
-from stationkey import process
+from stationkey.system import hardening
 
 SAME_USER = ("setpriv", "--bounding-set=-sys_ptrace") if os.geteuid() == 0 else ()
 """Makes root such a user as every other is, who may look into his own processes and no others."""
@@ -75,12 +75,12 @@ def test_what_the_system_does_not_allow_is_logged(
     monkeypatch.setattr(resource, "setrlimit", refused)
     monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: Libc())
     with caplog.at_level(logging.WARNING):
-        process.close_to_others()
+        hardening.close_to_others()
     assert ["core files" in record.message for record in caplog.records] == [True, False]
 
 
 def test_a_system_without_prctl_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
-    process.close_to_others()
+    hardening.close_to_others()
     assert "debuggers of the same user cannot be kept out" in caplog.text

@@ -12,7 +12,7 @@ from outside import Josev, Station, generate_csr
 from peers import Mosquitto, Swtpm
 
 from protection import SECRET, tool, write_secret
-from stationkey.keystore.tss2 import read_pem
+from stationkey.keystore.tpm2.keyfile import read_pem
 
 
 @pytest.fixture

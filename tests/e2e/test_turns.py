@@ -14,7 +14,8 @@ import pytest
 from outside import Event, Josev, Station, generate_csr
 from peers import Mosquitto, Swtpm
 
-from stationkey.ledger import DATABASE_NAME, KeyRecord, Ledger
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.system.state_dir import DATABASE_NAME
 
 REJECTED = {"status": "rejected"}
 WITHOUT_POOL = "[pool]\nrsa = 0\n"

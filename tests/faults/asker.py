@@ -18,7 +18,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from peers import Mosquitto
 
-from stationkey.messages import (
+from stationkey.contract.messages import (
     CertificateInstallationStatus,
     CertificateInstallationStatusData,
     GenerateCsrData,
@@ -28,7 +28,7 @@ from stationkey.messages import (
     encode,
     generate_csr,
 )
-from stationkey.profiles import Algorithm, CertificateType
+from stationkey.contract.profiles import Algorithm, CertificateType
 
 BOUND: Final = 20.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""

@@ -17,12 +17,14 @@ from typing import Any, Final
 
 import paho.mqtt.client as paho
 
-from stationkey import cli, durable, service
-from stationkey.active import ActiveDirectory
+from stationkey import cli
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.ledger import Ledger
-from stationkey.mqtt import MqttConnection
-from stationkey.pool import KeyPool
+from stationkey.mqtt.connection import MqttConnection
+from stationkey.service import requests
+from stationkey.service.active_files import ActiveDirectory
+from stationkey.service.pool import KeyPool
+from stationkey.system import files
 
 BEFORE: Final = "before"
 AFTER: Final = "after"
@@ -41,9 +43,9 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "tables of version 3 written, not committed": (AFTER, "sql", "PRAGMA user_version=3"),
     "client identifier written": (AFTER, Ledger, "client_id"),
     # A request.
-    "request received": (BEFORE, service.StationKeyService, "answer"),
+    "request received": (BEFORE, requests.StationKeyService, "answer"),
     "key made": (AFTER, SoftwareKeyStore, "generate"),
-    "CSR built": (AFTER, service, "sign_csr"),
+    "CSR built": (AFTER, requests, "sign_csr"),
     "key written, answer not": (AFTER, "sql", "INSERT INTO key"),
     "answer written, not committed": (AFTER, "sql", "INSERT INTO event"),
     "committed": (AFTER, Ledger, "record_answer"),
@@ -59,7 +61,7 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "keys made ahead read": (AFTER, Ledger, "made_ahead"),
     # A request that is served with one.
     "key taken": (AFTER, KeyPool, "take"),
-    "signed with the key taken": (AFTER, service, "sign_csr"),
+    "signed with the key taken": (AFTER, requests, "sign_csr"),
     "owner written, answer not": (AFTER, "sql", "UPDATE key SET certificate_type"),
     "answer with the key taken written, not committed": (AFTER, "sql", "INSERT INTO answer"),
     "answer with the key taken committed": (AFTER, Ledger, "record_answer"),
@@ -72,7 +74,7 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "PEM not written": (BEFORE, ActiveDirectory, "_write"),
     "PEM written, not renamed": (BEFORE, Path, "replace"),
     "PEM renamed": (AFTER, Path, "replace"),
-    "PEM renamed, directory synced": (AFTER, durable, "sync_directory"),
+    "PEM renamed, directory synced": (AFTER, files, "sync_directory"),
     # A key destroyed.
     "destroying": (BEFORE, Ledger, "apply"),
     "private part wiped, not committed": (AFTER, "sql", "DELETE FROM secret WHERE"),

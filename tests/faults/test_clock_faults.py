@@ -14,7 +14,7 @@ from scene import CONFIG, Scene
 from truth import events_of, judge, key_of, reasons_of
 
 from stationkey.ledger import Ledger
-from stationkey.lifecycle import KeyState
+from stationkey.ledger.lifecycle import KeyState
 
 EVSE: Final = "DE*ABC*E1"
 JUMPS: Final = [

@@ -13,7 +13,7 @@ from peers import Swtpm
 from scene import Scene
 from truth import events_brought, events_of, judge, key_of, reasons_of
 
-from stationkey.profiles import Algorithm
+from stationkey.contract.profiles import Algorithm
 
 ROUNDS: Final = 5
 EVSE: Final = "DE*ABC*E1"

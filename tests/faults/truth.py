@@ -12,12 +12,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import load_pem_x509_csr
 from peers import Daemon
 
-from stationkey.active import file_name
-from stationkey.certificate import prove
+from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.keystore import key_id_of, keystore_opener
 from stationkey.ledger import Ledger
-from stationkey.lifecycle import KeyState
-from stationkey.messages import GenerateCsrRequest
+from stationkey.ledger.lifecycle import KeyState
+from stationkey.service.active_files import file_name
+from stationkey.x509.certificate import prove
 
 STATE_FILES: Final = frozenset({"lock", "ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "active"})
 """All that a state directory may hold."""

@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from stationkey import cli, custody, service
+from stationkey import cli
+from stationkey.service import requests, statuses
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +22,16 @@ def main() -> None:
     ahead = Path(sys.argv[1])
     right = time.time
     time.time = lambda: right() + float(ahead.read_text())
-    sweep = custody.KeyCustody.sweep
+    sweep = statuses.KeyCustody.sweep
 
-    async def sweep_and_tell(self: custody.KeyCustody) -> None:
+    async def sweep_and_tell(self: statuses.KeyCustody) -> None:
         await sweep(self)
         log.info("swept")
 
-    custody.KeyCustody.sweep = sweep_and_tell  # type: ignore[method-assign]
-    custody.SWEEP = 0.1  # type: ignore[misc]
+    statuses.KeyCustody.sweep = sweep_and_tell  # type: ignore[method-assign]
+    statuses.SWEEP = 0.1  # type: ignore[misc]
     # Default arguments were bound to the right clock when the classes were made.
-    for part in (custody.KeyCustody, service.StationKeyService):
+    for part in (statuses.KeyCustody, requests.StationKeyService):
         defaults = part.__init__.__kwdefaults__
         assert defaults is not None
         defaults["clock"] = time.time

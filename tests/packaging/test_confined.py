@@ -22,8 +22,8 @@ from peers import Daemon, Mosquitto, Swtpm, free_port
 from unit import Unit
 
 from parts import E1, STATION, V2G, V2G20, status
-from stationkey import messages
-from stationkey.profiles import Algorithm, CertificateType
+from stationkey.contract import messages
+from stationkey.contract.profiles import Algorithm, CertificateType
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become the user that the unit names")
 

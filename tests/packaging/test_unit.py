@@ -12,7 +12,7 @@ import pytest
 from trespass import TRESPASSES
 from unit import ROOT, UNIT, Unit
 
-from stationkey import config
+from stationkey.config import file as config
 
 WORST = 1.1
 """The exposure that the unit may have; less is better. From 2.0 on systemd says "MEDIUM", from 5.0 on "EXPOSED"."""

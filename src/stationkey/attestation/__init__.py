@@ -1,7 +1,7 @@
 """Evidence that a key was born in a TPM, and the judge of it. Pure: no TPM, no tpm2-tss, no network, no clock.
 
 This package needs the standard library, `cryptography` and `stationkey.errors`, and nothing else: whoever has to
-believe a verdict can read all that it comes from. What makes evidence is `stationkey.keystore.attestation`, on the
+believe a verdict can read all that it comes from. What makes evidence is `stationkey.keystore.tpm2.attest`, on the
 station.
 
 - `refusals`: its errors;

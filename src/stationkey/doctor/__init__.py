@@ -9,34 +9,26 @@ from __future__ import annotations
 
 from typing import Final
 
-from stationkey.doctor import (
-    broker,
-    certificates,
-    clock,
-    configuration,
-    disk,
-    machine,
-    named,
-    records,
-    software,
-    state,
-    tpm,
-)
-from stationkey.doctor.findings import Finding, Level, Report
-from stationkey.doctor.running import Check, run
-from stationkey.doctor.subject import Options, Subject, survey
+from stationkey.doctor.broker import checks
+from stationkey.doctor.config import certificates, file, secrets
+from stationkey.doctor.host import clock, machine, software
+from stationkey.doctor.host.context import Options, Subject, survey
+from stationkey.doctor.report import Finding, Level, Report
+from stationkey.doctor.runner import Check, run
+from stationkey.doctor.state import directory, disk, keys
+from stationkey.doctor.tpm import reachability
 
 __all__ = ["CHECKS", "Finding", "Level", "Options", "Report", "examine"]
 CHECKS: Final[tuple[Check[Subject], ...]] = (
-    Check("Configuration", configuration.FILE_IDS, configuration.check_file),
-    Check("Configuration", named.SECRET_IDS, named.check_secrets),
+    Check("Configuration", file.FILE_IDS, file.check_file),
+    Check("Configuration", secrets.SECRET_IDS, secrets.check_secrets),
     Check("Configuration", certificates.IDS, certificates.check_tls_files),
-    Check("Configuration", named.JOSEV_IDS, named.check_certificate_dir),
-    Check("Key store", tpm.IDS, tpm.check_tpm, tpm.DEADLINE),
-    Check("State", state.DIRECTORY_IDS, state.check_directory),
+    Check("Configuration", secrets.JOSEV_IDS, secrets.check_certificate_dir),
+    Check("Key store", reachability.IDS, reachability.check_tpm, reachability.DEADLINE),
+    Check("State", directory.DIRECTORY_IDS, directory.check_directory),
     Check("State", disk.DISK_IDS, disk.check_disk),
-    Check("State", records.LEDGER_IDS, records.check_ledger, records.DEADLINE),
-    Check("Broker", broker.IDS, broker.check_broker, broker.DEADLINE),
+    Check("State", keys.LEDGER_IDS, keys.check_ledger, keys.DEADLINE),
+    Check("Broker", checks.IDS, checks.check_broker, checks.DEADLINE),
     Check("Clock", clock.IDS, clock.check_clock),
     Check("Machine", machine.IDS, machine.check_machine),
     Check("Machine", software.SOFTWARE_IDS, software.check_software, 9.0),

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
+from stationkey.config.settings import TpmTerms
+from stationkey.contract.profiles import Algorithm, KeyType
 from stationkey.errors import ConfigurationError
-from stationkey.profiles import Algorithm, KeyType
-from stationkey.terms import TpmTerms
 
 if TYPE_CHECKING:
-    from stationkey.csr import PrivateKey, PublicKey
+    from stationkey.x509.csr import PrivateKey, PublicKey
 
 __all__ = [
     "Abandonable",
@@ -269,7 +269,7 @@ def keystore_opener(
             )
 
         def open_tpm2() -> KeyStore:
-            from stationkey.keystore.tpm2 import Tpm2KeyStore  # noqa: PLC0415 - only a daemon pays for tpm2-tss
+            from stationkey.keystore.tpm2.store import Tpm2KeyStore  # noqa: PLC0415 - only a daemon pays for tpm2-tss
 
             return Tpm2KeyStore(rest, terms=terms, state_dir=state_dir, guest=guest)
 

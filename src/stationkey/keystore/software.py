@@ -10,10 +10,10 @@ from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsuppor
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from stationkey.csr import PrivateKey, PublicKey
+from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef, Support
-from stationkey.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
+from stationkey.x509.csr import PrivateKey, PublicKey
 
 _CURVES: Final = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
 _SCHEME: Final = "software"

@@ -1,0 +1,231 @@
+"""``stationkey attest``."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import click
+
+from stationkey.attestation.documents import (
+    AttestationKey,
+    Challenge,
+    Evidence,
+    read_challenge,
+    write_attestation_key,
+    write_evidence,
+)
+from stationkey.attestation.structures import read_public
+from stationkey.attestation.verifier import qualifying_data
+from stationkey.cli.options import config_option, keystore_option, state_dir_option
+from stationkey.cli.verify import nonce_option, public_pem
+from stationkey.config import file as config
+from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
+from stationkey.keystore import KeyRef, KeyStore, Lending, keystore_opener
+from stationkey.keystore.worker import KeyStoreThread, overdue
+from stationkey.ledger import Ledger
+from stationkey.system.cli_files import read_bounded, write_text
+from stationkey.system.state_dir import DATABASE_NAME, visit, without_daemon
+
+if TYPE_CHECKING:
+    from stationkey.keystore.tpm2.attest import AttestationTerms
+
+T = TypeVar("T")
+
+_FILE: Final = click.Path(path_type=Path, dir_okay=False)
+_READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+
+
+@click.command("attest")
+@click.argument("key_id", metavar="[KEY]", required=False)
+@click.option("--ak", "only_ak", is_flag=True, help="Instead: the attestation key itself, to be recorded or certified.")
+@nonce_option
+@click.option(
+    "--challenge",
+    "challenge_file",
+    metavar="FILE",
+    type=_READ,
+    help="What verify-attestation --make-challenge made for this station.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --ak: print JSON, with the TPM's endorsement keys.")
+@click.option("--out", metavar="FILE", type=_FILE, help="Write to a file instead of printing.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds for the TPM.")
+@keystore_option("The TPM that the keys are in.")
+@state_dir_option("Where the ledger is.")
+@config_option()
+def attest(
+    key_id: str | None,
+    only_ak: bool,
+    nonce: bytes | None,
+    challenge_file: Path | None,
+    as_json: bool,
+    out: Path | None,
+    timeout: float,
+    keystore: str | None,
+    state_dir: Path | None,
+    config_file: Path | None,
+) -> None:
+    """Give evidence that KEY was made in this station's TPM and cannot leave it, as one JSON document.
+
+    KEY is a key's name, or as much of its beginning as no other key has. This works while the daemon runs, if a
+    resource manager is in between (/dev/tpmrm0). stationkey verify-attestation judges the evidence, anywhere.
+    """
+    if only_ak == (key_id is not None):
+        raise click.UsageError("name a KEY, or give --ak")
+    if only_ak and (nonce is not None or challenge_file is not None):
+        raise click.UsageError("--ak takes neither --nonce nor --challenge: it attests nothing yet")
+    if nonce is not None and challenge_file is not None:
+        raise click.UsageError("--challenge brings a nonce of its own")
+    station = _Station(config_file, keystore, state_dir, timeout)
+    if key_id is None:
+        text = station.attestation_key(as_json=as_json)
+    else:
+        text = station.evidence(key_id, nonce, challenge_file)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        write_text(out, text)
+
+
+class _Station:
+    """What the command works on: the ledger, to read in, and the TPM, as a guest.
+
+    Args:
+        config_file: the daemon's configuration file.
+        keystore: URI, or None for that of the file or of this machine.
+        state_dir: the daemon's state directory, likewise.
+        timeout: seconds that each use of the TPM may take.
+    """
+
+    def __init__(self, config_file: Path | None, keystore: str | None, state_dir: Path | None, timeout: float) -> None:
+        file = config.File() if config_file is None else config.read_file(config_file)
+        self._tpm = file.tpm.terms()
+        self._keystore = keystore or file.keystore or config.default_keystore()
+        self._state_dir = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
+        self._timeout = timeout
+        if self._keystore == "software:":
+            raise _not_in_a_tpm()
+
+    def evidence(self, key_id: str, nonce: bytes | None, challenge_file: Path | None) -> str:
+        """The evidence for a key, in JSON."""
+        key, about = self._on_record(key_id)
+        challenge = None if challenge_file is None else _read_challenge(challenge_file)
+        qualifying = qualifying_data(nonce if challenge is None else challenge.nonce)
+
+        def work(store: Lending, terms: AttestationTerms) -> Evidence:
+            from stationkey.keystore.tpm2 import attest  # noqa: PLC0415 - see stationkey.cli
+
+            return attest.attest(store, key, qualifying=qualifying, terms=terms, challenge=challenge)
+
+        return write_evidence(replace(self._in_tpm(work), about=about))
+
+    def attestation_key(self, *, as_json: bool) -> str:
+        """The attestation key: its name and PEM, or JSON with the endorsement keys."""
+
+        def work(store: Lending, terms: AttestationTerms) -> AttestationKey:
+            from stationkey.keystore.tpm2 import attest  # noqa: PLC0415 - see stationkey.cli
+
+            return attest.attestation_key(store, terms=terms, alone=not as_json)
+
+        found = self._in_tpm(work)
+        if as_json:
+            return write_attestation_key(found)
+        public = read_public(found.public, "the attestation key")
+        return f"name {public.name.hex()}\n{public_pem(public.spki)}"
+
+    def _on_record(self, key_id: str) -> tuple[KeyRef, dict[str, str]]:
+        """A key with its private part, and what is told people of it."""
+        with ExitStack() as stack:
+            directory = self._state_dir
+            if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
+                directory = stack.enter_context(visit(directory))
+            ledger = Ledger(directory / DATABASE_NAME, read_only=True)
+            stack.callback(ledger.close)
+            record = ledger.named(key_id)
+            if record.scheme != "tpm2":
+                raise _not_in_a_tpm()
+            key = ledger.key_ref(record.key_id)
+            answer = ledger.find_answer(record.request_ids[0]) if record.request_ids else None
+        if key is None:
+            raise ConfigurationError(
+                f"key {record.key_id} is destroyed: there is nothing left to attest", reason="attest_key_destroyed"
+            )
+        about = {
+            "key_id": record.key_id,
+            "state": str(record.state),
+            "certificate_type": record.certificate_type,
+            "evse_id": record.evse_id,
+            "algorithm": record.algorithm,
+            "common_name": record.common_name,
+            "organization_name": record.organization_name,
+            "country_name": record.country_name,
+            "csr": None if answer is None else answer.csr,
+        }
+        return key, {name: value for name, value in about.items() if value}
+
+    def _terms(self) -> AttestationTerms:
+        from stationkey.keystore.tpm2.attest import AttestationTerms  # noqa: PLC0415 - see stationkey.cli
+
+        auth = self._tpm.endorsement_auth
+        return AttestationTerms(ak_handle=self._tpm.ak_handle, endorsement_auth=b"" if auth is None else auth.read())
+
+    def _in_tpm(self, work: Callable[[Lending, AttestationTerms], T]) -> T:
+        """The result of `work` on the key store's thread; never waited for longer than the time that it has."""
+        terms = self._terms()
+        opener = keystore_opener(self._keystore, terms=self._tpm, state_dir=self._state_dir, guest=True)
+
+        def job(store: KeyStore) -> T:
+            if not isinstance(store, Lending):
+                raise _not_in_a_tpm()
+            return work(store, terms)
+
+        with self._alone() as shared:
+            thread = KeyStoreThread(opener)
+            try:
+                return thread.submit(job, timeout=self._timeout).result(self._timeout)
+            except concurrent.futures.TimeoutError:
+                raise overdue() if shared else self._in_use("the TPM does not answer; a program may hold it") from None
+            finally:
+                thread.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Keep the daemon away from a TPM that serves one program at a time; whether several can use this one."""
+        from stationkey.keystore.tpm2.device import is_shared  # noqa: PLC0415 - see stationkey.cli
+
+        if is_shared(self._keystore.partition(":")[2]):
+            yield True
+            return
+        with without_daemon(self._state_dir) as free:
+            if not free:
+                raise self._in_use("stationkey serve is running")
+            yield False
+
+    def _in_use(self, why: str) -> KeyStoreError:
+        return KeyStoreError(
+            f"{why}, and {self._keystore} serves one program at a time",
+            reason="tpm_in_use",
+            hint="put a resource manager in between (/dev/tpmrm0, or tpm2-abrmd), or stop the daemon for the moment",
+        )
+
+
+def _not_in_a_tpm() -> KeyStoreError:
+    return KeyStoreError(
+        "this key is in no TPM, so there is nothing that could attest where it was made",
+        reason="attest_no_tpm",
+        hint="keys of software: can be copied by whoever reads the state directory",
+    )
+
+
+def _read_challenge(file: Path) -> Challenge:
+    try:
+        return read_challenge(read_bounded(file))
+    except NotVerified as error:
+        raise ConfigurationError(
+            f"the challenge cannot be used: {error.message}", reason="challenge_unreadable"
+        ) from None

@@ -1,0 +1,83 @@
+"""``stationkey health``: how the daemon is, for a field engineer, a script or a container."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+import click
+
+from stationkey.cli.options import config_option
+from stationkey.config import file as config
+from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.system.listener import Address
+
+PATIENCE: Final = 10.0
+"""Seconds."""
+MAX_REPORT: Final = 64 * 1024
+"""Bytes."""
+
+
+class _Connection(http.client.HTTPConnection):
+    """To an address of ours, which may be a socket in the file system."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(address.host or "localhost", address.port or None, timeout=PATIENCE)
+        self._path = address.path
+
+    def connect(self) -> None:
+        if self._path is None:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(str(self._path))
+
+
+def ask(address: Address) -> tuple[bool, str]:
+    """Whether the daemon that listens at an address is well, and its report in JSON.
+
+    Raises:
+        StationKeyError: nobody answers there.
+    """
+    connection = _Connection(address)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        return response.status == http.client.OK, response.read(MAX_REPORT).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise StationKeyError(
+            f"nobody answers at {address}: {error}",
+            reason="health_unreachable",
+            hint="is stationkey serve running, with [metrics] listen set to this?",
+        ) from None
+    finally:
+        connection.close()
+
+
+@click.command()
+@click.argument("address", required=False)
+@config_option("Configuration file (TOML) of the daemon.")
+def health(address: str | None, config_file: Path | None) -> None:
+    """Ask the daemon how it is, and print what it says.
+
+    ADDRESS is what the daemon has as [metrics] listen; without it the configuration file says it.
+
+    \b
+    Exit status: 0 it is well, 1 it is not or does not answer, 2 wrong usage.
+    """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    if address is None and config_file is not None:
+        address = config.read_file(config_file).metrics.listen
+    if not address:
+        raise ConfigurationError(
+            "nobody can be asked: no ADDRESS was given, and the configuration names none",
+            reason="health_unasked",
+            hint="[metrics] listen in the configuration file makes the daemon answer",
+        )
+    well, report = ask(Address.parse(address))
+    click.echo(report, nl=False)
+    if not well:
+        sys.exit(1)

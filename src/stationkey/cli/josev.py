@@ -1,0 +1,163 @@
+"""The command ``stationkey josev``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from stationkey.cli.broker_options import Reach, reaches_broker
+from stationkey.contract.profiles import Algorithm, CertificateType
+from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.simulators.josev import Station, StationSettings
+from stationkey.simulators.ocpp import OcppVersion
+
+_VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
+
+
+@click.command()
+@click.option("--csms", required=True, metavar="URL", help="CSMS, ws:// or wss://, without the station's identity.")
+@click.option("--identity", required=True, help="Identity of the charging station at the CSMS.")
+@click.option(
+    "--ocpp",
+    "versions",
+    multiple=True,
+    type=click.Choice(list(_VERSIONS)),
+    help="Versions to offer, best first.  [default: 2.1, 2.0.1, 1.6]",
+)
+@reaches_broker
+@click.option("--common-name", required=True, help="CN of the CSRs: SECC ID, or serial number of the station.")
+@click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
+@click.option("--country-name", required=True, help="C: two letters.")
+@click.option("--evse-id", help="EVSE that the V2G keys are for.")
+@click.option(
+    "--state-dir", type=click.Path(path_type=Path), default="josev-state", help="Where pending CSRs are kept."
+)
+@click.option(
+    "--certificate-dir", type=click.Path(path_type=Path), required=True, help="Where certificates are installed."
+)
+@click.option(
+    "--trust-anchors",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Roots (PEM) that certificates must lead to.",
+)
+@click.option(
+    "--password-file", type=click.Path(path_type=Path, exists=True), help="Password for basic authentication."
+)
+@click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="Whom to trust as the CSMS (wss://).")
+@click.option(
+    "--client-certificate",
+    type=click.Path(path_type=Path, exists=True),
+    help="Certificate and key (PEM) for security profile 3.",
+)
+@click.option(
+    "--wait-minimum", type=click.FloatRange(min=0, min_open=True), default=30.0, help="CertSigningWaitMinimum, seconds."
+)
+@click.option("--repeat-times", type=click.IntRange(min=0, max=100), default=3, help="CertSigningRepeatTimes.")
+@click.option(
+    "--algorithm",
+    type=click.Choice([str(name) for name in Algorithm]),
+    help="What --renew asks for.  [default: by the profile]",
+)
+@click.option(
+    "--renew",
+    multiple=True,
+    type=click.Choice([str(name) for name in CertificateType]),
+    help="Renew this at once, without a trigger; can be repeated.",
+)
+@click.option("--once", is_flag=True, help="End when what --renew names is done.")
+def josev(
+    csms: str,
+    identity: str,
+    versions: tuple[str, ...],
+    common_name: str,
+    organization_name: str,
+    country_name: str,
+    evse_id: str | None,
+    state_dir: Path,
+    certificate_dir: Path,
+    trust_anchors: Path,
+    password_file: Path | None,
+    ca_file: Path | None,
+    client_certificate: Path | None,
+    wait_minimum: float,
+    repeat_times: int,
+    algorithm: str | None,
+    renew: tuple[str, ...],
+    once: bool,
+    reach: Reach,
+) -> None:
+    """Play Josev between a charging station and a CSMS.
+
+    Connects to the CSMS over OCPP and to the charging station's side over MQTT. On a trigger of the CSMS, or by
+    --renew, it asks for a CSR, has it signed, verifies and installs the certificate, and tells the charging station.
+    """
+    settings = StationSettings(
+        csms=csms,
+        identity=identity,
+        versions=tuple(_VERSIONS[name] for name in versions) or (OcppVersion.V21, OcppVersion.V201, OcppVersion.V16),
+        broker=reach.broker,
+        mqtt=reach.terms,
+        topic_prefix=reach.topic_prefix,
+        common_name=common_name,
+        organization_name=organization_name,
+        country_name=country_name,
+        evse_id=evse_id,
+        state_dir=state_dir,
+        certificate_dir=certificate_dir,
+        trust_anchors=trust_anchors,
+        password=None if password_file is None else password_file.read_text().strip(),
+        tls=_tls(csms, ca_file, client_certificate),
+        wait_minimum=wait_minimum,
+        repeat_times=repeat_times,
+    )
+    station = Station(settings, _tell)
+    wanted = [CertificateType(name) for name in renew]
+    try:
+        asyncio.run(_play(station, wanted, None if algorithm is None else Algorithm(algorithm), once=once))
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+async def _play(station: Station, wanted: list[CertificateType], algorithm: Algorithm | None, *, once: bool) -> None:
+    running = asyncio.create_task(station.run(), name="josev")
+    try:
+        failures: list[StationKeyError] = []
+        for certificate_type in wanted:
+            try:
+                await station.renew(certificate_type, algorithm)
+            except StationKeyError as error:
+                failures.append(error)
+        await station.settled()
+        if once:
+            if failures:
+                raise failures[0]
+            return
+        await running
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+def _tls(csms: str, ca_file: Path | None, client_certificate: Path | None) -> ssl.SSLContext | None:
+    if not csms.startswith("wss:"):
+        return None
+    try:
+        context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+        if client_certificate is not None:
+            context.load_cert_chain(client_certificate)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(f"TLS to the CSMS cannot be set up: {error}", reason="tls_invalid") from None
+    return context
+
+
+def _tell(words: str, certificate_type: CertificateType | None) -> None:
+    about = f"{certificate_type}: " if certificate_type else ""
+    click.echo(f"{datetime.now(UTC):%H:%M:%S} {about}{words}")

@@ -1,0 +1,147 @@
+"""JSON Schema (2020-12) of each message, and one AsyncAPI 3.0 document; both made from `stationkey.contract.messages`.
+
+The documents of attestation are no messages, and on no wire; their schemas are those of `stationkey.attestation`.
+
+What a schema language cannot say (no control characters in a name, an id used once) stands in the descriptions and in
+``docs/contract.md``; `stationkey.contract.messages.decode` holds to all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from stationkey.attestation import schemas
+from stationkey.contract import messages
+from stationkey.contract.profiles import DEFAULT_ALGORITHM, PROFILES
+
+MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
+    "generate_csr.request": messages.GenerateCsrRequest,
+    "generate_csr.response": messages.GenerateCsrResponse,
+    "certificate_installation_status.update": messages.CertificateInstallationStatus,
+}
+"""Every message of the contract, by the name that ``stationkey schema`` knows it by."""
+
+ASYNCAPI: Final = "asyncapi"
+NAMES: Final = (*MESSAGES, ASYNCAPI, *schemas.SCHEMAS)
+
+Json = dict[str, Any]
+
+
+def document(name: str) -> Json:
+    """The schema of one message or document, or the AsyncAPI document, by its name in `NAMES`."""
+    if name in schemas.SCHEMAS:
+        return schemas.json_schema(name)
+    return asyncapi() if name == ASYNCAPI else json_schema(name)
+
+
+def json_schema(name: str) -> Json:
+    """The JSON Schema (2020-12) of the message `name`."""
+    (reference,), components = _components([MESSAGES[name]], "#/$defs/{name}")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": name,
+        **reference,
+        "$defs": components,
+    }
+
+
+def _components(structs: list[type[msgspec.Struct]], template: str) -> tuple[tuple[Json, ...], dict[str, Json]]:
+    """References to the schemas of `structs`, and these with all that they refer to."""
+    references, components = msgspec.json.schema_components(structs, ref_template=template)
+    if messages.GenerateCsrData.__name__ in components:
+        data = components[messages.GenerateCsrData.__name__]
+        data["allOf"] = [
+            {
+                "if": {"properties": {"certificate_type": {"const": str(profile.certificate_type)}}},
+                "then": {
+                    "properties": {"algorithm": {"const": str(profile.required_algorithm)}},
+                    "required": ["algorithm"],
+                },
+            }
+            for profile in PROFILES.values()
+            if profile.required_algorithm is not None
+        ]
+        data["description"] = f"Without 'algorithm', {DEFAULT_ALGORITHM} is meant. Names have no control characters."
+    if messages.GenerateCsrResult.__name__ in components:
+        components[messages.GenerateCsrResult.__name__]["allOf"] = [
+            {
+                "if": {"properties": {"status": {"const": "accepted"}}},
+                "then": {"required": ["csr"]},
+                "else": {"properties": {"csr": False}},
+            }
+        ]
+    return references, components
+
+
+def asyncapi() -> Json:
+    """The AsyncAPI 3.0 document of the charging station's side."""
+    from stationkey import __version__  # noqa: PLC0415 - the package's front door imports everything else lazily too
+
+    structs = list(MESSAGES.values())
+    references, components = _components(structs, "#/components/schemas/{name}")
+    names = [struct.__name__ for struct in structs]
+    mqtt: Json = {"mqtt": {"qos": 1, "retain": False, "bindingVersion": "0.2.0"}}
+
+    def channel(address: str, description: str, *carried: str) -> Json:
+        return {
+            "address": address,
+            "description": description,
+            "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in carried},
+        }
+
+    def carried(channel_id: str, name: str) -> list[Json]:
+        return [{"$ref": f"#/channels/{channel_id}/messages/{name}"}]
+
+    request, response, status = names
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "stationkey: the charging station's side of generate_csr",
+            "version": __version__,
+            "description": (
+                "Josev asks the charging station for a key pair made in its TPM and for the certificate signing request"
+                " for it, and tells it what became of the certificate. Other messages on these topics are passed over."
+            ),
+            "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
+        },
+        "defaultContentType": "application/json",
+        "channels": {
+            "josevToStation": channel(messages.REQUEST_TOPIC, "From Josev to the charging station.", request, status),
+            "stationToJosev": channel(messages.RESPONSE_TOPIC, "From the charging station to Josev.", response),
+        },
+        "operations": {
+            "answerGenerateCsr": {
+                "action": "receive",
+                "channel": {"$ref": "#/channels/josevToStation"},
+                "summary": "Makes a key pair in the TPM and answers with its CSR, under the request's own id.",
+                "messages": carried("josevToStation", request),
+                "bindings": mqtt,
+                "reply": {
+                    "channel": {"$ref": "#/channels/stationToJosev"},
+                    "messages": carried("stationToJosev", response),
+                },
+            },
+            "noteInstallationStatus": {
+                "action": "receive",
+                "channel": {"$ref": "#/channels/josevToStation"},
+                "summary": "Takes note of what became of a certificate.",
+                "messages": carried("josevToStation", status),
+                "bindings": mqtt,
+            },
+        },
+        "components": {
+            "messages": {
+                struct.__name__: {
+                    "name": name,
+                    "title": name,
+                    "summary": (struct.__doc__ or "").split("\n")[0],
+                    "contentType": "application/json",
+                    "payload": reference,
+                }
+                for (name, struct), reference in zip(MESSAGES.items(), references, strict=True)
+            },
+            "schemas": components,
+        },
+    }

@@ -1,0 +1,136 @@
+"""``stationkey tls-config``, and ``stationkey key-auth`` for the services that need it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stationkey.cli.options import config_option, keystore_option, state_dir_option
+from stationkey.config import file as config
+from stationkey.contract.profiles import CertificateType
+from stationkey.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from stationkey.openssl import check
+
+_keystore = keystore_option("The TPM that the keys are in.")
+_state_dir = state_dir_option("Where active/ is.")
+_config = config_option()
+
+
+def files_of(named: str, state: Path) -> list[check.KeyFile]:
+    """The files under ``active/`` for a certificate type, or the one file that was named instead.
+
+    Raises:
+        TlsCheckFailed: the type has none, or one cannot be read.
+    """
+    from stationkey.openssl import check  # noqa: PLC0415 - see the docstring of stationkey.cli
+
+    if named in set(CertificateType):
+        return check.active_files(state, CertificateType(named))
+    return [check.key_file(Path(named))]
+
+
+@click.command("key-auth")
+@click.argument("named", metavar="TYPE|FILE")
+@_keystore
+@_state_dir
+@_config
+def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_file: Path | None) -> None:
+    """Write the authorisation value of a key to a pipe, for a service that uses it.
+
+    The key is the active one of a certificate type, or the one in FILE.pem. Where the TPM has sealed the value ([tpm]
+    key_auth = "generated"), it is unsealed. Whoever has the value, the file and the TPM can sign with the key.
+    """
+    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - same
+    from stationkey.openssl import check  # noqa: PLC0415 - see the docstring of stationkey.cli
+
+    if sys.stdout.isatty():
+        raise ConfigurationError(
+            "standard output is a terminal, and what is on a screen others can read",
+            reason="secret_to_terminal",
+            hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
+        )
+    file = config.File() if config_file is None else config.read_file(config_file)
+    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
+    uri = keystore or file.keystore or config.default_keystore()
+    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
+    values: set[bytes] = {check.password_of(one, open_store) for one in files_of(named, state)}
+    if len(values) != 1 or values == {b""}:
+        words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"
+        raise ConfigurationError(
+            f"{named}: {words}", reason="key_auth_unclear", hint="name the file of one that has one"
+        )
+    (value,) = values
+    sys.stdout.buffer.write(value)
+
+
+@click.command("tls-config")
+@_keystore
+@_state_dir
+@_config
+@click.option(
+    "--check",
+    "checked",
+    metavar="TYPE|FILE",
+    help="Instead of printing: make TLS handshakes with the active key of a certificate type, or with key and chain in "
+    "FILE.pem.",
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the configuration to a file instead of printing it.",
+)
+def tls_config(
+    keystore: str | None, state_dir: Path | None, config_file: Path | None, checked: str | None, out: Path | None
+) -> None:
+    """Print the OpenSSL configuration that makes a service use the active keys.
+
+    The service gets it by OPENSSL_CONF, and the TPM by TPM2OPENSSL_TCTI. The daemon itself needs neither.
+
+    \b
+    Exit status: 0 all is well, 2 wrong usage, 1 anything else; and with --check
+      3 the key or its chain is not fit for a handshake
+      4 the TPM cannot be reached, is full, or hangs
+      5 OpenSSL has no tpm2 provider
+      6 there is no such key and chain
+    """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
+    if checked is not None and "OPENSSL_CONF" in os.environ:
+        # This process is the other side, with a key in software, and OpenSSL has read its configuration already.
+        variables = {name: value for name, value in os.environ.items() if name != "OPENSSL_CONF"}
+        command = [sys.executable, "-m", "stationkey", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env=variables, check=False).returncode)  # noqa: S603 - the command itself
+
+    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - same
+    from stationkey.openssl import check  # noqa: PLC0415 - see the docstring of stationkey.cli
+
+    file = config.File() if config_file is None else config.read_file(config_file)
+    uri = keystore or file.keystore or config.default_keystore()
+    tcti = check.tcti_of(uri)
+    text = check.openssl_configuration(tcti=tcti)
+    if out is not None:
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"{out} cannot be written: {error.strerror}", reason="out_unwritable") from None
+    if checked is None:
+        if out is None:
+            click.echo(text, nl=False)
+        return
+    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
+    files = files_of(checked, state)
+    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
+    with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
+        configuration = Path(directory, "openssl.cnf")
+        configuration.write_text(text, encoding="utf-8")
+        for one in files:
+            password = check.password_of(one, open_store)
+            for handshake in check.check(one, configuration=configuration, tcti=tcti, password=password):
+                click.echo(f"{one.name}: {handshake}: ok")

@@ -1,0 +1,200 @@
+"""``stationkey verify-attestation``: no TPM, no tpm2-tss, and nothing of the station is loaded for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from ssl import DER_cert_to_PEM_cert
+from typing import Final, TypeVar
+
+import click
+
+from stationkey.attestation import credential, documents, trust, verifier
+from stationkey.attestation.documents import read_evidence, read_secret
+from stationkey.attestation.structures import spki_of
+from stationkey.attestation.trust import Anchor, read_ak, read_authorities, read_key
+from stationkey.attestation.verifier import Verdict, read_csr, verify
+from stationkey.errors import ConfigurationError, NotVerified
+from stationkey.system.cli_files import read_bounded, write_text
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+_FILE: Final = click.Path(path_type=Path, dir_okay=False)
+_READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+
+
+def _nonce(_context: click.Context, _parameter: click.Parameter, text: str | None) -> bytes | None:
+    nonce = None if text is None else documents.read_nonce(text)
+    if text is not None and nonce is None:
+        raise click.BadParameter(f"{text[:80]!r} is not 8 to 64 bytes in hexadecimal")
+    return nonce
+
+
+def nonce_option(command: Command) -> Command:
+    """The option ``--nonce``, of both sides."""
+    help_ = "8 to 64 random bytes of the verifier's, in hexadecimal."
+    return click.option("--nonce", callback=_nonce, metavar="HEX", help=help_)(command)
+
+
+def public_pem(spki: bytes) -> str:
+    """A subjectPublicKeyInfo as a PEM PUBLIC KEY."""
+    # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
+    return DER_cert_to_PEM_cert(spki).replace("CERTIFICATE", "PUBLIC KEY")
+
+
+@click.command("verify-attestation")
+@click.argument("evidence_file", metavar="EVIDENCE", type=_READ)
+@click.option("--csr", "csr_file", metavar="FILE", type=_FILE, help="The CSR (PEM) whose key it should be.")
+@click.option(
+    "--certificate",
+    "certificate_file",
+    metavar="FILE",
+    type=_FILE,
+    help="The certificate (PEM) whose key it should be.",
+)
+@nonce_option
+@click.option(
+    "--ak",
+    "ak_file",
+    metavar="FILE",
+    type=_FILE,
+    help="Believe this attestation key: PEM public key, PEM certificate, or the JSON of attest --ak --json.",
+)
+@click.option(
+    "--ak-ca", metavar="FILE", type=_FILE, help="CAs (PEM), one of which must have signed the --ak certificate."
+)
+@click.option(
+    "--secret",
+    "secret_file",
+    metavar="FILE",
+    type=_FILE,
+    help="Believe the attestation key that opened this challenge.",
+)
+@click.option("--ek", "ek_file", metavar="FILE", type=_FILE, help="The endorsement key: PEM public key or certificate.")
+@click.option("--ek-ca", metavar="FILE", type=_FILE, help="CAs (PEM), one of which must have signed its certificate.")
+@click.option(
+    "--make-challenge",
+    "challenge_out",
+    metavar="FILE",
+    type=_FILE,
+    help="Instead of a verdict: make a challenge for the attestation key in EVIDENCE, by --ek or --ek-ca.",
+)
+@click.option(
+    "--secret-out", metavar="FILE", type=_FILE, help="With it: where its secret is kept until the evidence comes."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify_attestation(
+    evidence_file: Path,
+    csr_file: Path | None,
+    certificate_file: Path | None,
+    nonce: bytes | None,
+    ak_file: Path | None,
+    ak_ca: Path | None,
+    secret_file: Path | None,
+    ek_file: Path | None,
+    ek_ca: Path | None,
+    challenge_out: Path | None,
+    secret_out: Path | None,
+    as_json: bool,
+) -> None:
+    """Judge evidence of stationkey attest: was the key made in a TPM, and is it there to stay?
+
+    The attestation key in it is believed by --ak (and --ak-ca), or by --secret. Where only the endorsement key of the
+    TPM is known: make a challenge, have the station answer it (attest KEY --challenge), and judge the answer by
+    --secret. EVIDENCE is - for standard input. No TPM is needed.
+
+    \b
+    Exit status: 0 verified, 3 not verified, 2 wrong usage, 1 anything else.
+    """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
+    if (challenge_out is None) != (secret_out is None):
+        raise click.UsageError("--make-challenge and --secret-out go together")
+    if ak_ca is not None and ak_file is None:
+        raise click.UsageError("--ak-ca says who has signed the certificate of --ak: give that too")
+    try:
+        if challenge_out is not None and secret_out is not None:
+            if ak_file or secret_file or csr_file or certificate_file or nonce is not None:
+                raise click.UsageError("--make-challenge takes --ek or --ek-ca, and judges nothing yet")
+            done = _make_challenge(read_bounded(evidence_file), ek_file, ek_ca, challenge_out, secret_out)
+            click.echo(json.dumps({"verified": None, "challenged": done}) if as_json else done)
+            return
+        if (ak_file is None) == (secret_file is None):
+            raise click.UsageError(
+                "give --ak, or --secret of a challenge"
+                + (": an endorsement key signs nothing, so make a challenge first" if ek_file or ek_ca else "")
+            )
+        if ek_ca is not None or (ek_file is not None and secret_file is None):
+            raise click.UsageError("an endorsement key is believed when the challenge is made: --make-challenge")
+        anchor = _anchor(ak_file, ak_ca, secret_file, ek_file)
+        verdict = _judge(read_bounded(evidence_file), anchor, nonce, csr_file, certificate_file)
+    except NotVerified as error:
+        if as_json:
+            click.echo(json.dumps({"verified": False, "reason": error.reason, "message": error.message}))
+        raise
+    _print_verdict(verdict, as_json=as_json)
+
+
+def _print_verdict(verdict: Verdict, *, as_json: bool) -> None:
+    if as_json:
+        document = {"verified": True, "proved": verdict.proved, "not_proved": verdict.not_proved}
+        click.echo(json.dumps({**document, "public_key": public_pem(verdict.spki)}, indent=2))
+        return
+    for heading, lines in (("proved", verdict.proved), ("not proved", verdict.not_proved)):
+        for line in lines:
+            click.echo(f"{heading}: {line}")
+    click.echo("verified")
+
+
+def _judge(
+    document: bytes, anchor: Anchor, nonce: bytes | None, csr_file: Path | None, certificate_file: Path | None
+) -> Verdict:
+
+    certificate = None
+    if certificate_file is not None:
+        _, certificate = read_key(read_bounded(certificate_file))
+        if certificate is None:
+            raise ConfigurationError(f"{certificate_file} has no certificate", reason="anchor_unreadable")
+    csr = None if csr_file is None else read_csr(read_bounded(csr_file), "the CSR")
+    return verify(read_evidence(document), anchor, nonce=nonce, csr=csr, certificate=certificate)
+
+
+def _anchor(ak_file: Path | None, ak_ca: Path | None, secret_file: Path | None, ek_file: Path | None) -> Anchor:
+
+    if ak_file is not None:
+        authorities = [] if ak_ca is None else read_authorities(read_bounded(ak_ca))
+        return read_ak(read_bounded(ak_file), authorities=authorities, now=datetime.now(UTC))
+    assert secret_file is not None  # one of the two is given
+    try:
+        secret = read_secret(read_bounded(secret_file))
+    except NotVerified as error:
+        raise ConfigurationError(f"{secret_file}: {error.message}", reason="anchor_unreadable") from None
+    if ek_file is not None and spki_of(read_key(read_bounded(ek_file))[0]) != secret.ek:
+        raise NotVerified("the challenge was made for another endorsement key than --ek", reason="ek_differs")
+    return secret
+
+
+def _make_challenge(
+    document: bytes, ek_file: Path | None, ek_ca: Path | None, challenge_out: Path, secret_out: Path
+) -> str:
+    """Make a challenge, and say for what."""
+    told = documents.read_either(document)
+    ak = verifier.read_ak_public(told)
+    authorities = None if ek_ca is None else trust.read_authorities(read_bounded(ek_ca))
+    if ek_file is not None:
+        ek, certificate = trust.read_key(read_bounded(ek_file))
+        believed = "the one that was given"
+        if authorities is not None:
+            if certificate is None:
+                raise click.UsageError("--ek-ca says who has signed the certificate of --ek, and that is a public key")
+            issuer = trust.check_issued(certificate, authorities, trust.EK_CERTIFICATE, datetime.now(UTC))
+            believed = f"certified by {issuer} as an endorsement key"
+    elif authorities is not None:
+        ek, believed = trust.choose_ek(told.endorsement_keys, authorities, datetime.now(UTC))
+    else:
+        raise click.UsageError("--make-challenge needs --ek or --ek-ca")
+    challenge, secret = credential.make_challenge(ek, ak.name, believed=believed)
+    # The secret first: a challenge without its secret would be of no use.
+    write_text(secret_out, documents.write_secret(secret), private=True)
+    write_text(challenge_out, documents.write_challenge(challenge))
+    return f"challenged attestation key {ak.name.hex()} in the TPM whose endorsement key is {believed}"

@@ -1,0 +1,1 @@
+"""The configuration: settings, the file, secrets."""

@@ -1,0 +1,1 @@
+"""The wire with Josev, as data: messages, certificate profiles."""

@@ -1,0 +1,436 @@
+"""The wire contract with Josev: typed messages, decoding, encoding.
+
+Source: the Josev API page "Generate CSR" (v3.16.0 of that API) and, for ``certificate_installation_status``, v1.6.9;
+the numbered decisions are those of ``docs/contract.md``. Topics are named sender/receiver, in lower case: MQTT topics
+are case-sensitive, and the page's one ``cs/Josev`` is a slip.
+
+`decode` trusts nothing because it came over MQTT: it says of each payload whether it is ours, and if it is ours and
+wrong, what is wrong and which id (if any) can be told so. JSON is read by the standard library rather than by msgspec
+because only it can report duplicate names, and reads the id of a message that is wrong elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from stationkey.contract.profiles import (
+    ALGORITHMS,
+    COUNTRY_NAME_PATTERN,
+    DEFAULT_ALGORITHM,
+    EVSE_ID_PATTERN,
+    NAME_MAX_LENGTH,
+    PROFILES,
+    Algorithm,
+    CertificateType,
+)
+from stationkey.errors import MessageError
+
+REQUEST_TOPIC: Final = "josev/cs"
+"""From Josev to the charging station."""
+RESPONSE_TOPIC: Final = "cs/josev"
+"""From the charging station to Josev."""
+
+MAX_PAYLOAD: Final = 64 * 1024
+"""Largest payload that is read, in bytes, unless it is said otherwise. A real request has some 400; the bound keeps a
+flood of large ones cheap."""
+
+UUID_PATTERN: Final = r"^[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}$"
+"""The 8-4-4-4-12 text form of RFC 9562, either case; no braces, no ``urn:uuid:`` (decision 4)."""
+
+_UUID: Final = re.compile(UUID_PATTERN)
+_COUNTRY_NAME: Final = re.compile(COUNTRY_NAME_PATTERN)
+_EVSE_ID: Final = re.compile(EVSE_ID_PATTERN)
+
+GENERATE_CSR: Final = "generate_csr"
+CERTIFICATE_INSTALLATION_STATUS: Final = "certificate_installation_status"
+
+MessageId = Annotated[
+    str,
+    Meta(
+        pattern=UUID_PATTERN,
+        description="UUID in its 8-4-4-4-12 text form (RFC 9562), either case. A response carries it as it came.",
+        extra_json_schema={"format": "uuid"},
+    ),
+]
+DirectoryName = Annotated[str, Meta(min_length=1, max_length=NAME_MAX_LENGTH)]
+EvseId = Annotated[
+    str,
+    Meta(
+        pattern=EVSE_ID_PATTERN,
+        description="EVSE that the key is for. Keys, retries and activation are kept apart by it.",
+    ),
+]
+
+
+class _Frozen(Struct, frozen=True, kw_only=True):
+    """Immutable; unknown extra fields are ignored (decision 5), so that a newer Josev still works."""
+
+
+class GenerateCsrData(_Frozen, frozen=True, kw_only=True):
+    """``data`` of a ``generate_csr`` request."""
+
+    certificate_type: CertificateType
+    common_name: Annotated[
+        DirectoryName,
+        Meta(description="CN: the SECC ID (V2G types) or the station's serial number; 1 to 64 characters."),
+    ]
+    organization_name: Annotated[DirectoryName, Meta(description="O: 1 to 64 characters.")]
+    country_name: Annotated[str, Meta(pattern=COUNTRY_NAME_PATTERN, description="C: two letters (ISO 3166-1 alpha-2).")]
+    evse_id: EvseId | UnsetType = UNSET
+    algorithm: Algorithm | UnsetType = UNSET
+
+
+class GenerateCsrRequest(_Frozen, frozen=True, kw_only=True):
+    """Asks the station for a key pair made in its TPM and the CSR for it. Topic ``josev/cs``."""
+
+    id: MessageId
+    name: Literal["generate_csr"]
+    type: Literal["request"]
+    data: GenerateCsrData
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm asked for, or the default where the request names none (decision 2)."""
+        return DEFAULT_ALGORITHM if self.data.algorithm is UNSET else self.data.algorithm
+
+    @property
+    def evse_id(self) -> str | None:
+        """The EVSE that the key is for, or None."""
+        return None if self.data.evse_id is UNSET else self.data.evse_id
+
+
+class GenerateCsrResult(_Frozen, frozen=True, kw_only=True):
+    """``data`` of a ``generate_csr`` response. `csr` is there exactly when the status is ``accepted``."""
+
+    status: Literal["accepted", "rejected"]
+    csr: Annotated[str, Meta(description="The CSR: PKCS#10 (RFC 2986) in PEM (RFC 7468).")] | UnsetType = UNSET
+
+
+class GenerateCsrResponse(_Frozen, frozen=True, kw_only=True):
+    """The station's answer. Topic ``cs/josev``; `id` is the request's own, character for character (decision 1)."""
+
+    id: MessageId
+    name: Literal["generate_csr"]
+    type: Literal["response"]
+    data: GenerateCsrResult
+
+
+InstallationStatus = Literal["installed", "deleted", "failed_installation"]
+
+
+class CertificateInstallationStatusData(_Frozen, frozen=True, kw_only=True):
+    """``data`` of a ``certificate_installation_status`` update."""
+
+    certificate_type: CertificateType
+    status: InstallationStatus
+    private_key_path: str | UnsetType = UNSET
+    evse_id: EvseId | UnsetType = UNSET
+
+
+class CertificateInstallationStatus(_Frozen, frozen=True, kw_only=True):
+    """Tells the station that a certificate was installed, deleted, or failed to install. Topic ``josev/cs``."""
+
+    id: MessageId
+    name: Literal["certificate_installation_status"]
+    type: Literal["update"]
+    data: CertificateInstallationStatusData
+
+
+Inbound = GenerateCsrRequest | CertificateInstallationStatus
+"""The messages on ``josev/cs`` that are ours."""
+
+_INBOUND: Final[dict[str, tuple[str, type[Inbound]]]] = {
+    GENERATE_CSR: ("request", GenerateCsrRequest),
+    CERTIFICATE_INSTALLATION_STATUS: ("update", CertificateInstallationStatus),
+}
+
+
+def generate_csr(request_id: str, data: GenerateCsrData) -> GenerateCsrRequest:
+    """The request that asks for `data` under the id `request_id`."""
+    return GenerateCsrRequest(id=request_id, name=GENERATE_CSR, type="request", data=data)
+
+
+def accepted(request: GenerateCsrRequest, csr: str) -> GenerateCsrResponse:
+    """The answer that carries `csr` (PEM) to the one who sent `request`."""
+    return _response(request.id, GenerateCsrResult(status="accepted", csr=csr))
+
+
+def rejected(request_id: str) -> GenerateCsrResponse:
+    """The answer that says no, and nothing else: the reason is for the log and the ledger (decision 4)."""
+    return _response(request_id, GenerateCsrResult(status="rejected"))
+
+
+def _response(request_id: str, result: GenerateCsrResult) -> GenerateCsrResponse:
+    return GenerateCsrResponse(id=request_id, name=GENERATE_CSR, type="response", data=result)
+
+
+def is_usable_id(text: str) -> bool:
+    """Whether `text` is a UUID that a request can be answered by (decision 4)."""
+    return _UUID.fullmatch(text) is not None
+
+
+def encode(message: Struct) -> bytes:
+    """Encode any message of this module as JSON in UTF-8.
+
+    Raises:
+        MessageError: a text has half a character, such as Python makes of command-line bytes that are no UTF-8.
+    """
+    try:
+        return msgspec.json.encode(message)
+    except UnicodeEncodeError:
+        raise MessageError("the message has text that is not UTF-8", reason="not_utf8") from None
+
+
+def decode(payload: bytes, *, max_payload: int = MAX_PAYLOAD) -> Inbound | None:
+    """Read one payload of ``josev/cs``.
+
+    Args:
+        payload: the payload.
+        max_payload: how many bytes of it are read at most. Of a larger one only so many are looked at, for its id.
+
+    Returns:
+        The message; or None where it is somebody else's (another ``name``, or a ``generate_csr`` of type
+        ``response``): those are to be passed over in silence (decision 3).
+
+    Raises:
+        MessageError: the payload is not JSON, or is one of our messages and wrong. Its `request_id` is set where a
+            ``rejected`` can be sent.
+    """
+    document = _parse(payload, max_payload)
+    name = document.get("name")
+    if not isinstance(name, str):
+        reason, text = document.wrong or ("not_a_message", "not a message: no text field 'name'")
+        raise MessageError(text, reason=reason)
+    if name not in _INBOUND:
+        return None
+    kind, struct = _INBOUND[name]
+    if isinstance(document.get("type"), str) and document["type"] != kind:
+        return None
+
+    request_id = document.usable_id()
+    answerable = request_id if struct is GenerateCsrRequest else None
+    if document.wrong is not None:
+        reason, text = document.wrong
+        raise MessageError(text, reason=reason, request_id=answerable)
+    if request_id is None:
+        raise MessageError(f"{name}: 'id' is not a UUID of the form 8-4-4-4-12", reason="id_invalid")
+    try:
+        _check_texts(document.get("data"))
+        message = msgspec.convert(_known(document), struct)
+        _check(message)
+    except msgspec.ValidationError as error:
+        reason, text = _explain(document, str(error))
+        raise MessageError(text, reason=reason, request_id=answerable) from None
+    except MessageError as error:
+        error.request_id = answerable
+        raise
+    return message
+
+
+def decode_response(payload: bytes) -> GenerateCsrResponse | None:
+    """Read one payload of ``cs/josev``; None where it is no ``generate_csr`` response, whatever else it may be."""
+    try:
+        response = msgspec.json.decode(payload.decode("utf-8"), type=GenerateCsrResponse)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return response if is_usable_id(response.id) else None  # msgspec lets a line feed follow what matches a pattern
+
+
+def _known(document: _Document) -> dict[str, object]:
+    """What of a message is looked at: the members that have a rule.
+
+    msgspec would pass over the others too, but not before it stumbles over one whose name is half a character.
+    """
+    known = {name: document[name] for name in ("id", "name", "type", "data") if name in document}
+    data = known.get("data", {})
+    if not isinstance(data, dict):
+        raise MessageError("the field 'data' is not an object", reason="data_invalid")
+    return known | {"data": {name: data[name] for name in _FIELD_RULES if name in data}} if "data" in known else known
+
+
+class _Document(dict[str, object]):
+    """A JSON object, with what was wrong with its JSON."""
+
+    wrong: tuple[str, str] | None = None
+    repeated: frozenset[str] = frozenset()
+
+    def usable_id(self) -> str | None:
+        value = self.get("id")
+        # Two ids are none: nobody can know which of them the sender waits for.
+        return value if isinstance(value, str) and is_usable_id(value) and "id" not in self.repeated else None
+
+
+def _parse(payload: bytes, max_payload: int) -> _Document:
+    """JSON object of a payload, read strictly by RFC 8259 and I-JSON (RFC 7493: no duplicate names)."""
+    if len(payload) > max_payload:
+        return _outline(
+            payload[:max_payload].decode("utf-8", "replace"),
+            ("payload_too_large", f"the payload is {len(payload)} bytes; {max_payload} is the most that is read"),
+        )
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MessageError(f"not UTF-8: byte {error.start} is no part of a character", reason="not_utf8") from None
+
+    strict = _Strict()
+    try:
+        document = json.loads(text, object_pairs_hook=strict.members, parse_constant=strict.constant)
+    except RecursionError:
+        return _outline(text, ("nested_too_deep", "the JSON is nested too deep to be a message"))
+    except json.JSONDecodeError as error:
+        raise MessageError(f"not JSON: {_short(str(error))}", reason="not_json") from None
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        return _outline(text, ("number_too_long", "the JSON has a number of thousands of digits"))
+    if not isinstance(document, _Document):
+        raise MessageError("not a message: the JSON is no object", reason="not_a_message")
+    document.wrong = strict.wrong
+    return document
+
+
+class _Strict:
+    """Hooks for `json.loads` that note what it would pass over."""
+
+    wrong: tuple[str, str] | None = None
+
+    def members(self, members: list[tuple[str, object]]) -> _Document:
+        document = _Document(members)
+        if len(document) != len(members):
+            counts = Counter(name for name, _ in members)
+            document.repeated = frozenset(name for name, count in counts.items() if count > 1)
+            names = ", ".join(map(_quote, sorted(document.repeated)[:3]))
+            self.wrong = ("duplicate_name", f"the JSON has more than one member named {names}")
+        return document
+
+    def constant(self, name: str) -> None:
+        self.wrong = ("not_a_number", f"{name} is not JSON (RFC 8259 6)")
+
+
+# Text without its closing quote is a token too, and nothing is given back (`*+`): each character is looked at once.
+_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}:,]')
+
+
+def _outline(text: str, wrong: tuple[str, str]) -> _Document:
+    """The top-level text members of a JSON object that is too large or too deep to be read whole.
+
+    Enough to tell whose message it is and to reject it by its id; linear in the length of `text`, which is bounded.
+    """
+    document = _Document()
+    document.wrong = wrong
+    members: list[tuple[str, str]] = []
+    depth = 0
+    path: list[str] = []
+    for match in _TOKEN.finditer(text):
+        mark = match[0]
+        if mark in "[{":
+            depth += 1
+            path = []
+        elif mark in "]}":
+            depth -= 1
+            path = []
+        elif depth == 1:
+            path = [] if mark == "," else [*path[:3], mark]
+            match path:
+                case [key, ":", value]:
+                    members.append((key, value))
+    repeated: set[str] = set()  # grown in place: a frozenset grown name by name would cost the square of their number
+    for raw_key, raw_value in members:
+        try:
+            key, value = json.loads(raw_key), json.loads(raw_value)
+        except ValueError:
+            continue
+        if key in document:
+            repeated.add(key)
+        document[key] = value
+    document.repeated = frozenset(repeated)
+    return document
+
+
+def _check(message: Inbound) -> None:
+    """The rules that a JSON Schema type cannot say."""
+    data = message.data
+    # msgspec searches with Python's re, where `$` also matches before a final line feed; JSON Schema's does not.
+    if data.evse_id is not UNSET and _EVSE_ID.fullmatch(data.evse_id) is None:
+        raise _invalid("evse_id", data.evse_id)
+    if isinstance(data, GenerateCsrData):
+        if _COUNTRY_NAME.fullmatch(data.country_name) is None:
+            raise _invalid("country_name", data.country_name)
+        required = PROFILES[data.certificate_type].required_algorithm
+        if required is not None and data.algorithm is not required:
+            named = "names none" if data.algorithm is UNSET else f"asks for {data.algorithm}"
+            raise MessageError(
+                f"{data.certificate_type} needs algorithm {required}; the request {named}",
+                reason="algorithm_not_allowed",
+            )
+
+
+# Joiners (RFC 5892 appendix A: CONTEXTJ) belong to the spelling of words in several scripts and to emoji; tag
+# characters end an emoji flag (UTS 51). Everything else of category Cf is invisible, and much of it reorders text.
+_FORMAT_ALLOWED: Final = frozenset("\u200c\u200d") | {chr(code) for code in range(0xE0020, 0xE0080)}
+_REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zl", "Zp"})
+
+
+def _check_texts(data: object) -> None:
+    """No control characters and no half characters in any text field of ours; unknown fields are not looked at."""
+    if not isinstance(data, dict):
+        return
+    for field in _FIELD_RULES:
+        value = data.get(field)
+        if not isinstance(value, str) or value.isalnum():
+            continue
+        for character in value:
+            category = unicodedata.category(character)
+            if category == "Cs":
+                what = f"a lone surrogate U+{ord(character):04X}, which is no character"
+            elif category in _REFUSED_CATEGORIES and character not in _FORMAT_ALLOWED:
+                what = f"the control character U+{ord(character):04X}"
+            else:
+                continue
+            raise MessageError(f"{field} has {what}", reason=f"{field}_invalid")
+
+
+_FIELD_RULES: Final = {
+    "certificate_type": f"is none of {', '.join(CertificateType)}",
+    "algorithm": f"is none of {', '.join(ALGORITHMS)}",
+    "common_name": f"must be text of 1 to {NAME_MAX_LENGTH} characters",
+    "organization_name": f"must be text of 1 to {NAME_MAX_LENGTH} characters",
+    "country_name": "must be two letters (ISO 3166-1)",
+    "evse_id": "is not an EVSE ID (ISO 15118-2 Annex H), such as DE*ABC*E123456",
+    "status": "is none of installed, deleted, failed_installation",
+    "private_key_path": "must be text",
+}
+
+
+def _explain(document: _Document, error: str) -> tuple[str, str]:
+    """Say what msgspec found, in this contract's words: a stable reason, and a sentence that shows the value."""
+    data = document.get("data")
+    missing = re.search(r"missing required field `(\w+)`", error)
+    if missing:
+        return f"{missing[1]}_missing", f"the field '{missing[1]}' is missing"
+    found = re.search(r"\$\.data\.(\w+)", error)
+    if found and isinstance(data, dict):
+        field = found[1]
+        error_in_field = _invalid(field, data.get(field))
+        return error_in_field.reason, error_in_field.message
+    top = re.search(r"\$\.(\w+)", error)
+    field = top[1] if top else "message"
+    return f"{field}_invalid", f"the field '{field}' is not valid: {_short(error)}"
+
+
+def _invalid(field: str, value: object) -> MessageError:
+    return MessageError(f"{field} {_quote(value)} {_FIELD_RULES.get(field, 'is not valid')}", reason=f"{field}_invalid")
+
+
+def _quote(value: object) -> str:
+    """A value as ASCII JSON, cut short, safe in a log line."""
+    return _short(json.dumps(value, ensure_ascii=True, default=lambda _: "…"))
+
+
+def _short(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

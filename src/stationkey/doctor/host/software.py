@@ -1,0 +1,193 @@
+"""The software that is needed: Python and its packages, tpm2-tss, OpenSSL and its provider."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import ssl
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from stationkey import __version__
+from stationkey.doctor.host.context import Subject
+from stationkey.doctor.report import CannotLookError, Finding, failure, listed, not_checked, ok, warning
+from stationkey.doctor.runner import ask
+
+_PATIENCE: Final = 2.0
+_LOADING: Final = 4.0
+"""Seconds. On a slow board, the libraries under a TPM stack take their time."""
+SOFTWARE_IDS: Final = ("software.python", "software.packages", "software.tss", "software.openssl")
+_OLD_TSS: Final = (3, 0)
+_PROVIDERS: Final = ("tpm2.so",)
+
+
+def check_software(subject: Subject) -> Iterator[Finding]:
+    """Python and its packages, tpm2-tss, OpenSSL and its provider."""
+    yield judge_python(sys.version_info[:3])
+    yield judge_packages(*_packages())
+    keystore = subject.configured.keystore or ""
+    if not keystore.startswith("tpm2:"):
+        raise CannotLookError("no TPM is used")
+    try:
+        yield judge_tss(_tss(), _tcti_library(keystore))
+    except CannotLookError as unseen:
+        yield not_checked("software.tss", str(unseen))
+    status = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE)
+    yield judge_openssl(_openssl(status.out if status.status == 0 else ""))
+
+
+def judge_python(version: tuple[int, ...]) -> Finding:
+    """Which Python this is."""
+    name, text = "software.python", ".".join(map(str, version))
+    if version < (3, 11):
+        return failure(name, f"Python {text} is too old", "3.11 is needed: Debian 12 has it")
+    return ok(name, f"stationkey {__version__} on Python {text}")
+
+
+def _packages() -> tuple[list[str], list[str]]:
+    """What is required and missing or too old, and what is there."""
+    missing, there = [], []
+    try:
+        required = metadata.requires("stationkey") or []
+    except metadata.PackageNotFoundError:
+        return [], []
+    for requirement in required:
+        found = re.fullmatch(r"([A-Za-z0-9._-]+)(?:>=([0-9.]+))?", requirement)
+        if found is None:  # of an extra
+            continue
+        library, least = found[1], found[2] or "0"
+        try:
+            version = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            missing.append(f"{library} is not installed")
+            continue
+        there.append(f"{library} {version}")
+        if _numbers(version) < _numbers(least):
+            missing.append(f"{library} is {version}, and {least} is needed")
+    return missing, there
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def judge_packages(missing: list[str], there: list[str]) -> Finding:
+    """The Python packages that stationkey requires."""
+    name = "software.packages"
+    if missing:
+        return failure(name, listed(missing), "install it anew by the README: every package is pinned there")
+    if not there:
+        return not_checked(name, "stationkey is not installed as a package here")
+    return ok(name, listed(there, most=8))
+
+
+def _tss() -> tuple[int, ...] | None:
+    """The version of tpm2-tss that tpm2-pytss was built against; None where it cannot be loaded.
+
+    Raises:
+        CannotLookError: it was not loaded in time.
+    """
+    program = "from tpm2_pytss.internal.versions import _versions; print(_versions.get('tss2-esys', '0'))"
+    answer = ask([sys.executable, "-P", "-c", program], seconds=_LOADING)
+    if answer.status is None:
+        raise CannotLookError(f"tpm2-pytss was not loaded within {_LOADING:g} s: this machine is busy, or slow")
+    return _numbers(answer.out) if answer.status == 0 and answer.out.strip() else None
+
+
+def _tcti_library(keystore: str) -> tuple[str, bool] | None:
+    kind = keystore.split(":")[1]
+    if not re.fullmatch(r"[a-z0-9-]+", kind):
+        return None
+    try:
+        ctypes.CDLL(f"libtss2-tcti-{kind}.so.0")
+    except OSError:
+        return kind, False
+    return kind, True
+
+
+def judge_tss(version: tuple[int, ...] | None, tcti: tuple[str, bool] | None) -> Finding:
+    """tpm2-tss, its binding and the way to the TPM. `tcti`: its kind, and whether its library can be loaded."""
+    name = "software.tss"
+    if version is None:
+        return failure(
+            name,
+            "tpm2-pytss, or the tpm2-tss that it stands on, cannot be loaded",
+            "see the README, Install: libtss2-esys",
+        )
+    text = ".".join(map(str, version))
+    if tcti is not None and not tcti[1]:
+        return failure(
+            name,
+            f"tpm2-tss {text} has no TCTI {tcti[0]}",
+            f"apt-get install libtss2-tcti-{tcti[0]}0, or correct keystore",
+        )
+    if version < _OLD_TSS:
+        return warning(name, f"tpm2-tss {text} is old, and was never tried", "Debian 12 has 3.2.1")
+    return ok(name, f"tpm2-tss {text}" + (f" with the TCTI {tcti[0]}" if tcti else ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSsl:
+    """The OpenSSL that services on this machine use.
+
+    Attributes:
+        version: of the command; empty where there is none.
+        modules: where its providers are; empty where that is not known.
+        provider: whether the tpm2 provider is there.
+        loads: whether it can be loaded; the TPM is not asked for that.
+        complaint: why not.
+    """
+
+    version: str = ""
+    modules: str = ""
+    provider: bool = False
+    loads: bool = False
+    complaint: str = ""
+
+
+def _openssl(said: str) -> OpenSsl:
+    version = said.splitlines()[0].split()[1] if said.startswith("OpenSSL ") else ""
+    found = re.search(r'MODULESDIR: "([^"]*)"', said)
+    modules = os.environ.get("OPENSSL_MODULES") or (found[1] if found else "")
+    for library in _PROVIDERS:
+        path = Path(modules, library)
+        if not modules or not path.is_file():
+            continue
+        program = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW).OSSL_provider_init"
+        answer = ask([sys.executable, "-I", "-c", program, str(path)], seconds=_PATIENCE)
+        lines = answer.error.strip().splitlines()
+        return OpenSsl(
+            version=version,
+            modules=modules,
+            provider=True,
+            loads=answer.status == 0,
+            complaint=lines[-1] if lines else "",
+        )
+    return OpenSsl(version=version, modules=modules)
+
+
+def judge_openssl(seen: OpenSsl) -> Finding:
+    """Whether a TLS service can use the active keys. The daemon itself needs nothing of it."""
+    name = "software.openssl"
+    library = ssl.OPENSSL_VERSION.split()[1]
+    only = "only services that use an active key need it, not the daemon"
+    if not seen.version:
+        return warning(name, f"there is no command openssl (Python has {library})", f"apt-get install openssl; {only}")
+    if _numbers(seen.version) < (3,):
+        return warning(name, f"OpenSSL {seen.version} has no providers", f"3.0 is needed; {only}")
+    if not seen.provider:
+        return warning(
+            name,
+            f"OpenSSL {seen.version} has no tpm2 provider ({seen.modules or 'directory not known'})",
+            f"apt-get install tpm2-openssl; {only}",
+        )
+    if not seen.loads:
+        return warning(
+            name, f"the tpm2 provider cannot be loaded: {seen.complaint}", f"install tpm2-openssl anew; {only}"
+        )
+    return ok(name, f"OpenSSL {seen.version} has the tpm2 provider, and it can be loaded")

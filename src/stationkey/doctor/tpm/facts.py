@@ -1,0 +1,159 @@
+"""What a TPM answered to `stationkey.doctor.tpm.probe`, and the numbers in it by their names in the standard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from stationkey.config.file import Settings
+from stationkey.config.settings import TpmTerms
+from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType
+from stationkey.doctor.report import CannotLookError
+from stationkey.doctor.runner import Answer
+from stationkey.doctor.tpm.device import Way
+
+# TPM_PT [TPM 2.0 part 2, 6.13].
+PT_FAMILY: Final = 0x100
+PT_REVISION: Final = 0x102
+PT_MANUFACTURER: Final = 0x105
+PT_VENDOR: Final = (0x106, 0x107, 0x108, 0x109)
+PT_FIRMWARE: Final = (0x10B, 0x10C)
+PT_PERMANENT: Final = 0x200
+PT_STARTUP_CLEAR: Final = 0x201
+PT_LOADED_SESSIONS_AVAIL: Final = 0x204
+PT_ACTIVE_SESSIONS_AVAIL: Final = 0x206
+PT_TRANSIENT_AVAIL: Final = 0x207
+PT_PERSISTENT_AVAIL: Final = 0x209
+PT_LOCKOUT_COUNTER: Final = 0x20E
+PT_MAX_AUTH_FAIL: Final = 0x20F
+PT_LOCKOUT_INTERVAL: Final = 0x210
+PT_LOCKOUT_RECOVERY: Final = 0x211
+
+# TPMA_PERMANENT and TPMA_STARTUP_CLEAR [TPM 2.0 part 2, 8.6 and 8.7].
+OWNER_AUTH_SET: Final = 1 << 0
+ENDORSEMENT_AUTH_SET: Final = 1 << 1
+LOCKOUT_AUTH_SET: Final = 1 << 2
+DISABLE_CLEAR: Final = 1 << 8
+IN_LOCKOUT: Final = 1 << 9
+STORAGE_ENABLED: Final = 1 << 1
+ENDORSEMENT_ENABLED: Final = 1 << 2
+ORDERLY: Final = 1 << 31
+
+# TPM_ALG_ID and TPM_ECC_CURVE [TPM 2.0 part 2, 6.3 and 6.4].
+ALG_RSA: Final = 0x01
+ALG_AES: Final = 0x06
+ALG_RSASSA: Final = 0x14
+ALG_ECDSA: Final = 0x18
+ALG_ECC: Final = 0x23
+ALG_CFB: Final = 0x43
+HASHES: Final = MappingProxyType({"sha1": 0x04, "sha256": 0x0B, "sha384": 0x0C, "sha512": 0x0D})
+CURVES: Final[Mapping[KeyType, int]] = MappingProxyType({SECP256R1: 0x03, SECP521R1: 0x05})
+
+# TPMA_OBJECT [TPM 2.0 part 2, 8.3].
+NODA: Final = 1 << 10
+RESTRICTED: Final = 1 << 16
+DECRYPT: Final = 1 << 17
+SIGN: Final = 1 << 18
+SRK_NEEDED: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | RESTRICTED | DECRYPT
+RC_BAD_AUTH: Final = 0x9A2
+RC_AUTH_FAIL: Final = 0x98E
+RC_INITIALIZE: Final = 0x100
+RC_FAILURE: Final = 0x101
+RC_NEEDS_TEST: Final = 0x153
+RC_TESTING: Final = 0x90A
+RC_INTEGRITY: Final = 0x1DF
+RC_OBJECT_MEMORY: Final = 0x902
+MANAGER_ADVICE: Final = 'keystore = "tpm2:device:/dev/tpmrm0", or tpm2-abrmd and "tpm2:tabrmd"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a TPM answered.
+
+    Attributes:
+        values: by part; see `stationkey.doctor.tpm.probe`.
+        errors: the return code of each part that the TPM refused.
+        hung: whether an answer did not come.
+        said: what the program itself complained about.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+    hung: bool = False
+    said: str = ""
+
+    @classmethod
+    def read(cls, answer: Answer) -> Probe:
+        """From what the program printed."""
+        values, errors = dict[str, Any](), dict[str, int]()
+        for line in answer.out.splitlines():
+            try:
+                part = json.loads(line)
+            except ValueError:
+                continue
+            if "value" in part:
+                values[part["part"]] = part["value"]
+            elif "error" in part:
+                errors[part["part"]] = part["error"]
+        lines = [line for line in answer.error.splitlines() if line.strip()]
+        return cls(values=values, errors=errors, hung=answer.status is None, said=lines[-1] if lines else "")
+
+    def get(self, part: str) -> Any:
+        """A part.
+
+        Raises:
+            CannotLookError: the TPM did not tell.
+        """
+        if part in self.values:
+            return self.values[part]
+        if self.errors.get("properties") == RC_INITIALIZE:
+            raise CannotLookError("the TPM waits for TPM2_Startup")
+        if part in self.errors:
+            raise CannotLookError(f"the TPM refuses to tell ({self.errors[part]:#x})")
+        raise CannotLookError("the TPM did not tell")
+
+    def properties(self, *wanted: int) -> list[int]:
+        """Properties by number.
+
+        Raises:
+            CannotLookError: one of them is not there: in failure mode a TPM tells few.
+        """
+        known = self.get("properties")
+        if any(str(number) not in known for number in wanted):
+            raise CannotLookError("the TPM does not tell")
+        return [known[str(number)] for number in wanted]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A TPM that answered, the way to it, and what is wanted of it."""
+
+    probe: Probe
+    way: Way
+    settings: Settings
+    daemon_running: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """What each key that was tried is for, by its name."""
+
+    @property
+    def tpm(self) -> TpmTerms:
+        """How it is to be used."""
+        return self.settings.tpm
+
+
+def may_try_keys(tpm: TpmTerms, way: Way, *, daemon_running: bool) -> bool:
+    """Whether keys may be loaded, to see whether the TPM takes them.
+
+    Not where that would send the storage root key's authorisation value over the bus in the clear; nor where it might
+    take the last slot from a daemon at work.
+    """
+    return tpm.srk_auth is None and (way.is_managed or not daemon_running)
+
+
+def text_of(*words: int) -> str:
+    """Properties that are text, four characters each."""
+    octets = b"".join(word.to_bytes(4, "big") for word in words).rstrip(b"\0")
+    return "".join(chr(octet) if 0x20 <= octet < 0x7F else "?" for octet in octets).strip()  # noqa: PLR2004 - ASCII

@@ -1,0 +1,243 @@
+"""A program of its own that asks a TPM what it is and how it is, and changes nothing in it.
+
+A process, and not a thread: a TPM command has no time limit, and one that waits in a dead driver cannot be interrupted.
+It makes no key, starts no TPM, and unloads nothing but the keys that it loaded itself, to see whether this TPM takes
+them. What is found out is printed line by line, so that whoever waits has it even if the next answer never comes.
+
+Argument: the number of the process that waits for it, with which it ends. Standard input:
+``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null, "try_srk": BOOLEAN,
+"keys": {NAME: base64 of the wrapped key}}``. Output: lines of
+``{"part": NAME, "value": ...}`` or ``{"part": NAME, "error": RETURN CODE}``.
+Judged in `stationkey.doctor.tpm.reachability`.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+os.environ.setdefault("TSS2_LOG", "all+none")  # what goes wrong is told by return code; see keystore/tpm2.py
+
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_CLOCK, TPMA_OBJECT
+from tpm2_pytss.tsskey import TSSPrivKey
+from tpm2_pytss.types import (
+    TPM2B_PRIVATE,
+    TPM2B_PUBLIC,
+    TPMS_RSA_PARMS,
+    TPMT_PUBLIC,
+    TPMT_PUBLIC_PARMS,
+    TPMT_RSA_SCHEME,
+    TPMT_SYM_DEF_OBJECT,
+    TPMU_PUBLIC_PARMS,
+)
+
+_PAGE: Final = 64
+_FIXED: Final = 0x100
+_VARIABLE: Final = 0x200
+_RSA: Final = (2048, 3072)
+_RANGES: Final = {"loaded_sessions": 0x02000000, "transient": 0x80000000, "persistent": 0x81000000}
+_RC_SUCCESS: Final = 0
+_PR_SET_PDEATHSIG: Final = 1
+_NODA: Final = 1 << 10
+_A_KEY: Final = TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT
+_FORMAT_ONE: Final = 0xBF
+"""What is left of a return code without the number of the parameter or session [TPM 2.0 part 2, 6.6.3]."""
+_NO_AUTHORISATION: Final = frozenset({0x8E, 0xA2})
+"""TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH."""
+_OF_PARAMETER: Final = 0xC0
+"""The bits that an error about a parameter has."""
+
+
+def say(part: str, **what: object) -> None:
+    """One line, at once."""
+    print(json.dumps({"part": part, **what}), flush=True)  # noqa: T201 - how it answers
+
+
+def look(part: str, question: Callable[[], object]) -> bool:
+    """Ask, and say what came; False where nothing did."""
+    try:
+        say(part, value=question())
+    except TSS2_Exception as error:
+        say(part, error=int(error.rc))
+        return False
+    except Exception as error:  # noqa: BLE001 - of no part may the others depend
+        say(part, fault=type(error).__name__)
+        return False
+    return True
+
+
+def pages(esapi: ESAPI, capability: Any, member: str, number: Callable[[Any], int], first: int) -> Iterable[Any]:
+    """Every entry of a capability; a TPM may give it in parts [TPM 2.0 part 3, 30.2]."""
+    more = True
+    while more:
+        more, page = esapi.get_capability(capability, first, _PAGE)
+        entries = list(getattr(page.data, member))
+        yield from entries
+        if not entries:
+            return
+        first = number(entries[-1]) + 1
+
+
+def properties(esapi: ESAPI) -> dict[str, int]:
+    """Fixed and variable properties [TPM 2.0 part 2, 6.13]."""
+    found = {}
+    for first in (_FIXED, _VARIABLE):
+        for entry in pages(esapi, TPM2_CAP.TPM_PROPERTIES, "tpmProperties", lambda entry: int(entry.property), first):
+            found[str(int(entry.property))] = int(entry.value)
+    return found
+
+
+def handles(esapi: ESAPI, first: int) -> list[int]:
+    """The handles of a kind."""
+    found = (int(handle) for handle in pages(esapi, TPM2_CAP.HANDLES, "handles", int, first))
+    return [handle for handle in found if handle >> 24 == first >> 24]
+
+
+def banks(esapi: ESAPI) -> dict[str, list[int]]:
+    """The registers of each bank, by the bank's hash."""
+    _, page = esapi.get_capability(TPM2_CAP.PCRS, 0, 1)
+    found = {}
+    for selection in page.data.assignedPCR:
+        octets = bytes(selection.pcrSelect)[: int(selection.sizeofSelect)]
+        found[str(int(selection.hash))] = [
+            number for number in range(8 * len(octets)) if octets[number // 8] >> number % 8 & 1
+        ]
+    return found
+
+
+def rsa_sizes(esapi: ESAPI) -> list[int]:
+    """The RSA sizes that it makes, of those that matter here."""
+    sizes = []
+    for bits in _RSA:
+        none, scheme = TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL), TPMT_RSA_SCHEME(scheme=TPM2_ALG.NULL)
+        detail = TPMS_RSA_PARMS(symmetric=none, scheme=scheme, keyBits=bits, exponent=0)
+        try:
+            esapi.test_parms(TPMT_PUBLIC_PARMS(type=TPM2_ALG.RSA, parameters=TPMU_PUBLIC_PARMS(rsaDetail=detail)))
+        except TSS2_Exception:
+            continue
+        sizes.append(bits)
+    return sizes
+
+
+def object_at(esapi: ESAPI, handle: int) -> dict[str, int] | None:
+    """What there is at a persistent handle; None where nothing is."""
+    if handle not in handles(esapi, handle):
+        return None
+    public = esapi.read_public(esapi.tr_from_tpmpublic(handle))[0].publicArea
+    found = {"type": int(public.type), "attributes": int(public.objectAttributes)}
+    if public.type == TPM2_ALG.ECC:
+        found["curve"] = int(public.parameters.eccDetail.curveID)
+    return found
+
+
+def loads(esapi: ESAPI, parent: int, wrapped: str) -> int:
+    """The return code of loading a key; what was loaded is unloaded at once."""
+    try:
+        key = TSSPrivKey.from_der(base64.b64decode(wrapped))
+    except (ValueError, TypeError):
+        return -1
+    try:
+        handle = esapi.load(esapi.tr_from_tpmpublic(parent), key.private, key.public)
+    except TSS2_Exception as error:
+        return int(error.rc)
+    esapi.flush_context(handle)
+    return _RC_SUCCESS
+
+
+def srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
+    """Whether the storage root key can be used without a password: by a key that it cannot but refuse.
+
+    A TPM looks at the authorisation before it looks at what is to be loaded [TPM 2.0 part 3, 5.6 and 5.7]. Where wrong
+    tries are counted this would be one; so only a key that is exempt from that is tried.
+    """
+    there = object_at(esapi, handle)
+    if there is None or not there["attributes"] & _NODA:
+        raise LookupError
+    public = TPM2B_PUBLIC(publicArea=TPMT_PUBLIC.parse("ecc256:ecdsa", objectAttributes=_A_KEY))
+    try:
+        esapi.load(esapi.tr_from_tpmpublic(handle), TPM2B_PRIVATE(bytes(64)), public)
+    except TSS2_Exception as error:
+        if int(error.rc) & _FORMAT_ONE in _NO_AUTHORISATION:
+            return False
+        if int(error.rc) & _OF_PARAMETER == _OF_PARAMETER:
+            return True
+        raise
+    raise LookupError  # which cannot be
+
+
+def owner_takes(esapi: ESAPI, value: bytes) -> bool:
+    """Whether this is the authorisation value of the owner hierarchy: by a command that changes nothing with it.
+
+    Wrong tries are not counted for this hierarchy [TPM 2.0 part 1, 19.8.2].
+    """
+    esapi.tr_set_auth(ESYS_TR.OWNER, value)
+    esapi.clock_rate_adjust(TPM2_CLOCK.NO_CHANGE, ESYS_TR.OWNER)
+    return True
+
+
+def opens(path: str) -> bool:
+    """Whether a device can be opened; says why not, which tpm2-tss does not."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        say("device", error=error.errno)
+        return False
+    return True
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel end this process with the one that started it: a TPM that hangs would hold it for ever.
+
+    Also where that was ended before it could be asked for [prctl(2), PR_SET_PDEATHSIG].
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Ask all of it."""
+    if len(sys.argv) > 1:
+        end_with(int(sys.argv[1]))
+    asked = json.load(sys.stdin)
+    name, _, path = asked["tcti"].partition(":")
+    if name == "device" and path and not opens(path):
+        return
+    opened: list[ESAPI] = []
+    if not look("open", lambda: opened.append(ESAPI(asked["tcti"]))):
+        return
+    esapi = opened[0]
+    # The failure mode lets only these through, and the first command tells whether the TPM was started.
+    started = look("properties", lambda: properties(esapi))
+    look("test_result", lambda: int(esapi.get_test_result()[1]))
+    if not started:
+        return
+    for part, first in _RANGES.items():
+        look(part, lambda first=first: handles(esapi, first))  # type: ignore[misc] # mypy does not infer a lambda's default
+    look(
+        "algorithms",
+        lambda: [int(one.alg) for one in pages(esapi, TPM2_CAP.ALGS, "algorithms", lambda a: int(a.alg), 0)],
+    )
+    look("curves", lambda: [int(curve) for curve in pages(esapi, TPM2_CAP.ECC_CURVES, "eccCurves", int, 0)])
+    look("rsa", lambda: rsa_sizes(esapi))
+    look("banks", lambda: banks(esapi))
+    look("srk", lambda: object_at(esapi, asked["srk"]))
+    if asked["try_srk"]:
+        look("srk_open", lambda: srk_takes_no_password(esapi, asked["srk"]))
+    if asked["ak"]:
+        look("ak", lambda: object_at(esapi, asked["ak"]))
+    if asked["owner_auth"]:
+        look("owner_auth", lambda: owner_takes(esapi, base64.b64decode(asked["owner_auth"])))
+    look("keys", lambda: {name: loads(esapi, asked["srk"], key) for name, key in asked["keys"].items()})
+    esapi.close()
+
+
+if __name__ == "__main__":
+    main()

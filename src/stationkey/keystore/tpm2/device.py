@@ -1,0 +1,383 @@
+"""The TPM behind the ``tpm2:`` key store: one ESAPI context, opened when first used, and anew whenever it was lost.
+
+What a TPM does when it is lost, cleared or full, by its return codes, and what is done:
+
+- The TCTI fails (``0xa000a``), and from then on every call on that context (``0x70007``), even when the TPM is back:
+  the context is closed and a new one opened, and the command in hand is tried once more on it.
+- ``0x100`` (TPM_RC_INITIALIZE): the TPM was reset and waits for TPM2_Startup, which is sent.
+- ``0x910`` (TPM_RC_REFERENCE_H0): it was reset and started up again, and what was loaded is gone: it is loaded anew.
+- ``0x902`` (TPM_RC_OBJECT_MEMORY): objects of a dead client fill the slots. On a bare TPM they are flushed; through
+  a resource manager they are somebody else's, and it keeps each client's apart.
+- ``0x903`` and ``0x905`` (TPM_RC_SESSION_MEMORY, TPM_RC_SESSION_HANDLES): the same of sessions.
+- ``0x918`` (TPM_RC_REFERENCE_S0): as ``0x910``, of a session.
+- ``0x128`` (TPM_RC_PCR_CHANGED): a register changed while a policy was being shown: it is shown again.
+- A handle error on the SRK: the TPM was cleared under us; a new context finds or makes the SRK anew.
+
+A wrong authorisation value is not tried again, since each try may count for the TPM's dictionary-attack lockout.
+Nothing else is retried more than once. All of it happens on the one thread that owns the store; a call that never
+returns is that thread's to notice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_ECC, TPM2_SU, TPMA_OBJECT
+from tpm2_pytss.types import TPM2B_PUBLIC
+
+from stationkey.config.settings import TpmTerms
+from stationkey.errors import ConfigurationError, KeyStoreError
+from stationkey.keystore.tpm2 import capabilities, errors, templates
+from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.pcr import Registers
+from stationkey.keystore.tpm2.sealed import Kept
+from stationkey.keystore.tpm2.sessions import Sessions, before_the_srk
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAX_AUTH: Final = 32
+"""Bytes of an authorisation value: as many as the name algorithm, SHA-256, has [TPM 2.0 part 1, 13.3]."""
+
+_RESOURCE_MANAGERS: Final = ("device:/dev/tpmrm", "tabrmd")
+_TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
+_PERSISTENT: Final = range(0x81000000, 0x82000000)
+
+
+def is_shared(tcti: str) -> bool:
+    """Whether a resource manager is behind a TCTI, so that several programs can use the TPM at a time."""
+    return tcti.startswith(_RESOURCE_MANAGERS)
+
+
+class Device:
+    """A TPM, with the storage keys in it that other keys hang on.
+
+    Args:
+        tcti: name and configuration of a TPM command transmission interface.
+        terms: storage root key, authorisation values, policy and sessions.
+        state_dir: the state directory, where some of these need a file of their own; see
+            `stationkey.keystore.tpm2.sealed`.
+        guest: unload nothing that others have loaded, as behind a resource manager.
+    """
+
+    def __init__(self, tcti: str, terms: TpmTerms, state_dir: Path | None, *, guest: bool = False) -> None:
+        self._tcti = tcti
+        self._terms = terms
+        self._registers = Registers(terms.pcr_bank, terms.pcrs) if terms.pcrs else None
+        self._kept = None if state_dir is None else Kept(state_dir)
+        self._resource_manager = guest or is_shared(tcti)
+        self._esapi: ESAPI | None = None
+        self._srk: Any = None
+        self._sessions: Sessions | None = None
+        self._parents: dict[int, Any] = {}
+        # Of each parent: whether the TPM took its authorisation value on this context, and the hash of what was given,
+        # and of what was refused.
+        self._accepted: set[int] = set()
+        self._given: dict[int, bytes] = {}
+        self._refused: dict[int, bytes] = {}
+        self._abandoned = False
+
+    def unload(self) -> None:
+        """Take out of the TPM what others may need the room for.
+
+        A session that is kept costs nobody anything on a bare TPM. Behind a resource manager the table is everybody's,
+        and one that lies there unused for long keeps the others from saving theirs (TPM_RC_CONTEXT_GAP).
+        """
+        if self._resource_manager and self._sessions is not None and not self._abandoned:
+            self._sessions.close()
+
+    def close(self) -> None:
+        """Let go of the TPM, and leave nothing in it. What is called next opens it anew."""
+        self.unload()
+        if self._sessions is not None and not self._abandoned:
+            self._sessions.close()
+        self._forget()
+
+    def abandon(self) -> None:
+        """Never unload anything again, nor begin a command: see `stationkey.keystore.Abandonable`."""
+        self._abandoned = True
+
+    def _emptied(self) -> None:
+        """The TPM has nothing loaded any more."""
+
+    def _unknown(self) -> None:
+        """It may be another TPM from now on."""
+
+    def _with_device(self, command: Callable[[], T]) -> T:
+        """Run `command` on an open context; where the TPM was lost, cleared, reset or full, mend that and try again."""
+        self._refuse_if_abandoned()
+        if self._esapi is not None:
+            try:
+                return command()
+            except TSS2_Exception as error:
+                self._refuse_if_abandoned()
+                if not self._mend(error):
+                    raise self._failure(error) from None
+        try:
+            if self._esapi is None:
+                self._open()
+            return command()
+        except TSS2_Exception as error:
+            raise self._failure(error) from None
+
+    def _refuse_if_abandoned(self) -> None:
+        if self._abandoned:
+            raise KeyStoreError(f"the TPM at {self._tcti} answered too late", reason="keystore_timeout")
+
+    def _mend(self, error: TSS2_Exception) -> bool:
+        """Put the device in order after `error`; True where the command is worth another try."""
+        code = rc.code(error)
+        if code in {rc.OBJECT_MEMORY, *rc.SESSIONS_FULL} and self._esapi is not None and not self._resource_manager:
+            self._flush_strays(self._esapi, sessions=code in rc.SESSIONS_FULL)
+            return True
+        if code == rc.PCR_CHANGED:
+            return True
+        if code == rc.RESPONSE_ALTERED:
+            return False
+        if rc.is_lost(error) or code in {rc.INITIALIZE, rc.REFERENCE_H0, rc.REFERENCE_S0, rc.HANDLE_1}:
+            self._forget()
+            return True
+        return False
+
+    def _forget(self) -> None:
+        """Give up the context. Its transport may be dead; there is nothing left to save on it."""
+        esapi, self._esapi, self._srk, self._sessions = self._esapi, None, None, None
+        self._parents.clear()
+        self._accepted.clear()
+        self._emptied()
+        self._unknown()
+        if esapi is not None:
+            esapi.close()
+
+    def _failure(self, error: TSS2_Exception) -> KeyStoreError:
+        """The words for an error that stands."""
+        code = f"{error.rc:#x}"
+        if rc.code(error) in {rc.TCTI_VALUE, rc.TCTI_UNKNOWN}:
+            return KeyStoreError(
+                f"tpm2-tss cannot make use of the TCTI {self._tcti!r} ({code})",
+                reason="tcti_invalid",
+                hint="it is NAME:CONFIGURATION, and the library of that name must be installed; "
+                "for example device:/dev/tpmrm0",
+            )
+        if rc.code(error) == rc.RESPONSE_ALTERED:
+            self.close()  # the two ends of the session have lost each other
+            return errors.altered(code)
+        if rc.is_lost(error):
+            self._forget()
+            return KeyStoreError(
+                f"the TPM at {self._tcti} cannot be reached ({code})",
+                reason="tpm_unreachable",
+                hint="is it there, and may this user open it? Each request tries again",
+            )
+        return errors.of_code(error)
+
+    def _open(self) -> None:
+        self._refuse_file()
+        esapi = self._esapi = ESAPI(self._tcti)
+        try:
+            self._srk = self._prepare(esapi)
+            self._sessions = Sessions(esapi, self._terms.session, self._srk)
+            if self._registers is not None:
+                self._registers.read(esapi, self._sessions.watching())  # whether there are any, before a key is made
+            if self._terms.key_auth not in {None, "generated"}:
+                self._secret("key_auth")  # the same
+        except (TSS2_Exception, KeyStoreError):
+            self.close()
+            raise
+
+    def _refuse_file(self) -> None:
+        """Keep a mistaken path from costing a file: tpm2-tss would write its commands into whatever it can open."""
+        name, _, path = self._tcti.partition(":")
+        if name != "device" or not path:
+            return
+        try:
+            mode = os.stat(path).st_mode  # noqa: PTH116 - a TCTI's configuration is text, and Path would tidy it up
+        except (OSError, ValueError):
+            return  # tpm2-tss will say so
+        if not stat.S_ISCHR(mode):
+            raise KeyStoreError(
+                f"{path} is no device", reason="tcti_invalid", hint="a TPM is a character device, such as /dev/tpmrm0"
+            )
+
+    def _prepare(self, esapi: ESAPI) -> Any:
+        """Start the TPM and clear its slots where that is needed; the SRK."""
+        handle = self._terms.srk_handle
+        try:
+            # The first command of all: it finds out whether the TPM was started.
+            present = capabilities.persistent(esapi, handle)
+        except TSS2_Exception as error:
+            if rc.code(error) != rc.INITIALIZE:
+                raise
+            esapi.startup(TPM2_SU.CLEAR)
+            present = capabilities.persistent(esapi, handle)
+        if not self._resource_manager:
+            self._flush_strays(esapi, sessions=self._terms.session != "none" or self._registers is not None)
+        auth = self._auth_of_parent(handle)
+        srk, public = self._find_srk(esapi) if present else self._make_srk(esapi, auth)
+        if self._terms.session != "none":
+            self._pin(esapi, srk, public)
+        if auth:
+            esapi.tr_set_auth(srk, auth)
+        return srk
+
+    def _find_srk(self, esapi: ESAPI) -> tuple[Any, TPM2B_PUBLIC]:
+        handle = self._terms.srk_handle
+        srk = esapi.tr_from_tpmpublic(handle)
+        found = esapi.read_public(srk)[0]
+        if bytes(esapi.tr_get_name(srk)) != bytes(found.get_name()):
+            raise errors.altered("two answers differ")
+        public = found.publicArea
+        attributes = public.objectAttributes
+        wrong = None
+        if public.type != TPM2_ALG.ECC:
+            wrong = f"a key of type {public.type}"
+        elif public.parameters.eccDetail.curveID != TPM2_ECC.NIST_P256:
+            wrong = f"a key on the curve {public.parameters.eccDetail.curveID}"
+        elif attributes & templates.SRK_NEEDED != templates.SRK_NEEDED:  # with these, no TPM lets it sign
+            wrong = f"a key with the attributes {attributes}"
+        if wrong is not None:
+            raise KeyStoreError(
+                f"the TPM holds {wrong} at {handle:#x}, where an ECC P-256 storage root key should be",
+                reason="srk_unfit",
+                hint=f"if nothing else needs it, remove it with: tpm2_evictcontrol -C o -c {handle:#x}",
+            )
+        if not attributes & TPMA_OBJECT.NODA:
+            # tpm2_createprimary makes it so by default; keys may hang on it, so it is used, and said.
+            log.warning("the storage root key lacks noda: three losses of power in a row can lock the TPM for a while")
+        return srk, found
+
+    def _make_srk(self, esapi: ESAPI, auth: bytes) -> tuple[Any, TPM2B_PUBLIC]:
+        """Make the SRK by the TCG's template, so that any other program would make the same, and keep it in the TPM."""
+        esapi.tr_set_auth(ESYS_TR.OWNER, self._secret("owner_auth"))
+        try:
+            with before_the_srk(esapi, self._terms.session) as session:
+                primary, public, *_ = esapi.create_primary(
+                    templates.sensitive(auth=auth), templates.srk(), ESYS_TR.OWNER, session1=session
+                )
+                try:
+                    return esapi.evict_control(ESYS_TR.OWNER, primary, self._terms.srk_handle, session), public
+                finally:
+                    esapi.flush_context(primary)
+        except TSS2_Exception as error:
+            if rc.code(error) in rc.WRONG_AUTH:
+                raise errors.auth_refused(
+                    "the owner hierarchy", "owner_auth", self._terms.owner_auth, f"{error.rc:#x}"
+                ) from None
+            raise
+
+    def _pin(self, esapi: ESAPI, srk: Any, public: TPM2B_PUBLIC) -> None:
+        """Salt sessions with no other SRK than the first time: whoever sits on the bus could hand us one of his own.
+
+        It is the public part that tpm2-tss holds which must be right: the bus may tell it otherwise than us.
+        """
+        handle = self._terms.srk_handle
+        assert self._kept is not None
+        name = bytes(public.get_name())
+        if bytes(esapi.tr_serialize(srk)) != _serialised(handle, name, public):
+            raise errors.altered("two answers differ")
+        if self._kept.srk_name(handle, name) != name:
+            raise KeyStoreError(
+                f"the storage root key at {handle:#x} is not the one that it was: the TPM was cleared or exchanged, or "
+                "something on the bus stands between it and this machine",
+                reason="srk_changed",
+                hint=f"if you know why, remove {self._kept.srk_file(handle)}, and start again",
+            )
+
+    def _flush_strays(self, esapi: ESAPI, *, sessions: bool) -> None:
+        """Unload every transient object of a bare TPM: they are of clients that died, for this is its only user now."""
+        self._emptied()
+        strays = capabilities.handles(esapi, *_TRANSIENT)
+        if sessions:
+            strays += capabilities.sessions(esapi)
+            if self._sessions is not None:
+                self._sessions.forget()
+        for handle in strays:
+            self._refuse_if_abandoned()
+            esapi.flush_context(esapi.tr_from_tpmpublic(handle))
+
+    # Storage keys, and how they are authorised.
+
+    def _watching(self) -> Any:
+        assert self._sessions is not None
+        return self._sessions.watching()
+
+    def _secret(self, option: str) -> bytes:
+        """The value of an option of ``[tpm]``; empty where it is not set."""
+        reference = getattr(self._terms, option)
+        if reference is None:
+            return b""
+        try:
+            value: bytes = reference.read()
+        except ConfigurationError as error:
+            raise KeyStoreError(
+                f"[tpm] {option}: {error.message}", reason="secret_unreadable", hint=error.hint
+            ) from None
+        if len(value) > MAX_AUTH:
+            wrong = f"is longer than {MAX_AUTH} bytes, which is as much as the TPM takes"
+        elif value.endswith(b"\0"):
+            wrong = "ends in a zero byte, which the TPM takes off"
+        elif option == "key_auth" and (b"\0" in value or b"\n" in value):
+            wrong = "has a zero byte or a line feed in it, where OpenSSL would take it to end"
+        else:
+            return value
+        raise KeyStoreError(f"the authorisation value that [tpm] {option} names {wrong}", reason="auth_value_unfit")
+
+    def _auth_of_parent(self, handle: int) -> bytes:
+        """The value of the SRK or of another parent, unless the TPM has refused this very value before."""
+        value = self._secret("srk_auth") if handle == self._terms.srk_handle else b""
+        self._given[handle] = hashlib.sha256(value).digest()
+        if self._refused.get(handle) == self._given[handle]:
+            raise errors.parent_refused(handle, self._terms, "not tried again, so that the TPM does not lock itself")
+        return value
+
+    @contextmanager
+    def _under(self, handle: int) -> Iterator[Any]:
+        """The session for a command that a parent authorises."""
+        assert self._sessions is not None
+        try:
+            yield self._sessions.authorising()
+        except TSS2_Exception as error:
+            code = rc.code(error)
+            if code not in rc.WRONG_AUTH:
+                raise
+            accepted = handle in self._accepted
+            self.close()
+            if accepted and self._terms.session != "none":
+                raise errors.altered(f"{error.rc:#x}") from None
+            if code == rc.AUTH_FAIL:  # it counts
+                self._refused[handle] = self._given[handle]
+            raise errors.parent_refused(handle, self._terms, f"{error.rc:#x}") from None
+        self._accepted.add(handle)
+
+    def _parent(self, handle: int) -> Any:
+        """A storage key by its persistent handle. The keys of another SRK than the present one go on being used."""
+        if handle == self._terms.srk_handle:
+            return self._srk
+        if handle not in self._parents:
+            self._auth_of_parent(handle)
+            if handle not in _PERSISTENT or not capabilities.persistent(self._esapi, handle):
+                raise KeyStoreError(
+                    f"the key hangs on the storage key at {handle:#x}, and the TPM has none there",
+                    reason="parent_missing",
+                    hint="was the TPM cleared, or that key removed? Then ask for a new certificate",
+                )
+            assert self._esapi is not None
+            self._parents[handle] = self._esapi.tr_from_tpmpublic(handle)
+        return self._parents[handle]
+
+
+def _serialised(handle: int, name: bytes, public: TPM2B_PUBLIC) -> bytes:
+    """What tpm2-tss holds of a key, as Esys_TR_Serialize writes it: handle, TPM2B_NAME, a 1 for "key", TPM2B_PUBLIC.
+
+    All of it is compared: whoever hands us a longer public part could let it end as the right one does.
+    """
+    parts = (handle.to_bytes(4, "big"), len(name).to_bytes(2, "big"), name, (1).to_bytes(4, "big"), public.marshal())
+    return b"".join(parts)

@@ -1,0 +1,135 @@
+"""What the ``tpm2:`` store keeps on disk besides the keys: small files in ``tpm/`` under the state directory.
+
+- ``srk-HANDLE.name``: the name of the storage root key that sessions are salted with, as first seen, in hexadecimal.
+- ``auth-ID.pem``: an authorisation value of keys that the TPM has sealed. ID says under which storage root key and to
+  which values of registers, so that a cleared TPM or a new firmware gets one of its own, and the old one is still there
+  should the old one come back.
+
+Each is written once, whole or not at all, and never overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from stationkey.errors import KeyStoreError
+from stationkey.keystore import pem
+from stationkey.keystore.tpm2.keyfile import LABEL, KeyFile, read_pem
+from stationkey.system import files as durable
+
+DIRECTORY_NAME: Final = "tpm"
+MAX_SEALED: Final = 64
+"""Sealed values that are kept. Beyond it the oldest goes: registers that never have the same value twice must not fill
+the disk."""
+_MAX_FILE: Final = 16 * 1024
+
+
+class Kept:
+    """The directory.
+
+    Args:
+        state_dir: the state directory; ``tpm/`` is made in it when something is written, with mode 0700.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / DIRECTORY_NAME
+
+    def srk_file(self, handle: int) -> Path:
+        """Where the name of the storage root key at a handle is."""
+        return self.path / f"srk-{handle:08x}.name"
+
+    def srk_name(self, handle: int, found: bytes) -> bytes:
+        """The name of the storage root key at a handle as first seen, which is now where it never was before.
+
+        Raises:
+            KeyStoreError: the file cannot be read, or not be written.
+        """
+        path = self.srk_file(handle)
+        content = self._read(path)
+        if content is None:
+            self._make(path, f"{found.hex()}\n".encode())
+            content = self._read(path) or b""
+        try:
+            return bytes.fromhex(content.decode("ascii"))
+        except ValueError:
+            raise _damaged(path) from None
+
+    def sealed_file(self, parent: bytes, policy: bytes) -> Path:
+        """Where the value is that is sealed under the parent of this name, with this policy digest."""
+        return self.path / f"auth-{hashlib.sha256(parent + policy).hexdigest()[:16]}.pem"
+
+    def sealed(self, path: Path, seal: Callable[[], KeyFile] | None) -> KeyFile | None:
+        """What is sealed in a file; where there is none, what `seal` makes, and None where it is None, too.
+
+        Raises:
+            KeyStoreError: the file is damaged, cannot be read or not be written.
+        """
+        content = self._read(path)
+        if content is None and seal is not None:
+            self._drop_oldest()
+            self._make(path, pem(LABEL, seal().der()))
+            content = self._read(path)  # somebody else's, if he was faster
+        if content is None:
+            return None
+        try:
+            file = read_pem(content)
+        except ValueError:
+            file = None
+        if file is None:
+            raise _damaged(path)
+        return file
+
+    def _read(self, path: Path) -> bytes | None:
+        """The content of a regular file; None where there is none. A symbolic link is not followed."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with os.fdopen(descriptor, "rb") as file:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise _damaged(path)
+                return file.read(_MAX_FILE)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unusable(path, error) from None
+
+    def _make(self, path: Path, content: bytes) -> None:
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                durable.give(descriptor, self.path.parent)
+            finally:
+                os.close(descriptor)
+            durable.sync_directory(self.path.parent)
+            durable.make(path, content)
+        except OSError as error:
+            raise _unusable(path, error) from None
+
+    def _drop_oldest(self) -> None:
+        try:
+            files = sorted(self.path.glob("auth-*.pem"), key=lambda file: file.stat().st_mtime)
+            for file in files[: max(0, len(files) - MAX_SEALED + 1)]:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unusable(self.path, error) from None
+
+
+def _damaged(path: Path) -> KeyStoreError:
+    return KeyStoreError(
+        f"{path} is damaged",
+        reason="tpm_file_damaged",
+        hint="restore it from a backup; docs/operations.md says what is lost without it",
+    )
+
+
+def _unusable(path: Path, error: OSError) -> KeyStoreError:
+    return KeyStoreError(
+        f"{error.filename or path} cannot be used: {error.strerror}",
+        reason="tpm_file_unusable",
+        hint="the state directory must be readable and writable, and have room",
+    )

@@ -1,0 +1,465 @@
+"""The ``tpm2:`` key store: keys born in a TPM 2.0, usable only inside it.
+
+Each key is an ordinary child of the storage root key (SRK): the TPM hands out its private part only wrapped by the SRK,
+and that blob goes to the ledger. The TPM itself keeps nothing of a key, so the number of keys is not bounded by its
+slots, and destroying the blob destroys the key.
+
+What is done when the TPM is lost, reset, cleared or full stands at the head of `stationkey.keystore.tpm2.device`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from secrets import token_urlsafe
+from typing import Any, Final, TypeVar
+
+# tpm2-tss prints every TPM error to standard error by itself; here each becomes an exception with its own words, and a
+# line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins,
+# but for the levels at which the library prints whole commands: an authorisation value may be in them.
+os.environ["TSS2_LOG"] = re.sub("debug|trace", "info", os.environ.get("TSS2_LOG", "all+none"), flags=re.IGNORECASE)
+
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import TPM2_ALG, TPM2_RH, TPM2_ST
+from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS, TPMT_SIGNATURE, TPMT_TK_HASHCHECK
+
+from stationkey.config.settings import TpmTerms
+from stationkey.contract.profiles import ALGORITHMS, Algorithm, EllipticCurve, KeyType
+from stationkey.errors import KeyStoreError, UnsupportedAlgorithm
+from stationkey.keystore import KeyRef, Support
+from stationkey.keystore.tpm2 import capabilities, errors, templates
+from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.device import Device
+from stationkey.keystore.tpm2.keyfile import SEALED, KeyFile, policy_digest
+from stationkey.keystore.tpm2.pcr import PcrPolicy
+from stationkey.keystore.tpm2.signing import HASHES, EccPrivateKey, RsaPrivateKey, public_der, signing_scheme
+from stationkey.keystore.tpm2.templates import KEY_ATTRIBUTES
+from stationkey.x509.csr import PrivateKey, PublicKey
+
+__all__ = ["KEY_ATTRIBUTES", "Tpm2KeyStore"]
+
+T = TypeVar("T")
+
+_SCHEME: Final = "tpm2"
+_NO_TICKET: Final = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=TPM2_RH.NULL)  # the digest was made outside
+
+
+class Tpm2KeyStore(Device):
+    """Keys in the TPM behind a TCTI, with one ESAPI context that is kept until the TPM is lost.
+
+    Args:
+        tcti: name and configuration of a TPM command transmission interface, ``device:/dev/tpmrm0`` for example. Always
+            given: without one, tpm2-tss falls through to whatever listens on localhost:2321.
+        terms: storage root key, authorisation values, policy and sessions.
+        state_dir: the state directory, where some of these need a file of their own; see
+            `stationkey.keystore.tpm2.sealed`.
+        guest: unload nothing that others have loaded, as behind a resource manager.
+    """
+
+    def __init__(
+        self, tcti: str, *, terms: TpmTerms | None = None, state_dir: Path | None = None, guest: bool = False
+    ) -> None:
+        super().__init__(tcti, terms or TpmTerms(), state_dir, guest=guest)
+        self.uri = f"{_SCHEME}:{tcti}"
+        self._unsealed: dict[Path, bytes] = {}
+        # A key just made is loaded already, and one just signed with still is: until `unload`, or the next command.
+        self._loaded: _Loaded | None = None
+        self._supported: dict[Algorithm, Support] = {}
+        self._has_create_loaded = True
+
+    @property
+    def description(self) -> str:
+        """Vendor and firmware version, as the TPM tells them, and what keys are protected by besides."""
+        return self._with_device(lambda: capabilities.description(self._esapi)) + self._protection()
+
+    def _protection(self) -> str:
+        words = []
+        if self._terms.key_auth is not None:
+            words.append("new keys have an authorisation value")
+        if self._registers is not None:
+            words.append(f"new keys are bound to {self._registers}")
+        if self._terms.session != "none":
+            words.append(f"sessions: {self._terms.session}")
+        return "".join(f"; {each}" for each in words)
+
+    def supports(self, algorithm: Algorithm) -> Support:
+        return self._with_device(lambda: self._supports(algorithm))
+
+    def generate(self, algorithm: Algorithm) -> KeyRef:
+        return self._with_device(lambda: self._generate(algorithm))
+
+    @contextmanager
+    def signer(self, key: KeyRef) -> Iterator[PrivateKey]:
+        self._with_device(lambda: self._load(key))
+        public_key, sign = self.public_key(key), partial(self._sign, key)
+        if isinstance(public_key, ec.EllipticCurvePublicKey):
+            yield EccPrivateKey(sign, public_key)
+        else:
+            yield RsaPrivateKey(sign, public_key)
+
+    def check(self, key: KeyRef, *, as_new: bool = False) -> None:
+        """See `stationkey.keystore.Protecting`.
+
+        A key with an authorisation value or a policy has to sign something: nothing less shows that these are still
+        right.
+        """
+        if as_new:
+            self._refuse_other_protection(key)
+        self._with_device(lambda: self._check(key))
+
+    def auth_value(self, private: bytes) -> bytes:
+        try:
+            file = KeyFile.read(private)
+            policy = PcrPolicy.read(file.policy)
+        except ValueError:
+            raise KeyStoreError("the key cannot be read", reason="key_damaged") from None
+        if file.empty_auth:
+            return b""
+        if self._terms.key_auth == "generated":
+            return self._with_device(lambda: self._auth_of(file, policy))
+        return self._auth_of(file, policy)
+
+    def public_key(self, key: KeyRef) -> PublicKey:
+        try:
+            return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
+        except (ValueError, CryptographyUnsupported):
+            raise _damaged(key) from None
+
+    def destroy(self, key: KeyRef) -> None:
+        """Unload it where it is loaded. The TPM holds nothing else of it: the wrapped blob is all there is."""
+        _own(key)
+        if self._loaded is not None and self._loaded.key == key:
+            self.unload()
+
+    def lend(self, key: KeyRef | None, use: Callable[[ESAPI, Any, Any], T]) -> T:
+        """See `stationkey.keystore.Lending`. TPM2_Certify takes the value of a key, whether or not it has a policy."""
+
+        def command() -> T:
+            handle = None if key is None else self._load(key)
+            assert self._sessions is not None
+            return use(self._esapi, handle, self._sessions.authorising())
+
+        return self._with_device(command)
+
+    def unload(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        # A TPM that is lost has unloaded it already, or a new context will.
+        if loaded is not None and self._esapi is not None and not self._abandoned:
+            try:
+                self._esapi.flush_context(loaded.handle)
+            except TSS2_Exception:
+                self._forget()
+        super().unload()
+
+    def _emptied(self) -> None:
+        self._loaded = None
+
+    def _unknown(self) -> None:
+        self._supported.clear()
+        self._unsealed.clear()
+
+    # Authorisation values.
+
+    def _auth_of(self, file: KeyFile, policy: PcrPolicy | None) -> bytes:
+        """The authorisation value of a key that has one."""
+        if self._terms.key_auth is None:
+            raise errors.key_auth_wrong(
+                "the key has an authorisation value, and [tpm] key_auth is not set",
+                hint="name the value that the key was made with",
+            )
+        if self._terms.key_auth != "generated":
+            return self._secret("key_auth")
+        value = self._sealed_auth(file.parent, policy, make=False)
+        if value is None:
+            raise errors.key_auth_wrong(
+                "the authorisation value of the key is not in the state directory",
+                hint="restore tpm/ from a backup; or, was the TPM cleared or exchanged? Then ask for a new certificate",
+            )
+        return value
+
+    def _new_auth(self, policy: PcrPolicy | None) -> bytes:
+        """That of a new key; empty for none."""
+        if self._terms.key_auth == "generated":
+            return self._sealed_auth(self._terms.srk_handle, policy, make=True) or b""
+        return self._secret("key_auth")
+
+    def _sealed_auth(self, parent: int, policy: PcrPolicy | None, *, make: bool) -> bytes | None:
+        """The value that the TPM has sealed under a parent, for keys with this policy; None where there is none."""
+        assert self._kept is not None
+        assert self._esapi is not None
+        under = self._parent(parent)
+        commands = policy.commands(auth=False) if policy is not None else ()
+        path = self._kept.sealed_file(bytes(self._esapi.tr_get_name(under)), policy_digest(commands))
+        if path not in self._unsealed:
+            seal = partial(self._seal, parent, policy) if make else None
+            file = self._kept.sealed(path, seal)
+            if file is None:
+                return None
+            self._unsealed[path] = self._unseal(replace(file, parent=parent), policy, path)
+        return self._unsealed[path]
+
+    def _seal(self, parent: int, policy: PcrPolicy | None) -> KeyFile:
+        """A new random value, of 192 bits in 32 characters that OpenSSL can be given as a password."""
+        self._refuse_if_abandoned()
+        assert self._esapi is not None
+        commands = policy.commands(auth=False) if policy is not None else ()
+        secret = templates.sensitive(data=token_urlsafe(24).encode("ascii"))
+        with self._under(parent) as session:
+            private, public, *_ = self._esapi.create(
+                self._parent(parent), secret, templates.sealed(policy_digest(commands)), session1=session
+            )
+        return KeyFile(public.marshal(), private.marshal(), parent, policy=commands, type=SEALED)
+
+    def _unseal(self, file: KeyFile, policy: PcrPolicy | None, path: Path) -> bytes:
+        assert self._esapi is not None
+        try:
+            handle = self._load_file(file)
+        except (TSS2_Exception, ValueError) as error:
+            if isinstance(error, TSS2_Exception) and rc.code(error) != rc.INTEGRITY:
+                raise
+            raise KeyStoreError(
+                f"the TPM cannot open {path}: it is damaged",
+                reason="tpm_file_damaged",
+                hint="restore it from a backup, or remove it and ask for new certificates for the keys that need it",
+            ) from None
+        try:
+            with self._using(policy, auth=False) as session:
+                return bytes(self._esapi.unseal(handle, session))
+        finally:
+            self._esapi.flush_context(handle)
+
+    # The commands. Each runs inside _with_device.
+
+    def _supports(self, algorithm: Algorithm) -> Support:
+        if algorithm not in self._supported:
+            self._supported[algorithm] = self._ask_support(algorithm)
+        return self._supported[algorithm]
+
+    def _ask_support(self, algorithm: Algorithm) -> Support:
+        profile = ALGORITHMS[algorithm]
+        algorithms = capabilities.algorithms(self._esapi, self._watching())
+        if int(HASHES[profile.hash_name]) not in algorithms:
+            return Support(None, f"this TPM has no {profile.hash_name.upper().replace('SHA', 'SHA-')}")
+        missing = []
+        for kind in profile.key_types:
+            scheme = TPM2_ALG.ECDSA if isinstance(kind, EllipticCurve) else TPM2_ALG.RSASSA
+            if int(scheme) not in algorithms:
+                return Support(None, f"this TPM has no {'ECDSA' if isinstance(kind, EllipticCurve) else 'RSASSA'}")
+            if self._can_make(kind):
+                return Support(kind)
+            missing.append(str(kind))
+        return Support(None, f"this TPM has no {' and no '.join(missing)}")
+
+    def _can_make(self, kind: KeyType) -> bool:
+        assert self._esapi is not None
+        if isinstance(kind, EllipticCurve):
+            return int(templates.CURVES[kind]) in capabilities.curves(self._esapi, self._watching())
+        try:
+            wanted = TPMT_PUBLIC_PARMS(type=TPM2_ALG.RSA, parameters=templates.key_parameters(kind))
+            self._esapi.test_parms(wanted, self._watching())
+        except TSS2_Exception as error:
+            if rc.is_lost(error) or not rc.code(error) & rc.FORMAT_ONE:
+                raise
+            return False  # TPM_RC_VALUE, TPM_RC_KEY_SIZE: the TPM knows RSA, but not this size
+        return True
+
+    def _generate(self, algorithm: Algorithm) -> KeyRef:
+        self._make_room()
+        support = self._supports(algorithm)
+        if support.key_type is None:
+            raise UnsupportedAlgorithm(
+                f"{algorithm} cannot be served: {support.missing}", reason="algorithm_unsupported_by_tpm"
+            )
+        policy = None
+        if self._registers is not None:
+            policy = PcrPolicy.of(self._registers, self._registers.read(self._esapi, self._watching()))
+        auth = self._new_auth(policy)
+        commands = policy.commands(auth=bool(auth)) if policy is not None else ()
+        handle, private, public = self._create_loaded(support.key_type, auth, policy_digest(commands))
+        file = KeyFile(public.marshal(), private.marshal(), self._terms.srk_handle, not auth, commands)
+        key = KeyRef(
+            scheme=_SCHEME,
+            key_type=support.key_type,
+            public=public_der(support.key_type, public),
+            private=file.der(),
+        )
+        self._keep_loaded(key, handle, policy, auth)
+        return key
+
+    def _create_loaded(self, kind: KeyType, auth: bytes, policy: bytes) -> tuple[Any, Any, Any]:
+        """Handle, wrapped private part and public part of a new key, by one command where the TPM has it."""
+        assert self._esapi is not None
+        secret = templates.sensitive(auth=auth)
+        if self._has_create_loaded:
+            try:
+                with self._under(self._terms.srk_handle) as session:
+                    created: tuple[Any, Any, Any] = self._esapi.create_loaded(
+                        self._srk, secret, templates.marshalled_key(kind, policy), session
+                    )
+            except TSS2_Exception as error:
+                if rc.code(error) != rc.COMMAND_CODE:
+                    raise
+                self._has_create_loaded = False
+            else:
+                return created
+        template = TPM2B_PUBLIC(publicArea=templates.key(kind, policy))
+        with self._under(self._terms.srk_handle) as session:
+            private, public, *_ = self._esapi.create(self._srk, secret, template, session1=session)
+        with self._under(self._terms.srk_handle) as session:
+            return self._esapi.load(self._srk, private, public, session), private, public
+
+    def _load(self, key: KeyRef) -> Any:
+        if self._loaded is not None and self._loaded.key == key:
+            return self._loaded.handle
+        file, policy = _file(key)
+        self._make_room()
+        assert self._esapi is not None
+        auth = b"" if file.empty_auth else self._auth_of(file, policy)
+        try:
+            handle = self._load_file(file)
+        except ValueError:
+            raise _damaged(key) from None
+        self._keep_loaded(key, handle, policy, auth)
+        return handle
+
+    def _load_file(self, file: KeyFile) -> Any:
+        """Load under the parent that the file names.
+
+        Raises:
+            ValueError: it is damaged, so that it is not even sent.
+        """
+        assert self._esapi is not None
+        parent = self._parent(file.parent)
+        try:
+            private, public = TPM2B_PRIVATE.unmarshal(file.private)[0], TPM2B_PUBLIC.unmarshal(file.public)[0]
+            with self._under(file.parent) as session:
+                return self._esapi.load(parent, private, public, session)
+        except TSS2_Exception as error:
+            if error.rc & rc.LAYER == rc.MARSHALLING:
+                raise ValueError("damaged") from None
+            raise
+
+    def _keep_loaded(self, key: KeyRef, handle: Any, policy: PcrPolicy | None, auth: bytes) -> None:
+        self._loaded = _Loaded(key, handle, policy, bool(auth))
+        if auth and self._esapi is not None:
+            self._esapi.tr_set_auth(handle, auth)
+
+    @contextmanager
+    def _using(self, policy: PcrPolicy | None, *, auth: bool) -> Iterator[Any]:
+        """The session for a command that a key authorises: by its policy, where it has one."""
+        assert self._sessions is not None
+        try:
+            if policy is None:
+                yield self._sessions.authorising()
+                return
+            yield self._shown(policy, auth=auth)
+        except TSS2_Exception as error:
+            code = rc.code(error)
+            if policy is not None or code in rc.WRONG_AUTH:
+                self._sessions.close()  # it may be the session that is wrong: what began it may have been altered
+            if policy is not None and code == rc.POLICY_FAIL:
+                raise errors.pcr_changed(policy.registers, f"{error.rc:#x}") from None
+            if code in rc.WRONG_AUTH:
+                with_sessions = self._terms.session != "none"
+                if with_sessions and not auth:
+                    raise errors.altered(f"{error.rc:#x}") from None
+                raise errors.key_auth_wrong(
+                    f"the authorisation value is not the one that the key was made with ({error.rc:#x})",
+                    hint="[tpm] key_auth must name the value of then; otherwise ask for a new certificate"
+                    + ("; or the command was altered on its way to the TPM" if with_sessions else ""),
+                ) from None
+            raise
+
+    def _shown(self, policy: PcrPolicy, *, auth: bool) -> Any:
+        """A session to which a policy was shown."""
+        assert self._esapi is not None
+        assert self._sessions is not None
+        session = self._sessions.policy()
+        try:
+            self._esapi.policy_pcr(session, policy.digest, policy.registers.structure())
+        except TSS2_Exception as error:
+            if rc.code(error) == rc.VALUE_1:
+                raise errors.pcr_changed(policy.registers, f"{error.rc:#x}") from None
+            raise
+        if auth:
+            self._esapi.policy_auth_value(session)
+        return session
+
+    def _sign(self, key: KeyRef, data: bytes, scheme: Any, algorithm: hashes.HashAlgorithm) -> TPMT_SIGNATURE:
+        digest = hashes.Hash(algorithm)
+        digest.update(data)
+        message, how = digest.finalize(), signing_scheme(scheme, algorithm.name)
+        return self._with_device(lambda: self._sign_digest(key, message, how))
+
+    def _sign_digest(self, key: KeyRef, digest: bytes, how: Any) -> TPMT_SIGNATURE:
+        self._load(key)
+        assert self._esapi is not None
+        loaded = self._loaded
+        assert loaded is not None
+        with self._using(loaded.policy, auth=loaded.auth) as session:
+            return self._esapi.sign(loaded.handle, digest, how, _NO_TICKET, session)
+
+    def _check(self, key: KeyRef) -> None:
+        self._load(key)
+        if self._loaded is not None and (self._loaded.auth or self._loaded.policy is not None):
+            scheme = TPM2_ALG.ECDSA if isinstance(key.key_type, EllipticCurve) else TPM2_ALG.RSASSA
+            self._sign_digest(key, bytes(32), signing_scheme(scheme, "sha256"))
+
+    def _refuse_other_protection(self, key: KeyRef) -> None:
+        file, policy = _file(key)
+        registers = None if policy is None else policy.registers
+        wanted = (self._terms.srk_handle, self._terms.key_auth is None, self._registers)
+        if (file.parent, file.empty_auth, registers) != wanted:
+            raise KeyStoreError(
+                "the key was made with another protection than [tpm] asks for now", reason="key_protection_differs"
+            )
+
+    def _make_room(self) -> None:
+        """Unload what is still loaded, before the next command needs its slot."""
+        self.unload()
+        if self._esapi is None:  # the TPM was lost meanwhile, as the attempt to unload showed
+            self._open()
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A key that is in one of the TPM's slots, and what it wants to be shown."""
+
+    key: KeyRef
+    handle: Any
+    policy: PcrPolicy | None
+    auth: bool
+
+
+def _own(key: KeyRef) -> None:
+    if key.scheme != _SCHEME:
+        raise KeyStoreError(
+            f"key {key.key_id} was made by a {key.scheme}: key store, and this one is {_SCHEME}:",
+            reason="key_of_another_store",
+        )
+
+
+def _file(key: KeyRef) -> tuple[KeyFile, PcrPolicy | None]:
+    """The wrapped private part of a key of ours with what stands beside it, and its policy."""
+    _own(key)
+    try:
+        file = KeyFile.read(key.private)
+        return file, PcrPolicy.read(file.policy)
+    except ValueError:
+        raise _damaged(key) from None
+
+
+def _damaged(key: KeyRef) -> KeyStoreError:
+    return KeyStoreError(
+        f"what is on record of key {key.key_id} cannot be read",
+        reason="key_damaged",
+        hint="restore a backup of the state directory, or ask for a new certificate",
+    )

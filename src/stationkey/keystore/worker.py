@@ -1,0 +1,397 @@
+"""The one thread that owns the key store, and what happens when a call on it never returns.
+
+A TPM command blocks without a time limit, and a context must not be used from two threads. So every use of a store is a
+job for this thread, each with a deadline that the one who waits enforces: what comes too late is thrown away, key
+included.
+
+A TPM cannot be interrupted, but what comes next can be chosen: short jobs go before long ones, and keys are made ahead
+only when nobody waits. So a request for an EC key waits for one RSA key at the most, the one in hand.
+
+Where a call is still out past its deadline, the next job is not made to wait for it for ever: the thread is
+given up, a new one with a store of its own takes over, and the old one ends as soon as its call returns. From then on
+the old store is abandoned: were it to tidy up in the TPM, it might unload what the new one has just loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Any, Final, TypeVar
+
+from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.keystore import Abandonable, KeyStore
+from stationkey.system.counters import OTHER, Durations
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAX_ABANDONED: Final = 1
+"""How many threads may be stuck in a call at a time, besides the one in use. Each holds a connection to the TPM."""
+
+FAIR_SHARE: Final = 16
+"""How many short jobs may go before a long one that waits: no flood of the ones keeps the others out for ever."""
+
+
+MAX_JOBS: Final = 4096
+"""How many jobs may wait, those that nobody waits for any more included: more than messages can be in hand. Behind a
+device that hangs for good nothing takes them away."""
+
+
+class Turn(IntEnum):
+    """When a job is done, among those that wait."""
+
+    SHORT = 0
+    """Milliseconds: an EC key, a signature, a proof."""
+    LONG = 1
+    """An RSA key: seconds, tens of seconds in a chip. After the short ones, but see `FAIR_SHARE`."""
+    SPARE = 2
+    """Nobody waits for it: when there is nothing else to do."""
+
+
+class Task(StrEnum):
+    """What a job is for, where its time is counted apart from that of others."""
+
+    NEW_EC_KEY = "new_ec_key"
+    """A key and its CSR."""
+    NEW_RSA_KEY = "new_rsa_key"
+    POOLED_KEY = "pooled_key"
+    """The CSR of a key that was made ahead."""
+    MAKE_AHEAD = "make_ahead"
+    PROOF = "proof"
+    """A signature before a key becomes active."""
+    LOAD = "load"
+    """Whether a key can be loaded still."""
+    LOOK = "look"
+    """What the key store can make."""
+    DESTROY = "destroy"
+    PROBE = "probe"
+    """Whether it answers at all."""
+    OTHER = OTHER
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    run: Callable[[KeyStore], Any]
+    expires: float
+    timeout: float
+    future: Future[Any]
+    turn: Turn
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How the last job ended.
+
+    Attributes:
+        at: on the clock of the thread, in seconds.
+        reason: of its error; empty where there was none.
+    """
+
+    at: float
+    reason: str
+
+
+class _Jobs:
+    """What waits for the thread, and how long nobody has wanted anything of it.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._waiting: dict[Turn, deque[_Job]] = {turn: deque() for turn in Turn}
+        # One entry for each job, and None for the end: to wait on this is quicker than on a threading.Condition.
+        self._arrivals: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._short_in_a_row = 0
+        self._wanted = 0  # jobs that somebody waits for, in hand or not yet
+        self._last_done = clock()
+        self._durations: dict[str, Durations] = {}
+        self.last: End | None = None
+
+    def put(self, job: _Job) -> None:
+        with self._lock:
+            self._waiting[job.turn].append(job)
+            self._wanted += job.turn is not Turn.SPARE
+        self._arrivals.put(True)
+
+    def end(self) -> None:
+        """Let `get` give None once the jobs that are here now are done."""
+        self._arrivals.put(None)
+
+    def get(self) -> _Job | None:
+        if self._arrivals.get() is None:
+            return None
+        with self._lock:
+            turns = [turn for turn in Turn if self._waiting[turn]]
+            turn = turns[0]
+            if turn is Turn.SHORT and turns[1:2] == [Turn.LONG] and self._short_in_a_row >= FAIR_SHARE:
+                turn = Turn.LONG
+            self._short_in_a_row = self._short_in_a_row + 1 if turn is Turn.SHORT else 0
+            return self._waiting[turn].popleft()
+
+    def done(self, job: _Job) -> None:
+        if job.turn is not Turn.SPARE:
+            with self._lock:
+                self._wanted -= 1
+                self._last_done = self._clock()
+
+    def note(self, job: _Job, begun: float, reason: str) -> None:
+        """Count how long a job had the store, and remember how it ended."""
+        now = self._clock()
+        with self._lock:
+            self._durations.setdefault(job.task, Durations()).add(now - begun)
+            self.last = End(now, reason)
+
+    @property
+    def idle(self) -> float:
+        with self._lock:
+            return 0.0 if self._wanted else self._clock() - self._last_done
+
+    @property
+    def waiting(self) -> dict[Turn, int]:
+        return {turn: len(waiting) for turn, waiting in self._waiting.items()}
+
+    def durations(self) -> dict[str, tuple[list[int], float]]:
+        with self._lock:
+            return {task: (one.cumulative(), one.sum) for task, one in self._durations.items()}
+
+
+class _Worker(threading.Thread):
+    """Takes jobs from the shared queue until it is told to stop or given up."""
+
+    def __init__(
+        self,
+        name: str,
+        open_store: Callable[[], KeyStore],
+        jobs: _Jobs,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(name=name, daemon=True)  # a call that never returns must not keep the process from ending
+        self._open_store = open_store
+        self._jobs = jobs
+        self._clock = clock
+        self._store: KeyStore | None = None
+        self._turn = threading.Lock()  # a job ends, or its worker is given up: never both at once
+        self._abandoned = False
+        self._expires: float | None = None  # when the job in hand is overdue; None between jobs
+        self._stuck_from: float | None = None  # when it has had the store for its whole time; None between jobs
+
+    @property
+    def hung(self) -> bool:
+        """Whether the job in hand is past its deadline."""
+        expires = self._expires
+        return expires is not None and self._clock() > expires
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is in hand."""
+        return self._expires is not None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the job in hand has had the store for longer than its whole time, the wait before it left out."""
+        stuck_from = self._stuck_from
+        return stuck_from is not None and self._clock() > stuck_from
+
+    def give_up(self) -> bool:
+        """End the thread as soon as its overdue job returns; False, and nothing done, where there is no such job."""
+        with self._turn:
+            self._abandoned = self.hung
+            store: object = self._store
+            if self._abandoned and isinstance(store, Abandonable):
+                store.abandon()
+            return self._abandoned
+
+    def run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                break
+            if not job.future.set_running_or_notify_cancel():
+                self._jobs.done(job)
+                continue
+            begun = self._clock()
+            if begun >= job.expires:
+                self._jobs.done(job)
+                job.future.set_exception(overdue())
+                continue
+            self._stuck_from = begun + job.timeout
+            self._expires = job.expires
+            reason = ""
+            try:
+                result = job.run(self._open())
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
+                reason = error.reason if isinstance(error, StationKeyError) else "internal_error"
+                # Given up, its words may only tell how the one that took over cleared its key away.
+                job.future.set_exception(overdue() if self._abandoned else error)
+            else:
+                job.future.set_result(result)
+            self._tidy()
+            if not self._abandoned:
+                self._jobs.note(job, begun, reason)
+            self._jobs.done(job)
+            with self._turn:
+                self._expires = self._stuck_from = None
+                if self._abandoned:
+                    break
+        if self._store is not None:
+            self._store.close()
+
+    def _tidy(self) -> None:
+        """Unload what the job used, with its result on the way, and still within its time."""
+        try:
+            if self._store is not None:
+                self._store.unload()
+        except Exception:
+            # It never fails, says the protocol. A store for which that is not true must not end the thread.
+            log.exception("a fault of the key store: its keys could not be unloaded")
+
+    def _open(self) -> KeyStore:
+        if self._store is None:
+            store = self._open_store()
+            with self._turn:
+                if self._abandoned:
+                    raise overdue()
+                self._store = store
+        return self._store
+
+
+def overdue() -> KeyStoreError:
+    """The error of a job that was not done in time."""
+    return KeyStoreError(
+        "the key store did not answer in time",
+        reason="keystore_timeout",
+        hint="it is busy with other requests, or the TPM is hung and needs a reset; nothing was kept of this one",
+    )
+
+
+class KeyStoreThread:
+    """Runs jobs on the key store, one at a time, on a thread of its own.
+
+    Args:
+        open_store: opens the store; called in the thread that will own it, when the first job comes.
+        clock: seconds, from any beginning; never set back.
+    """
+
+    def __init__(self, open_store: Callable[[], KeyStore], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._open_store = open_store
+        self._clock = clock
+        self._jobs = _Jobs(clock)
+        self._lock = threading.Lock()
+        self._abandoned: list[_Worker] = []
+        self._count = 0
+        self._worker = self._next()
+        self._worker.start()
+
+    def _next(self) -> _Worker:
+        self._count += 1
+        return _Worker(f"keystore-{self._count}", self._open_store, self._jobs, self._clock)
+
+    def submit(
+        self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT, task: str = Task.OTHER
+    ) -> Future[T]:
+        """Queue a job.
+
+        Args:
+            run: the job; it gets the store.
+            timeout: seconds from now after which the job is not begun any more, and counts as hung if it was.
+            turn: which jobs go before it, and which after.
+            task: what it is for: its time is counted by that.
+
+        Returns:
+            A future with the job's result or its error, which is a `StationKeyError` unless there is a fault in the
+            job itself. Whoever waits for it must give up after `timeout` on his own: a hung call fulfils nothing.
+        """
+        future: Future[T] = Future()
+        now = self._clock()
+        if sum(self.waiting.values()) >= MAX_JOBS:
+            future.set_exception(overdue())
+            return future
+        with self._lock:
+            self._abandoned = [worker for worker in self._abandoned if worker.is_alive()]
+            if len(self._abandoned) < MAX_ABANDONED and self._worker.give_up():
+                self._abandoned.append(self._worker)
+                self._worker = self._next()
+            try:
+                if self._worker.ident is None:
+                    self._worker.start()
+            except RuntimeError:  # the machine has no room for it; the next job tries again
+                log.error("the key store hangs, and there is no room for a thread to try it anew")
+                future.set_exception(overdue())
+                return future
+        self._jobs.put(_Job(run, now + timeout, timeout, future, turn, task))
+        return future
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the last job ended that somebody waited for; 0 while there is one, or while one is stuck."""
+        return self._jobs.idle
+
+    @property
+    def hung(self) -> bool:
+        """Whether the job in hand is past its deadline."""
+        return self._worker.hung
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a call seems never to return: of the thread in use, or of one that was given up.
+
+        Not the same as `hung`, which counts from when a job was asked for. Where many wait for a slow device, the one
+        in hand may be overdue as soon as it begins, and the next one too; but each of them ends. Here a job has all of
+        its time from when it began.
+        """
+        with self._lock:
+            return any(worker.stuck for worker in (self._worker, *self._abandoned) if worker.is_alive())
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is in hand."""
+        return self._worker.busy
+
+    @property
+    def abandoned(self) -> int:
+        """How many threads were given up whose call has not returned yet."""
+        with self._lock:
+            return sum(worker.is_alive() for worker in self._abandoned)
+
+    @property
+    def waiting(self) -> dict[Turn, int]:
+        """How many jobs wait for their turn."""
+        return self._jobs.waiting
+
+    def durations(self) -> dict[str, tuple[list[int], float]]:
+        """How long the jobs of each task had the store: see `Durations.cumulative`, and seconds in all."""
+        return self._jobs.durations()
+
+    @property
+    def last(self) -> tuple[float, str] | None:
+        """How many seconds ago the last job ended, and the reason of its error or an empty text; None before the first.
+
+        Whoever asked may have given up on it before.
+        """
+        end = self._jobs.last
+        return None if end is None else (self._clock() - end.at, end.reason)
+
+    def close(self, timeout: float = 1.0) -> bool:
+        """End the thread after the jobs queued so far, and close the store.
+
+        Args:
+            timeout: seconds to wait for it.
+
+        Returns:
+            Whether it ended in time. One that is stuck in a call is left behind.
+        """
+        self._jobs.end()
+        if self._worker.ident is not None:
+            self._worker.join(timeout)
+        return not self._worker.is_alive()

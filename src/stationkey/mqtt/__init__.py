@@ -1,0 +1,1 @@
+"""The broker: connection, TLS, and what is received and answered over it."""

@@ -1,0 +1,102 @@
+"""The asking side: what Josev does, so that a charging station's side can be tried with no Josev at hand."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from msgspec import UNSET
+
+from stationkey.config.settings import MqttTerms
+from stationkey.contract.messages import (
+    CERTIFICATE_INSTALLATION_STATUS,
+    CertificateInstallationStatus,
+    CertificateInstallationStatusData,
+    GenerateCsrRequest,
+    GenerateCsrResponse,
+    InstallationStatus,
+    decode_response,
+    encode,
+)
+from stationkey.contract.profiles import CertificateType
+from stationkey.mqtt.connection import PLAIN, Broker, connect, topics
+
+
+async def ask(
+    broker: Broker,
+    request: GenerateCsrRequest,
+    *,
+    topic_prefix: str = "",
+    timeout: float = 30.0,
+    terms: MqttTerms = PLAIN,
+) -> GenerateCsrResponse | None:
+    """Ask for a CSR over MQTT and wait for the answer that carries the request's own id, character for character.
+
+    Args:
+        broker: where the broker is.
+        request: what to ask. Published as it is: whether it is right is the station's to say.
+        topic_prefix: see `stationkey.mqtt.connection.topics`.
+        timeout: seconds to wait for the answer, connecting included.
+        terms: TLS and credentials for the broker.
+
+    Returns:
+        The answer, or None where none came in time.
+
+    Raises:
+        BrokerError: the broker cannot be reached, refuses, or went away meanwhile.
+        ConfigurationError: what `terms` names cannot be read.
+        MessageError: the request has text that is not UTF-8.
+    """
+    payload = encode(request)
+    request_topic, response_topic = topics(topic_prefix)
+    client_id = f"stationkey-request-{uuid.uuid4().hex[:12]}"
+    try:
+        async with asyncio.timeout(timeout):
+            async with await connect(broker, client_id=client_id, persistent=False, terms=terms) as connection:
+                await connection.subscribe(response_topic)  # before asking: an answer may be quick
+                await connection.publish(request_topic, payload)
+                while True:
+                    message = await connection.receive()
+                    message.acknowledge()
+                    response = decode_response(message.payload)
+                    if response is not None and response.id == request.id:
+                        return response
+    except TimeoutError:
+        return None
+
+
+async def report_status(
+    broker: Broker,
+    certificate_type: CertificateType,
+    status: InstallationStatus,
+    *,
+    evse_id: str | None = None,
+    topic_prefix: str = "",
+    terms: MqttTerms = PLAIN,
+) -> None:
+    """Tell the charging station what became of a certificate, by ``certificate_installation_status``.
+
+    Args:
+        broker: where the broker is.
+        certificate_type: of which certificate.
+        status: what became of it.
+        evse_id: EVSE that its key is for, or None.
+        topic_prefix: see `stationkey.mqtt.connection.topics`.
+        terms: TLS and credentials for the broker.
+
+    Raises:
+        BrokerError: the broker cannot be reached, or does not take it.
+        ConfigurationError: what `terms` names cannot be read.
+    """
+    message = CertificateInstallationStatus(
+        id=str(uuid.uuid4()),
+        name=CERTIFICATE_INSTALLATION_STATUS,
+        type="update",
+        data=CertificateInstallationStatusData(
+            certificate_type=certificate_type, status=status, evse_id=UNSET if evse_id is None else evse_id
+        ),
+    )
+    topic, _ = topics(topic_prefix)
+    client_id = f"stationkey-josev-{uuid.uuid4().hex[:12]}"
+    async with await connect(broker, client_id=client_id, persistent=False, terms=terms) as connection:
+        await connection.publish(topic, encode(message))

@@ -1,0 +1,765 @@
+"""A connection to the broker: bytes in, bytes out, QoS 1 both ways, and an acknowledgement when it is asked for.
+
+That is why this stands on paho-mqtt itself and not on aiomqtt, which leaves no say over acknowledgements (checked in
+2.5.1). What is received and answered over it is `stationkey.mqtt.gateway`'s.
+
+MQTT 5 first; a broker that knows only 3.1.1 is spoken to in that. Every socket has TCP_NODELAY: with Nagle's algorithm
+and delayed acknowledgements one request takes some 80 ms instead of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from stationkey.config.settings import MqttTerms
+from stationkey.contract.messages import MAX_PAYLOAD, REQUEST_TOPIC, RESPONSE_TOPIC
+from stationkey.errors import BrokerError, ConfigurationError
+from stationkey.mqtt.packet_limit import PacketBound
+from stationkey.mqtt.tls import BrokerSocket, closed_without_a_word, introduction, no_handshake, refused
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT: Final = 1883
+DEFAULT_TLS_PORT: Final = 8883
+KEEPALIVE: Final = 30
+"""Seconds between signs of life on an idle connection [MQTT 5 3.1.2.10]."""
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds for a broker to accept a connection, and for every later answer from it that is waited for."""
+MQTT5_TIMEOUT: Final = 3.0
+"""Seconds for the answer to a CONNECT of MQTT 5, before 3.1.1 is tried: some brokers that know only 3.1.1 misread the
+longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
+SESSION_EXPIRY: Final = 7 * 24 * 3600
+"""Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
+MAX_PREFIX: Final = 1024
+"""Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
+MAX_SHOWN: Final = 120
+"""Characters of a URL that are shown where it is wrong."""
+MAX_IN_HAND: Final = 64
+"""How many messages are in hand at a time, unless it is said otherwise. The broker holds the rest: an RSA key takes its
+time."""
+MAX_WAITING: Final = 1024
+"""How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
+broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound, if it counts right. Reading never
+pauses: behind the requests comes what the answers wait for, their acknowledgements."""
+MAX_CONNECTING: Final = 8
+"""How many attempts to connect may hang. What blocks for ever, such as a TPM, must not cost a thread each time."""
+MAX_RECEIVED: Final = 16 * 1024
+MAX_RECEIVED_BYTES: Final = 8 * 1024 * 1024
+"""How many messages may wait whatever their QoS, and how large they may be together. A broker that sends more than it
+may (Mosquitto 2.0.11 to a client that publishes, its issue 2301) must not fill the memory: what comes then is not
+acknowledged, and once the rest is dealt with it is asked for again by a new connection."""
+PACKET_MARGIN: Final = 64 * 1024
+"""Bytes that a packet may be larger than the largest payload that is read: one that is a little too large is rejected
+by its id, and what is larger the broker keeps to itself, by Maximum Packet Size [MQTT 5 3.1.2.11.4]. Of what comes all
+the same no more is taken than that; see `stationkey.mqtt.packet_limit`."""
+PLAIN: Final = MqttTerms()
+"""No TLS beyond the URL's, and no credentials."""
+ONLINE: Final = b"online"
+OFFLINE: Final = b"offline"
+"""What the availability topic says [MQTT 5 3.1.2.5, the Will Message]."""
+_NO_MATCHING_SUBSCRIBERS: Final = 0x10
+"""[MQTT 5 3.4.2.1]."""
+_UNSPECIFIED_ERROR: Final = 0x80
+"""[MQTT 5 3.14.2.1]."""
+_UNSUPPORTED_PROTOCOL_VERSION: Final = 132
+"""MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Where the broker is: ``mqtt://HOST[:PORT]``, or ``mqtts://HOST[:PORT]`` for TLS."""
+
+    host: str
+    port: int = DEFAULT_PORT
+    tls: bool = False
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """Read a broker URL.
+
+        Raises:
+            ConfigurationError: another scheme, no host, a port out of range, or a password in it.
+        """
+        hint = "for example mqtt://127.0.0.1:1883, or with TLS mqtts://broker.local:8883"
+        if "@" in url:  # looked for before all else: what is said of other mistakes shows the URL
+            raise ConfigurationError(
+                "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
+                reason="broker_invalid",
+            )
+        try:
+            parts = urlsplit(url)
+            tls = parts.scheme == "mqtts"
+            port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{_short(url)} is no broker URL: {_short(str(error))}", reason="broker_invalid", hint=hint
+            ) from None
+        if (
+            parts.scheme not in {"mqtt", "mqtts"}
+            or not parts.hostname
+            or parts.path not in {"", "/"}
+            or parts.query
+            or parts.fragment
+            or port == 0
+        ):
+            raise ConfigurationError(f"{_short(url)} is no broker URL", reason="broker_invalid", hint=hint)
+        return cls(parts.hostname, port, tls)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"mqtt{'s' if self.tls else ''}://{host}:{self.port}"
+
+
+def _short(text: str) -> str:
+    """As much of it as fits into a line."""
+    return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…")
+
+
+class ConnectionLost(BrokerError):
+    """The connection ended while something was under way on it."""
+
+
+class Overrun(ConnectionLost):
+    """The broker sent more than there was room for. The connection stands, and is to be left for another."""
+
+
+class ProtocolRefused(BrokerError):
+    """The broker does not speak this version of MQTT, or said nothing to it: closed the connection, or kept silent."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A message received, not acknowledged yet."""
+
+    payload: bytes
+    connection: MqttConnection
+    mid: int
+    qos: int
+    received: float
+    """When, by the event loop's time."""
+    topic: str = ""
+    retained: bool = False
+    """Whether the broker had kept it from before the subscription."""
+
+    def acknowledge(self) -> None:
+        """Tell the broker that it need not send this again. Too late on a connection that was lost: then it will."""
+        self.connection.acknowledge(self)
+
+
+class _Client(paho.Client):
+    """paho's client, which takes no more of a packet than it is to take.
+
+    paho takes whatever comes, and has no other place to say so than this, between it and the socket.
+    """
+
+    bound: PacketBound
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        return self.bound.read(bufsize, super()._sock_recv)
+
+
+class MqttConnection:
+    """One network connection to a broker, in the running event loop; `connect` makes one, ``async with`` closes it.
+
+    Args:
+        broker: where to connect to.
+        client_id: client identifier; with `persistent`, the broker's session belongs to it.
+        persistent: keep the session (subscriptions, unacknowledged messages) at the broker between connections.
+        terms: TLS and credentials.
+        will: a topic on which the broker is to keep `OFFLINE` once this connection ends without a DISCONNECT.
+        in_hand: how many messages the broker may send before one of them is acknowledged.
+        max_payload: payloads larger than this, and some margin, the broker is to keep to itself. Of one that comes all
+            the same the end is missing.
+        protocol: MQTT version to speak.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        client_id: str,
+        persistent: bool,
+        terms: MqttTerms = PLAIN,
+        will: str | None = None,
+        in_hand: int = MAX_IN_HAND,
+        max_payload: int = MAX_PAYLOAD,
+        protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
+    ) -> None:
+        self._broker = broker
+        self._terms = terms
+        self._persistent = persistent
+        self._in_hand = in_hand
+        self._max_payload = max_payload
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: there will be no more
+        self._received_bytes = 0
+        self._overrun = False
+        self._dropping = False
+        self._accepted: asyncio.Future[None] = self._loop.create_future()
+        self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+        """Done, with the reason, when the connection has ended."""
+        self.resumed = False
+        """Whether the broker had a session for us. One that goes by user name and not by client id gives another's."""
+        self._sock: socket.socket | None = None
+        self._tls: BrokerSocket | None = None
+        """The same, with TLS. It stays when the connection has ended, to say why."""
+        self._keeper: asyncio.Task[None] | None = None
+        self._is_v5 = protocol is MQTTProtocolVersion.MQTTv5
+        self._client = client = _Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=protocol,
+            clean_session=None if self._is_v5 else not persistent,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.bound = PacketBound(max_payload + PACKET_MARGIN)
+        client.connect_timeout = CONNECT_TIMEOUT / 2
+        if will is not None:
+            client.will_set(will, OFFLINE, qos=1, retain=True)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
+        client.on_socket_open = self._on_socket_open
+        client.on_socket_close = self._on_socket_close
+        client.on_socket_register_write = self._on_socket_register_write
+        client.on_socket_unregister_write = self._on_socket_unregister_write
+
+    @property
+    def version(self) -> str:
+        """Of MQTT that is spoken: ``5``, or ``3.1.1``, in which a broker cannot say that it refuses a publication."""
+        return "5" if self._is_v5 else "3.1.1"
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            ProtocolRefused: the broker does not speak this version of MQTT.
+            BrokerError: no connection.
+            ConfigurationError: what the terms name cannot be read, or is of no use with this broker.
+        """
+        properties = None
+        arguments: dict[str, Any] = {}
+        if self._is_v5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho types its client only
+            properties.SessionExpiryInterval = SESSION_EXPIRY if self._persistent else 0
+            properties.ReceiveMaximum = self._in_hand
+            properties.MaximumPacketSize = self._max_payload + PACKET_MARGIN
+            arguments = {"clean_start": not self._persistent, "properties": properties}
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await _in_thread(lambda: self._dial(arguments), name="mqtt-connect")
+        except ssl.SSLError as error:
+            raise no_handshake(str(self._broker), error) from None
+        except (OSError, ValueError) as error:
+            self._drop("not connected")  # where it was the time: the thread goes on; see _watch
+            why = str(error) or f"no connection within {CONNECT_TIMEOUT:g} s"
+            hint = "does it speak TLS there?" if self._broker.tls and isinstance(error, ConnectionResetError) else ""
+            raise BrokerError(f"no broker at {self._broker}: {why}", reason="broker_unreachable", hint=hint) from None
+        except asyncio.CancelledError:
+            self._drop("not connected")
+            raise
+        try:
+            await asyncio.wait_for(asyncio.shield(self._accepted), MQTT5_TIMEOUT if self._is_v5 else CONNECT_TIMEOUT)
+        except TimeoutError:
+            self._drop("no answer to CONNECT")
+            kind = ProtocolRefused if self._is_v5 else BrokerError
+            raise kind(f"{self._broker} did not answer as an MQTT broker", reason="broker_unreachable") from None
+        except BaseException:
+            self._drop("not connected")
+            raise
+        self._keeper = self._loop.create_task(self._keep_alive(), name="mqtt-keepalive")
+
+    def _dial(self, arguments: dict[str, Any]) -> None:
+        """What of connecting blocks: files, name look-up, TCP, and TLS with a TPM perhaps; paho has no other way."""
+        we = introduction(self._terms, tls=self._broker.tls)
+        self._client.username_pw_set(we.username, we.password)  # type: ignore[arg-type] # a password is binary data
+        if we.tls is not None:
+            self._client.tls_set_context(we.tls)
+        self._client.connect(self._broker.host, self._broker.port, KEEPALIVE, **arguments)
+
+    async def close(self, *, forget: bool = False) -> None:
+        """Say DISCONNECT, as far as there is anybody to hear it, and close.
+
+        Args:
+            forget: have the broker end a persistent session, too. With MQTT 5 only.
+        """
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if not self.lost.done():
+            properties = None
+            if forget and self._is_v5:
+                properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call] # as in `open`
+                properties.SessionExpiryInterval = 0
+            self._client.disconnect(properties=properties)
+            # paho ends the connection once the DISCONNECT is written; a broker that does not read must not hold us.
+            await asyncio.wait({self.lost}, timeout=1.0)
+        self._drop("closed")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def subscribe(self, topic: str) -> None:
+        """Subscribe at QoS 1.
+
+        A retained message comes once in a session, and not again at each reconnect, where the broker speaks MQTT 5
+        [3.8.3.1, Retain Handling].
+
+        Raises:
+            BrokerError: the broker refuses, for want of rights perhaps.
+            ConnectionLost: it went away.
+        """
+        if self._is_v5:
+            once = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB)
+            code, mid = self._client.subscribe(topic, options=once)
+        else:
+            code, mid = self._client.subscribe(topic, qos=1)
+        granted = await self._answer(code, mid)
+        if granted.is_failure:
+            raise BrokerError(
+                f"the broker refuses a subscription to {topic}",
+                reason="subscription_refused",
+                hint="look at its access control list",
+            )
+        if granted.value < 1:
+            log.warning("the broker grants QoS 0 for %s: what comes while there is no connection is lost", topic)
+
+    async def unsubscribe(self, topic: str) -> None:
+        """End a subscription to just this topic, if there is one.
+
+        Raises:
+            ConnectionLost: the connection ended.
+        """
+        await self._answer(*self._client.unsubscribe(topic))
+
+    @property
+    def is_v5(self) -> bool:
+        """Whether MQTT 5 is spoken, rather than 3.1.1."""
+        return self._is_v5
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
+        """Publish at QoS 1, and wait until the broker has it.
+
+        Args:
+            topic: where to.
+            payload: what.
+            retain: have the broker keep it, for whoever subscribes later.
+
+        Returns:
+            False where the broker says that nobody subscribes to it, which not every broker does.
+
+        Raises:
+            BrokerError: the broker refuses (only MQTT 5 lets it say so).
+            ConnectionLost: it went away; whether it has the message is not known.
+        """
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        self._client.loop_write()  # now, and not when the loop comes round
+        reason = await self._answer(info.rc, info.mid)
+        if reason.is_failure:
+            raise BrokerError(
+                f"the broker refuses to take a message on {topic}: {reason}",
+                reason="publication_refused",
+                hint="look at its access control list",
+            )
+        return reason.value != _NO_MATCHING_SUBSCRIBERS
+
+    @property
+    def waiting(self) -> int:
+        """How many messages `receive` would give at once."""
+        return self._received.qsize()
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Raises:
+            Overrun: there was no room for what came next.
+            ConnectionLost: the connection has ended. What was received before comes first.
+        """
+        if self._overrun and self._received.empty():
+            raise Overrun(
+                f"{self._broker} sent more than may be in hand; it is asked for the rest again",
+                reason="connection_lost",
+            )
+        message = await self._received.get()
+        if message is None:
+            self._received.put_nowait(None)  # for whoever asks next
+            raise self._connection_lost()
+        self._received_bytes -= len(message.payload)
+        self._dropping = self._dropping and not self._received.empty()
+        return message
+
+    def acknowledge(self, message: Message) -> None:
+        """Send the PUBACK for a message of this connection; see `Message.acknowledge`."""
+        if not self.lost.done() and message.qos > 0:
+            self._client.ack(message.mid, message.qos)
+
+    async def _answer(self, code: MQTTErrorCode, mid: int | None) -> ReasonCode:
+        """Wait for the broker's answer to the packet `mid`."""
+        if self.lost.done() or code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
+            raise self._connection_lost()
+        waiting: asyncio.Future[ReasonCode] = self._loop.create_future()
+        self._waiting[mid] = waiting
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                return await waiting
+        except TimeoutError:
+            self._drop(f"no acknowledgement within {CONNECT_TIMEOUT:g} s")
+            raise self._connection_lost() from None
+        finally:
+            self._waiting.pop(mid, None)
+
+    def _connection_lost(self) -> ConnectionLost:
+        why = self.lost.result() if self.lost.done() else "not connected"
+        return ConnectionLost(f"the connection to {self._broker} ended: {why}", reason="connection_lost")
+
+    async def _keep_alive(self) -> None:
+        while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - it has to be asked
+            await asyncio.sleep(1.0)
+        self._drop("no sign of life")
+
+    def _drop(self, why: str) -> None:
+        """End the connection from this side, whatever state it is in."""
+        sock = self._sock
+        self._on_socket_close(self._client, None, sock)
+        if sock is not None:
+            sock.close()
+        self._end(why)
+
+    def _end(self, why: str) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result(why)
+        self._received.put_nowait(None)
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(self._connection_lost())
+        if not self._accepted.done():
+            self._accepted.set_exception(self._not_accepted(why))
+            self._accepted.exception()  # looked at, so that nobody is told that nobody looked
+
+    def _not_accepted(self, why: str) -> BrokerError:
+        """What it means that the connection ended before the broker answered the CONNECT."""
+        if self._tls is not None and self._tls.failure is not None:
+            return refused(str(self._broker), self._tls.failure)
+        if self._tls is not None:
+            closed_without_a_word()
+        # Some brokers that know no MQTT 5 close the connection without a word.
+        return ProtocolRefused(
+            f"{self._broker} closed the connection: {why}",
+            reason="broker_refuses",
+            hint="" if self._tls is None else "does it want a client certificate, and trust this one?",
+        )
+
+    # paho's callbacks. Those about the socket come, during connect, from a thread of its own.
+
+    def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        if isinstance(sock, BrokerSocket):
+            self._tls = sock
+        self._loop.call_soon_threadsafe(self._watch, sock)
+
+    def _watch(self, sock: socket.socket) -> None:
+        if self.lost.done():
+            sock.close()  # nobody waited for it any more
+        elif sock.fileno() != -1:
+            self._loop.add_reader(sock, self._read, sock)
+
+    def _read(self, sock: socket.socket) -> None:
+        """Read a packet. With TLS there may be more of them in what was decrypted, and the socket tells of none."""
+        if sock.fileno() == -1:
+            return
+        try:
+            self._client.loop_read()
+        except Exception:  # noqa: BLE001 - paho raises whatever it stumbles over in a packet that is none
+            self._drop("what came is no MQTT")
+            return
+        if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
+            self._loop.call_soon(self._read, sock)
+
+    def _on_socket_close(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        if self._sock is not None and self._sock.fileno() != -1:
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+        self._sock = None
+
+    def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._loop.call_soon(self._write, sock)
+        else:
+            self._loop.call_soon_threadsafe(self._write, sock)
+
+    def _write(self, sock: socket.socket) -> None:
+        """Send at once what the socket takes, and the rest when it takes more: hardly ever is there a rest."""
+        if sock.fileno() == -1:
+            return
+        self._client.loop_write()
+        if sock.fileno() == -1:
+            return
+        if self._client.want_write():
+            self._loop.add_writer(sock, self._client.loop_write)
+        elif isinstance(sock, BrokerSocket) and sock.reading_wants_to_write:
+            self._loop.add_writer(sock, self._read_on, sock)
+
+    def _read_on(self, sock: socket.socket) -> None:
+        """Go on reading where TLS has to write for it, and now can."""
+        self._loop.remove_writer(sock)
+        self._read(sock)
+
+    def _on_socket_unregister_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        if sock.fileno() != -1:
+            self._loop.remove_writer(sock)
+
+    def _on_connect(
+        self, client: paho.Client, userdata: object, flags: paho.ConnectFlags, reason: ReasonCode, properties: object
+    ) -> None:
+        if self._accepted.done():
+            return
+        if not reason.is_failure:
+            self.resumed = flags.session_present
+            self._accepted.set_result(None)
+        elif reason.value == _UNSUPPORTED_PROTOCOL_VERSION:
+            self._accepted.set_exception(
+                ProtocolRefused(f"{self._broker} does not speak this MQTT version", reason="broker_refuses")
+            )
+        else:
+            self._accepted.set_exception(
+                BrokerError(f"{self._broker} refuses the connection: {reason}", reason="broker_refuses")
+            )
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: object,
+        flags: paho.DisconnectFlags,
+        reason: ReasonCode,
+        properties: object,
+    ) -> None:
+        # paho calls it an unspecified error where nobody said anything.
+        closed = reason.value == _UNSPECIFIED_ERROR and not flags.is_disconnect_packet_from_server
+        self._end("it was closed from there, or lost" if closed else str(reason))
+
+    def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
+        payload = bytes(message.payload)
+        waiting = self._received.qsize()
+        # Of two messages the first is not passed over for the second: their order may matter.
+        self._overrun |= waiting >= MAX_RECEIVED or self._received_bytes + len(payload) > MAX_RECEIVED_BYTES
+        if self._overrun:
+            return
+        if message.qos > 0 or waiting < MAX_WAITING:
+            self._received_bytes += len(payload)
+            self._received.put_nowait(
+                Message(
+                    payload,
+                    self,
+                    message.mid,
+                    message.qos,
+                    self._loop.time(),
+                    topic=message.topic,
+                    retained=bool(message.retain),
+                )
+            )
+        elif not self._dropping:
+            self._dropping = True  # said once, until all that waits has been taken
+            log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")
+
+    def _on_publish(
+        self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
+    ) -> None:
+        self._answered(mid, reason)
+
+    def _on_subscribe(
+        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
+    ) -> None:
+        self._answered(mid, reasons[0])
+
+    def _on_unsubscribe(
+        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
+    ) -> None:
+        # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
+        self._answered(mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
+
+    def _answered(self, mid: int, reason: ReasonCode) -> None:
+        waiting = self._waiting.get(mid)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reason)
+
+
+async def check(broker: Broker, terms: MqttTerms) -> None:
+    """Look, before the first connection, whether there can be one by these terms. Nothing is connected to yet.
+
+    Raises:
+        ConfigurationError: something cannot be read, is not what it should be, or is of no use with this broker.
+    """
+    if terms.password is not None and not broker.tls and not _is_loopback(broker.host):
+        log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            await _in_thread(lambda: introduction(terms, tls=broker.tls), name="mqtt-check")
+    except (BrokerError, TimeoutError) as error:
+        log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection tries again, and says so
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def connect(
+    broker: Broker,
+    *,
+    client_id: str,
+    persistent: bool,
+    terms: MqttTerms = PLAIN,
+    will: str | None = None,
+    in_hand: int = MAX_IN_HAND,
+    max_payload: int = MAX_PAYLOAD,
+) -> MqttConnection:
+    """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
+
+    The arguments are those of `MqttConnection`; the files and secrets that `terms` names are read now, and the last two
+    only a broker of MQTT 5 is told.
+
+    Raises:
+        BrokerError: neither.
+        ConfigurationError: what `terms` names cannot be read, or is of no use with this broker.
+    """
+    for protocol in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
+        connection = MqttConnection(
+            broker,
+            client_id=client_id,
+            persistent=persistent,
+            terms=terms,
+            will=will,
+            in_hand=in_hand,
+            max_payload=max_payload,
+            protocol=protocol,
+        )
+        try:
+            await connection.open()
+        except ProtocolRefused as error:
+            if protocol is MQTTProtocolVersion.MQTTv311:
+                raise
+            log.debug("trying MQTT 3.1.1: %s", error)
+        else:
+            return connection
+    raise AssertionError("unreachable")
+
+
+_threads: Final = threading.BoundedSemaphore(MAX_CONNECTING)
+
+
+async def _in_thread(call: Callable[[], T], *, name: str) -> T:
+    """The result of a blocking call; in a thread that, unlike the event loop's own, a process may end without.
+
+    Raises:
+        BrokerError: as many of them as there may be hang, or this machine has no room for another thread.
+    """
+    future: Future[T] = Future()
+    if not _threads.acquire(blocking=False):
+        raise BrokerError(
+            f"{MAX_CONNECTING} attempts to connect hang, in the look-up of a name or in the TPM",
+            reason="broker_unreachable",
+        )
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the one who waits is to have it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            _threads.release()
+
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except (RuntimeError, MemoryError) as error:
+        _threads.release()
+        raise BrokerError(f"no thread to connect with: {error}", reason="broker_unreachable") from None
+    result = asyncio.wrap_future(future)
+    # What comes when nobody waits any more is looked at, so that nobody is told that nobody looked.
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(result)
+
+
+async def unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; or None where `end` comes first, and `work` was cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task, end], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def topics(prefix: str) -> tuple[str, str]:
+    """The topics of requests and of responses, `prefix` put before both.
+
+    Args:
+        prefix: a topic level or several; a ``/`` between it and the rest is added where it ends in none. May be empty.
+
+    Raises:
+        ConfigurationError: it has a wildcard, a NUL or half a character, is too long, or begins with ``$``, which is
+            the broker's own.
+    """
+    if not _is_topic(prefix):
+        raise ConfigurationError(f"{prefix[:80]!r} cannot begin a topic", reason="topic_prefix_invalid")
+    if prefix and not prefix.endswith("/"):
+        prefix += "/"
+    return prefix + REQUEST_TOPIC, prefix + RESPONSE_TOPIC
+
+
+def availability(prefix: str, topic: str) -> str:
+    """The availability topic, with `prefix` put before it as before the others.
+
+    Raises:
+        ConfigurationError: it cannot be a topic, or is one of the others.
+    """
+    request, response = topics(prefix)
+    whole = request.removesuffix(REQUEST_TOPIC) + topic
+    if not topic or not _is_topic(whole) or whole in {request, response}:
+        raise ConfigurationError(
+            f"{topic[:80]!r} cannot be the availability topic", reason="availability_topic_invalid"
+        )
+    return whole
+
+
+def _is_topic(text: str) -> bool:
+    """Whether messages may be published on it, or on what it begins [MQTT 5 4.7.1, 4.7.2, 4.7.3]."""
+    if any("\ud800" <= character <= "\udfff" or character in "+#\0" for character in text):
+        return False
+    return len(text.encode()) <= MAX_PREFIX and not text.startswith("$")

@@ -1,0 +1,438 @@
+"""The MQTT edge: requests in, answers out, and nothing lost while a broker or this process is away.
+
+Requests are acknowledged to the broker only after their answer is with it: until then the broker holds them for the
+persistent session and sends them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NoReturn, Protocol
+
+from stationkey.config.settings import MqttTerms
+from stationkey.contract.messages import (
+    MAX_PAYLOAD,
+    CertificateInstallationStatus,
+    GenerateCsrData,
+    GenerateCsrRequest,
+    GenerateCsrResponse,
+    decode,
+    encode,
+)
+from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
+from stationkey.mqtt.connection import (
+    CONNECT_TIMEOUT,
+    MAX_IN_HAND,
+    OFFLINE,
+    ONLINE,
+    PLAIN,
+    Broker,
+    ConnectionLost,
+    Message,
+    MqttConnection,
+    Overrun,
+    availability,
+    connect,
+    topics,
+    unless,
+)
+
+log = logging.getLogger(__name__)
+
+COPIES_SHARE: Final = 4
+"""One in so many of those in hand may be a copy of a request that is in hand already. It waits for the answer to that:
+one id said over and over would keep all others out while a key is made."""
+FIRST_DELAY: Final = 0.1
+LAST_DELAY: Final = 30.0
+"""Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
+the stations of a site do not all come back at the same moment."""
+STEADY: Final = 10.0
+"""Seconds that a connection must have lasted for the next one to be tried for as soon as the first."""
+UNSTEADY_DELAY: Final = 1.0
+"""Seconds before the next one at most where it did not: each may cost a handshake, signed for in the TPM."""
+SIGN_OFF: Final = 1.0
+"""Seconds for the broker to take the last word on the availability topic."""
+
+
+class Answering(Protocol):
+    """What the edge needs of the service; `stationkey.service.requests.StationKeyService` has it."""
+
+    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+        """Answer a request that has waited for so many seconds already."""
+
+    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
+        """Refuse a message that is wrong and has an id."""
+
+    def pass_over(self, error: StationKeyError) -> None:
+        """Note a message that is wrong and cannot be answered."""
+
+    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
+        """Take note of what became of a certificate; of some other time, where the broker had `retained` it."""
+
+    async def undelivered(self) -> list[GenerateCsrResponse]:
+        """Answers on record that no broker has confirmed."""
+
+    async def delivered(self, response: GenerateCsrResponse) -> None:
+        """Note that the broker has an answer."""
+
+
+@dataclass(slots=True, eq=False)
+class _InHand:
+    """A message that is being answered."""
+
+    message: Message
+    request_id: str | None = None
+    canonical_id: str | None = None
+    copy: bool = False
+
+    def about(self) -> dict[str, object]:
+        """What a log line says of it."""
+        return {} if self.request_id is None else {"request_id": self.request_id}
+
+    def takes_over(self, again: Message) -> bool:
+        """Whether `again` is this message, sent once more over a new connection; then it is the one to acknowledge.
+
+        The same payload on the same connection is a second request, and gets an answer of its own.
+        """
+        if again.connection is self.message.connection or again.payload != self.message.payload:
+            return False
+        self.message = again
+        return True
+
+
+class MqttEdge:
+    """Takes requests from a broker to a service and its answers back, for as long as it runs.
+
+    Args:
+        broker: where the broker is.
+        service: answers the requests.
+        client_id: of the persistent session; the same at every start.
+        topic_prefix: see `topics`.
+        terms: TLS, credentials and availability topic.
+        queue: how many messages are in hand at a time; the broker holds the rest.
+        payload_bytes: how large a message may be.
+        on_ready: called whenever the subscription stands.
+        on_away: called whenever there is no connection: it was lost, or could not be made.
+
+    Raises:
+        ConfigurationError: a topic that cannot be one.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        service: Answering,
+        *,
+        client_id: str,
+        topic_prefix: str = "",
+        terms: MqttTerms = PLAIN,
+        queue: int = MAX_IN_HAND,
+        payload_bytes: int = MAX_PAYLOAD,
+        on_ready: Callable[[], None] = lambda: None,
+        on_away: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._broker = broker
+        self._service = service
+        self._client_id = client_id
+        self._request_topic, self._response_topic = topics(topic_prefix)
+        self._terms = terms
+        topic = terms.availability_topic
+        self._availability = None if topic is None else availability(topic_prefix, topic)
+        self._announces = False
+        self._told_unavailable = False
+        self._on_ready = on_ready
+        self._on_away = on_away
+        self._connection: MqttConnection | None = None
+        self._connected = asyncio.Event()
+        """There is a connection, or there will be none any more: `_ending`."""
+        self._ending = False
+        self._queue = queue
+        self._payload_bytes = payload_bytes
+        self._free = asyncio.Semaphore(queue)
+        self._in_hand: set[_InHand] = set()
+        self._ids: Counter[str] = Counter()
+        self._asked: dict[str, GenerateCsrData] = {}  # what the first request in hand with an id asks for
+        self._copies = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the subscription stands."""
+        return self._connection is not None
+
+    @property
+    def in_hand(self) -> int:
+        """How many messages are being answered, or wait for their answer to be handed over."""
+        return len(self._in_hand)
+
+    @property
+    def waiting(self) -> int:
+        """How many messages have come and wait for a free hand."""
+        return 0 if self._connection is None else self._connection.waiting
+
+    async def run(self, stop: asyncio.Event, *, drain: float) -> None:
+        """Serve until `stop` is set; then finish what is in hand.
+
+        Args:
+            stop: ends the service.
+            drain: seconds for what is in hand to be answered. What is not, the broker sends again at the next start.
+        """
+        self._spawn(self._deliver_recorded(), "deliver-recorded")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        delay, now = FIRST_DELAY, asyncio.get_running_loop().time
+        try:
+            while not stop.is_set():
+                since = math.inf
+                try:
+                    connection = await unless(stopping, self._connect())
+                    if connection is None:
+                        break
+                    since, delay = now(), min(delay, UNSTEADY_DELAY)
+                    await self._serve(connection, stopping, drain)
+                except (BrokerError, ConfigurationError) as error:  # a secret or a certificate may just be exchanged
+                    self._on_away()
+                    if now() - since > STEADY:
+                        delay = FIRST_DELAY
+                    wait = delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
+                    log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
+                    await asyncio.wait([stopping], timeout=wait)
+                    delay = min(delay * 2, LAST_DELAY)
+            await self._drain(drain)  # where there is no connection: what is in hand is written down at least
+        finally:
+            stopping.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connect(self) -> MqttConnection:
+        """A connection on which the subscription stands."""
+        connection = await self._open()
+        try:
+            await connection.subscribe(self._request_topic)
+            await self._announce(connection, ONLINE)
+        except BaseException:
+            await self._sign_off(connection)
+            await connection.close()
+            raise
+        return connection
+
+    async def _open(self) -> MqttConnection:
+        """A connection, with a Last Will where there is an availability topic and the broker takes one."""
+        open_ = partial(
+            connect,
+            self._broker,
+            client_id=self._client_id,
+            persistent=True,
+            terms=self._terms,
+            in_hand=self._queue,
+            max_payload=self._payload_bytes,
+        )
+        self._announces = self._availability is not None
+        try:
+            return await open_(will=self._availability)
+        except BrokerError as error:
+            if error.reason != "broker_refuses" or not self._announces:
+                raise
+            try:  # some brokers refuse a client for the topic of its will; Mosquitto just does not publish it
+                connection = await open_()
+            except BrokerError:
+                raise error from None
+        self._announces = False
+        self._not_announced(BrokerError("the broker refuses the Last Will", reason="publication_refused"))
+        return connection
+
+    async def _announce(self, connection: MqttConnection, state: bytes) -> None:
+        """Have the broker keep `state` on the availability topic, if it takes it."""
+        if self._availability is None or not self._announces:
+            return
+        try:
+            await connection.publish(self._availability, state, retain=True)
+        except ConnectionLost:
+            raise
+        except BrokerError as error:
+            self._not_announced(error)
+
+    def _not_announced(self, error: BrokerError) -> None:
+        """Say so once. Keys are given all the same."""
+        if not self._told_unavailable:
+            log.warning("availability is not published: %s", error, extra={"reason": error.reason})
+        self._told_unavailable = True
+
+    async def _sign_off(self, connection: MqttConnection) -> None:
+        """Say ourselves what the Last Will would say, which goes with a DISCONNECT [MQTT 5 3.14.4]."""
+        with suppress(ConnectionLost, TimeoutError):
+            async with asyncio.timeout(SIGN_OFF):
+                await self._announce(connection, OFFLINE)
+
+    async def _serve(self, connection: MqttConnection, stopping: asyncio.Task[bool], drain: float) -> None:
+        """Serve on one connection until it is lost, or until told to stop and what is in hand is finished."""
+        async with connection:
+            self._connection = connection
+            self._connected.set()
+            self._on_ready()
+            try:
+                await unless(stopping, self._receive(connection))
+                await self._drain(drain)
+                await self._sign_off(connection)
+            finally:
+                self._disconnected(connection)
+
+    def _disconnected(self, connection: MqttConnection) -> None:
+        if self._connection is connection:
+            self._connection = None
+            if not self._ending:
+                self._connected.clear()
+
+    async def _receive(self, connection: MqttConnection) -> NoReturn:
+        while True:
+            try:
+                message = await connection.receive()
+            except Overrun:
+                # What is not acknowledged before the connection ends comes again with the rest. But nothing waits for
+                # long: a status may be in hand until the TPM is back.
+                if self._tasks:
+                    await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT)
+                raise
+            if message.topic != self._request_topic:
+                await self._leave(message)
+                continue
+            if any(in_hand.takes_over(message) for in_hand in self._in_hand):
+                continue
+            acquire = self._free.acquire()
+            # What is in hand may itself wait for the next connection, so a loss must be noticed meanwhile.
+            if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
+                continue  # never acknowledged, so the broker sends it again
+            self._spawn(self._handle(_InHand(message)), "answer")
+
+    async def _leave(self, message: Message) -> None:
+        """Pass over a message of a topic that is not ours, and have the broker send no more of them.
+
+        The session is the broker's, and keeps what was subscribed to by an earlier run with another prefix, or by
+        somebody who had our client id.
+        """
+        words = f"it came on {message.topic[:80]!r}, which nobody here subscribed to"
+        self._service.pass_over(MessageError(words, reason="topic_foreign"))
+        message.acknowledge()
+        with suppress(ConnectionLost):  # then at the next one, over the next connection
+            await message.connection.unsubscribe(message.topic)
+
+    async def _drain(self, seconds: float) -> None:
+        """Let what is in hand be finished. From now on nothing waits for another connection."""
+        self._ending = True
+        self._connected.set()
+        if not self._tasks:
+            return
+        _, left = await asyncio.wait(self._tasks, timeout=seconds)
+        for in_hand in self._in_hand:
+            log.warning("not finished; the broker will send it again", extra=in_hand.about())
+        for task in left:
+            task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, in_hand: _InHand) -> None:
+        """Answer one message, and acknowledge it once the answer is with the broker."""
+        self._in_hand.add(in_hand)
+        try:
+            response = await self._respond(in_hand)
+            if response is None or await self._deliver(response):
+                in_hand.message.acknowledge()
+        except Exception:
+            # A fault of ours. Acknowledged all the same: the broker would send it for ever.
+            log.exception("a message could not be dealt with; this is a fault of stationkey", extra=in_hand.about())
+            in_hand.message.acknowledge()
+        finally:
+            self._in_hand.discard(in_hand)
+            self._let_go(in_hand)
+            self._free.release()
+
+    async def _respond(self, in_hand: _InHand) -> GenerateCsrResponse | None:
+        try:
+            message = decode(in_hand.message.payload, max_payload=self._payload_bytes)
+        except MessageError as error:
+            in_hand.request_id = error.request_id
+            if error.request_id is not None:
+                return await self._service.reject(error.request_id, error)
+            self._service.pass_over(error)
+            return None
+        match message:
+            case GenerateCsrRequest():
+                in_hand.request_id = message.id
+                if not self._take_up(in_hand, message):
+                    log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
+                    return None
+                waited = asyncio.get_running_loop().time() - in_hand.message.received
+                return await self._service.answer(message, waited=waited)
+            case CertificateInstallationStatus():
+                await self._service.note_status(message, retained=in_hand.message.retained)
+        return None
+
+    def _take_up(self, in_hand: _InHand, request: GenerateCsrRequest) -> bool:
+        """Whether a request is to have an answer of its own; else that to the same request is yet to come.
+
+        One with the same id and other content is none: the service says at once what is to be said to it.
+        """
+        canonical_id = request.id.lower()
+        is_copy = self._asked.get(canonical_id) == request.data
+        if is_copy and self._copies >= max(1, self._queue // COPIES_SHARE):
+            return False
+        in_hand.canonical_id, in_hand.copy = canonical_id, is_copy
+        self._asked.setdefault(canonical_id, request.data)
+        self._ids[canonical_id] += 1
+        self._copies += is_copy
+        return True
+
+    def _let_go(self, in_hand: _InHand) -> None:
+        if in_hand.canonical_id is None:
+            return
+        self._copies -= in_hand.copy
+        self._ids[in_hand.canonical_id] -= 1
+        if not self._ids[in_hand.canonical_id]:
+            del self._ids[in_hand.canonical_id], self._asked[in_hand.canonical_id]
+
+    async def _deliver(self, response: GenerateCsrResponse) -> bool:
+        """Publish an answer; over a new connection where one is lost, for as long as it takes.
+
+        Returns:
+            Whether it is done with; False where the service ends first.
+        """
+        payload = encode(response)
+        while True:
+            await self._connected.wait()
+            connection = self._connection
+            if connection is None:
+                log.warning("the answer goes out after the next start", extra={"request_id": response.id})
+                return False
+            try:
+                await connection.publish(self._response_topic, payload)
+            except ConnectionLost:
+                self._disconnected(connection)
+                continue
+            except BrokerError as error:
+                log.error("the answer is lost: %s", error, extra={"request_id": response.id, "reason": error.reason})
+                return True
+            await self._service.delivered(response)
+            return True
+
+    async def _deliver_recorded(self) -> None:
+        """Publish what an earlier run answered and could not hand over."""
+        await self._connected.wait()
+        if self._connection is None:
+            return
+        try:
+            for response in await self._service.undelivered():
+                log.info("publishing an answer of an earlier run", extra={"request_id": response.id})
+                await self._deliver(response)
+        except StationKeyError as error:
+            log.error("answers of an earlier run cannot be published: %s", error, extra={"reason": error.reason})

@@ -1,0 +1,362 @@
+"""TLS towards the broker: whom to believe, and how to show who we are.
+
+The broker's certificate is always verified, its name included; nothing here can turn that off. The client's key may be
+in a TPM; see `stationkey.mqtt.tpm_provider`.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import socket
+import ssl
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn, Self
+
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import MqttTerms
+from stationkey.errors import BrokerError, ConfigurationError
+from stationkey.mqtt.tpm_provider import TPM_PROVIDER
+
+MAX_PEM: Final = 1024 * 1024
+"""Bytes of a file with certificates or a key."""
+
+_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_HINTS: Final = {
+    **dict.fromkeys((9, 10), "is this machine's clock right?"),
+    **dict.fromkeys((62, 64), "if it has another name than the URL's host, say it by server_name"),
+    **dict.fromkeys((18, 19, 20, 21), "is the certificate of its authority in ca_file?"),
+}
+"""By OpenSSL's verify code [x509_vfy.h]: not yet valid, expired; another name, another address; an unknown issuer."""
+_NO_CERTIFICATE: Final = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+"""What a broker says to a client that shows no certificate: because it has none, or because its key does not work."""
+
+
+class BrokerSocket(ssl.SSLSocket):
+    """A TLS connection that remembers what paho-mqtt does not pass on.
+
+    Attributes:
+        reading_wants_to_write: the last read could not go on before something is written [SSL_read(3)].
+        failure: what OpenSSL called the end of the connection, such as the broker's alert; None for no such end.
+    """
+
+    reading_wants_to_write = False
+    failure: str | None = None
+
+    def do_handshake(self, block: bool = False) -> None:
+        """As in `ssl`; where it fails, the socket is closed, which paho leaves to chance."""
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """As in `ssl`."""
+        self.reading_wants_to_write = False
+        try:
+            return super().recv(buflen, flags)
+        except ssl.SSLWantReadError:
+            raise
+        except ssl.SSLWantWriteError:
+            self.reading_wants_to_write = True
+            raise
+        except ssl.SSLError as error:
+            self.failure = error.reason
+            raise
+
+
+class BrokerContext(ssl.SSLContext):
+    """What every connection to the broker is made by: TLS 1.2 or above, and the broker's certificate verified.
+
+    Attributes:
+        server_name: the name in the broker's certificate where it is another than the host's, or None.
+    """
+
+    server_name: str | None = None
+    sslsocket_class = BrokerSocket
+
+    def __new__(cls) -> Self:
+        """Made with nothing but what has to be; see `introduction`."""
+        context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)  # verifies certificate and name
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # With it, TLS 1.2 could make a write wait for a read. No broker needs it [RFC 9325 3.5].
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        return context
+
+    def wrap_socket(self, sock: socket.socket, *arguments: Any, **options: Any) -> ssl.SSLSocket:
+        """As in `ssl`, with the name that is in the broker's certificate, and without Nagle's algorithm."""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server_name is not None:
+            options["server_hostname"] = self.server_name
+        return super().wrap_socket(sock, *arguments, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What a context is made of."""
+
+    terms: MqttTerms
+    ca: bytes | None
+    certificate: bytes | None
+    key: bytes | None
+
+    @property
+    def key_is_in_tpm(self) -> bool:
+        return self.key is not None and b"-----BEGIN TSS2 PRIVATE KEY-----" in self.key
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a connection to the broker begins with.
+
+    Attributes:
+        tls: what to make TLS by, or None for none.
+        username: user name, or None.
+        password: password, or None.
+    """
+
+    tls: ssl.SSLContext | None
+    username: str | None
+    password: bytes | None = field(repr=False)
+
+
+def introduction(terms: MqttTerms, *, tls: bool) -> Introduction:
+    """Read, now, what `terms` names. Blocks; a key in a TPM is loaded there.
+
+    Args:
+        terms: TLS and credentials.
+        tls: whether the broker is spoken to by TLS.
+
+    Raises:
+        ConfigurationError: something cannot be read, is not what it should be, or is of use with TLS only.
+        BrokerError: the TPM does not give the key, now.
+    """
+    if not tls and any((terms.ca_file, terms.certificate_file, terms.key_file, terms.server_name)):
+        raise ConfigurationError(
+            "the URL of the broker is one without TLS: CA file, certificate, key and server name would be of no use",
+            reason="tls_options_unused",
+            hint="begin the URL with mqtts://, or take them out",
+        )
+    username, password = _credentials(terms)
+    return Introduction(_client_context(terms) if tls else None, username, password)
+
+
+def _client_context(terms: MqttTerms) -> ssl.SSLContext:
+    """What to make a connection to the broker by."""
+    files = _read(terms)
+    return _TPM.context(files) if files.key_is_in_tpm else _context(files)
+
+
+def _read(terms: MqttTerms) -> _Files:
+    certificate = key = None
+    if terms.certificate_file is not None:
+        certificate = _read_certificate(terms.certificate_file.path)
+        key = (terms.key_file or terms.certificate_file).read(limit=MAX_PEM)
+    ca = None if terms.ca_file is None else _read_pem(terms.ca_file, "CA file", reason="ca_file_unusable")
+    return _Files(terms, ca, certificate, key)
+
+
+def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_PEM + 1)
+    except OSError as error:
+        raise ConfigurationError(f"the {name} {path} cannot be read: {error.strerror}", reason=reason) from None
+    if len(content) > MAX_PEM:
+        raise ConfigurationError(f"the {name} {path} has more than {MAX_PEM} bytes", reason=reason)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_certificates(content))
+    except (OSError, ValueError):
+        raise ConfigurationError(f"there is no certificate (PEM) in the {name} {path}", reason=reason) from None
+    return content
+
+
+def _certificates(content: bytes) -> str:
+    """The certificates in a PEM file: between them may stand keys, and comments in any encoding [RFC 7468 2]."""
+    return "\n".join(block.decode("ascii", "replace") for block in _CERTIFICATE.findall(content))
+
+
+def _read_certificate(path: Path) -> bytes:
+    return _read_pem(path, "certificate file", reason="client_certificate_unusable")
+
+
+def _context(files: _Files) -> ssl.SSLContext:
+    """The context of these files.
+
+    Raises:
+        ConfigurationError: a file is not what it should be.
+        ssl.SSLError, OSError: the key cannot be loaded.
+    """
+    context = BrokerContext()
+    terms = files.terms
+    context.server_name = terms.server_name
+    if terms.server_name is not None:
+        try:
+            context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=terms.server_name)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{terms.server_name!r} is no server name: {error}", reason="config_invalid"
+            ) from None
+    if terms.ca_file is None:
+        context.load_default_certs()
+    else:
+        context.load_verify_locations(cadata=_certificates(files.ca or b""))
+    if files.key is not None:
+        _load_key(context, files)
+    return context
+
+
+def _load_key(context: ssl.SSLContext, files: _Files) -> None:
+    certificate = files.terms.certificate_file
+    assert certificate is not None
+    assert files.key is not None
+    path = (files.terms.key_file or certificate).path
+    if b"PRIVATE KEY-----" not in files.key:
+        raise ConfigurationError(f"there is no private key (PEM) in {path}", reason="client_key_unusable")
+
+    def refuse() -> NoReturn:  # or OpenSSL would ask at the terminal
+        raise ConfigurationError(
+            f"the private key in {path} needs a password or an authorisation value, and there is nobody to ask",
+            reason="client_key_unusable",
+            hint="keep it without one, in a file for this user alone, or better in the TPM",
+        )
+
+    try:
+        context.load_cert_chain(certificate.path, path, refuse)
+    except OSError as error:  # ssl's errors are among them
+        what = getattr(error, "reason", None)
+        if what == "KEY_VALUES_MISMATCH":
+            raise ConfigurationError(
+                f"the private key in {path} is not that of the first certificate in {certificate.path}",
+                reason="client_key_mismatch",
+            ) from None
+        if files.key_is_in_tpm:
+            raise BrokerError(
+                f"the TPM does not load the private key in {path}",
+                reason="tls_tpm_failed",
+                hint="was it made by this TPM, and is there a resource manager, such as /dev/tpmrm0?",
+            ) from None
+        raise ConfigurationError(
+            f"OpenSSL takes neither key nor certificate of {path}: {what or 'they are damaged'}",
+            reason="client_key_unusable",
+        ) from None
+
+
+class _Tpm:
+    """The context that has a key in the TPM loaded.
+
+    One for all connections, because each that has the key loaded takes one of the three slots that the kernel's
+    resource manager gives a process.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: tuple[_Files, ssl.SSLContext] | None = None
+        self._stale = False
+
+    def context(self, files: _Files) -> ssl.SSLContext:
+        """The context of these files.
+
+        Raises:
+            ConfigurationError: OpenSSL has no tpm2 provider, or a file is not what it should be.
+            BrokerError: the TPM does not give the key, now.
+        """
+        with self._lock:
+            if self._made is not None and self._made[0] == files and not self._stale:
+                return self._made[1]
+            self._made = None
+            gc.collect()  # the key of the context before it leaves its slot only now
+            self._stale = False
+            context = self._load(files)
+            self._made = files, context
+            return context
+
+    def _load(self, files: _Files) -> ssl.SSLContext:
+        TPM_PROVIDER.open(files.terms.tcti)
+        try:
+            context = _context(files)
+        except BrokerError:
+            if not TPM_PROVIDER.close():
+                raise
+            TPM_PROVIDER.open(files.terms.tcti)
+            context = _context(files)
+        TPM_PROVIDER.works()
+        return context
+
+    def failed(self) -> bool:
+        """TLS failed, and so may have the TPM: have the key loaded anew next time.
+
+        Returns:
+            Whether a key in a TPM was used at all.
+        """
+        self._stale = True  # and no more here: the caller is the event loop, and the TPM may hang
+        return self._made is not None
+
+
+_TPM: Final = _Tpm()
+
+
+def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
+    """What to say of a handshake that failed.
+
+    Args:
+        broker: its URL.
+        error: what `ssl` said.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return BrokerError(
+            f"the certificate of {broker} is not to be trusted: {error.verify_message.rstrip('.')}",
+            reason="broker_untrusted",
+            hint=_HINTS.get(error.verify_code, ""),
+        )
+    if "_ALERT_" in (error.reason or ""):
+        return refused(broker, error.reason)
+    # Which of the two it is depends on the Python, and so does whether there is a reason.
+    hung_up = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    why = "it hung up" if hung_up else _words(error.reason)
+    return BrokerError(
+        f"no TLS with {broker}: {why}",
+        reason="broker_tls_failed",
+        hint="or the TPM did not sign with the client's key" if _TPM.failed() else "",
+    )
+
+
+def refused(broker: str, failure: str) -> BrokerError:
+    """What to say of a broker that ends TLS because it does not take our certificate, mostly [RFC 8446 6.2].
+
+    Args:
+        broker: its URL.
+        failure: what OpenSSL calls it.
+    """
+    if failure == _NO_CERTIFICATE and _TPM.failed():
+        return BrokerError(f"no TLS with {broker}: the TPM did not sign with the client's key", reason="tls_tpm_failed")
+    return BrokerError(
+        f"{broker} refuses TLS with us: {_words(failure)}",
+        reason="broker_refuses",
+        hint="does it want a client certificate, and trust this one?",
+    )
+
+
+def closed_without_a_word() -> None:
+    """The broker ended a connection by TLS, and gave no reason: a reset takes an alert with it that was not read yet.
+
+    So it may have been that the TPM did not sign; a key in it is loaded anew for the next connection.
+    """
+    _TPM.failed()
+
+
+def _words(failure: str | None) -> str:
+    return "it failed" if failure is None else failure.lower().replace("_", " ")
+
+
+def _credentials(terms: MqttTerms) -> tuple[str | None, bytes | None]:
+    username = terms.username
+    if isinstance(username, SecretReference):
+        try:
+            username = username.read().decode()
+        except UnicodeDecodeError:  # [MQTT 5 3.1.3.5]
+            raise ConfigurationError("the user name for the broker is not UTF-8", reason="secret_unreadable") from None
+    return username, None if terms.password is None else terms.password.read()

@@ -1,0 +1,1 @@
+"""Health, status and metrics, and the HTTP server that shows them."""

@@ -1,0 +1,202 @@
+"""A small HTTP server for this machine alone: figures and health are asked for here, and nothing can be changed.
+
+It stands on asyncio's streams, in the event loop that answers requests. So what it reads is read on one thread, what it
+costs is bounded in one place, and a loop that hangs does not say that it is well. Whoever connects gets one request, of
+bounded length, in bounded time. When all places are taken the connection that has waited longest has to go, so that
+nobody who only holds connections open keeps others out.
+
+What listens is on a loopback address or in the file system. A web page in a browser on this machine can reach a
+loopback address too, and by DNS rebinding read what comes back. So the Host asked for has to be a loopback name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import urlsplit
+
+from stationkey.system.listener import BACKLOG, Listener
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS: Final = 16
+"""How many connections there may be at a time. Prometheus holds one, for milliseconds."""
+MAX_HEAD: Final = 8 * 1024
+"""Bytes of request line and header fields."""
+TIME_LIMIT: Final = 5.0
+"""Seconds that a connection may last, all in all."""
+MAX_IGNORED: Final = 64 * 1024
+"""Bytes after the head that are read and thrown away, so that the answer is not lost with them."""
+_REQUEST_LINE: Final = re.compile(r"([!-~]+) ([!-~]+) HTTP/(\d)\.(\d)")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a page says."""
+
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    status: HTTPStatus = HTTPStatus.OK
+
+
+Page = Callable[[], Awaitable[Reply]]
+
+
+class _Refused(Exception):
+    """The request gets no page, and this status."""
+
+    def __init__(self, status: HTTPStatus) -> None:
+        super().__init__(status.phrase)
+        self.status = status
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    writer: asyncio.StreamWriter
+    answering: bool = False
+    task: asyncio.Task[None] | None = field(default_factory=asyncio.current_task)
+
+
+class Endpoint:
+    """Shows pages to whoever asks at a listener; for the length of an ``async with`` block.
+
+    Args:
+        listener: where; closed by its owner.
+        pages: by path, such as ``/metrics``.
+    """
+
+    def __init__(self, listener: Listener, pages: Mapping[str, Page]) -> None:
+        self._listener = listener
+        self._pages = pages
+        # Whoever reaches a UNIX socket is no browser, and a proxy may pass on any Host.
+        self._any_host = listener.address.path is not None
+        self._open: dict[_Connection, None] = {}  # in the order of their coming
+        self._server: asyncio.Server | None = None
+        self._ending = False
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(
+            self._serve, sock=self._listener.socket, limit=MAX_HEAD, backlog=BACKLOG
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._ending = True
+        self._server.close()
+        tasks = [connection.task for connection in self._open if connection.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, from its beginning to its end."""
+        self._make_room()
+        connection = _Connection(writer)
+        self._open[connection] = None
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                writer.write(await self._answer(reader, connection))
+                await writer.drain()
+                connection.answering = False
+                writer.write_eof()
+                ignored = 0
+                while ignored < MAX_IGNORED and (more := await reader.read(MAX_HEAD)):
+                    ignored += len(more)
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            pass  # it was too slow, or has gone
+        except asyncio.CancelledError:
+            if not self._ending:  # else the end is in order, and asyncio would log it as a fault
+                raise
+        finally:
+            self._open.pop(connection, None)
+            writer.transport.abort()
+
+    def _make_room(self) -> None:
+        """End the connection that has waited longest for its request, or the oldest where none does."""
+        if len(self._open) < MAX_CONNECTIONS:
+            return
+        oldest = next((one for one in self._open if not one.answering), next(iter(self._open)))
+        del self._open[oldest]
+        oldest.writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader, connection: _Connection) -> bytes:
+        """Head and body of the response to the one request of a connection."""
+        method = ""
+        try:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.LimitOverrunError:
+                raise _Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE) from None
+            connection.answering = True
+            method, page = self._find(head.decode("latin-1").split("\r\n"))
+            reply = await _shown(page)
+        except _Refused as refused:
+            reply = Reply(f"{refused.status.phrase}\n".encode(), status=refused.status)
+        return _response(reply, with_body=method != "HEAD")
+
+    def _find(self, lines: list[str]) -> tuple[str, Page]:
+        """Method and page of a request [RFC 9112 2 and 3]."""
+        request = _REQUEST_LINE.fullmatch(lines[0])
+        if request is None:
+            raise _Refused(HTTPStatus.BAD_REQUEST)
+        method, target, major, minor = request.groups()
+        if major != "1":
+            raise _Refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+        fields = [line.partition(":") for line in lines[1:]]
+        hosts = [value.strip() for name, _, value in fields if name.lower() == "host"]
+        if len(hosts) > 1 or (not hosts and minor != "0"):
+            raise _Refused(HTTPStatus.BAD_REQUEST)
+        if hosts and not self._any_host and not is_loopback_host(hosts[0]):
+            raise _Refused(HTTPStatus.MISDIRECTED_REQUEST)
+        if method not in {"GET", "HEAD"}:
+            raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED)
+        try:
+            page = self._pages.get(urlsplit(target).path)
+        except ValueError:
+            raise _Refused(HTTPStatus.BAD_REQUEST) from None
+        if page is None:
+            raise _Refused(HTTPStatus.NOT_FOUND)
+        return method, page
+
+
+async def _shown(page: Page) -> Reply:
+    try:
+        return await page()
+    except Exception:
+        log.exception("a page could not be made; this is a fault of stationkey")
+        return Reply(b"a fault of stationkey; see its log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a Host field [RFC 9110 7.2] means this machine by a name that no other can have."""
+    name = re.sub(r":\d*$", "", host)
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _response(reply: Reply, *, with_body: bool) -> bytes:
+    fields = [
+        f"HTTP/1.1 {reply.status.value} {reply.status.phrase}",
+        f"Content-Type: {reply.content_type}",
+        f"Content-Length: {len(reply.body)}",
+        "Cache-Control: no-store",
+        "X-Content-Type-Options: nosniff",
+        "Connection: close",
+    ]
+    if reply.status is HTTPStatus.METHOD_NOT_ALLOWED:
+        fields.append("Allow: GET, HEAD")
+    return "\r\n".join([*fields, "", ""]).encode("ascii") + (reply.body if with_body else b"")

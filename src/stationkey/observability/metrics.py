@@ -1,0 +1,242 @@
+"""Figures for Prometheus. All is counted elsewhere, in plain numbers; here it is given names when it is asked for.
+
+Names follow Prometheus' conventions: base units, ``_total`` for what only grows. `docs/metrics.md` lists them all. No
+label is longer or more varied than what this project's own tables hold, but for the EVSE IDs of the keys that expire
+first, which are bounded in number and in form. No name of a person, an operator or a station is a label.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from stationkey import __version__
+from stationkey.contract.profiles import CertificateType
+from stationkey.ledger import Figures
+from stationkey.ledger.lifecycle import KeyState
+from stationkey.observability.health import FRESH, Health
+from stationkey.observability.status import Condition
+from stationkey.service.requests import StationKeyService
+from stationkey.system.counters import BUCKETS, Counts
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+UNANSWERABLE: Final = (
+    "duplicate_name",
+    "id_invalid",
+    "id_missing",
+    "nested_too_deep",
+    "not_a_message",
+    "not_a_number",
+    "not_json",
+    "not_utf8",
+    "number_too_long",
+    "payload_too_large",
+    "topic_foreign",
+)
+"""Reasons why a message cannot be answered, shown at 0 from the start; one that is not here begins with its first."""
+_PREFIX: Final = "stationkey_"
+
+L = TypeVar("L", bound=tuple[str, ...])
+"""The values of labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """What is shown of one moment."""
+
+    condition: Condition
+    figures: Figures | None
+
+
+class _Process(ProcessCollector):
+    """What the kernel says of this process, also where it shows nothing of others.
+
+    The library reads the time of boot from ``/proc/stat``, which ``ProcSubset=pid`` of the unit hides, and then shows
+    nothing at all.
+    """
+
+    def _boot_time(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Exposition(Collector):
+    """The text that Prometheus reads.
+
+    Args:
+        health: knows the parts.
+    """
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+        self._now = _Now(health.condition(), None)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        _Process(registry=self._registry)
+        self._one_at_a_time = asyncio.Lock()
+        self._made_at = -FRESH
+        self._text = b""
+
+    async def text(self) -> bytes:
+        """All figures, as they were `FRESH` seconds ago at the most: no flood of questions makes more work."""
+        async with self._one_at_a_time:
+            if time.monotonic() - self._made_at >= FRESH:
+                figures = await self._health.figures()
+                self._now = _Now(self._health.condition(), figures)
+                self._text = generate_latest(self._registry)
+                self._made_at = time.monotonic()
+        return self._text
+
+    def collect(self) -> Iterator[Metric]:
+        """Every figure; called by the registry."""
+        condition, figures = self._now.condition, self._now.figures
+        yield _info(
+            "build", "Version of stationkey and of Python.", version=__version__, python=platform.python_version()
+        )
+        yield from _of_condition(condition)
+        yield from self._of_keystore()
+        if self._health.edge is not None:
+            edge = self._health.edge
+            yield _gauge("messages_in_hand", "Messages that are being answered.", edge.in_hand)
+            yield _gauge("messages_waiting", "Messages that have come and wait for that.", edge.waiting)
+        if self._health.service is not None:
+            yield from _of_service(self._health.service)
+        if figures is not None:
+            yield from _of_ledger(figures)
+
+    def _of_keystore(self) -> Iterator[Metric]:
+        keystore = self._health.keystore
+        waiting = {(turn.name.lower(),): count for turn, count in keystore.waiting.items()}
+        yield _gauges("keystore_jobs_waiting", "Jobs that wait for the key store.", ("turn",), waiting)
+        yield _gauge("keystore_jobs_in_hand", "Jobs that the key store works at: one or none.", keystore.busy)
+        yield _gauge(
+            "keystore_threads_abandoned", "Threads that were given up in a call and still are.", keystore.abandoned
+        )
+        if (last := keystore.last) is not None:
+            when = time.time() - last[0]
+            yield _gauge("keystore_last_job_timestamp_seconds", "When the key store did something last.", when)
+        durations = HistogramMetricFamily(
+            _PREFIX + "keystore_job_seconds", "How long a job had the key store, its wait left out.", labels=("task",)
+        )
+        for task, (cumulative, total) in keystore.durations().items():
+            durations.add_metric((task,), _buckets(cumulative), total)
+        yield durations
+
+
+def _of_condition(condition: Condition) -> Iterator[Metric]:
+    yield _gauge("ready", "Whether it serves, as far as the broker lets it.", condition.ready)
+    yield _gauge("healthy", "Whether /health says so.", condition.healthy)
+    yield _gauge("broker_connected", "Whether the subscription at the broker stands.", condition.connected)
+    yield _counter("broker_connections", "How often the subscription has stood.", condition.connections)
+    yield _gauge(
+        "broker_changed_timestamp_seconds", "Since when the broker is connected, or is not.", condition.changed
+    )
+    yield _gauge("keystore_reachable", "Whether the key store answered the last time.", condition.reachable)
+    yield _gauge("keystore_stuck", "Whether a call to the key store hangs.", condition.stuck)
+    yield _gauge("ledger_writable", "Whether the ledger could be written the last time.", not condition.ledger)
+
+
+def _of_service(service: StationKeyService) -> Iterator[Metric]:
+    tally = service.tally
+    types = [str(certificate_type) for certificate_type in CertificateType]
+    yield _counters(
+        "requests",
+        "Requests for a CSR, by what became of them.",
+        ("certificate_type", "outcome", "reason"),
+        tally.requests,
+        [(certificate_type, outcome, "") for certificate_type in types for outcome in ("accepted", "repeated")],
+    )
+    rejected = sum(count for (_, outcome, _), count in tally.requests.items() if outcome == "rejected")
+    # Too many reasons there are to show each at 0 from the start; so that the first burst has a rate, the sum is there.
+    yield _counter("rejected_requests", "Requests that were rejected, for whatever reason.", rejected)
+    yield _counters(
+        "statuses",
+        "Messages about installed certificates, by what became of them.",
+        ("status", "outcome", "reason"),
+        tally.statuses,
+        [(status, "applied", "") for status in ("installed", "failed_installation", "deleted")],
+    )
+    yield _counters(
+        "unanswerable_messages",
+        "Messages without a usable id, by what was wrong.",
+        ("reason",),
+        tally.unanswerable,
+        [(reason,) for reason in UNANSWERABLE],
+    )
+    answers = HistogramMetricFamily(
+        _PREFIX + "answer_seconds", "How long a new CSR took, from the message to the answer.", labels=("algorithm",)
+    )
+    for algorithm, durations in tally.answers.items():
+        answers.add_metric((algorithm,), _buckets(durations.cumulative()), durations.sum)
+    yield answers
+    yield _counter(
+        "certificate_differences", "What in installed certificates differed from their profiles.", tally.differences
+    )
+    yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", tally.unusable)
+    yield _counter(
+        "running_seconds", "How long the daemon has run with this ledger, all runs together.", service.running / 1000
+    )
+    ready = {(str(kind),): count for kind, count in service.pool.ready().items()}
+    yield _gauges("pool_keys_ready", "Keys made ahead that are ready.", ("key_type",), ready)
+    wanted = {(str(kind),): count for kind, count in service.pool.wanted().items()}
+    yield _gauges("pool_keys_wanted", "Keys made ahead that there should be.", ("key_type",), wanted)
+
+
+def _of_ledger(figures: Figures) -> Iterator[Metric]:
+    living = [state for state in KeyState if state is not KeyState.DESTROYED]
+    keys = {
+        (str(state), str(certificate_type)): figures.keys.get((str(state), str(certificate_type)), 0)
+        for state in living
+        for certificate_type in CertificateType
+    }
+    yield _gauges("keys", "Keys that live and have an owner.", ("state", "certificate_type"), keys)
+    yield _gauges(
+        "certificate_expiry_timestamp_seconds",
+        "When the certificate of an active key expires.",
+        ("certificate_type", "evse_id"),
+        {(kind, evse_id): expires for kind, evse_id, expires in figures.expiries},
+    )
+    yield _gauge("certificates_expiry_unknown", "Active keys of which no expiry is shown.", figures.unknown)
+    yield _gauge("destroyed_keys", "Destroyed keys that are on record.", figures.destroyed)
+    yield _gauge("ledger_size_bytes", "Size of the ledger, its write-ahead log included.", figures.size)
+
+
+def _info(name: str, words: str, **labels: str) -> Metric:
+    return _gauges(f"{name}_info", words, tuple(labels), {tuple(labels.values()): 1})
+
+
+def _gauge(name: str, words: str, value: float) -> Metric:
+    return GaugeMetricFamily(_PREFIX + name, words, value=float(value))
+
+
+def _gauges(name: str, words: str, labels: tuple[str, ...], values: Mapping[L, float]) -> Metric:
+    family = GaugeMetricFamily(_PREFIX + name, words, labels=labels)
+    for each, value in values.items():
+        family.add_metric(each, float(value))
+    return family
+
+
+def _counter(name: str, words: str, value: float) -> Metric:
+    return CounterMetricFamily(_PREFIX + name, words, value=float(value))
+
+
+def _counters(
+    name: str, words: str, labels: tuple[str, ...], counts: Counts, always: list[tuple[str, ...]] | None = None
+) -> Metric:
+    """`always` are there from the start, at 0: what appears only with its first event has no rate then."""
+    family = CounterMetricFamily(_PREFIX + name, words, labels=labels)
+    for each, value in {**dict.fromkeys(always or [], 0), **dict(counts.items())}.items():
+        family.add_metric(each, float(value))
+    return family
+
+
+def _buckets(cumulative: list[int]) -> list[tuple[str, float]]:
+    bounds = [*map(str, BUCKETS), "+Inf"]
+    return [(bound, float(count)) for bound, count in zip(bounds, cumulative, strict=True)]

@@ -1,0 +1,188 @@
+"""The directory ``active/``: for each certificate type and EVSE, the key in use and its chain, in one PEM file.
+
+Key and chain are in one file because a file is what can be exchanged atomically: whoever opens it reads the old pair
+or the new pair. The directory only shows what the ledger says; `ActiveDirectory.sync` makes it so after every change
+and at every start, which also repairs what a loss of power left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, unquote
+
+from stationkey.errors import LedgerError
+from stationkey.system import files
+
+DIRECTORY_NAME: Final = "active"
+_SUFFIX: Final = ".pem"
+_LOCK: Final = ".lock"
+_MODE: Final = 0o700
+_IN_THE_WAY: Final = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP})
+"""A directory or a link where there should be a file."""
+
+LOCK_TIMEOUT: Final = 5.0
+"""Seconds to wait for another writer, who needs milliseconds."""
+
+Owner = tuple[str, str]
+"""Certificate type and EVSE ID, the latter empty where there is none: what there is one active key for."""
+
+
+def file_name(owner: Owner) -> str:
+    """``<certificate_type>[.<evse_id>].pem``.
+
+    In the EVSE ID, all but letters, digits, ``_``, ``-`` and ``~`` is percent-encoded, so that it has neither dot nor
+    slash and can be read back (`owner_of`).
+    """
+    certificate_type, evse_id = owner
+    encoded = "." + quote(evse_id, safe="").replace(".", "%2E") if evse_id else ""
+    return f"{certificate_type}{encoded}{_SUFFIX}"
+
+
+def owner_of(name: str) -> Owner | None:
+    """Whose file `name` is; None where it is no name that `file_name` gives."""
+    if not name.endswith(_SUFFIX):
+        return None
+    certificate_type, _, encoded = name.removesuffix(_SUFFIX).partition(".")
+    try:
+        owner = (certificate_type, unquote(encoded, errors="strict"))
+        return owner if file_name(owner) == name else None
+    except UnicodeError:  # half characters, and bytes that are no UTF-8
+        return None
+
+
+class ActiveDirectory:
+    """The directory, for whoever may write the state directory: the daemon, and the ``keys`` commands beside it.
+
+    Args:
+        state_dir: the state directory; ``active/`` is made in it, with mode 0700.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / DIRECTORY_NAME
+
+    def sync(self, wanted: Callable[[], Mapping[Owner, bytes]]) -> list[Path]:
+        """Make the directory show what `wanted` says, and nothing else.
+
+        Args:
+            wanted: gives for each owner the content of his file. Called with the directory locked, so that the last of
+                two writers shows the last state of the ledger.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            LedgerError: the directory cannot be written; what could not be exchanged is as it was.
+        """
+        try:
+            self._make()
+            with self._locked():
+                contents = {file_name(owner): content for owner, content in wanted().items()}
+                troubles: list[OSError] = []
+                # First what must not be there: it goes on a full disk, too, and makes room.
+                gone = [file for file in self.path.iterdir() if file.name not in contents and file.name != _LOCK]
+                for file in gone:
+                    with _noted(troubles):
+                        _remove(file)
+                written = []
+                for name, content in contents.items():
+                    with _noted(troubles):
+                        written.append(self._write(name, content))
+                if gone or any(written):
+                    files.sync_directory(self.path)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if troubles:
+            raise self._unwritable(troubles[0])
+        return [path for path in written if path is not None]
+
+    def _unwritable(self, error: OSError) -> LedgerError:
+        path = error.filename or self.path
+        hint = "make room, or give this user the rights; the ledger is right, and the file is made up for later"
+        if error.errno in _IN_THE_WAY:
+            hint = f"something else is in the way: move {path} out of {self.path}, which is stationkey's alone"
+        return LedgerError(f"{path} cannot be written: {error.strerror}", reason="active_unwritable", hint=hint)
+
+    def _make(self) -> None:
+        """Make the directory, or close it to others. A link in its place is refused: it leads who knows where."""
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if stat.S_IMODE(os.fstat(descriptor).st_mode) != _MODE:
+                os.fchmod(descriptor, _MODE)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            end = time.monotonic() + LOCK_TIMEOUT
+            while not _try_lock(descriptor):
+                if time.monotonic() > end:
+                    raise TimeoutError(errno.ETIMEDOUT, "another process has it locked", str(self.path / _LOCK))
+                time.sleep(0.01)  # flock has no timeout, and a command that was suspended may hold it for ever
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _write(self, name: str, content: bytes) -> Path | None:
+        """Exchange a file atomically; None where it is as it should be."""
+        path = self.path / name
+        if _is_there(path, content):
+            return None
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        files.exchange(path, content)
+        return path
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_there(path: Path, content: bytes) -> bool:
+    """Whether a regular file of ours, under this one name, has that content. Nothing that was planted is waited for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = os.fdopen(descriptor, "rb")
+    except OSError:
+        return False
+    with file:
+        status = os.fstat(descriptor)
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+        if not ours or status.st_mode & 0o077 or status.st_size != len(content):
+            return False
+        return file.read(len(content) + 1) == content
+
+
+def _remove(path: Path) -> None:
+    """Take away a name, and never what a link leads to.
+
+    Raises:
+        OSError: a directory that is not empty. What is in it may be somebody's work, and is not deleted.
+    """
+    try:
+        path.unlink()
+    except IsADirectoryError:
+        path.rmdir()
+
+
+@contextmanager
+def _noted(troubles: list[OSError]) -> Iterator[None]:
+    """Go on after a trouble with one file: the others are to be right all the same."""
+    try:
+        yield
+    except OSError as error:
+        troubles.append(error)

@@ -1,0 +1,251 @@
+r"""May this be served now? What is asked for, how often, and how much of it at a time. Pure: the clock is passed in.
+
+The order is the point. What is refused by a rule, or has no place, costs nothing; a repeat of an answered request never
+comes here. So a certificate type's allowance is only spent on keys, and each type has its own: whatever is asked of one
+takes nothing from another. Nothing in here is kept by a name that comes over the wire, so nothing grows.
+
+Patterns know ``*`` (any text, none included) and ``?`` (one character). A backslash before one of these, or before
+another backslash, means that character itself: EVSE IDs are written with asterisks, and ``DE\*ABC\*E1`` is one EVSE
+where ``DE*ABC*E1`` may be many.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+from stationkey.config.settings import PolicyTerms, Severity
+from stationkey.contract.messages import GenerateCsrRequest
+from stationkey.contract.profiles import (
+    ALGORITHMS,
+    PROFILES,
+    CertificateProfile,
+    CertificateType,
+    RsaModulus,
+    is_secc_id,
+)
+from stationkey.errors import RequestRefused
+
+MINUTE: Final = 60_000_000_000
+"""Nanoseconds."""
+RSA_SHARE: Final = 4
+"""One in so many of the places may wait for an RSA key, for each certificate type. A chip searches tens of seconds for
+one: requests for them must not hold every place while others, whose key takes milliseconds, wait at the broker."""
+_LONG_AGO: Final = -(2**63)
+
+
+class TokenBucket:
+    """An allowance that is spent at once or bit by bit, and grows again with time.
+
+    In whole nanoseconds, so that years of it add up to no error: kept is when the bucket will be full again, and each
+    token puts that off by the time that one takes to grow. So in any span of time no more are given than the burst, and
+    what grows in that span.
+
+    Args:
+        per_minute: how many tokens grow in a minute; more than 0.
+        burst: how many there are at most, and at the beginning.
+    """
+
+    def __init__(self, *, per_minute: float, burst: int) -> None:
+        numerator, denominator = float(per_minute).as_integer_ratio()
+        self._one = -(-MINUTE * denominator // numerator)  # rounded up: never more than was said
+        self._all = burst * self._one
+        self._now = self._full_at = _LONG_AGO
+
+    def take(self, now: int) -> bool:
+        """Take a token, if there is one.
+
+        Args:
+            now: nanoseconds, of a clock that never goes back; where it does all the same, time stands still meanwhile.
+        """
+        self._now = now = max(self._now, now)
+        full_at = max(self._full_at, now) + self._one
+        if full_at - now > self._all:
+            return False
+        self._full_at = full_at
+        return True
+
+
+class Policy:
+    """What may be asked for, by the operator's rules.
+
+    Args:
+        terms: the rules.
+        profiles: of each certificate type, the operator's overrides included.
+        clock: nanoseconds, of a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        terms: PolicyTerms,
+        profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._terms = terms
+        self._profiles = profiles
+        self._clock = clock
+        self._countries = frozenset(name.upper() for name in terms.country_names)
+        self._common_names = _Patterns(terms.common_names)
+        self._evse_ids = _Patterns(terms.evse_ids)
+        self._rsa_places = max(1, terms.queue // RSA_SHARE)
+        self._rsa_in_hand: Counter[CertificateType] = Counter()
+        self._requests = self._allowances()
+        self._statuses = self._allowances()
+
+    def _allowances(self) -> dict[CertificateType, TokenBucket]:
+        terms = self._terms
+        return {
+            certificate_type: TokenBucket(per_minute=terms.requests_per_minute, burst=terms.burst)
+            for certificate_type in (CertificateType if terms.requests_per_minute else ())
+        }
+
+    @contextmanager
+    def admitted(self, request: GenerateCsrRequest) -> Iterator[list[str]]:
+        """While a request is served that was not answered before.
+
+        Yields:
+            What the operator is to be warned of, although it is served.
+
+        Raises:
+            RequestRefused: it may not be served, or not now. What was refused may be asked again.
+        """
+        self._check_lists(request)
+        remarks = list(self._check_profile(request))
+        with self._place(request):
+            self._spend(self._requests, request.data.certificate_type, "requests")
+            yield remarks
+
+    def admit_status(self, certificate_type: CertificateType) -> None:
+        """Let a status be looked at, which may take a signature and a look through the certificate directory.
+
+        It has the same allowance as requests, of its own: neither keeps the other out.
+
+        Raises:
+            RequestRefused: not now.
+        """
+        self._spend(self._statuses, certificate_type, "statuses")
+
+    def _check_lists(self, request: GenerateCsrRequest) -> None:
+        terms, data = self._terms, request.data
+        if data.certificate_type not in terms.certificate_types:
+            raise _refused(data.certificate_type, reason="policy_certificate_type", option="certificate_types")
+        if request.algorithm not in terms.algorithms:
+            raise _refused(request.algorithm, reason="policy_algorithm", option="algorithms")
+        if terms.organization_names and data.organization_name not in terms.organization_names:
+            raise _refused(data.organization_name, reason="policy_organization", option="organization_names")
+        if self._countries and data.country_name.upper() not in self._countries:
+            raise _refused(data.country_name, reason="policy_country", option="country_names")
+        if not self._common_names.let_through(data.common_name):
+            raise _refused(data.common_name, reason="policy_common_name", option="common_names")
+        if not self._evse_ids.let_through(request.evse_id):
+            raise _refused(request.evse_id, reason="policy_evse_id", option="evse_ids")
+
+    def _check_profile(self, request: GenerateCsrRequest) -> Iterator[str]:
+        profile = self._profiles[request.data.certificate_type]
+        if profile.secc_id and not is_secc_id(request.data.common_name):
+            yield from _weigh(
+                self._terms.secc_id, "the common name is no SECC ID", option="secc_id", reason="policy_secc_id"
+            )
+        if profile.preferred_algorithm not in {None, request.algorithm}:
+            yield from _weigh(
+                self._terms.off_profile,
+                f"the profile of this certificate type wants {profile.preferred_algorithm}",
+                option="off_profile",
+                reason="policy_off_profile",
+            )
+
+    @contextmanager
+    def _place(self, request: GenerateCsrRequest) -> Iterator[None]:
+        """A place among those that wait for the key store, which for RSA may take long.
+
+        Raises:
+            RequestRefused: there is none.
+        """
+        if not is_rsa(request):
+            yield
+            return
+        certificate_type = request.data.certificate_type
+        if self._rsa_in_hand[certificate_type] >= self._rsa_places:
+            raise RequestRefused(
+                f"{self._rsa_places} requests for RSA keys of {certificate_type} are in hand already",
+                reason="rsa_places_taken",
+                hint="ask again later; the places are a quarter of [policy] queue",
+            )
+        self._rsa_in_hand[certificate_type] += 1
+        try:
+            yield
+        finally:
+            self._rsa_in_hand[certificate_type] -= 1
+
+    def _spend(
+        self, allowances: Mapping[CertificateType, TokenBucket], certificate_type: CertificateType, what: str
+    ) -> None:
+        allowance = allowances.get(certificate_type)
+        if allowance is None or allowance.take(self._clock()):
+            return
+        raise RequestRefused(
+            f"{what} for {certificate_type} come more often than {self._terms.requests_per_minute:g} times a minute,"
+            f" and the {self._terms.burst} that may come at once are used up",
+            reason="rate_limited",
+            hint="ask again later; see [policy] requests_per_minute and burst",
+        )
+
+
+def is_rsa(request: GenerateCsrRequest) -> bool:
+    """Whether a request is for an RSA key, which takes a TPM chip tens of seconds to make."""
+    return isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
+
+
+class _Patterns:
+    """Patterns of which one must match a text in full; where there are none, everything is let through."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = [_compile(pattern) for pattern in patterns]
+
+    def let_through(self, text: str | None) -> bool:
+        if not self._patterns:
+            return True
+        return text is not None and any(pattern.fullmatch(text) for pattern in self._patterns)
+
+
+_PIECE: Final = re.compile(r"\\([*?\\])|([*?])|(.)", re.DOTALL)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern.
+
+    What stands between two asterisks is taken where it first occurs, and never given back (``(?>…)``): a match found so
+    exists if there is any, and no text makes the search try one combination after the other.
+    """
+    parts = [""]
+    for literal, wildcard, other in _PIECE.findall(pattern):
+        if wildcard == "*":
+            parts.append("")
+        else:
+            parts[-1] += "." if wildcard else re.escape(literal or other)
+    first, *rest = parts
+    if not rest:
+        return re.compile(first, re.DOTALL)
+    *between, last = rest
+    return re.compile(first + "".join(f"(?>.*?{part})" for part in between if part) + f".*{last}", re.DOTALL)
+
+
+def _weigh(severity: Severity, remark: str, *, option: str, reason: str) -> Iterator[str]:
+    """Say nothing, say it, or refuse for it."""
+    if severity == "refuse":
+        raise RequestRefused(remark, reason=reason, hint=f"see [policy] {option}")
+    if severity == "warn":
+        yield remark
+
+
+def _refused(value: str | None, *, reason: str, option: str) -> RequestRefused:
+    what = "a request without an EVSE ID" if value is None else json.dumps(value)
+    return RequestRefused(
+        f"{what} is not among the {option} that are served", reason=reason, hint=f"see [policy] {option}"
+    )

@@ -1,0 +1,442 @@
+"""The answer to ``generate_csr``: seen before? allowed? key, CSR, written down, answer.
+
+What becomes of the key afterwards is `stationkey.service.statuses`'s part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from stationkey.config.settings import PolicyTerms, PoolTerms, Terms
+from stationkey.contract import messages
+from stationkey.contract.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
+from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
+from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
+from stationkey.keystore import KeyRef, KeyStore
+from stationkey.keystore.worker import KeyStoreThread, Task, Turn
+from stationkey.ledger import MAX_REJECTIONS, Answered, Figures, Ledger, content_digest
+from stationkey.ledger.worker import LedgerThread, on_keystore
+from stationkey.service.policy import Policy, TokenBucket, is_rsa
+from stationkey.service.pool import USELESS, KeyPool
+from stationkey.service.seen_ids import SeenIds
+from stationkey.service.statuses import KeyCustody, RunningTime
+from stationkey.system.counters import UNKNOWN, Tally
+from stationkey.x509.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
+
+log = logging.getLogger(__name__)
+
+DEADLINE: Final = 30.0
+"""Seconds within which a request for an EC key is answered, one way or the other."""
+RSA_DEADLINE: Final = 60.0
+"""The same for RSA: a hardware TPM searches for primes for tens of seconds."""
+RECORD_WITHIN: Final = 1.0
+"""Seconds within which a rejection is on disk: what is refused meanwhile is written with it, in one transaction."""
+RECORDED_A_MINUTE: Final = 60
+"""How many rejections a minute are put on record once as many as are kept came in a row. What wears a flash memory is
+written a flood or not, day after day; counted is every one."""
+
+
+class StationKeyService:
+    """Answers requests with keys of one key store, by one ledger.
+
+    Args:
+        keystore: the thread that owns the key store. Not closed by this class.
+        ledger: the ledger. Not closed by this class, and used by nobody else while requests are answered.
+        profiles: the profile of each certificate type, the operator's overrides included.
+        policy: what may be asked for, and how often; by default what `PolicyTerms` says.
+        deadline: seconds allowed for a request, EC.
+        rsa_deadline: seconds allowed for a request, RSA.
+        terms: how long keys and records last, and how many there may be.
+        pool: keys made ahead; by default none.
+        certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
+        clock: Unix time in seconds.
+
+    Attributes:
+        custody: keeps the keys through the rest of their lives.
+        pool: has keys made ahead; filled while its `KeyPool.run` runs.
+        counts: how many requests had which outcome: ``accepted``, ``repeated``, or the reason of a refusal.
+        tally: the same in more detail, and more, for whoever watches.
+    """
+
+    def __init__(
+        self,
+        keystore: KeyStoreThread,
+        ledger: Ledger,
+        *,
+        profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
+        policy: Policy | None = None,
+        deadline: float = DEADLINE,
+        rsa_deadline: float = RSA_DEADLINE,
+        terms: Terms | None = None,
+        pool: PoolTerms | None = None,
+        certificate_dir: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._keystore = keystore
+        self._ledger = LedgerThread(ledger)
+        # Which only make a note, and may be called from any thread.
+        self._mark_delivered = ledger.mark_delivered
+        self._note_rejection = ledger.note_rejection
+        self._terms = terms or Terms()
+        self._running = RunningTime(ledger.running)
+        self._profiles = profiles
+        self._policy = policy or Policy(PolicyTerms(), profiles)
+        self._deadline = deadline
+        self._rsa_deadline = rsa_deadline
+        self._clock = clock
+        self._seen = SeenIds()
+        self._knows_ids = False  # whether `_seen` has those of earlier runs, too
+        self._in_hand: dict[str, _InHand] = {}
+        self._recordable = TokenBucket(per_minute=RECORDED_A_MINUTE, burst=MAX_REJECTIONS)
+        self._recording: asyncio.Task[None] | None = None
+        self._unrecorded = False  # whether there are rejections that it has not come to yet
+        self._closed = False
+        self.counts: Counter[str] = Counter()
+        self.tally = Tally()
+        self.custody = KeyCustody(
+            keystore,
+            self._ledger,
+            state_dir=ledger.path.parent,
+            running=self._running,
+            terms=self._terms,
+            profiles=profiles,
+            certificate_dir=certificate_dir,
+            clock=clock,
+            counts=self.counts,
+            tally=self.tally,
+        )
+        self.pool = KeyPool(
+            keystore,
+            self._ledger,
+            running=self._running.now,
+            terms=pool or PoolTerms(),
+            patience=deadline,
+            clock=clock,
+        )
+
+    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+        """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``.
+
+        Args:
+            request: the request.
+            waited: seconds that it has waited for this call already; its deadline is so much nearer.
+        """
+        begun = time.monotonic() - waited
+        until = self._until(request, waited)
+        try:
+            if (answered := await self._find(request.id)) is not None:
+                return self._repeat(request, answered)
+            async with self._one_at_a_time(request):
+                if (answered := await self._find(request.id)) is not None:  # by the one before it
+                    return self._repeat(request, answered)
+                with self._policy.admitted(request) as remarks:
+                    self._warn(request, remarks)
+                    key, csr = await self._key_and_csr(request, until)
+        except StationKeyError as error:
+            return await self.reject(request.id, error, certificate_type=request.data.certificate_type)
+        except Exception:
+            log.exception("a fault of stationkey", extra={"request_id": request.id})
+            fault = StationKeyError("a fault of ours", reason="internal_error")
+            return await self.reject(request.id, fault, certificate_type=request.data.certificate_type)
+        self.counts["accepted"] += 1
+        self.tally.requests.add(str(request.data.certificate_type), "accepted", "")
+        self.tally.answered(str(request.algorithm), time.monotonic() - begun)
+        about = {"request_id": request.id, "key_id": key.key_id, **_about(request)}
+        asyncio.get_running_loop().call_soon(partial(log.info, "accepted", extra=about))  # with the answer on its way
+        return messages.accepted(request, csr)
+
+    async def reject(
+        self, request_id: str, error: StationKeyError, *, certificate_type: str = UNKNOWN
+    ) -> GenerateCsrResponse:
+        """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker.
+
+        It is on disk within `RECORD_WITHIN`, or at `aclose`; nobody waits for that.
+        """
+        self.counts[error.reason] += 1
+        self.tally.requests.add(str(certificate_type), "rejected", error.reason)
+        level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
+        log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
+        if self._recordable.take(time.monotonic_ns()):
+            self._note_rejection(request_id, reason=error.reason, message=str(error), now=self._now())
+            self._unrecorded = True
+            if self._recording is None and not self._closed:
+                self._recording = asyncio.create_task(self._record_rejections(), name="record-rejections")
+        return messages.rejected(request_id)
+
+    def pass_over(self, error: StationKeyError) -> None:
+        """Note a message that is wrong and carries no usable id: it cannot be answered, only logged and counted."""
+        self.counts[error.reason] += 1
+        self.tally.unanswerable.add(error.reason)
+        log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
+
+    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
+        """Take note of what became of a certificate, as often as is allowed; see `KeyCustody.note_status`.
+
+        Args:
+            status: what is said.
+            retained: whether the broker had kept it from before the subscription. It tells each new session of
+                something that happened once, however long ago: a ``deleted`` would destroy key after key.
+        """
+        if retained:
+            old = StationKeyError(
+                "the broker has retained it from another time",
+                reason="status_retained",
+                hint="who sets retain? doctor says how to take it away",
+            )
+            self.custody.refuse(status, old)
+            return
+        try:
+            self._policy.admit_status(status.data.certificate_type)
+        except RequestRefused as error:
+            self.custody.refuse(status, error)
+            return
+        await self.custody.note_status(status)
+
+    async def undelivered(self) -> list[GenerateCsrResponse]:
+        """The accepted answers that were recorded, and that no `delivered` was told of: to be published (again)."""
+        responses = []
+        for answered in await self._ledger(Ledger.undelivered):
+            try:
+                check_recorded(answered.csr)
+            except KeyStoreError as error:
+                log.error("%s", error, extra={"request_id": answered.request_id, "reason": error.reason})
+                await self._withdraw(answered.request_id)
+                continue
+            result = messages.GenerateCsrResult(status="accepted", csr=answered.csr)
+            responses.append(
+                GenerateCsrResponse(id=answered.request_id, name=messages.GENERATE_CSR, type="response", data=result)
+            )
+        return responses
+
+    async def delivered(self, response: GenerateCsrResponse) -> None:
+        """Note that the transport has handed an answer over, so that it is not published again at the next start."""
+        if response.data.status == "accepted":
+            self._mark_delivered(response.id)
+
+    async def learn_ids(self) -> None:
+        """Read from the ledger which ids were answered in earlier runs. Until then each id is looked up there."""
+        last = ""
+        try:
+            while ids := await self._ledger(Ledger.answered_ids, after=last):
+                self._seen.update(ids)
+                last = ids[-1]
+        except LedgerError as error:
+            log.error("each id is looked up: %s", error, extra={"reason": error.reason})
+            return
+        self._knows_ids = True
+
+    async def figures(self, *, expiries: int) -> Figures:
+        """How much there is on record; see `Ledger.figures`.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        return await self._ledger(Ledger.figures, expiries=expiries)
+
+    @property
+    def ledger_trouble(self) -> str:
+        """Reason of the ledger's last failure, until something is written again; else an empty text."""
+        return self._ledger.trouble
+
+    @property
+    def ledger_stuck(self) -> bool:
+        """Whether a call of the ledger's thread hangs."""
+        return self._ledger.stuck
+
+    @property
+    def running(self) -> int:
+        """How long the daemon has run with this ledger, all its runs together, in milliseconds."""
+        return self._running.now()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called: the ledger cannot be asked any more."""
+        return self._closed
+
+    async def aclose(self) -> None:
+        """Write the running time down and wait for the ledger. Ledger and key store are the caller's to close."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._recording is not None:
+            self._recording.cancel()
+        try:
+            await self._ledger(Ledger.write_running, self._running.now())
+            await self._write_rejections()
+        except StationKeyError as error:
+            log.error("%s", error, extra={"reason": error.reason})
+        self._ledger.close()
+
+    # The steps.
+
+    async def _find(self, request_id: str) -> Answered | None:
+        if self._knows_ids and request_id not in self._seen:
+            return None
+        return await self._ledger(Ledger.find_answer, request_id)
+
+    def _repeat(self, request: GenerateCsrRequest, answered: Answered) -> GenerateCsrResponse:
+        """The answer to an id that was answered before (decision 6)."""
+        if answered.digest != content_digest(request):
+            raise RequestRefused("the id was used before, with other content", reason="id_reused")
+        if answered.destroyed:
+            raise RequestRefused(
+                "the id was answered before, and its key is gone since",
+                reason="key_destroyed",
+                hint="ask with a new id",
+            )
+        check_recorded(answered.csr)
+        self.counts["repeated"] += 1
+        self.tally.requests.add(str(request.data.certificate_type), "repeated", "")
+        log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id})
+        return messages.accepted(request, answered.csr)
+
+    def _warn(self, request: GenerateCsrRequest, remarks: Iterable[str]) -> None:
+        """Say why a request would rather not be served that is."""
+        for remark in remarks:
+            log.warning(remark, extra={"request_id": request.id, **_about(request)})
+
+    def _until(self, request: GenerateCsrRequest, waited: float) -> float:
+        """When a request must be answered, by the loop's time."""
+        allowed = self._rsa_deadline if is_rsa(request) else self._deadline
+        return asyncio.get_running_loop().time() + allowed - waited
+
+    async def _key_and_csr(self, request: GenerateCsrRequest, until: float) -> tuple[KeyRef, str]:
+        """A key, made ahead or now, and its CSR in PEM, both on record. One deadline for all that is tried."""
+        while (ahead := self.pool.take(request.algorithm)) is not None:
+            try:
+                return await self._sign_and_record(request, ahead.key, until)
+            except StationKeyError as error:
+                if error.reason in USELESS:
+                    await self.pool.discard(ahead, error)
+                elif error.reason != "key_taken":  # an operator destroyed it
+                    if error.reason != "signature_invalid":  # destroyed with its answer
+                        self.pool.add(ahead)
+                    raise
+            except Exception:  # a fault of ours: another request must not come upon the same key
+                await self.pool.discard(ahead, StationKeyError("a fault of ours", reason="internal_error"))
+                raise
+        return await self._sign_and_record(request, None, until)
+
+    async def _sign_and_record(
+        self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float
+    ) -> tuple[KeyRef, str]:
+        """With a key made ahead, or a new one where it is None; by the loop's time `until`, in seconds."""
+        used, csr = await self._sign(request, ahead, until)
+        return used, await self._record(request, used, csr, ahead=ahead is not None)
+
+    async def _sign(self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float) -> tuple[KeyRef, Csr]:
+        """The key used and its CSR; give up at the deadline, and keep nothing then."""
+        profile = self._profiles[request.data.certificate_type]
+
+        def sign(store: KeyStore) -> tuple[KeyRef, Csr]:
+            used = ahead or store.generate(request.algorithm)
+            with store.signer(used) as private_key:
+                return used, sign_csr(request, private_key, profile)
+
+        turn, task = Turn.SHORT, Task.NEW_EC_KEY if ahead is None else Task.POOLED_KEY
+        if ahead is None and is_rsa(request):
+            turn, task = Turn.LONG, Task.NEW_RSA_KEY
+        left = until - asyncio.get_running_loop().time()
+        return await on_keystore(self._keystore, sign, timeout=left, turn=turn, task=task)
+
+    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr, *, ahead: bool) -> str:
+        """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes. The PEM.
+
+        A CSR that is read from the ledger is verified again before it is handed out. So none that is wrong ever is, not
+        even where the power goes between the writing and the withdrawal.
+        """
+        running, pem = self._running.now(), to_pem(csr)
+        self._seen.add(request.id)
+        recorded = self._ledger(
+            Ledger.record_answer,
+            request,
+            key,
+            pem,
+            now=self._now(),
+            running=running,
+            due=running + self._terms.pending,
+            bounds=self._terms.bounds,
+            ahead=ahead,
+        )
+        try:
+            check_signature(csr)
+        except KeyStoreError:
+            await recorded
+            await self._withdraw(request.id)
+            raise
+        for key_id in await recorded:
+            log.warning("too many keys were pending: the oldest is destroyed", extra={"key_id": key_id})
+        return pem
+
+    async def _withdraw(self, request_id: str) -> None:
+        """Take back an answer that was written down and must not go out."""
+        await self._ledger(Ledger.withdraw, request_id, now=self._now())
+
+    async def _record_rejections(self) -> None:
+        """Put on record what was refused lately. Where that fails it is kept, and written with what comes next."""
+        try:
+            while self._unrecorded:
+                await asyncio.sleep(RECORD_WITHIN)
+                self._unrecorded = False
+                await self._write_rejections()
+        except StationKeyError as error:
+            log.error("rejections are not on record yet: %s", error, extra={"reason": error.reason})
+        finally:
+            self._recording = None
+
+    async def _write_rejections(self) -> None:
+        while await self._ledger(Ledger.write_rejections):
+            pass  # in steps: what else the ledger is wanted for goes in between
+
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
+    @asynccontextmanager
+    async def _one_at_a_time(self, request: GenerateCsrRequest) -> AsyncIterator[None]:
+        """Keep two requests with the same id apart, so that the second finds the answer to the first.
+
+        Raises:
+            RequestRefused: one with other content is in hand. It is not waited for: it may wait for the TPM.
+        """
+        canonical = request.id.lower()
+        one = self._in_hand.setdefault(canonical, _InHand(request))
+        if one.users and content_digest(one.request) != content_digest(request):
+            raise RequestRefused("the id is in hand already, with other content", reason="id_reused")
+        one.users += 1
+        try:
+            async with one.lock:
+                yield
+        finally:
+            one.users -= 1
+            if one.users == 0:
+                del self._in_hand[canonical]
+
+
+@dataclass(slots=True)
+class _InHand:
+    """Who may answer an id now, what the first of them asks for, and how many they are."""
+
+    request: GenerateCsrRequest
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+
+
+def _about(request: GenerateCsrRequest) -> dict[str, object]:
+    """What a log line says of a request."""
+    about: dict[str, object] = {
+        "certificate_type": str(request.data.certificate_type),
+        "algorithm": str(request.algorithm),
+        "common_name": request.data.common_name,
+    }
+    if request.evse_id is not None:
+        about["evse_id"] = request.evse_id
+    return about

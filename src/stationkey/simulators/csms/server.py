@@ -1,0 +1,748 @@
+"""A small CSMS to try and to test a station's side with: OCPP 1.6, 2.0.1 and 2.1, its own CA, and manners bad at will.
+
+It checks each CSR as strictly as the standards allow, signs it, and keeps all that happens as `Csms.events`. It is
+no product for charging: it answers what has to do with certificates and refuses all the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import http
+import ipaddress
+import re
+import ssl
+import tempfile
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import Final, Self, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.http11 import Request, Response
+from websockets.typing import Subprotocol
+
+from stationkey.contract.profiles import (
+    ALGORITHMS,
+    COUNTRY_NAME_PATTERN,
+    DEFAULT_ALGORITHM,
+    NAME_MAX_LENGTH,
+    PROFILES,
+    SECP256R1,
+    SECP521R1,
+    CertificateType,
+)
+from stationkey.errors import ConfigurationError, Fault, StationKeyError
+from stationkey.simulators import ocpp
+from stationkey.simulators.ocpp import OcppVersion, Payload, PayloadInvalid, SignRequest
+from stationkey.simulators.ocpp_connection import Answered, CallError, OcppConnection
+from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem, to_pem
+
+EVENT_TIMEOUT: Final = 10.0
+"""Seconds that the waiting methods wait."""
+HEARTBEAT_INTERVAL: Final = 300
+"""Seconds, as BootNotification's answer says."""
+_THREE: Final = 3
+
+
+class SecurityProfile(IntEnum):
+    """How a station and the CSMS authenticate each other [OCPP 2.0.1 part 2, A00]."""
+
+    NONE = 0
+    """Neither does; for trying only."""
+    BASIC = 1
+    """ws, and the station's password."""
+    TLS = 2
+    """wss with the CSMS's certificate, and the station's password."""
+    MUTUAL_TLS = 3
+    """wss, with certificates on both sides."""
+
+
+class CsmsError(StationKeyError):
+    """The CSMS cannot do as told: the station is not connected, or did not come in time."""
+
+    fault = Fault.OPERATOR
+
+
+class CsrRefused(StationKeyError):
+    """A CSR that a strict CSMS does not sign; says why."""
+
+    fault = Fault.REQUEST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened. `str(event)` says it in one line.
+
+    Attributes:
+        station_id: whose, by the last part of the URL that it connected to.
+    """
+
+    station_id: str
+
+    def __str__(self) -> str:
+        return f"{self.station_id}: {self._words()}"
+
+    def _words(self) -> str:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connected(Event):
+    """A station is connected. `certificate` is its own, with security profile 3."""
+
+    version: OcppVersion
+    certificate: x509.Certificate | None = None
+
+    def _words(self) -> str:
+        return f"connected, OCPP {self.version.number}" + (", by its certificate" if self.certificate else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disconnected(Event):
+    """A station is gone."""
+
+    def _words(self) -> str:
+        return "disconnected"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionRefused(Event):
+    """A station was not let in; `reason` in words."""
+
+    reason: str
+
+    def _words(self) -> str:
+        return f"not let in: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Booted(Event):
+    """BootNotification, which was accepted."""
+
+    vendor: str
+    model: str
+
+    def _words(self) -> str:
+        return f"BootNotification of {self.vendor} {self.model}, accepted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Triggered(Event):
+    """A trigger was sent, and the station answered `status`."""
+
+    certificate_type: CertificateType
+    status: str
+
+    def _words(self) -> str:
+        return f"told to ask for a {self.certificate_type}: {self.status}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsrAccepted(Event):
+    """SignCertificate was answered with Accepted. `csr` is the PEM as it came."""
+
+    certificate_type: CertificateType
+    csr: str
+    request_id: int | None
+
+    def _words(self) -> str:
+        return f"SignCertificate for a {self.certificate_type}, accepted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsrRejected(Event):
+    """SignCertificate was answered with Rejected. `reason` is the stable word, `words` what to tell a person."""
+
+    certificate_type: CertificateType
+    csr: str
+    request_id: int | None
+    reason: str
+    words: str
+
+    def _words(self) -> str:
+        return f"SignCertificate for a {self.certificate_type}, rejected: {self.words}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateSent(Event):
+    """CertificateSigned is about to be sent."""
+
+    certificate_type: CertificateType
+    chain_pem: str
+    request_id: int | None
+
+    def _words(self) -> str:
+        return f"CertificateSigned for the {self.certificate_type} sent, {self.chain_pem.count('BEGIN')} certificates"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateAnswered(Event):
+    """CertificateSigned was answered: `status` is Accepted, Rejected or an error's code; `words` may say why."""
+
+    certificate_type: CertificateType
+    status: str
+    words: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the station took the certificate."""
+        return self.status == "Accepted"
+
+    def _words(self) -> str:
+        why = f" ({self.words})" if self.words else ""
+        return f"CertificateSigned for the {self.certificate_type} answered: {self.status}{why}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityEvent(Event):
+    """SecurityEventNotification."""
+
+    type: str
+    tech_info: str
+
+    def _words(self) -> str:
+        return f"security event {self.type}" + (f": {self.tech_info}" if self.tech_info else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReported(Event):
+    """StatusNotification of a connector."""
+
+    status: str
+
+    def _words(self) -> str:
+        return f"status of a connector: {self.status}"
+
+
+EventT = TypeVar("EventT", bound=Event)
+
+_LEAST_RSA: Final = 2048
+_LEAST_CURVE: Final = 224
+_LEAST_HASH: Final = 224
+"""Bits; 112 bit of security each [A00.FR.501-503; NIST SP 800-57 part 1, table 2 and 3]."""
+_PEM: Final = re.compile(r"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----(.*?)-----END", re.DOTALL)
+_ECDSA_OIDS: Final = bytes.fromhex("2a8648ce3d04")
+"""ecdsa-with-SHA1, -SHA256, ... begin so: 1.2.840.10045.4."""
+_COUNTRY_NAME: Final = re.compile(COUNTRY_NAME_PATTERN)
+
+
+def check_csr(pem: str, *, certificate_type: CertificateType, organization: str) -> x509.CertificateSigningRequest:
+    """Read a CSR, and refuse what should never be signed.
+
+    Proof of possession; version 0 [RFC 2986 4.1]; no parameters with ECDSA [RFC 5758 3.2]; key strength
+    [A00.FR.501-503]; O [A00.FR.509, A02.FR.13], C, CN [A00.FR.511], DC by the profile; and no wish to be a CA.
+
+    Raises:
+        CsrRefused: says why.
+    """
+    try:
+        der = _from_pem(pem)
+        if _ecdsa_with_parameters(der):  # before the parser: not every version of it lets such a CSR through
+            words = "the ECDSA AlgorithmIdentifier of the signature has parameters [RFC 5758 3.2]"
+            raise _refused("csr_signature_parameters", words)
+        csr = x509.load_der_x509_csr(der)
+        public_key, subject, extensions = csr.public_key(), csr.subject, csr.extensions
+    except x509.InvalidVersion:
+        raise _refused("csr_version", "the CSR's version is not 0 [RFC 2986 4.1]") from None
+    except (ValueError, TypeError, IndexError, CryptographyUnsupported, x509.DuplicateExtension) as error:
+        raise _refused("csr_unreadable", f"not a PKCS#10 request in PEM that can be read: {error}") from None
+    _check_strength(csr, public_key)
+    if not csr.is_signature_valid:
+        raise _refused("csr_signature", "the CSR's signature does not verify: possession of the key is not proven")
+    _check_subject(subject, certificate_type, organization)
+    for extension in extensions:
+        value = extension.value
+        if isinstance(value, x509.BasicConstraints) and value.ca:
+            raise _refused("csr_wants_ca", "the CSR asks for CA:TRUE")
+        if isinstance(value, x509.KeyUsage) and (value.key_cert_sign or value.crl_sign):
+            raise _refused("csr_wants_ca", "the CSR asks for keyCertSign or cRLSign")
+    return csr
+
+
+def _refused(reason: str, words: str) -> CsrRefused:
+    return CsrRefused(words, reason=reason)
+
+
+def _check_strength(csr: x509.CertificateSigningRequest, public_key: object) -> None:
+    match public_key:
+        case rsa.RSAPublicKey():
+            if public_key.key_size < _LEAST_RSA:
+                raise _refused("csr_key_weak", f"RSA-{public_key.key_size} is weaker than RSA-2048 [A00.FR.503]")
+        case ec.EllipticCurvePublicKey():
+            if public_key.curve.key_size < _LEAST_CURVE:
+                name = public_key.curve.name
+                raise _refused("csr_key_weak", f"{name} has less than {_LEAST_CURVE} bits [A00.FR.502]")
+        case _:
+            kind = type(public_key).__name__
+            raise _refused("csr_key_kind", f"a key of kind {kind} is neither elliptic curve nor RSA")
+    try:
+        hash_algorithm = csr.signature_hash_algorithm
+    except CryptographyUnsupported:
+        hash_algorithm = None
+    if hash_algorithm is None or hash_algorithm.digest_size * 8 < _LEAST_HASH:
+        name = "an unknown hash" if hash_algorithm is None else hash_algorithm.name
+        raise _refused("csr_hash_weak", f"the CSR is signed with {name} [A00.FR.501]")
+
+
+def _from_pem(pem: str) -> bytes:
+    found = _PEM.search(pem)
+    if found is None:
+        raise ValueError("no BEGIN CERTIFICATE REQUEST [RFC 7468 7]")
+    return base64.b64decode("".join(found[1].split()), validate=True)
+
+
+def _ecdsa_with_parameters(der: bytes) -> bool:
+    """Whether a CSR's signatureAlgorithm is an ECDSA one and has anything after its OID.
+
+    SEQUENCE { CertificationRequestInfo, SEQUENCE { OBJECT IDENTIFIER, parameters OPTIONAL }, signature }.
+    """
+    request, _ = _content(der, 0)
+    _, information_end = _content(der, request)
+    identifier, identifier_end = _content(der, information_end)
+    oid, oid_end = _content(der, identifier)
+    return der[oid:oid_end].startswith(_ECDSA_OIDS) and oid_end != identifier_end
+
+
+def _content(der: bytes, element: int) -> tuple[int, int]:
+    """Where the content of the element that begins at `element` begins and ends [X.690 8.1.3]."""
+    begin, length = element + 2, der[element + 1]
+    if length & 0x80:
+        begin += length & 0x7F
+        length = int.from_bytes(der[element + 2 : begin])
+    return begin, begin + length
+
+
+def _check_subject(subject: x509.Name, certificate_type: CertificateType, organization: str) -> None:
+    def value(label: str, reason: str, oid: x509.ObjectIdentifier) -> str:
+        values = [str(attribute.value) for attribute in subject.get_attributes_for_oid(oid)]
+        if len(values) != 1:
+            raise _refused(reason, f"the subject has {len(values)} {label}, where it takes one")
+        return values[0]
+
+    country = value("C", "csr_country_name", NameOID.COUNTRY_NAME)
+    if _COUNTRY_NAME.fullmatch(country) is None:
+        raise _refused("csr_country_name", f"C is {country!r}, which is not two letters [ISO 3166-1]")
+    name = value("O", "csr_organization_name", NameOID.ORGANIZATION_NAME)
+    if name != organization:
+        words = f"O is {name!r}, and this CSMS's OrganizationName is {organization!r} [A00.FR.509, A02.FR.13]"
+        raise _refused("csr_organization_name", words)
+    common_name = value("CN", "csr_common_name", NameOID.COMMON_NAME)
+    if not 1 <= len(common_name) <= NAME_MAX_LENGTH:
+        words = f"CN has {len(common_name)} characters; 1 to {NAME_MAX_LENGTH} are allowed [RFC 5280]"
+        raise _refused("csr_common_name", words)
+    if not PROFILES[certificate_type].secc_id and _is_address(common_name):
+        words = f"CN is {common_name!r}; it is the serial number, not a URL or IP address [A00.FR.511]"
+        raise _refused("csr_common_name", words)
+    wanted = PROFILES[certificate_type].domain_component
+    domains = [str(attribute.value) for attribute in subject.get_attributes_for_oid(NameOID.DOMAIN_COMPONENT)]
+    if domains != ([] if wanted is None else [wanted]):
+        has = ", ".join(domains) or "none"
+        words = f"DC is {has}; the profile of {certificate_type} has {wanted or 'none'} [V2G2-875, V2G2-925]"
+        raise _refused("csr_domain_component", words)
+
+
+def _is_address(name: str) -> bool:
+    if "://" in name:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Csms:
+    """A CSMS on a loopback port, an async context manager.
+
+    ::
+
+        async with Csms(organization="EcoG") as csms:
+            # a station connects to f"{csms.url}/CS001"
+            await csms.connected("CS001")
+            await csms.trigger("CS001", CertificateType.V2G_CERTIFICATE)
+            answered = await csms.next(CertificateAnswered)
+
+    Args:
+        organization: what O of a CSR must be [A00.FR.509], and O of its own CA where it makes one.
+        hierarchy: signs charging station and ISO 15118-2 certificates, and its own server certificate; P-256, new.
+        hierarchy_20: signs ISO 15118-20 certificates; P-521, new.
+        host: address to listen on.
+        port: 0 takes a free one.
+        security_profile: which authentication is asked for.
+        passwords: of the stations, by their ids, for profiles 1 and 2. Profile 2 without is TLS with no password.
+        versions: of OCPP that it speaks; of those the station's first choice is taken.
+        misbehaviour: what to do wrong; may be set while it runs.
+        clock: what time it is.
+
+    Raises:
+        ConfigurationError: profile 1 without passwords.
+    """
+
+    def __init__(
+        self,
+        *,
+        organization: str,
+        hierarchy: Hierarchy | None = None,
+        hierarchy_20: Hierarchy | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        security_profile: SecurityProfile = SecurityProfile.NONE,
+        passwords: Mapping[str, str] | None = None,
+        versions: Sequence[OcppVersion] = tuple(OcppVersion),
+        misbehaviour: Misbehaviour | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        if security_profile is SecurityProfile.BASIC and passwords is None:
+            raise ConfigurationError("security profile 1 needs the stations' passwords", reason="csms_no_passwords")
+        now = clock()
+        self.events: list[Event] = []
+        self.misbehaviour = misbehaviour
+        self.organization = organization
+        self._hierarchy = hierarchy or Hierarchy.make(SECP256R1, organization=organization, now=now)
+        self._hierarchy_20 = hierarchy_20 or Hierarchy.make(SECP521R1, organization=organization, now=now)
+        self._address = (host, port)
+        self._security_profile = security_profile
+        self._passwords = passwords
+        self._versions = versions
+        self._clock = clock
+        self._server: Server | None = None
+        self._stations: dict[str, OcppConnection] = {}
+        self._held: defaultdict[tuple[str, CertificateType], list[SignRequest]] = defaultdict(list)
+        self._request_ids: dict[tuple[str, int], str] = {}
+        self._happened = asyncio.Event()
+        self._cursors: dict[type[Event], int] = {}
+
+    async def __aenter__(self) -> Self:
+        host, port = self._address
+        self._server = await serve(
+            self._serve,
+            host,
+            port,
+            subprotocols=[Subprotocol(version.value) for version in self._versions],
+            select_subprotocol=self._select_subprotocol,
+            process_request=self._let_in,
+            ssl=self._tls() if self._security_profile >= SecurityProfile.TLS else None,
+            close_timeout=1,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        await self._server.wait_closed()
+
+    @property
+    def url(self) -> str:
+        """``ws://127.0.0.1:PORT`` or ``wss://...``; a station adds a slash and its id."""
+        assert self._server is not None, "it is not running"
+        host, port = next(iter(self._server.sockets)).getsockname()[:2]
+        scheme = "wss" if self._security_profile >= SecurityProfile.TLS else "ws"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    def hierarchy(self, certificate_type: CertificateType) -> Hierarchy:
+        """What signs certificates of this type."""
+        algorithm = PROFILES[certificate_type].required_algorithm or DEFAULT_ALGORITHM
+        return self._hierarchy_20 if SECP521R1 in ALGORITHMS[algorithm].key_types else self._hierarchy
+
+    def trust_anchors_pem(self, certificate_type: CertificateType | None = None) -> str:
+        """The root for a certificate type, or all of them: what the station verifies chains with [A02.FR.06]."""
+        types = CertificateType if certificate_type is None else (certificate_type,)
+        return "".join(self.hierarchy(known).trust_anchors_pem(known) for known in types)
+
+    async def connected(self, station_id: str, *, timeout: float = EVENT_TIMEOUT) -> OcppVersion:
+        """Wait until a station is connected; which version of OCPP it speaks.
+
+        Raises:
+            CsmsError: it does not come in time.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while station_id not in self._stations:
+                    await self._happened.wait()
+        except TimeoutError:
+            raise CsmsError(f"{station_id} did not connect in {timeout:g} s", reason="csms_station_absent") from None
+        return self._stations[station_id].version
+
+    async def trigger(self, station_id: str, certificate_type: CertificateType) -> str:
+        """Ask a station for a CSR; what it answered (``Accepted``, ``Rejected``, ``NotImplemented``, an error's code).
+
+        Raises:
+            NotCarried: the version that the station speaks cannot. Nothing was sent.
+            CsmsError: the station is not connected.
+            NotAnswered: it is, and does not answer.
+        """
+        connection = self._stations.get(station_id)
+        if connection is None:
+            raise CsmsError(f"{station_id} is not connected", reason="csms_station_absent")
+        call = ocpp.trigger(certificate_type, connection.version)
+        try:
+            result = await connection.call(*call)
+            status = ocpp.read_status(call.action, result, connection.version, "TriggerMessage")
+        except CallError as error:
+            status = error.code
+        self._record(Triggered(station_id=station_id, certificate_type=certificate_type, status=status))
+        return status
+
+    async def next(self, kind: type[EventT], *, timeout: float = EVENT_TIMEOUT) -> EventT:
+        """The first event of this kind that `next` has not returned before, past or still to come.
+
+        Raises:
+            CsmsError: none comes in time.
+        """
+        index = self._cursors.get(kind, 0)
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    while index < len(self.events):
+                        event = self.events[index]
+                        index += 1
+                        self._cursors[kind] = index
+                        if isinstance(event, kind):
+                            return event
+                    await self._happened.wait()
+        except TimeoutError:
+            raise CsmsError(f"no {kind.__name__} in {timeout:g} s", reason="csms_nothing_happened") from None
+
+    async def stream(self) -> AsyncIterator[Event]:
+        """All events from the first on, as they happen, without end."""
+        index = 0
+        while True:
+            while index < len(self.events):
+                yield self.events[index]
+                index += 1
+            await self._happened.wait()
+
+    def _record(self, event: Event) -> None:
+        self.events.append(event)
+        self._happened.set()
+        self._happened = asyncio.Event()
+
+    # --- Who is let in [A00] -----------------------------------------------------------------------------------------
+
+    def _tls(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        names = list(dict.fromkeys(("localhost", "127.0.0.1", self._address[0])))
+        chain, private_key = self._hierarchy.issue_server(names, now=self._clock())
+        with tempfile.TemporaryDirectory() as directory:  # ssl reads keys from files only
+            file = Path(directory, "server.pem")
+            file.touch(mode=0o600)
+            file.write_bytes(key_to_pem(private_key) + to_pem(chain).encode())
+            context.load_cert_chain(file)
+        if self._security_profile is SecurityProfile.MUTUAL_TLS:
+            context.verify_mode = ssl.CERT_REQUIRED
+            root = to_pem([self._hierarchy.csms_root.certificate])
+            context.load_verify_locations(cadata=root)
+        return context
+
+    def _let_in(self, websocket: ServerConnection, request: Request) -> Response | None:
+        station_id = _station_id(request)
+        if not station_id:
+            return websocket.respond(http.HTTPStatus.NOT_FOUND, "the URL ends in the station's id\n")
+        trouble = self._stranger(websocket, station_id, request)
+        if trouble is None:
+            return None
+        self._record(ConnectionRefused(station_id=station_id, reason=trouble))
+        response = websocket.respond(http.HTTPStatus.UNAUTHORIZED, f"{trouble}\n")
+        if self._security_profile is not SecurityProfile.MUTUAL_TLS:
+            response.headers["WWW-Authenticate"] = 'Basic realm="stationkey csms", charset="UTF-8"'
+        return response
+
+    def _stranger(self, websocket: ServerConnection, station_id: str, request: Request) -> str | None:
+        """Why a station is not let in, or None."""
+        if self._security_profile is SecurityProfile.MUTUAL_TLS:
+            certificate = _peer_certificate(websocket)
+            assert certificate is not None  # or TLS would have refused
+            names = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+            if [name.value for name in names] != [self.organization]:
+                return f"O of the station's certificate is not {self.organization!r} [A00.FR.509]"
+        elif self._security_profile is not SecurityProfile.NONE and self._passwords is not None:
+            credentials = _credentials(request)
+            if credentials is None:
+                return "no user name and password [A00.FR.204]"
+            password = self._passwords.get(station_id)
+            # The user name is the station's identity [A00.FR.204].
+            if password is None or not hmac.compare_digest(credentials, f"{station_id}:{password}".encode()):
+                return "wrong user name or password [A00.FR.204]"
+        return None
+
+    def _select_subprotocol(self, _: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+        return next((name for name in offered if name in {version.value for version in self._versions}), None)
+
+    async def _serve(self, websocket: ServerConnection) -> None:
+        assert websocket.request is not None
+        station_id = _station_id(websocket.request)
+        if websocket.subprotocol is None:
+            # The handshake is completed without a subprotocol, and the connection closed [OCPP-J 3.1.2].
+            speaks = ", ".join(version.value for version in self._versions)
+            reason = f"none of the subprotocols offered is one of {speaks}"
+            self._record(ConnectionRefused(station_id=station_id, reason=reason))
+            await websocket.close(1002, "no common version of OCPP")
+            return
+        version = OcppVersion(websocket.subprotocol)
+
+        async def answer(action: str, payload: Payload) -> Payload | Answered:
+            return self._answer(station_id, connection, action, payload)
+
+        connection = OcppConnection(websocket, version, answer)
+        older, self._stations[station_id] = self._stations.get(station_id), connection
+        certificate = _peer_certificate(websocket)
+        self._record(Connected(station_id=station_id, version=version, certificate=certificate))
+        try:
+            if older is not None:
+                await older.close()  # a station has one connection; the other side of this one is most likely gone
+            await connection.run()
+        finally:
+            if self._stations.get(station_id) is connection:
+                del self._stations[station_id]
+            self._record(Disconnected(station_id=station_id))
+
+    # --- What it answers ---------------------------------------------------------------------------------------------
+
+    def _answer(self, station_id: str, connection: OcppConnection, action: str, payload: Payload) -> Payload | Answered:
+        version = connection.version
+        match action:
+            case "BootNotification":
+                return self._boot(station_id, payload)
+            case "Heartbeat":
+                return {"currentTime": ocpp.to_timestamp(self._clock())}
+            case "SignCertificate":
+                return self._sign(station_id, connection, action, payload)
+            case "DataTransfer":
+                if ocpp.is_plug_and_charge(payload, "SignCertificate", version):
+                    return self._sign(station_id, connection, action, payload)
+                known = version is OcppVersion.V16 and payload["vendorId"] == ocpp.PNC_VENDOR_ID
+                return {"status": "UnknownMessageId" if known else "UnknownVendorId"}
+            case "SecurityEventNotification":
+                info = str(payload.get("techInfo", ""))
+                self._record(SecurityEvent(station_id=station_id, type=payload["type"], tech_info=info))
+            case "StatusNotification":
+                status = str(payload.get("status") or payload.get("connectorStatus"))
+                self._record(StatusReported(station_id=station_id, status=status))
+        try:
+            ocpp.validate(action, {}, version, result=True)
+        except PayloadInvalid:
+            raise CallError("NotSupported", f"this CSMS does not answer {action}") from None
+        return {}  # taken note of: its answer says nothing
+
+    def _boot(self, station_id: str, payload: Payload) -> Payload:
+        if "chargingStation" in payload:
+            vendor, model = payload["chargingStation"]["vendorName"], payload["chargingStation"]["model"]
+        else:
+            vendor, model = payload["chargePointVendor"], payload["chargePointModel"]
+        self._record(Booted(station_id=station_id, vendor=vendor, model=model))
+        now = ocpp.to_timestamp(self._clock())
+        return {"currentTime": now, "interval": HEARTBEAT_INTERVAL, "status": "Accepted"}
+
+    def _sign(self, station_id: str, connection: OcppConnection, action: str, payload: Payload) -> Payload | Answered:
+        """Answer SignCertificate; the certificate comes after, as the CSMS behaves."""
+        version = connection.version
+        request = ocpp.read_sign_certificate(action, payload, version)
+        try:
+            csr = self._check(station_id, request)
+        except CsrRefused as error:
+            self._record(
+                CsrRejected(
+                    station_id=station_id,
+                    certificate_type=request.certificate_type,
+                    csr=request.csr,
+                    request_id=request.request_id,
+                    reason=error.reason,
+                    words=error.message,
+                )
+            )
+            return ocpp.sign_certificate_answer(action, version, accepted=False, reason=error.message)
+        self._record(
+            CsrAccepted(
+                station_id=station_id,
+                certificate_type=request.certificate_type,
+                csr=request.csr,
+                request_id=request.request_id,
+            )
+        )
+        answer = ocpp.sign_certificate_answer(action, version, accepted=True)
+        if self.misbehaviour is Misbehaviour.NEVER:
+            return answer
+        if self.misbehaviour is Misbehaviour.ANSWER_FIRST_OF_THREE:
+            held = self._held[station_id, request.certificate_type]
+            held.append(request)
+            if len(held) < _THREE:
+                return answer
+            request = held[0]
+            csr = x509.load_der_x509_csr(_from_pem(request.csr))
+            held.clear()
+        return Answered(answer, partial(self._send_certificate, station_id, connection, request, csr))
+
+    def _check(self, station_id: str, request: SignRequest) -> x509.CertificateSigningRequest:
+        """What there is to check beside the CSR itself: requestId and hashRootCertificate."""
+        if self.misbehaviour is Misbehaviour.REJECT:
+            raise _refused("csms_told_to", "this CSMS was told to refuse every CSR")
+        kind = request.certificate_type
+        csr = check_csr(request.csr, certificate_type=kind, organization=self.organization)
+        if request.request_id is not None:
+            before = self._request_ids.setdefault((station_id, request.request_id), request.csr)
+            if before != request.csr:
+                words = f"requestId {request.request_id} was used before with another CSR [A02.FR.24]"
+                raise _refused("csr_request_id", words)
+        if request.hash_root_certificate is not None:
+            own = certificate_hash(self.hierarchy(kind).issuers(kind)[-1].certificate)
+            given = {name: str(value).lower() for name, value in request.hash_root_certificate.items()}
+            if given != {name: value.lower() for name, value in own.items()}:
+                raise _refused("csr_hash_root", "hashRootCertificate is not that of this CSMS's root (as SHA-256)")
+        return csr
+
+    async def _send_certificate(
+        self, station_id: str, connection: OcppConnection, request: SignRequest, csr: x509.CertificateSigningRequest
+    ) -> None:
+        kind, request_id = request.certificate_type, request.request_id
+        profile = PROFILES[kind]
+        chain = self.hierarchy(kind).issue(csr, profile, now=self._clock(), misbehaviour=self.misbehaviour)
+        if request_id is not None and self.misbehaviour is Misbehaviour.UNKNOWN_REQUEST_ID:
+            request_id = 1 + max(known for _, known in self._request_ids)
+        chain_pem = to_pem(chain)
+        checked = self.misbehaviour is not Misbehaviour.CHAIN_TOO_LONG
+        call = ocpp.certificate_signed(kind, connection.version, chain_pem, request_id=request_id, checked=checked)
+        self._record(
+            CertificateSent(station_id=station_id, certificate_type=kind, chain_pem=chain_pem, request_id=request_id)
+        )
+        try:
+            result = await connection.call(*call, checked=checked)
+            status = ocpp.read_status(call.action, result, connection.version, "CertificateSigned")
+            words = ocpp.read_status_info(result)
+        except CallError as error:
+            status, words = error.code, error.description
+        except StationKeyError as error:  # no answer, or one against the schema
+            status, words = error.reason, error.message
+        self._record(CertificateAnswered(station_id=station_id, certificate_type=kind, status=status, words=words))
+
+
+def _station_id(request: Request) -> str:
+    """The last part of the URL [OCPP-J 3.1.1]."""
+    return unquote(urlsplit(request.path).path.rsplit("/", 1)[-1])
+
+
+def _credentials(request: Request) -> bytes | None:
+    """What HTTP basic authentication brings, decoded; None where there is none."""
+    scheme, _, encoded = (request.headers.get("Authorization") or "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        return base64.b64decode(encoded.strip(), validate=True)
+    except ValueError:
+        return None
+
+
+def _peer_certificate(websocket: ServerConnection) -> x509.Certificate | None:
+    tls = websocket.transport.get_extra_info("ssl_object")
+    der = tls.getpeercert(binary_form=True) if isinstance(tls, ssl.SSLObject) else None
+    return None if der is None else x509.load_der_x509_certificate(der)

@@ -1,0 +1,561 @@
+"""Josev's part between charging station and CSMS, for trying and for tests: trigger, CSR, signature, installation.
+
+A trigger from the CSMS, or an order, starts a *renewal*: a CSR is asked for over MQTT and carried to the CSMS by
+SignCertificate; the certificate that comes back by CertificateSigned is verified, stored, and reported to the charging
+station by ``certificate_installation_status``. What is pending is written down, so that a restart goes on with the same
+CSR. Whoever's charging station answers, ours or another's: nothing here knows how it makes its keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import websockets
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from msgspec import UNSET
+
+from stationkey.config.settings import MqttTerms
+from stationkey.contract import messages
+from stationkey.contract.profiles import PROFILES, Algorithm, CertificateProfile, CertificateType
+from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.mqtt.client import ask, report_status
+from stationkey.mqtt.connection import PLAIN, Broker
+from stationkey.service.active_files import file_name
+from stationkey.simulators.ocpp import (
+    CARRIAGES,
+    INVALID_CERTIFICATE_EVENT,
+    NotCarried,
+    OcppVersion,
+    Payload,
+    PayloadInvalid,
+    TriggerStatus,
+    boot_notification,
+    carriage,
+    certificate_signed_answer,
+    read_certificate_signed,
+    read_status,
+    read_trigger,
+    security_event,
+    sign_certificate,
+    trigger_answer,
+)
+from stationkey.simulators.ocpp_connection import CallError, NotAnswered, OcppConnection
+from stationkey.x509.certificate import Chain, Expected, differences, read_chain, untrusted
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING: Final = 8
+"""CSRs of one certificate type that may wait for a certificate. The oldest go first; a CSMS may answer the first of
+several [OCTT TC_A_23]."""
+ANSWER_TIMEOUT: Final = 90.0
+"""Seconds for the charging station to answer: it may have to find an RSA key."""
+RECONNECT_FIRST: Final = 0.5
+RECONNECT_LAST: Final = 60.0
+"""Seconds between tries to reach the CSMS; doubled in between."""
+
+
+class SigningRefused(StationKeyError):
+    """The CSMS will not sign, or the charging station made no CSR. Not tried again [A02.FR.20]."""
+
+
+class CertificateInvalid(StationKeyError):
+    """A certificate that must not be installed [A02.FR.06, A02.FR.07]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StationSettings:
+    """Who the station is, and whom it talks to.
+
+    Attributes:
+        csms: URL of the CSMS without the station's identity, ``ws://`` or ``wss://``.
+        identity: the station's identity, the last part of the URL.
+        versions: OCPP versions to offer, best first.
+        broker: where the charging station's side listens.
+        mqtt: TLS and credentials for it.
+        topic_prefix: see `stationkey.mqtt.connection.topics`.
+        common_name: CN of the CSRs.
+        organization_name: O, as the CSMS has it configured [A00.FR.509].
+        country_name: C.
+        evse_id: EVSE that the V2G keys are for, or None.
+        state_dir: where pending CSRs are written down.
+        certificate_dir: where installed certificates go.
+        trust_anchors: PEM file of the roots that a signed certificate must lead to; None to trust what the CSMS sends.
+        wait_minimum: ``CertSigningWaitMinimum``, seconds before the same CSR is sent again; doubled each time.
+        repeat_times: ``CertSigningRepeatTimes``, how often it is sent again at the most.
+        password: for HTTP basic authentication (security profiles 1 and 2), or None.
+        tls: for ``wss://``: whom to trust, and with security profile 3 the client's certificate.
+    """
+
+    csms: str
+    identity: str
+    broker: Broker
+    common_name: str
+    organization_name: str
+    country_name: str
+    state_dir: Path
+    certificate_dir: Path
+    versions: tuple[OcppVersion, ...] = (OcppVersion.V201,)
+    topic_prefix: str = ""
+    mqtt: MqttTerms = PLAIN
+    evse_id: str | None = None
+    trust_anchors: Path | None = None
+    wait_minimum: float = 30.0
+    repeat_times: int = 3
+    password: str | None = None
+    tls: ssl.SSLContext | None = None
+    profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)
+
+
+@dataclass(slots=True, kw_only=True)
+class Pending:
+    """A CSR that waits for its certificate."""
+
+    certificate_type: CertificateType
+    evse_id: str | None
+    csr: str
+    request_id: int | None
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def public(self) -> bytes:
+        """SubjectPublicKeyInfo of the CSR, in DER."""
+        return (
+            x509.load_pem_x509_csr(self.csr.encode())
+            .public_key()
+            .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        )
+
+
+class PendingFile:
+    """The pending CSRs, on disk: exchanged atomically with every change.
+
+    Args:
+        path: the file; it need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.pending: list[Pending] = []
+        self.last_request_id = 0
+        try:
+            saved = json.loads(path.read_text())
+            self.last_request_id = int(saved["last_request_id"])
+            for entry in saved["pending"]:
+                self.pending.append(
+                    Pending(
+                        certificate_type=CertificateType(entry["certificate_type"]),
+                        evse_id=entry["evse_id"],
+                        csr=entry["csr"],
+                        request_id=entry["request_id"],
+                    )
+                )
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{path} cannot be read: {error}",
+                reason="pending_unreadable",
+                hint="remove it to begin anew; certificates for the CSRs in it are then refused",
+            ) from None
+
+    def add(self, pending: Pending) -> None:
+        """Write a CSR down; the oldest of its type makes room."""
+        same = [other for other in self.pending if other.certificate_type is pending.certificate_type]
+        for old in same[: max(0, len(same) - MAX_PENDING + 1)]:
+            self.pending.remove(old)
+        self.pending.append(pending)
+        self.save()
+
+    def remove(self, pending: Pending) -> None:
+        """Take one off that has its certificate, or will never have one."""
+        if pending in self.pending:
+            self.pending.remove(pending)
+            self.save()
+
+    def save(self) -> None:
+        """Write the file anew."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        entries = [
+            {
+                "certificate_type": str(pending.certificate_type),
+                "evse_id": pending.evse_id,
+                "csr": pending.csr,
+                "request_id": pending.request_id,
+            }
+            for pending in self.pending
+        ]
+        write_atomically(
+            self._path, json.dumps({"last_request_id": self.last_request_id, "pending": entries}, indent=1).encode()
+        )
+
+
+def waits(minimum: float, repeats: int) -> list[float]:
+    """How long to wait for the certificate after each time that the CSR was sent, in seconds [A02.FR.17-19].
+
+    Args:
+        minimum: ``CertSigningWaitMinimum``, seconds.
+        repeats: ``CertSigningRepeatTimes``.
+    """
+    return [minimum * 2**attempt for attempt in range(repeats + 1)]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Exchange a file: whoever reads it has the old content or the new."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+class Station:
+    """Plays Josev towards a charging station's side and a CSMS.
+
+    Args:
+        settings: who and whom.
+        on_event: told of everything that happens, in words for a person, with the certificate type where there is one.
+    """
+
+    def __init__(
+        self, settings: StationSettings, on_event: Callable[[str, CertificateType | None], None] = lambda *_: None
+    ) -> None:
+        self._settings = settings
+        self._tell = on_event
+        self._file = PendingFile(settings.state_dir / "josev-pending.json")
+        self._csms: OcppConnection | None = None
+        self._connected = asyncio.Event()
+        self._renewing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # The connection to the CSMS.
+
+    async def run(self) -> None:
+        """Stay connected to the CSMS and do what it triggers, until cancelled."""
+        delay = RECONNECT_FIRST
+        try:
+            while True:
+                try:
+                    await self._session()
+                    delay = RECONNECT_FIRST
+                except (OSError, TimeoutError, websockets.WebSocketException) as error:
+                    self._tell(f"no CSMS at {self._settings.csms}: {error}; trying again in {delay:g} s", None)
+                finally:
+                    self._connected.clear()
+                    self._csms = None
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RECONNECT_LAST)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _session(self) -> None:
+        settings = self._settings
+        headers = {}
+        if settings.password is not None:
+            credentials = f"{settings.identity}:{settings.password}".encode()
+            headers["Authorization"] = f"Basic {base64.b64encode(credentials).decode()}"
+        async with websockets.connect(
+            f"{settings.csms.rstrip('/')}/{settings.identity}",
+            subprotocols=[websockets.Subprotocol(version) for version in settings.versions],
+            additional_headers=headers,
+            ssl=settings.tls,
+        ) as socket:
+            if socket.subprotocol is None:
+                raise OSError("the CSMS speaks none of the OCPP versions offered")
+            version = OcppVersion(socket.subprotocol)
+            csms = self._csms = OcppConnection(socket, version, self._called, invalid=self._invalid)
+            listening = asyncio.create_task(csms.run(), name="ocpp-listen")
+            try:
+                boot = boot_notification(csms.version, model="josev", vendor="stationkey")
+                read_status(boot.action, await csms.call(*boot), csms.version, boot.action)
+                self._connected.set()
+                self._tell(f"connected to {settings.csms}, OCPP {csms.version.number}", None)
+                self._resume()
+                await listening
+            finally:
+                listening.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+
+    async def _called(self, action: str, payload: Payload) -> Payload:
+        """Answer a call of the CSMS."""
+        csms = self._csms
+        assert csms is not None  # it is its call
+        version = csms.version
+        inner = payload.get("messageId") if action == "DataTransfer" else action
+        if inner == "CertificateSigned":
+            signed = read_certificate_signed(action, payload, version)
+            accepted, why = await self._signed(csms, signed.certificate_type, signed.chain_pem, signed.request_id)
+            return certificate_signed_answer(action, version, accepted=accepted, reason=why)
+        if inner in {"TriggerMessage", "ExtendedTriggerMessage"}:
+            wanted = read_trigger(action, payload, version)
+            status = TriggerStatus.NOT_IMPLEMENTED if wanted is None else await self._triggered(csms, wanted)
+            return trigger_answer(action, version, status)
+        raise CallError("NotImplemented", action)
+
+    async def _invalid(self, action: str, payload: Payload, error: PayloadInvalid) -> None:
+        """A call against the schema was refused. A certificate that was in it is refused like any other bad one.
+
+        A chain that is too long is one such [A02.FR.16]. The last CSR that was sent is the one that it must be for.
+        """
+        inner = payload.get("messageId") if action == "DataTransfer" else action
+        if inner == "CertificateSigned" and self._csms is not None:
+            kind = self._file.pending[-1].certificate_type if self._file.pending else None
+            self._tell(f"the certificate is refused: {error}", kind)
+            await self._refuse(self._csms, kind, CertificateInvalid(str(error), reason="chain_unreadable"))
+
+    def _resume(self) -> None:
+        """Send what was pending before a restart: the same CSR, not a new one [A02.FR.17]."""
+        for pending in self._file.pending:
+            self._spawn(self._again(pending))
+
+    async def _again(self, pending: Pending) -> None:
+        async with self._renewing:
+            if pending in self._file.pending:
+                self._tell("sending the CSR that was pending", pending.certificate_type)
+                await self._reported(pending.certificate_type, pending.evse_id, self._carry(pending))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settled(self) -> None:
+        """Wait until nothing is under way."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # A renewal.
+
+    async def _triggered(self, csms: OcppConnection, certificate_type: CertificateType) -> TriggerStatus:
+        """Answer a trigger. One renewal at a time: another is rejected while one is under way."""
+        if self._renewing.locked():
+            self._tell("a trigger is refused: a renewal is under way", certificate_type)
+            return TriggerStatus.REJECTED
+        try:
+            carriage(certificate_type, csms.version)
+        except NotCarried as error:
+            self._tell(str(error), certificate_type)
+            return TriggerStatus.NOT_IMPLEMENTED
+        self._tell("triggered by the CSMS", certificate_type)
+        self._spawn(self._renew_quietly(certificate_type))
+        return TriggerStatus.ACCEPTED
+
+    async def _renew_quietly(self, certificate_type: CertificateType) -> None:
+        try:
+            await self.renew(certificate_type)
+        except StationKeyError as error:
+            log.debug("%s", error)  # told already
+
+    async def renew(self, certificate_type: CertificateType, algorithm: Algorithm | None = None) -> None:
+        """Renew a certificate: a new CSR [A02.FR.02], signed by the CSMS, verified, installed and reported.
+
+        Args:
+            certificate_type: which.
+            algorithm: what to ask for; by default what its profile prefers.
+
+        Raises:
+            NotCarried: the CSMS's OCPP version cannot carry it; nothing was asked or sent.
+            SigningRefused: the charging station or the CSMS said no.
+            CertificateInvalid: what came back must not be installed.
+            StationKeyError: anything else that ended it. A certificate that comes late is still installed.
+        """
+        await self._connected.wait()
+        async with self._renewing:
+            carried = carriage(certificate_type, await self._current_version())
+            profile: CertificateProfile = self._settings.profiles[certificate_type]
+            evse_id = self._settings.evse_id if profile.secc_id else None
+            csr = await self._ask(certificate_type, evse_id, algorithm or profile.preferred_algorithm)
+            request_id = None
+            if carried.carries_request_id:
+                self._file.last_request_id += 1
+                request_id = self._file.last_request_id
+            pending = Pending(certificate_type=certificate_type, evse_id=evse_id, csr=csr, request_id=request_id)
+            self._file.add(pending)
+            await self._reported(certificate_type, evse_id, self._carry(pending))
+
+    async def _reported(
+        self, certificate_type: CertificateType, evse_id: str | None, work: Coroutine[Any, Any, None]
+    ) -> None:
+        """Do `work`; where the CSMS refuses for good, tell the charging station that its key will not be used."""
+        try:
+            await work
+        except SigningRefused as error:
+            self._tell(str(error), certificate_type)
+            await self._report(certificate_type, evse_id, "failed_installation")
+            raise
+        except StationKeyError as error:
+            self._tell(str(error), certificate_type)
+            raise
+
+    async def _ask(self, certificate_type: CertificateType, evse_id: str | None, algorithm: Algorithm | None) -> str:
+        settings = self._settings
+        request = messages.generate_csr(
+            str(uuid.uuid4()),
+            messages.GenerateCsrData(
+                certificate_type=certificate_type,
+                common_name=settings.common_name,
+                organization_name=settings.organization_name,
+                country_name=settings.country_name,
+                evse_id=UNSET if evse_id is None else evse_id,
+                algorithm=UNSET if algorithm is None else algorithm,
+            ),
+        )
+        response = await ask(
+            settings.broker,
+            request,
+            topic_prefix=settings.topic_prefix,
+            timeout=ANSWER_TIMEOUT,
+            terms=settings.mqtt,
+        )
+        if response is None:
+            raise SigningRefused("the charging station did not answer", reason="no_answer")
+        if response.data.status != "accepted" or response.data.csr is UNSET:
+            raise SigningRefused("the charging station rejected the request", reason="csr_rejected")
+        self._tell("the charging station answered with a CSR", certificate_type)
+        return response.data.csr
+
+    async def _carry(self, pending: Pending) -> None:
+        """Send the CSR, and the same one again while no certificate comes [A02.FR.17-19]."""
+        for attempt, wait in enumerate(waits(self._settings.wait_minimum, self._settings.repeat_times)):
+            accepted = await self._send(pending)
+            if not accepted:
+                self._file.remove(pending)
+                raise SigningRefused("the CSMS refuses to sign", reason="csms_rejected")  # [A02.FR.20]
+            again = " again" if attempt else ""
+            self._tell(f"SignCertificate was sent{again} and accepted", pending.certificate_type)
+            try:
+                await asyncio.wait_for(pending.answered.wait(), wait)
+            except TimeoutError:
+                continue
+            return
+        raise StationKeyError(
+            "no certificate came; should it come late, it is still taken",
+            reason="csms_silent",
+        )
+
+    async def _send(self, pending: Pending) -> bool:
+        """Send a CSR; whether the CSMS will sign it. Without an answer it may have been taken all the same."""
+        await self._connected.wait()
+        csms = self._csms
+        assert csms is not None
+        call = sign_certificate(pending.certificate_type, csms.version, pending.csr, request_id=pending.request_id)
+        try:
+            answer = await csms.call(*call)
+        except NotAnswered as error:
+            self._tell(f"SignCertificate: {error}", pending.certificate_type)
+            return True
+        except CallError as error:
+            self._tell(f"SignCertificate is answered with an error: {error}", pending.certificate_type)
+            return False
+        return read_status(call.action, answer, csms.version) == "Accepted"
+
+    async def _current_version(self) -> OcppVersion:
+        await self._connected.wait()
+        assert self._csms is not None
+        return self._csms.version
+
+    # A certificate.
+
+    async def _signed(
+        self, csms: OcppConnection, certificate_type: CertificateType | None, chain_pem: str, request_id: int | None
+    ) -> tuple[bool, str]:
+        """Whether a certificate is taken, and why not. Verified first [A02.FR.06]; what follows does not hold it up."""
+        try:
+            pending, chain = self._verified(csms.version, certificate_type, chain_pem, request_id)
+        except CertificateInvalid as error:
+            self._tell(f"the certificate is refused: {error}", certificate_type)
+            self._spawn(self._refuse(csms, certificate_type, error))
+            return False, str(error)
+        self._install(pending, chain)
+        self._spawn(self._installed(pending))
+        return True, ""
+
+    def _verified(
+        self, version: OcppVersion, certificate_type: CertificateType | None, chain_pem: str, request_id: int | None
+    ) -> tuple[Pending, Chain]:
+        candidates = [p for p in self._file.pending if certificate_type in {None, p.certificate_type}]
+        if request_id is not None:
+            candidates = [p for p in candidates if p.request_id == request_id]
+            if not candidates:
+                raise CertificateInvalid(f"request id {request_id} is not known", reason="request_id_unknown")
+        limit = max(c.chain_limit for (_, known), c in CARRIAGES.items() if known is version)
+        if len(chain_pem) > limit:  # [A02.FR.16]
+            raise CertificateInvalid(
+                f"the chain has {len(chain_pem)} characters, {limit} are allowed", reason="chain_too_long"
+            )
+        chain = read_chain(chain_pem.encode())
+        if chain is None:
+            raise CertificateInvalid("there is no certificate in it", reason="chain_unreadable")
+        pending = next((p for p in candidates if p.public == chain.public), None)
+        if pending is None:
+            raise CertificateInvalid("it is for no key that a CSR is pending for", reason="certificate_of_another_key")
+        anchors = self._settings.trust_anchors
+        if anchors is not None and (why := untrusted(chain, anchors.read_bytes())):
+            raise CertificateInvalid(f"it does not lead to a trust anchor: {why}", reason="chain_untrusted")
+        if any(certificate.issuer == certificate.subject for certificate in chain.certificates):
+            raise CertificateInvalid("the chain has a root in it", reason="root_in_chain")
+        found = differences(chain, self._expected(pending), now=time.time())
+        if found:
+            raise CertificateInvalid("; ".join(found), reason="certificate_differs")
+        return pending, chain
+
+    def _expected(self, pending: Pending) -> Expected:
+        settings = self._settings
+        return Expected(
+            profile=settings.profiles[pending.certificate_type],
+            common_name=settings.common_name,
+            organization_name=settings.organization_name,
+            country_name=settings.country_name,
+            public=pending.public,
+        )
+
+    def _install(self, pending: Pending, chain: Chain) -> None:
+        directory = self._settings.certificate_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            directory / file_name((str(pending.certificate_type), pending.evse_id or "")), chain.pem().encode()
+        )
+        pending.answered.set()
+        self._file.remove(pending)
+
+    async def _installed(self, pending: Pending) -> None:
+        self._tell("the certificate is verified and installed", pending.certificate_type)
+        await self._report(pending.certificate_type, pending.evse_id, "installed")
+
+    async def _refuse(
+        self, csms: OcppConnection, certificate_type: CertificateType | None, error: CertificateInvalid
+    ) -> None:
+        """Tell the CSMS by a security event, and the charging station that nothing was installed [A02.FR.06/07]."""
+        event = security_event(
+            csms.version, INVALID_CERTIFICATE_EVENT, timestamp=datetime.now(UTC), tech_info=str(error)
+        )
+        try:
+            await csms.call(*event)
+        except StationKeyError as failure:
+            self._tell(f"the security event was not taken: {failure}", certificate_type)
+        if certificate_type is not None:
+            await self._report(certificate_type, self._settings.evse_id, "failed_installation")
+
+    async def _report(
+        self, certificate_type: CertificateType, evse_id: str | None, status: messages.InstallationStatus
+    ) -> None:
+        await report_status(
+            self._settings.broker,
+            certificate_type,
+            status,
+            evse_id=evse_id if self._settings.profiles[certificate_type].secc_id else None,
+            topic_prefix=self._settings.topic_prefix,
+            terms=self._settings.mqtt,
+        )
+        self._tell(f"told the charging station: {status}", certificate_type)

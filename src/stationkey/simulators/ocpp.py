@@ -1,0 +1,545 @@
+"""How a CSR and its certificate travel between a charging station and its CSMS, for each version of OCPP.
+
+What a certificate type needs is data: `CARRIAGES` has a `Carriage` for each certificate type and version, and what is
+not in it cannot be carried and is refused before anything is sent. The rest makes the payloads of both sides and reads
+them, as plain dictionaries in OCPP's own spelling, each validated against the official schema that the ``ocpp``
+library ships. Pure: nothing in here sends anything; see `stationkey.simulators.ocpp_connection` for that.
+
+Sources: OCPP 1.6 security whitepaper (edition 3), the application note "Using ISO 15118 Plug & Charge with OCPP 1.6",
+OCPP 2.0.1 and 2.1 part 2 (A02, A03) and their schemas.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+import jsonschema  # type: ignore[import-untyped]  # ships no type information
+from ocpp.messages import MessageType, get_validator  # type: ignore[import-untyped]  # ships no type information
+
+from stationkey.contract.profiles import CertificateType
+from stationkey.errors import Fault, StationKeyError
+
+Payload = dict[str, Any]
+"""What a call or its result carries: a JSON object, its keys as in OCPP."""
+
+PNC_VENDOR_ID: Final = "org.openchargealliance.iso15118pnc"
+"""``vendorId`` of the DataTransfer that carries 2.0.1 payloads over 1.6."""
+
+INVALID_CERTIFICATE_EVENT: Final = "InvalidChargingStationCertificate"
+"""The security event of A02.FR.07, by its name in 2.x; see `security_event`."""
+_EVENTS_OF_16: Final = MappingProxyType({INVALID_CERTIFICATE_EVENT: "InvalidChargePointCertificate"})
+"""What the 1.6 security whitepaper calls the same event."""
+
+CSR_LIMIT: Final = 5500
+"""Longest ``csr`` in every version so far, in characters."""
+CHAIN_LIMIT: Final = 10000
+"""Longest ``certificateChain`` in every version so far, in characters."""
+
+_ACTION: Final = re.compile(r"[A-Za-z0-9]{1,64}")
+
+
+class OcppVersion(StrEnum):
+    """A version of OCPP-J, by its WebSocket subprotocol."""
+
+    V16 = "ocpp1.6"
+    V201 = "ocpp2.0.1"
+    V21 = "ocpp2.1"
+
+    @property
+    def number(self) -> str:
+        """``1.6``, ``2.0.1`` or ``2.1``: what people, and the library's schemas, call it."""
+        return self.value.removeprefix("ocpp")
+
+
+class NotCarried(StationKeyError):
+    """A version of OCPP has no message for this. Raised before anything is sent."""
+
+    fault = Fault.REQUEST
+
+
+class PayloadInvalid(StationKeyError):
+    """A payload, ours or the other side's, that is against the official schema, or cannot be understood.
+
+    Attributes:
+        keyword: the schema's keyword that is not met (``required``, ``maxLength``, ...), or an empty string.
+    """
+
+    fault = Fault.REQUEST
+
+    def __init__(self, message: str, *, keyword: str = "") -> None:
+        super().__init__(message, reason="ocpp_payload_invalid")
+        self.keyword = keyword
+
+
+class UnknownAction(PayloadInvalid):
+    """A version of OCPP has no such message."""
+
+
+class Call(NamedTuple):
+    """A request: which message, and what it carries."""
+
+    action: str
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carriage:
+    """How one certificate type travels in one version of OCPP.
+
+    Attributes:
+        by_data_transfer: whether the payloads are those of 2.0.1, as a JSON string in DataTransfer with vendorId
+            `PNC_VENDOR_ID` and the message's name as messageId (1.6 Plug & Charge).
+        certificate_type: value of ``certificateType``; None where the message has no such field.
+        trigger: value of ``requestedMessage`` with which the CSMS asks for a new CSR.
+        trigger_action: the message that asks so.
+        csr_limit: longest ``csr``, in characters.
+        chain_limit: longest ``certificateChain``, in characters; the station's MaxCertificateChainSize may be lower.
+        carries_request_id: whether SignCertificate and CertificateSigned may have a ``requestId`` [A02.FR.24].
+        carries_hash_root: whether SignCertificate may have a ``hashRootCertificate``.
+    """
+
+    certificate_type: str | None
+    trigger: str
+    trigger_action: str = "TriggerMessage"
+    by_data_transfer: bool = False
+    csr_limit: int = CSR_LIMIT
+    chain_limit: int = CHAIN_LIMIT
+    carries_request_id: bool = False
+    carries_hash_root: bool = False
+
+    @property
+    def action(self) -> str:
+        """The message on the wire that carries SignCertificate and CertificateSigned."""
+        return "DataTransfer" if self.by_data_transfer else "SignCertificate"
+
+
+_STATION: Final = "ChargingStationCertificate"
+_V2G: Final = "V2GCertificate"
+_V2G20: Final = "V2G20Certificate"
+_SIGN_STATION: Final = "SignChargingStationCertificate"
+_SIGN_V2G: Final = "SignV2GCertificate"
+_SIGN_V2G20: Final = "SignV2G20Certificate"
+
+CARRIAGES: Final[Mapping[tuple[CertificateType, OcppVersion], Carriage]] = MappingProxyType(
+    {
+        (CertificateType.CHARGING_STATION_CERTIFICATE, OcppVersion.V16): Carriage(
+            certificate_type=None, trigger="SignChargePointCertificate", trigger_action="ExtendedTriggerMessage"
+        ),
+        (CertificateType.V2G_CERTIFICATE, OcppVersion.V16): Carriage(
+            certificate_type=_V2G, trigger=_SIGN_V2G, by_data_transfer=True
+        ),
+        (CertificateType.CHARGING_STATION_CERTIFICATE, OcppVersion.V201): Carriage(
+            certificate_type=_STATION, trigger=_SIGN_STATION
+        ),
+        (CertificateType.V2G_CERTIFICATE, OcppVersion.V201): Carriage(certificate_type=_V2G, trigger=_SIGN_V2G),
+        (CertificateType.CHARGING_STATION_CERTIFICATE, OcppVersion.V21): Carriage(
+            certificate_type=_STATION, trigger=_SIGN_STATION, carries_request_id=True, carries_hash_root=True
+        ),
+        (CertificateType.V2G_CERTIFICATE, OcppVersion.V21): Carriage(
+            certificate_type=_V2G, trigger=_SIGN_V2G, carries_request_id=True, carries_hash_root=True
+        ),
+        (CertificateType.V2G20_CERTIFICATE, OcppVersion.V21): Carriage(
+            certificate_type=_V2G20, trigger=_SIGN_V2G20, carries_request_id=True, carries_hash_root=True
+        ),
+    }
+)
+"""Every certificate type in every version that can carry it."""
+
+
+def carriage(certificate_type: CertificateType, version: OcppVersion) -> Carriage:
+    """How `certificate_type` travels in `version`.
+
+    Raises:
+        NotCarried: it cannot.
+    """
+    found = CARRIAGES.get((certificate_type, version))
+    if found is None:
+        able = [known.number for kind, known in CARRIAGES if kind is certificate_type]
+        raise NotCarried(
+            f"OCPP {version.number} cannot carry a {certificate_type}",
+            reason="ocpp_not_carried",
+            hint=f"it takes a CSMS that speaks OCPP {' or '.join(able)}",
+        )
+    return found
+
+
+def validate(action: str, payload: object, version: OcppVersion, *, result: bool = False) -> None:
+    """Hold a payload against the official schema of its message.
+
+    Args:
+        action: name of the message, such as ``SignCertificate``.
+        payload: what it carries.
+        version: whose schema.
+        result: whether it is the answer to a call.
+
+    Raises:
+        UnknownAction: this version has no such message.
+        PayloadInvalid: the payload is against the schema.
+    """
+    try:
+        if _ACTION.fullmatch(action) is None:  # it becomes a part of a file's name
+            raise FileNotFoundError
+        validator = get_validator(MessageType.CallResult if result else MessageType.Call, action, version.number)
+    except OSError:
+        raise UnknownAction(f"OCPP {version.number} has no message {action[:64]!r}") from None
+    error = jsonschema.exceptions.best_match(validator.iter_errors(payload))
+    if error is not None:
+        where = "".join(f".{part}" for part in error.absolute_path)
+        words = error.message if len(error.message) <= 200 else f"{error.message[:60]}... breaks {error.validator}"  # noqa: PLR2004 - a line or two
+        raise PayloadInvalid(
+            f"OCPP {version.number} {action}{' answer' if result else ''}{where}: {words}", keyword=str(error.validator)
+        )
+
+
+# --- The station's side: what it sends -------------------------------------------------------------------------------
+
+
+def boot_notification(version: OcppVersion, *, model: str, vendor: str, serial_number: str | None = None) -> Call:
+    """BootNotification after power-up [B01]."""
+    serial = "chargePointSerialNumber" if version is OcppVersion.V16 else "serialNumber"
+    number = {} if serial_number is None else {serial: serial_number}
+    if version is OcppVersion.V16:
+        return _call("BootNotification", {"chargePointModel": model, "chargePointVendor": vendor} | number, version)
+    station = {"model": model, "vendorName": vendor} | number
+    return _call("BootNotification", {"reason": "PowerUp", "chargingStation": station}, version)
+
+
+def sign_certificate(
+    certificate_type: CertificateType,
+    version: OcppVersion,
+    csr: str,
+    *,
+    request_id: int | None = None,
+    hash_root_certificate: Mapping[str, str] | None = None,
+) -> Call:
+    """SignCertificate [A02.FR.02, A02.FR.03].
+
+    Args:
+        certificate_type: what the CSR is for.
+        version: what the CSMS speaks.
+        csr: the CSR in PEM.
+        request_id: to recognise the answer by [A02.FR.24]; 2.1 only.
+        hash_root_certificate: a CertificateHashDataType that says under which root; 2.1 only.
+
+    Raises:
+        NotCarried: this version cannot carry the type, the CSR's length, or an option that is given.
+    """
+    how = carriage(certificate_type, version)
+    if len(csr) > how.csr_limit:
+        raise NotCarried(
+            f"the CSR has {len(csr)} characters; OCPP {version.number} carries {how.csr_limit} at most",
+            reason="csr_too_long",
+        )
+    payload: Payload = {"csr": csr}
+    if how.certificate_type is not None:
+        payload["certificateType"] = how.certificate_type
+    if request_id is not None:
+        _need(how.carries_request_id, "requestId", version)
+        payload["requestId"] = request_id
+    if hash_root_certificate is not None:
+        _need(how.carries_hash_root, "hashRootCertificate", version)
+        payload["hashRootCertificate"] = dict(hash_root_certificate)
+    return _carry(how, "SignCertificate", payload, version)
+
+
+def security_event(version: OcppVersion, event_type: str, *, timestamp: datetime, tech_info: str | None = None) -> Call:
+    """SecurityEventNotification [A04].
+
+    Args:
+        version: of the connection.
+        event_type: such as `INVALID_CERTIFICATE_EVENT`, by its name in 2.x; 1.6 gets its own name for it.
+        timestamp: when it happened.
+        tech_info: what happened, in words; cut to 255 characters.
+    """
+    if version is OcppVersion.V16:
+        event_type = _EVENTS_OF_16.get(event_type, event_type)
+    payload = {"type": event_type, "timestamp": to_timestamp(timestamp)}
+    if tech_info is not None:
+        payload["techInfo"] = tech_info[:255]
+    return _call("SecurityEventNotification", payload, version)
+
+
+class TriggerStatus(StrEnum):
+    """How a station answers a trigger."""
+
+    ACCEPTED = "Accepted"
+    REJECTED = "Rejected"
+    NOT_IMPLEMENTED = "NotImplemented"
+
+
+def trigger_answer(action: str, version: OcppVersion, status: TriggerStatus) -> Payload:
+    """The answer to a trigger that `read_trigger` has read; `action` is that of the call."""
+    return _answer(action, "TriggerMessage", {"status": status.value}, version)
+
+
+def certificate_signed_answer(action: str, version: OcppVersion, *, accepted: bool, reason: str = "") -> Payload:
+    """The answer to a certificate that `read_certificate_signed` has read.
+
+    Args:
+        action: of the call.
+        version: of the connection.
+        accepted: whether the certificate is good.
+        reason: why not, in words; 2.0.1 and 2.1 carry it as statusInfo, cut to 512 characters.
+    """
+    payload: Payload = {"status": "Accepted" if accepted else "Rejected"}
+    if reason and not (version is OcppVersion.V16 and action == "CertificateSigned"):
+        payload["statusInfo"] = {"reasonCode": "InvalidCertificate", "additionalInfo": reason[:512]}
+    return _answer(action, "CertificateSigned", payload, version)
+
+
+# --- The station's side: what it reads -------------------------------------------------------------------------------
+
+
+def read_trigger(action: str, payload: Payload, version: OcppVersion) -> CertificateType | None:
+    """Which certificate's CSR a call from the CSMS asks for.
+
+    TriggerMessage, in 1.6 ExtendedTriggerMessage, and the TriggerMessage inside DataTransfer.
+
+    Returns:
+        None where the call is no trigger, or triggers something else.
+
+    Raises:
+        PayloadInvalid: against the schema.
+    """
+    validate(action, payload, version)
+    by_data_transfer = action == "DataTransfer"
+    if by_data_transfer:
+        if not is_plug_and_charge(payload, "TriggerMessage", version):
+            return None
+        payload = _unpack(payload, "TriggerMessage")
+        action = "TriggerMessage"
+    for (certificate_type, known), how in CARRIAGES.items():
+        if (known, how.by_data_transfer, how.trigger_action) == (version, by_data_transfer, action) and (
+            payload.get("requestedMessage") == how.trigger
+        ):
+            return certificate_type
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """What CertificateSigned brings.
+
+    Attributes:
+        certificate_type: which certificate; None where 2.x leaves it out, as it may: it answers what is pending.
+        chain_pem: leaf first; not yet verified in any way.
+        request_id: of the SignCertificate that it answers [A02.FR.24], or None.
+    """
+
+    certificate_type: CertificateType | None
+    chain_pem: str
+    request_id: int | None = None
+
+
+def read_certificate_signed(action: str, payload: Payload, version: OcppVersion) -> Signed:
+    """The certificate that a call from the CSMS brings: CertificateSigned, in 1.6 also inside DataTransfer.
+
+    Raises:
+        PayloadInvalid: against the schema, such as a chain of more than 10000 characters; or something else.
+    """
+    inner = _read(action, "CertificateSigned", payload, version)
+    kind = _certificate_type(action, inner, version)
+    return Signed(kind, inner["certificateChain"], inner.get("requestId"))
+
+
+def read_status(action: str, payload: Payload, version: OcppVersion, message: str = "SignCertificate") -> str:
+    """The status in an answer: ``Accepted``, ``Rejected``, ``NotImplemented``, ...
+
+    Where the call went by DataTransfer, the status of `message` counts where it is there, once the DataTransfer itself
+    was accepted.
+
+    Raises:
+        PayloadInvalid: against the schema.
+    """
+    validate(action, payload, version, result=True)
+    status = str(payload["status"])
+    if action == "DataTransfer" and status == "Accepted" and payload.get("data"):
+        status = str(_unpack(payload, message, result=True)["status"])
+    return status
+
+
+def read_status_info(payload: Payload) -> str:
+    """Why a call was rejected, where the answer says so; else an empty string."""
+    inner: object = payload
+    if isinstance(data := payload.get("data"), str):
+        try:
+            inner = json.loads(data)
+        except (ValueError, RecursionError):
+            return ""
+    info = inner.get("statusInfo") if isinstance(inner, dict) else None
+    if not isinstance(info, dict):
+        return ""
+    return ": ".join(str(info[key]) for key in ("reasonCode", "additionalInfo") if key in info)
+
+
+# --- The CSMS's side -------------------------------------------------------------------------------------------------
+
+
+def trigger(certificate_type: CertificateType, version: OcppVersion) -> Call:
+    """Ask a station for a new CSR [A02.FR.02].
+
+    Raises:
+        NotCarried: this version cannot.
+    """
+    how = carriage(certificate_type, version)
+    payload = {"requestedMessage": how.trigger}
+    return _carry(how, how.trigger_action, payload, version)
+
+
+@dataclass(frozen=True, slots=True)
+class SignRequest:
+    """What SignCertificate brings.
+
+    Attributes:
+        certificate_type: what the CSR is for. 2.x may leave it out, which means a charging station certificate that
+            serves for both; it is read as `CHARGING_STATION_CERTIFICATE`.
+        csr: PEM, not yet checked in any way.
+        request_id: 2.1, or None.
+        hash_root_certificate: 2.1, or None.
+    """
+
+    certificate_type: CertificateType
+    csr: str
+    request_id: int | None = None
+    hash_root_certificate: Mapping[str, str] | None = None
+
+
+def read_sign_certificate(action: str, payload: Payload, version: OcppVersion) -> SignRequest:
+    """The CSR that a call from a station brings: SignCertificate, in 1.6 also inside DataTransfer.
+
+    Raises:
+        PayloadInvalid: against the schema; or something else.
+    """
+    inner = _read(action, "SignCertificate", payload, version)
+    kind = _certificate_type(action, inner, version) or CertificateType.CHARGING_STATION_CERTIFICATE
+    return SignRequest(kind, inner["csr"], inner.get("requestId"), inner.get("hashRootCertificate"))
+
+
+def sign_certificate_answer(action: str, version: OcppVersion, *, accepted: bool, reason: str = "") -> Payload:
+    """The answer to SignCertificate; `reason` as in `certificate_signed_answer`."""
+    payload: Payload = {"status": "Accepted" if accepted else "Rejected"}
+    if reason and not (version is OcppVersion.V16 and action == "SignCertificate"):
+        payload["statusInfo"] = {"reasonCode": "InvalidCSR", "additionalInfo": reason[:512]}
+    return _answer(action, "SignCertificate", payload, version)
+
+
+def certificate_signed(
+    certificate_type: CertificateType,
+    version: OcppVersion,
+    chain_pem: str,
+    *,
+    request_id: int | None = None,
+    checked: bool = True,
+) -> Call:
+    """CertificateSigned, the chain leaf first; the type is the one of the SignCertificate that it answers [A02.FR.14].
+
+    Args:
+        certificate_type: what the certificate is for.
+        version: of the connection.
+        chain_pem: the certificates.
+        request_id: of the SignCertificate that it answers; 2.1 only.
+        checked: False makes what a faulty CSMS would send.
+
+    Raises:
+        NotCarried: this version cannot carry the type, or the chain is too long for it.
+    """
+    how = carriage(certificate_type, version)
+    if checked and len(chain_pem) > how.chain_limit:
+        raise NotCarried(
+            f"the chain has {len(chain_pem)} characters; OCPP {version.number} carries {how.chain_limit} at most",
+            reason="chain_too_long",
+        )
+    payload: Payload = {"certificateChain": chain_pem}
+    if how.certificate_type is not None:
+        payload["certificateType"] = how.certificate_type
+    if request_id is not None:
+        _need(how.carries_request_id, "requestId", version)
+        payload["requestId"] = request_id
+    return _carry(how, "CertificateSigned", payload, version, checked=checked)
+
+
+# --- What they share -------------------------------------------------------------------------------------------------
+
+
+def to_timestamp(moment: datetime) -> str:
+    """A moment as OCPP writes it: UTC, to the millisecond [RFC 3339]."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _call(action: str, payload: Payload, version: OcppVersion) -> Call:
+    validate(action, payload, version)
+    return Call(action, payload)
+
+
+def _carry(how: Carriage, message: str, payload: Payload, version: OcppVersion, *, checked: bool = True) -> Call:
+    """A call with `payload`, inside DataTransfer where the carriage says so."""
+    if not how.by_data_transfer:
+        if checked:
+            validate(message, payload, version)
+        return Call(message, payload)
+    if checked:
+        validate(message, payload, OcppVersion.V201)
+    outer = {"vendorId": PNC_VENDOR_ID, "messageId": message, "data": _json(payload)}
+    return _call("DataTransfer", outer, version)
+
+
+def _answer(action: str, message: str, payload: Payload, version: OcppVersion) -> Payload:
+    if action == "DataTransfer":
+        validate(message, payload, OcppVersion.V201, result=True)
+        payload = {"status": "Accepted", "data": _json(payload)}
+    validate(action, payload, version, result=True)
+    return payload
+
+
+def _read(action: str, message: str, payload: Payload, version: OcppVersion) -> Payload:
+    """The payload of `message`, by itself or inside DataTransfer."""
+    validate(action, payload, version)
+    if action == message:
+        return payload
+    if action == "DataTransfer" and is_plug_and_charge(payload, message, version):
+        return _unpack(payload, message)
+    raise PayloadInvalid(f"OCPP {version.number} {action} is no {message}")
+
+
+def is_plug_and_charge(payload: Payload, message: str, version: OcppVersion) -> bool:
+    """Whether a DataTransfer carries this message of 1.6 Plug & Charge."""
+    return (version, payload["vendorId"], payload.get("messageId")) == (OcppVersion.V16, PNC_VENDOR_ID, message)
+
+
+def _unpack(payload: Payload, message: str, *, result: bool = False) -> Payload:
+    """The 2.0.1 payload inside a DataTransfer, validated."""
+    try:
+        inner = json.loads(payload.get("data", ""))
+    except (ValueError, RecursionError):
+        raise PayloadInvalid(f"DataTransfer {message}: data is no JSON") from None
+    validate(message, inner, OcppVersion.V201, result=result)
+    assert isinstance(inner, dict)  # the schema says so
+    return inner
+
+
+def _certificate_type(action: str, payload: Payload, version: OcppVersion) -> CertificateType | None:
+    """The type that a payload is about; None where it may say and does not."""
+    by_data_transfer = action == "DataTransfer"
+    name = payload.get("certificateType")
+    for (certificate_type, known), how in CARRIAGES.items():
+        if (known, how.by_data_transfer, how.certificate_type) == (version, by_data_transfer, name):
+            return certificate_type
+    if name is not None:
+        raise PayloadInvalid(f"OCPP {version.number} {action}: certificateType {name} has no place here")
+    return CertificateType.V2G_CERTIFICATE if by_data_transfer else None
+
+
+def _need(carried: bool, field: str, version: OcppVersion) -> None:
+    if not carried:
+        raise NotCarried(f"OCPP {version.number} has no {field}", reason="ocpp_not_carried")
+
+
+def _json(payload: Payload) -> str:
+    return json.dumps(payload, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,211 @@
+"""One OCPP-J connection [OCPP-J 4]: calls, results and errors over a WebSocket, for either side of it.
+
+The ``ocpp`` library parses and writes the frames, and its official schemas judge every payload in both directions. Its
+own ``ChargePoint`` is not used: it leaves calls that it does not know unanswered in 2.1, and turns payloads into
+dataclasses and back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from ocpp import messages  # type: ignore[import-untyped]  # ships no type information
+from ocpp.exceptions import OCPPError  # type: ignore[import-untyped]  # ships no type information
+from websockets.asyncio.connection import Connection
+from websockets.exceptions import ConnectionClosed
+
+from stationkey.errors import Fault, StationKeyError
+from stationkey.simulators.ocpp import OcppVersion, Payload, PayloadInvalid, UnknownAction, validate
+
+log = logging.getLogger(__name__)
+
+
+class Answered(NamedTuple):
+    """The payload of a result, and what is to be done once it is sent; cancelled when the connection is closed."""
+
+    payload: Payload
+    after: Callable[[], Awaitable[None]]
+
+
+Answer = Callable[[str, Payload], Awaitable[Payload | Answered]]
+"""Answers a call: action and payload in, payload of the result out. May raise `CallError` or `PayloadInvalid`."""
+
+Invalid = Callable[[str, Payload, PayloadInvalid], Awaitable[None]]
+"""Action, payload, and what is wrong with it."""
+
+CALL_TIMEOUT: Final = 30.0
+"""Seconds to wait for the answer to a call."""
+
+
+class CallError(StationKeyError):
+    """A call that is answered by a CALLERROR [OCPP-J 4.2.3], the other side's or ours.
+
+    Args:
+        code: such as ``NotImplemented``, ``FormationViolation`` or ``InternalError``.
+        description: in words.
+    """
+
+    fault = Fault.REQUEST
+
+    def __init__(self, code: str, description: str = "") -> None:
+        super().__init__(f"{code}: {description}" if description else code, reason="ocpp_call_error")
+        self.code = code
+        self.description = description
+
+
+class NotAnswered(StationKeyError):
+    """A call got no answer: the connection is closed, or the other side is silent."""
+
+    fault = Fault.REQUEST
+
+
+class OcppConnection:
+    """Calls and answers over one open WebSocket, which somebody else opens and closes.
+
+    Calls may be made while others are answered. One call of ours is on its way at a time [OCPP-J 4.1.1].
+
+    Args:
+        websocket: its subprotocol is `version`.
+        version: of OCPP.
+        answer: answers the other side's calls.
+        invalid: told of a call that was refused because it is against the schema, after the refusal was sent.
+    """
+
+    def __init__(
+        self, websocket: Connection, version: OcppVersion, answer: Answer, *, invalid: Invalid | None = None
+    ) -> None:
+        self.version = version
+        self._websocket = websocket
+        self._answer = answer
+        self._invalid = invalid
+        self._calling = asyncio.Lock()
+        self._pending: tuple[str, asyncio.Future[Payload]] | None = None
+
+    async def run(self) -> None:
+        """Receive until the connection is closed. Each call is answered in a task of its own, beside the receiving."""
+        answering: set[asyncio.Task[None]] = set()
+        async with asyncio.TaskGroup() as tasks:
+            with contextlib.suppress(ConnectionClosed):
+                async for frame in self._websocket:
+                    message = _read(frame)
+                    if isinstance(message, messages.Call):
+                        task = tasks.create_task(self._answer_call(message), name=f"ocpp-answer-{message.action}")
+                        answering.add(task)
+                        task.add_done_callback(answering.discard)
+                    elif message is not None:
+                        self._take(message)
+            for task in answering:
+                task.cancel()  # nobody is left to be answered
+            if self._pending is not None and not self._pending[1].done():
+                self._pending[1].set_exception(NotAnswered("the connection was closed", reason="ocpp_not_answered"))
+
+    async def call(
+        self, action: str, payload: Payload, *, timeout: float = CALL_TIMEOUT, checked: bool = True
+    ) -> Payload:
+        """Call the other side and return the payload of its result. `run` must be running.
+
+        Args:
+            action: the message.
+            payload: what it carries.
+            timeout: seconds to wait for the answer.
+            checked: whether `payload` is held against the schema; False is for playing a faulty side.
+
+        Raises:
+            PayloadInvalid: the payload, or that of the result, is against the schema.
+            CallError: the other side answered with an error.
+            NotAnswered: it did not answer.
+        """
+        if checked:
+            validate(action, payload, self.version)
+        call = messages.Call(str(uuid.uuid4()), action, payload)
+        async with self._calling:
+            future: asyncio.Future[Payload] = asyncio.get_running_loop().create_future()
+            self._pending = (call.unique_id, future)
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._websocket.send(call.to_json())
+                    result = await future
+            except TimeoutError:
+                raise NotAnswered(f"no answer to {action} in {timeout:g} s", reason="ocpp_not_answered") from None
+            except ConnectionClosed:
+                raise NotAnswered("the connection was closed", reason="ocpp_not_answered") from None
+            finally:
+                self._pending = None
+        validate(action, result, self.version, result=True)
+        return result
+
+    async def close(self) -> None:
+        """Close the connection, which ends `run`."""
+        await self._websocket.close()
+
+    def _take(self, message: Any) -> None:
+        """A result or an error: for the call on its way, or late and of no use."""
+        if self._pending is None or message.unique_id != self._pending[0] or self._pending[1].done():
+            log.warning("an answer to no call of ours")
+        elif isinstance(message, messages.CallResult):
+            self._pending[1].set_result(message.payload)
+        else:
+            self._pending[1].set_exception(CallError(str(message.error_code), str(message.error_description)))
+
+    async def _answer_call(self, call: Any) -> None:
+        after: Callable[[], Awaitable[None]] | None = None
+        try:
+            validate(call.action, call.payload, self.version)
+            result = await self._answer(call.action, call.payload)
+            if isinstance(result, Answered):
+                result, after = result
+            validate(call.action, result, self.version, result=True)
+            frame = call.create_call_result(result).to_json()
+        except CallError as error:
+            frame = _error(call, error.code, error.description)
+        except UnknownAction as error:
+            frame = _error(call, "NotImplemented", str(error))
+        except PayloadInvalid as error:
+            frame = _error(call, _code(error.keyword, self.version), str(error))
+            if self._invalid is not None:
+                after = partial(self._invalid, call.action, call.payload, error)
+        except Exception:  # a fault of ours; the other side waits for an answer all the same
+            log.exception("%s cannot be answered", call.action)
+            frame = _error(call, "InternalError", "")
+        with contextlib.suppress(ConnectionClosed):
+            await self._websocket.send(frame)
+            if after is not None:
+                await after()
+
+
+def _read(frame: str | bytes) -> Any:
+    """The message in a frame, or None where there is none."""
+    try:
+        message = messages.unpack(frame)
+    except (OCPPError, RecursionError) as error:
+        log.warning("a frame that is no OCPP-J: %s", type(error).__name__)
+        return None
+    if not isinstance(message.unique_id, str) or not isinstance(getattr(message, "action", None), str | None):
+        log.warning("a frame that is no OCPP-J: its id or action is no string")
+        return None
+    return message
+
+
+def _error(call: Any, code: str, description: str) -> str:
+    """A CALLERROR; its description has 255 characters at most."""
+    return str(messages.CallError(call.unique_id, code, description[:255], {}).to_json())
+
+
+def _code(keyword: str, version: OcppVersion) -> str:
+    """The error code for a keyword of the schema that is not met; 1.6 spells two of them in its own way."""
+    old = version is OcppVersion.V16
+    match keyword:
+        case "type":
+            return "TypeConstraintViolation"
+        case "required":
+            return "OccurenceConstraintViolation" if old else "OccurrenceConstraintViolation"
+        case "additionalProperties":
+            return "FormationViolation" if old else "FormatViolation"
+        case _:
+            return "PropertyConstraintViolation"

@@ -1,0 +1,95 @@
+"""What happened, counted in plain numbers: they cost next to nothing, whether or not anybody asks for them.
+
+`stationkey.observability.metrics` shows them to Prometheus, where that is wanted. Labels are words of this project's
+own, and how many of them there can be is bounded all the same.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from typing import Final
+
+BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Upper bounds in seconds: from a signature in a fast TPM to the search for an RSA key's primes in a slow one."""
+
+MAX_SERIES: Final = 256
+"""How many combinations of labels are counted apart; what comes then is counted as `OTHER`. There are dozens."""
+OTHER: Final = "other"
+UNKNOWN: Final = "unknown"
+"""The certificate type of a message that does not tell one that we know."""
+
+
+class Counts:
+    """How often something happened, by a fixed number of labels. For one thread."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, ...]] = Counter()
+
+    def add(self, *labels: str) -> None:
+        """Count one more with these labels."""
+        if labels not in self._counts and len(self._counts) >= MAX_SERIES:
+            labels = (OTHER,) * len(labels)
+        self._counts[labels] += 1
+
+    def items(self) -> list[tuple[tuple[str, ...], int]]:
+        """The labels, each with its count, as they are now."""
+        return list(self._counts.items())
+
+
+class Durations:
+    """How long something took, in `BUCKETS`. For one thread, or under a lock."""
+
+    __slots__ = ("_counts", "_sum")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BUCKETS) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one more."""
+        self._counts[bisect_left(BUCKETS, seconds)] += 1
+        self._sum += seconds
+
+    @property
+    def sum(self) -> float:
+        """Seconds, all together."""
+        return self._sum
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return sum(self._counts)
+
+    def cumulative(self) -> list[int]:
+        """For each of `BUCKETS`, how many took no longer; last, how many in all."""
+        total, counts = 0, []
+        for count in self._counts:
+            total += count
+            counts.append(total)
+        return counts
+
+
+class Tally:
+    """What the service has done in this run.
+
+    Attributes:
+        requests: by certificate type, outcome (``accepted``, ``repeated``, ``rejected``) and reason of the rejection.
+        statuses: by status, outcome (``applied``, ``repeated``, ``refused``) and reason of the refusal.
+        unanswerable: messages that carry no usable id, by reason.
+        answers: how long a new CSR took, by algorithm.
+        differences: what in installed certificates differed from their profiles.
+        unusable: keys that the present key store could not load at the start.
+    """
+
+    def __init__(self) -> None:
+        self.requests = Counts()
+        self.statuses = Counts()
+        self.unanswerable = Counts()
+        self.answers: dict[str, Durations] = {}
+        self.differences = 0
+        self.unusable = 0
+
+    def answered(self, algorithm: str, seconds: float) -> None:
+        """Note how long a new CSR took; `algorithm` is one of `stationkey.contract.profiles.Algorithm`."""
+        self.answers.setdefault(algorithm, Durations()).add(seconds)

@@ -1,0 +1,351 @@
+"""The state directory: all that the station keeps, for the one daemon that may write there.
+
+Who can put a link, a FIFO or another directory in the place of what the daemon opens can make it write, read or wait
+elsewhere; and root, who comes with ``sudo stationkey keys``, anywhere. So what is opened is looked at first, and root
+becomes whom the directory belongs to (`as_owner`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from stationkey.errors import ConfigurationError, LedgerError
+
+LOCK_NAME: Final = "lock"
+DATABASE_NAME: Final = "ledger.sqlite3"
+
+_FILES: Final = (LOCK_NAME, *(f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")))
+"""The files that are opened; the suffixes are SQLite's."""
+_DIRECTORIES: Final = ("active", "tpm")
+"""The directories. What is in them is opened without following a link; one in their own place would be followed."""
+
+_MAX_LINKS: Final = 40
+"""As many as the kernel follows [path_resolution(7)]."""
+
+_KINDS: Final = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class StateDirectory:
+    """The directory that holds all of the station's state, for the one process that may write there.
+
+    Made with mode 0700 where it is missing. One that others can enter is closed to them if it is ours alone to close:
+    empty, or holding a ledger.
+
+    Raises:
+        ConfigurationError: it cannot be made or entered, should not be taken over, or others can put another in its
+            place.
+        LedgerError: another process uses it, or something in it is not what this daemon put there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.path = path = settled(path)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._take(path)
+            refuse_planted(path)
+            self._close_files(path)
+            self._lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except (OSError, ValueError) as error:  # ValueError: a path with NUL
+            raise _unusable(path, error) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise LedgerError(
+                f"another stationkey uses the state directory {path}",
+                reason="state_dir_in_use",
+                hint="stop it first, or name another directory with --state-dir",
+            ) from None
+
+    @staticmethod
+    def _take(path: Path) -> None:
+        """Close the directory to others.
+
+        Raises:
+            ConfigurationError: it is not this user's, or has been open and has other things in it than a ledger.
+        """
+        if _refuse_foreign(path, path.stat(), os.geteuid()):
+            path.chmod(0o700)
+
+    @staticmethod
+    def _close_files(path: Path) -> None:
+        """Close the files to others as well: what a backup has put back is as open as the copy was."""
+        for file in (path / name for name in _FILES):
+            status = _lstat(file)
+            if status is not None and status.st_mode & 0o177:
+                file.chmod(0o600)  # no link: that was just looked at, and nobody else may write here
+
+    @property
+    def database(self) -> Path:
+        """Where the ledger is."""
+        return self.path / DATABASE_NAME
+
+    def close(self) -> None:
+        """Let another process have it."""
+        os.close(self._lock)
+
+
+def _refuse_foreign(path: Path, status: os.stat_result, user: int) -> bool:
+    """Whether a directory is still to be closed to others, and may be, because nothing but ours can be in it.
+
+    Raises:
+        ConfigurationError: it is not this user's, or has been open and has other things in it than a ledger.
+    """
+    if status.st_uid != user:
+        raise ConfigurationError(
+            f"the state directory {path} belongs to another user (uid {status.st_uid}; this is {user})",
+            reason="state_dir_foreign",
+            hint="run as that user, or give the directory and all that is in it to this one",
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if not mode & 0o077:
+        return False
+    entries = {entry.name for entry in path.iterdir()}
+    if entries and DATABASE_NAME not in entries:
+        raise ConfigurationError(
+            f"the state directory {path} is open to others (mode {mode:04o}) and has other files in it",
+            reason="state_dir_open",
+            hint=f"name a directory of its own; or, if all in it is the daemon's, chmod 0700 {path}",
+        )
+    return True
+
+
+def refuse_unfit(path: Path, *, user: int) -> Path:
+    """What a daemon of `user` says of a state directory when it starts, before it opens or changes anything.
+
+    Args:
+        path: of the state directory; it may be missing.
+        user: number of the user that the daemon runs as.
+
+    Returns:
+        Where it leads.
+
+    Raises:
+        ConfigurationError: the daemon would not take it.
+    """
+    real, found = _settled(path, user=user)
+    if found is not None:
+        if not stat.S_ISDIR(found.st_mode):
+            raise _unusable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        _refuse_foreign(real, found, user)
+    return real
+
+
+def _unusable(path: Path, error: OSError | ValueError) -> ConfigurationError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return ConfigurationError(
+        f"the state directory {path} cannot be used: {why}",
+        reason="state_dir_unusable",
+        hint="name one with --state-dir that this user may write",
+    )
+
+
+def settled(path: Path) -> Path:
+    """Where `path` leads, if nobody else can make it lead elsewhere.
+
+    That is the case where each directory and each link on the way belongs to root or to whom the state directory
+    belongs, and no others may write in these directories [unlink(2), rename(2): the right to write in a directory is
+    the right to exchange what is in it]. A sticky one, such as ``/tmp``, may be open. What belongs to group root, or to
+    the group that a user has for himself alone, is no more open than its owner.
+
+    Raises:
+        ConfigurationError: others can exchange it, or the way there is closed or no way.
+    """
+    return _settled(path, user=os.geteuid())[0]
+
+
+def _settled(path: Path, *, user: int) -> tuple[Path, os.stat_result | None]:
+    """The same, and what is there; None for nothing yet, which would then be made by `user`."""
+    try:
+        real, met = _walked(path)
+        found = _lstat(real)
+        if found is None and path.is_symlink():
+            raise FileNotFoundError(errno.ENOENT, "the link leads to nothing")
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from None
+    trusted = {0, user if found is None else found.st_uid}
+    for place, status in met:
+        if status.st_uid not in trusted:
+            who = f"belongs to uid {status.st_uid}"
+            hint = f"chown -h root {place}"
+        elif stat.S_ISDIR(status.st_mode) and _others_may_write(status):
+            who = "can be written by others"
+            hint = f"chmod go-w {place}"
+        else:
+            continue
+        raise ConfigurationError(
+            f"the state directory {real} could be exchanged: {place} {who}",
+            reason="state_dir_exchangeable",
+            hint=f"{hint}, or name another directory with --state-dir",
+        )
+    return real, found
+
+
+def _others_may_write(directory: os.stat_result) -> bool:
+    own_group = directory.st_gid in {0, directory.st_uid}
+    others = stat.S_IWOTH if own_group else stat.S_IWGRP | stat.S_IWOTH
+    return bool(directory.st_mode & others) and not directory.st_mode & stat.S_ISVTX
+
+
+def _walked(path: Path) -> tuple[Path, list[tuple[Path, os.stat_result]]]:
+    """Where a path leads, and each directory that is looked into and each link that is followed on the way there.
+
+    The root directory is not among them: whose that is, his is the machine. What is missing at the end stays missing.
+
+    Raises:
+        OSError: the way there is closed, goes in a circle, or is none.
+    """
+    ahead = [*reversed(path.absolute().parts[1:])]
+    here, links = Path("/"), 0
+    met: list[tuple[Path, os.stat_result]] = []
+    while ahead:
+        name = ahead.pop()
+        if name == "..":
+            here = here.parent
+            continue
+        if here != here.parent:
+            met.append((here, here.stat()))
+        there = here / name
+        status = _lstat(there)
+        if status is None:
+            if ".." in ahead:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(there))
+            return there.joinpath(*reversed(ahead)), met
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+            met.append((there, status))
+            target = there.readlink()
+            here = Path("/") if target.is_absolute() else here
+            ahead += [part for part in reversed(target.parts) if part != "/"]
+        else:
+            here = there
+    return here, met
+
+
+def refuse_planted(directory: Path) -> None:
+    """Look at what is about to be opened in a state directory: its owner's, and each file with one name.
+
+    Opening a FIFO would wait for ever, SQLite follows a link in place of the database, and a file with a second name
+    (a hard link) is changed under that name too.
+
+    Raises:
+        ConfigurationError: the directory is closed to this user.
+        LedgerError: something else is there. Nothing was opened.
+    """
+    try:
+        owner = directory.stat().st_uid
+        names = (*_FILES, *_DIRECTORIES)
+        found = [(path, status) for path in (directory / name for name in names) if (status := _lstat(path))]
+    except OSError as error:
+        raise _unusable(directory, error) from None
+    for path, status in found:
+        kind = stat.S_IFMT(status.st_mode)
+        if kind != (stat.S_IFDIR if path.name in _DIRECTORIES else stat.S_IFREG):
+            what = f"is {_KINDS.get(kind, 'a device')}"
+        elif kind == stat.S_IFREG and status.st_nlink != 1:
+            what = "has another name elsewhere (a hard link)"
+        elif status.st_uid != owner:
+            what = f"belongs to another user (uid {status.st_uid})"
+        else:
+            continue
+        raise LedgerError(
+            f"{path} {what}, and not what stationkey made",
+            reason="state_file_foreign",
+            hint="nothing was touched; find out who put it there, and move it away",
+        )
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    """What is there, links not followed; None for nothing: SQLite takes its log away as soon as nobody needs it."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def visit(directory: Path) -> Iterator[Path]:
+    """For a command beside the daemon: the state directory, looked at, and for root as its owner; see `as_owner`.
+
+    Raises:
+        ConfigurationError: it is closed to this user, or others can put another in its place.
+        LedgerError: something in it is not what the daemon put there.
+    """
+    real, owner = _settled(directory, user=os.geteuid())
+    if owner is None:
+        raise _unusable(real, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    with as_owner(owner):
+        refuse_planted(real)
+        yield real
+
+
+@contextmanager
+def as_owner(owner: os.stat_result) -> Iterator[None]:
+    """For root: be the user whom a directory belongs to, for what is done within.
+
+    Whatever that user has put there, links above all, then leads root no further than he can go himself; and what is
+    made belongs to him, so that ``sudo stationkey keys`` does not lock the daemon out. For other users nothing changes.
+
+    Args:
+        owner: what was seen of the directory when it was looked at; asked anew, it might be another by now.
+
+    Raises:
+        ConfigurationError: root cannot become that user here.
+    """
+    if os.geteuid() != 0 or owner.st_uid == 0:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    try:
+        os.setgroups([owner.st_gid])
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"root cannot become uid {owner.st_uid}, whom the state directory belongs to: {error}",
+            reason="state_dir_foreign",
+            hint="run this as that user",
+        ) from None
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
+@contextmanager
+def without_daemon(path: Path) -> Iterator[bool]:
+    """Keep a daemon from starting on a state directory while the block runs; False where one runs there already.
+
+    Changes nothing in the directory: where no daemon has ever been, there is none to be kept away.
+    """
+    lock = None
+    with suppress(OSError):  # not there, or not ours to open: what is done in the block will tell
+        lock = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        if lock is not None:
+            os.close(lock)

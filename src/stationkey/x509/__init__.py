@@ -1,0 +1,1 @@
+"""CSRs and certificates."""

@@ -1,0 +1,257 @@
+"""Hold an installed certificate against the key and the profile that it should have. Pure: bytes and values in.
+
+What is found here is said to the operator; only a certificate for another key keeps a key from being activated
+[A02.FR.06 leaves the verification of the chain to who installed it].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
+
+from stationkey.contract.profiles import CertificateProfile, ExtendedKeyUsage, KeyUsage
+from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.x509.csr import HASHES, PrivateKey, key_type
+
+MAX_CHAIN: Final = 10
+"""Certificates of a file whose order is looked at. A chain of ISO 15118 has four at the most, and each signature may
+cost what an exponent of thousands of bits costs, while requests wait."""
+
+_USAGE_FIELDS: Final = {
+    KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
+    KeyUsage.CONTENT_COMMITMENT: "content_commitment",
+    KeyUsage.KEY_ENCIPHERMENT: "key_encipherment",
+    KeyUsage.DATA_ENCIPHERMENT: "data_encipherment",
+    KeyUsage.KEY_AGREEMENT: "key_agreement",
+}
+_PURPOSES: Final = {
+    ExtendedKeyUsage.SERVER_AUTH: ExtendedKeyUsageOID.SERVER_AUTH,
+    ExtendedKeyUsage.CLIENT_AUTH: ExtendedKeyUsageOID.CLIENT_AUTH,
+}
+
+
+UNREADABLE: Final = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+"""What cryptography raises where the extensions of a certificate are wrong: it reads them when they are asked for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chain:
+    """A leaf certificate and what came with it, in the order of the file.
+
+    Attributes:
+        certificates: leaf first, as OCPP's ``certificateChain`` should have them.
+        position: where the leaf is, for a file that has it elsewhere.
+    """
+
+    certificates: tuple[x509.Certificate, ...]
+    position: int = 0
+
+    @property
+    def leaf(self) -> x509.Certificate:
+        """The station's own certificate."""
+        return self.certificates[self.position]
+
+    @property
+    def public(self) -> bytes:
+        """SubjectPublicKeyInfo of the leaf, in DER."""
+        return _public(self.leaf)
+
+    def seen_from_each(self) -> list[Chain]:
+        """The same certificates, with each of them in turn as the leaf: a file may have it in the wrong place."""
+        return [dataclasses.replace(self, position=position) for position in range(len(self.certificates))]
+
+    @property
+    def not_after(self) -> int:
+        """When the leaf expires, Unix time in seconds."""
+        return int(self.leaf.not_valid_after_utc.timestamp())
+
+    @property
+    def not_before(self) -> int:
+        """When the leaf begins to be valid, Unix time in seconds."""
+        return int(self.leaf.not_valid_before_utc.timestamp())
+
+    def pem(self) -> str:
+        """All certificates in PEM [RFC 7468], the leaf first: what loads a key with its certificate wants it there."""
+        others = (certificate for number, certificate in enumerate(self.certificates) if number != self.position)
+        encoded = (certificate.public_bytes(serialization.Encoding.PEM) for certificate in (self.leaf, *others))
+        return b"".join(encoded).decode("ascii")
+
+
+def _public(certificate: x509.Certificate) -> bytes:
+    return certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def read_chain(content: bytes) -> Chain | None:
+    """The certificates in a file, PEM or DER; None where it holds none that can be read."""
+    try:
+        if b"-----BEGIN CERTIFICATE-----" in content:
+            chain = Chain(tuple(x509.load_pem_x509_certificates(content)))
+        else:
+            chain = Chain((x509.load_der_x509_certificate(content),))
+        for certificate in chain.certificates:
+            # Read here what is read of it later: the parser puts that off, and would only then find it broken.
+            _ = _public(certificate), certificate.subject, certificate.issuer
+            _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    except (ValueError, TypeError, CryptographyUnsupported, x509.InvalidVersion):
+        return None
+    return chain
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What the request asked for, to hold the certificate against."""
+
+    profile: CertificateProfile
+    common_name: str
+    organization_name: str
+    country_name: str
+    public: bytes
+
+
+def differences(chain: Chain, expected: Expected, *, now: float) -> list[str]:
+    """What in a certificate is otherwise than asked for, each in words; empty where nothing is.
+
+    Args:
+        chain: leaf first.
+        expected: the request and its profile.
+        now: Unix time in seconds, by a clock that may be wrong: validity is told, and never decides.
+    """
+    leaf = chain.leaf
+    found = []
+    if chain.public != expected.public:
+        found.append("key: the certificate is for another key")
+    names = (
+        ("C", NameOID.COUNTRY_NAME, expected.country_name),
+        ("O", NameOID.ORGANIZATION_NAME, expected.organization_name),
+        ("CN", NameOID.COMMON_NAME, expected.common_name),
+        ("DC", NameOID.DOMAIN_COMPONENT, expected.profile.domain_component),
+    )
+    for label, oid, wanted in names:
+        has = [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(oid)]
+        if has != ([] if wanted is None else [wanted]):
+            found.append(f"{label}: the certificate has {', '.join(has) or 'none'}, {wanted or 'none'} was asked for")
+    found += _usage_differences(leaf, expected.profile)
+    found += _validity_differences(leaf, now)
+    found += _order_differences(chain)
+    return found
+
+
+def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> list[str]:
+    found = []
+    try:
+        usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
+        missing = [bit for bit in profile.key_usage if bit in _USAGE_FIELDS and not getattr(usage, _USAGE_FIELDS[bit])]
+        if missing:
+            found.append(f"usage: keyUsage lacks {', '.join(missing)}")
+    except x509.ExtensionNotFound:
+        found.append("usage: no keyUsage")
+    except UNREADABLE as error:
+        return [f"usage: the extensions cannot be read: {error}"]
+    try:
+        if leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+            found.append("usage: CA:true")
+    except x509.ExtensionNotFound:
+        pass  # a leaf without basicConstraints is no CA [RFC 5280 4.2.1.9]
+    return found + _purpose_differences(leaf, profile)
+
+
+def _purpose_differences(leaf: x509.Certificate, profile: CertificateProfile) -> list[str]:
+    try:
+        purposes = list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        return ["usage: no extendedKeyUsage"] if profile.extended_key_usage else []
+    if ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in purposes:
+        return []
+    missing = [purpose for purpose in profile.extended_key_usage if _PURPOSES[purpose] not in purposes]
+    return [f"usage: extendedKeyUsage lacks {', '.join(missing)}"] if missing else []
+
+
+def _validity_differences(leaf: x509.Certificate, now: float) -> list[str]:
+    moment = datetime.fromtimestamp(now, UTC)
+    if moment < leaf.not_valid_before_utc:
+        return [f"validity: begins at {leaf.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}, which is still to come"]
+    if moment > leaf.not_valid_after_utc:
+        return [f"validity: ended at {leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"]
+    return []
+
+
+def _order_differences(chain: Chain) -> list[str]:
+    wrong = ["chain order: the station's certificate should be first, and each followed by the one that issued it"]
+    if chain.position != 0:
+        return wrong
+    if len(chain.certificates) > MAX_CHAIN:
+        return [f"chain order: of {len(chain.certificates)} certificates, more than {MAX_CHAIN}, it is not looked at"]
+    for subject, issuer in zip(chain.certificates, chain.certificates[1:], strict=False):
+        try:
+            subject.verify_directly_issued_by(issuer)
+        except (ValueError, TypeError, InvalidSignature, CryptographyUnsupported):
+            return wrong
+    return []
+
+
+def untrusted(chain: Chain, anchors: bytes) -> str:
+    """Why a chain does not lead to one of the roots in `anchors` (PEM) [RFC 5280 6.1]; empty where it does.
+
+    Names and purposes are the profile's to check (`differences`): a SECC's certificate names no host.
+    """
+    ca = ExtensionPolicy.permit_all().require_present(x509.BasicConstraints, Criticality.AGNOSTIC, _is_ca)
+    verifier = (
+        PolicyBuilder()
+        .store(Store(x509.load_pem_x509_certificates(anchors)))
+        .extension_policies(ca_policy=ca, ee_policy=ExtensionPolicy.permit_all())
+        .build_client_verifier()
+    )
+    try:
+        verifier.verify(chain.leaf, list(chain.certificates[1:]))
+    except (VerificationError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _is_ca(_policy: object, _certificate: object, constraints: x509.BasicConstraints | None) -> None:
+    if constraints is None or not constraints.ca:
+        raise ValueError("a certificate in the chain is no CA's")
+
+
+def prove(private_key: PrivateKey, public_key: object, challenge: bytes) -> None:
+    """Sign `challenge` with the private key, and verify the signature with the public one.
+
+    Args:
+        private_key: in the TPM.
+        public_key: of the certificate, or of the key itself where no certificate is at hand.
+        challenge: never used before.
+
+    Raises:
+        KeyStoreError: they do not belong together, or the key does not sign.
+        StationKeyError: the public key is neither elliptic curve nor RSA.
+    """
+    sha256 = HASHES["sha256"]
+    try:
+        if isinstance(private_key, ec.EllipticCurvePrivateKey) and isinstance(public_key, ec.EllipticCurvePublicKey):
+            public_key.verify(private_key.sign(challenge, ec.ECDSA(sha256)), challenge, ec.ECDSA(sha256))
+            return
+        if isinstance(private_key, rsa.RSAPrivateKey) and isinstance(public_key, rsa.RSAPublicKey):
+            signature = private_key.sign(challenge, padding.PKCS1v15(), sha256)
+            public_key.verify(signature, challenge, padding.PKCS1v15(), sha256)
+            return
+    except InvalidSignature:
+        pass
+    try:
+        kind = str(key_type(public_key))
+    except StationKeyError:
+        kind = "of another kind"
+    raise KeyStoreError(
+        f"the private key and the certificate's key ({kind}) do not belong together",
+        reason="certificate_of_another_key",
+    )

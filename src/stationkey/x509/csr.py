@@ -1,0 +1,278 @@
+"""Build a PKCS#10 certificate signing request [RFC 2986] by its profile, and inspect one. Pure; knows no TPM.
+
+The builder, the parser and the signature check are those of `cryptography`; nothing here writes DER.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from stationkey.contract.messages import GenerateCsrRequest
+from stationkey.contract.profiles import (
+    ALGORITHMS,
+    PROFILES,
+    CertificateProfile,
+    EllipticCurve,
+    EvseIdPlacement,
+    ExtendedKeyUsage,
+    KeyType,
+    KeyUsage,
+    RsaModulus,
+)
+from stationkey.errors import KeyStoreError, StationKeyError
+
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+"""Any private-key object of cryptography's interface; the key itself may be in a TPM."""
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+Csr = x509.CertificateSigningRequest
+
+# RFC 5280 bounds CN and O in characters; cryptography counts their bytes in UTF-8, and warns even where validation is
+# off. A name of 64 Greek letters is right by the standard and has 128 bytes.
+warnings.filterwarnings("ignore", message=r"Attribute's length must be >= 1 and <= 64", category=UserWarning)
+
+HASHES: Final[dict[str, hashes.SHA256 | hashes.SHA384 | hashes.SHA512]] = {
+    "sha256": hashes.SHA256(),
+    "sha384": hashes.SHA384(),
+    "sha512": hashes.SHA512(),
+}
+"""cryptography's hash by hashlib's name."""
+
+_EXTENDED_KEY_USAGE: Final = {
+    ExtendedKeyUsage.SERVER_AUTH: ExtendedKeyUsageOID.SERVER_AUTH,
+    ExtendedKeyUsage.CLIENT_AUTH: ExtendedKeyUsageOID.CLIENT_AUTH,
+}
+
+
+def build_csr(
+    request: GenerateCsrRequest, private_key: PrivateKey, profile: CertificateProfile | None = None
+) -> x509.CertificateSigningRequest:
+    """Build and sign the CSR that answers `request`, and verify its signature: `sign_csr` and `check_signature`.
+
+    Raises:
+        StationKeyError: the key is of another kind than the algorithm asks for.
+        KeyStoreError: the signature that the key made does not verify.
+    """
+    csr = sign_csr(request, private_key, profile)
+    check_signature(csr)
+    return csr
+
+
+def sign_csr(
+    request: GenerateCsrRequest, private_key: PrivateKey, profile: CertificateProfile | None = None
+) -> x509.CertificateSigningRequest:
+    """Build and sign the CSR that answers `request`. It must not be handed out before `check_signature`.
+
+    Args:
+        request: a decoded request; its names enter the subject byte for byte.
+        private_key: signs the CSR. Its kind must be one that the request's algorithm allows.
+        profile: what the CSR contains; by default the standards' profile of the request's certificate type.
+
+    Returns:
+        The CSR: version 0 [RFC 2986 4.1], ECDSA without parameters [RFC 5758 3.2].
+
+    Raises:
+        StationKeyError: the key is of another kind than the algorithm asks for.
+    """
+    profile = profile or PROFILES[request.data.certificate_type]
+    algorithm = ALGORITHMS[request.algorithm]
+    kind = key_type(private_key.public_key())
+    if kind not in algorithm.key_types:
+        raise StationKeyError(
+            f"{algorithm.algorithm} needs a key of type {' or '.join(map(str, algorithm.key_types))}, not {kind}",
+            reason="key_type_wrong",
+        )
+    builder = _begun(profile).subject_name(subject(request, profile))
+    if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SAN_URI:
+        uri = x509.UniformResourceIdentifier(f"urn:evse:{request.evse_id}")
+        builder = builder.add_extension(x509.SubjectAlternativeName([uri]), critical=False)
+    return builder.sign(private_key, HASHES[algorithm.hash_name])
+
+
+def check_signature(csr: x509.CertificateSigningRequest) -> None:
+    """Verify that the CSR proves possession of its key [RFC 2986 4.2].
+
+    Raises:
+        KeyStoreError: it does not.
+    """
+    if not csr.is_signature_valid:
+        raise KeyStoreError("the key made a signature that does not verify", reason="signature_invalid")
+
+
+def check_recorded(pem: str) -> None:
+    """`check_signature` of a CSR that was on record, before it is handed out (again).
+
+    Raises:
+        KeyStoreError: the signature does not verify, or this is no CSR: the record is damaged.
+    """
+    try:
+        csr = x509.load_pem_x509_csr(pem.encode())
+        valid = csr.is_signature_valid
+    except _UNREADABLE:
+        valid = False
+    if not valid:
+        raise KeyStoreError(
+            "the CSR on record does not verify: the ledger is damaged, or the key made a wrong signature",
+            reason="signature_invalid",
+            hint="ask with a new id",
+        )
+
+
+def subject(request: GenerateCsrRequest, profile: CertificateProfile) -> x509.Name:
+    """The subject: C, O, CN and, by the profile, serialNumber and DC, each an RDN of its own, in this order.
+
+    C and serialNumber are PrintableString, O and CN UTF8String, DC IA5String: the library's own choice by attribute.
+    """
+    data = request.data
+    attributes = [
+        (NameOID.COUNTRY_NAME, data.country_name),
+        (NameOID.ORGANIZATION_NAME, data.organization_name),
+        (NameOID.COMMON_NAME, data.common_name),
+    ]
+    if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SERIAL_NUMBER:
+        # PrintableString has no asterisk, and X.520 makes serialNumber one: the EVSE ID goes in without separators,
+        # which ISO 15118-2 Annex H makes optional.
+        attributes.append((NameOID.SERIAL_NUMBER, request.evse_id.replace("*", "")))
+    if profile.domain_component is not None:
+        attributes.append((NameOID.DOMAIN_COMPONENT, profile.domain_component))
+    return x509.Name([x509.NameAttribute(oid, value, _validate=False) for oid, value in attributes])
+
+
+@cache
+def _begun(profile: CertificateProfile) -> x509.CertificateSigningRequestBuilder:
+    """What the CSRs of a profile have in common. A builder never changes: each step gives another."""
+    builder = x509.CertificateSigningRequestBuilder()
+    for extension, critical in extensions_of(profile):
+        builder = builder.add_extension(extension, critical)
+    return builder
+
+
+def extensions_of(profile: CertificateProfile) -> list[tuple[x509.ExtensionType, bool]]:
+    """The extensions of the profile, each with its criticality: of the CSR, and of the certificate that a CA makes."""
+    usage = set(profile.key_usage)
+    extensions: list[tuple[x509.ExtensionType, bool]] = [
+        (
+            x509.KeyUsage(
+                digital_signature=KeyUsage.DIGITAL_SIGNATURE in usage,
+                content_commitment=KeyUsage.CONTENT_COMMITMENT in usage,
+                key_encipherment=KeyUsage.KEY_ENCIPHERMENT in usage,
+                data_encipherment=KeyUsage.DATA_ENCIPHERMENT in usage,
+                key_agreement=KeyUsage.KEY_AGREEMENT in usage,
+                key_cert_sign=False,
+                crl_sign=False,
+                encipher_only=False,
+                decipher_only=False,
+            ),
+            True,
+        )
+    ]
+    if profile.extended_key_usage:
+        purposes = x509.ExtendedKeyUsage([_EXTENDED_KEY_USAGE[purpose] for purpose in profile.extended_key_usage])
+        extensions.append((purposes, profile.extended_key_usage_critical))
+    extensions.append((x509.BasicConstraints(ca=False, path_length=None), True))
+    return extensions
+
+
+def to_pem(csr: x509.CertificateSigningRequest) -> str:
+    """The CSR in PEM [RFC 7468 7], as ``data.csr`` carries it [A02.FR.03]."""
+    return csr.public_bytes(serialization.Encoding.PEM).decode("ascii")
+
+
+def key_type(public_key: object) -> KeyType:
+    """The kind of a public key, in this project's words.
+
+    Raises:
+        StationKeyError: neither elliptic curve nor RSA.
+    """
+    if isinstance(public_key, ec.EllipticCurvePublicKey):
+        return EllipticCurve(public_key.curve.name)
+    if isinstance(public_key, rsa.RSAPublicKey):
+        return RsaModulus(public_key.key_size)
+    raise StationKeyError(f"a key of kind {type(public_key).__name__} is of no use here", reason="key_type_wrong")
+
+
+@dataclass(frozen=True, slots=True)
+class CsrSummary:
+    """What a person wants to know of a CSR.
+
+    Attributes:
+        subject: RFC 4514, but in the order of the encoding.
+        key: ``secp256r1``, ``RSA-3072``.
+        signature: ``ecdsa-with-SHA256`` and so on.
+        extensions: one line each, ``critical`` said where it is.
+        signature_valid: whether the CSR proves possession of the key.
+    """
+
+    subject: str
+    key: str
+    signature: str
+    extensions: tuple[str, ...]
+    signature_valid: bool
+
+
+_SIGNATURE_NAMES: Final = {
+    "1.2.840.10045.4.3.2": "ecdsa-with-SHA256",
+    "1.2.840.10045.4.3.3": "ecdsa-with-SHA384",
+    "1.2.840.10045.4.3.4": "ecdsa-with-SHA512",
+    "1.2.840.113549.1.1.11": "sha256WithRSAEncryption",
+    "1.2.840.113549.1.1.12": "sha384WithRSAEncryption",
+    "1.2.840.113549.1.1.13": "sha512WithRSAEncryption",
+}
+_UNREADABLE: Final = (
+    ValueError,
+    CryptographyUnsupported,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What cryptography raises over a CSR; it reads most parts only when asked for them."""
+_USAGE_FIELDS: Final = {
+    KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
+    KeyUsage.CONTENT_COMMITMENT: "content_commitment",
+    KeyUsage.KEY_ENCIPHERMENT: "key_encipherment",
+    KeyUsage.DATA_ENCIPHERMENT: "data_encipherment",
+    KeyUsage.KEY_AGREEMENT: "key_agreement",
+}
+
+
+def inspect_csr(pem: str | bytes) -> CsrSummary:
+    """Read a CSR, ours or another's.
+
+    Raises:
+        StationKeyError: not a PKCS#10 request in PEM.
+    """
+    try:
+        csr = x509.load_pem_x509_csr(pem.encode() if isinstance(pem, str) else pem)
+        extensions = tuple(map(_extension_line, csr.extensions))
+        kind = key_type(csr.public_key())
+        valid = csr.is_signature_valid
+        names = ", ".join(f"{attribute.rfc4514_attribute_name}={attribute.value!s}" for attribute in csr.subject)
+    except _UNREADABLE as error:
+        raise StationKeyError(f"not a PKCS#10 request: {error}", reason="csr_unreadable") from None
+    oid = csr.signature_algorithm_oid.dotted_string
+    return CsrSummary(names, str(kind), _SIGNATURE_NAMES.get(oid, oid), extensions, valid)
+
+
+def _extension_line(extension: x509.Extension[x509.ExtensionType]) -> str:
+    value = extension.value
+    match value:
+        case x509.KeyUsage():
+            text = "keyUsage " + "+".join(bit for bit, field in _USAGE_FIELDS.items() if getattr(value, field))
+        case x509.ExtendedKeyUsage():
+            names = {oid: purpose.value for purpose, oid in _EXTENDED_KEY_USAGE.items()}
+            text = "extendedKeyUsage " + "+".join(names.get(oid, oid.dotted_string) for oid in value)
+        case x509.BasicConstraints():
+            text = f"basicConstraints CA:{str(value.ca).lower()}"
+        case x509.SubjectAlternativeName():
+            text = "subjectAltName " + "+".join(str(name.value) for name in value)
+        case _:
+            text = extension.oid.dotted_string
+    return f"{text} (critical)" if extension.critical else text

@@ -1,0 +1,429 @@
+"""What the service runs by, and what it refuses to run by."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from stationkey import cli, daemon
+from stationkey.config import file as config
+from stationkey.config.file import CsrOverrides, Deadlines, File, Settings, read_file, settle
+from stationkey.config.settings import DAY, PoolTerms
+from stationkey.contract.profiles import PROFILES, CertificateType, EvseIdPlacement, ExtendedKeyUsage, KeyUsage
+from stationkey.errors import ConfigurationError, Fault
+from stationkey.keystore import keystore_opener
+from stationkey.mqtt.connection import Broker, topics
+
+SAMPLE = Path(__file__).parents[2] / "packaging" / "stationkey.toml"
+V2G = CertificateType.V2G_CERTIFICATE
+TPM = "tpm2:swtpm:host=127.0.0.1,port=2321"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "stationkey.toml"
+
+
+def refused(file: Path, text: str | bytes) -> str:
+    """What is said of a configuration file that cannot be."""
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigurationError) as caught:
+        read_file(file)
+    assert caught.value.fault is Fault.OPERATOR
+    assert str(file) in caught.value.message or "[csr." in caught.value.message
+    return caught.value.message
+
+
+# Precedence: command line, environment, file, default.
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Any]:
+    """``stationkey serve``, up to the point where the daemon would start; gives what it would start with."""
+    started: list[Settings] = []
+    monkeypatch.setattr(daemon, "run", started.append)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def serve(
+        *arguments: str, toml: str = "", environment: dict[str, str] | None = None, named: bool = True
+    ) -> Settings:
+        file.write_text(toml)
+        named_file = ["--config", str(file)] if named else []
+        result: Result = CliRunner().invoke(
+            cli.main, ["serve", *named_file, *arguments], env=environment, catch_exceptions=False
+        )
+        assert result.exit_code == 0, result.output
+        return started.pop()
+
+    yield serve
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("name", "in_file", "in_environment", "on_command_line", "default"),
+    [
+        ("broker", "mqtt://file:1", "mqtt://environment:2", "mqtt://line:3", "mqtt://127.0.0.1:1883"),
+        ("keystore", "tpm2:file", "tpm2:environment", "tpm2:line", None),
+        ("state_dir", "/file", "/environment", "/line", "/var/lib/stationkey"),
+        ("topic_prefix", "file", "environment", "line", ""),
+        ("log_format", "json", "text", "json", "text"),
+    ],
+)
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+    run: Any, name: str, in_file: str, in_environment: str, on_command_line: str, default: str | None
+) -> None:
+    toml = f'{name} = "{in_file}"\n'
+    environment = {f"STATIONKEY_{name.upper()}": in_environment}
+    line = [f"--{name.replace('_', '-')}", on_command_line]
+    # A key store must be named on a machine without a TPM, and may be on one with.
+    fixed = [] if name == "keystore" else ["--keystore", TPM]
+
+    def value(*arguments: str, toml: str = "", environment: dict[str, str] | None = None) -> str:
+        return str(getattr(run(*fixed, *arguments, toml=toml, environment=environment), name))
+
+    assert value(*line, toml=toml, environment=environment) == on_command_line
+    assert value(toml=toml, environment=environment) == in_environment
+    assert value(toml=toml) == in_file
+    assert value(*line, toml=toml) == on_command_line
+    if default is not None:
+        assert value() == default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "toml", "expected"),
+    [
+        pytest.param([], {}, "", False, id="default"),
+        pytest.param([], {}, "allow_software_keys = true", True, id="file"),
+        pytest.param([], {"STATIONKEY_ALLOW_SOFTWARE_KEYS": "1"}, "", True, id="environment"),
+        pytest.param(
+            [], {"STATIONKEY_ALLOW_SOFTWARE_KEYS": "0"}, "allow_software_keys = true", False, id="env says no"
+        ),
+        pytest.param(["--allow-software-keys"], {"STATIONKEY_ALLOW_SOFTWARE_KEYS": "0"}, "", True, id="command line"),
+    ],
+)
+def test_software_keys_are_allowed_by_whoever_speaks_first(
+    run: Any, arguments: list[str], environment: dict[str, str], toml: str, *, expected: bool
+) -> None:
+    settings = run("--keystore", "software:", *arguments, toml=toml, environment=environment)
+
+    assert settings.allow_software_keys is expected
+
+
+def test_an_empty_prefix_on_the_command_line_wins_over_the_file(run: Any) -> None:
+    assert run("--keystore", TPM, "--topic-prefix", "", toml='topic_prefix = "site"').topic_prefix == ""
+
+
+def test_the_command_line_wins_over_the_environment_for_the_file_itself(run: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text('client_id = "station-7"')
+    environment = {"STATIONKEY_CONFIG": str(other)}
+
+    assert run("--keystore", TPM, environment=environment, named=False).client_id == "station-7"
+    assert run("--keystore", TPM, environment=environment, toml='client_id = "station-8"').client_id == "station-8"
+
+
+def test_what_only_the_file_can_say_reaches_the_settings(file: Path) -> None:
+    file.write_text('client_id = "station-7"\n[deadlines]\nec = 5\nrsa = 90.5\n')
+    settings = settle(read_file(file), keystore=TPM)
+
+    assert settings.client_id == "station-7"
+    assert settings.deadlines == Deadlines(ec=5.0, rsa=90.5)
+
+
+def test_how_many_keys_are_made_ahead_reaches_the_settings(file: Path) -> None:
+    file.write_text("[pool]\nec = 64\nrsa = 16\nidle_seconds = 0.5\nmax_age_days = 1.5\n")
+
+    assert settle(read_file(file), keystore=TPM).pool == PoolTerms(ec=64, rsa=16, idle=0.5, age=3 * DAY // 2)
+    assert settle(File(), keystore=TPM).pool == PoolTerms(ec=0, rsa=1, idle=30.0, age=30 * DAY)
+
+
+# Overrides for a CA.
+
+
+@pytest.mark.parametrize(
+    ("toml", "field", "expected"),
+    [
+        ('domain_component = "EMP"', "domain_component", "EMP"),
+        ('domain_component = ""', "domain_component", None),
+        ('key_usage = ["digitalSignature"]', "key_usage", (KeyUsage.DIGITAL_SIGNATURE,)),
+        (
+            'key_usage = ["keyEncipherment", "digitalSignature"]',
+            "key_usage",
+            (KeyUsage.KEY_ENCIPHERMENT, KeyUsage.DIGITAL_SIGNATURE),
+        ),
+        ('extended_key_usage = ["serverAuth"]', "extended_key_usage", (ExtendedKeyUsage.SERVER_AUTH,)),
+        ("extended_key_usage = []", "extended_key_usage", ()),
+        ("extended_key_usage_critical = true", "extended_key_usage_critical", True),
+        ('evse_id = "none"', "evse_id_placement", EvseIdPlacement.NONE),
+        ('evse_id = "san_uri"', "evse_id_placement", EvseIdPlacement.SAN_URI),
+        ('evse_id = "serial_number"', "evse_id_placement", EvseIdPlacement.SERIAL_NUMBER),
+    ],
+)
+@pytest.mark.parametrize("certificate_type", CertificateType)
+def test_an_override_changes_its_field_of_its_certificate_type_and_nothing_else(
+    file: Path, certificate_type: CertificateType, toml: str, field: str, expected: object
+) -> None:
+    file.write_text(f"[csr.{certificate_type}]\n{toml}\n")
+    profiles = settle(read_file(file), keystore=TPM).profiles
+
+    for name in msgspec.structs.fields(CsrOverrides):
+        profile_field = "evse_id_placement" if name.name == "evse_id" else name.name
+        standard = getattr(PROFILES[certificate_type], profile_field)
+        assert getattr(profiles[certificate_type], profile_field) == (expected if profile_field == field else standard)
+    others = set(CertificateType) - {certificate_type}
+    assert all(profiles[other] == PROFILES[other] for other in others)
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        pytest.param("ca = true", "CA:false", id="CA:true"),
+        pytest.param("ca = false", "CA:false", id="CA:false, which needs no saying"),
+        pytest.param('basic_constraints = "CA:TRUE"', "CA:false", id="basicConstraints"),
+        pytest.param("path_length = 0", "CA:false", id="path length"),
+        pytest.param("basic_constraints_critical = false", "always critical", id="basicConstraints not critical"),
+        pytest.param("key_usage_critical = false", "keyUsage is always critical", id="keyUsage not critical"),
+        pytest.param('key_usage = ["digitalSignature", "keyCertSign"]', "keyCertSign", id="keyCertSign"),
+        pytest.param('key_usage = ["digitalSignature", "cRLSign"]', "cRLSign", id="cRLSign"),
+        pytest.param('key_usage = ["keyAgreement"]', "must have digitalSignature", id="no digitalSignature"),
+        pytest.param("key_usage = []", "must have digitalSignature", id="no keyUsage"),
+        pytest.param('subject = ["C", "O"]', "always has C, O and CN", id="subject without CN"),
+        *(
+            pytest.param(f'{field} = ""', "always has C, O and CN", id=f"no {field}")
+            for field in ("country_name", "organization_name", "common_name")
+        ),
+        pytest.param('extended_key_usage = ["anyExtendedKeyUsage"]', "anyExtendedKeyUsage", id="any purpose"),
+        pytest.param('domain_component = "CPO\\n"', "domain_component", id="DC with a line feed"),
+        pytest.param('domain_component = "Ü"', "domain_component", id="DC that is no IA5String"),
+        pytest.param(f'domain_component = "{"a" * 65}"', "domain_component", id="DC of 65 characters"),
+        pytest.param('evse_id = "subject"', "evse_id", id="evse_id somewhere else"),
+        pytest.param("san = []", "san", id="unknown name"),
+    ],
+)
+def test_what_no_stations_certificate_may_have_is_refused_at_start(file: Path, toml: str, words: str) -> None:
+    message = refused(file, f"[csr.v2g_certificate]\n{toml}\n")
+
+    assert words in message
+    assert toml.partition(" ")[0] in message or "[csr]" in message or "csr[...]" in message
+
+
+# Files that cannot be.
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param('brocker = "mqtt://h"', "brocker", id="unknown name"),
+        pytest.param("[deadline]\nec = 1", "deadline", id="unknown table"),
+        pytest.param("[deadlines]\necc = 1", "ecc", id="unknown name in a table"),
+        pytest.param("[csr.mo_certificate]\n", "mo_certificate", id="unknown certificate type"),
+        pytest.param("broker = 1883", "broker", id="number for text"),
+        pytest.param('allow_software_keys = "yes"', "allow_software_keys", id="text for a boolean"),
+        pytest.param('log_format = "xml"', "log_format", id="unknown log format"),
+        pytest.param(f'client_id = "{"a" * 65}"', "client_id", id="client identifier of 65 characters"),
+        *(
+            pytest.param(f"[deadlines]\nec = {value}", "deadlines.ec", id=f"deadline {value}")
+            for value in ("0", "-1", "3601", "nan", "inf", "true", '"30"')
+        ),
+        *(
+            pytest.param(f"[pool]\n{name} = {value}", f"pool.{name}", id=f"pool {name} {value}")
+            for name, values in {
+                "ec": ("-1", "65", "1.5", "true"),
+                "rsa": ("-1", "17", '"1"'),
+                "idle_seconds": ("-0.1", "3601", "nan", "inf"),
+                "max_age_days": ("0", "-1", "36501", "nan", "inf"),
+            }.items()
+            for value in values
+        ),
+        pytest.param("[pool]\nsize = 1", "size", id="pool of an unknown name"),
+        pytest.param('[policy]\ncountry_names = ["GER"]', "country_names", id="country of three letters"),
+        pytest.param('[policy]\nevse_ids = [""]', "evse_ids", id="empty pattern, which nothing would match"),
+        pytest.param("[policy]\nrequests_per_minute = nan", "requests_per_minute", id="rate that is no number"),
+        pytest.param('[policy]\nsecc_id = "no"', "secc_id", id="severity of another name"),
+        pytest.param("[policy]\nqueue = 0", "queue", id="no place at all"),
+        pytest.param("broker = ", "no TOML", id="no TOML"),
+        pytest.param('broker = "a"\nbroker = "b"', "no TOML", id="a name twice"),
+        pytest.param(f"x = {'9' * 5000}", "no TOML", id="a number of 5,000 digits"),
+        pytest.param(f"x = {'[' * 5000}", "no TOML", id="5,000 deep"),
+        pytest.param("csr = 7", "csr", id="csr no table"),
+        pytest.param("[csr]\nv2g_certificate = 7", "csr", id="certificate type no table"),
+        pytest.param(b'broker = "\xff"', "not UTF-8", id="not UTF-8"),
+        pytest.param(b"#" * (config.MAX_FILE + 1), "too large", id="over 1 MiB"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_and_says_where(file: Path, text: str | bytes, words: str) -> None:
+    assert words in refused(file, text)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="No such file"):
+        read_file(tmp_path / "none.toml")
+    with pytest.raises(ConfigurationError, match="Is a directory"):
+        read_file(tmp_path)
+
+
+# The key store.
+
+
+def test_without_a_key_store_and_without_a_tpm_it_says_how_to_name_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(config, "DEFAULT_DEVICE", str(tmp_path / "tpmrm0"))  # the fault: a machine with no TPM
+
+    with pytest.raises(ConfigurationError) as caught:
+        settle(File())
+    assert "--keystore" in caught.value.hint
+    assert caught.value.reason == "keystore_unnamed"
+
+
+def test_the_default_key_store_is_the_machines_tpm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert config.DEFAULT_DEVICE == "/dev/tpmrm0"
+    monkeypatch.setattr(config, "DEFAULT_DEVICE", str(tmp_path))  # a machine with a TPM
+
+    assert settle(File()).keystore == f"tpm2:device:{tmp_path}"
+    assert settle(File(keystore=TPM)).keystore == TPM
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        pytest.param("software:", "--allow-software-keys", id="software, not allowed"),
+        pytest.param("tpm2:", "tpm2:device:/dev/tpmrm0", id="tpm2 without a TCTI"),
+        pytest.param("tpm2", "tpm2:device:/dev/tpmrm0", id="no colon"),
+        pytest.param("/dev/tpmrm0", "tpm2:device:/dev/tpmrm0", id="a path"),
+        pytest.param("pkcs11:token=x", "tpm2: or software:", id="unknown scheme"),
+        pytest.param("", "tpm2: or software:", id="empty"),
+    ],
+)
+def test_a_key_store_uri_that_cannot_be_is_refused_with_a_hint(uri: str, words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        keystore_opener(uri)
+    assert words in caught.value.hint
+
+
+def test_a_software_key_store_has_nothing_behind_its_colon() -> None:
+    with pytest.raises(ConfigurationError, match="just 'software:'"):
+        keystore_opener("software:/tmp/keys", allow_software_keys=True)
+
+
+# The broker.
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("mqtt://127.0.0.1:1883", "127.0.0.1", 1883),
+        ("mqtt://broker.local", "broker.local", 1883),
+        ("mqtt://broker.local:8883/", "broker.local", 8883),
+        ("mqtt://[::1]:1884", "::1", 1884),
+    ],
+)
+def test_a_broker_url_names_host_and_port(url: str, host: str, port: int) -> None:
+    broker = Broker.parse(url)
+
+    assert (broker.host, broker.port) == (host, port)
+    assert Broker.parse(str(broker)) == broker
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:1883",
+        "mqtt://",
+        "mqtt://:1883",
+        "https://h",
+        "tcp://h:1883",
+        "mqtt://h:0",
+        "mqtt://h:65536",
+        "mqtt://h:-1",
+        "mqtt://h:port",
+        "mqtt://h/topic",
+        "mqtt://h?client=1",
+        "mqtt://h#1",
+        "mqtt://[::1",
+    ],
+)
+def test_what_is_no_broker_url_is_refused_with_an_example(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Broker.parse(url)
+    assert caught.value.reason == "broker_invalid"
+    assert "mqtt://127.0.0.1:1883" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("mqtt://user:sesame@h:1883", id="right but for it"),
+        pytest.param("mqtt://sesame@h", id="user name alone"),
+        pytest.param("mqtt://user:sesame@h:port", id="and a wrong port"),
+        pytest.param("mqtt://user:sesame@h:99999", id="and a port out of range"),
+        pytest.param("mqtt://user:ses[ame@h", id="and a bracket in it"),
+        pytest.param("mqtts://user:sesame@h", id="and another scheme"),
+        pytest.param("user:sesame@h", id="and no scheme"),
+        pytest.param("mqtt://user:sesame/x@h", id="and a slash in it"),
+    ],
+)
+def test_a_password_in_a_broker_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="password") as caught:
+        Broker.parse(url)
+    assert "ses" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["a+", "#", "a/#", "a\0b", "$SYS", "a\ud800", "a" * 1025])
+def test_a_prefix_that_no_topic_can_begin_with_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot begin a topic") as caught:
+        topics(prefix)
+    assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("prefix", "request_topic"),
+    [("", "josev/cs"), ("site", "site/josev/cs"), ("site/", "site/josev/cs"), ("ü/1", "ü/1/josev/cs")],
+)
+def test_a_prefix_stands_before_both_topics(prefix: str, request_topic: str) -> None:
+    assert topics(prefix) == (request_topic, request_topic.replace("josev/cs", "cs/josev"))
+
+
+# The sample is the manual.
+
+
+def without_comment_marks(text: str) -> str:
+    """An option or a table has its mark at once before it; prose has a space behind the mark."""
+    return re.sub(r"^#(?=\S)", "", text, flags=re.MULTILINE)
+
+
+def test_the_sample_changes_nothing_as_it_is_shipped() -> None:
+    assert read_file(SAMPLE) == File()
+
+
+def test_the_sample_names_every_option_with_its_default(file: Path) -> None:
+    file.write_text(without_comment_marks(SAMPLE.read_text()))
+    table = tomllib.loads(file.read_text())
+
+    assert set(table) == {field.name for field in msgspec.structs.fields(File)}
+    assert set(table["deadlines"]) == {field.name for field in msgspec.structs.fields(Deadlines)}
+    assert list(table["csr"]) == list(CertificateType)
+    for overrides in table["csr"].values():
+        assert list(overrides) == [field.name for field in msgspec.structs.fields(CsrOverrides)]
+    device = f"tpm2:device:{config.DEFAULT_DEVICE}"
+    assert table["keystore"] == device
+    assert settle(read_file(file)) == settle(File(), keystore=device)
+
+
+def test_the_sample_says_something_about_every_option() -> None:
+    lines = SAMPLE.read_text().splitlines()
+    options = [number for number, line in enumerate(lines) if re.match(r"#(\w|\[)", line)]
+
+    assert options
+    assert all(lines[number - 1].startswith("# ") for number in options)

@@ -1,0 +1,91 @@
+"""Where a secret is, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from stationkey.config.secrets import MAX_SECRET, SecretReference
+from stationkey.errors import ConfigurationError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_bytes(b"sesame\n")
+    path.chmod(0o640)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(b"sesame", b"sesame", id="bare"),
+        pytest.param(b"sesame\n", b"sesame", id="with an editor's line feed"),
+        pytest.param(b"sesame\r\n", b"sesame", id="with another editor's"),
+        pytest.param(b" ses ame \n\n", b" ses ame \n", id="no more than one is taken off"),
+        pytest.param(b"\x00\xff", b"\x00\xff", id="any bytes"),
+        pytest.param(b"x" * MAX_SECRET, b"x" * MAX_SECRET, id="the longest"),
+    ],
+)
+def test_a_secret_is_the_content_of_its_file(file: Path, content: bytes, expected: bytes) -> None:
+    file.write_bytes(content)
+
+    assert SecretReference(str(file)).read() == expected
+
+
+def test_a_credential_is_where_systemd_has_put_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(file.parent))
+
+    assert SecretReference("credential:secret").read() == b"sesame"
+
+
+def test_without_systemd_there_is_no_credential(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+
+    with pytest.raises(ConfigurationError, match="handed over no credentials") as refused:
+        SecretReference("credential:secret").read()
+    assert "LoadCredential" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "source", ["", "a\0b", "credential:", "credential:..", "credential:../shadow", "credential:a/b"]
+)
+def test_what_names_no_secret_is_refused(source: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        SecretReference(source)
+    assert refused.value.reason == "secret_invalid"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        pytest.param(b"", 0o600, "is empty", id="empty"),
+        pytest.param(b"\n", 0o600, "is empty", id="a line feed alone"),
+        pytest.param(b"sesame" * MAX_SECRET, 0o600, "more than", id="too long"),
+        pytest.param(b"sesame", 0o604, "open to every user", id="others may read it"),
+        pytest.param(b"sesame", 0o602, "open to every user", id="others may write it"),
+    ],
+)
+def test_what_cannot_be_a_secret_is_refused_and_not_repeated(file: Path, content: bytes, mode: int, words: str) -> None:
+    file.write_bytes(content)
+    file.chmod(mode)
+
+    with pytest.raises(ConfigurationError, match=words) as refused:
+        SecretReference(str(file)).read()
+    assert refused.value.reason == "secret_unreadable"
+    assert "sesame" not in str(refused.value)
+    assert str(file) in refused.value.message
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    for path, words in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "Is a directory|is no file"),
+        (tmp_path / "fifo", "is no file"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            SecretReference(str(path)).read()

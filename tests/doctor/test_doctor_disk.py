@@ -1,0 +1,23 @@
+"""The doctor on a disk that is full, in memory, and read-only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from doctors import command_output, read
+from small_disk import SmallDisk
+
+from stationkey.doctor import Level
+
+
+def test_a_full_disk_and_one_in_memory_are_told(tmp_path: Path) -> None:
+    with SmallDisk(tmp_path / "disk") as disk:
+        disk.fill()
+        command = [*disk.enter, sys.executable, "-m", "stationkey", "doctor", "--json", "--state-dir", str(disk.path)]
+        found = read(command_output(command))
+        assert found.level("state.disk") is Level.FAILURE
+        assert "which is memory" in found.text("state.filesystem")
+        disk.run(f"mount -o remount,ro '{disk.path}'")
+        assert "read-only" in read(command_output(command)).text("state.filesystem")
+        disk.run(f"mount -o remount,rw '{disk.path}'")

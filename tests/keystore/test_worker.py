@@ -1,0 +1,657 @@
+"""The thread that owns the key store: one job at a time, and a call that never returns stops nobody else.
+
+The rules are shown with jobs that wait for an event of the test; that they hold for a TPM, with a real one that is
+frozen in mid-command.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import pytest
+from peers import Swtpm
+
+from stationkey.contract.profiles import Algorithm
+from stationkey.errors import KeyStoreError
+from stationkey.keystore import KeyRef, KeyStore
+from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.keystore.tpm2.store import Tpm2KeyStore
+from stationkey.keystore.worker import FAIR_SHARE, MAX_ABANDONED, KeyStoreThread, Task, Turn
+
+LONG = 30.0
+"""Seconds that nothing here takes, unless it never happens."""
+DEADLINE = 5.0
+"""On the clock of the test, which stands still until it is moved."""
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Stores:
+    """Opens software stores, and notes which thread opened and closed each."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+        self.closed: list[str] = []
+        self.abandoned: list[str] = []
+
+    def __call__(self) -> KeyStore:
+        self.opened.append(threading.current_thread().name)
+        return _NotedStore(self)
+
+
+class _NotedStore(SoftwareKeyStore):
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+        self._owner = threading.current_thread().name
+
+    def close(self) -> None:
+        self._stores.closed.append(threading.current_thread().name)
+
+    def abandon(self) -> None:
+        self._stores.abandoned.append(self._owner)
+
+
+class Stuck:
+    """A job that is begun and does not return until it is let go, as a command to a hung TPM."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.let_go = threading.Event()
+
+    def __call__(self, _: KeyStore) -> str:
+        self.begun.set()
+        assert self.let_go.wait(LONG)
+        return "late"
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    """Torn down last: whatever was stuck has been let go, and whatever was open has been closed."""
+    yield
+    for worker in workers():
+        worker.join(LONG)
+    assert workers() == []
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def stores() -> Stores:
+    return Stores()
+
+
+@pytest.fixture
+def thread(stores: Stores, clock: Clock) -> Iterator[KeyStoreThread]:
+    with closing(KeyStoreThread(stores, clock=clock)) as thread:
+        yield thread
+
+
+@pytest.fixture
+def stuck() -> Iterator[Callable[[], Stuck]]:
+    """Makes jobs that are stuck; all are let go at the end."""
+    jobs: list[Stuck] = []
+
+    def make() -> Stuck:
+        jobs.append(Stuck())
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        job.let_go.set()
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("keystore-")]
+
+
+def name(_: KeyStore) -> str:
+    return threading.current_thread().name
+
+
+def nothing(_: KeyStore) -> None:
+    """A job that is done at once."""
+
+
+def settled(thread: KeyStoreThread) -> None:
+    """Wait until the last job is counted: whoever waits for its result is told before."""
+    while thread.busy:
+        threading.Event().wait(0.001)
+
+
+def hang(thread: KeyStoreThread, job: Stuck, clock: Clock) -> Future[str]:
+    """Have a job stuck past its deadline."""
+    future = thread.submit(job, timeout=DEADLINE)
+    assert job.begun.wait(LONG)
+    clock.now += DEADLINE
+    at_the_deadline = thread.hung
+    clock.now += 1
+    assert (at_the_deadline, thread.hung) == (False, True)
+    return future
+
+
+def test_jobs_run_one_after_the_other_on_one_thread_and_one_store(thread: KeyStoreThread, stores: Stores) -> None:
+    order: list[int] = []
+    running = threading.Lock()
+
+    def job(number: int) -> Callable[[KeyStore], tuple[str, int]]:
+        def run(store: KeyStore) -> tuple[str, int]:
+            assert running.acquire(blocking=False), "two jobs at a time"
+            order.append(number)
+            running.release()
+            return name(store), id(store)
+
+        return run
+
+    results = {future.result(LONG) for future in [thread.submit(job(number), timeout=LONG) for number in range(50)]}
+    assert order == list(range(50))
+    assert len(results) == 1
+    assert stores.opened == ["keystore-1"]
+
+
+def test_the_store_is_not_opened_before_the_first_job(thread: KeyStoreThread, stores: Stores) -> None:
+    assert stores.opened == []
+    thread.submit(nothing, timeout=LONG).result(LONG)
+    assert stores.opened == ["keystore-1"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(KeyStoreError("gone", reason="tpm_unreachable"), id="of-the-store"),
+        pytest.param(ValueError("a fault of ours"), id="of-ours"),
+        pytest.param(SystemExit(1), id="that-ends-a-program"),
+    ],
+)
+def test_an_error_reaches_the_one_who_waits_and_the_thread_goes_on(
+    thread: KeyStoreThread, stores: Stores, error: BaseException
+) -> None:
+    def fail(_: KeyStore) -> NoReturn:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        thread.submit(fail, timeout=LONG).result(LONG)
+    assert caught.value is error
+    assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-1"
+    assert stores.opened == ["keystore-1"]
+
+
+def test_a_store_that_cannot_unload_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty(SoftwareKeyStore):
+        def unload(self) -> None:
+            raise ZeroDivisionError
+
+    with closing(KeyStoreThread(Faulty)) as thread:
+        assert [thread.submit(name, timeout=LONG).result(LONG) for _ in range(2)] == ["keystore-1"] * 2
+    assert all("could not be unloaded" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 2
+
+
+def test_a_store_that_could_not_be_opened_is_tried_again_by_the_next_job() -> None:
+    tries: list[int] = []
+
+    def open_store() -> KeyStore:
+        tries.append(1)
+        if len(tries) == 1:
+            raise KeyStoreError("not yet", reason="tpm_unreachable")
+        return SoftwareKeyStore()
+
+    with closing(KeyStoreThread(open_store)) as thread:
+        with pytest.raises(KeyStoreError, match="not yet"):
+            thread.submit(nothing, timeout=LONG).result(LONG)
+        assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-1"
+
+
+def test_a_job_whose_deadline_has_passed_is_not_begun(thread: KeyStoreThread) -> None:
+    begun = threading.Event()
+    with pytest.raises(KeyStoreError) as caught:
+        thread.submit(lambda _: begun.set(), timeout=0).result(LONG)
+    assert caught.value.reason == "keystore_timeout"
+    assert not begun.is_set()
+    assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-1"
+
+
+def test_a_job_that_nobody_waits_for_any_more_is_not_begun(thread: KeyStoreThread, stuck: Callable[[], Stuck]) -> None:
+    first, begun = stuck(), threading.Event()
+    running = thread.submit(first, timeout=LONG)
+    assert first.begun.wait(LONG)
+    given_up = thread.submit(lambda _: begun.set(), timeout=LONG)
+    assert given_up.cancel()
+    first.let_go.set()
+    assert running.result(LONG) == "late"
+    thread.submit(nothing, timeout=LONG).result(LONG)
+    assert not begun.is_set()
+
+
+def test_a_job_that_is_slow_within_its_deadline_keeps_its_thread(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck]
+) -> None:
+    slow = stuck()
+    first = thread.submit(slow, timeout=LONG)
+    assert slow.begun.wait(LONG)
+    second = thread.submit(name, timeout=LONG)
+    assert not thread.hung
+    slow.let_go.set()
+    assert first.result(LONG) == "late"
+    assert second.result(LONG) == "keystore-1"
+
+
+def test_the_job_after_one_that_hangs_gets_a_thread_and_a_store_of_its_own(
+    thread: KeyStoreThread, stores: Stores, stuck: Callable[[], Stuck], clock: Clock
+) -> None:
+    hang(thread, stuck(), clock)
+    assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-2"
+    assert not thread.hung
+    assert stores.opened == ["keystore-1", "keystore-2"]
+    assert stores.abandoned == ["keystore-1"]  # told while its call is still out
+
+
+def test_a_store_whose_opening_hangs_is_never_used(clock: Clock, stuck: Callable[[], Stuck]) -> None:
+    opening, used = stuck(), threading.Event()
+    stores: list[KeyStore] = [SoftwareKeyStore(), SoftwareKeyStore()]
+
+    def open_store() -> KeyStore:
+        store = stores.pop()
+        if stores:
+            opening(store)
+        return store
+
+    with closing(KeyStoreThread(open_store, clock=clock)) as thread:
+        late = thread.submit(lambda _: used.set(), timeout=DEADLINE)
+        assert opening.begun.wait(LONG)
+        clock.now += DEADLINE + 1
+        assert thread.submit(name, timeout=DEADLINE).result(LONG) == "keystore-2"
+        opening.let_go.set()
+        with pytest.raises(KeyStoreError) as caught:
+            late.result(LONG)
+    assert caught.value.reason == "keystore_timeout"
+    assert not used.is_set()
+
+
+def test_the_jobs_that_waited_behind_one_that_hangs_are_taken_over(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck], clock: Clock
+) -> None:
+    job = stuck()
+    thread.submit(job, timeout=DEADLINE)
+    assert job.begun.wait(LONG)
+    waiting = thread.submit(name, timeout=LONG)
+    clock.now += DEADLINE + 1
+    assert not waiting.running()
+    assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-2"
+    assert waiting.result(LONG) == "keystore-2"
+
+
+def test_a_thread_that_was_given_up_ends_as_soon_as_its_call_returns_and_closes_its_store(
+    thread: KeyStoreThread, stores: Stores, stuck: Callable[[], Stuck], clock: Clock
+) -> None:
+    """The connection to a TPM that serves one at a time is free again then."""
+    job = stuck()
+    late = hang(thread, job, clock)
+    thread.submit(nothing, timeout=LONG).result(LONG)
+    (abandoned,) = (worker for worker in workers() if worker.name == "keystore-1")
+    job.let_go.set()
+    abandoned.join(LONG)
+    assert not abandoned.is_alive()
+    assert stores.closed == ["keystore-1"]
+    assert late.result(LONG) == "late"
+    assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-2"
+
+
+def test_a_thread_whose_call_returned_late_but_before_it_was_missed_goes_on(
+    thread: KeyStoreThread, stores: Stores, stuck: Callable[[], Stuck], clock: Clock
+) -> None:
+    job = stuck()
+    late = hang(thread, job, clock)
+    job.let_go.set()
+    late.result(LONG)
+    assert thread.submit(name, timeout=LONG).result(LONG) in {"keystore-1", "keystore-2"}
+    assert thread.submit(name, timeout=LONG).result(LONG) == stores.opened[-1]
+
+
+def test_however_many_calls_hang_there_is_one_thread_more_at_most(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck], clock: Clock
+) -> None:
+    """Each holds a connection to the TPM, and a device that is hung hangs for all."""
+    one, other = stuck(), stuck()
+    hang(thread, one, clock)
+    hang(thread, other, clock)
+    waiting = [thread.submit(name, timeout=LONG) for _ in range(10)]
+    assert len(workers()) == MAX_ABANDONED + 1 == 2
+    other.let_go.set()
+    assert {future.result(LONG) for future in waiting} == {"keystore-2"}
+
+
+def test_no_more_jobs_wait_behind_one_that_hangs_than_there_may_be(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stationkey.keystore.worker.MAX_JOBS", 3)
+    hangs = stuck()
+    held = thread.submit(hangs, timeout=LONG)
+    assert hangs.begun.wait(LONG)
+    waiting = [thread.submit(lambda _: "done", timeout=LONG) for _ in range(3)]
+
+    with pytest.raises(KeyStoreError) as refused:
+        thread.submit(lambda _: "one too many", timeout=LONG).result(0)
+    assert refused.value.reason == "keystore_timeout"
+
+    hangs.let_go.set()
+    assert [job.result(LONG) for job in waiting] == ["done"] * 3
+    assert held.result(LONG) == "late"
+
+
+def test_a_call_that_does_not_return_within_the_whole_time_of_its_job_is_stuck(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    job = stuck()
+    future = thread.submit(job, timeout=DEADLINE)
+    assert job.begun.wait(LONG)
+    clock.now += DEADLINE
+    within = thread.stuck
+    clock.now += 1
+    assert (within, thread.stuck) == (False, True)
+    job.let_go.set()
+    future.result(LONG)
+    thread.submit(nothing, timeout=DEADLINE).result(LONG)
+    assert not thread.stuck
+
+
+def test_a_job_that_had_to_wait_is_overdue_when_its_time_is_over_and_not_stuck(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    """A queue of RSA requests before a slow chip: each is overdue as soon as it begins, and each of them ends."""
+    first, second = stuck(), stuck()
+    thread.submit(first, timeout=DEADLINE)
+    assert first.begun.wait(LONG)
+    thread.submit(second, timeout=DEADLINE)
+    clock.now += DEADLINE - 1
+    first.let_go.set()
+    assert second.begun.wait(LONG)
+    clock.now += 2
+    assert (thread.hung, thread.stuck) == (True, False)
+    clock.now += DEADLINE
+    assert thread.stuck
+
+
+def test_a_thread_that_was_given_up_is_stuck_until_its_call_returns(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    job = stuck()
+    hang(thread, job, clock)
+    assert thread.submit(name, timeout=DEADLINE).result(LONG) == "keystore-2"
+    assert (thread.hung, thread.stuck, thread.abandoned) == (False, True, 1)
+    job.let_go.set()
+    next(worker for worker in workers() if worker.name == "keystore-1").join(LONG)
+    assert (thread.stuck, thread.abandoned) == (False, 0)
+
+
+def test_the_time_that_jobs_had_the_store_is_counted_by_their_task_without_their_wait(
+    thread: KeyStoreThread, clock: Clock
+) -> None:
+    def work(_: KeyStore) -> None:
+        clock.now += 2.0
+
+    for task in (Task.PROOF, Task.PROOF, Task.LOAD):
+        thread.submit(work, timeout=LONG, task=task)
+    thread.submit(nothing, timeout=LONG).result(LONG)
+    settled(thread)
+    counted = {task: (cumulative[-1], total) for task, (cumulative, total) in thread.durations().items()}
+    assert counted == {"proof": (2, 4.0), "load": (1, 2.0), "other": (1, 0.0)}
+
+
+def test_how_the_last_job_ended_is_remembered(thread: KeyStoreThread, clock: Clock) -> None:
+    def fail(_: KeyStore) -> NoReturn:
+        raise KeyStoreError("gone", reason="tpm_unreachable")
+
+    assert thread.last is None
+    failed = thread.submit(fail, timeout=DEADLINE)
+    with pytest.raises(KeyStoreError):
+        failed.result(LONG)
+    settled(thread)
+    clock.now += 3
+    assert thread.last == (3.0, "tpm_unreachable")
+
+
+def test_once_a_thread_that_was_given_up_has_ended_another_may_be(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck], clock: Clock
+) -> None:
+    for number in (2, 3, 4):
+        job = stuck()
+        hang(thread, job, clock)
+        assert thread.submit(name, timeout=LONG).result(LONG) == f"keystore-{number}"
+        (abandoned,) = (worker for worker in workers() if worker.name == f"keystore-{number - 1}")
+        job.let_go.set()
+        abandoned.join(LONG)
+
+
+def test_where_there_is_no_room_for_another_thread_the_next_job_tries_again(
+    thread: KeyStoreThread, stuck: Callable[[], Stuck], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with TasksMax= of systemd, or ulimit -u."""
+
+    def no_room(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    job = stuck()
+    hang(thread, job, clock)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", no_room)
+        for _ in range(2):
+            with pytest.raises(KeyStoreError) as refused:
+                thread.submit(name, timeout=LONG).result(LONG)
+            assert refused.value.reason == "keystore_timeout"
+    job.let_go.set()
+    assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-2"
+
+
+def test_close_waits_for_the_jobs_in_the_queue_and_closes_the_store_in_its_own_thread(stores: Stores) -> None:
+    thread = KeyStoreThread(stores)
+    jobs = [thread.submit(name, timeout=LONG) for _ in range(20)]
+    assert thread.close(LONG)
+    assert all(job.done() for job in jobs)
+    assert stores.opened == stores.closed == ["keystore-1"]
+
+
+def test_close_of_a_thread_that_had_no_job_opens_nothing(stores: Stores) -> None:
+    assert KeyStoreThread(stores).close(LONG)
+    assert stores.opened == stores.closed == []
+
+
+def test_a_job_that_hangs_for_ever_does_not_keep_close_from_returning(
+    stores: Stores, stuck: Callable[[], Stuck], clock: Clock
+) -> None:
+    thread = KeyStoreThread(stores, clock=clock)
+    hang(thread, stuck(), clock)
+    assert not thread.close(0)
+    assert all(worker.daemon for worker in workers())  # so the process can end as well
+
+
+# With a real TPM.
+
+
+def make_and_sign(store: KeyStore) -> KeyRef:
+    key = store.generate(Algorithm.ECDSA_SHA256)
+    with store.signer(key):
+        return key
+
+
+class Asked:
+    """A job that tells that it was begun, just before it asks the TPM for a key."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def __call__(self, store: KeyStore) -> KeyRef:
+        self.begun.set()
+        return make_and_sign(store)
+
+
+@pytest.fixture
+def tpm_thread(swtpm: Swtpm, clock: Clock) -> Iterator[KeyStoreThread]:
+    with closing(KeyStoreThread(lambda: Tpm2KeyStore(swtpm.tcti), clock=clock)) as thread:
+        yield thread
+
+
+def ask_in_vain(thread: KeyStoreThread, clock: Clock) -> Future[KeyRef]:
+    """Ask a frozen TPM for a key, past the deadline."""
+    job = Asked()
+    future = thread.submit(job, timeout=DEADLINE)
+    assert job.begun.wait(LONG)
+    clock.now += DEADLINE + 1
+    return future
+
+
+def test_a_frozen_tpm_costs_the_requests_of_that_time_and_no_later_one(
+    swtpm: Swtpm, tpm_thread: KeyStoreThread, clock: Clock
+) -> None:
+    """The commands sent to it are answered when it is thawed, and nobody waits for them any more."""
+    key = tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG)
+    tpm_thread.submit(nothing, timeout=DEADLINE).result(LONG)  # so that the key is unloaded
+    swtpm.freeze()
+    hung = [ask_in_vain(tpm_thread, clock), ask_in_vain(tpm_thread, clock)]
+    queued = [tpm_thread.submit(make_and_sign, timeout=DEADLINE) for _ in range(3)]
+    clock.now += DEADLINE
+    assert {worker.name for worker in workers()} == {"keystore-1", "keystore-2"}
+    assert not any(future.done() for future in [*hung, *queued])
+    (abandoned,) = (worker for worker in workers() if worker.name == "keystore-1")
+
+    swtpm.thaw()
+    assert tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG).key_id != key.key_id
+    abandoned.join(LONG)
+    assert not abandoned.is_alive()
+    for future in queued:
+        with pytest.raises(KeyStoreError) as caught:
+            future.result(LONG)
+        assert caught.value.reason == "keystore_timeout"
+    assert len(workers()) == 1
+
+
+def test_a_tpm_that_loses_power_while_it_is_frozen_is_used_again_once_it_is_back(
+    swtpm: Swtpm, tpm_thread: KeyStoreThread, clock: Clock
+) -> None:
+    tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG)
+    tpm_thread.submit(nothing, timeout=DEADLINE).result(LONG)  # so that the key is unloaded
+    swtpm.freeze()
+    hung = ask_in_vain(tpm_thread, clock)
+    swtpm.kill()
+    with pytest.raises(KeyStoreError) as caught:
+        hung.result(LONG)
+    assert caught.value.reason == "tpm_unreachable"
+    swtpm.start()
+    tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG)
+
+
+def test_a_frozen_tpm_does_not_keep_close_from_returning(
+    swtpm: Swtpm, tpm_thread: KeyStoreThread, clock: Clock
+) -> None:
+    tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG)
+    tpm_thread.submit(nothing, timeout=DEADLINE).result(LONG)  # so that the key is unloaded
+    swtpm.freeze()
+    hung = ask_in_vain(tpm_thread, clock)
+    assert not tpm_thread.close(0)
+    swtpm.thaw()
+    hung.result(LONG)
+
+
+# Turns.
+
+
+@dataclass
+class Order:
+    """Jobs that note their names, behind one that is stuck until all have been submitted."""
+
+    thread: KeyStoreThread
+    first: Stuck
+    done: list[str] = field(default_factory=list)
+    futures: list[Future[None]] = field(default_factory=list)
+
+    def submit(self, name: str, turn: Turn) -> Future[None]:
+        future = self.thread.submit(lambda _: self.done.append(name), timeout=LONG, turn=turn)
+        self.futures.append(future)
+        return future
+
+    def run(self) -> list[str]:
+        self.first.let_go.set()
+        for future in self.futures:
+            if not future.cancelled():
+                future.result(LONG)
+        return self.done
+
+
+@pytest.fixture
+def order(thread: KeyStoreThread, stuck: Callable[[], Stuck]) -> Order:
+    first = stuck()
+    thread.submit(first, timeout=LONG)
+    assert first.begun.wait(LONG)
+    return Order(thread, first)
+
+
+def test_short_jobs_go_before_long_ones_and_both_before_what_nobody_waits_for(order: Order) -> None:
+    for name, turn in [("spare", Turn.SPARE), ("long", Turn.LONG), ("short", Turn.SHORT), ("short 2", Turn.SHORT)]:
+        order.submit(name, turn)
+    assert order.run() == ["short", "short 2", "long", "spare"]
+
+
+def test_jobs_of_one_turn_keep_their_order(order: Order) -> None:
+    for number in range(5):
+        order.submit(f"long {number}", Turn.LONG)
+        order.submit(f"spare {number}", Turn.SPARE)
+    assert order.run() == [f"long {number}" for number in range(5)] + [f"spare {number}" for number in range(5)]
+
+
+def test_a_flood_of_short_jobs_lets_a_long_one_through_now_and_then(order: Order) -> None:
+    """Between two long ones are `FAIR_SHARE` short ones: none of those waits for more than one."""
+    for number in range(2):
+        order.submit(f"long {number}", Turn.LONG)
+    for _ in range(3 * FAIR_SHARE):
+        order.submit("short", Turn.SHORT)
+    done = order.run()
+    # The one that is stuck was short, too.
+    assert [index for index, name in enumerate(done) if name != "short"] == [FAIR_SHARE - 1, 2 * FAIR_SHARE]
+
+
+def test_a_flood_keeps_out_for_good_what_nobody_waits_for(order: Order) -> None:
+    order.submit("spare", Turn.SPARE)
+    for _ in range(3 * FAIR_SHARE):
+        order.submit("short", Turn.SHORT)
+    assert order.run()[-1] == "spare"
+
+
+def test_a_long_job_that_nobody_waits_for_any_more_takes_no_turn(order: Order) -> None:
+    given_up = order.submit("given up", Turn.LONG)
+    order.submit("short", Turn.SHORT)
+    assert given_up.cancel()
+    assert order.run() == ["short"]
+
+
+def test_the_store_is_idle_since_the_last_job_that_somebody_waited_for(
+    thread: KeyStoreThread, clock: Clock, stuck: Callable[[], Stuck]
+) -> None:
+    clock.now = 10.0
+    assert thread.idle == 10.0
+    running = stuck()
+    future = thread.submit(running, timeout=LONG)
+    clock.now = 20.0
+    assert thread.idle == 0.0
+    running.let_go.set()
+    future.result(LONG)
+    thread.submit(nothing, timeout=LONG, turn=Turn.SPARE).result(LONG)
+    clock.now = 25.0
+    assert thread.idle == 5.0
+    given_up = thread.submit(nothing, timeout=0.0)
+    with pytest.raises(KeyStoreError):
+        given_up.result(LONG)
+    assert thread.idle == 0.0

@@ -1,0 +1,592 @@
+"""TLS and credentials towards a real Mosquitto, and what is said where they are not right."""
+
+from __future__ import annotations
+
+import _ctypes
+import _ssl
+import asyncio
+import logging
+import re
+import socket
+import ssl
+import subprocess
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from paho.mqtt.enums import MQTTProtocolVersion
+from peers import Mosquitto
+
+from secured import NAME, Authority, Identity, SecuredMosquitto, terms, write_secret
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import MqttTerms
+from stationkey.errors import BrokerError, ConfigurationError
+from stationkey.mqtt import connection as mqtt
+from stationkey.mqtt import tls, tpm_provider
+from stationkey.mqtt.connection import Broker, ConnectionLost, MqttConnection, check, connect
+
+BOUND = 30.0
+"""Seconds after which a test that waits for something has failed. Nothing is measured by it."""
+VERSIONS = [MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def identity(authority: Authority) -> Identity:
+    return authority.identity("stationkey")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[SecuredMosquitto]:
+    """A broker that wants no client certificate, for the tests that leave it as it was."""
+    with SecuredMosquitto(tmp_path_factory.mktemp("broker"), authority.broker()) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[SecuredMosquitto]:
+    """One that does."""
+    with SecuredMosquitto(tmp_path_factory.mktemp("strict"), authority.broker(), authority) as broker:
+        yield broker
+
+
+async def opened(broker: Broker, by: MqttTerms = mqtt.PLAIN) -> MqttConnection:
+    client_id = f"us-{uuid.uuid4().hex[:8]}"
+    return await connect(broker, client_id=client_id, persistent=False, terms=by, max_payload=8 * 1024 * 1024)
+
+
+async def echo(connection: MqttConnection, payload: bytes = b"echo") -> bytes:
+    """What comes back of a message that is sent to ourselves."""
+    topic = f"echo/{uuid.uuid4().hex}"
+    await connection.subscribe(topic)
+    await connection.publish(topic, payload)
+    async with asyncio.timeout(BOUND):
+        message = await connection.receive()
+    message.acknowledge()
+    return message.payload
+
+
+# Who the broker is.
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_broker_whose_certificate_leads_to_the_ca_file_is_spoken_to(
+    shared: SecuredMosquitto, authority: Authority, version: MQTTProtocolVersion
+) -> None:
+    connection = MqttConnection(
+        shared.tls, client_id="test", persistent=False, terms=terms(authority), protocol=version
+    )
+    async with connection:
+        await connection.open()
+        assert connection.version == ("5" if version is MQTTProtocolVersion.MQTTv5 else "3.1.1")
+        assert await echo(connection) == b"echo"
+        assert connection._tls is not None  # noqa: SLF001 - the socket is nobody else's business
+        assert connection._tls.version() == "TLSv1.3"  # noqa: SLF001 - same
+        assert connection._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0  # noqa: SLF001 - same
+
+
+@pytest.mark.parametrize(
+    ("begins", "address", "by", "said"),
+    [
+        pytest.param(0, "127.0.0.1", None, "unable to get local issuer certificate.*ca_file", id="unknown-issuer"),
+        pytest.param(60, "127.0.0.1", {}, "expired.*clock", id="expired"),
+        pytest.param(-60, "127.0.0.1", {}, "not yet valid.*clock", id="not-yet-valid"),
+        pytest.param(0, "127.0.0.2", {}, "IP address mismatch.*server_name", id="another-address"),
+        pytest.param(0, "127.0.0.1", {"server_name": "other.test"}, "Hostname mismatch", id="another-name"),
+    ],
+)
+async def test_a_broker_that_is_not_to_be_trusted_is_refused_and_the_message_says_why(
+    tmp_path: Path, authority: Authority, begins: int, address: str, by: dict[str, Any] | None, said: str
+) -> None:
+    server = authority.elsewhere(tmp_path / "server").broker(age=begins, address=address)
+    ca = Authority(tmp_path / "other") if by is None else authority
+    with SecuredMosquitto(tmp_path / "mosquitto", server) as broker:
+        with pytest.raises(BrokerError, match=said) as refused:
+            await opened(broker.tls, terms(ca, **(by or {})))
+        assert refused.value.reason == "broker_untrusted"
+        assert "as us-" not in broker.log  # it did not hear who we are
+
+
+async def test_the_broker_may_have_another_name_than_the_host(shared: SecuredMosquitto, authority: Authority) -> None:
+    async with await opened(shared.tls, terms(authority, server_name=NAME)) as connection:
+        assert await echo(connection) == b"echo"
+
+
+async def test_without_a_ca_file_those_of_the_machine_count(
+    shared: SecuredMosquitto, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BrokerError, match="unable to get local issuer"):
+        await opened(shared.tls)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))  # where OpenSSL finds them
+    async with await opened(shared.tls) as connection:
+        assert await echo(connection) == b"echo"
+
+
+async def test_tls_below_1_2_is_not_spoken(authority: Authority) -> None:
+    server = authority.broker()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.certificate, server.key)
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, pytest.raises(ssl.SSLError):
+            context.wrap_socket(connection, server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)  # where nobody comes, the test has failed and must not hang
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        with pytest.raises(BrokerError) as refused:
+            await opened(Broker("127.0.0.1", listener.getsockname()[1], tls=True), terms(authority))
+        thread.join()
+    assert refused.value.reason in {"broker_tls_failed", "broker_refuses"}
+
+
+async def test_a_listener_without_tls_is_told_from_one_that_is_not_trusted(
+    mosquitto: Mosquitto, authority: Authority
+) -> None:
+    with pytest.raises(BrokerError, match="does it speak TLS there"):
+        await opened(Broker("127.0.0.1", mosquitto.port, tls=True), terms(authority))
+
+
+async def test_a_listener_that_hangs_up_is_an_error_in_words(authority: Authority) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with server:
+        with pytest.raises(BrokerError, match=r"no TLS with mqtts:.*it hung up") as refused:
+            await opened(Broker("127.0.0.1", server.sockets[0].getsockname()[1], tls=True), terms(authority))
+    assert refused.value.reason == "broker_tls_failed"
+
+
+async def test_a_handshake_that_never_ends_is_given_up(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(BrokerError) as refused:
+        await opened(Broker("127.0.0.1", server.getsockname()[1], tls=True), terms(authority))
+    assert refused.value.reason == "broker_unreachable"
+
+
+async def test_what_hangs_for_ever_costs_a_bounded_number_of_threads(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.01)
+    monkeypatch.setattr(mqtt, "introduction", lambda *_, **__: release.wait(BOUND))  # as a TPM that hangs
+    try:
+        for _ in range(mqtt.MAX_CONNECTING):
+            with pytest.raises(BrokerError, match="no connection within"):
+                await opened(Broker("127.0.0.1", 1, tls=True), terms(authority))
+        before = threading.active_count()
+        with pytest.raises(BrokerError, match="attempts to connect hang"):
+            await opened(Broker("127.0.0.1", 1, tls=True), terms(authority))
+        assert threading.active_count() == before
+    finally:
+        release.set()
+        for thread in threading.enumerate():
+            if thread.name == "mqtt-connect":
+                await asyncio.to_thread(thread.join)
+
+
+# What comes over it.
+
+
+class TlsServer:
+    """Speaks just so much MQTT over TLS that a client is connected; then it sends what it is given, in one go."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(identity.certificate, identity.key)
+
+    @asynccontextmanager
+    async def sending(self, burst: bytes) -> AsyncIterator[Broker]:
+        async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"MQTT\x05")
+            writer.write(bytes([0x20, 3, 0, 0, 0]) + burst)  # CONNACK [MQTT 5 3.2], and then
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(client, "127.0.0.1", 0, ssl=self._context)
+        async with server:
+            yield Broker("127.0.0.1", server.sockets[0].getsockname()[1], tls=True)
+
+
+async def test_after_a_close_without_a_word_the_key_in_the_tpm_is_loaded_anew(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reset takes the alert with it that would say that the TPM had not signed; so it is taken for possible."""
+    identity = authority.broker()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.certificate, identity.key)
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1024)  # CONNECT
+        writer.close()
+
+    stale = tls._Tpm()  # noqa: SLF001 - whether it would load the key anew is the point
+    monkeypatch.setattr(tls, "_TPM", stale)
+    async with await asyncio.start_server(close, "127.0.0.1", 0, ssl=context) as server:
+        with pytest.raises(BrokerError, match="closed the connection"):
+            await opened(Broker("127.0.0.1", server.sockets[0].getsockname()[1], tls=True), terms(authority))
+    assert stale._stale  # noqa: SLF001 - same
+
+
+def publish_packet(payload: bytes) -> bytes:
+    """A PUBLISH of QoS 0 on the topic ``t`` [MQTT 5 3.3]."""
+    body = b"\x00\x01t\x00" + payload
+    length, encoded = len(body), b""
+    while length:
+        length, digit = divmod(length, 128)
+        encoded += bytes([digit | (0x80 if length else 0)])
+    return b"\x30" + encoded + body
+
+
+@pytest.mark.parametrize(
+    "payloads",
+    [
+        pytest.param([b"%d" % number for number in range(1000)], id="a-thousand-in-one-record"),
+        pytest.param([bytes([number]) * 40_000 for number in range(5)], id="larger-than-a-record"),
+        pytest.param([b"x" * 16_000, b"y" * 16_384, b"z" * 50_000, b"."], id="across-records"),
+    ],
+)
+async def test_all_that_was_decrypted_is_read_though_the_socket_has_nothing_more(
+    authority: Authority, payloads: list[bytes]
+) -> None:
+    burst = b"".join(map(publish_packet, payloads))
+    async with TlsServer(authority.broker()).sending(burst) as broker, await opened(broker, terms(authority)) as there:
+        async with asyncio.timeout(BOUND):
+            assert [(await there.receive()).payload for _ in payloads] == payloads
+
+
+async def test_a_burst_at_qos_1_is_received_and_acknowledged_whole(
+    shared: SecuredMosquitto, authority: Authority
+) -> None:
+    count = 1000
+    lines = b"".join(b"%d\n" % number for number in range(count))
+    command = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(shared.port), "-q", "1", "-t", "burst", "-l"]
+    async with await opened(shared.tls, terms(authority)) as connection:
+        await connection.subscribe("burst")
+        publishing = asyncio.create_task(
+            asyncio.to_thread(subprocess.run, command, input=lines, check=True, timeout=BOUND)
+        )
+        async with asyncio.timeout(BOUND):
+            for number in range(count):
+                message = await connection.receive()
+                assert message.payload == b"%d" % number
+                message.acknowledge()  # the broker has no more than 64 under way
+        await publishing
+
+
+async def test_large_messages_go_both_ways(shared: SecuredMosquitto, authority: Authority) -> None:
+    payload = bytes(range(256)) * 16_000  # more than sockets hold
+    async with await opened(shared.tls, terms(authority)) as connection:
+        assert await echo(connection, payload) == payload
+
+
+async def test_a_read_that_has_to_wait_for_a_write_goes_on_when_there_is_room(
+    shared: SecuredMosquitto, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a broker changes its keys [RFC 8446 4.6.3] while the connection is full."""
+    loop = asyncio.get_running_loop()
+    faults = iter([True])
+    recv = ssl.SSLSocket.recv
+
+    def wants_to_write(sock: ssl.SSLSocket, *arguments: int) -> bytes:
+        if next(faults, False):
+            loop.remove_reader(sock)  # the kernel has nothing more to tell of
+            raise ssl.SSLWantWriteError
+        return recv(sock, *arguments)
+
+    async with await opened(shared.tls, terms(authority)) as connection:
+        monkeypatch.setattr(ssl.SSLSocket, "recv", wants_to_write)
+        async with asyncio.timeout(BOUND):
+            await connection.subscribe("t")
+        assert next(faults, None) is None
+
+
+async def test_a_broker_that_is_killed_is_noticed_and_one_that_renewed_its_certificate_is_taken(
+    tmp_path: Path, authority: Authority
+) -> None:
+    with SecuredMosquitto(tmp_path / "mosquitto", authority.broker()) as broker:
+        async with await opened(broker.tls, terms(authority)) as connection:
+            waiting = asyncio.create_task(connection.receive())
+            broker.kill()
+            with pytest.raises(ConnectionLost):
+                await asyncio.wait_for(waiting, BOUND)
+        authority.broker()  # writes the same files anew
+        broker.start()
+        async with await opened(broker.tls, terms(authority)) as connection:
+            assert await echo(connection) == b"echo"
+
+
+# Who we are.
+
+
+async def test_the_broker_knows_us_by_our_certificate(
+    strict: SecuredMosquitto, authority: Authority, identity: Identity
+) -> None:
+    async with await opened(strict.tls, terms(authority, identity)) as connection:
+        assert await echo(connection) == b"echo"
+    assert "u'stationkey'" in strict.log
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["none", "of-another-authority"])
+async def test_a_broker_that_does_not_take_our_certificate_is_an_error_in_words(
+    tmp_path: Path, strict: SecuredMosquitto, authority: Authority, other: bool
+) -> None:
+    own = Authority(tmp_path).identity("stationkey") if other else None
+    with pytest.raises(BrokerError, match="does it want a client certificate, and trust this one") as refused:
+        await opened(strict.tls, terms(authority, own))
+    assert refused.value.reason == "broker_refuses"
+
+
+async def test_a_certificate_that_is_renewed_is_shown_at_the_next_connection(
+    tmp_path: Path, strict: SecuredMosquitto, authority: Authority
+) -> None:
+    ours = authority.elsewhere(tmp_path)
+    by = terms(authority, ours.identity("station", age=60))  # it has expired
+    with pytest.raises(BrokerError, match="does it want a client certificate"):
+        await opened(strict.tls, by)
+    ours.identity("station")
+    async with await opened(strict.tls, by) as connection:
+        assert await echo(connection) == b"echo"
+
+
+async def test_key_and_certificate_may_be_in_one_file(
+    tmp_path: Path, strict: SecuredMosquitto, authority: Authority, identity: Identity
+) -> None:
+    both = write_secret(tmp_path / "both.pem", identity.key.read_bytes() + identity.certificate.read_bytes())
+    by = MqttTerms(ca_file=authority.file, certificate_file=SecretReference(str(both)))
+    async with await opened(strict.tls, by) as connection:
+        assert await echo(connection) == b"echo"
+
+
+async def test_the_key_may_be_a_credential_of_systemd(
+    tmp_path: Path,
+    strict: SecuredMosquitto,
+    authority: Authority,
+    identity: Identity,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_secret(tmp_path / "mqtt-key", identity.key.read_bytes())
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    by = MqttTerms(
+        ca_file=authority.file,
+        certificate_file=SecretReference(str(identity.certificate)),
+        key_file=SecretReference("credential:mqtt-key"),
+    )
+    async with await opened(strict.tls, by) as connection:
+        assert await echo(connection) == b"echo"
+
+
+Spoil = Callable[[Path, Identity], MqttTerms]
+
+
+def by_files(ca: Path | None, certificate: Path | None = None, key: Path | None = None) -> MqttTerms:
+    return MqttTerms(
+        ca_file=ca,
+        certificate_file=None if certificate is None else SecretReference(str(certificate)),
+        key_file=None if key is None else SecretReference(str(key)),
+    )
+
+
+def encrypted(directory: Path) -> Path:
+    key = rsa.generate_private_key(65537, 2048)
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"pass")
+    )
+    return write_secret(directory / "spoilt", text)
+
+
+def opened_up(directory: Path, key: Path) -> Path:
+    (path := write_secret(directory / "spoilt", key.read_bytes())).chmod(0o644)
+    return path
+
+
+DAMAGED = "-----BEGIN {0}-----\nMIIB\n-----END {0}-----\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param(lambda at, _: by_files(at / "spoilt"), "ca_file_unusable", id="no-ca-file"),
+        pytest.param(
+            lambda at, _: by_files(write_secret(at / "spoilt", "nothing")), "ca_file_unusable", id="ca-file-of-nothing"
+        ),
+        pytest.param(
+            lambda at, _: by_files(write_secret(at / "spoilt", DAMAGED.format("CERTIFICATE"))),
+            "ca_file_unusable",
+            id="ca-file-damaged",
+        ),
+        pytest.param(lambda at, _: by_files(at), "ca_file_unusable", id="ca-file-a-directory"),
+        pytest.param(
+            lambda at, own: by_files(None, at / "spoilt", own.key), "client_certificate_unusable", id="no-certificate"
+        ),
+        pytest.param(
+            lambda at, own: by_files(None, write_secret(at / "spoilt", DAMAGED.format("CERTIFICATE")), own.key),
+            "client_certificate_unusable",
+            id="certificate-damaged",
+        ),
+        pytest.param(
+            lambda at, own: by_files(None, own.certificate, at / "spoilt"), "secret_unreadable", id="no-key-file"
+        ),
+        pytest.param(
+            lambda at, own: by_files(None, own.certificate, opened_up(at, own.key)),
+            "secret_unreadable",
+            id="key-open-to-all",
+        ),
+        pytest.param(
+            lambda at, own: by_files(None, own.certificate, write_secret(at / "spoilt", "nothing")),
+            "client_key_unusable",
+            id="key-of-nothing",
+        ),
+        pytest.param(
+            lambda at, own: by_files(None, own.certificate, write_secret(at / "spoilt", DAMAGED.format("PRIVATE KEY"))),
+            "client_key_unusable",
+            id="key-damaged",
+        ),
+        pytest.param(
+            lambda at, own: by_files(None, own.certificate, encrypted(at)), "client_key_unusable", id="key-encrypted"
+        ),
+        pytest.param(
+            lambda at, own: by_files(None, own.certificate, Authority(at).identity("spoilt").key),
+            "client_key_mismatch",
+            id="key-of-another",
+        ),
+    ],
+)
+async def test_a_file_that_cannot_be_used_is_refused_before_anything_is_connected(
+    tmp_path: Path, identity: Identity, spoil: Spoil, reason: str
+) -> None:
+    by = spoil(tmp_path, identity)
+    with pytest.raises(ConfigurationError, match=re.escape(str(tmp_path))) as refused:
+        await check(Broker("127.0.0.1", 1, tls=True), by)
+    assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        pytest.param(MqttTerms(ca_file=Path("ca")), id="ca-file"),
+        pytest.param(MqttTerms(certificate_file=SecretReference("certificate")), id="certificate"),
+        pytest.param(MqttTerms(server_name=NAME), id="server-name"),
+    ],
+)
+async def test_what_is_of_use_with_tls_only_is_refused_without(mosquitto: Mosquitto, by: MqttTerms) -> None:
+    plain = Broker("127.0.0.1", mosquitto.port)
+    for attempt in (check(plain, by), opened(plain, by)):
+        with pytest.raises(ConfigurationError, match="mqtts://") as refused:
+            await attempt
+        assert refused.value.reason == "tls_options_unused"
+
+
+async def test_a_server_name_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no server name"):
+        await check(Broker("127.0.0.1", 1, tls=True), MqttTerms(server_name=".broker"))
+
+
+def test_a_python_that_does_not_show_its_openssl_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ssl, "__file__", _ctypes.__file__)  # a library without OpenSSL
+    with pytest.raises(ConfigurationError, match="shared library") as refused:
+        tpm_provider.TpmProvider().open("device:/dev/null")
+    assert refused.value.reason == "tls_provider_missing"
+
+
+# User name and password.
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Mosquitto]:
+    """A broker that knows ``stationkey`` by the password ``first``."""
+    with Mosquitto(tmp_path / "guarded") as plain:
+        pass
+    (plain.directory / "passwords").touch(mode=0o600)
+    set_password(plain, "first")
+    configuration = plain.directory / "mosquitto.conf"
+    lines = configuration.read_text().replace("allow_anonymous true", "allow_anonymous false")
+    configuration.write_text(f"{lines}password_file {plain.directory}/passwords\n")
+    with plain:
+        yield plain
+
+
+def set_password(broker: Mosquitto, password: str) -> None:
+    subprocess.run(
+        ["mosquitto_passwd", "-b", str(broker.directory / "passwords"), "stationkey", password],
+        check=True,
+        timeout=BOUND,
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_user_name_and_password_are_read_at_each_connection(
+    tmp_path: Path, guarded: Mosquitto, version: MQTTProtocolVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    write_secret(tmp_path / "name", "stationkey\n")
+    file = write_secret(tmp_path / "password", "first\n")
+    by = MqttTerms(username=SecretReference(str(tmp_path / "name")), password=SecretReference("credential:password"))
+
+    def connection() -> MqttConnection:
+        at = Broker("127.0.0.1", guarded.port)
+        return MqttConnection(at, client_id="station", persistent=False, terms=by, protocol=version)
+
+    async with connection() as first:
+        await first.open()
+        assert await echo(first) == b"echo"
+    write_secret(file, "second")
+    with pytest.raises(BrokerError, match="refuses the connection") as refused:
+        await connection().open()
+    assert refused.value.reason == "broker_refuses"
+    assert "second" not in str(refused.value)
+    set_password(guarded, "second")
+    guarded.terminate()
+    guarded.start()
+    async with connection() as again:
+        await again.open()
+        assert await echo(again) == b"echo"
+
+
+async def test_a_user_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = write_secret(tmp_path / "name", b"\xff")
+    with pytest.raises(ConfigurationError, match="not UTF-8"):
+        await check(Broker("127.0.0.1"), MqttTerms(username=SecretReference(str(file))))
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        pytest.param("mqtt://192.0.2.1", True, id="over-the-network"),
+        pytest.param("mqtt://broker.local", True, id="to-a-name"),
+        pytest.param("mqtt://127.0.0.1", False, id="on-this-machine"),
+        pytest.param("mqtt://localhost", False, id="on-this-machine-by-name"),
+        pytest.param("mqtts://192.0.2.1", False, id="by-tls"),
+    ],
+)
+async def test_a_password_in_the_clear_over_a_network_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, url: str, warned: bool
+) -> None:
+    file = write_secret(tmp_path / "password", "secret")
+    await check(Broker.parse(url), MqttTerms(username="stationkey", password=SecretReference(str(file))))
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["in the clear" in line for line in said] == [True] * warned
+    assert "secret" not in "".join(said)
+
+
+def test_what_a_connection_begins_with_does_not_show_its_password(tmp_path: Path) -> None:
+    file = write_secret(tmp_path / "password", "secret word")
+    by = MqttTerms(username="stationkey", password=SecretReference(str(file)))
+    assert "secret word" not in repr(tls.introduction(by, tls=False))

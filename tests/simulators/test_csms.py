@@ -1,0 +1,991 @@
+"""The CSMS for trying, judged by a station made of the `ocpp` library and by `openssl verify`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import ssl
+import subprocess
+import sys
+import warnings
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asn1crypto.algos  # type: ignore[import-untyped]  # ships no type information
+import asn1crypto.core  # type: ignore[import-untyped]  # same
+import asn1crypto.csr  # type: ignore[import-untyped]  # same
+import ocpp.v16  # type: ignore[import-untyped]  # same
+import ocpp.v21  # type: ignore[import-untyped]  # same
+import ocpp.v201  # type: ignore[import-untyped]  # same
+import pytest
+import websockets
+from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import NameOID
+from ocpp.exceptions import InternalError, NotSupportedError, OCPPError  # type: ignore[import-untyped]  # same
+from ocpp.routing import on  # type: ignore[import-untyped]  # same
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Subprotocol
+
+from stationkey import cli
+from stationkey.cli import csms as cli_csms
+from stationkey.contract.messages import GenerateCsrData, generate_csr
+from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, Algorithm, CertificateType
+from stationkey.errors import ConfigurationError
+from stationkey.simulators.csms.server import (
+    Booted,
+    CertificateAnswered,
+    CertificateSent,
+    Connected,
+    ConnectionRefused,
+    Csms,
+    CsmsError,
+    CsrAccepted,
+    CsrRefused,
+    CsrRejected,
+    Disconnected,
+    Event,
+    SecurityEvent,
+    SecurityProfile,
+    StatusReported,
+    Triggered,
+    check_csr,
+)
+from stationkey.simulators.ocpp import CARRIAGES, NotCarried, OcppVersion
+from stationkey.simulators.ocpp_connection import NotAnswered, OcppConnection
+from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem
+from stationkey.simulators.pki import to_pem as chain_to_pem
+from stationkey.x509.csr import PrivateKey, build_csr, to_pem
+
+ORGANIZATION = "Über Strom GmbH"
+STATION = CertificateType.CHARGING_STATION_CERTIFICATE
+V2G = CertificateType.V2G_CERTIFICATE
+V2G20 = CertificateType.V2G20_CERTIFICATE
+V16, V201, V21 = OcppVersion
+PNC = "org.openchargealliance.iso15118pnc"
+LIBRARY = {V16: ocpp.v16, V201: ocpp.v201, V21: ocpp.v21}
+each_carriage = pytest.mark.parametrize(
+    ("kind", "version"), [pytest.param(kind, version, id=f"{version}-{kind}") for kind, version in CARRIAGES]
+)
+
+
+class RawStation:
+    """A station that nobody here wrote: the `ocpp` library's ChargePoint, and a memory of what it was sent."""
+
+    def __init__(self, version: OcppVersion, websocket: ClientConnection) -> None:
+        module = LIBRARY[version]
+        received: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        told = self
+
+        class Point(module.ChargePoint):  # type: ignore[misc,name-defined]  # the library has no types
+            @on("DataTransfer")  # type: ignore[untyped-decorator]  # same
+            def on_data_transfer(self, **fields: Any) -> Any:
+                received.put_nowait((fields["message_id"], json.loads(fields["data"])))
+                return module.call_result.DataTransfer(status="Accepted", data=json.dumps({"status": told.says}))
+
+            @on("CertificateSigned")  # type: ignore[untyped-decorator]  # same
+            def on_certificate_signed(self, **fields: Any) -> Any:
+                names = {
+                    "certificate_chain": "certificateChain",
+                    "certificate_type": "certificateType",
+                    "request_id": "requestId",
+                }
+                received.put_nowait(("CertificateSigned", {names[name]: value for name, value in fields.items()}))
+                return module.call_result.CertificateSigned(status=told.says)
+
+            @on("TriggerMessage")  # type: ignore[untyped-decorator]  # same
+            def on_trigger(self, **fields: Any) -> Any:
+                received.put_nowait(("TriggerMessage", {"requestedMessage": fields["requested_message"]}))
+                return module.call_result.TriggerMessage(status=told.says)
+
+            if version is V16:
+
+                @on("ExtendedTriggerMessage")  # type: ignore[untyped-decorator]  # same
+                def on_extended_trigger(self, **fields: Any) -> Any:
+                    received.put_nowait(("ExtendedTriggerMessage", {"requestedMessage": fields["requested_message"]}))
+                    return module.call_result.ExtendedTriggerMessage(status=told.says)
+
+        self.version = version
+        self.module = module
+        self.received = received
+        self.says = "Accepted"
+        self.point = Point("CS001", websocket, response_timeout=10)
+
+    async def boot(self) -> str:
+        fields = (
+            {"charge_point_model": "M", "charge_point_vendor": "V"}
+            if self.version is V16
+            else {"charging_station": {"model": "M", "vendorName": "V"}, "reason": "PowerUp"}
+        )
+        return str((await self.call("BootNotification", **fields)).status)
+
+    async def call(self, action: str, **fields: Any) -> Any:
+        """Call the CSMS; the library checks the answer against the official schema."""
+        return await self.point.call(getattr(self.module.call, action)(**fields), suppress=False)
+
+    async def sign(self, kind: CertificateType, csr: str, **fields: Any) -> tuple[str, str]:
+        """SignCertificate, by DataTransfer where the version has it so; status, and why."""
+        how = CARRIAGES[kind, self.version]
+        if how.by_data_transfer:
+            data = json.dumps({"csr": csr, "certificateType": how.certificate_type})
+            answer = await self.call("DataTransfer", vendor_id=PNC, message_id="SignCertificate", data=data)
+            inner = json.loads(answer.data)
+            return inner["status"], inner.get("statusInfo", {}).get("additionalInfo", "")
+        if how.certificate_type is not None:
+            fields["certificate_type"] = how.certificate_type
+        answer = await self.call("SignCertificate", csr=csr, **fields)
+        return str(answer.status), (getattr(answer, "status_info", None) or {}).get("additional_info", "")
+
+    async def next(self) -> tuple[str, dict[str, Any]]:
+        async with asyncio.timeout(10):
+            return await self.received.get()
+
+
+@asynccontextmanager
+async def connected(csms: Csms, version: OcppVersion = V21, **options: Any) -> AsyncIterator[RawStation]:
+    """A raw station that is connected to `csms` as CS001."""
+    url = f"{csms.url}/CS001"
+    async with connect(url, subprotocols=[Subprotocol(version.value)], **options) as websocket:
+        station = RawStation(version, websocket)
+        listening = asyncio.create_task(station.point.start())
+        try:
+            yield station
+        finally:
+            listening.cancel()
+            await asyncio.wait([listening])
+
+
+@pytest.fixture(scope="module")
+def hierarchies() -> dict[str, Hierarchy]:
+    now = Csms(organization=ORGANIZATION)._clock()  # noqa: SLF001 - the time as it takes it
+    return {
+        "hierarchy": Hierarchy.make(SECP256R1, organization=ORGANIZATION, now=now),
+        "hierarchy_20": Hierarchy.make(SECP521R1, organization=ORGANIZATION, now=now),
+    }
+
+
+Make = Callable[..., Csms]
+
+
+@pytest.fixture
+def make(hierarchies: dict[str, Hierarchy]) -> Make:
+    """A CSMS with authorities that need not be made again for each test."""
+    return lambda **options: Csms(organization=ORGANIZATION, **(hierarchies | options))
+
+
+def new_key(kind: CertificateType = V2G) -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP521R1() if kind is V2G20 else ec.SECP256R1())
+
+
+def csr_for(kind: CertificateType, private_key: PrivateKey | None = None, organization: str = ORGANIZATION) -> str:
+    """A good CSR of this project, with a new software key."""
+    algorithm = Algorithm.ECDSA_SHA512 if kind is V2G20 else Algorithm.ECDSA_SHA256
+    data = GenerateCsrData(
+        certificate_type=kind,
+        algorithm=algorithm,
+        common_name="DE-ABC-S-STATION42",
+        organization_name=organization,
+        country_name="DE",
+    )
+    return to_pem(build_csr(generate_csr("123e4567-e89b-12d3-a456-426614174000", data), private_key or new_key(kind)))
+
+
+def openssl_verify(folder: Path, chain_pem: str, root_pem: str) -> str:
+    """What openssl says of a chain, leaf first."""
+    leaf, *subs = x509.load_pem_x509_certificates(chain_pem.encode())
+    (folder / "root.pem").write_text(root_pem)
+    (folder / "leaf.pem").write_text(chain_to_pem([leaf]))
+    (folder / "subs.pem").write_text(chain_to_pem(subs))
+    command = ["openssl", "verify", "-x509_strict", "-CAfile", "root.pem", "-untrusted", "subs.pem", "leaf.pem"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip()
+
+
+# --- The circle ------------------------------------------------------------------------------------------------------
+
+
+@each_carriage
+async def test_a_trigger_leads_to_a_certificate_that_openssl_verifies(
+    kind: CertificateType, version: OcppVersion, make: Make, tmp_path: Path
+) -> None:
+    private_key = new_key(kind)
+    csr = csr_for(kind, private_key)
+    how = CARRIAGES[kind, version]
+    async with make() as csms, connected(csms, version) as station:
+        assert await csms.connected("CS001") is version
+        assert await station.boot() == "Accepted"
+        assert await csms.trigger("CS001", kind) == "Accepted"
+        assert await station.next() == (how.trigger_action, {"requestedMessage": how.trigger})
+        request_id = {"request_id": 42} if how.carries_request_id else {}
+        assert await station.sign(kind, csr, **request_id) == ("Accepted", "")
+        action, payload = await station.next()
+        assert action == "CertificateSigned"
+        assert payload.get("certificateType") == how.certificate_type
+        assert payload.get("requestId") == (42 if how.carries_request_id else None)
+        chain = payload["certificateChain"]
+        assert openssl_verify(tmp_path, chain, csms.trust_anchors_pem(kind)) == "leaf.pem: OK"
+        assert x509.load_pem_x509_certificate(chain.encode()).public_key() == private_key.public_key()
+        assert (await csms.next(CertificateAnswered)).accepted
+    assert [type(event) for event in csms.events] == [
+        Connected,
+        Booted,
+        Triggered,
+        CsrAccepted,
+        CertificateSent,
+        CertificateAnswered,
+        Disconnected,
+    ]
+    assert all(str(event).startswith("CS001: ") for event in csms.events)
+
+
+@pytest.mark.parametrize(("kind", "version"), [(V2G20, V16), (V2G20, V201)], ids=["ocpp1.6", "ocpp2.0.1"])
+async def test_what_a_version_cannot_carry_is_refused_before_anything_is_sent(
+    kind: CertificateType, version: OcppVersion, make: Make
+) -> None:
+    async with make() as csms, connected(csms, version) as station:
+        await csms.connected("CS001")
+        with pytest.raises(NotCarried, match=f"OCPP {version.number} cannot carry a v2g20_certificate"):
+            await csms.trigger("CS001", kind)
+        await station.boot()  # whatever had been sent before would have come before the answer to this
+        assert station.received.empty()
+    assert Triggered not in map(type, csms.events)
+
+
+async def test_the_answer_to_a_trigger_is_told_as_it_came(make: Make) -> None:
+    async with make() as csms, connected(csms) as station:
+        station.says = "Rejected"
+        await csms.connected("CS001")
+        assert await csms.trigger("CS001", V2G) == "Rejected"
+        del station.point.route_map["TriggerMessage"]["_on_action"]
+        station.point._ocpp_version = "2.0.1"  # noqa: SLF001 - in 2.1 the library leaves what it does not know unanswered
+        assert await csms.trigger("CS001", V2G) == "NotImplemented"
+
+
+async def test_a_station_that_is_not_there_cannot_be_triggered(make: Make) -> None:
+    async with make() as csms:
+        with pytest.raises(CsmsError, match="CS001 is not connected"):
+            await csms.trigger("CS001", V2G)
+        with pytest.raises(CsmsError, match="did not connect"):
+            await csms.connected("CS001", timeout=0.01)
+        with pytest.raises(CsmsError, match="no Booted"):
+            await csms.next(Booted, timeout=0.01)
+
+
+async def test_the_certificate_follows_the_answer_and_never_comes_before_it(make: Make) -> None:
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
+        call = [2, "a", "SignCertificate", {"csr": csr_for(V2G), "certificateType": "V2GCertificate"}]
+        await websocket.send(json.dumps(call))
+        first, second = json.loads(await websocket.recv()), json.loads(await websocket.recv())
+        assert first == [3, "a", {"status": "Accepted"}]
+        assert second[2] == "CertificateSigned"
+
+
+async def test_a_station_that_goes_away_instead_of_answering_is_told_as_that(make: Make) -> None:
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
+        call = [2, "a", "SignCertificate", {"csr": csr_for(V2G), "certificateType": "V2GCertificate"}]
+        await websocket.send(json.dumps(call))
+        await websocket.recv()
+        asked = json.loads(await websocket.recv())
+        await websocket.send(json.dumps([3, asked[1], {"status": "Perhaps"}]))
+        answered = await csms.next(CertificateAnswered)
+        assert (answered.accepted, answered.status) == (False, "ocpp_payload_invalid")
+
+
+async def test_a_fault_in_answering_is_answered_with_an_error(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fault is put in: the other side waits for an answer, whatever happens here."""
+
+    def fault(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    async with make() as csms, connected(csms) as station:
+        monkeypatch.setattr(Csms, "_boot", fault)
+        with pytest.raises(InternalError):
+            await station.boot()
+        assert (await station.call("Heartbeat")).current_time
+    assert "BootNotification cannot be answered" in caplog.text
+
+
+async def test_a_call_without_an_answer_ends(make: Make) -> None:
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
+        connection = OcppConnection(websocket, V21, csms.connected)  # type: ignore[arg-type]  # never called
+        with pytest.raises(NotAnswered, match="no answer to Heartbeat"):
+            await connection.call("Heartbeat", {}, timeout=0.01)
+        await websocket.close()
+        with pytest.raises(NotAnswered, match="the connection was closed"):
+            await connection.call("Heartbeat", {})
+
+
+async def test_a_newer_connection_of_a_station_takes_the_place_of_the_older(make: Make) -> None:
+    offer = [Subprotocol("ocpp2.0.1")]
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=offer) as older:
+        assert await csms.connected("CS001") is V201
+        async with connected(csms, V21) as newer:
+            await older.wait_closed()
+            await csms.next(Disconnected)
+            assert await csms.connected("CS001") is V21
+            assert await csms.trigger("CS001", V2G20) == "Accepted"
+            assert (await newer.next())[0] == "TriggerMessage"
+
+
+async def test_a_station_that_goes_while_it_is_asked_leaves_nothing_hanging(make: Make) -> None:
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
+        await csms.connected("CS001")
+        asking = asyncio.create_task(csms.trigger("CS001", V2G))
+        await websocket.recv()
+        await websocket.close()
+        with pytest.raises(Exception, match="the connection was closed"):
+            await asking
+        await csms.next(Disconnected)
+
+
+# --- What it refuses -------------------------------------------------------------------------------------------------
+
+GOOD_NAMES = {"C": "DE", "O": ORGANIZATION, "CN": "DE-ABC-S-STATION42", "DC": "CPO"}
+OIDS = {
+    "C": NameOID.COUNTRY_NAME,
+    "O": NameOID.ORGANIZATION_NAME,
+    "CN": NameOID.COMMON_NAME,
+    "DC": NameOID.DOMAIN_COMPONENT,
+}
+
+
+def named(**changes: str | None) -> str:
+    """A CSR for an ISO 15118-2 certificate whose subject is changed; None leaves an attribute out."""
+    names = [(OIDS[label], value) for label, value in (GOOD_NAMES | changes).items() if value is not None]
+    return request_of(x509.Name([x509.NameAttribute(oid, value, _validate=False) for oid, value in names]))
+
+
+def request_of(
+    subject: x509.Name | None = None,
+    private_key: Any = None,
+    hash_algorithm: Any = hashes.SHA256(),  # noqa: B008 - a constant
+    *extensions: x509.ExtensionType,
+) -> str:
+    names = [x509.NameAttribute(OIDS[label], value) for label, value in GOOD_NAMES.items()]
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject or x509.Name(names))
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=True)
+    return to_pem(builder.sign(private_key or new_key(), hash_algorithm))
+
+
+def spoiled(spoil: Callable[[Any], None], *, sign_again: bool) -> str:
+    """A good CSR, changed in its ASN.1 structure, and signed again where the change is in what is signed."""
+    private_key = new_key()
+    der = x509.load_pem_x509_csr(csr_for(V2G, private_key).encode()).public_bytes(serialization.Encoding.DER)
+    request = asn1crypto.csr.CertificationRequest.load(der)
+    spoil(request)
+    if sign_again:
+        information = request["certification_request_info"].dump(force=True)
+        request["signature"] = private_key.sign(information, ec.ECDSA(hashes.SHA256()))
+    return ssl.DER_cert_to_PEM_cert(request.dump(force=True)).replace("CERTIFICATE", "CERTIFICATE REQUEST")
+
+
+def _version_2(request: Any) -> None:
+    request["certification_request_info"]["version"] = 2
+
+
+def _null_parameters(request: Any) -> None:
+    request["signature_algorithm"]["parameters"] = asn1crypto.core.Null()
+
+
+def _unknown_signature(request: Any) -> None:
+    request["signature_algorithm"] = asn1crypto.algos.SignedDigestAlgorithm({"algorithm": "1.2.3.4"})
+
+
+def _other_subject(request: Any) -> None:
+    request["certification_request_info"]["subject"] = request["certification_request_info"]["subject"].build(
+        {"country_name": "DE", "organization_name": ORGANIZATION, "common_name": "another"}
+    )
+
+
+def _key_usage(*, cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=cert_sign,
+        crl_sign=crl_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+CA = x509.BasicConstraints(ca=True, path_length=None)
+REFUSED = {
+    # What a CSMS of the field takes, and this one does not: proof of possession, CA:TRUE and RSA-1024 among them.
+    "no_pem": (lambda: "CSR", "csr_unreadable", "not a PKCS#10 request"),
+    "a_certificate": (lambda: csr_for(V2G).replace(" REQUEST", ""), "csr_unreadable", "not a PKCS#10 request"),
+    "cut_off": (lambda: csr_for(V2G)[:200], "csr_unreadable", "not a PKCS#10 request"),
+    "version_2": (lambda: spoiled(_version_2, sign_again=True), "csr_version", "version is not 0"),
+    "null_parameters": (
+        lambda: spoiled(_null_parameters, sign_again=False),
+        "csr_signature_parameters",
+        "AlgorithmIdentifier of the signature has parameters",
+    ),
+    "no_proof": (lambda: spoiled(_other_subject, sign_again=False), "csr_signature", "possession of the key"),
+    "rsa_1024": (lambda: request_of(None, rsa.generate_private_key(65537, 1024)), "csr_key_weak", "RSA-1024"),
+    "secp192r1": (lambda: request_of(None, ec.generate_private_key(ec.SECP192R1())), "csr_key_weak", "secp192r1"),
+    "ed25519": (lambda: request_of(None, ed25519.Ed25519PrivateKey.generate(), None), "csr_key_kind", "Ed25519"),
+    "other_organization": (lambda: named(O="EcoG"), "csr_organization_name", "O is 'EcoG'"),
+    "mangled_organization": (lambda: named(O="Uber Strom GmbH"), "csr_organization_name", "O is 'Uber"),
+    "no_organization": (lambda: named(O=None), "csr_organization_name", "0 O"),
+    "country_of_three": (lambda: named(C="GER"), "csr_country_name", "C is 'GER'"),
+    "no_country": (lambda: named(C=None), "csr_country_name", "0 C"),
+    "long_name": (lambda: named(CN="x" * 65), "csr_common_name", "CN has 65 characters"),
+    "no_name": (lambda: named(CN=None), "csr_common_name", "0 CN"),
+    "other_domain": (lambda: named(DC="CSO"), "csr_domain_component", "DC is CSO"),
+    "no_domain": (lambda: named(DC=None), "csr_domain_component", "DC is none"),
+    "unknown_signature": (lambda: spoiled(_unknown_signature, sign_again=False), "csr_hash_weak", "an unknown hash"),
+    "ca": (lambda: request_of(None, None, hashes.SHA256(), CA), "csr_wants_ca", "CA:TRUE"),
+    "cert_sign": (
+        lambda: request_of(None, None, hashes.SHA256(), _key_usage(cert_sign=True)),
+        "csr_wants_ca",
+        "keyCertSign",
+    ),
+    "crl_sign": (
+        lambda: request_of(None, None, hashes.SHA256(), _key_usage(crl_sign=True)),
+        "csr_wants_ca",
+        "cRLSign",
+    ),
+}
+
+
+@pytest.mark.parametrize(("csr", "reason", "words"), [pytest.param(*row, id=name) for name, row in REFUSED.items()])
+def test_a_csr_that_should_never_be_signed_is_refused_and_told_why(
+    csr: Callable[[], str], reason: str, words: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cryptography's own opinion of what these tests make
+        pem = csr()
+        with pytest.raises(CsrRefused, match=words) as refusal:
+            check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
+    assert refusal.value.reason == reason
+
+
+def test_a_csr_signed_with_sha_1_is_refused(tmp_path: Path) -> None:
+    """Made by openssl: cryptography makes none."""
+    subject = f"/C=DE/O={ORGANIZATION}/CN=DE-ABC-S-1/DC=CPO"
+    key = ("-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem")
+    command = ["openssl", "req", "-new", *key, "-sha1", "-utf8", "-subj", subject]
+    pem = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    with pytest.raises(CsrRefused, match="signed with sha1") as refusal:
+        check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
+    assert refusal.value.reason == "csr_hash_weak"
+
+
+def test_a_subject_in_an_encoding_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    """A T61String of openssl's with a letter beyond ASCII."""
+    config = (
+        f"[req]\nstring_mask=nombstr\nutf8=yes\ndistinguished_name=d\nprompt=no\n[d]\nC=DE\nO={ORGANIZATION}\nCN=x\n"
+    )
+    (tmp_path / "c").write_text(config)
+    command = ["openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", "k", "-config", "c"]
+    pem = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    with pytest.raises(CsrRefused, match="that can be read"):
+        check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
+
+
+@pytest.mark.parametrize("common_name", ["https://cs.example", "192.0.2.7", "2001:db8::7"])
+def test_a_charging_stations_cn_is_no_url_and_no_address(common_name: str) -> None:
+    """A00.FR.511; a SECC's CN is another matter."""
+    with pytest.raises(CsrRefused, match=r"A00\.FR\.511"):
+        check_csr(named(CN=common_name, DC=None), certificate_type=STATION, organization=ORGANIZATION)
+    check_csr(named(CN=common_name), certificate_type=V2G, organization=ORGANIZATION)
+
+
+@pytest.mark.parametrize("kind", CertificateType)
+def test_a_good_csr_passes(kind: CertificateType) -> None:
+    csr = check_csr(csr_for(kind), certificate_type=kind, organization=ORGANIZATION)
+    assert csr.is_signature_valid
+    with pytest.raises(CsrRefused):
+        check_csr(csr_for(kind), certificate_type=kind, organization="EcoG")
+
+
+@pytest.mark.parametrize("bits", [2048, 3072])
+def test_rsa_of_2048_bits_is_strong_enough(bits: int) -> None:
+    pem = request_of(None, rsa.generate_private_key(65537, bits))
+    check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
+
+
+@each_carriage
+async def test_a_refused_csr_is_answered_with_rejected_and_no_certificate_follows(
+    kind: CertificateType, version: OcppVersion, make: Make
+) -> None:
+    async with make() as csms, connected(csms, version) as station:
+        status, words = await station.sign(kind, csr_for(kind, organization="EcoG"))
+        event = await csms.next(CsrRejected)
+        assert (event.certificate_type, event.reason) == (kind, "csr_organization_name")
+        assert str(event) == f"CS001: SignCertificate for a {kind}, rejected: {event.words}"
+        told = "" if (kind, version) == (STATION, V16) else event.words  # its answer has no place for words
+        assert (status, words) == ("Rejected", told)
+        await station.boot()
+        assert station.received.empty()
+    assert CertificateSent not in map(type, csms.events)
+
+
+async def test_a_request_id_belongs_to_one_csr(make: Make) -> None:
+    """A02.FR.24; the same CSR again is a retry [A02.FR.17]."""
+    async with make() as csms, connected(csms) as station:
+        csr = csr_for(V2G)
+        assert await station.sign(V2G, csr, request_id=1) == ("Accepted", "")
+        assert await station.sign(V2G, csr, request_id=1) == ("Accepted", "")
+        status, words = await station.sign(V2G, csr_for(V2G), request_id=1)
+        assert status == "Rejected"
+        assert "requestId 1 was used before with another CSR" in words
+        assert [(await station.next())[1]["requestId"] for _ in range(2)] == [1, 1]
+
+
+async def test_a_root_that_is_not_this_csmss_is_refused(make: Make) -> None:
+    async with make() as csms, connected(csms) as station:
+        issuers = csms.hierarchy(V2G20).issuers(V2G20)
+        own = certificate_hash(issuers[-1].certificate)
+        other = certificate_hash(issuers[0].certificate)
+        assert (await station.sign(V2G20, csr_for(V2G20), hash_root_certificate=own))[0] == "Accepted"
+        status, words = await station.sign(V2G20, csr_for(V2G20), hash_root_certificate=other)
+        assert status == "Rejected"
+        assert "hashRootCertificate" in words
+
+
+# --- What it does wrong when told so ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [V16, V201, V21])
+async def test_answer_first_of_three_answers_the_first(version: OcppVersion, make: Make) -> None:
+    async with make(misbehaviour=Misbehaviour.ANSWER_FIRST_OF_THREE) as csms, connected(csms, version) as station:
+        keys = [new_key() for _ in range(3)]
+        for number, key in enumerate(keys):
+            assert station.received.empty()
+            extra = {"request_id": number} if version is V21 else {}
+            assert (await station.sign(V2G, csr_for(V2G, key), **extra))[0] == "Accepted"
+        _, payload = await station.next()
+        assert payload.get("requestId") == (0 if version is V21 else None)
+        certificate = x509.load_pem_x509_certificate(payload["certificateChain"].encode())
+        assert certificate.public_key() == keys[0].public_key()
+        await csms.next(CertificateAnswered)
+        await station.boot()
+        assert station.received.empty()
+
+
+@pytest.mark.parametrize(
+    "misbehaviour",
+    [Misbehaviour.WRONG_KEY, Misbehaviour.EXPIRED, Misbehaviour.WRONG_DC, Misbehaviour.ROOT_IN_CHAIN],
+)
+async def test_a_spoiled_certificate_is_sent_and_what_the_station_says_of_it_is_told(
+    misbehaviour: Misbehaviour, make: Make, tmp_path: Path
+) -> None:
+    """What each spoils is held against openssl in test_pki.py."""
+    private_key = new_key()
+    async with make(misbehaviour=misbehaviour) as csms, connected(csms) as station:
+        station.says = "Rejected"
+        assert await station.sign(V2G, csr_for(V2G, private_key)) == ("Accepted", "")
+        chain_pem = (await station.next())[1]["certificateChain"]
+        answered = await csms.next(CertificateAnswered)
+        assert (answered.status, answered.accepted) == ("Rejected", False)
+        chain = x509.load_pem_x509_certificates(chain_pem.encode())
+        assert {
+            Misbehaviour.WRONG_KEY: chain[0].public_key() != private_key.public_key(),
+            Misbehaviour.EXPIRED: "expired" in openssl_verify(tmp_path, chain_pem, csms.trust_anchors_pem(V2G)),
+            Misbehaviour.WRONG_DC: "CPO" not in chain[0].subject.rfc4514_string(),
+            Misbehaviour.ROOT_IN_CHAIN: chain[-1].subject == chain[-1].issuer,
+        }[misbehaviour]
+
+
+@each_carriage
+async def test_a_chain_too_long_goes_out_all_the_same(kind: CertificateType, version: OcppVersion, make: Make) -> None:
+    async with make(misbehaviour=Misbehaviour.CHAIN_TOO_LONG) as csms, connected(csms, version) as station:
+        await station.sign(kind, csr_for(kind))
+        assert len((await csms.next(CertificateSent)).chain_pem) > 10000
+        answered = await csms.next(CertificateAnswered)
+        if CARRIAGES[kind, version].by_data_transfer:  # whose own schema has no bound
+            assert len((await station.next())[1]["certificateChain"]) > 10000
+        else:  # the station's library judges it by the schema
+            assert answered.status == "TypeConstraintViolation"
+
+
+async def test_never_accepts_and_sends_nothing(make: Make) -> None:
+    async with make(misbehaviour=Misbehaviour.NEVER) as csms, connected(csms) as station:
+        for _ in range(4):
+            assert await station.sign(V2G, csr_for(V2G)) == ("Accepted", "")
+        await station.boot()
+        assert station.received.empty()
+        csms.misbehaviour = None
+        await station.sign(V2G, csr_for(V2G))
+        assert (await station.next())[0] == "CertificateSigned"
+
+
+async def test_reject_refuses_a_good_csr(make: Make) -> None:
+    async with make(misbehaviour=Misbehaviour.REJECT) as csms, connected(csms) as station:
+        assert await station.sign(V2G, csr_for(V2G)) == ("Rejected", "this CSMS was told to refuse every CSR")
+
+
+async def test_unknown_request_id_sends_one_that_was_never_used(make: Make) -> None:
+    async with make(misbehaviour=Misbehaviour.UNKNOWN_REQUEST_ID) as csms, connected(csms) as station:
+        await station.sign(V2G, csr_for(V2G), request_id=5)
+        assert (await station.next())[1]["requestId"] == 6
+        await station.sign(V2G, csr_for(V2G))
+        assert "requestId" not in (await station.next())[1]
+
+
+# --- Who is let in ---------------------------------------------------------------------------------------------------
+
+
+def basic(name: str, password: str) -> dict[str, Any]:
+    return {"additional_headers": {"Authorization": websockets.headers.build_authorization_basic(name, password)}}
+
+
+def trusting(csms: Csms, folder: Path | None = None, chain: str = "", key: bytes = b"") -> ssl.SSLContext:
+    """A client that trusts the CSMS's root, and shows a certificate where there is one."""
+    context = ssl.create_default_context(cadata=csms.trust_anchors_pem(STATION))
+    if folder is not None:
+        (folder / "client.pem").write_bytes(key + chain.encode())
+        context.load_cert_chain(folder / "client.pem")
+    return context
+
+
+PASSWORDS = {"CS001": "Strom für alle", "CS002": "other"}
+
+
+@pytest.mark.parametrize("profile", [SecurityProfile.BASIC, SecurityProfile.TLS], ids=["profile-1", "profile-2"])
+async def test_a_station_is_let_in_by_its_own_password_only(profile: SecurityProfile, make: Make) -> None:
+    async with make(security_profile=profile, passwords=PASSWORDS) as csms:
+        tls: dict[str, Any] = {"ssl": trusting(csms)} if profile is SecurityProfile.TLS else {}
+        assert csms.url.startswith("wss://" if tls else "ws://")
+        async with connected(csms, **basic("CS001", PASSWORDS["CS001"]), **tls) as station:
+            assert await station.boot() == "Accepted"
+        for options in (
+            {},
+            basic("CS001", "other"),
+            basic("CS002", PASSWORDS["CS002"]),  # another station's name
+            basic("CS001", ""),
+            {"additional_headers": {"Authorization": "Basic ?"}},
+            {"additional_headers": {"Authorization": "Bearer x"}},
+        ):
+            with pytest.raises(InvalidStatus, match="401") as refusal:
+                async with connected(csms, **options, **tls):
+                    pass
+            assert refusal.value.response.headers["WWW-Authenticate"].startswith("Basic ")
+            assert "password" in (await csms.next(ConnectionRefused)).reason
+    assert all(password not in str(event) for event in csms.events for password in PASSWORDS.values())
+
+
+@pytest.mark.parametrize("profile", [SecurityProfile.TLS, SecurityProfile.MUTUAL_TLS])
+async def test_a_station_that_trusts_another_root_hangs_up(profile: SecurityProfile, make: Make) -> None:
+    async with make(security_profile=profile) as csms:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            async with connected(csms, ssl=ssl.create_default_context()):
+                pass
+
+
+async def test_a_certificate_that_the_csms_has_signed_opens_profile_3(make: Make, tmp_path: Path) -> None:
+    private_key = new_key()
+    async with make() as csms, connected(csms) as station:
+        await station.sign(STATION, csr_for(STATION, private_key))
+        chain = (await station.next())[1]["certificateChain"]
+    async with make(security_profile=SecurityProfile.MUTUAL_TLS) as csms:
+        mine = trusting(csms, tmp_path, chain, key_to_pem(private_key))
+        async with connected(csms, ssl=mine) as station:
+            assert await station.boot() == "Accepted"
+        certificate = (await csms.next(Connected)).certificate
+        assert certificate is not None
+        assert certificate.public_key() == private_key.public_key()
+
+
+async def test_profile_3_lets_nobody_in_without_a_certificate_or_with_a_v2g_one(
+    make: Make, hierarchies: dict[str, Hierarchy], tmp_path: Path
+) -> None:
+    private_key = new_key()
+    csr = x509.load_pem_x509_csr(csr_for(V2G, private_key).encode())
+    async with make(security_profile=SecurityProfile.MUTUAL_TLS) as csms:
+        chain = hierarchies["hierarchy"].issue(csr, PROFILES[V2G], now=csms._clock())  # noqa: SLF001 - its own time
+        for context in (trusting(csms), trusting(csms, tmp_path, chain_to_pem(chain), key_to_pem(private_key))):
+            with pytest.raises((OSError, websockets.InvalidHandshake, websockets.ConnectionClosed)):
+                async with connected(csms, ssl=context):
+                    pass
+    assert csms.events == []
+
+
+async def test_profile_3_lets_no_other_organizations_station_in(
+    make: Make, hierarchies: dict[str, Hierarchy], tmp_path: Path
+) -> None:
+    private_key = new_key()
+    csr = x509.load_pem_x509_csr(csr_for(STATION, private_key, organization="Other").encode())
+    async with make(security_profile=SecurityProfile.MUTUAL_TLS) as csms:
+        chain = hierarchies["hierarchy"].issue(csr, PROFILES[STATION], now=csms._clock())  # noqa: SLF001 - same
+        context = trusting(csms, tmp_path, chain_to_pem(chain), key_to_pem(private_key))
+        with pytest.raises(InvalidStatus, match="401"):
+            async with connected(csms, ssl=context):
+                pass
+        assert "O of the station's certificate" in (await csms.next(ConnectionRefused)).reason
+
+
+def test_profile_1_without_passwords_is_refused_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="passwords"):
+        Csms(organization=ORGANIZATION, security_profile=SecurityProfile.BASIC)
+
+
+async def test_the_first_version_that_both_speak_is_taken(make: Make) -> None:
+    async with make(versions=[V201, V16]) as csms:
+        offer = [Subprotocol(name) for name in ("ocpp2.1", "ocpp1.6", "ocpp2.0.1")]
+        async with connect(f"{csms.url}/CS001", subprotocols=offer) as websocket:
+            assert websocket.subprotocol == "ocpp1.6"
+
+
+@pytest.mark.parametrize("offer", [None, ["ocpp1.5"]], ids=["none", "another"])
+async def test_without_a_common_version_the_connection_is_closed(offer: list[Subprotocol] | None, make: Make) -> None:
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=offer) as websocket:
+        await websocket.wait_closed()
+        assert websocket.close_code == 1002
+        assert "none of the subprotocols" in (await csms.next(ConnectionRefused)).reason
+
+
+async def test_a_url_without_a_stations_id_is_not_found(make: Make) -> None:
+    async with make() as csms:
+        with pytest.raises(InvalidStatus, match="404"):
+            async with connect(f"{csms.url}/", subprotocols=[Subprotocol("ocpp2.1")]):
+                pass
+
+
+async def test_a_stations_id_may_have_any_characters(make: Make) -> None:
+    async with make() as csms, connect(f"{csms.url}/x/DE*S%C3%9C%2F1", subprotocols=[Subprotocol("ocpp2.1")]):
+        assert await csms.connected("DE*SÜ/1") is V21
+
+
+# --- What else it answers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", OcppVersion)
+async def test_the_messages_of_every_station_are_answered(version: OcppVersion, make: Make) -> None:
+    """The library holds each answer against the official schema."""
+    now = "2025-06-01T12:00:00Z"
+    status = (
+        {"connector_id": 1, "error_code": "NoError", "status": "Available"}
+        if version is V16
+        else {"timestamp": now, "connector_status": "Available", "evse_id": 1, "connector_id": 1}
+    )
+    async with make() as csms, connected(csms, version) as station:
+        assert await station.boot() == "Accepted"
+        assert (await station.call("Heartbeat")).current_time.endswith("Z")
+        await station.call("StatusNotification", **status)
+        await station.call(
+            "SecurityEventNotification", type="InvalidChargingStationCertificate", timestamp=now, tech_info="x"
+        )
+        answer = await station.call("DataTransfer", vendor_id="else", message_id="x")
+        assert answer.status == "UnknownVendorId"
+        booted = await csms.next(Booted)
+        assert (booted.vendor, booted.model) == ("V", "M")
+        assert (await csms.next(StatusReported)).status == "Available"
+        assert (await csms.next(SecurityEvent)).type == "InvalidChargingStationCertificate"
+        assert [str(event).count("\n") for event in csms.events] == [0] * 4
+
+
+async def test_a_plug_and_charge_message_that_it_does_not_know_is_said_to_be_unknown(make: Make) -> None:
+    async with make() as csms, connected(csms, V16) as station:
+        answer = await station.call("DataTransfer", vendor_id=PNC, message_id="Get15118EVCertificate", data="{}")
+        assert answer.status == "UnknownMessageId"
+
+
+async def test_what_it_does_not_serve_is_answered_so(make: Make) -> None:
+    async with make() as csms, connected(csms) as station:
+        with pytest.raises(NotSupportedError):
+            await station.call("Authorize", id_token={"idToken": "x", "type": "Central"})
+        report = {"request_id": 1, "generated_at": "2025-06-01T12:00:00Z", "seq_no": 0}
+        await station.call("NotifyReport", **report)  # needs no answer but that it came
+
+
+async def test_1_6_plug_and_charge_that_is_no_json_is_answered_with_an_error(make: Make) -> None:
+    async with make() as csms, connected(csms, V16) as station:
+        with pytest.raises(OCPPError, match="data is no JSON"):
+            await station.call("DataTransfer", vendor_id=PNC, message_id="SignCertificate", data="{")
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        pytest.param([2, "a", "NoSuch", {}], "NotImplemented", id="unknown"),
+        pytest.param([2, "a", "../../x", {}], "NotImplemented", id="a-path"),
+        pytest.param([2, "a", "SignCertificate", {}], "OccurrenceConstraintViolation", id="missing"),
+        pytest.param([2, "a", "SignCertificate", {"csr": 1}], "TypeConstraintViolation", id="type"),
+        pytest.param([2, "a", "SignCertificate", []], "TypeConstraintViolation", id="no-object"),
+        pytest.param([2, "a", "SignCertificate", {"csr": "x", "y": 1}], "FormatViolation", id="extra"),
+        pytest.param([2, "a", "SignCertificate", {"csr": "x" * 5501}], "PropertyConstraintViolation", id="long"),
+        pytest.param(
+            [2, "a", "Authorize", {"idToken": {"idToken": "x", "type": "y"}}], "NotSupported", id="not-served"
+        ),
+    ],
+)
+async def test_a_call_against_the_schema_is_answered_with_the_right_error(
+    frame: list[Any], code: str, make: Make
+) -> None:
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
+        await websocket.send(json.dumps(frame))
+        answer = json.loads(await websocket.recv())
+        assert (answer[:3], len(answer)) == ([4, "a", code], 5)
+        assert len(answer[3]) <= 255
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        *("", "{}", "[]", "[2]", "nonsense", "[9, 1, 2, 3]", '[2, 1, "Heartbeat", {}]', '[2, "a", 1, {}]'),
+        *('[3, "never asked", {}]', '[4, "never asked", "X", "", {}]', "[3, null, {}]"),
+        pytest.param("[" * 99999, id="too-deep"),
+    ],
+)
+async def test_what_is_no_message_is_passed_over_and_the_next_is_answered(frame: str, make: Make) -> None:
+    async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
+        await websocket.send(frame)
+        await websocket.send('[2, "b", "Heartbeat", {}]')
+        assert json.loads(await websocket.recv())[:2] == [3, "b"]
+
+
+async def test_events_are_told_to_each_who_asks_from_the_first_on(make: Make) -> None:
+    async with make() as csms, connected(csms) as station:
+        await station.boot()
+        told: list[Event] = []
+        async for event in csms.stream():
+            told.append(event)
+            if len(told) == 2:
+                break
+        assert [type(event) for event in told] == [Connected, Booted]
+        assert await csms.next(Booted) is told[1]
+        with pytest.raises(CsmsError):
+            await csms.next(Booted, timeout=0.01)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """``stationkey csms`` as a shell would start it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    async def until(self, words: str) -> str:
+        """The first line with these words, from here on."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(20):
+            while True:
+                line = (await self.process.stdout.readline()).decode()
+                assert line, "".join(self.lines)
+                self.lines.append(line)
+                if words in line:
+                    return line
+
+
+@asynccontextmanager
+async def command(*arguments: str) -> AsyncIterator[Command]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-u", "-m", "stationkey", "csms", "--listen", "127.0.0.1:0", "--organization", ORGANIZATION),
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        yield Command(process)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        async with asyncio.timeout(30):
+            await process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_command_triggers_each_certificate_in_turn_and_ends_with_0(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    kinds = [V2G, STATION]
+    triggers = [word for kind in kinds for word in ("--trigger", kind.value)]
+    async with command("--pki-dir", str(tmp_path / "pki"), *triggers) as csms:
+        url = (await csms.until("listening on")).split()[-1].replace("STATION-ID", "CS001")
+        async with connect(url, subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
+            station = RawStation(V21, websocket)
+            listening = asyncio.create_task(station.point.start())
+            await station.boot()
+            for kind in kinds:
+                assert (await station.next())[0] == "TriggerMessage"
+                await station.sign(kind, csr_for(kind))
+                chain = (await station.next())[1]["certificateChain"]
+                anchors = (tmp_path / "pki" / "trust-anchors.pem").read_text()
+                assert openssl_verify(tmp_path, chain, anchors) == "leaf.pem: OK"
+                await csms.until(f"CertificateSigned for the {kind} answered: Accepted")
+            listening.cancel()
+            await asyncio.wait([listening])
+            csms.process.send_signal(number)
+            assert await csms.process.wait() == 0
+
+
+async def test_the_command_goes_on_where_a_trigger_leads_to_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a version cannot carry, what the station rejects, and what never comes to an end."""
+    async with make(misbehaviour=Misbehaviour.NEVER) as csms, connected(csms, V201) as station:
+        await csms.connected("CS001")
+        station.says = "Rejected"
+        await cli_csms.ask(csms, "CS001", [V2G20, V2G], asyncio.Condition())
+        station.says = "Accepted"
+        monkeypatch.setattr(cli_csms, "TRIGGER_TIMEOUT", 0.01)  # so that it ends
+        await cli_csms.ask(csms, "CS001", [STATION, V2G], asyncio.Condition())
+        assert [(await station.next())[1]["requestedMessage"] for _ in range(3)] == [
+            "SignV2GCertificate",
+            "SignChargingStationCertificate",
+            "SignV2GCertificate",
+        ]
+    told = capsys.readouterr().out
+    assert "OCPP 2.0.1 cannot carry a v2g20_certificate" in told
+    assert told.count("CS001: no end to the") == 2
+
+
+async def test_the_command_keeps_its_authorities_and_asks_for_passwords(tmp_path: Path) -> None:
+    (tmp_path / "passwords").write_text("# stations\n\nCS001:se:cret\n")
+    options = ("--pki-dir", str(tmp_path / "pki"), "--password-file", str(tmp_path / "passwords"), "--tls")
+    anchors = []
+    for _ in range(2):
+        async with command(*options) as csms:
+            url = (await csms.until("listening on wss://")).split()[-1].replace("STATION-ID", "CS001")
+            await csms.until("trust anchors in")
+            anchors.append((tmp_path / "pki" / "trust-anchors.pem").read_text())
+            context = ssl.create_default_context(cadata=anchors[0])
+            version = [Subprotocol("ocpp1.6")]
+            async with connect(url, subprotocols=version, ssl=context, **basic("CS001", "se:cret")):
+                await csms.until("CS001: connected, OCPP 1.6")
+            with pytest.raises(InvalidStatus, match="401"):
+                async with connect(url, subprotocols=version, ssl=context):
+                    pass
+            await csms.until("CS001: not let in")
+        assert "se:cret" not in "".join(csms.lines)
+    assert anchors[0] == anchors[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--listen", "9000"], "is not HOST:PORT", id="no-host"),
+        pytest.param(["--listen", "127.0.0.1:99999"], "is not HOST:PORT", id="port-too-large"),
+        pytest.param(["--listen", "192.0.2.1:9000"], "cannot listen", id="not-an-address-of-ours"),
+        pytest.param(["--password-file", "bad"], "line 2 is not STATION-ID:PASSWORD", id="password-file"),
+        pytest.param(["--pki-dir", "."], "holds no hierarchy of authorities", id="pki"),
+        pytest.param(["--client-certificates", "--listen", "192.0.2.1:0"], "cannot listen", id="profile-3-elsewhere"),
+        pytest.param(["--misbehave", "well"], "is not one of", id="misbehave"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said_in_words(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad").write_text("CS001:x\nCS002\n")
+    (tmp_path / "secp256r1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.main, ["csms", "--organization", "EcoG", *arguments], catch_exceptions=False)
+    assert done.exit_code != 0
+    assert words in " ".join(done.output.split())
