@@ -17,9 +17,8 @@ from stationkey.config.file import Settings
 from stationkey.contract.profiles import Algorithm
 from stationkey.errors import PASSING, KeyStoreError
 from stationkey.keystore import KeyStore, keystore_opener
-from stationkey.keystore.worker import KeyStoreThread, Task
+from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
 from stationkey.ledger import Ledger
-from stationkey.ledger.worker import on_keystore
 from stationkey.mqtt.connection import Broker, check, unless
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.observability.health import Health

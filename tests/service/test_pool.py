@@ -30,10 +30,9 @@ from stationkey.contract.profiles import RSA_3072, SECP256R1, SECP521R1, Algorit
 from stationkey.errors import KeyStoreError, LedgerError
 from stationkey.keystore import KeyRef, KeyStore, Support, keystore_opener
 from stationkey.keystore.software import SoftwareKeyStore
-from stationkey.keystore.worker import KeyStoreThread, Turn
+from stationkey.keystore.worker import KeyStoreThread, Turn, on_keystore
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent
-from stationkey.ledger.worker import on_keystore
 from stationkey.service import pool
 from stationkey.service import requests as service
 from stationkey.service.pool import MARGIN, RETRY_LAST, KeyPool

@@ -39,8 +39,8 @@ from stationkey import (
 )
 from stationkey.config.settings import PolicyTerms
 from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.keystore.worker import on_keystore
 from stationkey.ledger.lifecycle import KeyState
-from stationkey.ledger.worker import on_keystore
 from stationkey.service import requests
 from stationkey.service.policy import Policy
 from stationkey.x509.csr import Csr, sign_csr

@@ -14,6 +14,7 @@ the old store is abandoned: were it to tidy up in the TPM, it might unload what 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -395,3 +396,23 @@ class KeyStoreThread:
         if self._worker.ident is not None:
             self._worker.join(timeout)
         return not self._worker.is_alive()
+
+
+async def on_keystore(
+    keystore: KeyStoreThread,
+    job: Callable[[KeyStore], T],
+    *,
+    timeout: float,
+    turn: Turn = Turn.SHORT,
+    task: str = Task.OTHER,
+) -> T:
+    """The result of `job` on the key store's thread.
+
+    Raises:
+        KeyStoreError: it was not done within `timeout` seconds; what comes later is thrown away.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            return await asyncio.wrap_future(keystore.submit(job, timeout=timeout, turn=turn, task=task))
+    except TimeoutError:
+        raise overdue() from None

@@ -1,4 +1,4 @@
-"""From the event loop to the blocking world: to the ledger's thread, and to the key store's."""
+"""The thread that runs the ledger's blocking calls for the event loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
-from stationkey.keystore import KeyStore
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn, overdue
 from stationkey.ledger import Ledger
 
 P = ParamSpec("P")
@@ -93,23 +91,3 @@ def _succeed(future: asyncio.Future[T], result: T) -> None:
 def _fail(future: asyncio.Future[T], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
-
-
-async def on_keystore(
-    keystore: KeyStoreThread,
-    job: Callable[[KeyStore], T],
-    *,
-    timeout: float,
-    turn: Turn = Turn.SHORT,
-    task: str = Task.OTHER,
-) -> T:
-    """The result of `job` on the key store's thread.
-
-    Raises:
-        KeyStoreError: it was not done within `timeout` seconds; what comes later is thrown away.
-    """
-    try:
-        async with asyncio.timeout(timeout):
-            return await asyncio.wrap_future(keystore.submit(job, timeout=timeout, turn=turn, task=task))
-    except TimeoutError:
-        raise overdue() from None

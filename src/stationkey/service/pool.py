@@ -27,10 +27,10 @@ from stationkey.config.settings import PoolTerms
 from stationkey.contract.profiles import Algorithm, KeyType, RsaModulus
 from stationkey.errors import KeyStoreError, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn
+from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent
-from stationkey.ledger.worker import LedgerThread, on_keystore
+from stationkey.ledger.worker import LedgerThread
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from stationkey.contract.messages import CertificateInstallationStatus, Generate
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn
+from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import MAX_REJECTIONS, Answered, Figures, Ledger, content_digest
-from stationkey.ledger.worker import LedgerThread, on_keystore
+from stationkey.ledger.worker import LedgerThread
 from stationkey.service.policy import Policy, TokenBucket, is_rsa
 from stationkey.service.pool import USELESS, KeyPool
 from stationkey.service.seen_ids import SeenIds

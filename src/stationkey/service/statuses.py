@@ -23,10 +23,10 @@ from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn
+from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import IllegalTransition, KeyEvent
-from stationkey.ledger.worker import LedgerThread, on_keystore
+from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.matching import KeyFinder
 from stationkey.system.counters import Tally
