@@ -31,7 +31,7 @@ from stationkey.keystore.worker import KeyStoreThread
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.service.requests import StationKeyService
-from stationkey.service.statuses import RunningTime
+from stationkey.service.running_time import RunningTime
 from stationkey.system.state_dir import DATABASE_NAME
 from stationkey.x509.csr import PublicKey
 

@@ -27,6 +27,7 @@ from parts import STATION, Authority, pem, software_key
 from stationkey.cli import schema_documents
 from stationkey.config import file as config
 from stationkey.config.file import read_file, settle
+from stationkey.contract.active_names import file_name, owner_of
 from stationkey.contract.messages import (
     MAX_PAYLOAD,
     CertificateInstallationStatus,
@@ -41,7 +42,6 @@ from stationkey.errors import ConfigurationError, MessageError, StationKeyError
 from stationkey.keystore import keystore_opener
 from stationkey.ledger import Ledger
 from stationkey.mqtt.connection import Broker
-from stationkey.service.active_files import file_name, owner_of
 from stationkey.service.matching import KeyFinder, StatusUnfit
 from stationkey.x509.certificate import Expected, differences, read_chain
 from stationkey.x509.csr import sign_csr, to_pem

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from test_messages import REQUEST_ID, a_request, wire
 
+from stationkey.contract.active_names import owner_of
 from stationkey.contract.messages import MAX_PAYLOAD, decode, decode_response
 from stationkey.errors import MessageError
-from stationkey.service.active_files import owner_of
 from stationkey.x509.certificate import read_chain
 
 SMALL, LARGE = 12_000, 48_000

@@ -22,8 +22,8 @@ from peers import Mosquitto
 from station import Elsewhere, a_ledger
 
 from parts import V2G
+from stationkey.contract.active_names import DIRECTORY_NAME, file_name
 from stationkey.contract.profiles import EVSE_ID_PATTERN, CertificateType
-from stationkey.service.active_files import DIRECTORY_NAME, file_name
 from stationkey.system.state_dir import DATABASE_NAME
 
 NAME_MAX = 255

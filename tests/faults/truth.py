@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import load_pem_x509_csr
 from peers import Daemon
 
+from stationkey.contract.active_names import file_name
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.keystore import key_id_of, keystore_opener
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyState
-from stationkey.service.active_files import file_name
 from stationkey.x509.certificate import prove
 
 STATE_FILES: Final = frozenset({"lock", "ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "active"})

@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parts import V2G, Authority, pem, request
+from stationkey.contract.active_names import Owner, file_name, owner_of
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import LedgerError
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.service import active_files
-from stationkey.service.active_files import ActiveDirectory, Owner, file_name, owner_of
+from stationkey.service.active_files import ActiveDirectory
 from stationkey.x509.csr import build_csr, to_pem
 
 OWNER: Owner = ("v2g_certificate", "")

@@ -17,7 +17,8 @@ from stationkey.config.settings import PolicyTerms, Severity
 from stationkey.contract.messages import GenerateCsrData, GenerateCsrRequest, generate_csr
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
 from stationkey.errors import Fault, RequestRefused
-from stationkey.service.policy import MINUTE, Policy, TokenBucket, _compile
+from stationkey.service.policy import Policy, _compile
+from stationkey.service.rate_limit import MINUTE, TokenBucket
 
 SECC, EVSE = "DE-ABC-S-1", "DE*ABC*E1"
 RSA = Algorithm.RSA_SHA256

@@ -37,7 +37,7 @@ from stationkey.service import pool
 from stationkey.service import requests as service
 from stationkey.service.pool import MARGIN, RETRY_LAST, KeyPool
 from stationkey.service.requests import DEADLINE, StationKeyService
-from stationkey.service.statuses import RunningTime
+from stationkey.service.running_time import RunningTime
 from stationkey.system.state_dir import DATABASE_NAME
 from stationkey.x509.csr import PrivateKey
 

@@ -49,7 +49,7 @@ from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.service import statuses
 from stationkey.service.policy import Policy
-from stationkey.service.statuses import RunningTime
+from stationkey.service.running_time import RunningTime
 from stationkey.system.state_dir import StateDirectory
 from stationkey.x509.certificate import prove
 

@@ -16,9 +16,9 @@ from cryptography import x509
 from ocpp.routing import on  # type: ignore[import-untyped] # ships no type information
 from peers import Daemon, Mosquitto
 
+from stationkey.contract.active_names import file_name
 from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, CertificateType
 from stationkey.mqtt.connection import Broker
-from stationkey.service.active_files import file_name
 from stationkey.simulators.josev import Station, StationSettings
 from stationkey.simulators.ocpp import OcppVersion
 from stationkey.simulators.pki import Hierarchy, to_pem

@@ -29,11 +29,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from stationkey.contract.active_names import DIRECTORY_NAME, owner_of
 from stationkey.contract.profiles import CertificateType
 from stationkey.errors import PASSING, ConfigurationError, Fault, KeyStoreError, StationKeyError
 from stationkey.keystore import KeyStore, Protecting
 from stationkey.keystore.tpm2 import keyfile
-from stationkey.service.active_files import DIRECTORY_NAME, owner_of
 from stationkey.system.cli_files import MAX_FILE
 from stationkey.x509.certificate import UNREADABLE, Chain, read_chain
 

@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, unquote
 
+from stationkey.contract.active_names import DIRECTORY_NAME, Owner, file_name
 from stationkey.errors import LedgerError
 from stationkey.system import files
 
-DIRECTORY_NAME: Final = "active"
-_SUFFIX: Final = ".pem"
 _LOCK: Final = ".lock"
 _MODE: Final = 0o700
 _IN_THE_WAY: Final = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP})
@@ -30,32 +28,6 @@ _IN_THE_WAY: Final = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, er
 
 LOCK_TIMEOUT: Final = 5.0
 """Seconds to wait for another writer, who needs milliseconds."""
-
-Owner = tuple[str, str]
-"""Certificate type and EVSE ID, the latter empty where there is none: what there is one active key for."""
-
-
-def file_name(owner: Owner) -> str:
-    """``<certificate_type>[.<evse_id>].pem``.
-
-    In the EVSE ID, all but letters, digits, ``_``, ``-`` and ``~`` is percent-encoded, so that it has neither dot nor
-    slash and can be read back (`owner_of`).
-    """
-    certificate_type, evse_id = owner
-    encoded = "." + quote(evse_id, safe="").replace(".", "%2E") if evse_id else ""
-    return f"{certificate_type}{encoded}{_SUFFIX}"
-
-
-def owner_of(name: str) -> Owner | None:
-    """Whose file `name` is; None where it is no name that `file_name` gives."""
-    if not name.endswith(_SUFFIX):
-        return None
-    certificate_type, _, encoded = name.removesuffix(_SUFFIX).partition(".")
-    try:
-        owner = (certificate_type, unquote(encoded, errors="strict"))
-        return owner if file_name(owner) == name else None
-    except UnicodeError:  # half characters, and bytes that are no UTF-8
-        return None
 
 
 class ActiveDirectory:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from stationkey.contract.active_names import Owner, owner_of
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.errors import StationKeyError
 from stationkey.keystore import KEY_ID_LENGTH
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyState
-from stationkey.service.active_files import Owner, owner_of
 from stationkey.x509.certificate import Chain, read_chain
 
 MAX_CERTIFICATE_FILES: Final = 1024

@@ -25,10 +25,12 @@ from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import MAX_REJECTIONS, Answered, Figures, Ledger, content_digest
 from stationkey.ledger.worker import LedgerThread
-from stationkey.service.policy import Policy, TokenBucket, is_rsa
+from stationkey.service.policy import Policy, is_rsa
 from stationkey.service.pool import USELESS, KeyPool
+from stationkey.service.rate_limit import TokenBucket
+from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
-from stationkey.service.statuses import KeyCustody, RunningTime
+from stationkey.service.statuses import KeyCustody
 from stationkey.system.counters import UNKNOWN, Tally
 from stationkey.x509.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 

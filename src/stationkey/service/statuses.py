@@ -29,6 +29,7 @@ from stationkey.ledger.lifecycle import IllegalTransition, KeyEvent
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.matching import KeyFinder
+from stationkey.service.running_time import RunningTime
 from stationkey.system.counters import Tally
 from stationkey.x509.certificate import Chain, Expected, differences, prove
 
@@ -46,26 +47,6 @@ MAX_WAITING: Final = 16
 PATIENCE: Final = 20.0
 """Seconds that more than those wait where nothing is away, but each takes long: a certificate directory filled to its
 bounds, a slow TPM. A burst of statuses that is honest is through by then."""
-
-
-class RunningTime:
-    """How long the daemon has run, all runs together; goes on from what the ledger says.
-
-    Args:
-        so_far: milliseconds in earlier runs.
-        clock: seconds of a clock that never jumps; the default goes on while the machine is suspended.
-    """
-
-    def __init__(
-        self, so_far: int, clock: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
-    ) -> None:
-        self._so_far = so_far
-        self._clock = clock
-        self._started = clock()
-
-    def now(self) -> int:
-        """Milliseconds."""
-        return self._so_far + int((self._clock() - self._started) * 1000)
 
 
 class KeyCustody:

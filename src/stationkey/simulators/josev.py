@@ -28,11 +28,11 @@ from msgspec import UNSET
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract import messages
+from stationkey.contract.active_names import file_name
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateProfile, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.client import ask, report_status
 from stationkey.mqtt.connection import PLAIN, Broker
-from stationkey.service.active_files import file_name
 from stationkey.simulators.ocpp import (
     CARRIAGES,
     INVALID_CERTIFICATE_EVENT,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.doctor.host.context import UNREADABLE, Subject
 from stationkey.doctor.host.files import (
     ENTER,
@@ -27,7 +28,6 @@ from stationkey.doctor.host.files import (
 )
 from stationkey.doctor.report import CannotLookError, Finding, Level, failure, listed, not_checked, ok, warning
 from stationkey.errors import StationKeyError
-from stationkey.service.active_files import DIRECTORY_NAME
 from stationkey.system.state_dir import DATABASE_NAME, LOCK_NAME, refuse_planted, refuse_unfit
 
 DIRECTORY_IDS: Final = ("state.directory", "state.files", "state.daemon", "state.settings")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from stationkey.config.settings import DAY
+from stationkey.contract.active_names import DIRECTORY_NAME, file_name
 from stationkey.contract.profiles import CertificateType
 from stationkey.doctor.config.certificates import MONTH
 from stationkey.doctor.host.context import UNREADABLE, Subject
@@ -22,7 +23,6 @@ from stationkey.errors import LedgerError
 from stationkey.ledger import KeyRecord
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.ledger.migrations import SCHEMA_VERSION
-from stationkey.service.active_files import DIRECTORY_NAME, file_name
 from stationkey.system.state_dir import DATABASE_NAME
 
 LEDGER_IDS: Final = ("state.ledger", "state.keys", "state.active")
