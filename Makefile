@@ -1,12 +1,14 @@
 # make demo   try it: installs what is missing, answers requests with keys in a simulated TPM, ends by itself
-# make test   every check: lint, types, tests with branch coverage
+# make check  the quick part: lint, types, and every test that starts no process
+# make test   every check: lint, types, all tests
+# make coverage  all tests once more, with branch coverage of the daemon and the commands too; takes twice as long
 # make bench  how fast it is, beside the TPM alone and other programs: minutes; QUICK=1 for a look in less than two
 # make fuzz   fuzz what reads messages, files and names: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse/corpus
 # make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
 # make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo test bench fuzz deb deb-check sbom audit lint pin clean
+.PHONY: help setup demo check test coverage bench fuzz deb deb-check sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -18,10 +20,22 @@ demo:
 	@scripts/setup demo
 	@.venv/bin/python scripts/demo.py
 
+# A worker for each processor; one that has nothing left to do takes over half of what another still has.
+pytest = .venv/bin/python -m pytest --numprocesses auto --dist worksteal
+
+check:
+	@scripts/setup test
+	@$(MAKE) --no-print-directory lint
+	$(pytest) --quick -r fE
+
 test:
 	@scripts/setup test
 	@$(MAKE) --no-print-directory lint
-	.venv/bin/python -m pytest
+	$(pytest)
+
+coverage:
+	@scripts/setup test
+	$(pytest) --cov=stationkey --cov-branch --cov-report=term-missing:skip-covered
 
 bench:
 	@scripts/setup bench

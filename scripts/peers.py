@@ -6,6 +6,7 @@ started again on the same port and state, which is how a broker or a TPM dies an
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import pwd
@@ -22,17 +23,27 @@ from typing import Self
 START_TIMEOUT = 10.0
 
 
-def free_port(count: int = 1) -> int:
-    """A loopback port that is free, and so are the `count` - 1 after it.
+_reserved: collections.deque[contextlib.ExitStack] = collections.deque()
+_RESERVATIONS = 64
 
-    Below those that the kernel gives to outgoing connections: one of these could take it before the server does.
+
+def free_port(count: int = 1) -> int:
+    """Return a free loopback port; the `count` - 1 ports after it are free, too.
+
+    Ports for outgoing connections are left out: the kernel could give one away before the server binds it. Each port is
+    reserved by an abstract Unix socket of its number, so that no other process that calls this function returns it.
+    This process keeps its latest `_RESERVATIONS` reservations; the kernel drops them when it ends.
     """
     outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for _ in range(100):
         port = random.randrange(min(10_000, outgoing // 2), outgoing - count)  # noqa: S311 - guards nothing
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for offset in range(count):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + offset))
+        with contextlib.ExitStack() as reserving, contextlib.ExitStack() as trying, contextlib.suppress(OSError):
+            for each in range(port, port + count):
+                reserving.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0stationkey-port-{each}")
+                trying.enter_context(socket.socket()).bind(("127.0.0.1", each))
+            _reserved.append(reserving.pop_all())
+            if len(_reserved) > _RESERVATIONS:
+                _reserved.popleft().close()
             return port
     raise RuntimeError("no free loopback ports")
 

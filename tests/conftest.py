@@ -1,11 +1,11 @@
-"""The peers that several test files use: a broker and a TPM, each real, each alone in its own folder."""
+"""What all tests share: a broker and a TPM, each real, each alone in its own folder; and the option ``--quick``."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,50 @@ class _Patient:
 
 
 threading._sys = _Patient()  # type: ignore[attr-defined] # noqa: SLF001 - there is no other place between the two
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="skip every test that starts a process, when it starts it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        config.pluginmanager.register(_Quick())
+
+
+class _Quick:
+    """Skips a test at the moment that it starts a process, so that no list of such tests has to be kept.
+
+    The events are those of PEP 578 for every way that Python has to start one.
+    """
+
+    STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"})
+
+    def __init__(self) -> None:
+        self._in_test = False
+        self._refused = False
+        sys.addaudithook(self._refuse)
+
+    def _refuse(self, event: str, _: tuple[object, ...]) -> None:
+        if self._in_test and event in self.STARTS:
+            self._refused = True
+            self._skip()
+
+    @staticmethod
+    def _skip() -> None:
+        pytest.skip("starts a process")
+
+    def _watch(self) -> Generator[None, object, object]:
+        self._in_test, self._refused = True, False
+        try:
+            return (yield)
+        finally:
+            self._in_test = False
+            if self._refused:  # again: what is tested may have caught the first, or made another error of it
+                self._skip()
+
+    pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_watch)
+    pytest_runtest_call = pytest.hookimpl(wrapper=True)(_watch)
 
 
 @pytest.fixture
