@@ -29,7 +29,7 @@ from stationkey.mqtt.tls import introduction, no_handshake
 
 IDS: Final = (
     *("broker.url", "broker.name", "broker.port", "broker.tls", "broker.login", "broker.version"),
-    *("broker.publish", "broker.subscribe", "broker.own_rights", "broker.anonymous", "broker.josev", "broker.daemon"),
+    *("broker.publish", "broker.subscribe", "broker.own_rights", "broker.anonymous", "broker.josev"),
     *("broker.retained", "broker.delay"),
 )
 DEADLINE: Final = 9.0
@@ -81,7 +81,7 @@ def _check(subject: Subject) -> Iterator[Finding]:
     if seen.refused is not None:
         yield judge_refused(broker, seen.refused, speaks_tls=not broker.tls and _speaks_tls(broker))
     reach = None if local and not _listens_beyond(broker.port) else _beyond(broker, local=local)
-    yield from judge_visit(seen, reach=reach, daemon_running=subject.daemon.running)
+    yield from judge_visit(seen, reach=reach)
 
 
 def _at_hand(terms: MqttTerms, subject: Subject) -> tuple[MqttTerms, str]:
@@ -286,13 +286,12 @@ def judge_refused(broker: Broker, error: StationKeyError, *, speaks_tls: bool) -
     return failure(name, error.message, error.hint or hints.get(error.reason, ours))
 
 
-def judge_visit(seen: Visit, *, reach: str | None, daemon_running: bool) -> Iterator[Finding]:
+def judge_visit(seen: Visit, *, reach: str | None) -> Iterator[Finding]:
     """All that was seen.
 
     Args:
         seen: see `Visit`.
         reach: who else reaches the broker, in words; None where only programs of this machine do.
-        daemon_running: whether the daemon runs.
     """
     if seen.refused is not None:
         if seen.anonymous is not None:
@@ -325,7 +324,6 @@ def judge_visit(seen: Visit, *, reach: str | None, daemon_running: bool) -> Iter
     yield judge_own_rights(seen, reach)
     yield judge_anonymous(seen, reach)
     yield judge_josev(seen)
-    yield judge_daemon(seen, daemon_running=daemon_running)
     yield judge_retained(seen)
     yield judge_delay(seen)
 
@@ -446,29 +444,6 @@ def judge_josev(seen: Visit) -> Finding:
             "is Josev running, at this broker and with this topic prefix?",
         )
     return ok(name, f"somebody is subscribed to {seen.responses}")
-
-
-def judge_daemon(seen: Visit, *, daemon_running: bool) -> Finding:
-    """Whether anybody waits for requests, where we could find that out."""
-    name = "broker.daemon"
-    if seen.daemon is None:
-        return not_checked(
-            name,
-            f"only who may write to {seen.requests} is told who is subscribed to it, and we may not, which is right",
-        )
-    if seen.daemon:
-        return ok(
-            name,
-            f"somebody is subscribed to {seen.requests}"
-            + ("" if daemon_running else ", or the broker keeps its session"),
-        )
-    told = f"nobody is subscribed to {seen.requests}" + (", though the daemon runs" if daemon_running else "")
-    advice = (
-        "see the daemon's log: is it at this broker, and with this topic prefix?"
-        if daemon_running
-        else "start the daemon"
-    )
-    return warning(name, told, advice)
 
 
 def judge_retained(seen: Visit) -> Finding:

@@ -66,7 +66,6 @@ class Visit:
         too_large: what the broker said to a message of `LARGE` octets where it does not take it, or an empty text.
         subscribed: whether a subscription to the topic of requests is granted.
         josev: whether somebody is subscribed to the topic of responses; None where the broker does not say.
-        daemon: whether somebody is subscribed to the topic of requests; None likewise.
         retained: topics that a message lies on.
         single: seconds that one exchange takes, or None.
         pair: seconds that two at once take, or None.
@@ -87,7 +86,6 @@ class Visit:
     too_large: str = ""
     subscribed: bool | None = None
     josev: bool | None = None
-    daemon: bool | None = None
     retained: tuple[str, ...] = ()
     single: float | None = None
     pair: float | None = None
@@ -217,8 +215,8 @@ class _Round:
         """What we must be allowed to, then what we must not, then how quick it is."""
         answers, josev, why = await self._publish(self._connection, self._responses, _harmless())
         self.note(own=Rights(answers=answers), josev=josev, why=why)
-        asks, daemon, _ = await self._publish(self._connection, self._requests, _harmless())
-        self.note(own=Rights(answers=answers, asks=asks), daemon=daemon)
+        asks, _, _ = await self._publish(self._connection, self._requests, _harmless())
+        self.note(own=Rights(answers=answers, asks=asks))
         try:
             await self._connection.subscribe(self._requests)
         except ConnectionLost:

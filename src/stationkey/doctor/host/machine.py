@@ -1,10 +1,9 @@
-"""The machine: who runs this, the unit, core dumps, randomness and memory."""
+"""The machine: who runs this, the unit, core dumps and memory."""
 
 from __future__ import annotations
 
 import grp
 import ipaddress
-import os
 import re
 import socket
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ IDS: Final = (
     "machine.unit",
     "machine.sandbox",
     "machine.core_dumps",
-    "machine.randomness",
     "machine.memory",
 )
 _PATIENCE: Final = 2.0
@@ -41,7 +39,6 @@ def check_machine(subject: Subject) -> Iterator[Finding]:
     pattern = _line(Path("/proc/sys/kernel/core_pattern"))
     limits = None if subject.daemon.pid is None else _text(Path(f"/proc/{subject.daemon.pid}/limits"))
     yield judge_core_dumps(pattern, limits, subject.unit)
-    yield _check_randomness()
     yield judge_memory(_text(Path("/proc/meminfo")) or "")
 
 
@@ -230,21 +227,6 @@ def judge_core_dumps(pattern: str | None, limits: str | None, unit: Unit | None)
         "authorisation values are in it",
         "LimitCORE=0 in the unit",
     )
-
-
-def _check_randomness() -> Finding:
-    name = "machine.randomness"
-    try:
-        os.getrandom(1, os.GRND_NONBLOCK)
-    except BlockingIOError:
-        return failure(
-            name,
-            "the kernel has not gathered enough randomness since it started",
-            "give it a source: the driver of a hardware random number generator, or the TPM (CONFIG_HW_RANDOM_TPM)",
-        )
-    except OSError as error:
-        return not_checked(name, f"the kernel does not say ({error.strerror})")
-    return ok(name, "the kernel's random numbers are ready")
 
 
 def judge_memory(text: str) -> Finding:

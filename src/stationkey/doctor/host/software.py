@@ -1,4 +1,4 @@
-"""The software that is needed: Python and its packages, tpm2-tss, OpenSSL and its provider."""
+"""The software beside Python that is needed: tpm2-tss, OpenSSL and its provider."""
 
 from __future__ import annotations
 
@@ -9,27 +9,23 @@ import ssl
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from stationkey import __version__
 from stationkey.doctor.host.context import Subject
-from stationkey.doctor.report import CannotLookError, Finding, failure, listed, not_checked, ok, warning
+from stationkey.doctor.report import CannotLookError, Finding, failure, not_checked, ok, warning
 from stationkey.doctor.runner import ask
 
 _PATIENCE: Final = 2.0
 _LOADING: Final = 4.0
 """Seconds. On a slow board, the libraries under a TPM stack take their time."""
-SOFTWARE_IDS: Final = ("software.python", "software.packages", "software.tss", "software.openssl")
+SOFTWARE_IDS: Final = ("software.tss", "software.openssl")
 _OLD_TSS: Final = (3, 0)
 _PROVIDERS: Final = ("tpm2.so",)
 
 
 def check_software(subject: Subject) -> Iterator[Finding]:
-    """Python and its packages, tpm2-tss, OpenSSL and its provider."""
-    yield judge_python(sys.version_info[:3])
-    yield judge_packages(*_packages())
+    """tpm2-tss, OpenSSL and its provider."""
     keystore = subject.configured.keystore or ""
     if not keystore.startswith("tpm2:"):
         raise CannotLookError("no TPM is used")
@@ -41,49 +37,8 @@ def check_software(subject: Subject) -> Iterator[Finding]:
     yield judge_openssl(_openssl(status.out if status.status == 0 else ""))
 
 
-def judge_python(version: tuple[int, ...]) -> Finding:
-    """Which Python this is."""
-    name, text = "software.python", ".".join(map(str, version))
-    if version < (3, 11):
-        return failure(name, f"Python {text} is too old", "3.11 is needed: Debian 12 has it")
-    return ok(name, f"stationkey {__version__} on Python {text}")
-
-
-def _packages() -> tuple[list[str], list[str]]:
-    """What is required and missing or too old, and what is there."""
-    missing, there = [], []
-    try:
-        required = metadata.requires("stationkey") or []
-    except metadata.PackageNotFoundError:
-        return [], []
-    for requirement in required:
-        found = re.fullmatch(r"([A-Za-z0-9._-]+)(?:>=([0-9.]+))?", requirement)
-        if found is None:  # of an extra
-            continue
-        library, least = found[1], found[2] or "0"
-        try:
-            version = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            missing.append(f"{library} is not installed")
-            continue
-        there.append(f"{library} {version}")
-        if _numbers(version) < _numbers(least):
-            missing.append(f"{library} is {version}, and {least} is needed")
-    return missing, there
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:3]))
-
-
-def judge_packages(missing: list[str], there: list[str]) -> Finding:
-    """The Python packages that stationkey requires."""
-    name = "software.packages"
-    if missing:
-        return failure(name, listed(missing), "install it anew by the README: every package is pinned there")
-    if not there:
-        return not_checked(name, "stationkey is not installed as a package here")
-    return ok(name, listed(there, most=8))
 
 
 def _tss() -> tuple[int, ...] | None:

@@ -40,7 +40,6 @@ DISABLE_CLEAR: Final = 1 << 8
 IN_LOCKOUT: Final = 1 << 9
 STORAGE_ENABLED: Final = 1 << 1
 ENDORSEMENT_ENABLED: Final = 1 << 2
-ORDERLY: Final = 1 << 31
 
 # TPM_ALG_ID and TPM_ECC_CURVE [TPM 2.0 part 2, 6.3 and 6.4].
 ALG_RSA: Final = 0x01

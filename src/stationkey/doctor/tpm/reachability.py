@@ -53,7 +53,7 @@ IDS: Final = (
     *("tpm.keystore", "tpm.device", "tpm.manager", "tpm.reachable"),
     *("tpm.started", "tpm.self_test", "tpm.version", "tpm.firmware", "tpm.simulated", "tpm.algorithms"),
     *("tpm.certificate_types", "tpm.hierarchies", "tpm.srk", "tpm.authorisation", "tpm.lockout", "tpm.slots"),
-    *("tpm.sessions", "tpm.pcrs", "tpm.attestation_key", "tpm.shutdown", "tpm.keys"),
+    *("tpm.sessions", "tpm.pcrs", "tpm.attestation_key", "tpm.keys"),
 )
 
 
@@ -299,7 +299,6 @@ JUDGES: Final[Mapping[str, Callable[[Seen], Iterator[Finding]]]] = MappingProxyT
         "tpm.sessions": state.judge_sessions,
         "tpm.pcrs": state.judge_pcrs,
         "tpm.attestation_key": state.judge_attestation_key,
-        "tpm.shutdown": state.judge_shutdown,
         "tpm.keys": state.judge_keys,
     }
 )

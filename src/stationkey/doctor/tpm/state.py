@@ -20,7 +20,6 @@ from stationkey.doctor.tpm.facts import (
     LOCKOUT_AUTH_SET,
     MANAGER_ADVICE,
     NODA,
-    ORDERLY,
     OWNER_AUTH_SET,
     PT_ACTIVE_SESSIONS_AVAIL,
     PT_LOADED_SESSIONS_AVAIL,
@@ -365,18 +364,6 @@ def judge_attestation_key(seen: Seen) -> Iterator[Finding]:
         )
     else:
         yield ok(name, f"there is a restricted signing key at {handle:#x}")
-
-
-def judge_shutdown(seen: Seen) -> Iterator[Finding]:
-    """Whether the TPM was told of the last shutdown [TPM 2.0 part 2, 8.7]."""
-    name = "tpm.shutdown"
-    (flags,) = seen.probe.properties(PT_STARTUP_CLEAR)
-    if flags & ORDERLY:
-        yield ok(name, "the TPM was told of the last shutdown")
-    else:
-        yield ok(
-            name, "the TPM was not told of the last shutdown: power was lost, which does no harm to keys with noda"
-        )
 
 
 def judge_keys(seen: Seen) -> Iterator[Finding]:
