@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from stationkey import __version__
 from stationkey.config.file import Settings
 from stationkey.contract.profiles import Algorithm
-from stationkey.errors import PASSING, KeyStoreError
+from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
 from stationkey.ledger import Ledger
@@ -130,7 +130,7 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
     try:
         description, algorithms = await on_keystore(keystore, look, timeout=FIRST_LOOK, task=Task.LOOK)
     except KeyStoreError as failure:
-        if failure.reason not in PASSING:
+        if not failure.transient:
             raise
         log.error("requests will be rejected until this is over: %s", failure, extra={"reason": failure.reason})
         return

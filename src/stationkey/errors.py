@@ -8,7 +8,6 @@ authorisation value, no private blob, no password.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
 
 
 class Fault(StrEnum):
@@ -26,13 +25,17 @@ class Fault(StrEnum):
     """The MQTT broker."""
 
 
-PASSING: Final = frozenset(
-    {
-        *("tpm_unreachable", "keystore_timeout", "tpm_reset", "tpm_lockout", "tpm_full", "tpm_altered"),
-        *("disk_full", "ledger_read_only", "ledger_busy", "ledger_moved"),
-    }
-)
-"""Reasons of troubles with the key store or the ledger that may be over at the next try."""
+class Scope(StrEnum):
+    """How much fails for the same reason."""
+
+    REQUEST = "request"
+    """This request, message or command alone."""
+    KEY = "key"
+    """One key: another key can be used."""
+    DEVICE = "device"
+    """The key store's device: it cannot be reached, so the key store serves nobody."""
+    STORE = "store"
+    """The key store, or the ledger, as a whole: it can be reached, and serves nobody."""
 
 
 class StationKeyError(Exception):
@@ -42,16 +45,28 @@ class StationKeyError(Exception):
         message: one sentence for a person, without secrets.
         reason: a stable, lower-case identifier for logs, metrics and the ledger, for example ``country_name_invalid``.
         hint: what to do about it, or an empty string where the message says it all.
+        transient: whether the same may succeed later with nothing changed by hand; None for what its class says.
+        scope: how much fails for the same reason; None for what its class says.
+
+    Declare a reason where it is raised, with its `transient` and `scope`. Control flow uses these, not the reason.
     """
 
     fault: Fault = Fault.OPERATOR
     exit_code: int = 1
+    transient: bool = False
+    scope: Scope = Scope.REQUEST
 
-    def __init__(self, message: str, *, reason: str, hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, reason: str, hint: str = "", transient: bool | None = None, scope: Scope | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason
         self.hint = hint
+        if transient is not None:
+            self.transient = transient
+        if scope is not None:
+            self.scope = scope
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -99,12 +114,14 @@ class LedgerError(StationKeyError):
     """The ledger cannot be read or written."""
 
     fault = Fault.STORAGE
+    scope = Scope.STORE
 
 
 class BrokerError(StationKeyError):
-    """The MQTT broker cannot be reached, or refuses."""
+    """The MQTT broker cannot be reached, or refuses. The daemon tries again for ever."""
 
     fault = Fault.BROKER
+    transient = True
 
 
 class NotVerified(StationKeyError):

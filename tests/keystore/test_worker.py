@@ -17,11 +17,11 @@ import pytest
 from peers import Swtpm
 
 from stationkey.contract.profiles import Algorithm
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
-from stationkey.keystore.worker import FAIR_SHARE, MAX_ABANDONED, KeyStoreThread, Task, Turn
+from stationkey.keystore.worker import FAIR_SHARE, MAX_ABANDONED, KeyStoreThread, Outcome, Task, Turn
 
 LONG = 30.0
 """Seconds that nothing here takes, unless it never happens."""
@@ -414,7 +414,7 @@ def test_the_time_that_jobs_had_the_store_is_counted_by_their_task_without_their
 
 def test_how_the_last_job_ended_is_remembered(thread: KeyStoreThread, clock: Clock) -> None:
     def fail(_: KeyStore) -> NoReturn:
-        raise KeyStoreError("gone", reason="tpm_unreachable")
+        raise KeyStoreError("gone", reason="tpm_unreachable", scope=Scope.DEVICE)
 
     assert thread.last is None
     failed = thread.submit(fail, timeout=DEADLINE)
@@ -422,7 +422,7 @@ def test_how_the_last_job_ended_is_remembered(thread: KeyStoreThread, clock: Clo
         failed.result(LONG)
     settled(thread)
     clock.now += 3
-    assert thread.last == (3.0, "tpm_unreachable")
+    assert thread.last == (3.0, Outcome("tpm_unreachable", Scope.DEVICE))
 
 
 def test_once_a_thread_that_was_given_up_has_ended_another_may_be(

@@ -19,15 +19,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from parts import V2G, Station, station
-from stationkey.errors import LedgerError
+from stationkey.errors import LedgerError, Scope
 from stationkey.keystore import KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
-from stationkey.keystore.worker import KeyStoreThread
+from stationkey.keystore.worker import KeyStoreThread, Outcome
 from stationkey.ledger import Figures
 from stationkey.observability import health as module
 from stationkey.observability.health import EXPIRIES, FRESH, PROBE_INTERVAL, Health
 from stationkey.observability.metrics import UNANSWERABLE, Exposition
-from stationkey.observability.status import IN_TROUBLE, UNREACHABLE, Condition
+from stationkey.observability.status import Condition
 from stationkey.system.counters import BUCKETS, MAX_SERIES, Counts, Durations
 from stationkey.system.systemd import ServiceManager
 
@@ -42,7 +42,7 @@ WELL = Condition(
     connections=1,
     changed=1_700_000_000.0,
     stuck=False,
-    last=(3.0, ""),
+    last=(3.0, Outcome()),
     ledger="",
     watchdog=True,
 )
@@ -79,15 +79,25 @@ class TestCondition:
         ("change", "words"),
         [
             pytest.param({}, "", id="well"),
-            pytest.param({"last": (3.0, "key_of_another_tpm")}, "", id="one key is another TPM's"),
-            pytest.param({"last": (3.0, "algorithm_unsupported_by_tpm")}, "", id="one algorithm is not there"),
+            pytest.param({"last": (3.0, Outcome("key_of_another_tpm", Scope.KEY))}, "", id="one key is another TPM's"),
+            pytest.param(
+                {"last": (3.0, Outcome("algorithm_unsupported_by_tpm", Scope.REQUEST))},
+                "",
+                id="one algorithm is not there",
+            ),
             pytest.param({"ready": False}, "", id="not started"),
             pytest.param({"last": None}, "", id="not asked yet"),
             pytest.param({"stopping": True}, "stopping", id="stopping"),
             pytest.param({"connected": False}, "no connection to mqtt://127.0.0.1:1883", id="no broker"),
             pytest.param({"stuck": True}, "the key store hangs", id="TPM hangs"),
-            pytest.param({"last": (0.1, "tpm_lockout")}, "cannot serve (tpm_lockout)", id="TPM locked"),
-            pytest.param({"last": (0.1, "tpm_unreachable")}, "cannot serve (tpm_unreachable)", id="TPM gone"),
+            pytest.param(
+                {"last": (0.1, Outcome("tpm_lockout", Scope.STORE))}, "cannot serve (tpm_lockout)", id="TPM locked"
+            ),
+            pytest.param(
+                {"last": (0.1, Outcome("tpm_unreachable", Scope.DEVICE))},
+                "cannot serve (tpm_unreachable)",
+                id="TPM gone",
+            ),
             pytest.param({"ledger": "disk_full"}, "the ledger fails (disk_full)", id="disk full"),
         ],
     )
@@ -104,8 +114,11 @@ class TestCondition:
         line = "connected to mqtt://127.0.0.1:1883, 3 keys active, next certificate expires 2027-01-15"
         assert WELL.sentence(THREE) == line
 
-    def test_what_is_unreachable_is_in_trouble(self) -> None:
-        assert UNREACHABLE < IN_TROUBLE
+    @pytest.mark.parametrize("scope", Scope)
+    def test_what_is_unreachable_is_in_trouble(self, scope: Scope) -> None:
+        condition = dataclasses.replace(WELL, last=(0.1, Outcome("tpm_error", scope)))
+        assert condition.reachable == (scope is not Scope.DEVICE)
+        assert bool(condition.troubles) == (scope in {Scope.DEVICE, Scope.STORE})
 
 
 class TestAsking:

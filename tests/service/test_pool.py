@@ -27,7 +27,7 @@ from parts import Clocks, key_id_in, request
 from stationkey.config.settings import DAY, PoolTerms, TpmTerms
 from stationkey.contract.messages import GenerateCsrResponse
 from stationkey.contract.profiles import RSA_3072, SECP256R1, SECP521R1, Algorithm, KeyType, RsaModulus
-from stationkey.errors import KeyStoreError, LedgerError
+from stationkey.errors import KeyStoreError, LedgerError, Scope
 from stationkey.keystore import KeyRef, KeyStore, Support, keystore_opener
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.worker import KeyStoreThread, Turn, on_keystore
@@ -48,8 +48,10 @@ BOUND: Final = 30.0
 IDLE: Final = 30.0
 """Seconds on the clock of the test, which stands still until it is moved."""
 TWO: Final = PoolTerms(ec=2, idle=0.0)
-UNREACHABLE: Final = KeyStoreError("the TPM cannot be reached", reason="tpm_unreachable")
-DISK_FULL: Final = LedgerError("the disk is full", reason="disk_full")
+UNREACHABLE: Final = KeyStoreError(
+    "the TPM cannot be reached", reason="tpm_unreachable", transient=True, scope=Scope.DEVICE
+)
+DISK_FULL: Final = LedgerError("the disk is full", reason="disk_full", transient=True)
 
 
 class Store(SoftwareKeyStore):
@@ -568,7 +570,7 @@ async def test_a_key_that_is_damaged_on_record_is_passed_over(
     "why",
     [
         *(
-            pytest.param(KeyStoreError("no", reason=reason), id=reason)
+            pytest.param(KeyStoreError("no", reason=reason, scope=Scope.KEY), id=reason)
             for reason in ("key_of_another_tpm", "key_damaged", "tpm_error")
         ),
     ],
@@ -603,7 +605,7 @@ async def test_whatever_is_tried_for_a_request_has_one_deadline(
     async with pooled(tmp_path) as here:
         await here.full()
         await here.stop_making()
-        here.store.unusable = {key: KeyStoreError("no", reason="key_damaged") for key in here.ahead()}
+        here.store.unusable = {key: KeyStoreError("no", reason="key_damaged", scope=Scope.KEY) for key in here.ahead()}
         monkeypatch.setattr("stationkey.service.requests.on_keystore", noted)
         await here.key()
     assert len(timeouts) == 3
@@ -640,15 +642,17 @@ async def test_a_key_whose_answer_could_not_be_recorded_is_ready_again_in_its_pl
         assert [await here.key() for _ in range(3)] == ahead
 
 
-@pytest.mark.parametrize("reason", ["tpm_unreachable", "tpm_auth"])
-async def test_a_key_that_the_tpm_did_not_sign_with_is_ready_again(tmp_path: Path, clocks: Clocks, reason: str) -> None:
+@pytest.mark.parametrize("scope", [Scope.REQUEST, Scope.DEVICE, Scope.STORE])
+async def test_a_key_that_the_tpm_did_not_sign_with_is_ready_again(
+    tmp_path: Path, clocks: Clocks, scope: Scope
+) -> None:
     store = Store(clocks)
     store.pace = 1.0
     async with pooled(tmp_path, store=store, clocks=clocks) as here:
         await here.full()
         await here.stop_making()
         first, _ = here.ahead()
-        here.store.unusable[first] = KeyStoreError("not now", reason=reason)
+        here.store.unusable[first] = KeyStoreError("not now", reason="tpm_unreachable", scope=scope)
         assert (await here.answer()).data.status == "rejected"
         here.store.unusable.clear()
         assert await here.key() == first

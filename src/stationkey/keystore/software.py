@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore import KeyRef, Support
 from stationkey.x509.csr import PrivateKey, PublicKey
 
@@ -68,10 +68,13 @@ def _load(key: KeyRef) -> PrivateKey:
         raise KeyStoreError(
             f"key {key.key_id} was made by a {key.scheme}: key store, and this one is software:",
             reason="key_of_another_store",
+            scope=Scope.KEY,
         )
     try:
         private_key = serialization.load_der_private_key(key.private, password=None)
     except (ValueError, TypeError, CryptographyUnsupported):
-        raise KeyStoreError(f"the private part of key {key.key_id} is no PKCS#8", reason="key_damaged") from None
+        raise KeyStoreError(
+            f"the private part of key {key.key_id} is no PKCS#8", reason="key_damaged", scope=Scope.KEY
+        ) from None
     assert isinstance(private_key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)  # this store makes no other
     return private_key

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any, Final, TypeVar
 
-from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.errors import KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import Abandonable, KeyStore
 from stationkey.system.counters import OTHER, Durations
 
@@ -88,16 +88,26 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """How the last job ended.
+class Outcome:
+    """How a job ended.
 
     Attributes:
-        at: on the clock of the thread, in seconds.
         reason: of its error; empty where there was none.
+        scope: of its error; None where there was none.
     """
 
-    at: float
-    reason: str
+    reason: str = ""
+    scope: Scope | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> Outcome:
+        """The outcome of a job that failed with `error`."""
+        if isinstance(error, StationKeyError):
+            return cls(error.reason, error.scope)
+        return cls("internal_error", Scope.REQUEST)
+
+
+SUCCESS: Final = Outcome()
 
 
 class _Jobs:
@@ -117,7 +127,7 @@ class _Jobs:
         self._wanted = 0  # jobs that somebody waits for, in hand or not yet
         self._last_done = clock()
         self._durations: dict[str, Durations] = {}
-        self.last: End | None = None
+        self.last: tuple[float, Outcome] | None = None  # when it ended, on the clock, and how
 
     def put(self, job: _Job) -> None:
         with self._lock:
@@ -146,12 +156,12 @@ class _Jobs:
                 self._wanted -= 1
                 self._last_done = self._clock()
 
-    def note(self, job: _Job, begun: float, reason: str) -> None:
+    def note(self, job: _Job, begun: float, outcome: Outcome) -> None:
         """Count how long a job had the store, and remember how it ended."""
         now = self._clock()
         with self._lock:
             self._durations.setdefault(job.task, Durations()).add(now - begun)
-            self.last = End(now, reason)
+            self.last = (now, outcome)
 
     @property
     def idle(self) -> float:
@@ -228,18 +238,18 @@ class _Worker(threading.Thread):
                 continue
             self._stuck_from = begun + job.timeout
             self._expires = job.expires
-            reason = ""
+            outcome = SUCCESS
             try:
                 result = job.run(self._open())
             except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
-                reason = error.reason if isinstance(error, StationKeyError) else "internal_error"
+                outcome = Outcome.of(error)
                 # Given up, its words may only tell how the one that took over cleared its key away.
                 job.future.set_exception(overdue() if self._abandoned else error)
             else:
                 job.future.set_result(result)
             self._tidy()
             if not self._abandoned:
-                self._jobs.note(job, begun, reason)
+                self._jobs.note(job, begun, outcome)
             self._jobs.done(job)
             with self._turn:
                 self._expires = self._stuck_from = None
@@ -273,6 +283,8 @@ def overdue() -> KeyStoreError:
         "the key store did not answer in time",
         reason="keystore_timeout",
         hint="it is busy with other requests, or the TPM is hung and needs a reset; nothing was kept of this one",
+        transient=True,
+        scope=Scope.DEVICE,
     )
 
 
@@ -375,13 +387,15 @@ class KeyStoreThread:
         return self._jobs.durations()
 
     @property
-    def last(self) -> tuple[float, str] | None:
-        """How many seconds ago the last job ended, and the reason of its error or an empty text; None before the first.
+    def last(self) -> tuple[float, Outcome] | None:
+        """How many seconds ago the last job ended, and how; None before the first.
 
         Whoever asked may have given up on it before.
         """
-        end = self._jobs.last
-        return None if end is None else (self._clock() - end.at, end.reason)
+        if self._jobs.last is None:
+            return None
+        at, outcome = self._jobs.last
+        return self._clock() - at, outcome
 
     def close(self, timeout: float = 1.0) -> bool:
         """End the thread after the jobs queued so far, and close the store.

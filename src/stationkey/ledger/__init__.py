@@ -25,7 +25,7 @@ import msgspec
 from stationkey.config.settings import Bounds
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.contract.profiles import EllipticCurve, KeyType, RsaModulus
-from stationkey.errors import LedgerError, StationKeyError
+from stationkey.errors import LedgerError, Scope, StationKeyError
 from stationkey.ledger.lifecycle import CSR_ANSWERED, INITIAL, MADE_AHEAD, IllegalTransition, KeyEvent, KeyState, step
 from stationkey.ledger.migrations import MIGRATIONS, SCHEMA_VERSION
 
@@ -360,6 +360,7 @@ class Ledger:
             f"the ledger {self.path} was moved, removed or exchanged while it was in use",
             reason="ledger_moved",
             hint="put it back where it was, or stop the daemon before another takes its place",
+            transient=True,
         )
 
     # Answers.
@@ -466,7 +467,7 @@ class Ledger:
             cursor = self._connection.execute(_NEW_KEY, {**owner, **_made(key, now)})
             if cursor.rowcount:
                 return self._keep_secret(cursor, key)
-        raise LedgerError(f"key {key.key_id} has an owner already, or is gone", reason="key_taken")
+        raise LedgerError(f"key {key.key_id} has an owner already, or is gone", reason="key_taken", scope=Scope.KEY)
 
     def _keep_secret(self, inserted: sqlite3.Cursor, key: KeyRef) -> int:
         """Write down the private part of a key whose row was just inserted; the key's number."""
@@ -642,6 +643,7 @@ class Ledger:
                 f"{len(found)} keys begin with {beginning}" if found else f"there is no key {beginning}",
                 reason="key_not_found",
                 hint="stationkey keys list shows them all",
+                scope=Scope.KEY,
             )
         return found[0]
 
@@ -895,6 +897,7 @@ class Ledger:
                 f"{limit} keys are active, each for another certificate type or EVSE, and more are not allowed",
                 reason="too_many_active",
                 hint="retire those that are not needed, or see [lifecycle] active_limit",
+                scope=Scope.REQUEST,
             )
 
     def _apply(
@@ -911,7 +914,7 @@ class Ledger:
             "SELECT number, state, certificate_type FROM key WHERE key_id = ?", (key_id,)
         ).fetchone()
         if row is None:
-            raise LedgerError(f"there is no key {key_id} on record", reason="key_not_found")
+            raise LedgerError(f"there is no key {key_id} on record", reason="key_not_found", scope=Scope.KEY)
         number, before, certificate_type = row
         state = step(_state(before), event)
         if not certificate_type and event in {KeyEvent.INSTALLED, KeyEvent.INSTALLATION_FAILED}:
@@ -1127,9 +1130,15 @@ class Ledger:
                 f"the ledger {self.path} cannot be {act}: {error.strerror}", reason="ledger_unusable"
             ) from None
         except sqlite3.Error as error:
-            reason, hint = _REASONS.get(getattr(error, "sqlite_errorname", ""), ("ledger_error", ""))
+            name = getattr(error, "sqlite_errorname", "")
+            reason, hint, transient = _REASONS.get(name, ("ledger_error", "", False))
             self.trouble = reason
-            raise LedgerError(f"the ledger {self.path} cannot be {act}: {error}", reason=reason, hint=hint) from None
+            raise LedgerError(
+                f"the ledger {self.path} cannot be {act}: {error}",
+                reason=reason,
+                hint=hint,
+                transient=transient,
+            ) from None
 
 
 def _made(key: KeyRef, now: int) -> dict[str, object]:
@@ -1218,11 +1227,12 @@ _DAMAGED: Final = (
     "nothing was overwritten; restore a backup of the state directory, or move the file away to begin anew",
 )
 _REASONS: Final = {
-    "SQLITE_FULL": ("disk_full", "make room; requests are served again as soon as there is some"),
-    "SQLITE_IOERR_SHMSIZE": ("disk_full", "make room; requests are served again as soon as there is some"),
-    "SQLITE_BUSY": ("ledger_busy", "does a stationkey keys command hold it?"),
-    "SQLITE_READONLY": ("ledger_read_only", "the state directory must be writable"),
-    "SQLITE_CANTOPEN": ("ledger_unusable", "does the state directory exist, and may this user write there?"),
-    "SQLITE_NOTADB": _DAMAGED,
-    "SQLITE_CORRUPT": _DAMAGED,
+    "SQLITE_FULL": ("disk_full", "make room; requests are served again as soon as there is some", True),
+    "SQLITE_IOERR_SHMSIZE": ("disk_full", "make room; requests are served again as soon as there is some", True),
+    "SQLITE_BUSY": ("ledger_busy", "does a stationkey keys command hold it?", True),
+    "SQLITE_READONLY": ("ledger_read_only", "the state directory must be writable", True),
+    "SQLITE_CANTOPEN": ("ledger_unusable", "does the state directory exist, and may this user write there?", False),
+    "SQLITE_NOTADB": (*_DAMAGED, False),
+    "SQLITE_CORRUPT": (*_DAMAGED, False),
 }
+"""Reason, hint and whether it is transient, by SQLite's name of the error."""

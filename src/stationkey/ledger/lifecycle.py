@@ -11,7 +11,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from stationkey.errors import StationKeyError
+from stationkey.errors import Scope, StationKeyError
 
 
 class KeyState(StrEnum):
@@ -83,6 +83,8 @@ CSR_ANSWERED: Final = "CSR answered"
 
 class IllegalTransition(StationKeyError):
     """An event that cannot happen to a key in its state. Nothing was changed."""
+
+    scope = Scope.KEY
 
 
 def step(state: KeyState, event: KeyEvent) -> KeyState:

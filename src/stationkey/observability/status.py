@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
 
 from stationkey import __version__
+from stationkey.errors import Scope
+from stationkey.keystore.worker import Outcome
 from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState
-
-UNREACHABLE: Final = frozenset({"tpm_unreachable", "tcti_invalid", "keystore_timeout"})
-"""Reasons for which there is no key store to speak with."""
-IN_TROUBLE: Final = UNREACHABLE | {"tpm_reset", "tpm_lockout", "tpm_full", "tpm_auth", "srk_unfit"}
-"""Reasons for which a key store serves nobody. All others are about one key or one request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +25,7 @@ class Condition:
         connections: how often it has stood in this run.
         changed: since when it stands, or does not; Unix time in seconds.
         stuck: a call to the key store hangs; see `stationkey.observability.health`.
-        last: how many seconds ago the key store did something last, and the reason why it failed, or an empty text.
+        last: how many seconds ago the key store did something last, and how that ended.
         ledger: reason of the ledger's last failure, or ``no_answer``; an empty text where there is nothing wrong.
         watchdog: whether systemd waits for signs of life.
     """
@@ -41,14 +37,14 @@ class Condition:
     connections: int
     changed: float
     stuck: bool
-    last: tuple[float, str] | None
+    last: tuple[float, Outcome] | None
     ledger: str
     watchdog: bool
 
     @property
     def reachable(self) -> bool:
         """Whether there is a key store to speak with."""
-        return not self.stuck and (self.last is None or self.last[1] not in UNREACHABLE)
+        return not self.stuck and (self.last is None or self.last[1].scope is not Scope.DEVICE)
 
     @property
     def troubles(self) -> list[str]:
@@ -56,8 +52,8 @@ class Condition:
         troubles = []
         if self.stuck:
             troubles.append("the key store hangs")
-        elif self.last is not None and self.last[1] in IN_TROUBLE:
-            troubles.append(f"the key store cannot serve ({self.last[1]})")
+        elif self.last is not None and self.last[1].scope in {Scope.DEVICE, Scope.STORE}:
+            troubles.append(f"the key store cannot serve ({self.last[1].reason})")
         if self.ledger:
             troubles.append(f"the ledger fails ({self.ledger})")
         return troubles
@@ -70,7 +66,7 @@ class Condition:
 
     def report(self) -> bytes:
         """The same as JSON."""
-        ago, reason = self.last or (None, None)
+        ago, outcome = self.last or (None, None)
         report = {
             "status": "ok" if self.healthy else "trouble",
             "version": __version__,
@@ -85,7 +81,7 @@ class Condition:
             "keystore": {
                 "reachable": self.reachable,
                 "stuck": self.stuck,
-                "last_result": "ok" if reason == "" else reason,
+                "last_result": None if outcome is None else outcome.reason or "ok",
                 "last_result_seconds_ago": None if ago is None else round(ago, 1),
             },
             "ledger": {"writable": not self.ledger, "trouble": self.ledger or None},

@@ -31,7 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from stationkey.contract.active_names import DIRECTORY_NAME, owner_of
 from stationkey.contract.profiles import CertificateType
-from stationkey.errors import PASSING, ConfigurationError, Fault, KeyStoreError, StationKeyError
+from stationkey.errors import ConfigurationError, Fault, KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import KeyStore, Protecting
 from stationkey.keystore.tpm2 import keyfile
 from stationkey.system.cli_files import MAX_FILE
@@ -92,9 +92,11 @@ class TlsCheckFailed(StationKeyError):
     """The check found what would keep a service from using the key. `exit_code` says where the fault lies."""
 
     def __init__(self, message: str, *, reason: str, exit_code: int, hint: str = "") -> None:
-        super().__init__(message, reason=reason, hint=hint)
+        of_device = exit_code == EXIT_TPM
+        scope = Scope.DEVICE if of_device else Scope.REQUEST
+        super().__init__(message, reason=reason, hint=hint, transient=of_device, scope=scope)
         self.exit_code = exit_code
-        self.fault = Fault.DEVICE if exit_code == EXIT_TPM else Fault.OPERATOR
+        self.fault = Fault.DEVICE if of_device else Fault.OPERATOR
 
 
 def openssl_configuration(*, tcti: str) -> str:
@@ -296,7 +298,7 @@ def password_of(file: KeyFile, open_store: Callable[[], KeyStore]) -> bytes:
     try:
         return store.auth_value(key.der()) if isinstance(store, Protecting) else b""
     except KeyStoreError as error:
-        code = EXIT_TPM if error.reason in PASSING else EXIT_KEY
+        code = EXIT_TPM if error.transient else EXIT_KEY
         raise TlsCheckFailed(
             f"{file.name}: {error.message}", reason=error.reason, exit_code=code, hint=error.hint
         ) from None

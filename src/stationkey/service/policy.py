@@ -142,6 +142,7 @@ class Policy:
                 f"{self._rsa_places} requests for RSA keys of {certificate_type} are in hand already",
                 reason="rsa_places_taken",
                 hint="ask again later; the places are a quarter of [policy] queue",
+                transient=True,
             )
         self._rsa_in_hand[certificate_type] += 1
         try:
@@ -160,6 +161,7 @@ class Policy:
             f" and the {self._terms.burst} that may come at once are used up",
             reason="rate_limited",
             hint="ask again later; see [policy] requests_per_minute and burst",
+            transient=True,
         )
 
 

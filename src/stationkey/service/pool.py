@@ -25,7 +25,7 @@ from typing import Final
 
 from stationkey.config.settings import PoolTerms
 from stationkey.contract.profiles import Algorithm, KeyType, RsaModulus
-from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.errors import KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import Ledger
@@ -48,15 +48,11 @@ RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 300.0
 """Seconds between tries while the key store or the disk is in trouble; doubled in between."""
 
-USELESS: Final = frozenset(
-    {
-        *("key_of_another_tpm", "key_of_another_store", "key_damaged", "key_type_wrong", "tpm_error"),
-        *("key_auth_wrong", "key_protection_differs", "parent_missing", "pcr_changed"),
-    }
-)
-"""Reasons for which a key made ahead is given up: the key store at hand cannot use it, and will not at the next try."""
-GONE: Final = frozenset({"key_not_found", "illegal_transition"})
-"""What the ledger says of a key that somebody else has ended."""
+
+class _OtherKind(KeyStoreError):
+    """The key store made a key of another kind than it said: it is another TPM, to be asked anew what it can make."""
+
+    scope = Scope.KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +131,7 @@ class KeyPool:
                 Ledger.apply, ahead.key.key_id, KeyEvent.EXPIRED, reason=error.message, now=int(self._clock() * 1000)
             )
         except StationKeyError as failure:
-            if failure.reason not in GONE:
+            if failure.scope is not Scope.KEY:  # else somebody has ended it already
                 raise
 
     def ready(self) -> dict[KeyType, int]:
@@ -162,7 +158,7 @@ class KeyPool:
                 delay = RETRY_FIRST
             except StationKeyError as error:
                 log.warning("no keys are made ahead for now: %s", error, extra={"reason": error.reason})
-                begun = begun and error.reason != "key_type_wrong"  # another TPM: what it can make is to be asked anew
+                begun = begun and not isinstance(error, _OtherKind)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_LAST)
                 continue
@@ -201,7 +197,7 @@ class KeyPool:
                 task=Task.LOAD,
             )
         except KeyStoreError as error:
-            if error.reason not in USELESS:
+            if error.scope is not Scope.KEY:
                 raise
             await self.discard(ahead, error)
             return False
@@ -246,7 +242,7 @@ class KeyPool:
             return False
         key, seconds = made
         if key.key_type != kind:
-            raise KeyStoreError(f"a {kind} key was to be made, and it is {key.key_type}", reason="key_type_wrong")
+            raise _OtherKind(f"a {kind} key was to be made, and it is {key.key_type}", reason="key_type_wrong")
         due = self._running() + self._terms.age
         await self._ledger(Ledger.make_ahead, key, now=int(self._clock() * 1000), due=due, seconds=seconds)
         self.add(Ahead(key, due))

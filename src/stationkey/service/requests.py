@@ -20,13 +20,13 @@ from stationkey.config.settings import PolicyTerms, PoolTerms, Terms
 from stationkey.contract import messages
 from stationkey.contract.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
-from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, StationKeyError
+from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import MAX_REJECTIONS, Answered, Figures, Ledger, content_digest
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.policy import Policy, is_rsa
-from stationkey.service.pool import USELESS, KeyPool
+from stationkey.service.pool import KeyPool
 from stationkey.service.rate_limit import TokenBucket
 from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
@@ -294,6 +294,7 @@ class StationKeyService:
                 "the id was answered before, and its key is gone since",
                 reason="key_destroyed",
                 hint="ask with a new id",
+                scope=Scope.KEY,
             )
         check_recorded(answered.csr)
         self.counts["repeated"] += 1
@@ -316,13 +317,17 @@ class StationKeyService:
         while (ahead := self.pool.take(request.algorithm)) is not None:
             try:
                 return await self._sign_and_record(request, ahead.key, until)
-            except StationKeyError as error:
-                if error.reason in USELESS:
-                    await self.pool.discard(ahead, error)
-                elif error.reason != "key_taken":  # an operator destroyed it
-                    if error.reason != "signature_invalid":  # destroyed with its answer
-                        self.pool.add(ahead)
+            except LedgerError as error:
+                if error.scope is not Scope.KEY:  # else an operator destroyed it
+                    self.pool.add(ahead)
                     raise
+            except StationKeyError as error:
+                if error.scope is Scope.KEY:
+                    await self.pool.discard(ahead, error)
+                    continue
+                if error.reason != "signature_invalid":  # destroyed with its answer
+                    self.pool.add(ahead)
+                raise
             except Exception:  # a fault of ours: another request must not come upon the same key
                 await self.pool.discard(ahead, StationKeyError("a fault of ours", reason="internal_error"))
                 raise

@@ -21,7 +21,7 @@ from typing import Final
 from stationkey.config.settings import Terms
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
-from stationkey.errors import PASSING, KeyStoreError, LedgerError, StationKeyError
+from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import KeyRecord, Ledger
@@ -149,7 +149,7 @@ class KeyCustody:
                         await self._note(status, about)
                     return
                 except (KeyStoreError, LedgerError) as error:
-                    if error.reason not in PASSING:
+                    if not error.transient:
                         raise
                     self._trouble = error
                     log.warning("%s; trying again in %g s", error, delay, extra={**about, "reason": error.reason})
@@ -262,7 +262,7 @@ class KeyCustody:
     async def _key_ref(self, key_id: str) -> KeyRef:
         reference = await self._ledger(Ledger.key_ref, key_id)
         if reference is None:
-            raise LedgerError(f"key {key_id} has no private part any more", reason="key_destroyed")
+            raise LedgerError(f"key {key_id} has no private part any more", reason="key_destroyed", scope=Scope.KEY)
         return reference
 
     # Destruction, expiry, start.
@@ -363,7 +363,7 @@ class KeyCustody:
         try:
             await on_keystore(self._keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD)
         except KeyStoreError as error:
-            if error.reason in PASSING:
+            if error.transient:
                 return False
             self._counts["key_unusable"] += 1
             self._tally.unusable += 1
@@ -393,6 +393,7 @@ def _crowd() -> StationKeyError:
         f"{MAX_WAITING} statuses wait already, and each takes long",
         reason="statuses_crowded",
         hint="who sends so many, and what is in [josev] certificate_dir?",
+        transient=True,
     )
 
 

@@ -28,7 +28,7 @@ from stationkey.contract.profiles import (
     KeyUsage,
     RsaModulus,
 )
-from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.errors import KeyStoreError, Scope, StationKeyError
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 """Any private-key object of cryptography's interface; the key itself may be in a TPM."""
@@ -89,6 +89,7 @@ def sign_csr(
         raise StationKeyError(
             f"{algorithm.algorithm} needs a key of type {' or '.join(map(str, algorithm.key_types))}, not {kind}",
             reason="key_type_wrong",
+            scope=Scope.KEY,
         )
     builder = _begun(profile).subject_name(subject(request, profile))
     if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SAN_URI:
@@ -196,7 +197,9 @@ def key_type(public_key: object) -> KeyType:
         return EllipticCurve(public_key.curve.name)
     if isinstance(public_key, rsa.RSAPublicKey):
         return RsaModulus(public_key.key_size)
-    raise StationKeyError(f"a key of kind {type(public_key).__name__} is of no use here", reason="key_type_wrong")
+    raise StationKeyError(
+        f"a key of kind {type(public_key).__name__} is of no use here", reason="key_type_wrong", scope=Scope.KEY
+    )
 
 
 @dataclass(frozen=True, slots=True)

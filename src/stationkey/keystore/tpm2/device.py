@@ -34,7 +34,7 @@ from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_ECC, TPM2_SU, TPMA_OBJE
 from tpm2_pytss.types import TPM2B_PUBLIC
 
 from stationkey.config.settings import TpmTerms
-from stationkey.errors import ConfigurationError, KeyStoreError
+from stationkey.errors import ConfigurationError, KeyStoreError, Scope
 from stationkey.keystore.tpm2 import capabilities, errors, templates
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.pcr import Registers
@@ -130,7 +130,12 @@ class Device:
 
     def _refuse_if_abandoned(self) -> None:
         if self._abandoned:
-            raise KeyStoreError(f"the TPM at {self._tcti} answered too late", reason="keystore_timeout")
+            raise KeyStoreError(
+                f"the TPM at {self._tcti} answered too late",
+                reason="keystore_timeout",
+                transient=True,
+                scope=Scope.DEVICE,
+            )
 
     def _mend(self, error: TSS2_Exception) -> bool:
         """Put the device in order after `error`; True where the command is worth another try."""
@@ -166,6 +171,7 @@ class Device:
                 reason="tcti_invalid",
                 hint="it is NAME:CONFIGURATION, and the library of that name must be installed; "
                 "for example device:/dev/tpmrm0",
+                scope=Scope.DEVICE,
             )
         if rc.code(error) == rc.RESPONSE_ALTERED:
             self.close()  # the two ends of the session have lost each other
@@ -176,6 +182,8 @@ class Device:
                 f"the TPM at {self._tcti} cannot be reached ({code})",
                 reason="tpm_unreachable",
                 hint="is it there, and may this user open it? Each request tries again",
+                transient=True,
+                scope=Scope.DEVICE,
             )
         return errors.of_code(error)
 
@@ -204,7 +212,10 @@ class Device:
             return  # tpm2-tss will say so
         if not stat.S_ISCHR(mode):
             raise KeyStoreError(
-                f"{path} is no device", reason="tcti_invalid", hint="a TPM is a character device, such as /dev/tpmrm0"
+                f"{path} is no device",
+                reason="tcti_invalid",
+                hint="a TPM is a character device, such as /dev/tpmrm0",
+                scope=Scope.DEVICE,
             )
 
     def _prepare(self, esapi: ESAPI) -> Any:
@@ -248,6 +259,7 @@ class Device:
                 f"the TPM holds {wrong} at {handle:#x}, where an ECC P-256 storage root key should be",
                 reason="srk_unfit",
                 hint=f"if nothing else needs it, remove it with: tpm2_evictcontrol -C o -c {handle:#x}",
+                scope=Scope.STORE,
             )
         if not attributes & TPMA_OBJECT.NODA:
             # tpm2_createprimary makes it so by default; keys may hang on it, so it is used, and said.
@@ -368,6 +380,7 @@ class Device:
                     f"the key hangs on the storage key at {handle:#x}, and the TPM has none there",
                     reason="parent_missing",
                     hint="was the TPM cleared, or that key removed? Then ask for a new certificate",
+                    scope=Scope.KEY,
                 )
             assert self._esapi is not None
             self._parents[handle] = self._esapi.tr_from_tpmpublic(handle)

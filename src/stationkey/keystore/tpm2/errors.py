@@ -2,39 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 from stationkey.config.settings import TpmTerms
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.tpm2 import return_codes as rc
 
-_WORDS: Final = {
-    rc.LOCKOUT: (
-        "tpm_lockout",
-        "the TPM is in lockout",
-        "it ends by itself after the TPM's lockout interval, or with tpm2_dictionarylockout --clear-lockout",
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refusal:
+    """What a return code means; the fields of `KeyStoreError`."""
+
+    reason: str
+    words: str
+    hint: str = ""
+    transient: bool = False
+    scope: Scope
+
+
+_RESET: Final = _Refusal(
+    reason="tpm_reset",
+    words="the TPM was reset while it was in use",
+    hint="ask again",
+    transient=True,
+    scope=Scope.STORE,
+)
+_NO_SESSION: Final = _Refusal(
+    reason="tpm_full",
+    words="the TPM has no room for another session",
+    hint="other programs hold them all",
+    transient=True,
+    scope=Scope.STORE,
+)
+_REFUSALS: Final = {
+    rc.LOCKOUT: _Refusal(
+        reason="tpm_lockout",
+        words="the TPM is in lockout",
+        hint="it ends by itself after the TPM's lockout interval, or with tpm2_dictionarylockout --clear-lockout",
+        transient=True,
+        scope=Scope.STORE,
     ),
-    **dict.fromkeys(
-        (rc.INITIALIZE, rc.REFERENCE_H0, rc.REFERENCE_S0),
-        ("tpm_reset", "the TPM was reset while it was in use", "ask again"),
+    rc.INITIALIZE: _RESET,
+    rc.REFERENCE_H0: _RESET,
+    rc.REFERENCE_S0: _RESET,
+    rc.OBJECT_MEMORY: _Refusal(
+        reason="tpm_full",
+        words="the TPM has no free slot",
+        hint="another program holds keys loaded",
+        transient=True,
+        scope=Scope.STORE,
     ),
-    rc.OBJECT_MEMORY: ("tpm_full", "the TPM has no free slot", "another program holds keys loaded"),
-    **dict.fromkeys(
-        rc.SESSIONS_FULL, ("tpm_full", "the TPM has no room for another session", "other programs hold them all")
-    ),
-    rc.INTEGRITY: (
-        "key_of_another_tpm",
-        "the key was made by another TPM, or before this one was cleared, or its blob is damaged",
-        "it cannot be used again; ask for a new certificate",
+    rc.SESSION_MEMORY: _NO_SESSION,
+    rc.SESSION_HANDLES: _NO_SESSION,
+    rc.INTEGRITY: _Refusal(
+        reason="key_of_another_tpm",
+        words="the key was made by another TPM, or before this one was cleared, or its blob is damaged",
+        hint="it cannot be used again; ask for a new certificate",
+        scope=Scope.KEY,
     ),
 }
-"""Reason, words and hint for a return code."""
 
 
 def of_code(error: Any) -> KeyStoreError:
     """By the return code of a ``TSS2_Exception``."""
-    reason, words, hint = _WORDS.get(rc.code(error), ("tpm_error", f"the TPM refused: {error}", ""))
-    return KeyStoreError(f"{words} ({error.rc:#x})", reason=reason, hint=hint)
+    refusal = _REFUSALS.get(rc.code(error)) or _Refusal(
+        reason="tpm_error", words=f"the TPM refused: {error}", scope=Scope.KEY
+    )
+    return KeyStoreError(
+        f"{refusal.words} ({error.rc:#x})",
+        reason=refusal.reason,
+        hint=refusal.hint,
+        transient=refusal.transient,
+        scope=refusal.scope,
+    )
 
 
 def auth_refused(whose: str, option: str, configured: object, code: str) -> KeyStoreError:
@@ -45,7 +86,7 @@ def auth_refused(whose: str, option: str, configured: object, code: str) -> KeyS
     else:
         words = f"the authorisation value of {whose} is another than [tpm] {option} says ({code})"
         hint = f"put the right value where {option} points to"
-    return KeyStoreError(words, reason="tpm_auth", hint=hint)
+    return KeyStoreError(words, reason="tpm_auth", hint=hint, scope=Scope.STORE)
 
 
 def parent_refused(handle: int, terms: TpmTerms, code: str) -> KeyStoreError:
@@ -56,6 +97,7 @@ def parent_refused(handle: int, terms: TpmTerms, code: str) -> KeyStoreError:
         f"the storage key at {handle:#x}, which the key hangs on, has an authorisation value ({code})",
         reason="tpm_auth",
         hint=f"[tpm] srk_auth is for the one at {terms.srk_handle:#x} only",
+        scope=Scope.STORE,
     )
 
 
@@ -65,6 +107,7 @@ def altered(code: str) -> KeyStoreError:
         f"what goes to the TPM or comes from it was altered on its way ({code})",
         reason="tpm_altered",
         hint="is the bus disturbed, or is there something between this machine and the TPM? Each request tries again",
+        transient=True,
     )
 
 
@@ -74,9 +117,10 @@ def pcr_changed(registers: object, code: str) -> KeyStoreError:
         f"the key is bound to {registers}, whose values are not those that it was made with ({code})",
         reason="pcr_changed",
         hint="it works again with the firmware and settings of then; otherwise ask for a new certificate",
+        scope=Scope.KEY,
     )
 
 
 def key_auth_wrong(words: str, *, hint: str) -> KeyStoreError:
     """The authorisation value of a key is not there, or another."""
-    return KeyStoreError(words, reason="key_auth_wrong", hint=hint)
+    return KeyStoreError(words, reason="key_auth_wrong", hint=hint, scope=Scope.KEY)

@@ -33,7 +33,7 @@ from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS, TPM
 
 from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import ALGORITHMS, Algorithm, EllipticCurve, KeyType
-from stationkey.errors import KeyStoreError, UnsupportedAlgorithm
+from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
 from stationkey.keystore import KeyRef, Support
 from stationkey.keystore.tpm2 import capabilities, errors, templates
 from stationkey.keystore.tpm2 import return_codes as rc
@@ -120,7 +120,7 @@ class Tpm2KeyStore(Device):
             file = KeyFile.read(private)
             policy = PcrPolicy.read(file.policy)
         except ValueError:
-            raise KeyStoreError("the key cannot be read", reason="key_damaged") from None
+            raise KeyStoreError("the key cannot be read", reason="key_damaged", scope=Scope.KEY) from None
         if file.empty_auth:
             return b""
         if self._terms.key_auth == "generated":
@@ -419,7 +419,9 @@ class Tpm2KeyStore(Device):
         wanted = (self._terms.srk_handle, self._terms.key_auth is None, self._registers)
         if (file.parent, file.empty_auth, registers) != wanted:
             raise KeyStoreError(
-                "the key was made with another protection than [tpm] asks for now", reason="key_protection_differs"
+                "the key was made with another protection than [tpm] asks for now",
+                reason="key_protection_differs",
+                scope=Scope.KEY,
             )
 
     def _make_room(self) -> None:
@@ -444,6 +446,7 @@ def _own(key: KeyRef) -> None:
         raise KeyStoreError(
             f"key {key.key_id} was made by a {key.scheme}: key store, and this one is {_SCHEME}:",
             reason="key_of_another_store",
+            scope=Scope.KEY,
         )
 
 
@@ -462,4 +465,5 @@ def _damaged(key: KeyRef) -> KeyStoreError:
         f"what is on record of key {key.key_id} cannot be read",
         reason="key_damaged",
         hint="restore a backup of the state directory, or ask for a new certificate",
+        scope=Scope.KEY,
     )

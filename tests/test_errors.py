@@ -1,0 +1,147 @@
+"""Each reason has one declaration of what control flow asks: whether it is transient, and how much it concerns."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Final
+
+import pytest
+
+import stationkey
+from stationkey import errors
+from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
+from stationkey.keystore.tpm2.errors import of_code
+from stationkey.openssl.check import EXIT_TPM, TlsCheckFailed
+
+SOURCE: Final = Path(stationkey.__file__).parent
+REASONS: Final = re.findall(
+    r"^\| `(\w+)` \|", (Path(__file__).parent.parent / "docs/reasons.md").read_text(), re.MULTILINE
+)
+
+DEFAULT: Final = (False, Scope.REQUEST)
+NATURES: Final[dict[str, tuple[bool, Scope]]] = {
+    # The key store's device.
+    **dict.fromkeys(["tpm_unreachable", "keystore_timeout"], (True, Scope.DEVICE)),
+    "tcti_invalid": (False, Scope.DEVICE),
+    **dict.fromkeys(["tpm_reset", "tpm_lockout", "tpm_full"], (True, Scope.STORE)),
+    **dict.fromkeys(["tpm_auth", "srk_unfit"], (False, Scope.STORE)),
+    "tpm_altered": (True, Scope.REQUEST),
+    # A key.
+    **dict.fromkeys(
+        [
+            *("key_of_another_tpm", "key_of_another_store", "key_damaged", "key_type_wrong", "tpm_error"),
+            *("key_auth_wrong", "key_protection_differs", "parent_missing", "pcr_changed"),
+            *("key_taken", "key_not_found", "key_destroyed", "illegal_transition"),
+        ],
+        (False, Scope.KEY),
+    ),
+    # The ledger.
+    **dict.fromkeys(["disk_full", "ledger_read_only", "ledger_busy", "ledger_moved"], (True, Scope.STORE)),
+    **dict.fromkeys(
+        [
+            *("ledger_unusable", "ledger_missing", "ledger_damaged", "ledger_newer", "ledger_older", "ledger_error"),
+            *("active_unwritable", "state_file_foreign", "state_dir_in_use"),
+        ],
+        (False, Scope.STORE),
+    ),
+    # A request that may be served later, and the broker, which is tried for ever.
+    **dict.fromkeys(["rate_limited", "rsa_places_taken", "statuses_crowded"], (True, Scope.REQUEST)),
+    **dict.fromkeys(
+        [
+            *("broker_unreachable", "broker_refuses", "broker_untrusted", "broker_tls_failed"),
+            *("connection_lost", "subscription_refused", "publication_refused"),
+        ],
+        (True, Scope.REQUEST),
+    ),
+}
+"""Transient and scope of each reason of docs/reasons.md that has not the `DEFAULT`."""
+TWO_NATURES: Final = {"tls_tpm_failed"}
+"""The broker is tried again; of a check, its exit status says whether the TPM or the key is at fault."""
+
+
+def classes() -> dict[str, type[StationKeyError]]:
+    """Every class of errors, by its name."""
+    for module in pkgutil.walk_packages([str(SOURCE)], "stationkey."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    found, beginning = {"StationKeyError": StationKeyError}, [StationKeyError]
+    while beginning:
+        below = beginning.pop().__subclasses__()
+        found |= {each.__name__: each for each in below}
+        beginning += below
+    return found
+
+
+def declared() -> Iterator[tuple[str, tuple[bool, Scope]]]:
+    """Each place of the source that names a reason: the reason, and what an error has that is made there."""
+    known = classes()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=function, keywords=keywords):
+                    name = getattr(function, "id", getattr(function, "attr", ""))
+                    fields = {keyword.arg: keyword.value for keyword in keywords}
+                    match fields.get("reason"):
+                        case ast.Constant(value=str(reason)) if name in known or {"transient", "scope"} & set(fields):
+                            base = known.get(name, StationKeyError)
+                        case _:
+                            continue
+                    transient, scope = base.transient, base.scope
+                    match fields.get("transient"):
+                        case ast.Constant(value=bool(given)):
+                            transient = given
+                    match fields.get("scope"):
+                        case ast.Attribute(value=ast.Name(id="Scope"), attr=attribute):
+                            scope = Scope[attribute]
+                    yield reason, (transient, scope)
+
+
+PLACES: Final = list(declared())
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_each_reason_is_declared_with_one_nature(reason: str) -> None:
+    found = {nature for named, nature in PLACES if named == reason}
+    if reason not in TWO_NATURES:
+        assert found <= {NATURES.get(reason, DEFAULT)}
+
+
+def test_each_nature_is_of_a_reason_on_the_list() -> None:
+    assert set(NATURES) <= set(REASONS)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        *[(0x921, "tpm_lockout"), (0x902, "tpm_full"), (0x903, "tpm_full"), (0x905, "tpm_full")],
+        *[(0x100, "tpm_reset"), (0x910, "tpm_reset"), (0x918, "tpm_reset")],
+        *[(0x1DF, "key_of_another_tpm"), (0x12F, "tpm_error")],
+    ],
+)
+def test_a_return_code_of_the_tpm_has_the_nature_of_its_reason(code: int, reason: str) -> None:
+    error = of_code(SimpleNamespace(rc=code))
+    assert (error.reason, (error.transient, error.scope)) == (reason, NATURES[reason])
+
+
+def test_a_class_gives_what_the_place_does_not() -> None:
+    plain = LedgerError("no", reason="ledger_error")
+    given = LedgerError("no", reason="disk_full", transient=True, scope=Scope.KEY)
+    assert (plain.transient, plain.scope) == (False, Scope.STORE)
+    assert (given.transient, given.scope) == (True, Scope.KEY)
+    assert (KeyStoreError("no", reason="tpm_x").transient, errors.BrokerError("no", reason="x_y").transient) == (
+        False,
+        True,
+    )
+
+
+@pytest.mark.parametrize("exit_code", [EXIT_TPM, EXIT_TPM + 1])
+def test_of_a_check_of_tls_the_exit_status_says_it(exit_code: int) -> None:
+    failed = TlsCheckFailed("no", reason="tls_tpm_failed", exit_code=exit_code)
+    assert failed.transient == (exit_code == EXIT_TPM)
+    assert (failed.scope is Scope.DEVICE) == (exit_code == EXIT_TPM)
