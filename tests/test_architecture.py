@@ -242,7 +242,7 @@ def test_a_command_that_stands_elsewhere_is_one_of_the_package(module: str) -> N
     assert isinstance(getattr(import_module(f"stationkey.{module}"), ELSEWHERE[module]), click.Command)
 
 
-@pytest.mark.parametrize("start", ["daemon", "cli", "cli.tls", ""])
+@pytest.mark.parametrize("start", ["daemon", "cli", "cli.tls_config", ""])
 def test_a_station_needs_nothing_that_is_for_trying(start: str) -> None:
     """Imports inside functions included: a station is installed without the extra."""
     reached, ahead = set[str](), {start}

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from stationkey import __version__
-from stationkey.cli.broker_options import Reach, reaches_broker
-from stationkey.cli.options import (
+from stationkey.cli._broker_options import Reach, reaches_broker
+from stationkey.cli._options import (
     allow_software_keys_option,
     broker_option,
     config_option,
@@ -47,9 +47,9 @@ _ELSEWHERE: Final = {
     "doctor": ("stationkey.cli.doctor", "doctor"),
     "health": ("stationkey.cli.health", "health"),
     "josev": ("stationkey.cli.josev", "josev"),
-    "key-auth": ("stationkey.cli.tls", "key_auth"),
-    "tls-config": ("stationkey.cli.tls", "tls_config"),
-    "verify-attestation": ("stationkey.cli.verify", "verify_attestation"),
+    "key-auth": ("stationkey.cli.tls_config", "key_auth"),
+    "tls-config": ("stationkey.cli.tls_config", "tls_config"),
+    "verify-attestation": ("stationkey.cli.verify_attestation", "verify_attestation"),
 }
 """Commands that stand in modules of their own, imported when they are asked for: module and name."""
 

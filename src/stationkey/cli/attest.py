@@ -22,8 +22,8 @@ from stationkey.attestation.documents import (
 )
 from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
-from stationkey.cli.options import config_option, keystore_option, state_dir_option
-from stationkey.cli.verify import nonce_option, public_pem
+from stationkey.cli._options import config_option, keystore_option, state_dir_option
+from stationkey.cli.verify_attestation import nonce_option, public_pem
 from stationkey.config import file as config
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
 from stationkey.keystore import KeyRef, KeyStore, Lending, keystore_opener

@@ -17,7 +17,7 @@ from typing import Final
 
 import click
 
-from stationkey.cli.options import (
+from stationkey.cli._options import (
     allow_software_keys_option,
     broker_option,
     config_option,

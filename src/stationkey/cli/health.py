@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-from stationkey.cli.options import config_option
+from stationkey.cli._options import config_option
 from stationkey.config import file as config
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.system.listener import Address

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from stationkey.cli.broker_options import Reach, reaches_broker
+from stationkey.cli._broker_options import Reach, reaches_broker
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.simulators.josev import Station, StationSettings

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stationkey.cli.options import config_option, keystore_option, state_dir_option
+from stationkey.cli._options import config_option, keystore_option, state_dir_option
 from stationkey.config import file as config
 from stationkey.contract.profiles import CertificateType
 from stationkey.errors import ConfigurationError

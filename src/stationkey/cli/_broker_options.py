@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
-from stationkey.cli.options import broker_option, option, topic_prefix_option
+from stationkey.cli._options import broker_option, option, topic_prefix_option
 from stationkey.config import file as config
 
 if TYPE_CHECKING:
