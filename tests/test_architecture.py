@@ -22,7 +22,6 @@ import click
 import pytest
 
 import stationkey
-from stationkey import cli
 
 PACKAGE = Path(stationkey.__file__).parent
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -68,6 +67,7 @@ COMES_WITH = {"jsonschema": "ocpp"}
 
 FOR_TRYING = {"ocpp", "jsonschema", "websockets"}
 """What only the extra ``josev`` installs."""
+COMMANDS_FOR_TRYING = {"cli.csms", "cli.josev"}
 
 
 @dataclass(frozen=True)
@@ -232,17 +232,22 @@ def test_what_comes_with_a_library_is_required_by_it(library: str, owner: str) -
     assert library in requirements_of(owner)
 
 
-ELSEWHERE = {module.removeprefix("stationkey."): name for module, name in cli._ELSEWHERE.values()}  # noqa: SLF001 - its rows
+COMMANDS = [name for name in MODULES if name.startswith("cli.") and not name.startswith("cli._")]
+"""Imported by name, when the command is asked for: no import statement leads to them."""
 
 
-@pytest.mark.parametrize("module", ELSEWHERE)
-def test_a_command_that_stands_elsewhere_is_one_of_the_package(module: str) -> None:
-    """The import is by name, when the command is asked for; so the test above does not see it."""
-    assert module.startswith("cli.")
-    assert isinstance(getattr(import_module(f"stationkey.{module}"), ELSEWHERE[module]), click.Command)
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_module_of_the_command_line_is_a_command_of_the_same_name(module: str) -> None:
+    name = module.removeprefix("cli.")
+    command = getattr(import_module(f"stationkey.{module}"), name)
+
+    assert isinstance(command, click.Command)
+    assert command.name == name.replace("_", "-")
 
 
-@pytest.mark.parametrize("start", ["daemon", "cli", "cli.tls_config", ""])
+@pytest.mark.parametrize(
+    "start", ["daemon", "", "cli", *(name for name in COMMANDS if name not in COMMANDS_FOR_TRYING)]
+)
 def test_a_station_needs_nothing_that_is_for_trying(start: str) -> None:
     """Imports inside functions included: a station is installed without the extra."""
     reached, ahead = set[str](), {start}

@@ -16,6 +16,8 @@ import pytest
 from peers import Mosquitto
 
 from stationkey import cli
+from stationkey.cli.request import EXIT_NO_ANSWER, EXIT_REJECTED
+from stationkey.cli.serve import serve
 from stationkey.config import file as config
 from stationkey.contract import messages
 from stationkey.contract.profiles import ALGORITHMS, PROFILES, CertificateProfile
@@ -139,14 +141,14 @@ class TestCommands:
     def test_the_exit_statuses_are_those_of_the_command(self) -> None:
         statuses = {cells[0]: cells[1] for cells in rows(README) if cells[0].isdigit()}
         assert statuses["0"].startswith("accepted")
-        assert statuses[str(cli.EXIT_REJECTED)].startswith("rejected")
-        assert statuses[str(cli.EXIT_NO_ANSWER)].startswith("no answer in time")
+        assert statuses[str(EXIT_REJECTED)].startswith("rejected")
+        assert statuses[str(EXIT_NO_ANSWER)].startswith("no answer in time")
         assert statuses[str(click.UsageError.exit_code)] == "wrong usage"
         assert set(statuses) == {"0", "1", "2", "3", "4"}
 
 
 OPTION_ROWS = {cells[0].strip("`").split()[0]: cells for cells in rows(README) if cells[0].startswith("`--")}
-OPTIONS = {option.opts[0]: option for option in cli.main.commands["serve"].params if isinstance(option, click.Option)}
+OPTIONS = {option.opts[0]: option for option in serve.params if isinstance(option, click.Option)}
 
 
 class TestOptions:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it ships no types
 
 from parts import STATION, Authority, pem, software_key
-from stationkey.cli import schema_documents
+from stationkey.cli import schema as schema_documents
 from stationkey.config import file as config
 from stationkey.config.file import read_file, settle
 from stationkey.contract.active_names import file_name, owner_of

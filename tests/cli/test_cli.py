@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,7 +16,8 @@ from click.testing import CliRunner, Result
 from peers import Mosquitto, free_port
 
 from stationkey import __version__, cli
-from stationkey.cli import schema_documents
+from stationkey.cli import schema as schema_documents
+from stationkey.cli.serve import serve
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.ledger import Ledger
 from stationkey.system.state_dir import StateDirectory
@@ -90,7 +92,7 @@ def test_help_says_what_a_command_is_for_and_what_each_option_does(
             assert parameter.help
 
 
-@pytest.mark.parametrize("option", [parameter for parameter in cli.serve.params if isinstance(parameter, click.Option)])
+@pytest.mark.parametrize("option", [parameter for parameter in serve.params if isinstance(parameter, click.Option)])
 def test_every_option_of_serve_can_be_set_by_the_environment_and_says_so(option: click.Option) -> None:
     variable = "STATIONKEY_" + option.opts[0].removeprefix("--").replace("-", "_").upper()
 
@@ -118,6 +120,52 @@ def test_the_version_is_the_packages() -> None:
     asked = run("--version")
 
     assert (asked.returncode, asked.stdout, asked.stderr) == (0, f"stationkey {__version__}\n", "")
+
+
+# A command is its file.
+
+SAY_HELLO = """
+import click
+
+@click.command()
+def say_hello() -> None:
+    '''Say hello. Then end.'''
+    click.echo("hello")
+"""
+
+
+@pytest.fixture
+def say_hello(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A command as somebody adds it, beside a module that several share. There is no other."""
+    monkeypatch.setattr(cli, "__path__", [str(tmp_path)])
+    file = tmp_path / "say_hello.py"
+    file.write_text(SAY_HELLO)
+    (tmp_path / "_shared.py").write_text("raise AssertionError\n")
+    yield file
+    sys.modules.pop("stationkey.cli.say_hello", None)
+
+
+def test_a_command_is_added_by_its_file_alone(say_hello: Path) -> None:
+    assert say_hello.exists()
+    assert invoke("say-hello").output == "hello\n"
+    assert invoke("--help").output.splitlines()[-1] == "  say-hello  Say hello."
+
+
+def test_a_command_is_imported_only_when_it_is_asked_for(say_hello: Path) -> None:
+    say_hello.write_text(f"raise AssertionError\n{SAY_HELLO}")
+
+    assert "  say-hello  Say hello." in invoke("--help").output
+    assert invoke("other").exit_code == 2
+    with pytest.raises(AssertionError):
+        invoke("say-hello")
+
+
+def test_a_command_whose_library_is_not_installed_says_so(say_hello: Path) -> None:
+    say_hello.write_text("import no_such_library\n")
+    result = invoke("say-hello", "--any")
+
+    assert result.exit_code == 1
+    assert "no_such_library" in result.stderr
 
 
 # Wrong usage, and other ends.
@@ -314,6 +362,7 @@ def test_what_is_begun_is_completed(line: str, expected: set[str]) -> None:
     "arguments",
     [
         pytest.param(["--version"], id="--version"),
+        pytest.param(["--help"], id="--help"),
         pytest.param(["serve", "--help"], id="serve --help"),
         pytest.param(["schema"], id="schema"),
         pytest.param(["schema", "asyncapi"], id="schema asyncapi"),
@@ -328,7 +377,8 @@ def test_looking_loads_no_tpm_x509_or_mqtt_library(new_state: Path, arguments: l
         "from stationkey.cli import main\n"
         "main(sys.argv[1:], standalone_mode=False)\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
-        "print('loaded', *sorted(loaded & {'tpm2_pytss', 'cryptography', 'paho', 'stationkey'}), file=sys.stderr)\n"
+        "told = loaded & {'tpm2_pytss', 'cryptography', 'paho', 'ocpp', 'stationkey'}\n"
+        "print('loaded', *sorted(told), file=sys.stderr)\n"
     )
     if arguments[0] == "keys":
         arguments = [*arguments, "--state-dir", str(new_state)]

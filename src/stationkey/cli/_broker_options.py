@@ -45,7 +45,7 @@ def reaches_broker(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def with_reach(*, broker: str | None, topic_prefix: str | None, **others: Any) -> Any:
-        from stationkey.mqtt.connection import Broker  # noqa: PLC0415 - see the docstring of stationkey.cli
+        from stationkey.mqtt.connection import Broker  # noqa: PLC0415 - --help needs no MQTT client
 
         said = {name: others.pop(f"mqtt_{name}") or "" for name in _OPTIONS}
         where = Broker.parse(broker or config.DEFAULT_BROKER)

@@ -118,7 +118,7 @@ class _Station:
         qualifying = qualifying_data(nonce if challenge is None else challenge.nonce)
 
         def work(store: Lending, terms: AttestationTerms) -> Evidence:
-            from stationkey.keystore.tpm2 import attest  # noqa: PLC0415 - see stationkey.cli
+            from stationkey.keystore.tpm2 import attest  # noqa: PLC0415 - --help needs no TPM stack
 
             return attest.attest(store, key, qualifying=qualifying, terms=terms, challenge=challenge)
 
@@ -128,7 +128,7 @@ class _Station:
         """The attestation key: its name and PEM, or JSON with the endorsement keys."""
 
         def work(store: Lending, terms: AttestationTerms) -> AttestationKey:
-            from stationkey.keystore.tpm2 import attest  # noqa: PLC0415 - see stationkey.cli
+            from stationkey.keystore.tpm2 import attest  # noqa: PLC0415 - --help needs no TPM stack
 
             return attest.attestation_key(store, terms=terms, alone=not as_json)
 
@@ -169,7 +169,7 @@ class _Station:
         return key, {name: value for name, value in about.items() if value}
 
     def _terms(self) -> AttestationTerms:
-        from stationkey.keystore.tpm2.attest import AttestationTerms  # noqa: PLC0415 - see stationkey.cli
+        from stationkey.keystore.tpm2.attest import AttestationTerms  # noqa: PLC0415 - --help needs no TPM stack
 
         auth = self._tpm.endorsement_auth
         return AttestationTerms(ak_handle=self._tpm.ak_handle, endorsement_auth=b"" if auth is None else auth.read())
@@ -196,7 +196,7 @@ class _Station:
     @contextmanager
     def _alone(self) -> Iterator[bool]:
         """Keep the daemon away from a TPM that serves one program at a time; whether several can use this one."""
-        from stationkey.keystore.tpm2.device import is_shared  # noqa: PLC0415 - see stationkey.cli
+        from stationkey.keystore.tpm2.device import is_shared  # noqa: PLC0415 - --help needs no TPM stack
 
         if is_shared(self._keystore.partition(":")[2]):
             yield True

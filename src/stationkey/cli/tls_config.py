@@ -1,4 +1,4 @@
-"""``stationkey tls-config``, and ``stationkey key-auth`` for the services that need it."""
+"""``stationkey tls-config``. OpenSSL is loaded when its configuration is known to be out of the way."""
 
 from __future__ import annotations
 
@@ -7,74 +7,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from stationkey.cli._options import config_option, keystore_option, state_dir_option
 from stationkey.config import file as config
-from stationkey.contract.profiles import CertificateType
 from stationkey.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from stationkey.openssl import check
-
-_keystore = keystore_option("The TPM that the keys are in.")
-_state_dir = state_dir_option("Where active/ is.")
-_config = config_option()
-
-
-def files_of(named: str, state: Path) -> list[check.KeyFile]:
-    """The files under ``active/`` for a certificate type, or the one file that was named instead.
-
-    Raises:
-        TlsCheckFailed: the type has none, or one cannot be read.
-    """
-    from stationkey.openssl import check  # noqa: PLC0415 - see the docstring of stationkey.cli
-
-    if named in set(CertificateType):
-        return check.active_files(state, CertificateType(named))
-    return [check.key_file(Path(named))]
-
-
-@click.command("key-auth")
-@click.argument("named", metavar="TYPE|FILE")
-@_keystore
-@_state_dir
-@_config
-def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_file: Path | None) -> None:
-    """Write the authorisation value of a key to a pipe, for a service that uses it.
-
-    The key is the active one of a certificate type, or the one in FILE.pem. Where the TPM has sealed the value ([tpm]
-    key_auth = "generated"), it is unsealed. Whoever has the value, the file and the TPM can sign with the key.
-    """
-    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - same
-    from stationkey.openssl import check  # noqa: PLC0415 - see the docstring of stationkey.cli
-
-    if sys.stdout.isatty():
-        raise ConfigurationError(
-            "standard output is a terminal, and what is on a screen others can read",
-            reason="secret_to_terminal",
-            hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
-        )
-    file = config.File() if config_file is None else config.read_file(config_file)
-    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
-    uri = keystore or file.keystore or config.default_keystore()
-    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
-    values: set[bytes] = {check.password_of(one, open_store) for one in files_of(named, state)}
-    if len(values) != 1 or values == {b""}:
-        words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"
-        raise ConfigurationError(
-            f"{named}: {words}", reason="key_auth_unclear", hint="name the file of one that has one"
-        )
-    (value,) = values
-    sys.stdout.buffer.write(value)
 
 
 @click.command("tls-config")
-@_keystore
-@_state_dir
-@_config
+@keystore_option("The TPM that the keys are in.")
+@state_dir_option("Where active/ is.")
+@config_option()
 @click.option(
     "--check",
     "checked",
@@ -108,8 +52,8 @@ def tls_config(
         command = [sys.executable, "-m", "stationkey", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=variables, check=False).returncode)  # noqa: S603 - the command itself
 
-    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - same
-    from stationkey.openssl import check  # noqa: PLC0415 - see the docstring of stationkey.cli
+    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - see the module's docstring
+    from stationkey.openssl import check  # noqa: PLC0415 - same
 
     file = config.File() if config_file is None else config.read_file(config_file)
     uri = keystore or file.keystore or config.default_keystore()
@@ -125,7 +69,7 @@ def tls_config(
             click.echo(text, nl=False)
         return
     state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
-    files = files_of(checked, state)
+    files = check.files_of(checked, state)
     open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
     with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
         configuration = Path(directory, "openssl.cnf")

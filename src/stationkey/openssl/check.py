@@ -192,6 +192,21 @@ class KeyFile:
     content: bytes
 
 
+def files_of(named: str, state: Path) -> list[KeyFile]:
+    """Return the files under ``active/`` for a certificate type, or the one file that is named instead.
+
+    Args:
+        named: a certificate type, or the path of a file.
+        state: the state directory.
+
+    Raises:
+        TlsCheckFailed: the type has none, or one cannot be read.
+    """
+    if named in set(CertificateType):
+        return active_files(state, CertificateType(named))
+    return [key_file(Path(named))]
+
+
 def active_files(state_dir: Path, certificate_type: CertificateType) -> list[KeyFile]:
     """The files under ``active/`` for a certificate type: one, or one for each EVSE.
 

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it
 from test_messages import PAGE_REQUEST, PAGE_RESPONSE, REQUEST_ID, a_request, a_status, requests, unhurried
 
 from stationkey import __version__
-from stationkey.cli import schema_documents
+from stationkey.cli import schema as schema_documents
 from stationkey.contract import messages
 from stationkey.contract.messages import GenerateCsrRequest, decode, encode
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType

@@ -1,4 +1,6 @@
-"""JSON Schema (2020-12) of each message, and one AsyncAPI 3.0 document; both made from `stationkey.contract.messages`.
+"""``stationkey schema``: JSON Schema (2020-12) of each message, and one AsyncAPI 3.0 document.
+
+Both are made from `stationkey.contract.messages`.
 
 The documents of attestation are no messages, and on no wire; their schemas are those of `stationkey.attestation`.
 
@@ -8,10 +10,13 @@ What a schema language cannot say (no control characters in a name, an id used o
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
+import click
 import msgspec
 
+from stationkey import __version__
 from stationkey.attestation import schemas
 from stationkey.contract import messages
 from stationkey.contract.profiles import DEFAULT_ALGORITHM, PROFILES
@@ -21,7 +26,7 @@ MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
     "generate_csr.response": messages.GenerateCsrResponse,
     "certificate_installation_status.update": messages.CertificateInstallationStatus,
 }
-"""Every message of the contract, by the name that ``stationkey schema`` knows it by."""
+"""Every message of the contract, by the name that the command knows it by."""
 
 ASYNCAPI: Final = "asyncapi"
 NAMES: Final = (*MESSAGES, ASYNCAPI, *schemas.SCHEMAS)
@@ -77,8 +82,6 @@ def _components(structs: list[type[msgspec.Struct]], template: str) -> tuple[tup
 
 def asyncapi() -> Json:
     """The AsyncAPI 3.0 document of the charging station's side."""
-    from stationkey import __version__  # noqa: PLC0415 - the package's front door imports everything else lazily too
-
     structs = list(MESSAGES.values())
     references, components = _components(structs, "#/components/schemas/{name}")
     names = [struct.__name__ for struct in structs]
@@ -145,3 +148,26 @@ def asyncapi() -> Json:
             "schemas": components,
         },
     }
+
+
+@click.command()
+@click.argument("name", required=False)
+def schema(name: str | None) -> None:
+    """Print the contract: the JSON Schema of a message or of evidence, or the AsyncAPI document.
+
+    \b
+    NAME is one of
+      generate_csr.request
+      generate_csr.response
+      certificate_installation_status.update
+      asyncapi
+      attestation.evidence
+      attestation.attestation_key
+      attestation.challenge
+
+    Without NAME, all of them are printed as one JSON object.
+    """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    if name is not None and name not in NAMES:
+        raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}", param_hint="NAME")
+    documents = {known: document(known) for known in NAMES if name in {None, known}}
+    click.echo(json.dumps(documents if name is None else documents[name], indent=2, ensure_ascii=False))

@@ -1,0 +1,45 @@
+"""``stationkey key-auth``, for the services that ``stationkey tls-config`` sets up and that need it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from stationkey.cli._options import config_option, keystore_option, state_dir_option
+from stationkey.config import file as config
+from stationkey.errors import ConfigurationError
+from stationkey.keystore import keystore_opener
+from stationkey.openssl import check
+
+
+@click.command("key-auth")
+@click.argument("named", metavar="TYPE|FILE")
+@keystore_option("The TPM that the keys are in.")
+@state_dir_option("Where active/ is.")
+@config_option()
+def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_file: Path | None) -> None:
+    """Write the authorisation value of a key to a pipe, for a service that uses it.
+
+    The key is the active one of a certificate type, or the one in FILE.pem. Where the TPM has sealed the value ([tpm]
+    key_auth = "generated"), it is unsealed. Whoever has the value, the file and the TPM can sign with the key.
+    """
+    if sys.stdout.isatty():
+        raise ConfigurationError(
+            "standard output is a terminal, and what is on a screen others can read",
+            reason="secret_to_terminal",
+            hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
+        )
+    file = config.File() if config_file is None else config.read_file(config_file)
+    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
+    uri = keystore or file.keystore or config.default_keystore()
+    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
+    values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, state)}
+    if len(values) != 1 or values == {b""}:
+        words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"
+        raise ConfigurationError(
+            f"{named}: {words}", reason="key_auth_unclear", hint="name the file of one that has one"
+        )
+    (value,) = values
+    sys.stdout.buffer.write(value)

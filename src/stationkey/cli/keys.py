@@ -1,0 +1,245 @@
+"""``stationkey keys``: the keys on record."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from ssl import DER_cert_to_PEM_cert
+
+import click
+
+from stationkey.cli._options import config_option, json_option, state_dir_option
+from stationkey.config import file as config
+from stationkey.errors import StationKeyError
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.service.active_files import ActiveDirectory
+from stationkey.system.logs import printable
+from stationkey.system.state_dir import DATABASE_NAME, visit
+
+_state_dir = state_dir_option("Where the ledger is kept.")
+_config = config_option()
+
+
+@click.group()
+def keys() -> None:
+    """Look at the keys on record, and end them. Works while the daemon runs."""
+
+
+@contextmanager
+def _ledger(state_dir: Path | None, config_file: Path | None, *, write: bool = False) -> Iterator[Ledger]:
+    directory = state_dir or Path(
+        (config.File() if config_file is None else config.read_file(config_file)).state_dir or config.DEFAULT_STATE_DIR
+    )
+    with ExitStack() as stack:
+        if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
+            directory = stack.enter_context(visit(directory))
+        ledger = Ledger(directory / DATABASE_NAME, read_only=not write, make=False)
+        stack.callback(ledger.close)
+        yield ledger
+
+
+def _key_json(key: KeyRecord) -> dict[str, object]:
+    return {
+        "key_id": key.key_id,
+        "state": str(key.state),
+        "installation_failed": key.failed,
+        "certificate_type": key.certificate_type or None,
+        "evse_id": key.evse_id,
+        "algorithm": key.algorithm or None,
+        "key_type": key.key_type,
+        "keystore": key.scheme,
+        "common_name": key.common_name or None,
+        "organization_name": key.organization_name or None,
+        "country_name": key.country_name or None,
+        "created_at": _time(key.created_at),
+        "certificate_expires_at": None if key.not_after is None else _time(key.not_after * 1000),
+        "request_ids": list(key.request_ids),
+        "subject_public_key_info": b64encode(key.public).decode(),
+    }
+
+
+def _time(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _age(milliseconds: int) -> str:
+    """How long ago, by this machine's clock: days, or hours, or minutes."""
+    minutes = max(0, int(time.time() - milliseconds / 1000)) // 60
+    for unit, length in (("d", 24 * 60), ("h", 60)):
+        if minutes >= length:
+            return f"{minutes // length}{unit}"
+    return f"{minutes}min"
+
+
+def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - only a table needs it
+    from rich.table import Table  # noqa: PLC0415 - only a table needs it
+    from rich.text import Text  # noqa: PLC0415 - only a table needs it
+
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading == headings[0])
+    for row in rows:
+        # Text, not str: a name may look like markup. Whoever wrote to the ledger must not write to the terminal.
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@keys.command("list")
+@_state_dir
+@_config
+@json_option
+def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """List the keys, in the order in which they were made."""
+    with _ledger(state_dir, config_file) as ledger:
+        found = ledger.keys()
+    if as_json:
+        click.echo(json.dumps([_key_json(key) for key in found], indent=2))
+    elif found:
+        _print_table(
+            ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "ALGORITHM", "COMMON NAME", "AGE", "CERTIFICATE EXPIRES"),
+            [
+                (
+                    key.key_id,
+                    f"{key.state}, failed" if key.failed and key.state == "pre-activation" else str(key.state),
+                    key.certificate_type or "(made ahead)",
+                    key.evse_id or "-",
+                    key.algorithm or key.key_type,
+                    key.common_name or "-",
+                    _age(key.created_at),
+                    "-" if key.not_after is None else _time(key.not_after * 1000),
+                )
+                for key in found
+            ],
+        )
+    else:
+        click.echo("no keys yet")
+
+
+_key_id = click.argument("key_id", metavar="ID")
+
+
+@keys.command("show")
+@_key_id
+@_state_dir
+@_config
+@json_option
+def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """Show one key. ID is its name, or as much of its beginning as no other key has."""
+    with _ledger(state_dir, config_file) as ledger:
+        shown = _key_json(ledger.named(key_id))
+    if as_json:
+        click.echo(json.dumps(shown, indent=2))
+        return
+    for name, value in shown.items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        click.echo(f"{name.replace('_', ' '):<24}{'-' if text is None else printable(str(text))}")
+
+
+@keys.command("history")
+@_key_id
+@_state_dir
+@_config
+@json_option
+def keys_history(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """Show everything that happened to a key, first to last, with time and reason."""
+    with _ledger(state_dir, config_file) as ledger:
+        events = ledger.history(ledger.named(key_id).key_id)
+    if as_json:
+        shown = [
+            {
+                "at": _time(event.at),
+                "event": event.event,
+                "state": event.state,
+                "reason": event.reason,
+                "message_id": event.message_id,
+            }
+            for event in events
+        ]
+        click.echo(json.dumps(shown, indent=2))
+        return
+    _print_table(
+        ("TIME", "EVENT", "STATE AFTER IT", "REASON", "MESSAGE"),
+        [(_time(event.at), event.event, event.state, event.reason or "-", event.message_id or "-") for event in events],
+    )
+
+
+def _order(
+    key_id: str, event: KeyEvent, reason: str, state_dir: Path | None, config_file: Path | None, *, ask: str | None
+) -> None:
+    """Do to a key what the operator orders, in the ledger and under active/."""
+    with _ledger(state_dir, config_file, write=True) as ledger:
+        key = ledger.named(key_id)
+        if ask is not None:
+            named = printable(f"{key.key_id} ({key.certificate_type}, {key.state})")
+            click.confirm(f"{ask} {named}?", abort=True, err=True)
+            if (now := ledger.named(key.key_id).state) != key.state:
+                raise StationKeyError(
+                    f"{key.key_id} has become {now} meanwhile; nothing was changed",
+                    reason="key_changed",
+                    hint="ask anew",
+                )
+        state = ledger.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
+        ActiveDirectory(ledger.path.parent).sync(ledger.active_files)
+        ledger.wipe()
+    click.echo(printable(f"{key.key_id} is {state}"))
+
+
+_yes = click.option("--yes", is_flag=True, help="Do not ask.")
+_reason = click.option("--reason", default="by the operator", help="For the history.")
+
+
+@keys.command("retire")
+@_key_id
+@_reason
+@_state_dir
+@_config
+def keys_retire(key_id: str, reason: str, state_dir: Path | None, config_file: Path | None) -> None:
+    """Take an active key out of use. It is kept for the grace period, and then destroyed."""
+    _order(key_id, KeyEvent.RETIRED, reason, state_dir, config_file, ask=None)
+
+
+@keys.command("destroy")
+@_key_id
+@_yes
+@_reason
+@_state_dir
+@_config
+def keys_destroy(key_id: str, yes: bool, reason: str, state_dir: Path | None, config_file: Path | None) -> None:
+    """Destroy a key for good: its private part is wiped from the ledger and from active/."""
+    ask = None if yes else "Destroy"
+    _order(key_id, KeyEvent.DESTRUCTION_ORDERED, reason, state_dir, config_file, ask=ask)
+
+
+@keys.command("mark-compromised")
+@_key_id
+@_yes
+@_reason
+@_state_dir
+@_config
+def keys_mark_compromised(
+    key_id: str, yes: bool, reason: str, state_dir: Path | None, config_file: Path | None
+) -> None:
+    """Say that a key may be known to others. It is taken out of use at once; have its certificate revoked."""
+    ask = None if yes else "Mark as compromised"
+    _order(key_id, KeyEvent.COMPROMISE_REPORTED, reason, state_dir, config_file, ask=ask)
+
+
+@keys.command("export-public")
+@_key_id
+@_state_dir
+@_config
+def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | None) -> None:
+    """Print the public part of a key, as a PEM PUBLIC KEY."""
+    with _ledger(state_dir, config_file) as ledger:
+        key = ledger.named(key_id)
+    # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
+    click.echo(DER_cert_to_PEM_cert(key.public).replace("CERTIFICATE", "PUBLIC KEY"), nl=False)

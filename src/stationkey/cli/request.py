@@ -1,0 +1,84 @@
+"""``stationkey request``. The MQTT client is imported when it is used: ``--help`` needs none."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import uuid
+from typing import Final
+
+import click
+from msgspec import UNSET
+
+from stationkey.cli._broker_options import Reach, reaches_broker
+from stationkey.cli._options import json_option
+from stationkey.contract import messages
+from stationkey.contract.profiles import Algorithm, CertificateType
+from stationkey.errors import StationKeyError
+
+EXIT_REJECTED: Final = 3
+EXIT_NO_ANSWER: Final = 4
+
+
+@click.command()
+@click.argument("certificate_type", type=click.Choice([str(name) for name in CertificateType]))
+@click.option("--common-name", required=True, help="CN: SECC ID, or serial number of the station.")
+@click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
+@click.option("--country-name", required=True, help="C: two letters.")
+@click.option("--algorithm", type=click.Choice([str(name) for name in Algorithm]), help="Key and signature.")
+@click.option("--evse-id", help="EVSE that the key is for.")
+@click.option("--id", "request_id", metavar="UUID", help="Id of the request.  [default: a new one]")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds to wait.")
+@reaches_broker
+@json_option
+def request(
+    certificate_type: str,
+    common_name: str,
+    organization_name: str,
+    country_name: str,
+    algorithm: str | None,
+    evse_id: str | None,
+    request_id: str | None,
+    timeout: float,
+    as_json: bool,
+    reach: Reach,
+) -> None:
+    """Ask for a CSR, as Josev does, and print it.
+
+    CERTIFICATE_TYPE says what the certificate is for. What is asked goes out as it is given: whether it is right is
+    for the charging station to say.
+
+    \b
+    Exit status: 0 accepted, 3 rejected, 4 no answer in time, 2 wrong usage, 1 anything else.
+    """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    from stationkey.mqtt.client import ask  # noqa: PLC0415 - see the module's docstring
+
+    if request_id is not None and not messages.is_usable_id(request_id):
+        raise click.BadParameter("no UUID of the form 8-4-4-4-12: nobody could answer it", param_hint="--id")
+    asked = messages.generate_csr(
+        request_id or str(uuid.uuid4()),
+        messages.GenerateCsrData(
+            certificate_type=CertificateType(certificate_type),
+            common_name=common_name,
+            organization_name=organization_name,
+            country_name=country_name,
+            evse_id=UNSET if evse_id is None else evse_id,
+            algorithm=UNSET if algorithm is None else Algorithm(algorithm),
+        ),
+    )
+    response = asyncio.run(
+        ask(reach.broker, asked, topic_prefix=reach.topic_prefix, timeout=timeout, terms=reach.terms)
+    )
+    if response is None:
+        click.echo(f"stationkey: no answer to {asked.id} within {timeout:g} s", err=True)
+        click.echo("  is stationkey serve running, on this broker and with this topic prefix?", err=True)
+        sys.exit(EXIT_NO_ANSWER)
+    if as_json:
+        click.echo(messages.encode(response).decode())
+    elif response.data.csr is not UNSET:
+        click.echo(response.data.csr, nl=False)
+    if response.data.status == "accepted" and response.data.csr is UNSET:
+        raise StationKeyError(f"{asked.id} was accepted, but the answer has no CSR in it", reason="csr_missing")
+    if response.data.status == "rejected":
+        click.echo(f"stationkey: {asked.id} was rejected; the log of the charging station says why", err=True)
+        sys.exit(EXIT_REJECTED)
