@@ -210,7 +210,7 @@ def test_a_missing_provider_is_refused_at_the_start(site: Site) -> None:
 
 def test_a_key_that_openssl_made_by_the_commands_of_the_document_is_used(site: Site) -> None:
     site.make_key(Algorithm.ECDSA_SHA256)  # and with it the storage root key, as the daemon's first start does
-    sign = f"openssl x509 -req -in stationkey.x509.csr -CA {site.clients.file} -CAkey {site.clients.key_file} -days 8"
+    sign = f"openssl x509 -req -in stationkey.csr -CA {site.clients.file} -CAkey {site.clients.key_file} -days 8"
     subprocess.run(
         ["sh", "-euc", f"{commands('With the key in the TPM')}{sign} >stationkey.crt"],
         cwd=site.directory,
