@@ -265,14 +265,14 @@ def _grow(world: World, sides: Collection[str], measured: Measured) -> None:
 
 def _destroy_all(database: Path) -> None:
     ledger = Ledger(database)
-    for key in ledger.usable():
-        ledger.apply(key.key_id, KeyEvent.EXPIRED, reason="its time was over", now=key.created_at)
+    for key in ledger.keys.usable():
+        ledger.transitions.apply(key.key_id, KeyEvent.EXPIRED, reason="its time was over", now=key.created_at)
     ledger.close()
 
 
 def _fill(database: Path, count: int) -> None:
     ledger = Ledger(database)
-    (key,) = ledger.keys()
+    (key,) = ledger.keys.all()
     ledger.close()
     fill(database, key.key_id, count)
 

@@ -90,8 +90,9 @@ def serve() -> None:
     """The daemon, with its points noted."""
     import tpm2_pytss  # noqa: PLC0415 - see `main`
 
-    from stationkey import cli, ledger  # noqa: PLC0415 - same
+    from stationkey import cli  # noqa: PLC0415 - same
     from stationkey.keystore.tpm2 import store  # noqa: PLC0415 - same
+    from stationkey.ledger.answers import Answers  # noqa: PLC0415 - same
     from stationkey.mqtt import connection, gateway  # noqa: PLC0415 - same
     from stationkey.service import requests  # noqa: PLC0415 - same
 
@@ -118,7 +119,7 @@ def serve() -> None:
     note(tpm2_pytss.ESAPI, "create_loaded", after="created")
     note(tpm2_pytss.ESAPI, "sign", before="digest", after="signed")
     note(requests, "sign_csr", after="csr")
-    note(ledger.Ledger, "record_answer", before="writing", after="written")
+    note(Answers, "record", before="writing", after="written")
     note(connection.MqttConnection, "publish", before="publishing")
     try:
         cli.main()

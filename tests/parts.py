@@ -195,7 +195,7 @@ class Station:
 
     @property
     def state_dir(self) -> Path:
-        return self.ledger.path.parent
+        return self.ledger.database.path.parent
 
     @property
     def active_dir(self) -> Path:
@@ -226,18 +226,18 @@ class Station:
         )
 
     def record(self, key_id: str) -> KeyRecord:
-        (found,) = self.ledger.keys(key_id)
+        (found,) = self.ledger.keys.all(key_id)
         return found
 
     def states(self, *key_ids: str) -> list[KeyState]:
         return [self.record(key_id).state for key_id in key_ids]
 
     def events(self, key_id: str) -> list[str]:
-        return [event.event for event in self.ledger.history(key_id)]
+        return [event.event for event in self.ledger.keys.history(key_id)]
 
     def dump(self) -> list[str]:
         """All that is in the ledger, but for the running time."""
-        return dump(self.ledger.path)
+        return dump(self.ledger.database.path)
 
     async def pass_by(self, milliseconds: float) -> None:
         """Let time go by, and sweep."""

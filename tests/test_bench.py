@@ -165,14 +165,14 @@ class TestMeasured:
 async def test_a_filled_ledger_has_as_many_keys_and_every_one_whole(tmp_path: Path) -> None:
     async with station(tmp_path / "state", clocks=Clocks()) as made:
         key_id = await made.key()
-    fill(made.ledger.path, key_id, 50)
-    with closing(Ledger(made.ledger.path)) as ledger:
-        found = ledger.usable()
+    fill(made.ledger.database.path, key_id, 50)
+    with closing(Ledger(made.ledger.database.path)) as ledger:
+        found = ledger.keys.usable()
         assert len({key.key_id for key in found}) == len({key.public for key in found}) == 50
         assert len({key.request_ids for key in found}) == 50
-        assert all(ledger.find_answer(key.request_ids[0]) is not None for key in found)
-        assert all([event.event for event in ledger.history(key.key_id)] == ["CSR answered"] for key in found)
-    with closing(sqlite3.connect(made.ledger.path)) as connection:
+        assert all(ledger.answers.find(key.request_ids[0]) is not None for key in found)
+        assert all([event.event for event in ledger.keys.history(key.key_id)] == ["CSR answered"] for key in found)
+    with closing(sqlite3.connect(made.ledger.database.path)) as connection:
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
 

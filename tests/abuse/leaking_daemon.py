@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stationkey import cli, ledger
+from stationkey import cli
+from stationkey.ledger.answers import Answers
 from stationkey.service import requests, statuses
 
 
@@ -34,7 +35,7 @@ def fail_to_prove(private_key: object, *others: object) -> None:
 
 setattr(requests, "sign_csr", faulty("sign", getattr(requests, "sign_csr")))  # noqa: B009, B010 - it is imported there
 setattr(statuses, "prove", fail_to_prove)  # noqa: B010 - same
-setattr(ledger.Ledger, "record_answer", faulty("record", ledger.Ledger.record_answer))  # noqa: B010 - same
+setattr(Answers, "record", faulty("record", Answers.record))  # noqa: B010 - same
 
 if __name__ == "__main__":
     cli.main(prog_name="stationkey")

@@ -42,7 +42,7 @@ def a_ledger(state_dir: Path) -> str:
     with store.signer(key) as private_key:
         csr = to_pem(sign_csr(asked, private_key, PROFILES[CertificateType.V2G_CERTIFICATE]))
     with closing(Ledger(state_dir / DATABASE_NAME)) as ledger:
-        ledger.record_answer(asked, key, csr, now=0, running=0, due=10**12, bounds=Bounds())
+        ledger.answers.record(asked, key, csr, now=0, running=0, due=10**12, bounds=Bounds())
     return key.key_id
 
 

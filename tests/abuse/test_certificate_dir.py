@@ -220,14 +220,14 @@ async def test_what_leads_to_the_ledger_itself_takes_no_lock_off_it(
 ) -> None:
     csr = await here.csr()
     (certificate_dir / "secc.pem").write_bytes(pem(AUTHORITY.sign(csr)))
-    before = locks_on(here.ledger.path, os.getpid())
-    plant(certificate_dir, here.ledger.path)
+    before = locks_on(here.ledger.database.path, os.getpid())
+    plant(certificate_dir, here.ledger.database.path)
 
     await here.told("installed")
     await here.told("deleted")
 
     assert before
-    assert locks_on(here.ledger.path, os.getpid()) == before
+    assert locks_on(here.ledger.database.path, os.getpid()) == before
     assert here.states(key_id_in(csr)) == [KeyState.ACTIVE]
 
 
@@ -239,13 +239,13 @@ async def test_a_link_to_the_ledger_that_comes_into_the_place_of_a_file_takes_no
     (certificate_dir / "secc.pem").write_bytes(pem(AUTHORITY.sign(csr)))
     raced = certificate_dir / "a.pem"
     raced.touch()
-    before = locks_on(here.ledger.path, os.getpid())
+    before = locks_on(here.ledger.database.path, os.getpid())
     really_open = os.open
 
     def exchanged(path: str | Path, flags: int, *mode: int) -> int:
         if path == raced and not raced.is_symlink():
             raced.unlink()
-            raced.symlink_to(here.ledger.path)
+            raced.symlink_to(here.ledger.database.path)
         return really_open(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", exchanged)
@@ -253,7 +253,7 @@ async def test_a_link_to_the_ledger_that_comes_into_the_place_of_a_file_takes_no
     await here.told("installed")
 
     assert raced.is_symlink()
-    assert locks_on(here.ledger.path, os.getpid()) == before
+    assert locks_on(here.ledger.database.path, os.getpid()) == before
 
 
 def with_an_extension_twice(csr: str) -> bytes:

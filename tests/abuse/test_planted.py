@@ -264,9 +264,9 @@ def test_a_trigger_that_was_planted_in_the_ledger_gets_no_function_that_does_any
         planted.execute("CREATE TRIGGER planted AFTER UPDATE ON key BEGIN SELECT load_extension('x'); END")
 
     with closing(Ledger(state_dir / DATABASE_NAME)) as ledger:
-        (key,) = ledger.keys()
+        (key,) = ledger.keys.all()
         with pytest.raises(LedgerError, match=r"unsafe use of|no such function"):
-            ledger.apply(key.key_id, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
+            ledger.transitions.apply(key.key_id, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
 
 
 def test_a_path_with_nul_is_refused_in_words() -> None:
@@ -359,7 +359,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def key_id_in(state_dir: Path) -> str:
     with closing(Ledger(state_dir / DATABASE_NAME, read_only=True)) as ledger:
-        (key,) = ledger.keys()
+        (key,) = ledger.keys.all()
     return key.key_id
 
 

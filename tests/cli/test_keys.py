@@ -370,7 +370,7 @@ def test_a_key_that_changed_while_the_operator_thought_is_left_alone(
 
     def installed_meanwhile(*_: object, **__: object) -> bool:
         with closing(Ledger(path)) as ledger:
-            ledger.apply(key, KeyEvent.INSTALLED, reason="", now=0)
+            ledger.transitions.apply(key, KeyEvent.INSTALLED, reason="", now=0)
         return True
 
     monkeypatch.setattr("click.confirm", installed_meanwhile)
@@ -380,4 +380,4 @@ def test_a_key_that_changed_while_the_operator_thought_is_left_alone(
     assert result.exit_code == 1
     assert f"{key} has become active meanwhile" in result.stderr
     with closing(Ledger(path)) as ledger:
-        assert ledger.keys()[0].state == "active"
+        assert ledger.keys.all()[0].state == "active"

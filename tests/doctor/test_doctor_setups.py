@@ -560,7 +560,7 @@ class TestTpm:
             store.generate(Algorithm.ECDSA_SHA256)  # another chip, with a storage root key of its own
         exchanged = look(tmp_path, keystore=swtpm.uri)
         with closing(Ledger(state / DATABASE_NAME, read_only=True)) as ledger:
-            (key,) = ledger.keys()
+            (key,) = ledger.keys.all()
         assert f"{key.key_id} (v2g_certificate) was made by another TPM" in exchanged.text("tpm.keys")
 
     def test_software_keys_are_a_warning_where_they_are_allowed(self, tmp_path: Path) -> None:

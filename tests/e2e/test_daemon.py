@@ -36,7 +36,7 @@ REJECTED = {"status": "rejected"}
 def keys_of(station: Station) -> list[KeyRecord]:
     """The keys on record, read beside the running daemon."""
     with closing(Ledger(station.state_dir / DATABASE_NAME, read_only=True)) as ledger:
-        return ledger.keys()
+        return ledger.keys.all()
 
 
 def keys_for(station: Station, request_id: str) -> list[KeyRecord]:

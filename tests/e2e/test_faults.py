@@ -96,7 +96,7 @@ def test_an_answer_that_is_on_record_and_was_not_sent_goes_out_at_the_next_start
         station.wait_for("publishing an answer of an earlier run", request_id=request["id"])
         answer = josev.wait_for(request["id"])[0]
         with closing(Ledger(station.state_dir / DATABASE_NAME, read_only=True)) as ledger:
-            recorded = ledger.find_answer(request["id"])
+            recorded = ledger.answers.find(request["id"])
         assert recorded is not None
         assert answer.csr == recorded.csr
 

@@ -50,13 +50,13 @@ def status(verb: str, evse_id: str) -> Event:
 def key_for(station: Station, request: Event) -> KeyRecord:
     """The key on record that a request was answered with."""
     with closing(Ledger(station.state_dir / DATABASE_NAME, read_only=True)) as ledger:
-        [key] = [key for key in ledger.keys("") if request["id"] in key.request_ids]
+        [key] = [key for key in ledger.keys.all("") if request["id"] in key.request_ids]
         return key
 
 
 def events_of(station: Station, key: KeyRecord) -> list[str]:
     with closing(Ledger(station.state_dir / DATABASE_NAME, read_only=True)) as ledger:
-        return [event.event for event in ledger.history(key.key_id)]
+        return [event.event for event in ledger.keys.history(key.key_id)]
 
 
 def test_an_ec_request_waits_for_one_rsa_key_at_the_most(
@@ -138,7 +138,7 @@ def test_each_request_in_a_queue_before_a_tpm_that_hangs_is_rejected_at_its_dead
         swtpm.thaw()
         assert josev.ask(generate_csr()).csr
         with closing(Ledger(here.state_dir / DATABASE_NAME, read_only=True)) as ledger:
-            assert len(ledger.keys()) == 2  # nothing was kept of what came too late
+            assert len(ledger.keys.all()) == 2  # nothing was kept of what came too late
 
 
 def test_the_first_rsa_request_is_answered_with_a_key_made_ahead(

@@ -56,7 +56,7 @@ def states(scene: Scene) -> dict[str, KeyState]:
     """The state of each key."""
     ledger = Ledger(scene.state_dir / "ledger.sqlite3", read_only=True)
     try:
-        return {key.key_id: key.state for key in ledger.keys(prefix="")}
+        return {key.key_id: key.state for key in ledger.keys.all(prefix="")}
     finally:
         ledger.close()
 
@@ -131,6 +131,6 @@ def running_time(scene: Scene) -> int:
     """What the ledger says of it, in milliseconds."""
     ledger = Ledger(scene.state_dir / "ledger.sqlite3", read_only=True)
     try:
-        return ledger.running
+        return ledger.retention.running
     finally:
         ledger.close()

@@ -51,21 +51,21 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
     ledger = Ledger(state_dir / "ledger.sqlite3", make=False)
     try:
         for request_id, csr in accepted.items():
-            answered = ledger.find_answer(request_id)
+            answered = ledger.answers.find(request_id)
             assert answered is not None, f"{request_id} was answered and is not on record"
             assert answered.csr == csr
-            reference = ledger.key_ref(key_of(csr))
+            reference = ledger.keys.ref(key_of(csr))
             assert reference is not None, f"{request_id} was answered with a key that is not on record"
             public_key = load_pem_x509_csr(csr.encode()).public_key()
             with store.signer(reference) as private_key:
                 prove(private_key, public_key, b"is this the key?")
         assert len({key_of(csr) for csr in accepted.values()}) == len(accepted)
-        for reference, _ in ledger.made_ahead():
+        for reference, _ in ledger.keys.made_ahead():
             with store.signer(reference) as private_key:
                 prove(private_key, store.public_key(reference), b"is this the key?")
-        keys = ledger.keys()
+        keys = ledger.keys.all()
         for key in keys:
-            history = ledger.history(key.key_id)
+            history = ledger.keys.history(key.key_id)
             events = [event.event for event in history]
             if key.has_owner:
                 assert events.count("CSR answered") == 1
@@ -75,8 +75,8 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
                 assert events == ["made ahead"]
                 assert key.request_ids == ()
             assert history[-1].state == key.state
-            assert (ledger.key_ref(key.key_id) is None) == (key.state is KeyState.DESTROYED)
-        wanted = {file_name(owner): content for owner, content in ledger.active_files().items()}
+            assert (ledger.keys.ref(key.key_id) is None) == (key.state is KeyState.DESTROYED)
+        wanted = {file_name(owner): content for owner, content in ledger.keys.active_files().items()}
     finally:
         ledger.close()
         store.close()

@@ -52,7 +52,7 @@ def ledger(path: Path) -> Iterator[Ledger]:
 @pytest.fixture
 def fast_ledger(ledger: Ledger) -> Ledger:
     """One that does not wait for the disk, for tests of thousands of steps in which no power is lost."""
-    ledger._connection.execute("PRAGMA synchronous=OFF")  # noqa: SLF001 - nobody else should be able to
+    ledger.database._connection.execute("PRAGMA synchronous=OFF")  # noqa: SLF001 - nobody else should be able to
     return ledger
 
 
@@ -72,7 +72,7 @@ def answer(
 ) -> str:
     """Record an answer, with a key made for it or with one `taken` from those made ahead; the name of its key."""
     key = key or a_key()
-    ledger.record_answer(
+    ledger.answers.record(
         asked or request(),
         key,
         CSR,
@@ -87,23 +87,23 @@ def answer(
 
 def bring(ledger: Ledger, key_id: str, *events: KeyEvent) -> None:
     for event in events:
-        ledger.apply(key_id, event, reason="", now=0)
+        ledger.transitions.apply(key_id, event, reason="", now=0)
 
 
 def stock_of(ledger: Ledger) -> list[KeyRef]:
     """The keys made ahead."""
-    return [key for key, _ in ledger.made_ahead()]
+    return [key for key, _ in ledger.keys.made_ahead()]
 
 
 def ahead(ledger: Ledger, key: KeyRef | None = None, *, due: int = 1000) -> KeyRef:
     """Put a key on record that has no owner yet."""
     key = key or a_key()
-    ledger.make_ahead(key, now=5, due=due, seconds=0.5)
+    ledger.transitions.make_ahead(key, now=5, due=due, seconds=0.5)
     return key
 
 
 def on_record(ledger: Ledger) -> list[KeyRecord]:
-    return ledger.keys()
+    return ledger.keys.all()
 
 
 def states(ledger: Ledger) -> list[KeyState]:
@@ -127,7 +127,7 @@ def test_an_illegal_step_changes_nothing(ledger: Ledger, path: Path, state: KeyS
     before = dump(path)
 
     with pytest.raises(IllegalTransition):
-        ledger.apply(key_id, event, reason="", now=0)
+        ledger.transitions.apply(key_id, event, reason="", now=0)
 
     assert dump(path) == before
     assert states(ledger) == [state]
@@ -140,14 +140,14 @@ def test_an_activation_that_fails_deactivates_nothing(ledger: Ledger, path: Path
     before = dump(path)
 
     with pytest.raises(IllegalTransition):
-        ledger.activate(gone, chain=None, not_after=None, reason="", now=0, grace_due=0, message_id=None)
+        ledger.transitions.activate(gone, chain=None, not_after=None, reason="", now=0, grace_due=0, message_id=None)
 
     assert dump(path) == before
 
 
 def test_an_event_of_a_key_that_is_not_on_record_is_refused_in_words(ledger: Ledger) -> None:
     with pytest.raises(LedgerError) as refusal:
-        ledger.apply("0" * 20, KeyEvent.EXPIRED, reason="", now=0)
+        ledger.transitions.apply("0" * 20, KeyEvent.EXPIRED, reason="", now=0)
 
     assert refusal.value.reason == "key_not_found"
 
@@ -161,7 +161,7 @@ def test_the_oldest_pending_key_of_an_owner_makes_room(ledger: Ledger) -> None:
 
     left = {key.key_id for key in on_record(ledger) if key.state is KeyState.PRE_ACTIVATION}
     assert left == {*others, *keys[2:]}
-    assert ledger.history(keys[0])[-1].reason == "too many keys were pending"
+    assert ledger.keys.history(keys[0])[-1].reason == "too many keys were pending"
 
 
 def test_the_oldest_pending_key_of_all_makes_room_where_there_are_many_evses(ledger: Ledger) -> None:
@@ -219,7 +219,7 @@ def test_nobody_makes_room_where_an_owner_has_made_it(ledger: Ledger) -> None:
     for _ in range(5):
         answer(ledger, request(), bounds=bounds)
 
-    assert ledger.keys(eldest)[0].state is KeyState.PRE_ACTIVATION
+    assert ledger.keys.all(eldest)[0].state is KeyState.PRE_ACTIVATION
     assert states(ledger).count(KeyState.PRE_ACTIVATION) == 4
 
 
@@ -232,11 +232,11 @@ def test_ten_thousand_unanswered_requests_leave_a_small_database_and_no_stray_fi
     for round_number in range(10):
         for number in range(1000):
             answer(ledger, request(V2G, f"DE*ABC*E{number % 20}"), bounds=bounds, running=round_number)
-        while ledger.forget(keep=bounds.history_limit, answered_before=0):
+        while ledger.retention.forget(keep=bounds.history_limit, answered_before=0):
             pass
-        while ledger.shrink():
+        while ledger.database.shrink():
             pass
-        ledger.wipe()
+        ledger.retention.wipe()
         sizes.append(path.stat().st_size)
 
     assert len(on_record(ledger)) == 64 + 200
@@ -252,11 +252,11 @@ def test_a_destroyed_key_is_forgotten_when_enough_younger_ones_are_destroyed(led
     for key_id in (keys[3], keys[0], keys[2]):
         bring(ledger, key_id, KeyEvent.DESTRUCTION_ORDERED)
 
-    while ledger.forget(keep=1, answered_before=0):
+    while ledger.retention.forget(keep=1, answered_before=0):
         pass
 
     assert [key.key_id for key in on_record(ledger)] == [keys[1], keys[2], keys[4]]
-    assert ledger.find_answer(asked[3].id) is None
+    assert ledger.answers.find(asked[3].id) is None
     assert not any(f"'{key_id}'" in line for line in dump(path) for key_id in (keys[0], keys[3]))
 
 
@@ -266,20 +266,20 @@ def test_answers_are_forgotten_by_running_time_but_not_while_their_key_is_pendin
     bring(ledger, answer(ledger, old_active, running=100), KeyEvent.INSTALLED)
     bring(ledger, answer(ledger, young_active, running=200), KeyEvent.INSTALLED)
 
-    while ledger.forget(keep=10, answered_before=200):
+    while ledger.retention.forget(keep=10, answered_before=200):
         pass
 
-    found = [ledger.find_answer(one.id) is not None for one in (old_pending, old_active, young_active)]
+    found = [ledger.answers.find(one.id) is not None for one in (old_pending, old_active, young_active)]
     assert found == [True, False, True]
     assert len(on_record(ledger)) == 3
 
 
 def test_one_step_of_forgetting_is_small(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stationkey.ledger._BATCH", 3)
+    monkeypatch.setattr("stationkey.ledger.retention._BATCH", 3)
     for _ in range(10):
         bring(ledger, answer(ledger), KeyEvent.EXPIRED)
 
-    assert ledger.forget(keep=0, answered_before=0) == 3
+    assert ledger.retention.forget(keep=0, answered_before=0) == 3
 
 
 # Rejections.
@@ -287,12 +287,12 @@ def test_one_step_of_forgetting_is_small(ledger: Ledger, monkeypatch: pytest.Mon
 
 def note(ledger: Ledger, *names: str) -> None:
     for name in names:
-        ledger.note_rejection(name, reason="r", message="m", now=0)
+        ledger.rejections.note(name, reason="r", message="m", now=0)
 
 
 def rejected(ledger: Ledger) -> list[str]:
     """Whose rejections are on disk."""
-    with closing(sqlite3.connect(ledger.path)) as connection:
+    with closing(sqlite3.connect(ledger.database.path)) as connection:
         return [row[0] for row in connection.execute("SELECT request_id FROM rejection ORDER BY seq")]
 
 
@@ -300,55 +300,55 @@ def test_a_rejection_is_noted_at_once_and_written_with_the_others(ledger: Ledger
     note(ledger, "a", "b")
     answer(ledger)
     assert rejected(ledger) == []
-    assert not ledger.write_rejections()
+    assert not ledger.rejections.write()
     assert rejected(ledger) == ["a", "b"]
-    assert not ledger.write_rejections()
+    assert not ledger.rejections.write()
     note(ledger, "c")
     ledger.close()
     assert rejected(ledger) == ["a", "b", "c"]
 
 
 def test_one_step_of_writing_rejections_is_small(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stationkey.ledger._PART", 2)
+    monkeypatch.setattr("stationkey.ledger.rejections._PART", 2)
     note(ledger, *"abcde")
-    assert [ledger.write_rejections() for _ in range(3)] == [True, True, False]
+    assert [ledger.rejections.write() for _ in range(3)] == [True, True, False]
     assert rejected(ledger) == list("abcde")
 
 
 def test_of_rejections_the_newest_are_kept_in_memory_and_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stationkey.ledger.MAX_REJECTIONS", 3)
+    monkeypatch.setattr("stationkey.ledger.rejections.MAX_REJECTIONS", 3)
     with closing(Ledger(path)) as ledger:
         note(ledger, *"abcde")
-        ledger.write_rejections()
+        ledger.rejections.write()
         assert rejected(ledger) == list("cde")
         note(ledger, *"fg")
-        ledger.write_rejections()
+        ledger.rejections.write()
         assert rejected(ledger) == list("efg")
 
 
 def test_rejections_that_cannot_be_written_are_kept_and_the_oldest_make_room(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stationkey.ledger.MAX_REJECTIONS", 4)
+    monkeypatch.setattr("stationkey.ledger.rejections.MAX_REJECTIONS", 4)
     with closing(Ledger(path)) as ledger:
         note(ledger, *"ab")
         with closing(sqlite3.connect(path)) as other:
-            ledger._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
+            ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LedgerError) as failure:
-                ledger.write_rejections()
+                ledger.rejections.write()
             assert failure.value.reason == "ledger_busy"
             note(ledger, *"cde")
             with pytest.raises(LedgerError):
-                ledger.write_rejections()
-        ledger.write_rejections()
+                ledger.rejections.write()
+        ledger.rejections.write()
         assert rejected(ledger) == list("bcde")
 
 
 def test_a_ledger_that_takes_no_rejections_any_more_is_closed_all_the_same(ledger: Ledger, path: Path) -> None:
     note(ledger, "a")
     with closing(sqlite3.connect(path)) as other:
-        ledger._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
+        ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
         other.execute("BEGIN IMMEDIATE")
         ledger.close()
     assert rejected(ledger) == []
@@ -369,7 +369,9 @@ def with_history(ledger: Ledger, destroyed: int) -> str:
     before = None
     for _ in range(destroyed):
         key_id = answer(ledger, request(*OWNER))
-        ledger.activate(key_id, chain="c", not_after=0, reason="", now=0, grace_due=5000, message_id=new_id())
+        ledger.transitions.activate(
+            key_id, chain="c", not_after=0, reason="", now=0, grace_due=5000, message_id=new_id()
+        )
         if before is not None:
             bring(ledger, before, KeyEvent.EXPIRED)
         before = key_id
@@ -379,27 +381,27 @@ def with_history(ledger: Ledger, destroyed: int) -> str:
         answer(ledger, request(V2G, f"DE*ABC*E{number}"))
         answer(ledger, request(*OWNER))
         ahead(ledger)
-    ledger.wipe()
+    ledger.retention.wipe()
     return before
 
 
 def _delivered(ledger: Ledger, _: str) -> None:
-    ledger.mark_delivered(ASKED)
-    ledger.write_running(1)
+    ledger.answers.mark_delivered(ASKED)
+    ledger.retention.write_running(1)
 
 
 def _rejected(ledger: Ledger, _: str) -> None:
-    ledger.note_rejection(ASKED, reason="r", message="m", now=0)
-    ledger.write_rejections()
+    ledger.rejections.note(ASKED, reason="r", message="m", now=0)
+    ledger.rejections.write()
 
 
 def _destroyed_and_wiped(ledger: Ledger, key_id: str) -> None:
-    ledger.apply(key_id, KeyEvent.DELETED, reason="", now=0)
-    assert ledger.wipe()
+    ledger.transitions.apply(key_id, KeyEvent.DELETED, reason="", now=0)
+    assert ledger.retention.wipe()
 
 
 OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
-    "find_answer": lambda ledger, _: ledger.find_answer(ASKED),
+    "find_answer": lambda ledger, _: ledger.answers.find(ASKED),
     "record_answer": lambda ledger, _: answer(ledger, request(*OWNER, request_id=ASKED)),
     "record_answer that makes room": lambda ledger, _: answer(
         ledger, request(*OWNER), bounds=Bounds(pending_limit=3, pending_total=2)
@@ -409,27 +411,27 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     ),
     "write_rejections": _rejected,
     "mark_delivered": _delivered,
-    "undelivered": lambda ledger, _: ledger.undelivered(),
+    "undelivered": lambda ledger, _: ledger.answers.undelivered(),
     "make_ahead": lambda ledger, _: ahead(ledger),
-    "made_ahead": lambda ledger, _: ledger.made_ahead(),
-    "pending": lambda ledger, _: ledger.pending(*OWNER),
-    "active of every EVSE": lambda ledger, _: ledger.active(V2G, None),
-    "deactivated": lambda ledger, _: ledger.deactivated(*OWNER),
-    "others_installed": lambda ledger, key_id: ledger.others_installed(ledger.keys(key_id)[0]),
-    "keys by name": lambda ledger, key_id: ledger.keys(key_id),
-    "usable": lambda ledger, _: ledger.usable(),
-    "key_ref": lambda ledger, key_id: ledger.key_ref(key_id),
-    "history": lambda ledger, key_id: ledger.history(key_id),
-    "counts_as_repeat": lambda ledger, _: ledger.counts_as_repeat(INSTALLED),
-    "active_files": lambda ledger, _: ledger.active_files(),
-    "figures": lambda ledger, _: ledger.figures(expiries=8),
-    "is_due": lambda ledger, key_id: ledger.is_due(key_id, 0),
-    "due": lambda ledger, _: ledger.due(10),
-    "next_due": lambda ledger, _: ledger.next_due(),
-    "adopt": lambda ledger, _: ledger.adopt(pending_due=1, grace_due=1),
-    "apply": lambda ledger, key_id: ledger.apply(key_id, KeyEvent.RETIRED, reason="", now=0),
-    "activate": lambda ledger, _: ledger.activate(
-        ledger.pending(*OWNER)[0].key_id,
+    "made_ahead": lambda ledger, _: ledger.keys.made_ahead(),
+    "pending": lambda ledger, _: ledger.keys.pending(*OWNER),
+    "active of every EVSE": lambda ledger, _: ledger.keys.active(V2G, None),
+    "deactivated": lambda ledger, _: ledger.keys.deactivated(*OWNER),
+    "others_installed": lambda ledger, key_id: ledger.keys.others_installed(ledger.keys.all(key_id)[0]),
+    "keys by name": lambda ledger, key_id: ledger.keys.all(key_id),
+    "usable": lambda ledger, _: ledger.keys.usable(),
+    "key_ref": lambda ledger, key_id: ledger.keys.ref(key_id),
+    "history": lambda ledger, key_id: ledger.keys.history(key_id),
+    "counts_as_repeat": lambda ledger, _: ledger.transitions.seen(INSTALLED),
+    "active_files": lambda ledger, _: ledger.keys.active_files(),
+    "figures": lambda ledger, _: ledger.keys.figures(expiries=8),
+    "is_due": lambda ledger, key_id: ledger.retention.is_due(key_id, 0),
+    "due": lambda ledger, _: ledger.retention.due(10),
+    "next_due": lambda ledger, _: ledger.retention.next_due(),
+    "adopt": lambda ledger, _: ledger.retention.adopt(pending_due=1, grace_due=1),
+    "apply": lambda ledger, key_id: ledger.transitions.apply(key_id, KeyEvent.RETIRED, reason="", now=0),
+    "activate": lambda ledger, _: ledger.transitions.activate(
+        ledger.keys.pending(*OWNER)[0].key_id,
         chain="c",
         not_after=0,
         reason="",
@@ -437,11 +439,11 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
         grace_due=0,
         message_id=INSTALLED,
     ),
-    "destruction": lambda ledger, key_id: ledger.apply(key_id, KeyEvent.DELETED, reason="", now=0),
+    "destruction": lambda ledger, key_id: ledger.transitions.apply(key_id, KeyEvent.DELETED, reason="", now=0),
     "destruction and wipe": _destroyed_and_wiped,
-    "forget, nothing": lambda ledger, _: ledger.forget(keep=10**6, answered_before=0),
-    "forget, a batch of keys": lambda ledger, _: ledger.forget(keep=5, answered_before=0),
-    "forget, a batch of answers": lambda ledger, _: ledger.forget(keep=10**6, answered_before=1),
+    "forget, nothing": lambda ledger, _: ledger.retention.forget(keep=10**6, answered_before=0),
+    "forget, a batch of keys": lambda ledger, _: ledger.retention.forget(keep=5, answered_before=0),
+    "forget, a batch of answers": lambda ledger, _: ledger.retention.forget(keep=10**6, answered_before=1),
 }
 """All that is done with a ledger while requests wait, but for listing it."""
 
@@ -451,11 +453,11 @@ def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     """Counted in instructions of SQLite's virtual machine, which are the same on every machine."""
-    monkeypatch.setattr("stationkey.ledger._BATCH", 10)
+    monkeypatch.setattr("stationkey.ledger.retention._BATCH", 10)
     steps = [0, 0]
     for number, destroyed in enumerate((40, 400)):
         with closing(Ledger(tmp_path / f"{destroyed}.sqlite3")) as ledger:
-            connection = ledger._connection  # noqa: SLF001 - what it is given to do is the point
+            connection = ledger.database._connection  # noqa: SLF001 - what it is given to do is the point
             connection.execute("PRAGMA synchronous=OFF")
             active = with_history(ledger, destroyed)
 
@@ -475,7 +477,7 @@ def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
 def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation: str) -> None:
     active = with_history(fast_ledger, 3)
     statements: list[str] = []
-    connection = fast_ledger._connection  # noqa: SLF001 - what it is given to do is the point
+    connection = fast_ledger.database._connection  # noqa: SLF001 - what it is given to do is the point
     connection.set_trace_callback(statements.append)
     OPERATIONS[operation](fast_ledger, active)
     connection.set_trace_callback(None)
@@ -488,23 +490,28 @@ def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation
 
 
 def test_the_figures_are_those_of_the_keys_on_record(ledger: Ledger) -> None:
-    empty = ledger.figures(expiries=8)
+    empty = ledger.keys.figures(expiries=8)
     assert (empty.keys, empty.expiries, empty.unknown, empty.destroyed) == ({}, (), 0, 0)
     later, sooner, unknown, _, *gone = (answer(ledger, request(V2G, f"DE*ABC*E{number}")) for number in range(7))
     ahead(ledger)
     for key_id, not_after in ((later, 20), (sooner, 10), (unknown, None)):
-        ledger.activate(key_id, chain=None, not_after=not_after, reason="", now=0, grace_due=0, message_id=None)
+        ledger.transitions.activate(
+            key_id, chain=None, not_after=not_after, reason="", now=0, grace_due=0, message_id=None
+        )
     for key_id in gone:
         bring(ledger, key_id, KeyEvent.EXPIRED)
-    found = ledger.figures(expiries=8)
+    found = ledger.keys.figures(expiries=8)
     assert found.keys == {("active", V2G): 3, ("pre-activation", V2G): 1}
     assert found.expiries == ((V2G, "DE*ABC*E1", 10), (V2G, "DE*ABC*E0", 20))
     assert (found.unknown, found.destroyed) == (1, 3)
     assert found.size > 0
-    assert (ledger.figures(expiries=1).expiries, ledger.figures(expiries=1).unknown) == (found.expiries[:1], 2)
-    while ledger.forget(keep=1, answered_before=0):
+    assert (ledger.keys.figures(expiries=1).expiries, ledger.keys.figures(expiries=1).unknown) == (
+        found.expiries[:1],
+        2,
+    )
+    while ledger.retention.forget(keep=1, answered_before=0):
         pass
-    assert ledger.figures(expiries=8).destroyed == 1
+    assert ledger.keys.figures(expiries=8).destroyed == 1
 
 
 @pytest.mark.parametrize("deleted", [None, "before", "after"], ids=["kept", "deleted before", "deleted after"])
@@ -518,23 +525,23 @@ def test_a_certificate_may_be_installed_still_unless_it_was_deleted_before(ledge
     if deleted == "after":
         bring(ledger, old, KeyEvent.DELETED)
 
-    assert ledger.others_installed(ledger.keys(new)[0]) == (deleted != "before")
+    assert ledger.keys.others_installed(ledger.keys.all(new)[0]) == (deleted != "before")
 
 
 def test_what_a_flood_has_left_is_taken_off_the_file_in_steps(fast_ledger: Ledger, path: Path) -> None:
     for _ in range(1200):
         answer(fast_ledger)
-    fast_ledger.checkpoint()
-    while fast_ledger.forget(keep=0, answered_before=0):
+    fast_ledger.database.checkpoint()
+    while fast_ledger.retention.forget(keep=0, answered_before=0):
         pass
     large, steps = path.stat().st_size, 1
-    while fast_ledger.shrink():
+    while fast_ledger.database.shrink():
         steps += 1
-    fast_ledger.checkpoint()
+    fast_ledger.database.checkpoint()
 
     assert path.stat().st_size < large - 64 * 4096
     assert 1 < steps < 10
-    assert fast_ledger._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
+    assert fast_ledger.database._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
 
 
 # Wiping.
@@ -579,10 +586,10 @@ def test_no_piece_of_a_destroyed_key_is_left_wherever_its_row_had_been(
         else:
             gone.append(live.pop(chance.randrange(len(live))))
             bring(ledger, gone[-1].key_id, KeyEvent.DESTRUCTION_ORDERED)
-    ledger.checkpoint()
+    ledger.database.checkpoint()
     assert traces(path, gone) > 0
 
-    assert ledger.wipe()
+    assert ledger.retention.wipe()
 
     assert traces(path, gone) == 0
     assert stock_of(ledger) == live
@@ -604,7 +611,7 @@ class Eventful:
         )
         csr = "c" * self.chance.randint(500, 900)
         bounds = Bounds(pending_limit=60)
-        crowded = self.ledger.record_answer(one, key, csr, now=0, running=0, due=1, bounds=bounds, ahead=ahead)
+        crowded = self.ledger.answers.record(one, key, csr, now=0, running=0, due=1, bounds=bounds, ahead=ahead)
         self.live[key.key_id] = key
         self.gone += [self.live.pop(key_id) for key_id in crowded]
 
@@ -614,19 +621,21 @@ class Eventful:
 
     def installed(self) -> None:
         key_id = self.chance.choice(list(self.live))
-        if self.ledger.keys(key_id)[0].state is KeyState.PRE_ACTIVATION:
+        if self.ledger.keys.all(key_id)[0].state is KeyState.PRE_ACTIVATION:
             chain = "z" * self.chance.randint(500, 6000)
-            self.ledger.activate(key_id, chain=chain, not_after=0, reason="", now=0, grace_due=1, message_id=None)
+            self.ledger.transitions.activate(
+                key_id, chain=chain, not_after=0, reason="", now=0, grace_due=1, message_id=None
+            )
 
     def destroyed(self) -> None:
         self.gone.append(self.live.pop(self.chance.choice(list(self.live))))
         bring(self.ledger, self.gone[-1].key_id, KeyEvent.DESTRUCTION_ORDERED)
 
     def swept(self) -> None:
-        self.ledger.forget(keep=20, answered_before=0)
-        self.ledger.wipe()
-        self.ledger._connection.executescript("PRAGMA incremental_vacuum(3)")  # noqa: SLF001 - as `shrink` does, with less to spare
-        self.ledger.checkpoint()
+        self.ledger.retention.forget(keep=20, answered_before=0)
+        self.ledger.retention.wipe()
+        self.ledger.database._connection.executescript("PRAGMA incremental_vacuum(3)")  # noqa: SLF001 - as `shrink` does, with less to spare
+        self.ledger.database.checkpoint()
 
     def anything(self) -> None:
         """One of all this."""
@@ -654,37 +663,37 @@ def test_no_piece_of_a_destroyed_key_is_left_when_everything_happened_to_the_led
             eventful.anything()
         eventful.swept()
         assert traces(path, eventful.gone) == 0
-    while ledger.forget(keep=5, answered_before=0) or ledger.shrink():
+    while ledger.retention.forget(keep=5, answered_before=0) or ledger.database.shrink():
         pass
-    ledger.checkpoint()
+    ledger.database.checkpoint()
 
     assert len(eventful.gone) > 100
     assert traces(path, eventful.gone) == 0
-    assert {key.key_id for key in ledger.usable()} == {*eventful.live, *(key.key_id for key in eventful.stock)}
-    assert all(ledger.key_ref(key_id) == key for key_id, key in eventful.live.items())
-    assert ledger._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
+    assert {key.key_id for key in ledger.keys.usable()} == {*eventful.live, *(key.key_id for key in eventful.stock)}
+    assert all(ledger.keys.ref(key_id) == key for key_id, key in eventful.live.items())
+    assert ledger.database._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
 
 
 def test_the_private_parts_are_written_anew_only_if_a_key_was_destroyed(ledger: Ledger) -> None:
     first, second, third = answer(ledger), answer(ledger), ahead(ledger)
     for key_id in (first, second, third.key_id):
-        assert not ledger.wipe()
+        assert not ledger.retention.wipe()
         bring(ledger, key_id, KeyEvent.EXPIRED)
-        assert ledger.wipe()
-    assert not ledger.wipe()
+        assert ledger.retention.wipe()
+    assert not ledger.retention.wipe()
 
 
 def test_a_reader_in_the_way_keeps_no_key_from_being_destroyed(ledger: Ledger, path: Path) -> None:
     key = a_key()
     answer(ledger, key=key)
-    ledger._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - so that nobody waits for what cannot come
+    ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - so that nobody waits for what cannot come
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM key").fetchall()
         bring(ledger, key.key_id, KeyEvent.DESTRUCTION_ORDERED)
-        assert not ledger.checkpoint()
+        assert not ledger.database.checkpoint()
 
-    assert ledger.checkpoint()
+    assert ledger.database.checkpoint()
     assert states(ledger) == [KeyState.DESTROYED]
     assert key.private not in b"".join(file.read_bytes() for file in path.parent.iterdir())
 
@@ -694,12 +703,15 @@ def test_a_backup_made_while_it_is_written_has_every_key_so_far(ledger: Ledger, 
     for key in keys:
         answer(ledger, key=key)
 
-    with closing(sqlite3.connect(ledger.path)) as source, closing(sqlite3.connect(tmp_path / "copy.sqlite3")) as copy:
+    with (
+        closing(sqlite3.connect(ledger.database.path)) as source,
+        closing(sqlite3.connect(tmp_path / "copy.sqlite3")) as copy,
+    ):
         source.backup(copy)
     answer(ledger)
 
     with closing(Ledger(tmp_path / "copy.sqlite3")) as restored:
-        assert [restored.key_ref(key.key_id) for key in keys] == keys
+        assert [restored.keys.ref(key.key_id) for key in keys] == keys
         assert len(on_record(restored)) == 3
 
 
@@ -709,7 +721,7 @@ def test_a_backup_made_while_it_is_written_has_every_key_so_far(ledger: Ledger, 
 def test_a_key_made_ahead_is_on_record_without_an_owner(ledger: Ledger) -> None:
     key = ahead(ledger)
 
-    (record,) = ledger.keys()
+    (record,) = ledger.keys.all()
     assert (record.key_id, record.has_owner, record.owner) == (key.key_id, False, ("", ""))
     assert (record.state, record.created_at, record.due, record.request_ids) == (
         KeyState.PRE_ACTIVATION,
@@ -717,9 +729,11 @@ def test_a_key_made_ahead_is_on_record_without_an_owner(ledger: Ledger) -> None:
         1000,
         (),
     )
-    assert [(event.event, event.state) for event in ledger.history(key.key_id)] == [("made ahead", "pre-activation")]
-    assert ledger.usable() == [record]
-    assert ledger.key_ref(key.key_id) == key
+    assert [(event.event, event.state) for event in ledger.keys.history(key.key_id)] == [
+        ("made ahead", "pre-activation")
+    ]
+    assert ledger.keys.usable() == [record]
+    assert ledger.keys.ref(key.key_id) == key
 
 
 def test_keys_made_ahead_are_there_after_a_restart_oldest_first(path: Path) -> None:
@@ -743,19 +757,19 @@ def test_a_key_made_ahead_gets_its_owner_with_its_answer(path: Path, again: bool
             answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key, taken=True)
 
     with closing(Ledger(path)) as ledger:
-        (record,) = ledger.keys()
+        (record,) = ledger.keys.all()
         other = answer(ledger, request(V2G, E1))
         assert (record.key_id, record.owner, record.has_owner) == (key.key_id, (V2G, E1), True)
         assert (record.request_ids, record.due, record.created_at) == ((REQUEST_ID,), 1000, 5)
-        fresh = ledger.keys(other)[0]
+        fresh = ledger.keys.all(other)[0]
         assert (record.algorithm, record.common_name, record.organization_name, record.country_name) == (
             fresh.algorithm,
             fresh.common_name,
             fresh.organization_name,
             fresh.country_name,
         )
-        assert [event.event for event in ledger.history(key.key_id)] == ["made ahead", "CSR answered"]
-        assert ledger.key_ref(key.key_id) == key
+        assert [event.event for event in ledger.keys.history(key.key_id)] == ["made ahead", "CSR answered"]
+        assert ledger.keys.ref(key.key_id) == key
         assert stock_of(ledger) == []
 
 
@@ -763,10 +777,10 @@ def test_pending_keys_are_in_the_order_in_which_they_were_asked_for_and_not_made
     early, late = ahead(ledger), ahead(ledger)
     first, second, third = answer(ledger, key=late, taken=True), answer(ledger), answer(ledger, key=early, taken=True)
 
-    pending = ledger.pending(ledger.keys(first)[0].certificate_type, None)
+    pending = ledger.keys.pending(ledger.keys.all(first)[0].certificate_type, None)
 
     assert [key.key_id for key in pending] == [first, second, third]
-    assert [ledger.history(key.key_id)[-1].seq for key in pending] == [key.asked for key in pending]
+    assert [ledger.keys.history(key.key_id)[-1].seq for key in pending] == [key.asked for key in pending]
 
 
 def _activated(ledger: Ledger, key_id: str) -> None:
@@ -846,31 +860,31 @@ def test_an_answer_that_could_not_be_written_leaves_the_key_to_the_next_request(
 def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
     bounds = Bounds(pending_limit=2, pending_total=2)
     stock = [ahead(ledger) for _ in range(5)]
-    with closing(sqlite3.connect(ledger.path)) as connection, connection:
+    with closing(sqlite3.connect(ledger.database.path)) as connection, connection:
         connection.execute("UPDATE key SET due = NULL")
     keys = [answer(ledger, bounds=bounds) for _ in range(4)]
-    ledger.adopt(pending_due=7, grace_due=8)
+    ledger.retention.adopt(pending_due=7, grace_due=8)
 
     assert stock_of(ledger) == stock
     assert [key.due for key in on_record(ledger) if not key.has_owner] == [None] * 5
-    assert [key.key_id for key in ledger.usable() if key.has_owner] == keys[2:]
+    assert [key.key_id for key in ledger.keys.usable() if key.has_owner] == keys[2:]
 
 
 def test_how_long_the_last_key_of_each_type_took_to_make_is_on_record(ledger: Ledger) -> None:
-    assert ledger.seconds_to_make() == {}
+    assert ledger.keys.seconds_to_make() == {}
     made: list[tuple[float, KeyType]] = [(0.25, SECP256R1), (31.5, RSA_3072), (29.25, RSA_3072)]
     for seconds, key_type in made:
-        ledger.make_ahead(replace(a_key(), key_type=key_type), now=0, due=1, seconds=seconds)
-    assert ledger.seconds_to_make() == {"secp256r1": 0.25, "RSA-3072": 29.25}
+        ledger.transitions.make_ahead(replace(a_key(), key_type=key_type), now=0, due=1, seconds=seconds)
+    assert ledger.keys.seconds_to_make() == {"secp256r1": 0.25, "RSA-3072": 29.25}
 
 
 def test_the_ids_that_were_answered_are_read_a_part_at_a_time(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stationkey.ledger._PART", 2)
+    monkeypatch.setattr("stationkey.ledger.answers._PART", 2)
     asked = [request() for _ in range(5)]
     for one in asked:
         answer(ledger, one)
     read: list[str] = []
-    while part := ledger.answered_ids(after=read[-1] if read else ""):
+    while part := ledger.answers.ids(after=read[-1] if read else ""):
         assert len(part) <= 2
         read += part
     assert read == sorted(one.id for one in asked)
@@ -880,16 +894,16 @@ def test_a_key_made_ahead_ages_out_and_leaves_no_record(ledger: Ledger, path: Pa
     old, young = ahead(ledger, due=100), ahead(ledger, due=200)
     destroyed = answer(ledger)
     bring(ledger, destroyed, KeyEvent.EXPIRED)
-    assert (ledger.next_due(), ledger.due(99), ledger.due(100)) == (100, [], [old.key_id])
+    assert (ledger.retention.next_due(), ledger.retention.due(99), ledger.retention.due(100)) == (100, [], [old.key_id])
 
-    state = ledger.apply(old.key_id, KeyEvent.EXPIRED, reason="made ahead, and not needed in time", now=0)
+    state = ledger.transitions.apply(old.key_id, KeyEvent.EXPIRED, reason="made ahead, and not needed in time", now=0)
 
     assert state is KeyState.DESTROYED
     assert [key.key_id for key in on_record(ledger)] == [young.key_id, destroyed]
     assert not any(old.key_id in line for line in dump(path))
-    assert ledger.history(old.key_id) == []
+    assert ledger.keys.history(old.key_id) == []
     assert old.private not in on_disk(path)
-    assert ledger.forget(keep=1, answered_before=0) == 0
+    assert ledger.retention.forget(keep=1, answered_before=0) == 0
 
 
 @pytest.mark.parametrize("event", [KeyEvent.INSTALLED, KeyEvent.INSTALLATION_FAILED])
@@ -929,16 +943,18 @@ def test_a_database_of_version_1_is_brought_up_to_date_with_all_that_is_in_it(pa
     make_version_1(path, key)
 
     with closing(Ledger(path)) as ledger:
-        (record,) = ledger.keys()
+        (record,) = ledger.keys.all()
         assert (record.key_id, record.state, record.evse_id) == (key.key_id, KeyState.PRE_ACTIVATION, E1)
         assert record.request_ids == (REQUEST_ID,)
-        assert ledger.key_ref(key.key_id) == key
-        assert [(event.event, event.at) for event in ledger.history(key.key_id)] == [("CSR answered", 1700000000000)]
-        answered = ledger.find_answer(REQUEST_ID.lower())
+        assert ledger.keys.ref(key.key_id) == key
+        assert [(event.event, event.at) for event in ledger.keys.history(key.key_id)] == [
+            ("CSR answered", 1700000000000)
+        ]
+        answered = ledger.answers.find(REQUEST_ID.lower())
         assert answered is not None
         assert (answered.request_id, answered.csr, answered.key_id) == (REQUEST_ID, CSR, key.key_id)
         assert ledger.client_id() == "stationkey-1"
-        assert ledger.running == 0
+        assert ledger.retention.running == 0
 
 
 def test_a_pending_key_of_version_1_gets_an_end_and_can_be_activated(path: Path) -> None:
@@ -946,11 +962,11 @@ def test_a_pending_key_of_version_1_gets_an_end_and_can_be_activated(path: Path)
     make_version_1(path, key)
 
     with closing(Ledger(path)) as ledger:
-        assert ledger.keys()[0].due is None
-        ledger.adopt(pending_due=1000, grace_due=10)
-        assert ledger.keys()[0].due == 1000
-        ledger.adopt(pending_due=2000, grace_due=10)
-        assert ledger.keys()[0].due == 1000
+        assert ledger.keys.all()[0].due is None
+        ledger.retention.adopt(pending_due=1000, grace_due=10)
+        assert ledger.keys.all()[0].due == 1000
+        ledger.retention.adopt(pending_due=2000, grace_due=10)
+        assert ledger.keys.all()[0].due == 1000
         bring(ledger, key.key_id, KeyEvent.INSTALLED)
         assert states(ledger) == [KeyState.ACTIVE]
 
@@ -985,13 +1001,13 @@ def test_a_migration_is_done_whole_or_not_at_all(path: Path, monkeypatch: pytest
     statements = MIGRATIONS[1].split(";\n")
     broken = ";\n".join([*statements[:at], "SELECT * FROM power_is_lost_here"])
     with monkeypatch.context() as patch:
-        patch.setattr("stationkey.ledger.MIGRATIONS", (MIGRATIONS[0], broken))
+        patch.setattr("stationkey.ledger.database.MIGRATIONS", (MIGRATIONS[0], broken))
         with pytest.raises(LedgerError):
             Ledger(path)
 
     with closing(Ledger(path)) as ledger:
-        assert ledger.key_ref(key.key_id) == key
-        assert len(ledger.history(key.key_id)) == 1
+        assert ledger.keys.ref(key.key_id) == key
+        assert len(ledger.keys.history(key.key_id)) == 1
 
 
 def make_version_2(path: Path) -> dict[KeyState, KeyRef]:
@@ -1050,9 +1066,9 @@ def test_a_database_of_version_2_is_brought_up_to_date_with_all_that_is_in_it(pa
     keys = make_version_2(path)
 
     with closing(Ledger(path)) as ledger:
-        records = ledger.keys()
+        records = ledger.keys.all()
         assert [(key.key_id, key.state) for key in records] == [(key.key_id, state) for state, key in keys.items()]
-        assert [ledger.key_ref(key.key_id) for key in keys.values()] == [*list(keys.values())[:-1], None]
+        assert [ledger.keys.ref(key.key_id) for key in keys.values()] == [*list(keys.values())[:-1], None]
         assert [key.due for key in records] == [0, None, 2, None, None]
         assert [key.failed for key in records] == [True, False, False, False, False]
         assert [key.chain for key in records] == [None, "chain", "chain", None, "chain"]
@@ -1061,20 +1077,20 @@ def test_a_database_of_version_2_is_brought_up_to_date_with_all_that_is_in_it(pa
         assert [key.asked for key in records] == [1, 2, 3, 4, 5]
         assert [key.installed for key in records] == [0, 9, 8, 0, 6]
         assert {(key.owner, key.created_at >= 0, key.common_name) for key in records} == {((V2G, E1), True, "CN")}
-        assert [(event.seq, event.event, event.message_id) for event in ledger.history(records[2].key_id)] == [
+        assert [(event.seq, event.event, event.message_id) for event in ledger.keys.history(records[2].key_id)] == [
             (3, "CSR answered", "ID"),
             (8, "installed", "message 8"),
             (10, "replaced", "message 10"),
         ]
-        assert [answered.request_id for answered in ledger.undelivered()] == ["ID-0"]
-        assert ledger.find_answer("id-4") is not None
-        assert ledger.counts_as_repeat("message 8")
-        assert not ledger.counts_as_repeat("ID")
-        assert (ledger.running, ledger.client_id()) == (99, "stationkey-1")
-        assert ledger.others_installed(ledger.keys(keys[KeyState.ACTIVE].key_id)[0])
+        assert [answered.request_id for answered in ledger.answers.undelivered()] == ["ID-0"]
+        assert ledger.answers.find("id-4") is not None
+        assert ledger.transitions.seen("message 8")
+        assert not ledger.transitions.seen("ID")
+        assert (ledger.retention.running, ledger.client_id()) == (99, "stationkey-1")
+        assert ledger.keys.others_installed(ledger.keys.all(keys[KeyState.ACTIVE].key_id)[0])
         assert "INSERT INTO \"rejection\" VALUES(3,'id','reason','message',4);" in dump(path)
         bring(ledger, records[0].key_id, KeyEvent.EXPIRED)
-        assert ledger.forget(keep=1, answered_before=0) == 1
+        assert ledger.retention.forget(keep=1, answered_before=0) == 1
         assert [key.key_id for key in on_record(ledger)] == [key.key_id for key in records[:-1]]
 
 
@@ -1121,10 +1137,10 @@ def test_the_migration_leaves_no_trace_of_what_is_no_longer_on_record(path: Path
 
     with closing(Ledger(path)) as ledger:
         assert traces(path, gone) == 0
-        usable = [ledger.key_ref(key.key_id) for key in ledger.usable()]
-        for key in ledger.usable():
+        usable = [ledger.keys.ref(key.key_id) for key in ledger.keys.usable()]
+        for key in ledger.keys.usable():
             bring(ledger, key.key_id, KeyEvent.DESTRUCTION_ORDERED)
-        ledger.wipe()
+        ledger.retention.wipe()
 
         assert traces(path, [key for key in usable if key is not None]) == 0
 
@@ -1134,7 +1150,7 @@ def test_a_migration_that_ends_before_the_database_is_written_anew_is_made_good_
 ) -> None:
     gone = leave_pieces_in_version_2(path)
     with monkeypatch.context() as patch:
-        patch.setattr("stationkey.ledger._REWRITE", "SELECT * FROM power_is_lost_here")
+        patch.setattr("stationkey.ledger.database._REWRITE", "SELECT * FROM power_is_lost_here")
         with pytest.raises(LedgerError):
             Ledger(path)
     assert _schema(path)[0] == (SCHEMA_VERSION,)
@@ -1154,7 +1170,7 @@ def test_the_migration_of_version_2_is_done_whole_or_not_at_all(
     statements = MIGRATIONS[2].split(";\n")
     broken = ";\n".join([*statements[:at], "SELECT * FROM power_is_lost_here"])
     with monkeypatch.context() as patch:
-        patch.setattr("stationkey.ledger.MIGRATIONS", (*MIGRATIONS[:2], broken))
+        patch.setattr("stationkey.ledger.database.MIGRATIONS", (*MIGRATIONS[:2], broken))
         with pytest.raises(LedgerError):
             Ledger(path)
     assert dump(path) == before
@@ -1246,15 +1262,15 @@ def damage_the_history(path: Path) -> None:
 def test_a_large_database_is_checked_whole_only_after_an_end_that_was_not_in_order(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stationkey.ledger._CHECKED_WHOLE", 5)
+    monkeypatch.setattr("stationkey.ledger.database._CHECKED_WHOLE", 5)
     with closing(Ledger(path)) as ledger:
         key_id = answer(ledger)
     damage_the_history(path)
 
     with closing(Ledger(path)) as ledger:
-        assert ledger.key_ref(key_id) is not None
+        assert ledger.keys.ref(key_id) is not None
         with pytest.raises(LedgerError) as met:
-            ledger.history(key_id)
+            ledger.keys.history(key_id)
         assert met.value.reason == "ledger_damaged"
 
     Path(f"{path}-wal").touch()
@@ -1288,7 +1304,7 @@ def test_a_small_database_is_always_checked_whole(path: Path) -> None:
 def test_a_large_database_that_is_damaged_where_it_matters_most_is_refused_always(
     path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes, int], bytes]
 ) -> None:
-    monkeypatch.setattr("stationkey.ledger._CHECKED_WHOLE", 5)
+    monkeypatch.setattr("stationkey.ledger.database._CHECKED_WHOLE", 5)
     with closing(Ledger(path)) as ledger:
         answer(ledger)
     with closing(sqlite3.connect(path)) as connection:
@@ -1308,12 +1324,12 @@ def test_a_message_counts_as_a_repeat_once_it_has_brought_an_event(ledger: Ledge
     message_id = new_id()
     asked = request()
     key_id = answer(ledger, asked)
-    assert not ledger.counts_as_repeat(message_id)
-    assert not ledger.counts_as_repeat(asked.id)
+    assert not ledger.transitions.seen(message_id)
+    assert not ledger.transitions.seen(asked.id)
 
-    ledger.apply(key_id, KeyEvent.INSTALLED, reason="", now=0, message_id=message_id)
+    ledger.transitions.apply(key_id, KeyEvent.INSTALLED, reason="", now=0, message_id=message_id)
 
-    assert ledger.counts_as_repeat(message_id)
+    assert ledger.transitions.seen(message_id)
 
 
 @pytest.mark.parametrize(
@@ -1328,4 +1344,4 @@ def test_a_message_counts_as_a_repeat_once_it_has_brought_an_event(ledger: Ledge
     ],
 )
 def test_the_promises_of_sqlite_are_asked_for(ledger: Ledger, pragma: str, value: object) -> None:
-    assert ledger._connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)  # noqa: SLF001 - of this connection
+    assert ledger.database._connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)  # noqa: SLF001 - of this connection

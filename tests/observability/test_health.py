@@ -191,8 +191,8 @@ class TestAsking:
     async def test_a_ledger_that_cannot_be_written_is_told_of_until_it_can(self, here: Station) -> None:
         health = watching(here)
         await here.key()
-        here.ledger._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - no need to wait
-        with closing(sqlite3.connect(here.ledger.path, isolation_level=None)) as another:
+        here.ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - no need to wait
+        with closing(sqlite3.connect(here.ledger.database.path, isolation_level=None)) as another:
             another.execute("BEGIN IMMEDIATE")
             with pytest.raises(LedgerError):
                 await here.service.custody.sweep()
@@ -250,10 +250,10 @@ class TestExpiries:
         """Active keys for EVSEs, whose certificates expire in this order."""
         for number, evse_id in enumerate(evse_ids, 1):
             key_id = await here.key(V2G, f"DE*ABC*E{number}")
-            here.ledger.activate(
+            here.ledger.transitions.activate(
                 key_id, chain="", not_after=2_000_000_000 + number, reason="", now=0, grace_due=0, message_id=None
             )
-            here.ledger._connection.execute("UPDATE key SET evse_id = ? WHERE key_id = ?", (evse_id, key_id))  # noqa: SLF001
+            here.ledger.database._connection.execute("UPDATE key SET evse_id = ? WHERE key_id = ?", (evse_id, key_id))  # noqa: SLF001
         return evse_ids
 
     async def shown(self, here: Station) -> list[tuple[dict[str, str], float]]:

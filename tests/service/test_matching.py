@@ -85,7 +85,7 @@ async def test_installed_deactivates_the_key_before(here: Station) -> None:
 
     assert here.states(old, new) == [DEACTIVATED, ACTIVE]
     assert here.events(old) == ["CSR answered", "installed", "replaced"]
-    assert here.ledger.history(old)[-1].reason == f"by {new}"
+    assert here.ledger.keys.history(old)[-1].reason == f"by {new}"
 
 
 async def test_the_keys_of_each_evse_are_apart(here: Station) -> None:
@@ -503,14 +503,14 @@ async def test_deleted_never_means_the_new_key_even_if_the_old_one_is_gone_alrea
     old = await here.key()
     await here.told("installed")
     if end == "retired and expired":
-        here.ledger.apply(old, KeyEvent.RETIRED, reason="", now=0)
+        here.ledger.transitions.apply(old, KeyEvent.RETIRED, reason="", now=0)
         await here.pass_by(0)
     new = await here.key()
     await here.told("installed")
     if end == "compromised":
-        here.ledger.apply(old, KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
+        here.ledger.transitions.apply(old, KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
     elif end == "destroyed":
-        here.ledger.apply(old, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
+        here.ledger.transitions.apply(old, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
     else:
         await here.pass_by(8 * DAY)
         assert here.states(old) == [DESTROYED]

@@ -32,7 +32,9 @@ from stationkey.keystore import KeyRef, KeyStore, Support, keystore_opener
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.worker import KeyStoreThread, Turn, on_keystore
 from stationkey.ledger import Ledger
+from stationkey.ledger.answers import Answers
 from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.ledger.transitions import Transitions
 from stationkey.service import pool
 from stationkey.service import requests as service
 from stationkey.service.pool import MARGIN, RETRY_LAST, KeyPool
@@ -176,12 +178,12 @@ class Here:
 
     def ahead(self, kind: KeyType = SECP256R1) -> list[str]:
         """The names of the keys on record that have no owner, oldest first."""
-        with closing(Ledger(self.ledger.path, read_only=True)) as beside:
-            return [key.key_id for key, _ in beside.made_ahead() if key.key_type == kind]
+        with closing(Ledger(self.ledger.database.path, read_only=True)) as beside:
+            return [key.key_id for key, _ in beside.keys.made_ahead() if key.key_type == kind]
 
     def history(self, key_id: str) -> list[str]:
-        with closing(Ledger(self.ledger.path, read_only=True)) as beside:
-            return [event.event for event in beside.history(key_id)]
+        with closing(Ledger(self.ledger.database.path, read_only=True)) as beside:
+            return [event.event for event in beside.keys.history(key_id)]
 
 
 @asynccontextmanager
@@ -462,7 +464,7 @@ def destroy_beside(folder: Path, *key_ids: str, event: KeyEvent = KeyEvent.DESTR
     """What the operator's commands do."""
     with closing(Ledger(folder / DATABASE_NAME, make=False)) as beside:
         for key_id in key_ids:
-            beside.apply(key_id, event, reason="", now=0)
+            beside.transitions.apply(key_id, event, reason="", now=0)
 
 
 @pytest.mark.parametrize("event", [KeyEvent.DESTRUCTION_ORDERED, KeyEvent.COMPROMISE_REPORTED])
@@ -635,7 +637,7 @@ async def test_a_key_whose_answer_could_not_be_recorded_is_ready_again_in_its_pl
         await here.stop_making()
         ahead = here.ahead()
         with monkeypatch.context() as patched:
-            patched.setattr(Ledger, "record_answer", fail)
+            patched.setattr(Answers, "record", fail)
             answers = await asyncio.gather(*(here.answer() for _ in range(3)))
         assert [answer.data.status for answer in answers] == ["rejected"] * 3
         assert here.ahead() == ahead
@@ -726,16 +728,16 @@ async def test_while_the_key_store_is_away_each_try_is_told_and_each_waits_longe
 async def test_while_the_disk_is_full_nothing_is_ready_and_room_heals_it(
     tmp_path: Path, clocks: Clocks, naps: Naps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make_ahead = Ledger.make_ahead
+    make_ahead = Transitions.make_ahead
     full = True
     ready: list[int] = []
 
-    def make(own: Ledger, key: KeyRef, *, now: int, due: int, seconds: float) -> None:
+    def make(own: Transitions, key: KeyRef, *, now: int, due: int, seconds: float) -> None:
         if full:
             raise DISK_FULL
         make_ahead(own, key, now=now, due=due, seconds=seconds)
 
-    monkeypatch.setattr(Ledger, "make_ahead", make)
+    monkeypatch.setattr(Transitions, "make_ahead", make)
     async with pooled(tmp_path, clocks=clocks) as here:
 
         def after(nap: int) -> None:

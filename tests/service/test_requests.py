@@ -40,7 +40,9 @@ from stationkey import (
 from stationkey.config.settings import PolicyTerms
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.worker import on_keystore
+from stationkey.ledger.answers import Answers
 from stationkey.ledger.lifecycle import KeyState
+from stationkey.ledger.rejections import Rejections
 from stationkey.service import requests
 from stationkey.service.policy import Policy
 from stationkey.x509.csr import Csr, sign_csr
@@ -130,7 +132,7 @@ async def test_an_answer_carries_the_id_and_a_csr_for_the_key_on_record(
     response = await answering.answer(asked)
     assert response.id == asked.id
     assert x509.load_pem_x509_csr(csr_of(response).encode()).is_signature_valid
-    [key] = ledger.keys()
+    [key] = ledger.keys.all()
     assert (key.request_ids, key.created_at) == ((asked.id,), 1_700_000_000_500)
     assert answering.counts == {"accepted": 1}
 
@@ -218,14 +220,14 @@ async def test_an_answer_is_on_record_when_it_is_given(
     answering: StationKeyService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[str] = []
-    record_answer = Ledger.record_answer
+    record_answer = Answers.record
 
-    def record(own: Ledger, asked: GenerateCsrRequest, key: KeyRef, csr: str, **terms: Any) -> list[str]:
+    def record(own: Answers, asked: GenerateCsrRequest, key: KeyRef, csr: str, **terms: Any) -> list[str]:
         crowded = record_answer(own, asked, key, csr, **terms)
         recorded.append(csr)
         return crowded
 
-    monkeypatch.setattr(Ledger, "record_answer", record)
+    monkeypatch.setattr(Answers, "record", record)
     response = await answering.answer(request())
     assert recorded == [csr_of(response)]
 
@@ -238,11 +240,11 @@ async def test_a_ledger_that_cannot_write_costs_the_request_and_leaves_no_key(
 
     asked = request()
     with monkeypatch.context() as fault:
-        fault.setattr(Ledger, "record_answer", full)
+        fault.setattr(Answers, "record", full)
         response = await answering.answer(asked)
     assert response.data.status == "rejected"
-    assert ledger.keys() == []
-    assert ledger.find_answer(asked.id) is None
+    assert ledger.keys.all() == []
+    assert ledger.answers.find(asked.id) is None
     assert answering.counts == {"disk_full": 1}
     assert {record.levelno for record in caplog.records} == {logging.ERROR}
     assert {vars(record)["request_id"] for record in caplog.records} == {asked.id}
@@ -259,7 +261,7 @@ async def test_a_store_that_hangs_costs_the_request_at_its_deadline_and_leaves_n
     await impatient.aclose()
     [(request_id, reason, _)] = rejections(tmp_path)
     assert (request_id, reason) == (asked.id, "keystore_timeout")
-    assert ledger.keys() == []
+    assert ledger.keys.all() == []
 
 
 async def test_a_refusal_is_not_for_ever(answering: StationKeyService, store: Store) -> None:
@@ -300,9 +302,9 @@ async def test_a_csr_that_does_not_verify_is_rejected_and_its_key_destroyed(
     with monkeypatch.context() as fault:
         fault.setattr(requests, "sign_csr", lambda *arguments: other_signature(sign_csr(*arguments)))
         assert (await answering.answer(asked)).data.status == "rejected"
-    assert [key.state for key in ledger.keys("")] == [KeyState.DESTROYED]
-    assert ledger.undelivered() == []
-    assert ledger.find_answer(asked.id) is None
+    assert [key.state for key in ledger.keys.all("")] == [KeyState.DESTROYED]
+    assert ledger.answers.undelivered() == []
+    assert ledger.answers.find(asked.id) is None
     assert csr_of(await answering.answer(asked))
     await answering.aclose()
     assert [(request_id, reason) for request_id, reason, _ in rejections(tmp_path)] == [(asked.id, "signature_invalid")]
@@ -545,14 +547,14 @@ async def test_a_rejection_is_on_record_soon_and_nobody_waits_for_it(
 ) -> None:
     written = asyncio.Event()
     loop = asyncio.get_running_loop()
-    write = Ledger.write_rejections
+    write = Rejections.write
 
-    def note(own: Ledger) -> bool:
+    def note(own: Rejections) -> bool:
         more = write(own)
         loop.call_soon_threadsafe(written.set)
         return more
 
-    monkeypatch.setattr(Ledger, "write_rejections", note)
+    monkeypatch.setattr(Rejections, "write", note)
     monkeypatch.setattr(requests, "RECORD_WITHIN", 0.01)
     for reason in ("one", "two"):
         await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason=reason))
@@ -568,12 +570,12 @@ async def test_a_rejection_is_on_record_soon_and_nobody_waits_for_it(
 async def test_a_rejection_that_cannot_be_written_is_told_and_written_when_it_can(
     answering: StationKeyService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(_: Ledger) -> bool:
+    def full(_: Rejections) -> bool:
         raise LedgerError("the ledger cannot be written: database or disk is full", reason="disk_full")
 
     monkeypatch.setattr(requests, "RECORD_WITHIN", 0.0)
     with monkeypatch.context() as fault:
-        fault.setattr(Ledger, "write_rejections", full)
+        fault.setattr(Rejections, "write", full)
         await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="one"))
         recording = answering._recording  # noqa: SLF001 - the task that nobody waits for
         assert recording is not None

@@ -45,8 +45,9 @@ from stationkey.contract.profiles import SECP256R1, Algorithm
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef
 from stationkey.keystore.software import SoftwareKeyStore
-from stationkey.ledger import Ledger
+from stationkey.ledger.keys import Keys
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
+from stationkey.ledger.retention import Retention
 from stationkey.service import statuses
 from stationkey.service.policy import Policy
 from stationkey.service.running_time import RunningTime
@@ -89,7 +90,7 @@ async def here(tmp_path: Path) -> AsyncIterator[Station]:
 
 
 def reference(here: Station, key_id: str) -> KeyRef:
-    found = here.ledger.key_ref(key_id)
+    found = here.ledger.keys.ref(key_id)
     assert found is not None
     return found
 
@@ -183,7 +184,7 @@ async def test_a_key_of_another_tpm_is_not_activated(tmp_path: Path, swtpm: Swtp
 
 async def test_a_key_whose_private_part_is_damaged_is_not_activated(here: Station) -> None:
     key = await here.key()
-    with closing(sqlite3.connect(here.ledger.path)) as connection, connection:
+    with closing(sqlite3.connect(here.ledger.database.path)) as connection, connection:
         connection.execute("UPDATE secret SET private = x'00'")
 
     await here.told("installed")
@@ -366,7 +367,7 @@ async def test_a_retired_or_compromised_key_has_no_file(here: Station) -> None:
         key = await here.key()
         await here.told("installed")
         assert (here.active_dir / "v2g_certificate.pem").exists()
-        here.ledger.apply(key, event, reason="", now=0)
+        here.ledger.transitions.apply(key, event, reason="", now=0)
 
         await here.service.custody.show_active()
 
@@ -451,7 +452,7 @@ async def test_a_replaced_key_ends_after_the_grace_period(here: Station) -> None
 async def test_a_key_that_was_retired_by_hand_gets_its_grace_period(here: Station) -> None:
     key = await here.key()
     await here.told("installed")
-    here.ledger.apply(key, KeyEvent.RETIRED, reason="", now=0)
+    here.ledger.transitions.apply(key, KeyEvent.RETIRED, reason="", now=0)
 
     await here.pass_by(0)
     await here.pass_by(7 * DAY - 1000)
@@ -462,7 +463,7 @@ async def test_a_key_that_was_retired_by_hand_gets_its_grace_period(here: Statio
 
 async def test_active_and_compromised_keys_do_not_end_by_time(here: Station) -> None:
     evidence = await here.key()
-    here.ledger.apply(evidence, KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
+    here.ledger.transitions.apply(evidence, KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
     active = await here.key()
     await here.told("installed")
 
@@ -517,9 +518,9 @@ async def test_running_time_goes_on_over_a_restart_and_a_station_that_is_off_doe
 async def test_running_time_never_goes_back(here: Station) -> None:
     await here.pass_by(5 * DAY)
 
-    here.ledger.write_running(DAY)
+    here.ledger.retention.write_running(DAY)
 
-    assert here.ledger.running == 5 * DAY
+    assert here.ledger.retention.running == 5 * DAY
 
 
 def test_running_time_is_counted_from_where_it_was() -> None:
@@ -533,15 +534,15 @@ async def test_an_expiry_that_an_operator_was_faster_than_stops_nothing(
 ) -> None:
     """The command ends one key between the daemon's look at what is due and its turn: the others still expire."""
     keys = [await here.key(V2G, evse_id) for evse_id in (E1, E2, None)]
-    due = Ledger.due
+    due = Retention.due
 
-    def then_the_operator(ledger: Ledger, running: int) -> list[str]:
-        found = due(ledger, running)
+    def then_the_operator(retention: Retention, running: int) -> list[str]:
+        found = due(retention, running)
         if keys[1] in found:
-            ledger.apply(keys[1], KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
+            here.ledger.transitions.apply(keys[1], KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
         return found
 
-    monkeypatch.setattr(Ledger, "due", then_the_operator)
+    monkeypatch.setattr(Retention, "due", then_the_operator)
 
     await here.pass_by(30 * DAY)
 
@@ -552,14 +553,14 @@ async def test_an_expiry_that_an_operator_was_faster_than_at_the_last_moment_sto
     here: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = [await here.key(V2G, evse_id) for evse_id in (E1, E2)]
-    key_ref = Ledger.key_ref
+    ref = Keys.ref
 
-    def then_the_operator(ledger: Ledger, key_id: str) -> KeyRef | None:
+    def then_the_operator(own: Keys, key_id: str) -> KeyRef | None:
         if key_id == keys[0]:
-            ledger.apply(keys[0], KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
-        return key_ref(ledger, key_id)
+            here.ledger.transitions.apply(keys[0], KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
+        return ref(own, key_id)
 
-    monkeypatch.setattr(Ledger, "key_ref", then_the_operator)
+    monkeypatch.setattr(Keys, "ref", then_the_operator)
 
     await here.pass_by(30 * DAY)
 
@@ -587,7 +588,7 @@ async def test_a_retry_of_an_id_whose_key_is_gone_is_rejected(here: Station) -> 
     asked = request()
     response = await here.service.answer(asked)
     assert isinstance(response.data.csr, str)
-    here.ledger.apply(key_id_in(response.data.csr), KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
+    here.ledger.transitions.apply(key_id_in(response.data.csr), KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
 
     again = await here.service.answer(asked)
 
@@ -634,13 +635,13 @@ async def _deleted(here: Station, key: str) -> None:
 
 
 async def _expired(here: Station, key: str) -> None:
-    here.ledger.apply(key, KeyEvent.RETIRED, reason="", now=0)
+    here.ledger.transitions.apply(key, KeyEvent.RETIRED, reason="", now=0)
     await here.pass_by(0)
     await here.pass_by(8 * DAY)
 
 
 async def _ordered(here: Station, key: str) -> None:
-    here.ledger.apply(key, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
+    here.ledger.transitions.apply(key, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
     await here.service.custody.show_active()
 
 
@@ -680,7 +681,7 @@ async def test_the_sweep_writes_the_private_parts_anew_after_each_destruction(he
         await here.pass_by(0)
 
         assert here.states(key) == [DESTROYED]
-        assert not here.ledger.wipe(), "there was something left to do"
+        assert not here.ledger.retention.wipe(), "there was something left to do"
 
 
 async def test_a_key_that_made_room_is_in_no_file_after_a_sweep(here: Station) -> None:
@@ -698,15 +699,15 @@ async def test_a_key_that_made_room_is_in_no_file_after_a_sweep(here: Station) -
 async def test_a_key_made_ahead_ends_in_the_sweep_after_its_time_and_leaves_no_trace(here: Station) -> None:
     store = SoftwareKeyStore()
     old, young = store.generate(Algorithm.ECDSA_SHA256), store.generate(Algorithm.ECDSA_SHA256)
-    here.ledger.make_ahead(old, now=0, due=DAY, seconds=0)
-    here.ledger.make_ahead(young, now=0, due=3 * DAY, seconds=0)
+    here.ledger.transitions.make_ahead(old, now=0, due=DAY, seconds=0)
+    here.ledger.transitions.make_ahead(young, now=0, due=3 * DAY, seconds=0)
     await here.pass_by(0)
-    assert [key for key, _ in here.ledger.made_ahead()] == [old, young]
+    assert [key for key, _ in here.ledger.keys.made_ahead()] == [old, young]
 
     await here.pass_by(2 * DAY)
 
-    assert here.ledger.made_ahead() == [(young, 3 * DAY)]
-    assert [key.key_id for key in here.ledger.usable()] == [young.key_id]
+    assert here.ledger.keys.made_ahead() == [(young, 3 * DAY)]
+    assert [key.key_id for key in here.ledger.keys.usable()] == [young.key_id]
     assert old.private not in bytes_on_disk(here.state_dir)
     assert old.key_id.encode() not in bytes_on_disk(here.state_dir)
 
@@ -714,19 +715,19 @@ async def test_a_key_made_ahead_ends_in_the_sweep_after_its_time_and_leaves_no_t
 async def test_a_sweep_makes_the_file_small_again_after_a_flood(tmp_path: Path) -> None:
     async with station(tmp_path / "state", terms=Terms(bounds=Bounds(history_limit=0))) as here:
         for number in range(300):
-            here.ledger.make_ahead(
+            here.ledger.transitions.make_ahead(
                 KeyRef(scheme="software", key_type=SECP256R1, public=number.to_bytes(2), private=bytes(2000)),
                 now=0,
                 due=1,
                 seconds=0,
             )
-        here.ledger.checkpoint()
-        large = here.ledger.path.stat().st_size
+        here.ledger.database.checkpoint()
+        large = here.ledger.database.path.stat().st_size
         for _ in range(3):
             await here.pass_by(1000)
 
-        assert here.ledger.keys() == []
-        assert here.ledger.path.stat().st_size < large * 3 // 4
+        assert here.ledger.keys.all() == []
+        assert here.ledger.database.path.stat().st_size < large * 3 // 4
 
 
 async def test_a_key_of_a_tpm_that_is_gone_can_still_be_destroyed(tmp_path: Path, swtpm: Swtpm) -> None:
@@ -744,7 +745,7 @@ async def test_a_message_is_noted_with_what_it_brought(here: Station) -> None:
 
     await here.service.note_status(status("installed", message_id=message_id))
 
-    event = here.ledger.history(key)[-1]
+    event = here.ledger.keys.history(key)[-1]
     assert (event.event, event.state, event.message_id) == ("installed", "active", message_id)
     assert event.at == int(here.clocks.wall * 1000)
 

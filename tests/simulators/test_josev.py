@@ -101,7 +101,7 @@ class Trial:
     def on_record(self) -> list[KeyRecord]:
         ledger = Ledger(self.folder / "state" / "ledger.sqlite3", read_only=True)
         try:
-            return ledger.keys()
+            return ledger.keys.all()
         finally:
             ledger.close()
 

@@ -146,11 +146,11 @@ class _Station:
                 directory = stack.enter_context(visit(directory))
             ledger = Ledger(directory / DATABASE_NAME, read_only=True)
             stack.callback(ledger.close)
-            record = ledger.named(key_id)
+            record = ledger.keys.named(key_id)
             if record.scheme != "tpm2":
                 raise _not_in_a_tpm()
-            key = ledger.key_ref(record.key_id)
-            answer = ledger.find_answer(record.request_ids[0]) if record.request_ids else None
+            key = ledger.keys.ref(record.key_id)
+            answer = ledger.answers.find(record.request_ids[0]) if record.request_ids else None
         if key is None:
             raise ConfigurationError(
                 f"key {record.key_id} is destroyed: there is nothing left to attest", reason="attest_key_destroyed"

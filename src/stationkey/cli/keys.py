@@ -100,7 +100,7 @@ def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None
 def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """List the keys, in the order in which they were made."""
     with _ledger(state_dir, config_file) as ledger:
-        found = ledger.keys()
+        found = ledger.keys.all()
     if as_json:
         click.echo(json.dumps([_key_json(key) for key in found], indent=2))
     elif found:
@@ -135,7 +135,7 @@ _key_id = click.argument("key_id", metavar="ID")
 def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Show one key. ID is its name, or as much of its beginning as no other key has."""
     with _ledger(state_dir, config_file) as ledger:
-        shown = _key_json(ledger.named(key_id))
+        shown = _key_json(ledger.keys.named(key_id))
     if as_json:
         click.echo(json.dumps(shown, indent=2))
         return
@@ -152,7 +152,7 @@ def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_
 def keys_history(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Show everything that happened to a key, first to last, with time and reason."""
     with _ledger(state_dir, config_file) as ledger:
-        events = ledger.history(ledger.named(key_id).key_id)
+        events = ledger.keys.history(ledger.keys.named(key_id).key_id)
     if as_json:
         shown = [
             {
@@ -177,19 +177,19 @@ def _order(
 ) -> None:
     """Do to a key what the operator orders, in the ledger and under active/."""
     with _ledger(state_dir, config_file, write=True) as ledger:
-        key = ledger.named(key_id)
+        key = ledger.keys.named(key_id)
         if ask is not None:
             named = printable(f"{key.key_id} ({key.certificate_type}, {key.state})")
             click.confirm(f"{ask} {named}?", abort=True, err=True)
-            if (now := ledger.named(key.key_id).state) != key.state:
+            if (now := ledger.keys.named(key.key_id).state) != key.state:
                 raise StationKeyError(
                     f"{key.key_id} has become {now} meanwhile; nothing was changed",
                     reason="key_changed",
                     hint="ask anew",
                 )
-        state = ledger.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
-        ActiveDirectory(ledger.path.parent).sync(ledger.active_files)
-        ledger.wipe()
+        state = ledger.transitions.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
+        ActiveDirectory(ledger.database.directory).sync(ledger.keys.active_files)
+        ledger.retention.wipe()
     click.echo(printable(f"{key.key_id} is {state}"))
 
 
@@ -240,6 +240,6 @@ def keys_mark_compromised(
 def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | None) -> None:
     """Print the public part of a key, as a PEM PUBLIC KEY."""
     with _ledger(state_dir, config_file) as ledger:
-        key = ledger.named(key_id)
+        key = ledger.keys.named(key_id)
     # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
     click.echo(DER_cert_to_PEM_cert(key.public).replace("CERTIFICATE", "PUBLIC KEY"), nl=False)

@@ -150,10 +150,13 @@ CREATE INDEX event_by_message ON event (message_id) WHERE message_id IS NOT NULL
 What other tables mean a key by is a number in the order in which keys were made, so that new rows lie side by side.
 `asked`, `installed` and `deleted` are the numbers of the key's events of that kind; `ended` counts the destroyed keys
 without gaps, because only the oldest of them are ever forgotten. `secret` has no foreign key: SQLite then empties it
-page by page, which is what `Ledger.wipe` wants.
+page by page, which is what `Retention.wipe` wants.
 """
 
 MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3)
 """What makes a database of version n one of version n + 1; the first makes an empty one."""
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 """``user_version`` of the database that this code reads and writes."""
+
+LIVING: Final = "state != 'destroyed'"
+"""What a query of the living keys must say, so that SQLite takes the index of them."""

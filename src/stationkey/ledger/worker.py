@@ -61,8 +61,8 @@ class LedgerThread:
 
     @property
     def trouble(self) -> str:
-        """See `Ledger.trouble`."""
-        return self._ledger.trouble
+        """See `Database.trouble`."""
+        return self._ledger.database.trouble
 
     @property
     def stuck(self) -> bool:

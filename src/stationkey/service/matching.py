@@ -74,9 +74,9 @@ class KeyFinder:
         else:
             if named is not None:
                 evse_id = named[1]
-            pending = ledger.pending(certificate_type, evse_id)
+            pending = ledger.keys.pending(certificate_type, evse_id)
         # A key that is named is meant, whatever certificates there are for the active one.
-        active = [] if isinstance(named, KeyRecord) else ledger.active(certificate_type, evse_id)
+        active = [] if isinstance(named, KeyRecord) else ledger.keys.active(certificate_type, evse_id)
         if self._certificate_dir is not None:
             return self._by_certificate(ledger, pending, active)
         if isinstance(named, KeyRecord):
@@ -122,7 +122,7 @@ class KeyFinder:
             return named
         if named is not None:
             evse_id = named[1]
-        pending = _one_owner(ledger.pending(certificate_type, evse_id), evse_id)
+        pending = _one_owner(ledger.keys.pending(certificate_type, evse_id), evse_id)
         if not pending:
             raise StatusUnfit("no key of this kind is pending", reason="status_fits_no_key")
         return pending[-1]
@@ -142,8 +142,8 @@ class KeyFinder:
             return named
         if named is not None:
             evse_id = named[1]
-        active = _one_owner(ledger.active(certificate_type, evse_id), evse_id)
-        deactivated = _one_owner(ledger.deactivated(certificate_type, evse_id), evse_id)
+        active = _one_owner(ledger.keys.active(certificate_type, evse_id), evse_id)
+        deactivated = _one_owner(ledger.keys.deactivated(certificate_type, evse_id), evse_id)
         if named is not None:
             deactivated = []  # the file under active/ is the active key's
         elif self._certificate_dir is not None:
@@ -184,7 +184,7 @@ class KeyFinder:
         )
 
     def _owner_or_key(self, ledger: Ledger, path: Path) -> KeyRecord | Owner | None:
-        keys = ledger.keys(path.stem) if len(path.stem) == KEY_ID_LENGTH else []
+        keys = ledger.keys.all(path.stem) if len(path.stem) == KEY_ID_LENGTH else []
         if len(keys) == 1:
             return keys[0]
         # Compared by realpath: Josev may know the file by a symbolic link.
@@ -208,7 +208,7 @@ class KeyFinder:
         """
         assert self._certificate_dir is not None
         found: list[Chain] = []
-        own = ledger.own_files()
+        own = ledger.database.own_files()
         try:
             for path in _files(self._certificate_dir):
                 with suppress(FileNotFoundError if complete else OSError):
@@ -307,7 +307,7 @@ def _too_much(directory: Path, what: str) -> OSError:
 
 def _only(ledger: Ledger, key: KeyRecord) -> bool:
     """Whether no other certificate of the key's owner can be the one that was deleted."""
-    return not ledger.others_installed(key)
+    return not ledger.keys.others_installed(key)
 
 
 def _evse_id(status: CertificateInstallationStatus) -> str | None:

@@ -28,7 +28,6 @@ from stationkey.contract.profiles import Algorithm, KeyType, RsaModulus
 from stationkey.errors import KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
-from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.ledger.worker import LedgerThread
 
@@ -128,7 +127,9 @@ class KeyPool:
         log.warning("a key made ahead is destroyed: %s", error, extra={"key_id": ahead.key.key_id})
         try:
             await self._ledger(
-                Ledger.apply, ahead.key.key_id, KeyEvent.EXPIRED, reason=error.message, now=int(self._clock() * 1000)
+                lambda ledger: ledger.transitions.apply(
+                    ahead.key.key_id, KeyEvent.EXPIRED, reason=error.message, now=int(self._clock() * 1000)
+                )
             )
         except StationKeyError as failure:
             if failure.scope is not Scope.KEY:  # else somebody has ended it already
@@ -174,11 +175,11 @@ class KeyPool:
 
         kinds = await on_keystore(self._keystore, look, timeout=LOOK_DEADLINE, task=Task.LOOK)
         wanted = {algorithm: kind for algorithm, kind in kinds.items() if kind is not None and self._size(kind)}
-        made = await self._ledger(Ledger.seconds_to_make)
+        made = await self._ledger(lambda ledger: ledger.keys.seconds_to_make())
         self.seconds_to_make = {kind: made[str(kind)] for kind in wanted.values() if str(kind) in made}
         ready: dict[KeyType, deque[Ahead]] = {kind: deque() for kind in wanted.values()}
         # Asked in turn with requests: there are few, each takes milliseconds, and a station may never be without load.
-        for key, due in await self._ledger(Ledger.made_ahead):
+        for key, due in await self._ledger(lambda ledger: ledger.keys.made_ahead()):
             if key.key_type in ready and await self._usable(Ahead(key, due)):
                 insort(ready[key.key_type], Ahead(key, due), key=_due)
         self._ready, self._kinds = ready, wanted
@@ -244,7 +245,9 @@ class KeyPool:
         if key.key_type != kind:
             raise _OtherKind(f"a {kind} key was to be made, and it is {key.key_type}", reason="key_type_wrong")
         due = self._running() + self._terms.age
-        await self._ledger(Ledger.make_ahead, key, now=int(self._clock() * 1000), due=due, seconds=seconds)
+        await self._ledger(
+            lambda ledger: ledger.transitions.make_ahead(key, now=int(self._clock() * 1000), due=due, seconds=seconds)
+        )
         self.add(Ahead(key, due))
         self.seconds_to_make[kind] = seconds
         log.debug("a key was made ahead", extra={"key_id": key.key_id, "key_type": str(kind)})

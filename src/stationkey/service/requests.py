@@ -86,10 +86,10 @@ class StationKeyService:
         self._keystore = keystore
         self._ledger = LedgerThread(ledger)
         # Which only make a note, and may be called from any thread.
-        self._mark_delivered = ledger.mark_delivered
-        self._note_rejection = ledger.note_rejection
+        self._mark_delivered = ledger.answers.mark_delivered
+        self._note_rejection = ledger.rejections.note
         self._terms = terms or Terms()
-        self._running = RunningTime(ledger.running)
+        self._running = RunningTime(ledger.retention.running)
         self._profiles = profiles
         self._policy = policy or Policy(PolicyTerms(), profiles)
         self._deadline = deadline
@@ -107,7 +107,7 @@ class StationKeyService:
         self.custody = KeyCustody(
             keystore,
             self._ledger,
-            state_dir=ledger.path.parent,
+            state_dir=ledger.database.directory,
             running=self._running,
             terms=self._terms,
             profiles=profiles,
@@ -206,7 +206,7 @@ class StationKeyService:
     async def undelivered(self) -> list[GenerateCsrResponse]:
         """The accepted answers that were recorded, and that no `delivered` was told of: to be published (again)."""
         responses = []
-        for answered in await self._ledger(Ledger.undelivered):
+        for answered in await self._ledger(lambda ledger: ledger.answers.undelivered()):
             try:
                 check_recorded(answered.csr)
             except KeyStoreError as error:
@@ -226,23 +226,22 @@ class StationKeyService:
 
     async def learn_ids(self) -> None:
         """Read from the ledger which ids were answered in earlier runs. Until then each id is looked up there."""
-        last = ""
+        ids = [""]
         try:
-            while ids := await self._ledger(Ledger.answered_ids, after=last):
+            while ids := await self._ledger(lambda ledger, last: ledger.answers.ids(after=last), ids[-1]):
                 self._seen.update(ids)
-                last = ids[-1]
         except LedgerError as error:
             log.error("each id is looked up: %s", error, extra={"reason": error.reason})
             return
         self._knows_ids = True
 
     async def figures(self, *, expiries: int) -> Figures:
-        """How much there is on record; see `Ledger.figures`.
+        """How much there is on record; see `Keys.figures`.
 
         Raises:
             LedgerError: it cannot be read.
         """
-        return await self._ledger(Ledger.figures, expiries=expiries)
+        return await self._ledger(lambda ledger: ledger.keys.figures(expiries=expiries))
 
     @property
     def ledger_trouble(self) -> str:
@@ -272,7 +271,7 @@ class StationKeyService:
         if self._recording is not None:
             self._recording.cancel()
         try:
-            await self._ledger(Ledger.write_running, self._running.now())
+            await self._ledger(lambda ledger: ledger.retention.write_running(self._running.now()))
             await self._write_rejections()
         except StationKeyError as error:
             log.error("%s", error, extra={"reason": error.reason})
@@ -283,7 +282,7 @@ class StationKeyService:
     async def _find(self, request_id: str) -> Answered | None:
         if self._knows_ids and request_id not in self._seen:
             return None
-        return await self._ledger(Ledger.find_answer, request_id)
+        return await self._ledger(lambda ledger: ledger.answers.find(request_id))
 
     def _repeat(self, request: GenerateCsrRequest, answered: Answered) -> GenerateCsrResponse:
         """The answer to an id that was answered before (decision 6)."""
@@ -364,15 +363,16 @@ class StationKeyService:
         running, pem = self._running.now(), to_pem(csr)
         self._seen.add(request.id)
         recorded = self._ledger(
-            Ledger.record_answer,
-            request,
-            key,
-            pem,
-            now=self._now(),
-            running=running,
-            due=running + self._terms.pending,
-            bounds=self._terms.bounds,
-            ahead=ahead,
+            lambda ledger: ledger.answers.record(
+                request,
+                key,
+                pem,
+                now=self._now(),
+                running=running,
+                due=running + self._terms.pending,
+                bounds=self._terms.bounds,
+                ahead=ahead,
+            )
         )
         try:
             check_signature(csr)
@@ -386,7 +386,7 @@ class StationKeyService:
 
     async def _withdraw(self, request_id: str) -> None:
         """Take back an answer that was written down and must not go out."""
-        await self._ledger(Ledger.withdraw, request_id, now=self._now())
+        await self._ledger(lambda ledger: ledger.answers.withdraw(request_id, now=self._now()))
 
     async def _record_rejections(self) -> None:
         """Put on record what was refused lately. Where that fails it is kept, and written with what comes next."""
@@ -401,7 +401,7 @@ class StationKeyService:
             self._recording = None
 
     async def _write_rejections(self) -> None:
-        while await self._ledger(Ledger.write_rejections):
+        while await self._ledger(lambda ledger: ledger.rejections.write()):
             pass  # in steps: what else the ledger is wanted for goes in between
 
     def _now(self) -> int:

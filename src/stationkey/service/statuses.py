@@ -24,7 +24,7 @@ from stationkey.contract.profiles import PROFILES, CertificateProfile, Certifica
 from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
-from stationkey.ledger import KeyRecord, Ledger
+from stationkey.ledger import KeyRecord
 from stationkey.ledger.lifecycle import IllegalTransition, KeyEvent
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
@@ -166,7 +166,7 @@ class KeyCustody:
         log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        if await self._ledger(Ledger.counts_as_repeat, status.id):
+        if await self._ledger(lambda ledger: ledger.transitions.seen(status.id)):
             log.info("'%s' was said before", status.data.status, extra=dict(about))
             self._tally.statuses.add(status.data.status, "repeated", "")
             return
@@ -189,15 +189,16 @@ class KeyCustody:
         if chain is not None:
             self._compare(key, chain, about)
         replaced = await self._ledger(
-            Ledger.activate,
-            key.key_id,
-            chain=None if chain is None else chain.pem(),
-            not_after=None if chain is None else chain.not_after,
-            reason="Josev installed its certificate",
-            now=self._now(),
-            grace_due=self._running.now() + self._terms.grace,
-            message_id=status.id,
-            limit=self._terms.bounds.active_limit,
+            lambda ledger: ledger.transitions.activate(
+                key.key_id,
+                chain=None if chain is None else chain.pem(),
+                not_after=None if chain is None else chain.not_after,
+                reason="Josev installed its certificate",
+                now=self._now(),
+                grace_due=self._running.now() + self._terms.grace,
+                message_id=status.id,
+                limit=self._terms.bounds.active_limit,
+            )
         )
         self._counts["installed"] += 1
         self._tally.statuses.add("installed", "applied", "")
@@ -211,13 +212,14 @@ class KeyCustody:
             self._tally.statuses.add("failed_installation", "repeated", "")
             return
         await self._ledger(
-            Ledger.apply,
-            key.key_id,
-            KeyEvent.INSTALLATION_FAILED,
-            reason="Josev could not install its certificate",
-            now=self._now(),
-            due=min(key.due or self._running.now() + self._terms.failed, self._running.now() + self._terms.failed),
-            message_id=status.id,
+            lambda ledger: ledger.transitions.apply(
+                key.key_id,
+                KeyEvent.INSTALLATION_FAILED,
+                reason="Josev could not install its certificate",
+                now=self._now(),
+                due=min(key.due or self._running.now() + self._terms.failed, self._running.now() + self._terms.failed),
+                message_id=status.id,
+            )
         )
         self._counts["failed_installation"] += 1
         self._tally.statuses.add("failed_installation", "applied", "")
@@ -260,7 +262,7 @@ class KeyCustody:
             )
 
     async def _key_ref(self, key_id: str) -> KeyRef:
-        reference = await self._ledger(Ledger.key_ref, key_id)
+        reference = await self._ledger(lambda ledger: ledger.keys.ref(key_id))
         if reference is None:
             raise LedgerError(f"key {key_id} has no private part any more", reason="key_destroyed", scope=Scope.KEY)
         return reference
@@ -269,8 +271,12 @@ class KeyCustody:
 
     async def _destroy(self, key_id: str, event: KeyEvent, reason: str, message_id: str | None = None) -> None:
         """Destroy a key, for good on disk; and in the device, where there is anything of it, when that has time."""
-        reference = await self._ledger(Ledger.key_ref, key_id)
-        await self._ledger(Ledger.apply, key_id, event, reason=reason, now=self._now(), message_id=message_id)
+        reference = await self._ledger(lambda ledger: ledger.keys.ref(key_id))
+        await self._ledger(
+            lambda ledger: ledger.transitions.apply(
+                key_id, event, reason=reason, now=self._now(), message_id=message_id
+            )
+        )
         if reference is not None:
             in_device = self._keystore.submit(
                 lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
@@ -281,7 +287,7 @@ class KeyCustody:
         """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
         self.on_change()
         try:
-            written = await self._ledger(lambda ledger: self._active.sync(ledger.active_files))
+            written = await self._ledger(lambda ledger: self._active.sync(ledger.keys.active_files))
         except LedgerError as error:
             self._counts[error.reason] += 1
             log.error("%s", error, extra={"reason": error.reason})
@@ -295,29 +301,31 @@ class KeyCustody:
         In steps of a few milliseconds, however much there is: a request that comes meanwhile waits for one of them.
         """
         running = self._running.now()
-        await self._ledger(Ledger.write_running, running)
+        await self._ledger(lambda ledger: ledger.retention.write_running(running))
         await self._ledger(
-            Ledger.adopt, pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
+            lambda ledger: ledger.retention.adopt(
+                pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
+            )
         )
-        for key_id in await self._ledger(Ledger.due, running):
+        for key_id in await self._ledger(lambda ledger: ledger.retention.due(running)):
             async with self._one_at_a_time:
                 await self._expire(key_id, running)
         while await self._ledger(
-            Ledger.forget,
-            keep=self._terms.bounds.history_limit,
-            answered_before=running - self._terms.answers,
+            lambda ledger: ledger.retention.forget(
+                keep=self._terms.bounds.history_limit, answered_before=running - self._terms.answers
+            )
         ):
             pass
         await self.show_active()
         # Last, because they need the most room: a full disk must not keep a file in active/ that has to go.
-        await self._ledger(Ledger.wipe)
-        while await self._ledger(Ledger.shrink):
+        await self._ledger(lambda ledger: ledger.retention.wipe())
+        while await self._ledger(lambda ledger: ledger.database.shrink()):
             pass
-        await self._ledger(Ledger.checkpoint)
+        await self._ledger(lambda ledger: ledger.database.checkpoint())
 
     async def _expire(self, key_id: str, running: int) -> None:
         """End a key, if a status or an operator's command has not been faster."""
-        if not await self._ledger(Ledger.is_due, key_id, running):
+        if not await self._ledger(lambda ledger: ledger.retention.is_due(key_id, running)):
             return
         try:
             await self._destroy(key_id, KeyEvent.EXPIRED, "its time was over")
@@ -331,7 +339,7 @@ class KeyCustody:
         while True:
             try:
                 await self.sweep()
-                due = await self._ledger(Ledger.next_due)
+                due = await self._ledger(lambda ledger: ledger.retention.next_due())
             except StationKeyError as error:
                 log.error("%s", error, extra={"reason": error.reason})
                 due = None
@@ -345,7 +353,7 @@ class KeyCustody:
         this waits for it.
         """
         try:
-            for key in await self._ledger(Ledger.usable):
+            for key in await self._ledger(lambda ledger: ledger.keys.usable()):
                 if not key.has_owner:
                     continue  # made ahead: see `KeyPool`
                 delay = RETRY_FIRST
@@ -357,7 +365,7 @@ class KeyCustody:
 
     async def _tell_if_unusable(self, key: KeyRecord) -> bool:
         """Try a key; False where the key store is away, so that nobody knows."""
-        reference = await self._ledger(Ledger.key_ref, key.key_id)
+        reference = await self._ledger(lambda ledger: ledger.keys.ref(key.key_id))
         if reference is None:
             return True
         try:

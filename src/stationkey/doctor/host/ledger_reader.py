@@ -82,13 +82,13 @@ class LedgerReading:
 
 def _read(subject: Subject) -> Contents:
     with open_for_reading(subject) as ledger:
-        keys = ledger.keys()
+        keys = ledger.keys.all()
         active = [key.key_id for key in keys if key.state is KeyState.ACTIVE and key.scheme == "tpm2"]
-        references = {key_id: ledger.key_ref(key_id) for key_id in active}
+        references = {key_id: ledger.keys.ref(key_id) for key_id in active}
         return Contents(
             keys=tuple(keys),
-            active_files=ledger.active_files(),
-            running=ledger.running,
+            active_files=ledger.keys.active_files(),
+            running=ledger.retention.running,
             wrapped={key_id: one.private for key_id, one in references.items() if one is not None},
         )
 

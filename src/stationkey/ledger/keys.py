@@ -1,0 +1,194 @@
+"""Queries about keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from stationkey.errors import Scope, StationKeyError
+from stationkey.ledger.database import Database
+from stationkey.ledger.lifecycle import INITIAL, KeyState
+from stationkey.ledger.migrations import LIVING
+from stationkey.ledger.records import (
+    MAKING,
+    EventRecord,
+    Figures,
+    KeyRecord,
+    read_key,
+    read_key_ref,
+    read_time,
+)
+
+if TYPE_CHECKING:
+    from stationkey.keystore import KeyRef
+
+
+_LAST: Final = "\U0010ffff"
+"""Comes after every other character, in the order of the index."""
+
+
+class Keys:
+    """The keys on record."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def all(self, prefix: str = "") -> list[KeyRecord]:
+        """The keys whose name begins with `prefix`, in the order in which they were made."""
+        prefix = prefix.lower()
+        # A range, and not LIKE or substr(): the index of the names serves it.
+        return self._select("key_id >= ? AND key_id < ?", prefix, prefix + _LAST, order="number")
+
+    def named(self, beginning: str) -> KeyRecord:
+        """The one key whose name begins so.
+
+        Raises:
+            StationKeyError: there is none, or more than one.
+        """
+        found = self.all(beginning) if beginning else []
+        if len(found) != 1:
+            raise StationKeyError(
+                f"{len(found)} keys begin with {beginning}" if found else f"there is no key {beginning}",
+                reason="key_not_found",
+                hint="stationkey keys list shows them all",
+                scope=Scope.KEY,
+            )
+        return found[0]
+
+    def pending(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
+        """The keys in pre-activation for a certificate type, newest last; of one EVSE, or of all where it is None."""
+        return self._owned(certificate_type, evse_id, KeyState.PRE_ACTIVATION)
+
+    def active(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
+        """The active keys for a certificate type; of one EVSE, or of all where it is None."""
+        return self._owned(certificate_type, evse_id, KeyState.ACTIVE)
+
+    def deactivated(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
+        """The deactivated keys for a certificate type; of one EVSE, or of all where it is None."""
+        return self._owned(certificate_type, evse_id, KeyState.DEACTIVATED)
+
+    def usable(self) -> list[KeyRecord]:
+        """The keys that still have a private part, in the order in which they were made; those made ahead, too."""
+        return self._select("number IN (SELECT key_number FROM secret)", order="number")
+
+    def ref(self, key_id: str) -> KeyRef | None:
+        """A key with its private part; None where it has none any more."""
+        with self._database.reading() as sql:
+            row = sql.execute(
+                "SELECT scheme, key_type, public, private FROM key JOIN secret ON secret.key_number = key.number"
+                " WHERE key_id = ?",
+                (key_id,),
+            ).fetchone()
+        return None if row is None else read_key_ref(*row)
+
+    def made_ahead(self) -> list[tuple[KeyRef, int]]:
+        """The keys made ahead that no request has taken yet, with their private parts, oldest first.
+
+        Returns:
+            Each with the time when it is due, in milliseconds of running time.
+
+        Raises:
+            LedgerError: they cannot be read.
+        """
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT scheme, key_type, public, private, coalesce(due, 0)"  # noqa: S608 - `LIVING` is this package's own text
+                " FROM key JOIN secret ON secret.key_number = key.number"
+                f" WHERE state = ? AND certificate_type = '' AND {LIVING} ORDER BY number",
+                (INITIAL,),
+            ).fetchall()
+        return [(read_key_ref(*row), due) for *row, due in rows]
+
+    def seconds_to_make(self) -> dict[str, float]:
+        """How long the last key of each type took that was made ahead."""
+        with self._database.reading() as sql:
+            rows = sql.execute("SELECT name, value FROM meta WHERE name > ?", (MAKING,)).fetchall()
+        return {name.removeprefix(MAKING): float(value) for name, value in rows if name.startswith(MAKING)}
+
+    def history(self, key_id: str) -> list[EventRecord]:
+        """Everything that happened to a key, first to last."""
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT seq, at, event, state, reason, message_id FROM event"
+                " WHERE key_number = (SELECT number FROM key WHERE key_id = ?) ORDER BY seq",
+                (key_id,),
+            ).fetchall()
+        return [EventRecord(seq, read_time(at, milliseconds=True), *rest) for seq, at, *rest in rows]
+
+    def active_files(self) -> dict[tuple[str, str], bytes]:
+        """What the file of each owner under ``active/`` should hold: key, then leaf and chain where they are known."""
+        files = {}
+        for key in self._select(f"state = ? AND {LIVING}", KeyState.ACTIVE):
+            if (reference := self.ref(key.key_id)) is not None:
+                files[key.owner] = reference.pem() + (key.chain or "").encode()
+        return files
+
+    def others_installed(self, key: KeyRecord) -> bool:
+        """Whether a certificate of another key of the same owner may be installed still, as far as is on record.
+
+        That is where one was, and was not reported as deleted before this key's was installed.
+        """
+        another = (
+            "SELECT 1 FROM key WHERE certificate_type = ? AND evse_id = ? AND installed IS NOT NULL AND key_id != ?"
+            " AND deleted"
+        )
+        with self._database.reading() as sql:
+            row = sql.execute(
+                f"{another} IS NULL UNION ALL {another} > ? LIMIT 1",
+                (*key.owner, key.key_id, *key.owner, key.key_id, key.installed),
+            ).fetchone()
+        return row is not None
+
+    def figures(self, *, expiries: int) -> Figures:
+        """How much there is on record.
+
+        Args:
+            expiries: of how many active keys at the most it is told when the certificate expires.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        states = [state for state in KeyState if state is not KeyState.DESTROYED]
+        with self._database.reading() as sql:
+            counted = sql.execute(
+                "SELECT state, certificate_type, count(*) FROM key"  # noqa: S608 - `LIVING` is this package's own text
+                f" WHERE state IN ({', '.join('?' * len(states))}) AND certificate_type > '' AND {LIVING}"
+                " GROUP BY state, certificate_type",
+                states,
+            ).fetchall()
+            first = sql.execute(
+                "SELECT certificate_type, evse_id, not_after FROM key"  # noqa: S608 - `LIVING` is this package's own text
+                f" WHERE state = ? AND not_after IS NOT NULL AND {LIVING} ORDER BY not_after LIMIT ?",
+                (KeyState.ACTIVE, expiries),
+            ).fetchall()
+            # `ended` has no gaps, and so nothing has to be counted.
+            (destroyed,) = sql.execute(
+                "SELECT coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL)"
+                " - (SELECT min(ended) FROM key WHERE ended IS NOT NULL) + 1, 0)"
+            ).fetchone()
+        keys = {(state, certificate_type): count for state, certificate_type, count in counted}
+        active = sum(count for (state, _), count in keys.items() if state == KeyState.ACTIVE)
+        return Figures(
+            keys=keys,
+            expiries=tuple((kind, evse_id, not_after) for kind, evse_id, not_after in first),
+            unknown=active - len(first),
+            destroyed=destroyed,
+            size=self._database.size(),
+        )
+
+    def _owned(self, certificate_type: str, evse_id: str | None, state: KeyState) -> list[KeyRecord]:
+        if evse_id is None:
+            return self._select(f"state = ? AND certificate_type = ? AND {LIVING}", state, certificate_type)
+        return self._select(
+            f"state = ? AND certificate_type = ? AND evse_id = ? AND {LIVING}", state, certificate_type, evse_id
+        )
+
+    def _select(self, where: str, *arguments: object, order: str = "asked") -> list[KeyRecord]:
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name,"  # noqa: S608 - `where` is this module's own text
+                " organization_name, country_name, state, created_at, public, due, failed, chain, not_after, asked,"
+                " installed, request_id"
+                f" FROM key LEFT JOIN answer ON answer.key_number = key.number WHERE {where} ORDER BY {order}",
+                arguments,
+            ).fetchall()
+        return [read_key(row) for row in rows]

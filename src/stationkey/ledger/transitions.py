@@ -1,0 +1,286 @@
+"""Changes to keys: made ahead, given to an owner, and every event of their lives.
+
+Functions that take a connection belong to the transaction of whoever calls them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from stationkey.contract.messages import GenerateCsrRequest
+from stationkey.errors import LedgerError, Scope
+from stationkey.ledger.database import Database
+from stationkey.ledger.lifecycle import INITIAL, MADE_AHEAD, IllegalTransition, KeyEvent, KeyState, step
+from stationkey.ledger.migrations import LIVING
+from stationkey.ledger.records import MAKING, read_state
+
+if TYPE_CHECKING:
+    from stationkey.keystore import KeyRef
+
+
+_NEXT_EVENT: Final = "(SELECT coalesce(max(seq), 0) + 1 FROM event)"
+"""The number that the next event of the same transaction gets."""
+
+_NEW_KEY: Final = (
+    "INSERT INTO key (key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name, organization_name,"  # noqa: S608 - `_NEXT_EVENT` is this module's own text
+    " country_name, state, created_at, public, due, asked)"
+    " VALUES (:key_id, :scheme, :key_type, :certificate_type, :evse_id, :algorithm, :common_name, :organization_name,"
+    f" :country_name, :state, :created_at, :public, :due, {_NEXT_EVENT}) ON CONFLICT (key_id) DO NOTHING"
+)
+
+_NEW_OWNER: Final = (
+    "UPDATE key SET certificate_type = :certificate_type, evse_id = :evse_id, algorithm = :algorithm,"  # noqa: S608 - `_NEXT_EVENT` is this module's own text
+    " common_name = :common_name, organization_name = :organization_name, country_name = :country_name, due = :due,"
+    f" asked = {_NEXT_EVENT}"
+    " WHERE key_id = :key_id AND certificate_type = '' AND state = 'pre-activation' RETURNING number"
+)
+
+_ALSO: Final = {
+    KeyEvent.INSTALLED: ", installed = :seq",
+    KeyEvent.DELETED: ", deleted = :seq",
+    KeyEvent.INSTALLATION_FAILED: ", failed = 1",
+}
+"""What an event changes of a key's row besides state and end."""
+
+_ENDED: Final = ", ended = 1 + coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL), 0)"
+
+
+class Transitions:
+    """Writes what happens to keys."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def make_ahead(self, key: KeyRef, *, now: int, due: int, seconds: float) -> None:
+        """Put a key on record that has no owner yet, durably: whichever request comes next can take it.
+
+        Args:
+            key: the key, wrapped private part included.
+            now: Unix time in milliseconds.
+            due: when it expires if no request takes it, in milliseconds of running time.
+            seconds: how long the key store took over it.
+
+        Raises:
+            LedgerError: nothing was written.
+        """
+        with self._database.transaction() as sql:
+            cursor = sql.execute(
+                "INSERT INTO key (key_id, scheme, key_type, state, created_at, public, due)"
+                " VALUES (:key_id, :scheme, :key_type, :state, :created_at, :public, :due)",
+                {"key_id": key.key_id, "due": due, **_made(key, now)},
+            )
+            number = _keep_secret(sql, cursor, key)
+            note(sql, number, MADE_AHEAD, INITIAL, reason="", now=now, message_id=None)
+            sql.execute(
+                "INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (MAKING + str(key.key_type), str(seconds))
+            )
+
+    def apply(
+        self,
+        key_id: str,
+        event: KeyEvent,
+        *,
+        reason: str,
+        now: int,
+        due: int | None = None,
+        message_id: str | None = None,
+    ) -> KeyState:
+        """Write down an event and the state that it leads to; where that is destroyed, the private part is wiped.
+
+        Args:
+            key_id: the key.
+            event: what happened.
+            reason: why, for the history.
+            now: Unix time in milliseconds.
+            due: when the key's time is over from now on, in milliseconds of running time.
+            message_id: of the message that brought it.
+
+        Raises:
+            IllegalTransition: the event cannot happen to the key; nothing was written.
+            LedgerError: nothing was written.
+        """
+        with self._database.transaction() as sql:
+            state = advance(sql, key_id, event, reason=reason, now=now, due=due, message_id=message_id)
+        if state is KeyState.DESTROYED:
+            # It is done, whether or not this succeeds; the daemon tries again with every sweep.
+            with suppress(LedgerError):
+                self._database.checkpoint()
+        return state
+
+    def activate(
+        self,
+        key_id: str,
+        *,
+        chain: str | None,
+        not_after: int | None,
+        reason: str,
+        now: int,
+        grace_due: int,
+        message_id: str | None,
+        limit: int | None = None,
+    ) -> list[str]:
+        """Make a key the active one of its owner, in one transaction with the end of the one before it.
+
+        Args:
+            key_id: the key whose certificate was installed.
+            chain: certificate and chain in PEM, where they are known.
+            not_after: when the certificate expires, Unix time in seconds.
+            reason: for the history.
+            now: Unix time in milliseconds.
+            grace_due: when the grace period of the replaced key ends, in milliseconds of running time.
+            message_id: of the message that said so.
+            limit: how many active keys there may be, where this one replaces none; None for no bound.
+
+        Returns:
+            The names of the keys that were replaced.
+
+        Raises:
+            IllegalTransition: the key is in no state to be activated; nothing was written.
+            LedgerError: nothing was written.
+        """
+        with self._database.transaction() as sql:
+            advance(sql, key_id, KeyEvent.INSTALLED, reason=reason, now=now, message_id=message_id)
+            sql.execute("UPDATE key SET chain = ?, not_after = ? WHERE key_id = ?", (chain, not_after, key_id))
+            replaced = [
+                row[0]
+                for row in sql.execute(
+                    "SELECT key_id FROM key WHERE (certificate_type, evse_id) ="  # noqa: S608 - `LIVING` is this package's own text
+                    " (SELECT certificate_type, evse_id FROM key WHERE key_id = :key_id)"
+                    f" AND state = :active AND {LIVING} AND key_id != :key_id",
+                    {"key_id": key_id, "active": KeyState.ACTIVE},
+                )
+            ]
+            if limit is not None and not replaced:
+                _refuse_beyond(sql, limit)
+            for other in replaced:
+                advance(sql, other, KeyEvent.REPLACED, reason=f"by {key_id}", now=now, due=grace_due)
+        return replaced
+
+    def seen(self, message_id: str) -> bool:
+        """Whether a message has brought an event before: the broker, or Josev, sent it again."""
+        with self._database.reading() as sql:
+            row = sql.execute(
+                "SELECT 1 FROM event WHERE message_id = ? AND event != 'CSR answered' LIMIT 1", (message_id,)
+            ).fetchone()
+        return row is not None
+
+
+def give_owner(
+    sql: sqlite3.Connection, request: GenerateCsrRequest, key: KeyRef, *, now: int, due: int, ahead: bool
+) -> int:
+    """Put a key on record with its owner, or give one to a key that was made ahead; the key's number.
+
+    Raises:
+        LedgerError: the key has an owner, or is gone.
+    """
+    owner = {
+        "key_id": key.key_id,
+        "certificate_type": request.data.certificate_type,
+        "evse_id": request.evse_id or "",
+        "algorithm": request.algorithm,
+        "common_name": request.data.common_name,
+        "organization_name": request.data.organization_name,
+        "country_name": request.data.country_name,
+        "due": due,
+    }
+    if ahead:
+        taken = sql.execute(_NEW_OWNER, owner).fetchone()
+        if taken is not None:
+            return int(taken[0])
+    else:
+        cursor = sql.execute(_NEW_KEY, {**owner, **_made(key, now)})
+        if cursor.rowcount:
+            return _keep_secret(sql, cursor, key)
+    raise LedgerError(f"key {key.key_id} has an owner already, or is gone", reason="key_taken", scope=Scope.KEY)
+
+
+def _keep_secret(sql: sqlite3.Connection, inserted: sqlite3.Cursor, key: KeyRef) -> int:
+    """Write down the private part of a key whose row was just inserted; the key's number."""
+    number = inserted.lastrowid
+    assert number is not None
+    sql.execute("INSERT INTO secret (key_number, private) VALUES (?, ?)", (number, key.private))
+    return number
+
+
+def _made(key: KeyRef, now: int) -> dict[str, object]:
+    """The columns of a key that was just made, whether it has an owner or not."""
+    return {
+        "scheme": key.scheme,
+        "key_type": str(key.key_type),
+        "state": INITIAL,
+        "created_at": now,
+        "public": key.public,
+    }
+
+
+def advance(
+    sql: sqlite3.Connection,
+    key_id: str,
+    event: KeyEvent,
+    *,
+    reason: str,
+    now: int,
+    due: int | None = None,
+    message_id: str | None = None,
+) -> KeyState:
+    """Write down an event, and the state that it leads to."""
+    row = sql.execute("SELECT number, state, certificate_type FROM key WHERE key_id = ?", (key_id,)).fetchone()
+    if row is None:
+        raise LedgerError(f"there is no key {key_id} on record", reason="key_not_found", scope=Scope.KEY)
+    number, before, certificate_type = row
+    state = step(read_state(before), event)
+    if not certificate_type and event in {KeyEvent.INSTALLED, KeyEvent.INSTALLATION_FAILED}:
+        raise IllegalTransition(
+            f"a key that no request has taken cannot have the event '{event}'", reason="illegal_transition"
+        )
+    if state is KeyState.DESTROYED:
+        # secure_delete overwrites with zeros where it was; `Retention.wipe` sees to what was moved.
+        sql.execute("DELETE FROM secret WHERE key_number = ?", (number,))
+        sql.execute("INSERT OR IGNORE INTO meta (name, value) VALUES ('unwiped', 'yes')")
+        if not certificate_type:
+            # Nobody ever had it: its history is not worth the place of a key's that somebody had.
+            sql.execute("DELETE FROM event WHERE key_number = ?", (number,))
+            sql.execute("DELETE FROM key WHERE number = ?", (number,))
+            return state
+        # The CSR of a key that is gone is of no use either. Not by UPDATE, which would leave its page as good as
+        # empty: after a replacement SQLite joins the page to its neighbours, and the history takes a third less.
+        sql.execute(
+            "REPLACE INTO answer"
+            " (key_number, canonical_id, request_id, digest, csr, answered_at, running, delivered)"
+            " SELECT key_number, canonical_id, request_id, digest, '', answered_at, running, 1 FROM answer"
+            " WHERE key_number = ?",
+            (number,),
+        )
+    seq = note(sql, number, event, state, reason=reason, now=now, message_id=message_id)
+    also = _ALSO.get(event, "") + (_ENDED if state is KeyState.DESTROYED else "")
+    sql.execute(
+        f"UPDATE key SET state = :state, due = :due{also} WHERE number = :number",  # noqa: S608 - `also` is this module's own text
+        {"state": state, "due": due, "seq": seq, "number": number},
+    )
+    return state
+
+
+def note(
+    sql: sqlite3.Connection, number: int, event: str, state: KeyState, *, reason: str, now: int, message_id: str | None
+) -> int | None:
+    """Write down what happened to a key; the number of that event."""
+    return sql.execute(
+        "INSERT INTO event (key_number, at, event, state, reason, message_id) VALUES (?, ?, ?, ?, ?, ?)",
+        (number, now, event, state, reason, message_id),
+    ).lastrowid
+
+
+def _refuse_beyond(sql: sqlite3.Connection, limit: int) -> None:
+    (active,) = sql.execute(
+        f"SELECT count(*) FROM key WHERE state = ? AND {LIVING}",  # noqa: S608 - `LIVING` is this package's own text
+        (KeyState.ACTIVE,),
+    ).fetchone()
+    if active > limit:
+        raise LedgerError(
+            f"{limit} keys are active, each for another certificate type or EVSE, and more are not allowed",
+            reason="too_many_active",
+            hint="retire those that are not needed, or see [lifecycle] active_limit",
+            scope=Scope.REQUEST,
+        )
