@@ -8,7 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -188,10 +188,10 @@ class Station:
     ledger: Ledger
     keystore: KeyStoreThread
     clocks: Clocks
-    counts: Counter[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.counts = self.service.counts
+    @property
+    def counts(self) -> Counter[str]:
+        return self.service.counters.outcomes()
 
     @property
     def state_dir(self) -> Path:

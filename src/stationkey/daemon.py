@@ -108,7 +108,7 @@ async def serve(settings: Settings) -> None:
                     learning.cancel()
             finally:
                 await service.aclose()
-            log.info("stopped", extra=dict(service.counts))
+            log.info("stopped", extra=dict(service.counters.outcomes()))
         finally:
             await watching.aclose()  # last, so that there are signs of life until then
             keystore.close()

@@ -292,9 +292,9 @@ async def test_what_alerts_count_is_shown_before_it_happens(here: Station) -> No
     }
     assert shown["stationkey_rejected_requests_total",] == 0
     assert {shown["stationkey_unanswerable_messages_total", reason] for reason in UNANSWERABLE} == {0}
-    here.service.tally.requests.add("unknown", "rejected", "not_json")
-    here.service.tally.requests.add("v2g_certificate", "rejected", "rate_limited")
-    here.service.tally.requests.add("v2g_certificate", "accepted", "")
+    here.service.counters.requests.add("unknown", "rejected", "not_json")
+    here.service.counters.requests.add("v2g_certificate", "rejected", "rate_limited")
+    here.service.counters.requests.add("v2g_certificate", "accepted", "")
     text = (await Exposition(watching(here)).text()).decode()
     assert "\nstationkey_rejected_requests_total 2.0\n" in text
 
@@ -406,7 +406,7 @@ class TestServiceManager:
         assert manager.watchdog is None
 
 
-class TestTally:
+class TestCounters:
     def test_what_is_counted_apart_is_bounded_and_nothing_is_lost(self) -> None:
         counts = Counts()
         for number in range(3 * MAX_SERIES):

@@ -397,7 +397,7 @@ async def test_fifty_requests_at_once_get_a_key_each(tmp_path: Path) -> None:
         assert ahead < set(keys)
         await here.full(secp256r1=25, secp521r1=25)
         assert not set(here.ahead()) & set(keys)
-    assert here.service.counts == {"accepted": 50}
+    assert here.service.counters.outcomes() == {"accepted": 50}
 
 
 async def test_keys_made_ahead_are_handed_out_after_a_restart(tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ async def test_a_key_that_the_operator_ended_meanwhile_costs_nobody_anything(tmp
         destroy_beside(tmp_path, first, event=event)
         assert await here.key() == second
         assert await here.key() not in {first, second}
-    assert here.service.counts == {"accepted": 2}
+    assert here.service.counters.outcomes() == {"accepted": 2}
 
 
 async def test_keys_of_another_tpm_are_given_up_at_the_start_and_others_are_made(
@@ -533,7 +533,7 @@ async def test_keys_of_another_tpm_are_given_up_when_they_are_taken_and_the_requ
         assert key not in old
         assert here.ahead() == []
         assert here.history(key) == ["CSR answered"]
-    assert here.service.counts == {"accepted": 1}
+    assert here.service.counters.outcomes() == {"accepted": 1}
 
 
 DAMAGES: Final = [
@@ -565,7 +565,7 @@ async def test_a_key_that_is_damaged_on_record_is_passed_over(
     async with pooled(tmp_path, PoolTerms(ec=1, idle=0.0), keystore=session_swtpm.uri) as here:
         await here.full(secp256r1=1, secp521r1=1)
         assert await here.key()
-    assert here.service.counts == {"accepted": 1}
+    assert here.service.counters.outcomes() == {"accepted": 1}
 
 
 @pytest.mark.parametrize(
@@ -590,7 +590,7 @@ async def test_a_key_that_cannot_be_loaded_is_given_up_and_the_request_gets_the_
             destroy_beside(tmp_path, first)
         assert await here.key() == second
         assert here.history(first) == []
-    assert here.service.counts == {"accepted": 1}
+    assert here.service.counters.outcomes() == {"accepted": 1}
 
 
 async def test_whatever_is_tried_for_a_request_has_one_deadline(
@@ -676,7 +676,7 @@ async def test_a_key_whose_csr_did_not_verify_is_not_ready_again(
         assert here.history(first)[-1] == "expired"
         assert here.pool.ready()[SECP256R1] == 1
         assert await here.key() == second
-    assert here.service.counts == {"signature_invalid": 1, "accepted": 1}
+    assert here.service.counters.outcomes() == {"signature_invalid": 1, "accepted": 1}
 
 
 async def test_a_fault_of_ours_costs_the_key_and_leaves_none_behind(

@@ -134,7 +134,7 @@ async def test_an_answer_carries_the_id_and_a_csr_for_the_key_on_record(
     assert x509.load_pem_x509_csr(csr_of(response).encode()).is_signature_valid
     [key] = ledger.keys.all()
     assert (key.request_ids, key.created_at) == ((asked.id,), 1_700_000_000_500)
-    assert answering.counts == {"accepted": 1}
+    assert answering.counters.outcomes() == {"accepted": 1}
 
 
 async def test_the_same_request_again_gets_the_same_csr_under_the_id_as_it_came(
@@ -146,7 +146,7 @@ async def test_the_same_request_again_gets_the_same_csr_under_the_id_as_it_came(
     assert again.id == asked.id.upper()
     assert csr_of(again) == csr_of(first)
     assert store.made == 1
-    assert answering.counts == {"accepted": 1, "repeated": 1}
+    assert answering.counters.outcomes() == {"accepted": 1, "repeated": 1}
 
 
 async def test_naming_the_default_algorithm_is_the_same_content(answering: StationKeyService) -> None:
@@ -207,7 +207,7 @@ async def test_an_id_in_hand_with_other_content_is_rejected_at_once_and_one_on_r
     assert csr_of(await answering.answer(known)) == first
     store.go_on.set()
     assert csr_of(await busy)
-    assert answering.counts == {"accepted": 2, "id_reused": 1, "repeated": 1}
+    assert answering.counters.outcomes() == {"accepted": 2, "id_reused": 1, "repeated": 1}
 
 
 async def test_different_requests_at_once_get_a_key_each(answering: StationKeyService, store: Store) -> None:
@@ -245,7 +245,7 @@ async def test_a_ledger_that_cannot_write_costs_the_request_and_leaves_no_key(
     assert response.data.status == "rejected"
     assert ledger.keys.all() == []
     assert ledger.answers.find(asked.id) is None
-    assert answering.counts == {"disk_full": 1}
+    assert answering.counters.outcomes() == {"disk_full": 1}
     assert {record.levelno for record in caplog.records} == {logging.ERROR}
     assert {vars(record)["request_id"] for record in caplog.records} == {asked.id}
     assert csr_of(await answering.answer(asked))  # there is room again
@@ -325,7 +325,7 @@ async def test_a_csr_on_record_that_does_not_verify_is_never_handed_out(
         good = await answering.answer(request())
         assert (await answering.answer(wrong)).data.status == "rejected"
         assert (await answering.answer(unreadable)).data.status == "rejected"
-        assert answering.counts["signature_invalid"] == 2
+        assert answering.counters.outcomes()["signature_invalid"] == 2
     async with aclosing(StationKeyService(keystore, ledger)) as answering:
         assert await answering.undelivered() == [good]
         assert csr_of(await answering.answer(wrong)) != ""
@@ -351,7 +351,7 @@ async def test_a_message_without_an_id_is_logged_and_counted(
     answering: StationKeyService, caplog: pytest.LogCaptureFixture
 ) -> None:
     answering.pass_over(MessageError("not JSON", reason="not_json"))
-    assert answering.counts == {"not_json": 1}
+    assert answering.counters.outcomes() == {"not_json": 1}
     assert [record.getMessage() for record in caplog.records] == ["cannot be answered: not JSON"]
 
 
@@ -457,7 +457,7 @@ async def test_what_the_policy_refuses_is_rejected_and_nothing_else_and_named_in
     await strict.aclose()
 
     assert encode(response) == encode(rejected(asked.id))
-    assert strict.counts == {"policy_organization": 1}
+    assert strict.counters.outcomes() == {"policy_organization": 1}
     [(request_id, reason, message)] = rejections(tmp_path)
     assert (request_id, reason) == (asked.id, "policy_organization")
     assert '"Mallory" is not among the organization_names that are served' in message
@@ -476,7 +476,7 @@ async def test_a_refused_id_is_served_once_the_allowance_has_grown(strict: Stati
     clock.now += 60 * 10**9
     first = csr_of(await strict.answer(asked))
     assert csr_of(await strict.answer(request(asked.id.upper()))) == first
-    assert strict.counts == {"accepted": 3, "rate_limited": 2, "repeated": 1}
+    assert strict.counters.outcomes() == {"accepted": 3, "rate_limited": 2, "repeated": 1}
 
 
 async def test_neither_a_repeat_nor_what_is_refused_costs_any_of_the_allowance(strict: StationKeyService) -> None:
@@ -487,7 +487,7 @@ async def test_neither_a_repeat_nor_what_is_refused_costs_any_of_the_allowance(s
         assert (await strict.answer(by_mallory(asked.id))).data.status == "rejected"  # the id of another request
         assert (await strict.answer(by_mallory())).data.status == "rejected"
     assert csr_of(await strict.answer(request()))
-    assert strict.counts == {"accepted": 2, "repeated": 5, "id_reused": 5, "policy_organization": 5}
+    assert strict.counters.outcomes() == {"accepted": 2, "repeated": 5, "id_reused": 5, "policy_organization": 5}
 
 
 async def test_the_same_request_many_times_at_once_costs_one_token(strict: StationKeyService, store: Store) -> None:
@@ -517,7 +517,7 @@ async def test_time_spent_waiting_counts_against_the_deadline(answering: Station
     """At the edge, for the answer to the same id, for the key store: there is one deadline for it all."""
     assert (await answering.answer(request(), waited=requests.DEADLINE + 1)).data.status == "rejected"
     assert csr_of(await answering.answer(request(), waited=1.0))
-    assert answering.counts == {"keystore_timeout": 1, "accepted": 1}
+    assert answering.counters.outcomes() == {"keystore_timeout": 1, "accepted": 1}
     assert store.made == 1
 
 
@@ -593,5 +593,5 @@ async def test_a_flood_of_rejections_is_counted_whole_and_recorded_in_part(
     async with aclosing(StationKeyService(keystore, ledger)) as flooded:
         for _ in range(500):
             await flooded.reject(str(uuid.uuid4()), MessageError("wrong", reason="wrong"))
-        assert flooded.counts == {"wrong": 500}
+        assert flooded.counters.outcomes() == {"wrong": 500}
     assert 50 <= len(rejections(tmp_path)) < 100

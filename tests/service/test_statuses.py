@@ -808,7 +808,7 @@ async def test_no_more_keys_become_active_than_there_may_be_and_a_renewal_always
         await here.told("installed", V2G, E1)
 
         assert here.states(third, renewed) == [KeyState.PRE_ACTIVATION, KeyState.ACTIVE]
-        assert here.service.counts["too_many_active"] == 1
+        assert here.service.counters.outcomes()["too_many_active"] == 1
 
 
 async def test_a_flood_of_statuses_is_looked_at_as_often_as_is_allowed(tmp_path: Path) -> None:
@@ -818,5 +818,5 @@ async def test_a_flood_of_statuses_is_looked_at_as_often_as_is_allowed(tmp_path:
         for _ in range(10):
             await here.told("deleted", V2G, E2)
         await here.told("installed", STATION)
-        assert here.service.counts == {"accepted": 1, "status_fits_no_key": 4, "rate_limited": 7}
+        assert here.service.counters.outcomes() == {"accepted": 1, "status_fits_no_key": 4, "rate_limited": 7}
         assert here.states(mine) == [KeyState.PRE_ACTIVATION]

@@ -144,42 +144,42 @@ def _of_condition(condition: Condition) -> Iterator[Metric]:
 
 
 def _of_service(service: StationKeyService) -> Iterator[Metric]:
-    tally = service.tally
+    counters = service.counters
     types = [str(certificate_type) for certificate_type in CertificateType]
     yield _counters(
         "requests",
         "Requests for a CSR, by what became of them.",
         ("certificate_type", "outcome", "reason"),
-        tally.requests,
+        counters.requests,
         [(certificate_type, outcome, "") for certificate_type in types for outcome in ("accepted", "repeated")],
     )
-    rejected = sum(count for (_, outcome, _), count in tally.requests.items() if outcome == "rejected")
+    rejected = sum(count for (_, outcome, _), count in counters.requests.items() if outcome == "rejected")
     # Too many reasons there are to show each at 0 from the start; so that the first burst has a rate, the sum is there.
     yield _counter("rejected_requests", "Requests that were rejected, for whatever reason.", rejected)
     yield _counters(
         "statuses",
         "Messages about installed certificates, by what became of them.",
         ("status", "outcome", "reason"),
-        tally.statuses,
+        counters.statuses,
         [(status, "applied", "") for status in ("installed", "failed_installation", "deleted")],
     )
     yield _counters(
         "unanswerable_messages",
         "Messages without a usable id, by what was wrong.",
         ("reason",),
-        tally.unanswerable,
+        counters.unanswerable,
         [(reason,) for reason in UNANSWERABLE],
     )
     answers = HistogramMetricFamily(
         _PREFIX + "answer_seconds", "How long a new CSR took, from the message to the answer.", labels=("algorithm",)
     )
-    for algorithm, durations in tally.answers.items():
+    for algorithm, durations in counters.answers.items():
         answers.add_metric((algorithm,), _buckets(durations.cumulative()), durations.sum)
     yield answers
     yield _counter(
-        "certificate_differences", "What in installed certificates differed from their profiles.", tally.differences
+        "certificate_differences", "What in installed certificates differed from their profiles.", counters.differences
     )
-    yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", tally.unusable)
+    yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", counters.unusable)
     yield _counter(
         "running_seconds", "How long the daemon has run with this ledger, all runs together.", service.running / 1000
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from stationkey.service.rate_limit import TokenBucket
 from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
 from stationkey.service.statuses import KeyCustody
-from stationkey.system.counters import UNKNOWN, Tally
+from stationkey.system.counters import UNKNOWN, Counters
 from stationkey.x509.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 
 log = logging.getLogger(__name__)
@@ -65,8 +64,7 @@ class StationKeyService:
     Attributes:
         custody: keeps the keys through the rest of their lives.
         pool: has keys made ahead; filled while its `KeyPool.run` runs.
-        counts: how many requests had which outcome: ``accepted``, ``repeated``, or the reason of a refusal.
-        tally: the same in more detail, and more, for whoever watches.
+        counters: what was done in this run, by outcome and reason.
     """
 
     def __init__(
@@ -102,8 +100,7 @@ class StationKeyService:
         self._recording: asyncio.Task[None] | None = None
         self._unrecorded = False  # whether there are rejections that it has not come to yet
         self._closed = False
-        self.counts: Counter[str] = Counter()
-        self.tally = Tally()
+        self.counters = Counters()
         self.custody = KeyCustody(
             keystore,
             self._ledger,
@@ -113,8 +110,7 @@ class StationKeyService:
             profiles=profiles,
             certificate_dir=certificate_dir,
             clock=clock,
-            counts=self.counts,
-            tally=self.tally,
+            counters=self.counters,
         )
         self.pool = KeyPool(
             keystore,
@@ -149,9 +145,8 @@ class StationKeyService:
             log.exception("a fault of stationkey", extra={"request_id": request.id})
             fault = StationKeyError("a fault of ours", reason="internal_error")
             return await self.reject(request.id, fault, certificate_type=request.data.certificate_type)
-        self.counts["accepted"] += 1
-        self.tally.requests.add(str(request.data.certificate_type), "accepted", "")
-        self.tally.answered(str(request.algorithm), time.monotonic() - begun)
+        self.counters.requests.add(str(request.data.certificate_type), "accepted", "")
+        self.counters.answered(str(request.algorithm), time.monotonic() - begun)
         about = {"request_id": request.id, "key_id": key.key_id, **_about(request)}
         asyncio.get_running_loop().call_soon(partial(log.info, "accepted", extra=about))  # with the answer on its way
         return messages.accepted(request, csr)
@@ -163,8 +158,7 @@ class StationKeyService:
 
         It is on disk within `RECORD_WITHIN`, or at `aclose`; nobody waits for that.
         """
-        self.counts[error.reason] += 1
-        self.tally.requests.add(str(certificate_type), "rejected", error.reason)
+        self.counters.requests.add(str(certificate_type), "rejected", error.reason)
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
         log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
         if self._recordable.take(time.monotonic_ns()):
@@ -176,8 +170,7 @@ class StationKeyService:
 
     def pass_over(self, error: StationKeyError) -> None:
         """Note a message that is wrong and carries no usable id: it cannot be answered, only logged and counted."""
-        self.counts[error.reason] += 1
-        self.tally.unanswerable.add(error.reason)
+        self.counters.unanswerable.add(error.reason)
         log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
 
     async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
@@ -296,8 +289,7 @@ class StationKeyService:
                 scope=Scope.KEY,
             )
         check_recorded(answered.csr)
-        self.counts["repeated"] += 1
-        self.tally.requests.add(str(request.data.certificate_type), "repeated", "")
+        self.counters.requests.add(str(request.data.certificate_type), "repeated", "")
         log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id})
         return messages.accepted(request, answered.csr)
 

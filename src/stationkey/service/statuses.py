@@ -11,7 +11,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -30,7 +29,7 @@ from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.matching import KeyFinder
 from stationkey.service.running_time import RunningTime
-from stationkey.system.counters import Tally
+from stationkey.system.counters import Counters
 from stationkey.x509.certificate import Chain, Expected, differences, prove
 
 log = logging.getLogger(__name__)
@@ -61,8 +60,7 @@ class KeyCustody:
         profiles: of each certificate type, overrides included.
         certificate_dir: where Josev puts the certificates it installs, or None.
         clock: Unix time in seconds.
-        counts: outcomes are counted here.
-        tally: and here in more detail.
+        counters: outcomes are counted here.
 
     Attributes:
         on_change: called when keys may have become active, or may have ended.
@@ -79,8 +77,7 @@ class KeyCustody:
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
         certificate_dir: Path | None = None,
         clock: Callable[[], float] = time.time,
-        counts: Counter[str] | None = None,
-        tally: Tally | None = None,
+        counters: Counters | None = None,
     ) -> None:
         self._keystore = keystore
         self._ledger = ledger
@@ -90,8 +87,7 @@ class KeyCustody:
         self._profiles = profiles
         self._finder = KeyFinder(self._active.path, certificate_dir)
         self._clock = clock
-        self._counts: Counter[str] = Counter() if counts is None else counts
-        self._tally = tally or Tally()
+        self._counters = counters or Counters()
         self._one_at_a_time = asyncio.Lock()
         self._in_order = asyncio.Lock()
         self._waiting = 0
@@ -161,14 +157,13 @@ class KeyCustody:
     def refuse(self, status: CertificateInstallationStatus, error: StationKeyError) -> None:
         """Log and count a status that changes nothing."""
         about = _about(status)
-        self._counts[error.reason] += 1
-        self._tally.statuses.add(status.data.status, "refused", error.reason)
+        self._counters.statuses.add(status.data.status, "refused", error.reason)
         log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         if await self._ledger(lambda ledger: ledger.transitions.seen(status.id)):
             log.info("'%s' was said before", status.data.status, extra=dict(about))
-            self._tally.statuses.add(status.data.status, "repeated", "")
+            self._counters.statuses.add(status.data.status, "repeated", "")
             return
         match status.data.status:
             case "installed":
@@ -182,7 +177,7 @@ class KeyCustody:
         found = await self._ledger(self._finder.installed, status)
         if found is None:
             log.info("the certificate's key is active already", extra=dict(about))
-            self._tally.statuses.add("installed", "repeated", "")
+            self._counters.statuses.add("installed", "repeated", "")
             return
         key, chain = found.key, found.chain
         await self._prove(key, chain)
@@ -200,8 +195,7 @@ class KeyCustody:
                 limit=self._terms.bounds.active_limit,
             )
         )
-        self._counts["installed"] += 1
-        self._tally.statuses.add("installed", "applied", "")
+        self._counters.statuses.add("installed", "applied", "")
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
         await self.show_active()
 
@@ -209,7 +203,7 @@ class KeyCustody:
         key = await self._ledger(self._finder.failed, status)
         if key.failed:
             log.info("the failure was told before", extra={**about, "key_id": key.key_id})
-            self._tally.statuses.add("failed_installation", "repeated", "")
+            self._counters.statuses.add("failed_installation", "repeated", "")
             return
         await self._ledger(
             lambda ledger: ledger.transitions.apply(
@@ -221,15 +215,13 @@ class KeyCustody:
                 message_id=status.id,
             )
         )
-        self._counts["failed_installation"] += 1
-        self._tally.statuses.add("failed_installation", "applied", "")
+        self._counters.statuses.add("failed_installation", "applied", "")
         log.warning("installation failed", extra={**about, "key_id": key.key_id})
 
     async def _deleted(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         key = await self._ledger(self._finder.deleted, status)
         await self._destroy(key.key_id, KeyEvent.DELETED, "Josev deleted its certificate", status.id)
-        self._counts["deleted"] += 1
-        self._tally.statuses.add("deleted", "applied", "")
+        self._counters.statuses.add("deleted", "applied", "")
         log.info("key destroyed", extra={**about, "key_id": key.key_id})
         await self.show_active()
 
@@ -255,8 +247,7 @@ class KeyCustody:
             public=key.public,
         )
         for difference in differences(chain, expected, now=self._clock()):
-            self._counts["certificate_differs"] += 1
-            self._tally.differences += 1
+            self._counters.differences += 1
             log.warning(
                 "the certificate differs from its profile: %s", difference, extra={**about, "key_id": key.key_id}
             )
@@ -289,7 +280,7 @@ class KeyCustody:
         try:
             written = await self._ledger(lambda ledger: self._active.sync(ledger.keys.active_files))
         except LedgerError as error:
-            self._counts[error.reason] += 1
+            self._counters.not_shown.add(error.reason)
             log.error("%s", error, extra={"reason": error.reason})
             return
         for path in written:
@@ -373,8 +364,7 @@ class KeyCustody:
         except KeyStoreError as error:
             if error.transient:
                 return False
-            self._counts["key_unusable"] += 1
-            self._tally.unusable += 1
+            self._counters.unusable += 1
             log.error(
                 "this key cannot be used: %s",
                 error,

@@ -70,8 +70,8 @@ class Durations:
         return counts
 
 
-class Tally:
-    """What the service has done in this run.
+class Counters:
+    """What the service has done in this run: the one bookkeeping that log, health and metrics are made from.
 
     Attributes:
         requests: by certificate type, outcome (``accepted``, ``repeated``, ``rejected``) and reason of the rejection.
@@ -80,6 +80,7 @@ class Tally:
         answers: how long a new CSR took, by algorithm.
         differences: what in installed certificates differed from their profiles.
         unusable: keys that the present key store could not load at the start.
+        not_shown: failures to write the files under ``active/``, by reason.
     """
 
     def __init__(self) -> None:
@@ -89,7 +90,22 @@ class Tally:
         self.answers: dict[str, Durations] = {}
         self.differences = 0
         self.unusable = 0
+        self.not_shown = Counts()
 
     def answered(self, algorithm: str, seconds: float) -> None:
         """Note how long a new CSR took; `algorithm` is one of `stationkey.contract.profiles.Algorithm`."""
         self.answers.setdefault(algorithm, Durations()).add(seconds)
+
+    def outcomes(self) -> Counter[str]:
+        """Sum up by one word: ``accepted``, ``repeated``, the applied status, or the reason of a refusal or failure.
+
+        Repeated statuses are left out.
+        """
+        outcomes: Counter[str] = Counter(certificate_differs=self.differences, key_unusable=self.unusable)
+        for (_, outcome, reason), count in self.requests.items():
+            outcomes[reason or outcome] += count
+        for (status, outcome, reason), count in self.statuses.items():
+            outcomes[reason or status] += count * (outcome != "repeated")
+        for (reason,), count in (*self.unanswerable.items(), *self.not_shown.items()):
+            outcomes[reason] += count
+        return +outcomes
