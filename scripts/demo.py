@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stationkey import ALGORITHMS, PROFILES, Algorithm, Broker, CertificateType, inspect_csr
-from stationkey.simulators.csms.server import CertificateAnswered, Csms
+from stationkey.simulators.csms.events import CertificateAnswered
+from stationkey.simulators.csms.server import Csms
 from stationkey.simulators.josev import Station, StationSettings
 from stationkey.simulators.ocpp import OcppVersion
 

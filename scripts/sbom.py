@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,8 @@ def document(python: Path, debian: list[str]) -> Component:
             component["components"] = parts
         components.append(component)
     system = [package_of_debian(name) for name in debian]
+    # cyclonedx-py reads pyproject.toml, where the version is dynamic.
+    sbom["metadata"]["component"]["version"] = runpy.run_path(str(ROOT / "src/stationkey/_version.py"))["__version__"]
     root = sbom["metadata"]["component"]["bom-ref"]
     kept = {root, *(component["bom-ref"] for component in components)}
     needs = {

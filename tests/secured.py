@@ -17,7 +17,7 @@ from peers import Mosquitto, free_port
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
-from stationkey.mqtt.connection import Broker
+from stationkey.mqtt.url import Broker
 
 DOCUMENT = Path(__file__).parent.parent / "docs/broker.md"
 NAME = "broker.station.test"

@@ -32,6 +32,7 @@ def test_the_type_checker_is_told_of_the_same_homes() -> None:
         node.module.removeprefix("stationkey."): tuple(alias.name for alias in node.names)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stationkey.")
+        if node.module != "stationkey._version"  # not lazy
     }
 
     assert told == stationkey._HOME  # noqa: SLF001 - as above

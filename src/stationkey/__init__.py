@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-__version__ = "0.1.0"
+from stationkey._version import __version__
 
 if TYPE_CHECKING:
     from stationkey.config.settings import MqttTerms, PolicyTerms, TpmTerms
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from stationkey.keystore.worker import KeyStoreThread
     from stationkey.ledger import Ledger
     from stationkey.mqtt.client import ask
-    from stationkey.mqtt.connection import Broker
     from stationkey.mqtt.gateway import MqttEdge
+    from stationkey.mqtt.url import Broker
     from stationkey.service.policy import Policy
     from stationkey.service.requests import StationKeyService
     from stationkey.system.state_dir import StateDirectory
@@ -74,7 +74,7 @@ _HOME: Final = {
         "generate_csr",
         "rejected",
     ),
-    "mqtt.connection": ("Broker",),
+    "mqtt.url": ("Broker",),
     "service.policy": ("Policy",),
     "contract.profiles": ("ALGORITHMS", "PROFILES", "Algorithm", "CertificateProfile", "CertificateType"),
     "service.requests": ("StationKeyService",),

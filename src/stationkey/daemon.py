@@ -12,15 +12,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from stationkey import __version__
+from stationkey._version import __version__
 from stationkey.config.file import Settings
 from stationkey.contract.profiles import Algorithm
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyStore, keystore_opener
 from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
 from stationkey.ledger import Ledger
-from stationkey.mqtt.connection import Broker, check, unless
 from stationkey.mqtt.gateway import MqttEdge
+from stationkey.mqtt.tls import check
+from stationkey.mqtt.url import Broker
+from stationkey.mqtt.waiting import unless
 from stationkey.observability.health import Health
 from stationkey.service.policy import Policy
 from stationkey.service.requests import StationKeyService

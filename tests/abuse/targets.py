@@ -41,7 +41,7 @@ from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import ConfigurationError, MessageError, StationKeyError
 from stationkey.keystore import keystore_opener
 from stationkey.ledger import Ledger
-from stationkey.mqtt.connection import Broker
+from stationkey.mqtt.url import Broker
 from stationkey.service.matching import KeyFinder, StatusUnfit
 from stationkey.x509.certificate import Expected, differences, read_chain
 from stationkey.x509.csr import sign_csr, to_pem

@@ -22,7 +22,9 @@ from peers import Bus, Mosquitto, ResourceManager, Swtpm
 from stationkey.contract import messages
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.mqtt.client import ask
-from stationkey.mqtt.connection import Broker, connect, topics
+from stationkey.mqtt.connection import connect
+from stationkey.mqtt.topics import topics
+from stationkey.mqtt.url import Broker
 from stationkey.openssl import check
 
 BOUND = 30.0

@@ -26,7 +26,7 @@ from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.ledger.migrations import SCHEMA_VERSION
 from stationkey.mqtt.client import ask
-from stationkey.mqtt.connection import Broker
+from stationkey.mqtt.url import Broker
 from stationkey.system.state_dir import DATABASE_NAME
 
 BOUND = 30.0

@@ -20,7 +20,8 @@ from stationkey.config.settings import DAY, PoolTerms
 from stationkey.contract.profiles import PROFILES, CertificateType, EvseIdPlacement, ExtendedKeyUsage, KeyUsage
 from stationkey.errors import ConfigurationError, Fault
 from stationkey.keystore import keystore_opener
-from stationkey.mqtt.connection import Broker, topics
+from stationkey.mqtt.topics import topics
+from stationkey.mqtt.url import Broker
 
 SAMPLE = Path(__file__).parents[2] / "packaging" / "stationkey.toml"
 V2G = CertificateType.V2G_CERTIFICATE

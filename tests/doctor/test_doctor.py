@@ -39,7 +39,7 @@ from stationkey.doctor.tpm.facts import Probe, Seen
 from stationkey.errors import BrokerError
 from stationkey.ledger import KeyRecord
 from stationkey.ledger.lifecycle import KeyState
-from stationkey.mqtt.connection import Broker
+from stationkey.mqtt.url import Broker
 
 OK, WARNING, FAILURE, NOT_CHECKED = Level.OK, Level.WARNING, Level.FAILURE, Level.NOT_CHECKED
 DOCUMENT = (Path(__file__).parents[2] / "docs/doctor.md").read_text()

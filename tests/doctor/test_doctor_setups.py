@@ -33,7 +33,8 @@ from stationkey.doctor import AREAS, Level
 from stationkey.errors import StationKeyError
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from stationkey.ledger import Ledger
-from stationkey.mqtt.connection import Broker, connect
+from stationkey.mqtt.connection import connect
+from stationkey.mqtt.url import Broker
 from stationkey.system.state_dir import DATABASE_NAME, StateDirectory
 
 ROOT = Path(__file__).parents[2]

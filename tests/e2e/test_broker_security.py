@@ -19,7 +19,8 @@ from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
 from stationkey.errors import BrokerError
 from stationkey.mqtt.client import ask
-from stationkey.mqtt.connection import Broker, MqttConnection, connect
+from stationkey.mqtt.connection import MqttConnection, connect
+from stationkey.mqtt.url import Broker
 
 SHIPPED = Path(__file__).parent.parent.parent / "packaging/mosquitto"
 AVAILABILITY = "cs/stationkey/availability"

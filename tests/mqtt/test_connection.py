@@ -32,15 +32,14 @@ from stationkey.mqtt.connection import (
     MAX_IN_HAND,
     MAX_WAITING,
     PACKET_MARGIN,
-    Broker,
     ConnectionLost,
     MqttConnection,
     Overrun,
-    availability,
     connect,
-    topics,
 )
 from stationkey.mqtt.gateway import FIRST_DELAY, MqttEdge
+from stationkey.mqtt.topics import availability, topics
+from stationkey.mqtt.url import Broker
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""

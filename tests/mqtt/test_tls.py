@@ -29,7 +29,10 @@ from stationkey.config.settings import MqttTerms
 from stationkey.errors import BrokerError, ConfigurationError
 from stationkey.mqtt import connection as mqtt
 from stationkey.mqtt import tls, tpm_provider
-from stationkey.mqtt.connection import Broker, ConnectionLost, MqttConnection, check, connect
+from stationkey.mqtt.connection import ConnectionLost, MqttConnection, connect
+from stationkey.mqtt.tls import check
+from stationkey.mqtt.url import Broker
+from stationkey.mqtt.waiting import MAX_CONNECTING
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
@@ -188,7 +191,7 @@ async def test_what_hangs_for_ever_costs_a_bounded_number_of_threads(
     monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.01)
     monkeypatch.setattr(mqtt, "introduction", lambda *_, **__: release.wait(BOUND))  # as a TPM that hangs
     try:
-        for _ in range(mqtt.MAX_CONNECTING):
+        for _ in range(MAX_CONNECTING):
             with pytest.raises(BrokerError, match="no connection within"):
                 await opened(Broker("127.0.0.1", 1, tls=True), terms(authority))
         before = threading.active_count()

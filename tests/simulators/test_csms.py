@@ -38,25 +38,22 @@ from stationkey.cli import csms as cli_csms
 from stationkey.contract.messages import GenerateCsrData, generate_csr
 from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, Algorithm, CertificateType
 from stationkey.errors import ConfigurationError
-from stationkey.simulators.csms.server import (
+from stationkey.simulators.csms.csr_check import CsrRefused, check_csr
+from stationkey.simulators.csms.events import (
     Booted,
     CertificateAnswered,
     CertificateSent,
     Connected,
     ConnectionRefused,
-    Csms,
-    CsmsError,
     CsrAccepted,
-    CsrRefused,
     CsrRejected,
     Disconnected,
     Event,
     SecurityEvent,
-    SecurityProfile,
     StatusReported,
     Triggered,
-    check_csr,
 )
+from stationkey.simulators.csms.server import Csms, CsmsError, SecurityProfile
 from stationkey.simulators.ocpp import CARRIAGES, NotCarried, OcppVersion
 from stationkey.simulators.ocpp_connection import NotAnswered, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem

@@ -18,7 +18,7 @@ from peers import Daemon, Mosquitto
 
 from stationkey.contract.active_names import file_name
 from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, CertificateType
-from stationkey.mqtt.connection import Broker
+from stationkey.mqtt.url import Broker
 from stationkey.simulators.josev import Station, StationSettings
 from stationkey.simulators.ocpp import OcppVersion
 from stationkey.simulators.pki import Hierarchy, to_pem

@@ -17,16 +17,15 @@ from peers import Daemon, Mosquitto
 from secured import Authority, SecuredMosquitto
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.ledger import KeyRecord, Ledger
-from stationkey.mqtt.connection import Broker
-from stationkey.simulators.csms.server import (
+from stationkey.mqtt.url import Broker
+from stationkey.simulators.csms.events import (
     CertificateAnswered,
     CertificateSent,
-    Csms,
     CsrAccepted,
     CsrRejected,
     SecurityEvent,
-    SecurityProfile,
 )
+from stationkey.simulators.csms.server import Csms, SecurityProfile
 from stationkey.simulators.josev import Pending, PendingFile, SigningRefused, Station, StationSettings, waits
 from stationkey.simulators.ocpp import NotCarried, OcppVersion
 from stationkey.simulators.pki import Misbehaviour

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stationkey import __version__
+from stationkey._version import __version__
 from stationkey.errors import StationKeyError
 from stationkey.system.logs import printable
 

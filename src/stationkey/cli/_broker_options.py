@@ -12,7 +12,7 @@ from stationkey.config import file as config
 
 if TYPE_CHECKING:
     from stationkey.config.settings import MqttTerms
-    from stationkey.mqtt.connection import Broker
+    from stationkey.mqtt.url import Broker
 
 _OPTIONS: Final = {
     "ca_file": ("FILE", "Certificates (PEM) that the broker's must lead to.  [default: those of this machine]"),
@@ -45,7 +45,7 @@ def reaches_broker(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def with_reach(*, broker: str | None, topic_prefix: str | None, **others: Any) -> Any:
-        from stationkey.mqtt.connection import Broker  # noqa: PLC0415 - --help needs no MQTT client
+        from stationkey.mqtt.url import Broker  # noqa: PLC0415 - --help needs no MQTT client
 
         said = {name: others.pop(f"mqtt_{name}") or "" for name in _OPTIONS}
         where = Broker.parse(broker or config.DEFAULT_BROKER)

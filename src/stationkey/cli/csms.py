@@ -14,7 +14,8 @@ import click
 
 from stationkey.contract.profiles import SECP256R1, SECP521R1, CertificateType, EllipticCurve
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.simulators.csms.server import Booted, CertificateAnswered, Csms, CsrRejected, Event, SecurityProfile
+from stationkey.simulators.csms.events import Booted, CertificateAnswered, CsrRejected, Event
+from stationkey.simulators.csms.server import Csms, SecurityProfile
 from stationkey.simulators.pki import Hierarchy, Misbehaviour
 
 TRIGGER_TIMEOUT: Final = 60.0

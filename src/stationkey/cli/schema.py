@@ -16,7 +16,7 @@ from typing import Any, Final
 import click
 import msgspec
 
-from stationkey import __version__
+from stationkey._version import __version__
 from stationkey.attestation import schemas
 from stationkey.contract import messages
 from stationkey.contract.profiles import DEFAULT_ALGORITHM, PROFILES

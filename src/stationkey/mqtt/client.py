@@ -19,7 +19,9 @@ from stationkey.contract.messages import (
     encode,
 )
 from stationkey.contract.profiles import CertificateType
-from stationkey.mqtt.connection import PLAIN, Broker, connect, topics
+from stationkey.mqtt.connection import PLAIN, connect
+from stationkey.mqtt.topics import topics
+from stationkey.mqtt.url import Broker
 
 
 async def ask(
@@ -35,7 +37,7 @@ async def ask(
     Args:
         broker: where the broker is.
         request: what to ask. Published as it is: whether it is right is the station's to say.
-        topic_prefix: see `stationkey.mqtt.connection.topics`.
+        topic_prefix: see `stationkey.mqtt.topics.topics`.
         timeout: seconds to wait for the answer, connecting included.
         terms: TLS and credentials for the broker.
 
@@ -81,7 +83,7 @@ async def report_status(
         certificate_type: of which certificate.
         status: what became of it.
         evse_id: EVSE that its key is for, or None.
-        topic_prefix: see `stationkey.mqtt.connection.topics`.
+        topic_prefix: see `stationkey.mqtt.topics.topics`.
         terms: TLS and credentials for the broker.
 
     Raises:

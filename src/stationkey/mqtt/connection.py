@@ -10,17 +10,13 @@ and delayed acknowledgements one request takes some 80 ms instead of one.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
-from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -30,29 +26,23 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from stationkey.config.settings import MqttTerms
-from stationkey.contract.messages import MAX_PAYLOAD, REQUEST_TOPIC, RESPONSE_TOPIC
-from stationkey.errors import BrokerError, ConfigurationError
+from stationkey.contract.messages import MAX_PAYLOAD
+from stationkey.errors import BrokerError
 from stationkey.mqtt.packet_limit import PacketBound
 from stationkey.mqtt.tls import BrokerSocket, closed_without_a_word, introduction, no_handshake, refused
+from stationkey.mqtt.url import Broker
+from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT: Final = 1883
-DEFAULT_TLS_PORT: Final = 8883
 KEEPALIVE: Final = 30
 """Seconds between signs of life on an idle connection [MQTT 5 3.1.2.10]."""
-CONNECT_TIMEOUT: Final = 10.0
-"""Seconds for a broker to accept a connection, and for every later answer from it that is waited for."""
 MQTT5_TIMEOUT: Final = 3.0
 """Seconds for the answer to a CONNECT of MQTT 5, before 3.1.1 is tried: some brokers that know only 3.1.1 misread the
 longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
 SESSION_EXPIRY: Final = 7 * 24 * 3600
 """Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
-MAX_PREFIX: Final = 1024
-"""Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
-MAX_SHOWN: Final = 120
-"""Characters of a URL that are shown where it is wrong."""
 MAX_IN_HAND: Final = 64
 """How many messages are in hand at a time, unless it is said otherwise. The broker holds the rest: an RSA key takes its
 time."""
@@ -60,8 +50,6 @@ MAX_WAITING: Final = 1024
 """How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
 broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound, if it counts right. Reading never
 pauses: behind the requests comes what the answers wait for, their acknowledgements."""
-MAX_CONNECTING: Final = 8
-"""How many attempts to connect may hang. What blocks for ever, such as a TPM, must not cost a thread each time."""
 MAX_RECEIVED: Final = 16 * 1024
 MAX_RECEIVED_BYTES: Final = 8 * 1024 * 1024
 """How many messages may wait whatever their QoS, and how large they may be together. A broker that sends more than it
@@ -82,56 +70,6 @@ _UNSPECIFIED_ERROR: Final = 0x80
 """[MQTT 5 3.14.2.1]."""
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Broker:
-    """Where the broker is: ``mqtt://HOST[:PORT]``, or ``mqtts://HOST[:PORT]`` for TLS."""
-
-    host: str
-    port: int = DEFAULT_PORT
-    tls: bool = False
-
-    @classmethod
-    def parse(cls, url: str) -> Self:
-        """Read a broker URL.
-
-        Raises:
-            ConfigurationError: another scheme, no host, a port out of range, or a password in it.
-        """
-        hint = "for example mqtt://127.0.0.1:1883, or with TLS mqtts://broker.local:8883"
-        if "@" in url:  # looked for before all else: what is said of other mistakes shows the URL
-            raise ConfigurationError(
-                "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
-                reason="broker_invalid",
-            )
-        try:
-            parts = urlsplit(url)
-            tls = parts.scheme == "mqtts"
-            port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
-        except ValueError as error:
-            raise ConfigurationError(
-                f"{_short(url)} is no broker URL: {_short(str(error))}", reason="broker_invalid", hint=hint
-            ) from None
-        if (
-            parts.scheme not in {"mqtt", "mqtts"}
-            or not parts.hostname
-            or parts.path not in {"", "/"}
-            or parts.query
-            or parts.fragment
-            or port == 0
-        ):
-            raise ConfigurationError(f"{_short(url)} is no broker URL", reason="broker_invalid", hint=hint)
-        return cls(parts.hostname, port, tls)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mqtt{'s' if self.tls else ''}://{host}:{self.port}"
-
-
-def _short(text: str) -> str:
-    """As much of it as fits into a line."""
-    return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…")
 
 
 class ConnectionLost(BrokerError):
@@ -272,7 +210,7 @@ class MqttConnection:
             arguments = {"clean_start": not self._persistent, "properties": properties}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await _in_thread(lambda: self._dial(arguments), name="mqtt-connect")
+                await in_thread(lambda: self._dial(arguments), name="mqtt-connect")
         except ssl.SSLError as error:
             raise no_handshake(str(self._broker), error) from None
         except (OSError, ValueError) as error:
@@ -614,28 +552,6 @@ class MqttConnection:
             waiting.set_result(reason)
 
 
-async def check(broker: Broker, terms: MqttTerms) -> None:
-    """Look, before the first connection, whether there can be one by these terms. Nothing is connected to yet.
-
-    Raises:
-        ConfigurationError: something cannot be read, is not what it should be, or is of no use with this broker.
-    """
-    if terms.password is not None and not broker.tls and not _is_loopback(broker.host):
-        log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            await _in_thread(lambda: introduction(terms, tls=broker.tls), name="mqtt-check")
-    except (BrokerError, TimeoutError) as error:
-        log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection tries again, and says so
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def connect(
     broker: Broker,
     *,
@@ -675,91 +591,3 @@ async def connect(
         else:
             return connection
     raise AssertionError("unreachable")
-
-
-_threads: Final = threading.BoundedSemaphore(MAX_CONNECTING)
-
-
-async def _in_thread(call: Callable[[], T], *, name: str) -> T:
-    """The result of a blocking call; in a thread that, unlike the event loop's own, a process may end without.
-
-    Raises:
-        BrokerError: as many of them as there may be hang, or this machine has no room for another thread.
-    """
-    future: Future[T] = Future()
-    if not _threads.acquire(blocking=False):
-        raise BrokerError(
-            f"{MAX_CONNECTING} attempts to connect hang, in the look-up of a name or in the TPM",
-            reason="broker_unreachable",
-        )
-
-    def run() -> None:
-        try:
-            result = call()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the one who waits is to have it
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-        finally:
-            _threads.release()
-
-    try:
-        threading.Thread(target=run, name=name, daemon=True).start()
-    except (RuntimeError, MemoryError) as error:
-        _threads.release()
-        raise BrokerError(f"no thread to connect with: {error}", reason="broker_unreachable") from None
-    result = asyncio.wrap_future(future)
-    # What comes when nobody waits any more is looked at, so that nobody is told that nobody looked.
-    result.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return await asyncio.shield(result)
-
-
-async def unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; or None where `end` comes first, and `work` was cancelled."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait([task, end], return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-def topics(prefix: str) -> tuple[str, str]:
-    """The topics of requests and of responses, `prefix` put before both.
-
-    Args:
-        prefix: a topic level or several; a ``/`` between it and the rest is added where it ends in none. May be empty.
-
-    Raises:
-        ConfigurationError: it has a wildcard, a NUL or half a character, is too long, or begins with ``$``, which is
-            the broker's own.
-    """
-    if not _is_topic(prefix):
-        raise ConfigurationError(f"{prefix[:80]!r} cannot begin a topic", reason="topic_prefix_invalid")
-    if prefix and not prefix.endswith("/"):
-        prefix += "/"
-    return prefix + REQUEST_TOPIC, prefix + RESPONSE_TOPIC
-
-
-def availability(prefix: str, topic: str) -> str:
-    """The availability topic, with `prefix` put before it as before the others.
-
-    Raises:
-        ConfigurationError: it cannot be a topic, or is one of the others.
-    """
-    request, response = topics(prefix)
-    whole = request.removesuffix(REQUEST_TOPIC) + topic
-    if not topic or not _is_topic(whole) or whole in {request, response}:
-        raise ConfigurationError(
-            f"{topic[:80]!r} cannot be the availability topic", reason="availability_topic_invalid"
-        )
-    return whole
-
-
-def _is_topic(text: str) -> bool:
-    """Whether messages may be published on it, or on what it begins [MQTT 5 4.7.1, 4.7.2, 4.7.3]."""
-    if any("\ud800" <= character <= "\udfff" or character in "+#\0" for character in text):
-        return False
-    return len(text.encode()) <= MAX_PREFIX and not text.startswith("$")

@@ -29,21 +29,19 @@ from stationkey.contract.messages import (
 )
 from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
 from stationkey.mqtt.connection import (
-    CONNECT_TIMEOUT,
     MAX_IN_HAND,
     OFFLINE,
     ONLINE,
     PLAIN,
-    Broker,
     ConnectionLost,
     Message,
     MqttConnection,
     Overrun,
-    availability,
     connect,
-    topics,
-    unless,
 )
+from stationkey.mqtt.topics import availability, topics
+from stationkey.mqtt.url import Broker
+from stationkey.mqtt.waiting import CONNECT_TIMEOUT, unless
 
 log = logging.getLogger(__name__)
 

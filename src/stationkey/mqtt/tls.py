@@ -6,7 +6,10 @@ in a TPM; see `stationkey.mqtt.tpm_provider`.
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import ipaddress
+import logging
 import re
 import socket
 import ssl
@@ -19,6 +22,10 @@ from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
 from stationkey.errors import BrokerError, ConfigurationError
 from stationkey.mqtt.tpm_provider import TPM_PROVIDER
+from stationkey.mqtt.url import Broker
+from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
+
+log = logging.getLogger(__name__)
 
 MAX_PEM: Final = 1024 * 1024
 """Bytes of a file with certificates or a key."""
@@ -142,6 +149,28 @@ def introduction(terms: MqttTerms, *, tls: bool) -> Introduction:
         )
     username, password = _credentials(terms)
     return Introduction(_client_context(terms) if tls else None, username, password)
+
+
+async def check(broker: Broker, terms: MqttTerms) -> None:
+    """Look, before the first connection, whether there can be one by these terms. Nothing is connected to yet.
+
+    Raises:
+        ConfigurationError: something cannot be read, is not what it should be, or is of no use with this broker.
+    """
+    if terms.password is not None and not broker.tls and not _is_loopback(broker.host):
+        log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            await in_thread(lambda: introduction(terms, tls=broker.tls), name="mqtt-check")
+    except (BrokerError, TimeoutError) as error:
+        log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection tries again, and says so
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _client_context(terms: MqttTerms) -> ssl.SSLContext:

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stationkey import __version__
+from stationkey._version import __version__
 from stationkey.contract.profiles import CertificateType
 from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from stationkey import __version__
+from stationkey._version import __version__
 from stationkey.errors import Scope
 from stationkey.keystore.worker import Outcome
 from stationkey.ledger import Figures

@@ -32,7 +32,8 @@ from stationkey.contract.active_names import file_name
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateProfile, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.client import ask, report_status
-from stationkey.mqtt.connection import PLAIN, Broker
+from stationkey.mqtt.connection import PLAIN
+from stationkey.mqtt.url import Broker
 from stationkey.simulators.ocpp import (
     CARRIAGES,
     INVALID_CERTIFICATE_EVENT,
@@ -84,7 +85,7 @@ class StationSettings:
         versions: OCPP versions to offer, best first.
         broker: where the charging station's side listens.
         mqtt: TLS and credentials for it.
-        topic_prefix: see `stationkey.mqtt.connection.topics`.
+        topic_prefix: see `stationkey.mqtt.topics.topics`.
         common_name: CN of the CSRs.
         organization_name: O, as the CSMS has it configured [A00.FR.509].
         country_name: C.

@@ -24,8 +24,10 @@ from stationkey.doctor.report import CannotLookError, Finding, Level, failure, l
 from stationkey.doctor.runner import within
 from stationkey.doctor.tpm.device import listeners_on
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.mqtt.connection import MAX_PREFIX, Broker, ProtocolRefused, topics
+from stationkey.mqtt.connection import ProtocolRefused
 from stationkey.mqtt.tls import introduction, no_handshake
+from stationkey.mqtt.topics import MAX_PREFIX, topics
+from stationkey.mqtt.url import Broker
 
 IDS: Final = (
     *("broker.url", "broker.name", "broker.port", "broker.tls", "broker.login", "broker.version"),

@@ -23,7 +23,9 @@ from typing import Final
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import REQUEST_TOPIC, RESPONSE_TOPIC
 from stationkey.errors import BrokerError, StationKeyError
-from stationkey.mqtt.connection import Broker, ConnectionLost, MqttConnection, connect, topics
+from stationkey.mqtt.connection import ConnectionLost, MqttConnection, connect
+from stationkey.mqtt.topics import topics
+from stationkey.mqtt.url import Broker
 
 _LOGIN: Final = 4.5
 """Seconds. Some brokers keep silent to a CONNECT of MQTT 5; what they say to one of 3.1.1 is waited for as well."""

@@ -12,7 +12,7 @@ from stationkey.config.secrets import SecretReference
 from stationkey.contract.profiles import ALGORITHMS, PROFILES, RsaModulus
 from stationkey.doctor.report import Finding, failure, listed, warning
 from stationkey.errors import ConfigurationError
-from stationkey.mqtt.connection import availability
+from stationkey.mqtt.topics import availability
 from stationkey.system.listener import Address
 
 _SHORT: Final = 5.0

@@ -15,7 +15,7 @@ from stationkey.doctor.host.files import User
 from stationkey.doctor.report import Finding, failure, not_checked, ok, warning
 from stationkey.doctor.runner import within
 from stationkey.errors import ConfigurationError
-from stationkey.mqtt.connection import Broker
+from stationkey.mqtt.url import Broker
 
 IDS: Final = (
     "machine.user",

@@ -10,23 +10,18 @@ import asyncio
 import base64
 import hmac
 import http
-import ipaddress
-import re
 import ssl
 import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from typing import Final, Self, TypeVar
+from typing import Final, Self
 from urllib.parse import unquote, urlsplit
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
@@ -34,9 +29,7 @@ from websockets.typing import Subprotocol
 
 from stationkey.contract.profiles import (
     ALGORITHMS,
-    COUNTRY_NAME_PATTERN,
     DEFAULT_ALGORITHM,
-    NAME_MAX_LENGTH,
     PROFILES,
     SECP256R1,
     SECP521R1,
@@ -44,6 +37,22 @@ from stationkey.contract.profiles import (
 )
 from stationkey.errors import ConfigurationError, Fault, StationKeyError
 from stationkey.simulators import ocpp
+from stationkey.simulators.csms.csr_check import CsrRefused, check_csr, from_pem, refused
+from stationkey.simulators.csms.events import (
+    Booted,
+    CertificateAnswered,
+    CertificateSent,
+    Connected,
+    ConnectionRefused,
+    CsrAccepted,
+    CsrRejected,
+    Disconnected,
+    Event,
+    EventT,
+    SecurityEvent,
+    StatusReported,
+    Triggered,
+)
 from stationkey.simulators.ocpp import OcppVersion, Payload, PayloadInvalid, SignRequest
 from stationkey.simulators.ocpp_connection import Answered, CallError, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem, to_pem
@@ -72,294 +81,6 @@ class CsmsError(StationKeyError):
     """The CSMS cannot do as told: the station is not connected, or did not come in time."""
 
     fault = Fault.OPERATOR
-
-
-class CsrRefused(StationKeyError):
-    """A CSR that a strict CSMS does not sign; says why."""
-
-    fault = Fault.REQUEST
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Something that happened. `str(event)` says it in one line.
-
-    Attributes:
-        station_id: whose, by the last part of the URL that it connected to.
-    """
-
-    station_id: str
-
-    def __str__(self) -> str:
-        return f"{self.station_id}: {self._words()}"
-
-    def _words(self) -> str:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connected(Event):
-    """A station is connected. `certificate` is its own, with security profile 3."""
-
-    version: OcppVersion
-    certificate: x509.Certificate | None = None
-
-    def _words(self) -> str:
-        return f"connected, OCPP {self.version.number}" + (", by its certificate" if self.certificate else "")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disconnected(Event):
-    """A station is gone."""
-
-    def _words(self) -> str:
-        return "disconnected"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectionRefused(Event):
-    """A station was not let in; `reason` in words."""
-
-    reason: str
-
-    def _words(self) -> str:
-        return f"not let in: {self.reason}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Booted(Event):
-    """BootNotification, which was accepted."""
-
-    vendor: str
-    model: str
-
-    def _words(self) -> str:
-        return f"BootNotification of {self.vendor} {self.model}, accepted"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Triggered(Event):
-    """A trigger was sent, and the station answered `status`."""
-
-    certificate_type: CertificateType
-    status: str
-
-    def _words(self) -> str:
-        return f"told to ask for a {self.certificate_type}: {self.status}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CsrAccepted(Event):
-    """SignCertificate was answered with Accepted. `csr` is the PEM as it came."""
-
-    certificate_type: CertificateType
-    csr: str
-    request_id: int | None
-
-    def _words(self) -> str:
-        return f"SignCertificate for a {self.certificate_type}, accepted"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CsrRejected(Event):
-    """SignCertificate was answered with Rejected. `reason` is the stable word, `words` what to tell a person."""
-
-    certificate_type: CertificateType
-    csr: str
-    request_id: int | None
-    reason: str
-    words: str
-
-    def _words(self) -> str:
-        return f"SignCertificate for a {self.certificate_type}, rejected: {self.words}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CertificateSent(Event):
-    """CertificateSigned is about to be sent."""
-
-    certificate_type: CertificateType
-    chain_pem: str
-    request_id: int | None
-
-    def _words(self) -> str:
-        return f"CertificateSigned for the {self.certificate_type} sent, {self.chain_pem.count('BEGIN')} certificates"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CertificateAnswered(Event):
-    """CertificateSigned was answered: `status` is Accepted, Rejected or an error's code; `words` may say why."""
-
-    certificate_type: CertificateType
-    status: str
-    words: str = ""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the station took the certificate."""
-        return self.status == "Accepted"
-
-    def _words(self) -> str:
-        why = f" ({self.words})" if self.words else ""
-        return f"CertificateSigned for the {self.certificate_type} answered: {self.status}{why}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SecurityEvent(Event):
-    """SecurityEventNotification."""
-
-    type: str
-    tech_info: str
-
-    def _words(self) -> str:
-        return f"security event {self.type}" + (f": {self.tech_info}" if self.tech_info else "")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatusReported(Event):
-    """StatusNotification of a connector."""
-
-    status: str
-
-    def _words(self) -> str:
-        return f"status of a connector: {self.status}"
-
-
-EventT = TypeVar("EventT", bound=Event)
-
-_LEAST_RSA: Final = 2048
-_LEAST_CURVE: Final = 224
-_LEAST_HASH: Final = 224
-"""Bits; 112 bit of security each [A00.FR.501-503; NIST SP 800-57 part 1, table 2 and 3]."""
-_PEM: Final = re.compile(r"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----(.*?)-----END", re.DOTALL)
-_ECDSA_OIDS: Final = bytes.fromhex("2a8648ce3d04")
-"""ecdsa-with-SHA1, -SHA256, ... begin so: 1.2.840.10045.4."""
-_COUNTRY_NAME: Final = re.compile(COUNTRY_NAME_PATTERN)
-
-
-def check_csr(pem: str, *, certificate_type: CertificateType, organization: str) -> x509.CertificateSigningRequest:
-    """Read a CSR, and refuse what should never be signed.
-
-    Proof of possession; version 0 [RFC 2986 4.1]; no parameters with ECDSA [RFC 5758 3.2]; key strength
-    [A00.FR.501-503]; O [A00.FR.509, A02.FR.13], C, CN [A00.FR.511], DC by the profile; and no wish to be a CA.
-
-    Raises:
-        CsrRefused: says why.
-    """
-    try:
-        der = _from_pem(pem)
-        if _ecdsa_with_parameters(der):  # before the parser: not every version of it lets such a CSR through
-            words = "the ECDSA AlgorithmIdentifier of the signature has parameters [RFC 5758 3.2]"
-            raise _refused("csr_signature_parameters", words)
-        csr = x509.load_der_x509_csr(der)
-        public_key, subject, extensions = csr.public_key(), csr.subject, csr.extensions
-    except x509.InvalidVersion:
-        raise _refused("csr_version", "the CSR's version is not 0 [RFC 2986 4.1]") from None
-    except (ValueError, TypeError, IndexError, CryptographyUnsupported, x509.DuplicateExtension) as error:
-        raise _refused("csr_unreadable", f"not a PKCS#10 request in PEM that can be read: {error}") from None
-    _check_strength(csr, public_key)
-    if not csr.is_signature_valid:
-        raise _refused("csr_signature", "the CSR's signature does not verify: possession of the key is not proven")
-    _check_subject(subject, certificate_type, organization)
-    for extension in extensions:
-        value = extension.value
-        if isinstance(value, x509.BasicConstraints) and value.ca:
-            raise _refused("csr_wants_ca", "the CSR asks for CA:TRUE")
-        if isinstance(value, x509.KeyUsage) and (value.key_cert_sign or value.crl_sign):
-            raise _refused("csr_wants_ca", "the CSR asks for keyCertSign or cRLSign")
-    return csr
-
-
-def _refused(reason: str, words: str) -> CsrRefused:
-    return CsrRefused(words, reason=reason)
-
-
-def _check_strength(csr: x509.CertificateSigningRequest, public_key: object) -> None:
-    match public_key:
-        case rsa.RSAPublicKey():
-            if public_key.key_size < _LEAST_RSA:
-                raise _refused("csr_key_weak", f"RSA-{public_key.key_size} is weaker than RSA-2048 [A00.FR.503]")
-        case ec.EllipticCurvePublicKey():
-            if public_key.curve.key_size < _LEAST_CURVE:
-                name = public_key.curve.name
-                raise _refused("csr_key_weak", f"{name} has less than {_LEAST_CURVE} bits [A00.FR.502]")
-        case _:
-            kind = type(public_key).__name__
-            raise _refused("csr_key_kind", f"a key of kind {kind} is neither elliptic curve nor RSA")
-    try:
-        hash_algorithm = csr.signature_hash_algorithm
-    except CryptographyUnsupported:
-        hash_algorithm = None
-    if hash_algorithm is None or hash_algorithm.digest_size * 8 < _LEAST_HASH:
-        name = "an unknown hash" if hash_algorithm is None else hash_algorithm.name
-        raise _refused("csr_hash_weak", f"the CSR is signed with {name} [A00.FR.501]")
-
-
-def _from_pem(pem: str) -> bytes:
-    found = _PEM.search(pem)
-    if found is None:
-        raise ValueError("no BEGIN CERTIFICATE REQUEST [RFC 7468 7]")
-    return base64.b64decode("".join(found[1].split()), validate=True)
-
-
-def _ecdsa_with_parameters(der: bytes) -> bool:
-    """Whether a CSR's signatureAlgorithm is an ECDSA one and has anything after its OID.
-
-    SEQUENCE { CertificationRequestInfo, SEQUENCE { OBJECT IDENTIFIER, parameters OPTIONAL }, signature }.
-    """
-    request, _ = _content(der, 0)
-    _, information_end = _content(der, request)
-    identifier, identifier_end = _content(der, information_end)
-    oid, oid_end = _content(der, identifier)
-    return der[oid:oid_end].startswith(_ECDSA_OIDS) and oid_end != identifier_end
-
-
-def _content(der: bytes, element: int) -> tuple[int, int]:
-    """Where the content of the element that begins at `element` begins and ends [X.690 8.1.3]."""
-    begin, length = element + 2, der[element + 1]
-    if length & 0x80:
-        begin += length & 0x7F
-        length = int.from_bytes(der[element + 2 : begin])
-    return begin, begin + length
-
-
-def _check_subject(subject: x509.Name, certificate_type: CertificateType, organization: str) -> None:
-    def value(label: str, reason: str, oid: x509.ObjectIdentifier) -> str:
-        values = [str(attribute.value) for attribute in subject.get_attributes_for_oid(oid)]
-        if len(values) != 1:
-            raise _refused(reason, f"the subject has {len(values)} {label}, where it takes one")
-        return values[0]
-
-    country = value("C", "csr_country_name", NameOID.COUNTRY_NAME)
-    if _COUNTRY_NAME.fullmatch(country) is None:
-        raise _refused("csr_country_name", f"C is {country!r}, which is not two letters [ISO 3166-1]")
-    name = value("O", "csr_organization_name", NameOID.ORGANIZATION_NAME)
-    if name != organization:
-        words = f"O is {name!r}, and this CSMS's OrganizationName is {organization!r} [A00.FR.509, A02.FR.13]"
-        raise _refused("csr_organization_name", words)
-    common_name = value("CN", "csr_common_name", NameOID.COMMON_NAME)
-    if not 1 <= len(common_name) <= NAME_MAX_LENGTH:
-        words = f"CN has {len(common_name)} characters; 1 to {NAME_MAX_LENGTH} are allowed [RFC 5280]"
-        raise _refused("csr_common_name", words)
-    if not PROFILES[certificate_type].secc_id and _is_address(common_name):
-        words = f"CN is {common_name!r}; it is the serial number, not a URL or IP address [A00.FR.511]"
-        raise _refused("csr_common_name", words)
-    wanted = PROFILES[certificate_type].domain_component
-    domains = [str(attribute.value) for attribute in subject.get_attributes_for_oid(NameOID.DOMAIN_COMPONENT)]
-    if domains != ([] if wanted is None else [wanted]):
-        has = ", ".join(domains) or "none"
-        words = f"DC is {has}; the profile of {certificate_type} has {wanted or 'none'} [V2G2-875, V2G2-925]"
-        raise _refused("csr_domain_component", words)
-
-
-def _is_address(name: str) -> bool:
-    if "://" in name:
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 class Csms:
@@ -679,26 +400,27 @@ class Csms:
             if len(held) < _THREE:
                 return answer
             request = held[0]
-            csr = x509.load_der_x509_csr(_from_pem(request.csr))
+            csr = x509.load_der_x509_csr(from_pem(request.csr))
             held.clear()
         return Answered(answer, partial(self._send_certificate, station_id, connection, request, csr))
 
     def _check(self, station_id: str, request: SignRequest) -> x509.CertificateSigningRequest:
         """What there is to check beside the CSR itself: requestId and hashRootCertificate."""
         if self.misbehaviour is Misbehaviour.REJECT:
-            raise _refused("csms_told_to", "this CSMS was told to refuse every CSR")
+            raise refused("csms_told_to", "this CSMS was told to refuse every CSR")
         kind = request.certificate_type
         csr = check_csr(request.csr, certificate_type=kind, organization=self.organization)
         if request.request_id is not None:
             before = self._request_ids.setdefault((station_id, request.request_id), request.csr)
             if before != request.csr:
                 words = f"requestId {request.request_id} was used before with another CSR [A02.FR.24]"
-                raise _refused("csr_request_id", words)
+                raise refused("csr_request_id", words)
         if request.hash_root_certificate is not None:
             own = certificate_hash(self.hierarchy(kind).issuers(kind)[-1].certificate)
             given = {name: str(value).lower() for name, value in request.hash_root_certificate.items()}
             if given != {name: value.lower() for name, value in own.items()}:
-                raise _refused("csr_hash_root", "hashRootCertificate is not that of this CSMS's root (as SHA-256)")
+                words = "hashRootCertificate is not that of this CSMS's root (as SHA-256)"
+                raise refused("csr_hash_root", words)
         return csr
 
     async def _send_certificate(

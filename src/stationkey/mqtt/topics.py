@@ -1,0 +1,50 @@
+"""The topics of requests, responses and availability, with a prefix before them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from stationkey.contract.messages import REQUEST_TOPIC, RESPONSE_TOPIC
+from stationkey.errors import ConfigurationError
+
+MAX_PREFIX: Final = 1024
+"""Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
+
+
+def topics(prefix: str) -> tuple[str, str]:
+    """The topics of requests and of responses, `prefix` put before both.
+
+    Args:
+        prefix: a topic level or several; a ``/`` between it and the rest is added where it ends in none. May be empty.
+
+    Raises:
+        ConfigurationError: it has a wildcard, a NUL or half a character, is too long, or begins with ``$``, which is
+            the broker's own.
+    """
+    if not _is_topic(prefix):
+        raise ConfigurationError(f"{prefix[:80]!r} cannot begin a topic", reason="topic_prefix_invalid")
+    if prefix and not prefix.endswith("/"):
+        prefix += "/"
+    return prefix + REQUEST_TOPIC, prefix + RESPONSE_TOPIC
+
+
+def availability(prefix: str, topic: str) -> str:
+    """The availability topic, with `prefix` put before it as before the others.
+
+    Raises:
+        ConfigurationError: it cannot be a topic, or is one of the others.
+    """
+    request, response = topics(prefix)
+    whole = request.removesuffix(REQUEST_TOPIC) + topic
+    if not topic or not _is_topic(whole) or whole in {request, response}:
+        raise ConfigurationError(
+            f"{topic[:80]!r} cannot be the availability topic", reason="availability_topic_invalid"
+        )
+    return whole
+
+
+def _is_topic(text: str) -> bool:
+    """Whether messages may be published on it, or on what it begins [MQTT 5 4.7.1, 4.7.2, 4.7.3]."""
+    if any("\ud800" <= character <= "\udfff" or character in "+#\0" for character in text):
+        return False
+    return len(text.encode()) <= MAX_PREFIX and not text.startswith("$")

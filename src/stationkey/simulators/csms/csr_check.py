@@ -1,0 +1,158 @@
+"""The check that a strict CSMS makes of a CSR before it signs."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import re
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+
+from stationkey.contract.profiles import COUNTRY_NAME_PATTERN, NAME_MAX_LENGTH, PROFILES, CertificateType
+from stationkey.errors import Fault, StationKeyError
+
+_LEAST_RSA: Final = 2048
+_LEAST_CURVE: Final = 224
+_LEAST_HASH: Final = 224
+"""Bits; 112 bit of security each [A00.FR.501-503; NIST SP 800-57 part 1, table 2 and 3]."""
+_PEM: Final = re.compile(r"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----(.*?)-----END", re.DOTALL)
+_ECDSA_OIDS: Final = bytes.fromhex("2a8648ce3d04")
+"""ecdsa-with-SHA1, -SHA256, ... begin so: 1.2.840.10045.4."""
+_COUNTRY_NAME: Final = re.compile(COUNTRY_NAME_PATTERN)
+
+
+class CsrRefused(StationKeyError):
+    """A CSR that a strict CSMS does not sign; says why."""
+
+    fault = Fault.REQUEST
+
+
+def check_csr(pem: str, *, certificate_type: CertificateType, organization: str) -> x509.CertificateSigningRequest:
+    """Read a CSR, and refuse what should never be signed.
+
+    Proof of possession; version 0 [RFC 2986 4.1]; no parameters with ECDSA [RFC 5758 3.2]; key strength
+    [A00.FR.501-503]; O [A00.FR.509, A02.FR.13], C, CN [A00.FR.511], DC by the profile; and no wish to be a CA.
+
+    Raises:
+        CsrRefused: says why.
+    """
+    try:
+        der = from_pem(pem)
+        if _ecdsa_with_parameters(der):  # before the parser: not every version of it lets such a CSR through
+            words = "the ECDSA AlgorithmIdentifier of the signature has parameters [RFC 5758 3.2]"
+            raise refused("csr_signature_parameters", words)
+        csr = x509.load_der_x509_csr(der)
+        public_key, subject, extensions = csr.public_key(), csr.subject, csr.extensions
+    except x509.InvalidVersion:
+        raise refused("csr_version", "the CSR's version is not 0 [RFC 2986 4.1]") from None
+    except (ValueError, TypeError, IndexError, CryptographyUnsupported, x509.DuplicateExtension) as error:
+        raise refused("csr_unreadable", f"not a PKCS#10 request in PEM that can be read: {error}") from None
+    _check_strength(csr, public_key)
+    if not csr.is_signature_valid:
+        raise refused("csr_signature", "the CSR's signature does not verify: possession of the key is not proven")
+    _check_subject(subject, certificate_type, organization)
+    for extension in extensions:
+        value = extension.value
+        if isinstance(value, x509.BasicConstraints) and value.ca:
+            raise refused("csr_wants_ca", "the CSR asks for CA:TRUE")
+        if isinstance(value, x509.KeyUsage) and (value.key_cert_sign or value.crl_sign):
+            raise refused("csr_wants_ca", "the CSR asks for keyCertSign or cRLSign")
+    return csr
+
+
+def refused(reason: str, words: str) -> CsrRefused:
+    """Return the refusal with this stable reason and these words."""
+    return CsrRefused(words, reason=reason)
+
+
+def _check_strength(csr: x509.CertificateSigningRequest, public_key: object) -> None:
+    match public_key:
+        case rsa.RSAPublicKey():
+            if public_key.key_size < _LEAST_RSA:
+                raise refused("csr_key_weak", f"RSA-{public_key.key_size} is weaker than RSA-2048 [A00.FR.503]")
+        case ec.EllipticCurvePublicKey():
+            if public_key.curve.key_size < _LEAST_CURVE:
+                name = public_key.curve.name
+                raise refused("csr_key_weak", f"{name} has less than {_LEAST_CURVE} bits [A00.FR.502]")
+        case _:
+            kind = type(public_key).__name__
+            raise refused("csr_key_kind", f"a key of kind {kind} is neither elliptic curve nor RSA")
+    try:
+        hash_algorithm = csr.signature_hash_algorithm
+    except CryptographyUnsupported:
+        hash_algorithm = None
+    if hash_algorithm is None or hash_algorithm.digest_size * 8 < _LEAST_HASH:
+        name = "an unknown hash" if hash_algorithm is None else hash_algorithm.name
+        raise refused("csr_hash_weak", f"the CSR is signed with {name} [A00.FR.501]")
+
+
+def from_pem(pem: str) -> bytes:
+    """Return the DER of a CSR in PEM; raise ValueError if it has none."""
+    found = _PEM.search(pem)
+    if found is None:
+        raise ValueError("no BEGIN CERTIFICATE REQUEST [RFC 7468 7]")
+    return base64.b64decode("".join(found[1].split()), validate=True)
+
+
+def _ecdsa_with_parameters(der: bytes) -> bool:
+    """Whether a CSR's signatureAlgorithm is an ECDSA one and has anything after its OID.
+
+    SEQUENCE { CertificationRequestInfo, SEQUENCE { OBJECT IDENTIFIER, parameters OPTIONAL }, signature }.
+    """
+    request, _ = _content(der, 0)
+    _, information_end = _content(der, request)
+    identifier, identifier_end = _content(der, information_end)
+    oid, oid_end = _content(der, identifier)
+    return der[oid:oid_end].startswith(_ECDSA_OIDS) and oid_end != identifier_end
+
+
+def _content(der: bytes, element: int) -> tuple[int, int]:
+    """Where the content of the element that begins at `element` begins and ends [X.690 8.1.3]."""
+    begin, length = element + 2, der[element + 1]
+    if length & 0x80:
+        begin += length & 0x7F
+        length = int.from_bytes(der[element + 2 : begin])
+    return begin, begin + length
+
+
+def _check_subject(subject: x509.Name, certificate_type: CertificateType, organization: str) -> None:
+    def value(label: str, reason: str, oid: x509.ObjectIdentifier) -> str:
+        values = [str(attribute.value) for attribute in subject.get_attributes_for_oid(oid)]
+        if len(values) != 1:
+            raise refused(reason, f"the subject has {len(values)} {label}, where it takes one")
+        return values[0]
+
+    country = value("C", "csr_country_name", NameOID.COUNTRY_NAME)
+    if _COUNTRY_NAME.fullmatch(country) is None:
+        raise refused("csr_country_name", f"C is {country!r}, which is not two letters [ISO 3166-1]")
+    name = value("O", "csr_organization_name", NameOID.ORGANIZATION_NAME)
+    if name != organization:
+        words = f"O is {name!r}, and this CSMS's OrganizationName is {organization!r} [A00.FR.509, A02.FR.13]"
+        raise refused("csr_organization_name", words)
+    common_name = value("CN", "csr_common_name", NameOID.COMMON_NAME)
+    if not 1 <= len(common_name) <= NAME_MAX_LENGTH:
+        words = f"CN has {len(common_name)} characters; 1 to {NAME_MAX_LENGTH} are allowed [RFC 5280]"
+        raise refused("csr_common_name", words)
+    if not PROFILES[certificate_type].secc_id and _is_address(common_name):
+        words = f"CN is {common_name!r}; it is the serial number, not a URL or IP address [A00.FR.511]"
+        raise refused("csr_common_name", words)
+    wanted = PROFILES[certificate_type].domain_component
+    domains = [str(attribute.value) for attribute in subject.get_attributes_for_oid(NameOID.DOMAIN_COMPONENT)]
+    if domains != ([] if wanted is None else [wanted]):
+        has = ", ".join(domains) or "none"
+        words = f"DC is {has}; the profile of {certificate_type} has {wanted or 'none'} [V2G2-875, V2G2-925]"
+        raise refused("csr_domain_component", words)
+
+
+def _is_address(name: str) -> bool:
+    if "://" in name:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
