@@ -1,4 +1,4 @@
-"""The thread that runs the ledger's blocking calls for the event loop."""
+"""The thread that makes the ledger's blocking calls for the event loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
 from functools import partial
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
@@ -17,20 +17,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LEDGER_PATIENCE: Final = 120.0
-"""Seconds that a call on the ledger's thread may take. Most take milliseconds; other users of it are waited for 5 s."""
+"""Seconds after which a call counts as stuck. Most take milliseconds; another process with a lock is waited for 5 s."""
 
 
 class LedgerThread:
-    """The thread that the ledger is used on while the event loop runs.
+    """Makes calls on a ledger, one at a time and in order, on one daemon thread.
+
+    The thread is not an executor's: the interpreter joins those at exit, and a hung disk must not block that.
 
     Args:
-        ledger: used by nobody else meanwhile; closed by whoever opened it.
+        ledger: the ledger; not closed by this class, and used by nobody else until `close`.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._closed = False
-        self._begun: float | None = None  # when the call in hand began; None between calls
+        self._begun: float | None = None  # when the current call began; None between calls
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
@@ -38,37 +40,47 @@ class LedgerThread:
     def __call__(
         self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
-        """Begin ``call(ledger, …)`` on the thread. It is finished, even where nobody waits for it any more.
+        """Queue ``call(ledger, ...)``. It is made even if its future is cancelled.
+
+        Returns:
+            A future of the running loop, with the call's result or error.
 
         Raises:
-            RuntimeError: the thread was closed.
+            RuntimeError: the thread is closed.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def run() -> None:
-            try:
-                settle = partial(_succeed, future, call(self._ledger, *args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
-                settle = partial(_fail, future, error)
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits
-                loop.call_soon_threadsafe(settle)
-
         if self._closed:
-            raise RuntimeError("the ledger's thread has ended")
-        self._calls.put(run)
-        return future
+            raise RuntimeError("the ledger's thread is closed")
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # a running future cannot be cancelled, only the wait for it
+        self._calls.put(lambda: _settle(future, partial(call, self._ledger, *args, **kwargs)))
+        return asyncio.wrap_future(future)
+
+    # Notes in memory: made by the caller's thread, because they wait for nothing.
+
+    def mark_delivered(self, request_id: str) -> None:
+        """Note that the broker has an answer; see `Answers.mark_delivered`."""
+        self._ledger.answers.mark_delivered(request_id)
+
+    def note_rejection(self, request_id: str, *, reason: str, message: str, now: int) -> None:
+        """Note a rejected request; see `Rejections.note`."""
+        self._ledger.rejections.note(request_id, reason=reason, message=message, now=now)
 
     @property
     def trouble(self) -> str:
-        """See `Database.trouble`."""
+        """Reason of the last failure until the next successful write, or an empty text."""
         return self._ledger.database.trouble
 
     @property
     def stuck(self) -> bool:
-        """Whether the call in hand seems never to return: the disk, or a file system that is looked at, hangs."""
+        """Whether the current call has taken longer than `LEDGER_PATIENCE`: the disk or a mount hangs."""
         begun = self._begun
         return begun is not None and time.monotonic() - begun > LEDGER_PATIENCE
+
+    def close(self) -> None:
+        """Wait for the queued calls and end the thread."""
+        self._closed = True
+        self._calls.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -76,18 +88,9 @@ class LedgerThread:
             call()
             self._begun = None
 
-    def close(self) -> None:
-        """Wait for what is under way."""
-        self._closed = True
-        self._calls.put(None)
-        self._thread.join()
 
-
-def _succeed(future: asyncio.Future[T], result: T) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _fail(future: asyncio.Future[T], error: BaseException) -> None:
-    if not future.done():
+def _settle(future: Future[T], call: Callable[[], T]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001 - it belongs to the caller; the thread goes on
         future.set_exception(error)

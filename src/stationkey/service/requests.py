@@ -83,9 +83,6 @@ class StationKeyService:
     ) -> None:
         self._keystore = keystore
         self._ledger = LedgerThread(ledger)
-        # Which only make a note, and may be called from any thread.
-        self._mark_delivered = ledger.answers.mark_delivered
-        self._note_rejection = ledger.rejections.note
         self._terms = terms or Terms()
         self._running = RunningTime(ledger.retention.running)
         self._profiles = profiles
@@ -162,7 +159,7 @@ class StationKeyService:
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
         log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
         if self._recordable.take(time.monotonic_ns()):
-            self._note_rejection(request_id, reason=error.reason, message=str(error), now=self._now())
+            self._ledger.note_rejection(request_id, reason=error.reason, message=str(error), now=self._now())
             self._unrecorded = True
             if self._recording is None and not self._closed:
                 self._recording = asyncio.create_task(self._record_rejections(), name="record-rejections")
@@ -215,7 +212,7 @@ class StationKeyService:
     async def delivered(self, response: GenerateCsrResponse) -> None:
         """Note that the transport has handed an answer over, so that it is not published again at the next start."""
         if response.data.status == "accepted":
-            self._mark_delivered(response.id)
+            self._ledger.mark_delivered(response.id)
 
     async def learn_ids(self) -> None:
         """Read from the ledger which ids were answered in earlier runs. Until then each id is looked up there."""
