@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import grp
 import os
+import pwd
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -108,7 +110,9 @@ def _refuse_foreign(path: Path, status: os.stat_result, user: int) -> bool:
         raise ConfigurationError(
             f"the state directory {path} belongs to another user (uid {status.st_uid}; this is {user})",
             reason="state_dir_foreign",
-            hint="run as that user, or give the directory and all that is in it to this one",
+            hint=f"name a directory in it, for example --state-dir {path / 'stationkey'}"
+            if status.st_uid == 0 and os.access(path, os.W_OK | os.X_OK, effective_ids=True)
+            else "run as that user, or give the directory and all that is in it to this one",
         )
     mode = stat.S_IMODE(status.st_mode)
     if not mode & 0o077:
@@ -158,8 +162,8 @@ def settled(path: Path) -> Path:
 
     That is the case where each directory and each link on the way belongs to root or to whom the state directory
     belongs, and no others may write in these directories [unlink(2), rename(2): the right to write in a directory is
-    the right to exchange what is in it]. A sticky one, such as ``/tmp``, may be open. What belongs to group root, or to
-    the group that a user has for himself alone, is no more open than its owner.
+    the right to exchange what is in it]. A sticky one, such as ``/tmp``, may be open. A right of the group opens
+    nothing where nobody else is in that group; a right of others opens nothing in a container of this user alone.
 
     Raises:
         ConfigurationError: others can exchange it, or the way there is closed or no way.
@@ -181,7 +185,7 @@ def _settled(path: Path, *, user: int) -> tuple[Path, os.stat_result | None]:
         if status.st_uid not in trusted:
             who = f"belongs to uid {status.st_uid}"
             hint = f"chown -h root {place}"
-        elif stat.S_ISDIR(status.st_mode) and _others_may_write(status):
+        elif stat.S_ISDIR(status.st_mode) and _others_may_write(status, user if found is None else found.st_uid):
             who = "can be written by others"
             hint = f"chmod go-w {place}"
         else:
@@ -194,10 +198,40 @@ def _settled(path: Path, *, user: int) -> tuple[Path, os.stat_result | None]:
     return real, found
 
 
-def _others_may_write(directory: os.stat_result) -> bool:
-    own_group = directory.st_gid in {0, directory.st_uid}
-    others = stat.S_IWOTH if own_group else stat.S_IWGRP | stat.S_IWOTH
-    return bool(directory.st_mode & others) and not directory.st_mode & stat.S_ISVTX
+def _others_may_write(directory: os.stat_result, user: int) -> bool:
+    """Whether anyone but root, the directory's owner and `user` can exchange what is in a directory."""
+    mode = directory.st_mode
+    if mode & stat.S_ISVTX:
+        return False
+    if mode & stat.S_IWOTH:
+        return not _alone(user)
+    return bool(mode & stat.S_IWGRP) and not (directory.st_gid in {0, directory.st_uid} or _own(directory.st_gid, user))
+
+
+def _own(group: int, user: int) -> bool:
+    """Whether `user` is in a group, and the machine's user database names nobody else who is.
+
+    A container's volume belongs to such a group: its processes have it (``runAsGroup``, ``fsGroup``), and no user by
+    name.
+    """
+    users = pwd.getpwall()
+    members = {entry.pw_uid for entry in users if entry.pw_gid == group}
+    with suppress(KeyError):  # a group without an entry has no members by name
+        names = set(grp.getgrgid(group).gr_mem)
+        members |= {entry.pw_uid for entry in users if entry.pw_name in names}
+    has_it = user == os.geteuid() and group in {os.getegid(), *os.getgroups()}
+    return (has_it or user in members) and not members - {0, user}
+
+
+def _alone(user: int) -> bool:
+    """Whether every process that this one can meet is `user`'s: the first of its PID namespace is [pid_namespaces(7)].
+
+    So it is in a container that is started as a user other than root.
+    """
+    try:
+        return user != 0 and Path("/proc/1").stat().st_uid == user
+    except OSError:
+        return False
 
 
 def _walked(path: Path) -> tuple[Path, list[tuple[Path, os.stat_result]]]:
