@@ -603,6 +603,7 @@ def changed(before: bytes, after: bytes) -> bytes:
         pytest.param(changed(bytes.fromhex("551d0f"), bytes.fromhex("551d11")), id="extension-of-another-form"),
         pytest.param(changed(bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d030102")), id="unknown-curve"),
         pytest.param(changed(bytes.fromhex("2a8648ce3d0201"), bytes.fromhex("2a8648ce3d0209")), id="unknown-key"),
+        pytest.param(changed(bytes.fromhex("06035504030c"), bytes.fromhex("060355040303")), id="cn-bit-string"),
     ],
 )
 def test_what_is_no_csr_is_refused_in_words(pem: str | bytes) -> None:

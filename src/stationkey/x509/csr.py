@@ -231,6 +231,7 @@ _SIGNATURE_NAMES: Final = {
 }
 _UNREADABLE: Final = (
     ValueError,
+    TypeError,  # a name whose attribute is a BIT STRING
     CryptographyUnsupported,
     x509.DuplicateExtension,
     x509.InvalidVersion,
