@@ -133,6 +133,12 @@ def settled(thread: KeyStoreThread) -> None:
         threading.Event().wait(0.001)
 
 
+def returned(thread: KeyStoreThread) -> None:
+    """Wait until the calls of all threads that were given up have returned."""
+    while thread.abandoned:
+        threading.Event().wait(0.001)
+
+
 def hang(thread: KeyStoreThread, job: Stuck, clock: Clock) -> Future[str]:
     """Have a job stuck past its deadline."""
     future = thread.submit(job, timeout=DEADLINE)
@@ -295,17 +301,15 @@ def test_the_jobs_that_waited_behind_one_that_hangs_are_taken_over(
     assert waiting.result(LONG) == "keystore-2"
 
 
-def test_a_thread_that_was_given_up_ends_as_soon_as_its_call_returns_and_closes_its_store(
+def test_a_thread_that_was_given_up_closes_its_store_as_soon_as_its_call_returns(
     thread: KeyStoreThread, stores: Stores, stuck: Callable[[], Stuck], clock: Clock
 ) -> None:
     """The connection to a TPM that serves one at a time is free again then."""
     job = stuck()
     late = hang(thread, job, clock)
     thread.submit(nothing, timeout=LONG).result(LONG)
-    (abandoned,) = (worker for worker in workers() if worker.name == "keystore-1")
     job.let_go.set()
-    abandoned.join(LONG)
-    assert not abandoned.is_alive()
+    returned(thread)
     assert stores.closed == ["keystore-1"]
     assert late.result(LONG) == "late"
     assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-2"
@@ -425,35 +429,29 @@ def test_how_the_last_job_ended_is_remembered(thread: KeyStoreThread, clock: Clo
     assert thread.last == (3.0, Outcome("tpm_unreachable", Scope.DEVICE))
 
 
-def test_once_a_thread_that_was_given_up_has_ended_another_may_be(
-    thread: KeyStoreThread, stuck: Callable[[], Stuck], clock: Clock
+def test_a_thread_whose_call_has_returned_takes_over_from_the_next_that_hangs(
+    thread: KeyStoreThread, stores: Stores, stuck: Callable[[], Stuck], clock: Clock
 ) -> None:
-    for number in (2, 3, 4):
+    names = ["keystore-2", "keystore-1", "keystore-2"]
+    for expected in names:
         job = stuck()
         hang(thread, job, clock)
-        assert thread.submit(name, timeout=LONG).result(LONG) == f"keystore-{number}"
-        (abandoned,) = (worker for worker in workers() if worker.name == f"keystore-{number - 1}")
+        assert thread.submit(name, timeout=LONG).result(LONG) == expected
         job.let_go.set()
-        abandoned.join(LONG)
+        returned(thread)
+    assert stores.opened == ["keystore-1", *names]
 
 
-def test_where_there_is_no_room_for_another_thread_the_next_job_tries_again(
+def test_no_thread_is_started_after_the_beginning(
     thread: KeyStoreThread, stuck: Callable[[], Stuck], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with TasksMax= of systemd, or ulimit -u."""
+    """With TasksMax= of systemd, ulimit -u or no memory, none may be had then; or its start may never return."""
 
     def no_room(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    job = stuck()
-    hang(thread, job, clock)
-    with monkeypatch.context() as full:
-        full.setattr(threading.Thread, "start", no_room)
-        for _ in range(2):
-            with pytest.raises(KeyStoreError) as refused:
-                thread.submit(name, timeout=LONG).result(LONG)
-            assert refused.value.reason == "keystore_timeout"
-    job.let_go.set()
+    monkeypatch.setattr(threading.Thread, "start", no_room)
+    hang(thread, stuck(), clock)
     assert thread.submit(name, timeout=LONG).result(LONG) == "keystore-2"
 
 
@@ -526,17 +524,15 @@ def test_a_frozen_tpm_costs_the_requests_of_that_time_and_no_later_one(
     clock.now += DEADLINE
     assert {worker.name for worker in workers()} == {"keystore-1", "keystore-2"}
     assert not any(future.done() for future in [*hung, *queued])
-    (abandoned,) = (worker for worker in workers() if worker.name == "keystore-1")
 
     swtpm.thaw()
     assert tpm_thread.submit(make_and_sign, timeout=DEADLINE).result(LONG).key_id != key.key_id
-    abandoned.join(LONG)
-    assert not abandoned.is_alive()
+    returned(tpm_thread)
     for future in queued:
         with pytest.raises(KeyStoreError) as caught:
             future.result(LONG)
         assert caught.value.reason == "keystore_timeout"
-    assert len(workers()) == 1
+    assert tpm_thread.abandoned == 0
 
 
 def test_a_tpm_that_loses_power_while_it_is_frozen_is_used_again_once_it_is_back(

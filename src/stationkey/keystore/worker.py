@@ -7,16 +7,15 @@ included.
 A TPM cannot be interrupted, but what comes next can be chosen: short jobs go before long ones, and keys are made ahead
 only when nobody waits. So a request for an EC key waits for one RSA key at the most, the one in hand.
 
-Where a call is still out past its deadline, the next job is not made to wait for it for ever: the thread is
-given up, a new one with a store of its own takes over, and the old one ends as soon as its call returns. From then on
-the old store is abandoned: were it to tidy up in the TPM, it might unload what the new one has just loaded.
+If a call is still out past its deadline, the next job does not wait for it: another thread, which is there from the
+start, takes over with a store of its own. The old store is abandoned: if it tidied up in the TPM, it might unload what
+the new one has just loaded. When the call returns, its store is closed, and its thread can take over next time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -29,12 +28,14 @@ from typing import Any, Final, TypeVar
 from stationkey.errors import KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import Abandonable, KeyStore
 from stationkey.system.counters import OTHER, Durations
+from stationkey.system.threads import Worker
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_ABANDONED: Final = 1
-"""How many threads may be stuck in a call at a time, besides the one in use. Each holds a connection to the TPM."""
+"""How many threads may be stuck in a call at a time, besides the one in use. Each holds a connection to the TPM, and is
+there from the start."""
 
 FAIR_SHARE: Final = 16
 """How many short jobs may go before a long one that waits: no flood of the ones keeps the others out for ever."""
@@ -120,8 +121,6 @@ class _Jobs:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._waiting: dict[Turn, deque[_Job]] = {turn: deque() for turn in Turn}
-        # One entry for each job, and None for the end: to wait on this is quicker than on a threading.Condition.
-        self._arrivals: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._short_in_a_row = 0
         self._wanted = 0  # jobs that somebody waits for, in hand or not yet
@@ -133,15 +132,9 @@ class _Jobs:
         with self._lock:
             self._waiting[job.turn].append(job)
             self._wanted += job.turn is not Turn.SPARE
-        self._arrivals.put(True)
 
-    def end(self) -> None:
-        """Let `get` give None once the jobs that are here now are done."""
-        self._arrivals.put(None)
-
-    def get(self) -> _Job | None:
-        if self._arrivals.get() is None:
-            return None
+    def get(self) -> _Job:
+        """Take the job whose turn it is. There is one for each `put`."""
         with self._lock:
             turns = [turn for turn in Turn if self._waiting[turn]]
             turn = turns[0]
@@ -177,22 +170,26 @@ class _Jobs:
             return {task: (one.cumulative(), one.sum) for task, one in self._durations.items()}
 
 
-class _Worker(threading.Thread):
-    """Takes jobs from the shared queue until it is told to stop or given up."""
+class _Shift:
+    """The jobs that one worker does with a store of its own, until it is given up.
+
+    Args:
+        worker: whose thread it is.
+        open_store: opens the store; called on that thread, when the first job comes.
+        jobs: the shared queue.
+        clock: seconds.
+    """
 
     def __init__(
-        self,
-        name: str,
-        open_store: Callable[[], KeyStore],
-        jobs: _Jobs,
-        clock: Callable[[], float],
+        self, worker: Worker, open_store: Callable[[], KeyStore], jobs: _Jobs, clock: Callable[[], float]
     ) -> None:
-        super().__init__(name=name, daemon=True)  # a call that never returns must not keep the process from ending
+        self.worker = worker
+        self.ended = False
         self._open_store = open_store
         self._jobs = jobs
         self._clock = clock
         self._store: KeyStore | None = None
-        self._turn = threading.Lock()  # a job ends, or its worker is given up: never both at once
+        self._turn = threading.Lock()  # a job ends, or its shift is given up: never both at once
         self._abandoned = False
         self._expires: float | None = None  # when the job in hand is overdue; None between jobs
         self._stuck_from: float | None = None  # when it has had the store for its whole time; None between jobs
@@ -215,7 +212,7 @@ class _Worker(threading.Thread):
         return stuck_from is not None and self._clock() > stuck_from
 
     def give_up(self) -> bool:
-        """End the thread as soon as its overdue job returns; False, and nothing done, where there is no such job."""
+        """Do no job after the overdue one in hand; return False, and do nothing, if there is none."""
         with self._turn:
             self._abandoned = self.hung
             store: object = self._store
@@ -223,40 +220,49 @@ class _Worker(threading.Thread):
                 store.abandon()
             return self._abandoned
 
-    def run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                break
-            if not job.future.set_running_or_notify_cancel():
-                self._jobs.done(job)
-                continue
-            begun = self._clock()
-            if begun >= job.expires:
-                self._jobs.done(job)
-                job.future.set_exception(overdue())
-                continue
-            self._stuck_from = begun + job.timeout
-            self._expires = job.expires
-            outcome = SUCCESS
-            try:
-                result = job.run(self._open())
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
-                outcome = Outcome.of(error)
-                # Given up, its words may only tell how the one that took over cleared its key away.
-                job.future.set_exception(overdue() if self._abandoned else error)
-            else:
-                job.future.set_result(result)
-            self._tidy()
-            if not self._abandoned:
-                self._jobs.note(job, begun, outcome)
+    def do_next(self) -> None:
+        """Do the job whose turn it is; on the worker's thread."""
+        if self.ended:  # another shift does it
+            return
+        job = self._jobs.get()
+        if not job.future.set_running_or_notify_cancel():
             self._jobs.done(job)
-            with self._turn:
-                self._expires = self._stuck_from = None
-                if self._abandoned:
-                    break
-        if self._store is not None:
-            self._store.close()
+            return
+        begun = self._clock()
+        if begun >= job.expires:
+            self._jobs.done(job)
+            job.future.set_exception(overdue())
+            return
+        self._do(job, begun)
+        self._jobs.done(job)
+        with self._turn:
+            self._expires = self._stuck_from = None
+        if self._abandoned:
+            self.end()
+
+    def _do(self, job: _Job, begun: float) -> None:
+        self._stuck_from = begun + job.timeout
+        self._expires = job.expires
+        outcome = SUCCESS
+        try:
+            result = job.run(self._open())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
+            outcome = Outcome.of(error)
+            # Given up, its words may only tell how the one that took over cleared its key away.
+            job.future.set_exception(overdue() if self._abandoned else error)
+        else:
+            job.future.set_result(result)
+        self._tidy()
+        if not self._abandoned:
+            self._jobs.note(job, begun, outcome)
+
+    def end(self) -> None:
+        """Close the store; on the worker's thread."""
+        try:
+            if self._store is not None:
+                self._store.close()
+        finally:
+            self.ended = True
 
     def _tidy(self) -> None:
         """Unload what the job used, with its result on the way, and still within its time."""
@@ -301,14 +307,12 @@ class KeyStoreThread:
         self._clock = clock
         self._jobs = _Jobs(clock)
         self._lock = threading.Lock()
-        self._abandoned: list[_Worker] = []
-        self._count = 0
-        self._worker = self._next()
-        self._worker.start()
+        self._abandoned: list[_Shift] = []
+        self._workers = [Worker(f"keystore-{number}", clock=clock) for number in range(1, 2 + MAX_ABANDONED)]
+        self._shift = self._begin(self._workers[0])
 
-    def _next(self) -> _Worker:
-        self._count += 1
-        return _Worker(f"keystore-{self._count}", self._open_store, self._jobs, self._clock)
+    def _begin(self, worker: Worker) -> _Shift:
+        return _Shift(worker, self._open_store, self._jobs, self._clock)
 
     def submit(
         self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT, task: str = Task.OTHER
@@ -331,19 +335,21 @@ class KeyStoreThread:
             future.set_exception(overdue())
             return future
         with self._lock:
-            self._abandoned = [worker for worker in self._abandoned if worker.is_alive()]
-            if len(self._abandoned) < MAX_ABANDONED and self._worker.give_up():
-                self._abandoned.append(self._worker)
-                self._worker = self._next()
-            try:
-                if self._worker.ident is None:
-                    self._worker.start()
-            except RuntimeError:  # the machine has no room for it; the next job tries again
-                log.error("the key store hangs, and there is no room for a thread to try it anew")
-                future.set_exception(overdue())
-                return future
-        self._jobs.put(_Job(run, now + timeout, timeout, future, turn, task))
+            self._take_over_if_hung()
+            self._jobs.put(_Job(run, now + timeout, timeout, future, turn, task))
+            self._shift.worker.put(self._shift.do_next)
         return future
+
+    def _take_over_if_hung(self) -> None:
+        """Give up the shift whose job is overdue, if a worker is free; that one does the jobs that wait."""
+        self._abandoned = [shift for shift in self._abandoned if not shift.ended]
+        taken = [shift.worker for shift in (self._shift, *self._abandoned)]
+        spare = next((worker for worker in self._workers if worker not in taken), None)
+        if spare is not None and self._shift.give_up():
+            self._abandoned.append(self._shift)
+            self._shift = self._begin(spare)
+            for _ in range(sum(self.waiting.values())):
+                spare.put(self._shift.do_next)
 
     @property
     def idle(self) -> float:
@@ -353,29 +359,29 @@ class KeyStoreThread:
     @property
     def hung(self) -> bool:
         """Whether the job in hand is past its deadline."""
-        return self._worker.hung
+        return self._shift.hung
 
     @property
     def stuck(self) -> bool:
-        """Whether a call seems never to return: of the thread in use, or of one that was given up.
+        """Whether a call seems never to return: of the shift in use, or of one that was given up.
 
         Not the same as `hung`, which counts from when a job was asked for. Where many wait for a slow device, the one
         in hand may be overdue as soon as it begins, and the next one too; but each of them ends. Here a job has all of
         its time from when it began.
         """
         with self._lock:
-            return any(worker.stuck for worker in (self._worker, *self._abandoned) if worker.is_alive())
+            return any(shift.stuck for shift in (self._shift, *self._abandoned))
 
     @property
     def busy(self) -> bool:
         """Whether a job is in hand."""
-        return self._worker.busy
+        return self._shift.busy
 
     @property
     def abandoned(self) -> int:
-        """How many threads were given up whose call has not returned yet."""
+        """How many shifts were given up whose call has not returned yet."""
         with self._lock:
-            return sum(worker.is_alive() for worker in self._abandoned)
+            return sum(not shift.ended for shift in self._abandoned)
 
     @property
     def waiting(self) -> dict[Turn, int]:
@@ -406,10 +412,13 @@ class KeyStoreThread:
         Returns:
             Whether it ended in time. One that is stuck in a call is left behind.
         """
-        self._jobs.end()
-        if self._worker.ident is not None:
-            self._worker.join(timeout)
-        return not self._worker.is_alive()
+        with self._lock:
+            shift = self._shift
+            shift.worker.put(shift.end)
+        for worker in self._workers:
+            if worker is not shift.worker:
+                worker.close(0)
+        return shift.worker.close(timeout)
 
 
 async def on_keystore(

@@ -1,0 +1,157 @@
+"""Threads for calls that may block for ever: a device, a disk, a name server.
+
+A call that hangs costs its thread. Nobody waits for it longer than they want to, and the process ends without it.
+
+Start workers before they are needed, and none from the event loop: `threading.Thread.start` waits for the first
+instruction of the thread, for ever if there is no memory for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """A daemon thread that runs calls one after another, and knows since when the call in hand runs.
+
+    Args:
+        name: of the thread.
+        clock: seconds, never set back.
+
+    Raises:
+        RuntimeError: this machine has no room for another thread.
+    """
+
+    def __init__(self, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = name
+        self._clock = clock
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._queued = 0  # calls, the one in hand included
+        self._begun: float | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[], None]) -> None:
+        """Queue a call that handles its own errors."""
+        with self._lock:
+            self._queued += 1
+        self._calls.put(call)
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Queue a call, and return a future with its result or its error."""
+        future: Future[T] = Future()
+        self.put(partial(_settle, future, call))
+        return future
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call is in hand or waits."""
+        return not self._queued
+
+    @property
+    def running_for(self) -> float:
+        """Seconds since the call in hand began; 0 between calls."""
+        begun = self._begun
+        return 0.0 if begun is None else self._clock() - begun
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            self._begun = self._clock()
+            try:
+                call()
+            except BaseException:
+                log.exception("a call on the thread %s failed", self.name)
+            self._begun = None
+            with self._lock:
+                self._queued -= 1
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End the thread after the calls queued so far.
+
+        Args:
+            timeout: seconds to wait for that, or None for no limit.
+
+        Returns:
+            Whether it has ended. A thread that hangs in a call is left behind.
+        """
+        self._calls.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+
+class Workers:
+    """Up to `limit` workers with one call each, so that a call that hangs keeps no other waiting.
+
+    The worker that takes a call starts the next worker first, if no other is idle: the caller never starts a thread.
+
+    Args:
+        name: of the threads, before their number.
+        limit: how many calls may hang.
+
+    Raises:
+        RuntimeError: this machine has no room for another thread.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._name = name
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._started = 1
+        self._workers = [Worker(f"{name}-1")]
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Run a call on an idle worker.
+
+        Raises:
+            RuntimeError: all workers have a call in hand.
+        """
+        with self._lock:
+            worker = next((worker for worker in self._workers if worker.idle), None)
+            if worker is None:
+                raise RuntimeError(f"{len(self._workers)} calls hang")
+            worker.put(self._start_next)
+            return worker.submit(call)
+
+    def close(self) -> None:
+        """End the threads as soon as their calls return."""
+        with self._lock:
+            for worker in self._workers:
+                worker.close(0)
+
+    def _start_next(self) -> None:
+        with self._lock:
+            if self._started >= self._limit or any(worker.idle for worker in self._workers):
+                return
+            self._started += 1
+            number = self._started
+        try:
+            worker = Worker(f"{self._name}-{number}")  # not under the lock, which the caller takes
+        except (RuntimeError, MemoryError) as error:
+            log.warning("no thread %s-%d: %s", self._name, number, error)
+            with self._lock:
+                self._started -= 1
+        else:
+            with self._lock:
+                self._workers.append(worker)
+
+
+def _settle(future: Future[T], call: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is for the one who waits
+        future.set_exception(error)
+    else:
+        future.set_result(result)
