@@ -1,9 +1,9 @@
-"""The ledger: what was asked, what was answered, and the keys, in one SQLite database.
+"""The ledger: requests, answers and keys in one SQLite database.
 
-A key and the answer that carries its CSR are written in one transaction, on disk before the answer is published. So an
-id that comes again, also after a restart, gets the CSR it got before; and there is no key without the record of why it
-was made. ``synchronous=FULL`` makes a commit survive a loss of power; write-ahead logging lets the ``keys`` commands
-read while the daemon writes.
+A key and the answer with its CSR are committed in one transaction before the answer is published. So a redelivered
+request gets the same CSR, also after a restart, and no key exists without a record of its request.
+``synchronous=FULL`` makes a commit survive a loss of power; write-ahead logging lets the ``keys`` commands read while
+the daemon writes.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ __all__ = [
 
 
 class Ledger:
-    """One database, and what is done with it, by duty. Use it from one thread at a time.
+    """One database and its operations, grouped by duty. Only one thread may use it at a time.
 
     Args:
-        path: the database file; see `Database` for it and the other arguments.
+        path: the database file; for details of this and the other arguments see `Database`.
         read_only: write nothing.
-        make: create a missing database, and migrate an older one.
-        alone: nobody else has it open.
+        make: create a missing database and migrate an older one.
+        alone: no other process has it open.
 
     Attributes:
-        database: the connection, its transactions, and the space that the file takes.
+        database: the connection, its transactions, the size of the file.
         answers: accepted answers, each with its key.
-        rejections: refused requests.
-        keys: queries about keys.
-        transitions: changes to keys.
-        retention: running time, and what it ends.
+        rejections: rejected requests.
+        keys: queries of keys.
+        transitions: changes of keys.
+        retention: running time, expiry, cleaning up.
 
     Raises:
-        LedgerError: it cannot be opened, is damaged, or was written by a newer version.
+        LedgerError: the database cannot be opened, is damaged, or has another version.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True, alone: bool = False) -> None:
@@ -63,7 +63,7 @@ class Ledger:
         self.retention = Retention(self.database)
 
     def client_id(self) -> str:
-        """The MQTT client identifier of this state directory, made at first use: the broker keeps a session by it."""
+        """Return the MQTT client identifier of this state directory, which names the broker's session; made once."""
         with self.database.transaction() as sql:
             sql.execute(
                 "INSERT OR IGNORE INTO meta (name, value) VALUES ('mqtt_client_id', ?)",
@@ -73,8 +73,12 @@ class Ledger:
         return str(value)
 
     def close(self) -> None:
-        """Write down what is still to be, and close."""
-        with suppress(LedgerError):  # not worth more trouble than whoever closes has already
+        """Write what is pending and close the database.
+
+        Raises:
+            LedgerError: a mark of delivery was not written. The database is closed.
+        """
+        with suppress(LedgerError):  # rejections are a record for people; closing goes on without them
             while self.rejections.write():
                 pass
         self.database.close()

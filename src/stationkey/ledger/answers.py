@@ -1,4 +1,4 @@
-"""Accepted answers, each with the key that its CSR is for."""
+"""Accepted answers: record, find, redeliver, and the bounds on pending keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _PART: Final = 1000
-"""How many ids are read at a time."""
+"""How many ids `Answers.ids` returns at most."""
 
 _PENDING_OWNERS: Final = (
     "SELECT certificate_type, evse_id, own FROM (SELECT certificate_type, evse_id, count(*) AS own,"  # noqa: S608 - `LIVING` is this package's own text
@@ -27,17 +27,17 @@ _PENDING_OWNERS: Final = (
     " ORDER BY of_type DESC, EXISTS (SELECT 1 FROM key WHERE state = :active AND certificate_type ="
     f" waiting.certificate_type AND evse_id = waiting.evse_id AND {LIVING}), own DESC, oldest LIMIT 2"
 )
-"""Who has pending keys and how many: the two who are first to lose one, see `_most_crowded`."""
+"""The two owners that are first to lose a pending key, with their number of pending keys; see `_most_crowded`."""
 
 
 class Answers:
-    """The accepted answers on record."""
+    """The accepted answers."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def find(self, request_id: str) -> Answered | None:
-        """The accepted answer to `request_id` in any letter case, or None."""
+        """Return the accepted answer to a request, or None. The letter case of `request_id` does not matter."""
         with self._database.reading() as sql:
             row = sql.execute(
                 "SELECT request_id, digest, csr, key_id FROM answer JOIN key ON key.number = answer.key_number"
@@ -47,7 +47,7 @@ class Answers:
         return None if row is None else Answered(*row)
 
     def ids(self, *, after: str = "") -> list[str]:
-        """Ids that were answered, in lower case and in order, a part at a time: those that come after `after`."""
+        """Return the next answered ids after `after`, sorted, in lower case; none if that was the last."""
         with self._database.reading() as sql:
             rows = sql.execute(
                 "SELECT canonical_id FROM answer WHERE canonical_id > ? ORDER BY canonical_id LIMIT ?", (after, _PART)
@@ -66,26 +66,24 @@ class Answers:
         bounds: Bounds,
         ahead: bool = False,
     ) -> list[str]:
-        """Write down a key and the answer that carries its CSR, durably and both or neither.
-
-        A key that was made ahead gets its owner by this; any other is put on record.
+        """Record a key and the answer with its CSR in one transaction.
 
         Args:
-            request: the request answered.
-            key: the key made for it, or taken from those made ahead, wrapped private part included.
-            csr: the PEM.
+            request: the request.
+            key: the key with its wrapped private part.
+            csr: the CSR in PEM.
             now: Unix time in milliseconds.
-            running: the running time now, in milliseconds.
-            due: when the key expires if no certificate comes, in milliseconds of running time.
+            running: running time in milliseconds.
+            due: expiry of the key if no certificate is installed, in milliseconds of running time.
             bounds: how many keys may be pending.
-            ahead: whether the key was made ahead: then it is on record, and must have no owner yet.
+            ahead: whether the key was made ahead: then it is on record and gets its owner now.
 
         Returns:
-            The names of older pending keys that had to make room, and are destroyed.
+            The ids of older pending keys destroyed to keep the bounds.
 
         Raises:
-            LedgerError: nothing was written. With reason ``key_taken``, the key has an owner already, or was made ahead
-                and is destroyed since: another one can be tried.
+            LedgerError: nothing was written. With reason ``key_taken``, the key has an owner or was destroyed; try
+                another.
         """
         data = request.data
         owner = (data.certificate_type, request.evse_id or "")
@@ -100,7 +98,7 @@ class Answers:
             return _make_room(sql, owner, bounds, now=now)
 
     def withdraw(self, request_id: str, *, now: int) -> None:
-        """Take back an answer that must not go out: its key is destroyed, and its id may be asked again.
+        """Delete an answer that must not be published and destroy its key; the id may be used again.
 
         Raises:
             LedgerError: nothing was written.
@@ -113,14 +111,14 @@ class Answers:
             sql.execute("DELETE FROM answer WHERE canonical_id = ?", (request_id.lower(),))
 
     def mark_delivered(self, request_id: str) -> None:
-        """Note that the broker has the answer. May be called from any thread.
+        """Note that the broker has the answer. Any thread may call this; it does not wait for the disk.
 
-        Written with the next transaction: forgotten in a crash, the same answer is only published once more.
+        Written with the next transaction. If a crash loses it, the answer is published again.
         """
         self._database.defer("UPDATE answer SET delivered = 1 WHERE canonical_id = ?", request_id.lower())
 
     def undelivered(self) -> list[Answered]:
-        """The accepted answers that no broker has confirmed, oldest first."""
+        """Return the answers that no broker has confirmed, oldest first."""
         with self._database.reading() as sql:
             rows = sql.execute(
                 "SELECT request_id, digest, csr, key_id FROM answer JOIN key ON key.number = answer.key_number"
@@ -130,7 +128,7 @@ class Answers:
 
 
 def _make_room(sql: sqlite3.Connection, owner: tuple[str, str], bounds: Bounds, *, now: int) -> list[str]:
-    """End the oldest pending keys beyond the bounds; those made ahead are none of them."""
+    """Destroy the oldest pending keys beyond the bounds and return their ids. Keys made ahead do not count."""
     pending = f"SELECT count(*) FROM key WHERE state = ?1 AND {LIVING} AND certificate_type"  # noqa: S608 - `LIVING` is this package's own text
     own, every = sql.execute(
         f"SELECT ({pending} = ?2 AND evse_id = ?3), ({pending} > '')", (INITIAL, *owner)
@@ -138,18 +136,18 @@ def _make_room(sql: sqlite3.Connection, owner: tuple[str, str], bounds: Bounds, 
     crowded = []
     if own > bounds.pending_limit:
         crowded = _end_oldest(sql, owner, count=own - bounds.pending_limit, now=now)
-    # After its own: where one of those went, nobody else's has to.
+    # The owner's own keys come first: each that goes saves one of another owner.
     for _ in range(every - len(crowded) - bounds.pending_total):
         crowded += _end_oldest(sql, _most_crowded(sql, owner), count=1, now=now)
     return crowded
 
 
 def _most_crowded(sql: sqlite3.Connection, newest: tuple[str, str]) -> tuple[str, str]:
-    """The owner who loses a pending key for the one that `newest` just got, and has another one to lose.
+    """Return the owner that loses a pending key for the one that `newest` just got.
 
-    Of the certificate type that has the most of them: what is asked of one type never costs another type a key,
-    unless that has more. In it, of an EVSE that has no key in use, before one that does: EVSE IDs are quickly made
-    up. Then of the one that has the most, and of several such whoever has the oldest.
+    From the certificate type with the most pending keys: requests for one type cost another type a key only if that
+    has more. Among its EVSEs first one without an active key, because EVSE IDs are easily made up; then the one with
+    the most pending keys; then the one with the oldest.
     """
     owners = sql.execute(_PENDING_OWNERS, {"pending": INITIAL, "active": KeyState.ACTIVE}).fetchall()
     others = [row[:2] for row in owners if row[:2] != newest or row[2] > 1]

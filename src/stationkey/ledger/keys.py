@@ -1,8 +1,9 @@
-"""Queries about keys."""
+"""Queries of keys; nothing here writes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
 
 from stationkey.errors import Scope, StationKeyError
 from stationkey.ledger.database import Database
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 
 _LAST: Final = "\U0010ffff"
-"""Comes after every other character, in the order of the index."""
+"""Sorts after every other character."""
+
+_PART: Final = 1000
+"""How many keys `Keys.stream` reads at a time."""
 
 
 class Keys:
@@ -33,16 +37,30 @@ class Keys:
         self._database = database
 
     def all(self, prefix: str = "") -> list[KeyRecord]:
-        """The keys whose name begins with `prefix`, in the order in which they were made."""
+        """Return the keys whose name begins with `prefix`, oldest first."""
         prefix = prefix.lower()
-        # A range, and not LIKE or substr(): the index of the names serves it.
+        # A range, because SQLite uses no index for LIKE or substr().
         return self._select("key_id >= ? AND key_id < ?", prefix, prefix + _LAST, order="number")
 
-    def named(self, beginning: str) -> KeyRecord:
-        """The one key whose name begins so.
+    def stream(self) -> Iterator[KeyRecord]:
+        """Iterate over all keys, oldest first, in bounded memory.
+
+        Each part is a query of its own: an open one would keep the daemon from emptying its write-ahead log. So this is
+        no snapshot: keys made meanwhile come last.
 
         Raises:
-            StationKeyError: there is none, or more than one.
+            LedgerError: the database cannot be read.
+        """
+        last = 0
+        while rows := self._rows("number > ?", last, order=f"number LIMIT {_PART}"):
+            yield from map(read_key, rows)
+            *_, last = rows[-1]
+
+    def named(self, beginning: str) -> KeyRecord:
+        """Return the one key whose name begins with `beginning`.
+
+        Raises:
+            StationKeyError: no key, or more than one (``key_not_found``).
         """
         found = self.all(beginning) if beginning else []
         if len(found) != 1:
@@ -55,23 +73,23 @@ class Keys:
         return found[0]
 
     def pending(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
-        """The keys in pre-activation for a certificate type, newest last; of one EVSE, or of all where it is None."""
+        """Return the pending keys of a certificate type, oldest first; of all EVSEs if `evse_id` is None."""
         return self._owned(certificate_type, evse_id, KeyState.PRE_ACTIVATION)
 
     def active(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
-        """The active keys for a certificate type; of one EVSE, or of all where it is None."""
+        """Return the active keys of a certificate type; of all EVSEs if `evse_id` is None."""
         return self._owned(certificate_type, evse_id, KeyState.ACTIVE)
 
     def deactivated(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
-        """The deactivated keys for a certificate type; of one EVSE, or of all where it is None."""
+        """Return the deactivated keys of a certificate type; of all EVSEs if `evse_id` is None."""
         return self._owned(certificate_type, evse_id, KeyState.DEACTIVATED)
 
     def usable(self) -> list[KeyRecord]:
-        """The keys that still have a private part, in the order in which they were made; those made ahead, too."""
+        """Return the keys that have a private part, oldest first, including those made ahead."""
         return self._select("number IN (SELECT key_number FROM secret)", order="number")
 
     def ref(self, key_id: str) -> KeyRef | None:
-        """A key with its private part; None where it has none any more."""
+        """Return a key with its private part, or None if it has none."""
         with self._database.reading() as sql:
             row = sql.execute(
                 "SELECT scheme, key_type, public, private FROM key JOIN secret ON secret.key_number = key.number"
@@ -81,13 +99,10 @@ class Keys:
         return None if row is None else read_key_ref(*row)
 
     def made_ahead(self) -> list[tuple[KeyRef, int]]:
-        """The keys made ahead that no request has taken yet, with their private parts, oldest first.
+        """Return the keys made ahead that have no owner yet, oldest first.
 
         Returns:
-            Each with the time when it is due, in milliseconds of running time.
-
-        Raises:
-            LedgerError: they cannot be read.
+            Each with its private part and its expiry in milliseconds of running time.
         """
         with self._database.reading() as sql:
             rows = sql.execute(
@@ -99,13 +114,13 @@ class Keys:
         return [(read_key_ref(*row), due) for *row, due in rows]
 
     def seconds_to_make(self) -> dict[str, float]:
-        """How long the last key of each type took that was made ahead."""
+        """Return, by key type, the seconds that the last key made ahead took."""
         with self._database.reading() as sql:
             rows = sql.execute("SELECT name, value FROM meta WHERE name > ?", (MAKING,)).fetchall()
         return {name.removeprefix(MAKING): float(value) for name, value in rows if name.startswith(MAKING)}
 
     def history(self, key_id: str) -> list[EventRecord]:
-        """Everything that happened to a key, first to last."""
+        """Return the events of a key, oldest first."""
         with self._database.reading() as sql:
             rows = sql.execute(
                 "SELECT seq, at, event, state, reason, message_id FROM event"
@@ -115,7 +130,7 @@ class Keys:
         return [EventRecord(seq, read_time(at, milliseconds=True), *rest) for seq, at, *rest in rows]
 
     def active_files(self) -> dict[tuple[str, str], bytes]:
-        """What the file of each owner under ``active/`` should hold: key, then leaf and chain where they are known."""
+        """Return the content of the file under ``active/`` for each owner: key, then leaf and chain if known."""
         files = {}
         for key in self._select(f"state = ? AND {LIVING}", KeyState.ACTIVE):
             if (reference := self.ref(key.key_id)) is not None:
@@ -123,9 +138,9 @@ class Keys:
         return files
 
     def others_installed(self, key: KeyRecord) -> bool:
-        """Whether a certificate of another key of the same owner may be installed still, as far as is on record.
+        """Return whether a certificate of another key of the same owner may still be installed.
 
-        That is where one was, and was not reported as deleted before this key's was installed.
+        True if one was installed and not reported as deleted before the certificate of `key` was installed.
         """
         another = (
             "SELECT 1 FROM key WHERE certificate_type = ? AND evse_id = ? AND installed IS NOT NULL AND key_id != ?"
@@ -139,13 +154,10 @@ class Keys:
         return row is not None
 
     def figures(self, *, expiries: int) -> Figures:
-        """How much there is on record.
+        """Count what is on record.
 
         Args:
-            expiries: of how many active keys at the most it is told when the certificate expires.
-
-        Raises:
-            LedgerError: it cannot be read.
+            expiries: how many certificate expiries to return at most.
         """
         states = [state for state in KeyState if state is not KeyState.DESTROYED]
         with self._database.reading() as sql:
@@ -160,7 +172,7 @@ class Keys:
                 f" WHERE state = ? AND not_after IS NOT NULL AND {LIVING} ORDER BY not_after LIMIT ?",
                 (KeyState.ACTIVE, expiries),
             ).fetchall()
-            # `ended` has no gaps, and so nothing has to be counted.
+            # `ended` has no gaps, so this needs no count.
             (destroyed,) = sql.execute(
                 "SELECT coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL)"
                 " - (SELECT min(ended) FROM key WHERE ended IS NOT NULL) + 1, 0)"
@@ -183,12 +195,15 @@ class Keys:
         )
 
     def _select(self, where: str, *arguments: object, order: str = "asked") -> list[KeyRecord]:
+        return [read_key(row) for row in self._rows(where, *arguments, order=order)]
+
+    def _rows(self, where: str, *arguments: object, order: str) -> list[tuple[Any, ...]]:
+        """Return the rows that `read_key` reads; the last column is the key's number."""
         with self._database.reading() as sql:
-            rows = sql.execute(
-                "SELECT key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name,"  # noqa: S608 - `where` is this module's own text
+            return sql.execute(
+                "SELECT key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name,"  # noqa: S608 - `where` and `order` are this module's own text
                 " organization_name, country_name, state, created_at, public, due, failed, chain, not_after, asked,"
-                " installed, request_id"
+                " installed, request_id, number"
                 f" FROM key LEFT JOIN answer ON answer.key_number = key.number WHERE {where} ORDER BY {order}",
                 arguments,
             ).fetchall()
-        return [read_key(row) for row in rows]

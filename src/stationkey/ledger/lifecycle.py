@@ -1,4 +1,4 @@
-"""The life of a key: a table, and nothing else.
+"""The lifecycle of a key as a table.
 
 States are those of NIST SP 800-57 part 1 revision 5, section 7. `docs/lifecycle.md` shows the diagram that `mermaid`
 makes from the table; a test fails where they differ.
@@ -18,15 +18,15 @@ class KeyState(StrEnum):
     """Where a key is in its life."""
 
     PRE_ACTIVATION = "pre-activation"
-    """Made ahead, or its CSR was answered; no certificate is installed. Used for nothing but proofs of possession."""
+    """Made ahead, or its CSR was answered; no certificate is installed. Used only for proofs of possession."""
     ACTIVE = "active"
-    """Its certificate is installed. One key at the most for each certificate type and EVSE."""
+    """Its certificate is installed. At most one key for each certificate type and EVSE."""
     DEACTIVATED = "deactivated"
-    """Another key took its place, or the operator retired it. Kept for a grace period: sessions may still use it."""
+    """Replaced, or retired by the operator. Kept for a grace period because sessions may still use it."""
     COMPROMISED = "compromised"
-    """The operator says that it may be known to others. Kept as evidence until he destroys it."""
+    """Reported as compromised by the operator. Kept as evidence until the operator destroys it."""
     DESTROYED = "destroyed"
-    """Its private part is gone, everywhere. What happened to it stays on record for a while."""
+    """Its private part is wiped everywhere. Its history stays on record for a while."""
 
 
 class KeyEvent(StrEnum):
@@ -35,19 +35,19 @@ class KeyEvent(StrEnum):
     INSTALLED = "installed"
     """Josev installed its certificate."""
     INSTALLATION_FAILED = "installation failed"
-    """Josev could not. The certificate may yet be installed at another try; the key ends soon if it is not."""
+    """Josev failed to install it. A retry may succeed; otherwise the key expires soon."""
     REPLACED = "replaced"
     """Another key became active for the same certificate type and EVSE [A02.FR.08]."""
     RETIRED = "retired"
-    """The operator takes it out of use."""
+    """Taken out of use by the operator."""
     EXPIRED = "expired"
-    """Its time is over: no certificate came, or the grace period ended [A02.FR.10]."""
+    """No certificate was installed in time, or the grace period ended [A02.FR.10]."""
     DELETED = "deleted"
     """Josev deleted its certificate."""
     DESTRUCTION_ORDERED = "destruction ordered"
-    """The operator wants it gone."""
+    """Destroyed by the operator."""
     COMPROMISE_REPORTED = "compromise reported"
-    """The operator says that it may be known to others."""
+    """Reported as compromised by the operator."""
 
 
 TRANSITIONS: Final[Mapping[tuple[KeyState, KeyEvent], KeyState]] = MappingProxyType(
@@ -71,27 +71,27 @@ TRANSITIONS: Final[Mapping[tuple[KeyState, KeyEvent], KeyState]] = MappingProxyT
         (KeyState.COMPROMISED, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,
     }
 )
-"""(state, event) to the state after it. What is not here is illegal."""
+"""(state, event) to the next state. Everything else is illegal."""
 
 INITIAL: Final = KeyState.PRE_ACTIVATION
-"""The state of a key that was just made."""
+"""The state of a new key."""
 
 MADE_AHEAD: Final = "made ahead"
 CSR_ANSWERED: Final = "CSR answered"
-"""What a key's history begins with. One that was made ahead has both, the second when a request takes it."""
+"""The first events of a key. One made ahead has both, the second when a request takes it."""
 
 
 class IllegalTransition(StationKeyError):
-    """An event that cannot happen to a key in its state. Nothing was changed."""
+    """An event that is illegal in the key's state. Nothing was changed."""
 
     scope = Scope.KEY
 
 
 def step(state: KeyState, event: KeyEvent) -> KeyState:
-    """The state after `event`.
+    """Return the state after an event.
 
     Raises:
-        IllegalTransition: `event` cannot happen in `state`.
+        IllegalTransition: the event is illegal in this state.
     """
     try:
         return TRANSITIONS[state, event]
@@ -102,7 +102,7 @@ def step(state: KeyState, event: KeyEvent) -> KeyState:
 
 
 def mermaid() -> str:
-    """The table as a Mermaid state diagram."""
+    """Return the table as a Mermaid state diagram."""
     names = {state: state.name.lower() for state in KeyState}
     lines = ["stateDiagram-v2"]
     lines += [f'    state "{state}" as {names[state]}' for state in KeyState]

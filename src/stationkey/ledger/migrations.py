@@ -1,4 +1,4 @@
-"""The ledger's database, version by version. A version that was released is never changed; a new one is added."""
+"""The schema of the database, version by version. A released version never changes; add a new one."""
 
 from __future__ import annotations
 
@@ -145,18 +145,17 @@ CREATE INDEX answer_by_age ON answer (delivered, running);
 CREATE INDEX event_by_key ON event (key_number);
 CREATE INDEX event_by_message ON event (message_id) WHERE message_id IS NOT NULL AND event != 'CSR answered';
 """
-"""Each index is paid for with every answer, so there are few, and most are of the living keys alone.
+"""Every answer pays for each index, so there are few, and most contain living keys only.
 
-What other tables mean a key by is a number in the order in which keys were made, so that new rows lie side by side.
-`asked`, `installed` and `deleted` are the numbers of the key's events of that kind; `ended` counts the destroyed keys
-without gaps, because only the oldest of them are ever forgotten. `secret` has no foreign key: SQLite then empties it
-page by page, which is what `Retention.wipe` wants.
+Other tables refer to a key by `number`, in order of creation, so that new rows are neighbours. `asked`, `installed` and
+`deleted` are sequence numbers of the key's events; `ended` counts destroyed keys without gaps, because only the oldest
+are deleted. `secret` has no foreign key, so that SQLite empties it page by page for `Retention.wipe`.
 """
 
 MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3)
-"""What makes a database of version n one of version n + 1; the first makes an empty one."""
+"""Entry n takes a database from version n to n + 1; version 0 is empty."""
 SCHEMA_VERSION: Final = len(MIGRATIONS)
-"""``user_version`` of the database that this code reads and writes."""
+"""The ``user_version`` that this code reads and writes."""
 
 LIVING: Final = "state != 'destroyed'"
-"""What a query of the living keys must say, so that SQLite takes the index of them."""
+"""Condition of living keys, written as in the index `key_living`, which SQLite otherwise does not use."""

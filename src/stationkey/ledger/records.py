@@ -1,4 +1,4 @@
-"""What the ledger gives back, and the reading of its rows."""
+"""Values of the ledger, and how rows become values."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 DAMAGED: Final = (
     "ledger_damaged",
-    "nothing was overwritten; restore a backup of the state directory, or move the file away to begin anew",
+    "nothing was overwritten; restore a backup of the state directory, or move the file away to start over",
 )
 
 MAKING: Final = "seconds to make "
-"""Begins the name of a value in `meta`; the type of a key follows."""
+"""Prefix of a name in `meta`; a key type follows."""
 
 _YEAR_1: Final = -62_135_596_800
 _YEAR_9999: Final = 253_402_300_799
-"""The first and last second that a certificate can name [RFC 5280 4.1.2.5], or nearly so, and Python; Unix time."""
+"""The first and last second, in Unix time, of what Python and certificates [RFC 5280 4.1.2.5] can express."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """An accepted answer on record.
+    """An accepted answer.
 
     Attributes:
-        request_id: the id as it first came.
-        digest: of the request's content, see `content_digest`.
-        csr: the PEM that was answered.
-        key_id: the key that the CSR is for.
+        request_id: the request's id in its original letter case.
+        digest: the `content_digest` of the request.
+        csr: the CSR in PEM.
+        key_id: the CSR's key.
     """
 
     request_id: str
@@ -48,26 +48,26 @@ class Answered:
 
     @property
     def destroyed(self) -> bool:
-        """Whether the key is gone; the CSR then is, too."""
+        """Whether the key is destroyed; the CSR is then deleted."""
         return not self.csr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyRecord:
-    """A key on record, without its private part.
+    """A key without its private part.
 
     Attributes:
-        created_at: Unix time in milliseconds, by the station's clock, which may have been wrong.
-        evse_id: the EVSE that the key is for, or None.
+        created_at: Unix time in milliseconds by the station's clock, which may have been wrong.
+        evse_id: the EVSE of the key, or None.
         public: subjectPublicKeyInfo in DER.
         due: when its time is over, in milliseconds of running time (see `Retention.running`); None where it
             has no end.
         failed: whether an installation of its certificate failed.
-        chain: the installed certificate and its chain in PEM, or None where they are not known.
-        not_after: when the certificate expires, Unix time in seconds, or None.
-        asked: the number of the event by which it was given to its owner; 0 where it was made ahead and has none.
-        installed: the number of the event by which it became active, or 0.
-        request_ids: the requests that were answered with this key, as their ids came.
+        chain: the installed certificate and its chain in PEM, or None if not known.
+        not_after: expiry of the certificate, Unix time in seconds, or None if not known.
+        asked: sequence number of the event that gave it to its owner; 0 if it was made ahead and has none.
+        installed: sequence number of the event that made it active, or 0.
+        request_ids: ids of the requests answered with this key, in their original letter case.
     """
 
     key_id: str
@@ -92,24 +92,26 @@ class KeyRecord:
 
     @property
     def owner(self) -> tuple[str, str]:
-        """Certificate type and EVSE ID (or an empty text): what there is one active key for."""
+        """Certificate type and EVSE ID or an empty text; each owner has one active key at most."""
         return self.certificate_type, self.evse_id or ""
 
     @property
     def has_owner(self) -> bool:
-        """False of a key that was made ahead and that no request has taken yet: all its names are empty."""
+        """False for a key made ahead that no request has taken; its certificate type and subject are empty."""
         return bool(self.certificate_type)
 
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """Something that happened to a key.
+    """An event of a key.
 
     Attributes:
-        at: Unix time in milliseconds, by the station's clock, which may have been wrong; the order is that of `seq`.
+        seq: sequence number over all keys: the order of events.
+        at: Unix time in milliseconds by the station's clock, which may have been wrong.
         event: a `KeyEvent`, ``CSR answered`` or ``made ahead``.
         state: the key's state after it.
-        message_id: of the message that brought it, or None.
+        reason: why, in words.
+        message_id: id of the message that caused it, or None.
     """
 
     seq: int
@@ -122,14 +124,14 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """How much there is on record.
+    """Counts for metrics.
 
     Attributes:
-        keys: how many keys that live have an owner, by state and certificate type.
-        expiries: of the active keys whose certificate is known: certificate type, EVSE ID or an empty text, and when
-            the certificate expires, Unix time in seconds. Those that expire first, and first.
-        unknown: of how many more active keys nothing is said in `expiries`.
-        destroyed: how many destroyed keys are on record still.
+        keys: number of living keys with an owner, by state and certificate type.
+        expiries: certificate type, EVSE ID or an empty text, and certificate expiry in Unix seconds, of active keys
+            whose certificate is known; the first to expire first.
+        unknown: number of active keys that are not in `expiries`.
+        destroyed: number of destroyed keys on record.
         size: of the database and its write-ahead log, in bytes.
     """
 
@@ -141,14 +143,14 @@ class Figures:
 
 
 def read_key_type(text: str) -> KeyType:
-    """A key type, from the text that it is written down as."""
+    """Return the key type that a text such as ``RSA-3072`` or ``secp256r1`` names."""
     return RsaModulus(int(text.removeprefix("RSA-"))) if text.startswith("RSA-") else EllipticCurve(text)
 
 
 def content_digest(request: GenerateCsrRequest) -> bytes:
-    """Fingerprint of what a request asks for, its id left out and its default algorithm filled in.
+    """Return a digest of a request's content without its id, with the default algorithm filled in.
 
-    Two requests with the same fingerprint ask for the same; fields unknown to this version do not count (decision 5).
+    Equal digests mean equal requests; fields unknown to this version do not count (decision 5).
     """
     data = request.data
     content = [
@@ -163,42 +165,42 @@ def content_digest(request: GenerateCsrRequest) -> bytes:
 
 
 def read_key_ref(scheme: str, key_type: str, public: bytes, private: bytes) -> KeyRef:
-    """Return a key with its private part, from its columns."""
+    """Return a key with its private part."""
     from stationkey.keystore import KeyRef  # noqa: PLC0415 - `keys list` does without
 
     try:
         read = read_key_type(key_type)
     except ValueError:
-        raise damaged("a type of key") from None
+        raise damaged("key type") from None
     return KeyRef(scheme=scheme, key_type=read, public=public, private=private)
 
 
-# What SQLite takes and this program never writes: something else did, or somebody.
+# Values that SQLite accepts and this program never writes: the database was tampered with.
 
 
 def read_state(text: str) -> KeyState:
-    """Return the state that a row names."""
+    """Return a key state."""
     try:
         return KeyState(text)
     except ValueError:
-        raise damaged("a state of a key") from None
+        raise damaged("key state") from None
 
 
 def read_time(time: int, *, milliseconds: bool = False) -> int:
-    """Return a Unix time of a row, which Python can show as a date."""
+    """Return a Unix time that Python can format."""
     if not _YEAR_1 <= (time // 1000 if milliseconds else time) <= _YEAR_9999:
-        raise damaged("a time")
+        raise damaged("timestamp")
     return time
 
 
 def damaged(what: str) -> LedgerError:
-    """Return the error for a value that only something else can have written."""
+    """Return the error for an invalid value."""
     reason, hint = DAMAGED
-    return LedgerError(f"the ledger is damaged: {what} in it is none that there can be", reason=reason, hint=hint)
+    return LedgerError(f"the ledger is damaged: it contains an invalid {what}", reason=reason, hint=hint)
 
 
 def read_key(row: tuple[Any, ...]) -> KeyRecord:
-    """A key, from its row."""
+    """Return a key; the columns are those of `Keys`."""
     return KeyRecord(
         key_id=row[0],
         scheme=row[1],

@@ -1,4 +1,4 @@
-"""Refused requests: noted at once, written later."""
+"""Rejected requests: noted in memory at once, written later in batches."""
 
 from __future__ import annotations
 
@@ -9,40 +9,46 @@ from typing import Final
 from stationkey.ledger.database import Database
 
 MAX_REJECTIONS: Final = 10_000
-"""How many refused requests are remembered: the oldest go first. A few hundred bytes each, so some MiB at the most."""
+"""How many of the newest rejections are kept, in memory and on disk. A few hundred bytes each, some MiB at most."""
 
 _PART: Final = 1000
 """How many are written at a time."""
 
 
 class Rejections:
-    """The newest refused requests, and why they were refused."""
+    """The newest rejected requests and their reasons."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._rejections: deque[tuple[str, str, str, int]] = deque(maxlen=MAX_REJECTIONS)
-        self._noting = threading.Lock()
+        self._noted: deque[tuple[str, str, str, int]] = deque(maxlen=MAX_REJECTIONS)
+        self._lock = threading.Lock()
 
     def note(self, request_id: str, *, reason: str, message: str, now: int) -> None:
-        """Note why a request was refused. May be called from any thread; nothing waits for the disk.
+        """Note a rejection in memory. Any thread may call this; it does not wait for the disk.
 
-        `write` and `Ledger.close` write it down. Of what was noted and not written, the oldest beyond
-        `MAX_REJECTIONS` are forgotten; a crash takes it all.
+        `write` and `Ledger.close` write it; a crash before that loses it. Beyond `MAX_REJECTIONS` the oldest are
+        dropped.
+
+        Args:
+            request_id: the request.
+            reason: the error's stable reason.
+            message: the error in words.
+            now: Unix time in milliseconds.
         """
-        with self._noting:
-            self._rejections.append((request_id, reason, message, now))
+        with self._lock:
+            self._noted.append((request_id, reason, message, now))
 
     def write(self) -> bool:
-        """Write down what was noted, a part at a time. The oldest on record beyond `MAX_REJECTIONS` are forgotten.
+        """Write the next `_PART` noted rejections, and delete the oldest on disk beyond `MAX_REJECTIONS`.
 
         Returns:
-            Whether there is more.
+            Whether there are more.
 
         Raises:
             LedgerError: nothing was written, and the notes are kept.
         """
-        with self._noting:
-            part = [self._rejections.popleft() for _ in range(min(_PART, len(self._rejections)))]
+        with self._lock:
+            part = [self._noted.popleft() for _ in range(min(_PART, len(self._noted)))]
         if not part:
             return False
         try:
@@ -52,8 +58,8 @@ class Rejections:
                     "DELETE FROM rejection WHERE seq <= (SELECT max(seq) FROM rejection) - ?", (MAX_REJECTIONS,)
                 )
         except BaseException:
-            with self._noting:
-                room = MAX_REJECTIONS - len(self._rejections)
-                self._rejections.extendleft(reversed(part[max(0, len(part) - room) :]))
+            with self._lock:
+                room = MAX_REJECTIONS - len(self._noted)
+                self._noted.extendleft(reversed(part[max(0, len(part) - room) :]))
             raise
-        return bool(self._rejections)
+        return bool(self._noted)

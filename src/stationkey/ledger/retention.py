@@ -1,4 +1,4 @@
-"""Running time, and what it ends: keys whose time is over, records of no more use, traces of private parts."""
+"""Running time, expiry of keys, deletion of old records, wiping of private parts."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from stationkey.ledger.lifecycle import KeyState
 from stationkey.ledger.migrations import LIVING
 
 _BATCH: Final = 25
-"""How many keys or answers one step of cleaning up takes: a request waits for no more than one step."""
+"""How many keys and answers one call of `Retention.forget` deletes: a request waits for one call at most."""
 
 _DUE: Final = 100
-"""How many keys whose time is over are named at a time."""
+"""How many expired keys `Retention.due` returns at most."""
 
 
 class Retention:
-    """What ends by itself, and what is cleaned up after it."""
+    """What expires, and the cleaning up after it."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     @property
     def running(self) -> int:
-        """How long the daemon has run with this ledger, all its runs together, in milliseconds, as last written down.
+        """The daemon's running time over all runs with this ledger, in milliseconds, as last written.
 
-        Keys expire by this and not by the clock: a station's clock may be hours or years off until it has been set.
+        Keys expire by running time: a station's clock may be years off until it is set.
         """
         with self._database.reading() as sql:
             row = sql.execute("SELECT value FROM meta WHERE name = 'running'").fetchone()
         return 0 if row is None else int(row[0])
 
     def write_running(self, milliseconds: int) -> None:
-        """Write down the running time. It never goes back."""
+        """Write the running time, unless a later one is written."""
         with self._database.transaction() as sql:
             sql.execute(
                 "INSERT INTO meta (name, value) VALUES ('running', ?)"
@@ -41,9 +41,11 @@ class Retention:
             )
 
     def adopt(self, *, pending_due: int, grace_due: int) -> None:
-        """Give an end to pending and deactivated keys that have none: of an older ledger, or retired by hand.
+        """Set the expiry of pending and deactivated keys that have none: from an older ledger, or retired by a command.
 
-        A key made ahead is not pending, and was given its end when it was made.
+        Args:
+            pending_due: for pending keys with an owner, in milliseconds of running time.
+            grace_due: for deactivated keys.
         """
         with self._database.transaction() as sql:
             sql.executemany(
@@ -52,7 +54,7 @@ class Retention:
             )
 
     def due(self, running: int) -> list[str]:
-        """The keys whose time is over."""
+        """Return the ids of expired keys, the first to expire first."""
         with self._database.reading() as sql:
             rows = sql.execute(
                 f"SELECT key_id FROM key WHERE due <= ? AND {LIVING} ORDER BY due LIMIT ?",  # noqa: S608 - `LIVING` is this package's own text
@@ -61,27 +63,27 @@ class Retention:
         return [row[0] for row in rows]
 
     def is_due(self, key_id: str, running: int) -> bool:
-        """Whether a key's time is over: another event may have changed that since `due` said so."""
+        """Return whether a key is expired; an event since `due` may have changed that."""
         with self._database.reading() as sql:
             row = sql.execute("SELECT 1 FROM key WHERE key_id = ? AND due <= ?", (key_id, running)).fetchone()
         return row is not None
 
     def next_due(self) -> int | None:
-        """When the next key's time is over, in milliseconds of running time; None where there is none."""
+        """Return the next expiry of a key in milliseconds of running time, or None."""
         with self._database.reading() as sql:
             row = sql.execute(f"SELECT min(due) FROM key WHERE {LIVING}").fetchone()  # noqa: S608 - `LIVING` is this package's own text
         return None if row[0] is None else int(row[0])
 
     def forget(self, *, keep: int, answered_before: int) -> int:
-        """Take off the record what is of no use any more, a batch at a time.
+        """Delete a batch of old records.
 
         Args:
-            keep: how many destroyed keys stay on record, the youngest; the others go with their answers and events.
-            answered_before: answers given before this, in milliseconds of running time, go too, unless their key is
-                still pending: nobody asks again for so long.
+            keep: how many destroyed keys to keep, the newest; the others are deleted with their answers and events.
+            answered_before: delete answers given before this, in milliseconds of running time, unless their key is
+                pending; no request is redelivered so late.
 
         Returns:
-            How many keys and answers were taken off; call again until it is none.
+            How many keys and answers were deleted; call again until it is 0.
         """
         with self._database.transaction() as sql:
             answers = sql.execute(
@@ -89,7 +91,7 @@ class Retention:
                 " WHERE delivered IN (0, 1) AND running < ? AND state != ? LIMIT ?)",
                 (answered_before, KeyState.PRE_ACTIVATION, _BATCH),
             ).rowcount
-            # `ended` has no gaps, and so nothing has to be counted.
+            # `ended` has no gaps, so this needs no count.
             forgotten = sql.execute(
                 "SELECT number FROM key WHERE ended <= (SELECT max(ended) FROM key WHERE ended IS NOT NULL) - ?"
                 " ORDER BY ended LIMIT ?",
@@ -104,22 +106,21 @@ class Retention:
         return len(forgotten) + answers
 
     def wipe(self) -> bool:
-        """Write the private parts anew, if a key was destroyed since the last time, so that no trace of one is left.
+        """Rewrite the private parts if a key was destroyed since the last call, so that no trace of it is left.
 
-        secure_delete zeroes what is deleted where it is. But where rows were moved from page to page before, SQLite may
-        leave pieces of them in the unused part of a page. So the table is emptied, which zeroes all of its pages, and
-        filled again with the keys that live: what that costs goes by their number and not by the history.
+        secure_delete zeroes a deleted row where it is. But when SQLite moved the row between pages before, pieces of it
+        may be left in the unused part of a page. So the table is emptied, which zeroes all its pages, and filled again:
+        the cost depends on the number of living keys, not on the history.
 
         Returns:
-            Whether there was something to do.
+            Whether a key was destroyed since the last call.
         """
         with self._database.reading() as sql:
             if sql.execute("SELECT 1 FROM meta WHERE name = 'unwiped'").fetchone() is None:
                 return False
         with self._database.transaction() as sql:
             living = sql.execute("SELECT key_number, private FROM secret").fetchall()
-            # No WHERE, no foreign key, no trigger: so SQLite frees the pages as they are, each zeroed, and does not
-            # go from row to row.
+            # Without WHERE, foreign key and trigger SQLite frees and zeroes whole pages, not row by row.
             sql.execute("DELETE FROM secret")
             sql.executemany("INSERT INTO secret (key_number, private) VALUES (?, ?)", living)
             sql.execute("DELETE FROM meta WHERE name = 'unwiped'")

@@ -1,6 +1,6 @@
-"""Changes to keys: made ahead, given to an owner, and every event of their lives.
+"""Changes of keys: creation, owner, events.
 
-Functions that take a connection belong to the transaction of whoever calls them.
+The functions that take a connection run in their caller's transaction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _NEXT_EVENT: Final = "(SELECT coalesce(max(seq), 0) + 1 FROM event)"
-"""The number that the next event of the same transaction gets."""
+"""The sequence number of the next event."""
 
 _NEW_KEY: Final = (
     "INSERT INTO key (key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name, organization_name,"  # noqa: S608 - `_NEXT_EVENT` is this module's own text
@@ -42,25 +42,25 @@ _ALSO: Final = {
     KeyEvent.DELETED: ", deleted = :seq",
     KeyEvent.INSTALLATION_FAILED: ", failed = 1",
 }
-"""What an event changes of a key's row besides state and end."""
+"""Columns that an event changes besides `state` and `due`."""
 
 _ENDED: Final = ", ended = 1 + coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL), 0)"
 
 
 class Transitions:
-    """Writes what happens to keys."""
+    """Changes of keys, each in a transaction of its own."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def make_ahead(self, key: KeyRef, *, now: int, due: int, seconds: float) -> None:
-        """Put a key on record that has no owner yet, durably: whichever request comes next can take it.
+        """Record a key without an owner; a later request can take it.
 
         Args:
-            key: the key, wrapped private part included.
+            key: the key with its wrapped private part.
             now: Unix time in milliseconds.
-            due: when it expires if no request takes it, in milliseconds of running time.
-            seconds: how long the key store took over it.
+            due: expiry if no request takes it, in milliseconds of running time.
+            seconds: how long the key store took to generate it.
 
         Raises:
             LedgerError: nothing was written.
@@ -87,24 +87,27 @@ class Transitions:
         due: int | None = None,
         message_id: str | None = None,
     ) -> KeyState:
-        """Write down an event and the state that it leads to; where that is destroyed, the private part is wiped.
+        """Record an event and the state after it; wipe the private part if that is destroyed.
 
         Args:
             key_id: the key.
             event: what happened.
             reason: why, for the history.
             now: Unix time in milliseconds.
-            due: when the key's time is over from now on, in milliseconds of running time.
-            message_id: of the message that brought it.
+            due: the key's new expiry in milliseconds of running time, or None for no expiry.
+            message_id: id of the message that caused it.
+
+        Returns:
+            The state after the event.
 
         Raises:
-            IllegalTransition: the event cannot happen to the key; nothing was written.
+            IllegalTransition: the event is illegal in the key's state; nothing was written.
             LedgerError: nothing was written.
         """
         with self._database.transaction() as sql:
             state = advance(sql, key_id, event, reason=reason, now=now, due=due, message_id=message_id)
         if state is KeyState.DESTROYED:
-            # It is done, whether or not this succeeds; the daemon tries again with every sweep.
+            # The key is destroyed even if this fails; the daemon retries with every sweep.
             with suppress(LedgerError):
                 self._database.checkpoint()
         return state
@@ -121,24 +124,24 @@ class Transitions:
         message_id: str | None,
         limit: int | None = None,
     ) -> list[str]:
-        """Make a key the active one of its owner, in one transaction with the end of the one before it.
+        """Make a key the active one of its owner and deactivate the previous one, in one transaction.
 
         Args:
             key_id: the key whose certificate was installed.
-            chain: certificate and chain in PEM, where they are known.
-            not_after: when the certificate expires, Unix time in seconds.
-            reason: for the history.
+            chain: certificate and chain in PEM, if known.
+            not_after: expiry of the certificate, Unix time in seconds, if known.
+            reason: why, for the history.
             now: Unix time in milliseconds.
-            grace_due: when the grace period of the replaced key ends, in milliseconds of running time.
-            message_id: of the message that said so.
-            limit: how many active keys there may be, where this one replaces none; None for no bound.
+            grace_due: end of the previous key's grace period, in milliseconds of running time.
+            message_id: id of the message that caused it.
+            limit: how many keys may be active if this one replaces none; None for no limit.
 
         Returns:
-            The names of the keys that were replaced.
+            The ids of the replaced keys.
 
         Raises:
-            IllegalTransition: the key is in no state to be activated; nothing was written.
-            LedgerError: nothing was written.
+            IllegalTransition: the key cannot be activated in its state; nothing was written.
+            LedgerError: nothing was written. With reason ``too_many_active``, `limit` is reached.
         """
         with self._database.transaction() as sql:
             advance(sql, key_id, KeyEvent.INSTALLED, reason=reason, now=now, message_id=message_id)
@@ -159,7 +162,7 @@ class Transitions:
         return replaced
 
     def seen(self, message_id: str) -> bool:
-        """Whether a message has brought an event before: the broker, or Josev, sent it again."""
+        """Return whether a message has caused an event before: it was redelivered or repeated."""
         with self._database.reading() as sql:
             row = sql.execute(
                 "SELECT 1 FROM event WHERE message_id = ? AND event != 'CSR answered' LIMIT 1", (message_id,)
@@ -170,10 +173,10 @@ class Transitions:
 def give_owner(
     sql: sqlite3.Connection, request: GenerateCsrRequest, key: KeyRef, *, now: int, due: int, ahead: bool
 ) -> int:
-    """Put a key on record with its owner, or give one to a key that was made ahead; the key's number.
+    """Record a key with its owner, or give an owner to a key made ahead; return the key's number.
 
     Raises:
-        LedgerError: the key has an owner, or is gone.
+        LedgerError: the key has an owner or is destroyed (``key_taken``).
     """
     owner = {
         "key_id": key.key_id,
@@ -197,7 +200,7 @@ def give_owner(
 
 
 def _keep_secret(sql: sqlite3.Connection, inserted: sqlite3.Cursor, key: KeyRef) -> int:
-    """Write down the private part of a key whose row was just inserted; the key's number."""
+    """Record the private part of a key just inserted; return the key's number."""
     number = inserted.lastrowid
     assert number is not None
     sql.execute("INSERT INTO secret (key_number, private) VALUES (?, ?)", (number, key.private))
@@ -205,7 +208,7 @@ def _keep_secret(sql: sqlite3.Connection, inserted: sqlite3.Cursor, key: KeyRef)
 
 
 def _made(key: KeyRef, now: int) -> dict[str, object]:
-    """The columns of a key that was just made, whether it has an owner or not."""
+    """Return the columns of a new key that do not depend on its owner."""
     return {
         "scheme": key.scheme,
         "key_type": str(key.key_type),
@@ -225,7 +228,7 @@ def advance(
     due: int | None = None,
     message_id: str | None = None,
 ) -> KeyState:
-    """Write down an event, and the state that it leads to."""
+    """Record an event and the state after it, as `Transitions.apply` does."""
     row = sql.execute("SELECT number, state, certificate_type FROM key WHERE key_id = ?", (key_id,)).fetchone()
     if row is None:
         raise LedgerError(f"there is no key {key_id} on record", reason="key_not_found", scope=Scope.KEY)
@@ -236,16 +239,16 @@ def advance(
             f"a key that no request has taken cannot have the event '{event}'", reason="illegal_transition"
         )
     if state is KeyState.DESTROYED:
-        # secure_delete overwrites with zeros where it was; `Retention.wipe` sees to what was moved.
+        # secure_delete zeroes the row where it is; `Retention.wipe` removes copies that SQLite left when it moved rows.
         sql.execute("DELETE FROM secret WHERE key_number = ?", (number,))
         sql.execute("INSERT OR IGNORE INTO meta (name, value) VALUES ('unwiped', 'yes')")
         if not certificate_type:
-            # Nobody ever had it: its history is not worth the place of a key's that somebody had.
+            # It never had an owner, so its history is of no use.
             sql.execute("DELETE FROM event WHERE key_number = ?", (number,))
             sql.execute("DELETE FROM key WHERE number = ?", (number,))
             return state
-        # The CSR of a key that is gone is of no use either. Not by UPDATE, which would leave its page as good as
-        # empty: after a replacement SQLite joins the page to its neighbours, and the history takes a third less.
+        # The CSR goes, too. REPLACE rather than UPDATE: SQLite then merges the page, now almost empty, with its
+        # neighbours, and the history takes a third less space.
         sql.execute(
             "REPLACE INTO answer"
             " (key_number, canonical_id, request_id, digest, csr, answered_at, running, delivered)"
@@ -265,7 +268,7 @@ def advance(
 def note(
     sql: sqlite3.Connection, number: int, event: str, state: KeyState, *, reason: str, now: int, message_id: str | None
 ) -> int | None:
-    """Write down what happened to a key; the number of that event."""
+    """Record an event; return its sequence number."""
     return sql.execute(
         "INSERT INTO event (key_number, at, event, state, reason, message_id) VALUES (?, ?, ?, ?, ?, ?)",
         (number, now, event, state, reason, message_id),
