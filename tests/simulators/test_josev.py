@@ -26,8 +26,9 @@ from stationkey.simulators.csms.events import (
     SecurityEvent,
 )
 from stationkey.simulators.csms.server import Csms, SecurityProfile
-from stationkey.simulators.josev import Pending, PendingFile, SigningRefused, Station, StationSettings, waits
+from stationkey.simulators.josev import SigningRefused, Station, StationSettings, waits
 from stationkey.simulators.ocpp import NotCarried, OcppVersion
+from stationkey.simulators.pending import Pending, PendingFile
 from stationkey.simulators.pki import Misbehaviour
 from stationkey.x509.certificate import read_chain
 
