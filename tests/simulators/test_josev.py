@@ -179,6 +179,24 @@ async def test_a_bad_certificate_is_refused_with_event_and_status(
     assert list(trial.certificates.iterdir()) == []
 
 
+async def test_a_certificate_that_comes_again_is_accepted_and_changes_nothing(trial: Trial) -> None:
+    """The CSMS did not see the answer to the first CertificateSigned."""
+    async with Csms(organization=ORGANIZATION) as csms, trial.josev(trial.settings(csms)) as station:
+        await csms.connected(IDENTITY)
+        await csms.trigger(IDENTITY, V2G)
+        sent = await csms.next(CertificateSent)
+        await csms.next(CertificateAnswered)
+        await station.settled()
+        key = await trial.key_is("active")
+        before = {path: path.stat().st_mtime_ns for path in trial.certificates.iterdir()}
+
+        accepted = await station._signed(station._csms, V2G, sent.chain_pem, None)  # type: ignore[arg-type]  # noqa: SLF001 - connected
+
+        assert accepted == (True, "")
+        assert {path: path.stat().st_mtime_ns for path in trial.certificates.iterdir()} == before
+        assert await trial.key_is("active") == key
+
+
 async def test_a_chain_that_is_too_long_is_refused_with_event_and_status(trial: Trial) -> None:
     """A02.FR.16; the schema refuses it before anybody reads it."""
     async with Csms(organization=ORGANIZATION, misbehaviour=Misbehaviour.CHAIN_TOO_LONG) as csms:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import logging
 import ssl
-import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import websockets
 from msgspec import UNSET
@@ -51,12 +52,17 @@ from stationkey.simulators.ocpp import (
 )
 from stationkey.simulators.ocpp_connection import CallError, NotAnswered, OcppConnection
 from stationkey.simulators.pending import Pending, PendingFile, write_atomically
-from stationkey.x509.certificate import Chain, Expected, differences, read_chain, untrusted
+from stationkey.simulators.verification import CertificateInvalid, for_which, read_signed, read_trust_anchors, verify
+from stationkey.x509.certificate import Chain, Expected, read_chain
 
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT: Final = 90.0
 """Seconds for the charging station to answer: it may have to find an RSA key."""
+BOOT_RETRY: Final = 10.0
+"""Seconds until BootNotification is sent again where the CSMS names no interval [2.0.1 B02.FR.04, B03.FR.02]."""
+PASSING_ERRORS: Final = frozenset({"InternalError", "GenericError", "SecurityError"})
+"""Codes of a CALLERROR that say nothing about the call itself [OCPP-J 4.3]: the same call may succeed later."""
 RECONNECT_FIRST: Final = 0.5
 RECONNECT_LAST: Final = 60.0
 """Seconds between tries to reach the CSMS; doubled in between."""
@@ -64,10 +70,6 @@ RECONNECT_LAST: Final = 60.0
 
 class SigningRefused(StationKeyError):
     """The CSMS will not sign, or the charging station made no CSR. Not tried again [A02.FR.20]."""
-
-
-class CertificateInvalid(StationKeyError):
-    """A certificate that must not be installed [A02.FR.06, A02.FR.07]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,9 @@ class Station:
     Args:
         settings: who and whom.
         on_event: told of everything that happens, in words for a person, with the certificate type where there is one.
+
+    Raises:
+        ConfigurationError: the trust anchors or the file of pending CSRs cannot be read.
     """
 
     def __init__(
@@ -137,9 +142,11 @@ class Station:
     ) -> None:
         self._settings = settings
         self._tell = on_event
+        self._anchors = None if settings.trust_anchors is None else read_trust_anchors(settings.trust_anchors)
         self._file = PendingFile(settings.state_dir / "josev-pending.json")
         self._csms: OcppConnection | None = None
         self._connected = asyncio.Event()
+        self._boot_status = ""
         self._renewing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -152,10 +159,14 @@ class Station:
             while True:
                 try:
                     await self._session()
-                    delay = RECONNECT_FIRST
+                    self._tell("connection closed by the CSMS", None)
                 except (OSError, TimeoutError, websockets.WebSocketException) as error:
                     self._tell(f"no CSMS at {self._settings.csms}: {error}; trying again in {delay:g} s", None)
+                except StationKeyError as error:
+                    self._tell(f"BootNotification failed: {error}; reconnecting in {delay:g} s", None)
                 finally:
+                    if self._connected.is_set():
+                        delay = RECONNECT_FIRST
                     self._connected.clear()
                     self._csms = None
                 await asyncio.sleep(delay)
@@ -172,7 +183,7 @@ class Station:
             credentials = f"{settings.identity}:{settings.password}".encode()
             headers["Authorization"] = f"Basic {base64.b64encode(credentials).decode()}"
         async with websockets.connect(
-            f"{settings.csms.rstrip('/')}/{settings.identity}",
+            f"{settings.csms.rstrip('/')}/{quote(settings.identity, safe='')}",  # [OCPP-J 3.1.1]
             subprotocols=[websockets.Subprotocol(version) for version in settings.versions],
             additional_headers=headers,
             ssl=settings.tls,
@@ -182,22 +193,49 @@ class Station:
             version = OcppVersion(socket.subprotocol)
             csms = self._csms = OcppConnection(socket, version, self._called, invalid=self._invalid)
             listening = asyncio.create_task(csms.run(), name="ocpp-listen")
+            beating = asyncio.create_task(self._boot(csms), name="ocpp-boot")
             try:
-                boot = boot_notification(csms.version, model="josev", vendor="stationkey")
-                read_status(boot.action, await csms.call(*boot), csms.version, boot.action)
-                self._connected.set()
-                self._tell(f"connected to {settings.csms}, OCPP {csms.version.number}", None)
-                self._resume()
+                await asyncio.wait({listening, beating}, return_when=asyncio.FIRST_COMPLETED)
+                if beating.done():
+                    await beating
                 await listening
             finally:
-                listening.cancel()
-                await asyncio.gather(listening, return_exceptions=True)
+                for task in (listening, beating):
+                    task.cancel()
+                await asyncio.gather(listening, beating, return_exceptions=True)
+
+    async def _boot(self, csms: OcppConnection) -> None:
+        """Have the CSMS accept this station [B01-B03; 1.6 4.2], then send its heartbeats [G02; 1.6 4.6].
+
+        Until it is accepted nothing else is sent: requests wait.
+
+        Raises:
+            StationKeyError: the connection closed, or the answer was an error or invalid.
+        """
+        boot = boot_notification(csms.version, model="josev", vendor="stationkey")
+        while True:
+            answer = await csms.call(*boot)
+            self._boot_status, interval = str(answer["status"]), float(answer["interval"])
+            if self._boot_status == "Accepted":
+                break
+            wait = interval if interval > 0 else BOOT_RETRY
+            self._tell(f"BootNotification answered with {self._boot_status}; sending it again in {wait:g} s", None)
+            await asyncio.sleep(wait)
+        self._connected.set()
+        self._tell(f"connected to {self._settings.csms}, OCPP {csms.version.number}", None)
+        self._resume()
+        while interval > 0:
+            await asyncio.sleep(interval)
+            with contextlib.suppress(CallError, PayloadInvalid):  # a heartbeat that fails changes nothing
+                await csms.call("Heartbeat", {})
 
     async def _called(self, action: str, payload: Payload) -> Payload:
         """Answer a call of the CSMS."""
         csms = self._csms
         assert csms is not None  # it is its call
         version = csms.version
+        if self._boot_status == "Rejected":
+            raise CallError("SecurityError", "BootNotification is rejected")  # [B03; OCPP-J 4.3]
         inner = payload.get("messageId") if action == "DataTransfer" else action
         if inner == "CertificateSigned":
             signed = read_certificate_signed(action, payload, version)
@@ -280,7 +318,7 @@ class Station:
         async with self._renewing:
             carried = carriage(certificate_type, await self._current_version())
             profile: CertificateProfile = self._settings.profiles[certificate_type]
-            evse_id = self._settings.evse_id if profile.secc_id else None
+            evse_id = self._evse_of(certificate_type)
             csr = await self._ask(certificate_type, evse_id, algorithm or profile.preferred_algorithm)
             request_id = None
             if carried.carries_request_id:
@@ -363,7 +401,7 @@ class Station:
             return True
         except CallError as error:
             self._tell(f"SignCertificate is answered with an error: {error}", pending.certificate_type)
-            return False
+            return error.code in PASSING_ERRORS
         return read_status(call.action, answer, csms.version) == "Accepted"
 
     async def _current_version(self) -> OcppVersion:
@@ -378,43 +416,50 @@ class Station:
     ) -> tuple[bool, str]:
         """Whether a certificate is taken, and why not. Verified first [A02.FR.06]; what follows does not hold it up."""
         try:
-            pending, chain = self._verified(csms.version, certificate_type, chain_pem, request_id)
+            chain = read_signed(chain_pem, limit=_chain_limit(csms.version))
+            if self._is_installed(chain, certificate_type):
+                self._tell("this certificate is installed already; nothing changed", certificate_type)
+                return True, ""
+            pending = for_which(chain, self._candidates(certificate_type, request_id))
+            station_only = not self._settings.profiles[pending.certificate_type].secc_id
+            warning = verify(chain, self._expected(pending), anchors=self._anchors, root_permitted=station_only)
         except CertificateInvalid as error:
             self._tell(f"the certificate is refused: {error}", certificate_type)
             self._spawn(self._refuse(csms, certificate_type, error))
             return False, str(error)
+        if warning:
+            self._tell(f"warning: {warning}", pending.certificate_type)
         self._install(pending, chain)
         self._spawn(self._installed(pending))
         return True, ""
 
-    def _verified(
-        self, version: OcppVersion, certificate_type: CertificateType | None, chain_pem: str, request_id: int | None
-    ) -> tuple[Pending, Chain]:
+    def _candidates(self, certificate_type: CertificateType | None, request_id: int | None) -> list[Pending]:
         candidates = [p for p in self._file.pending if certificate_type in {None, p.certificate_type}]
         if request_id is not None:
             candidates = [p for p in candidates if p.request_id == request_id]
             if not candidates:
                 raise CertificateInvalid(f"request id {request_id} is not known", reason="request_id_unknown")
-        limit = max(c.chain_limit for (_, known), c in CARRIAGES.items() if known is version)
-        if len(chain_pem) > limit:  # [A02.FR.16]
-            raise CertificateInvalid(
-                f"the chain has {len(chain_pem)} characters, {limit} are allowed", reason="chain_too_long"
-            )
-        chain = read_chain(chain_pem.encode())
-        if chain is None:
-            raise CertificateInvalid("there is no certificate in it", reason="chain_unreadable")
-        pending = next((p for p in candidates if p.public == chain.public), None)
-        if pending is None:
-            raise CertificateInvalid("it is for no key that a CSR is pending for", reason="certificate_of_another_key")
-        anchors = self._settings.trust_anchors
-        if anchors is not None and (why := untrusted(chain, anchors.read_bytes())):
-            raise CertificateInvalid(f"it does not lead to a trust anchor: {why}", reason="chain_untrusted")
-        if any(certificate.issuer == certificate.subject for certificate in chain.certificates):
-            raise CertificateInvalid("the chain has a root in it", reason="root_in_chain")
-        found = differences(chain, self._expected(pending), now=time.time())
-        if found:
-            raise CertificateInvalid("; ".join(found), reason="certificate_differs")
-        return pending, chain
+        return candidates
+
+    def _is_installed(self, chain: Chain, certificate_type: CertificateType | None) -> bool:
+        """Whether a certificate is the one that is installed: the CSMS did not see the first answer."""
+        for kind in CertificateType:
+            if certificate_type not in {None, kind}:
+                continue
+            try:
+                installed = read_chain(self._place(kind, self._evse_of(kind)).read_bytes())
+            except OSError:
+                continue
+            if installed is not None and installed.leaf == chain.leaf:
+                return True
+        return False
+
+    def _evse_of(self, certificate_type: CertificateType) -> str | None:
+        return self._settings.evse_id if self._settings.profiles[certificate_type].secc_id else None
+
+    def _place(self, certificate_type: CertificateType, evse_id: str | None) -> Path:
+        """Where a certificate is installed."""
+        return self._settings.certificate_dir / file_name((str(certificate_type), evse_id or ""))
 
     def _expected(self, pending: Pending) -> Expected:
         settings = self._settings
@@ -427,11 +472,8 @@ class Station:
         )
 
     def _install(self, pending: Pending, chain: Chain) -> None:
-        directory = self._settings.certificate_dir
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            directory / file_name((str(pending.certificate_type), pending.evse_id or "")), chain.pem().encode()
-        )
+        self._settings.certificate_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._place(pending.certificate_type, pending.evse_id), chain.pem().encode())
         pending.answered.set()
         self._file.remove(pending)
 
@@ -465,3 +507,8 @@ class Station:
             terms=self._settings.mqtt,
         )
         self._tell(f"told the charging station: {status}", certificate_type)
+
+
+def _chain_limit(version: OcppVersion) -> int:
+    """Characters that a chain may have in an OCPP version [A02.FR.16]."""
+    return max(carried.chain_limit for (_, known), carried in CARRIAGES.items() if known is version)

@@ -137,6 +137,8 @@ class OcppConnection:
                 raise NotAnswered("the connection was closed", reason="ocpp_not_answered") from None
             finally:
                 self._pending = None
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # taken note of: the caller may be gone, and asyncio would say it was never seen
         validate(action, result, self.version, result=True)
         return result
 
