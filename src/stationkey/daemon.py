@@ -16,7 +16,7 @@ from stationkey._version import __version__
 from stationkey.config.file import Settings
 from stationkey.contract.profiles import Algorithm
 from stationkey.errors import KeyStoreError
-from stationkey.keystore import KeyStore, keystore_opener
+from stationkey.keystore import KeyStore, KeyStoreUri, keystore_opener
 from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
 from stationkey.ledger import Ledger
 from stationkey.mqtt.gateway import MqttEdge
@@ -121,7 +121,8 @@ async def serve(settings: Settings) -> None:
 
 async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
     """Log which key store this is and what it can do; refuse to start with one that will never do."""
-    log.info("stationkey %s", __version__, extra={"keystore": settings.keystore, "state_dir": str(settings.state_dir)})
+    where = KeyStoreUri.parse(settings.keystore)
+    log.info("stationkey %s", __version__, extra={"keystore": str(where), "state_dir": str(settings.state_dir)})
 
     def look(store: KeyStore) -> tuple[str, dict[Algorithm, str]]:
         supported = {algorithm: store.supports(algorithm) for algorithm in Algorithm}
@@ -136,7 +137,7 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
             raise
         log.error("requests will be rejected until this is over: %s", failure, extra={"reason": failure.reason})
         return
-    level = logging.WARNING if settings.allow_software_keys and settings.keystore == "software:" else logging.INFO
+    level = logging.INFO if where.scheme.protected else logging.WARNING
     log.log(level, "key store: %s", description, extra={str(name): words for name, words in algorithms.items()})
 
 

@@ -28,7 +28,7 @@ from protection import (
     write_secret,
 )
 from stationkey.config.settings import TpmTerms
-from stationkey.keystore import KeyRef, pem
+from stationkey.keystore.protocol import KeyRef, pem
 from stationkey.keystore.tpm2.keyfile import KeyFile, read_pem
 from stationkey.keystore.tpm2.sealed import MAX_SEALED
 from stationkey.keystore.tpm2.store import Tpm2KeyStore

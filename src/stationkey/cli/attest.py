@@ -26,7 +26,8 @@ from stationkey.cli._options import config_option, keystore_option, state_dir_op
 from stationkey.cli.verify_attestation import nonce_option, public_pem
 from stationkey.config import file as config
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
-from stationkey.keystore import KeyRef, KeyStore, Lending, keystore_opener
+from stationkey.keystore import KeyRef, KeyStore, KeyStoreUri, Lending, keystore_opener
+from stationkey.keystore.registry import SCHEMES
 from stationkey.keystore.worker import KeyStoreThread, overdue
 from stationkey.ledger import Ledger
 from stationkey.system.cli_files import read_bounded, write_text
@@ -108,7 +109,7 @@ class _Station:
         self._keystore = keystore or file.keystore or config.default_keystore()
         self._state_dir = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
         self._timeout = timeout
-        if self._keystore == "software:":
+        if not KeyStoreUri.parse(self._keystore).scheme.attests:
             raise _not_in_a_tpm()
 
     def evidence(self, key_id: str, nonce: bytes | None, challenge_file: Path | None) -> str:
@@ -147,7 +148,8 @@ class _Station:
             ledger = Ledger(directory / DATABASE_NAME, read_only=True)
             stack.callback(ledger.close)
             record = ledger.keys.named(key_id)
-            if record.scheme != "tpm2":
+            scheme = SCHEMES.get(record.scheme)
+            if scheme is None or not scheme.attests:
                 raise _not_in_a_tpm()
             key = ledger.keys.ref(record.key_id)
             answer = ledger.answers.find(record.request_ids[0]) if record.request_ids else None

@@ -1,7 +1,7 @@
 """Key stores: where the private keys live.
 
 A store makes a key, signs with it, tells its public part and destroys it; and says before a key is made whether it can
-make one of that kind. Stores are synchronous and belong to one thread, `KeyStoreThread`. They are named by URI:
+make one of that kind. Stores are named by URI, see `stationkey.keystore.registry`:
 
 - ``tpm2:<TCTI>``, for example ``tpm2:device:/dev/tpmrm0`` or ``tpm2:swtpm:host=127.0.0.1,port=2321``;
 - ``software:``, keys in plain memory and on disk. For trying only; never a fallback.
@@ -9,26 +9,25 @@ make one of that kind. Stores are synchronous and belong to one thread, `KeyStor
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import textwrap
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
-
-from stationkey.config.settings import TpmTerms
-from stationkey.contract.profiles import Algorithm, KeyType
-from stationkey.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from stationkey.x509.csr import PrivateKey, PublicKey
+from stationkey.keystore.protocol import (
+    KEY_ID_LENGTH,
+    Abandonable,
+    KeyRef,
+    KeyStore,
+    Lending,
+    Protecting,
+    Support,
+    check_key,
+    key_id_of,
+)
+from stationkey.keystore.registry import KeyStoreUri, keystore_opener
 
 __all__ = [
+    "KEY_ID_LENGTH",
     "Abandonable",
     "KeyRef",
     "KeyStore",
+    "KeyStoreUri",
     "Lending",
     "Protecting",
     "Support",
@@ -36,277 +35,3 @@ __all__ = [
     "key_id_of",
     "keystore_opener",
 ]
-
-T = TypeVar("T")
-
-
-_PEM_LABELS: Final = {"tpm2": "TSS2 PRIVATE KEY", "software": "PRIVATE KEY"}
-
-
-KEY_ID_LENGTH: Final = 20
-
-
-def key_id_of(public: bytes) -> str:
-    """Name a key: the first 80 bits, in hexadecimal, of the SHA-256 of its subjectPublicKeyInfo.
-
-    Whoever holds the CSR or the certificate can compute it, and a name can never stand for two keys.
-    """
-    return hashlib.sha256(public).hexdigest()[:KEY_ID_LENGTH]
-
-
-def pem(label: str, der: bytes) -> bytes:
-    """DER as PEM [RFC 7468]."""
-    lines = textwrap.wrap(base64.b64encode(der).decode("ascii"), 64)
-    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode("ascii")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyRef:
-    """All that is needed to use a key again, if its store is at hand.
-
-    Attributes:
-        scheme: URI scheme of the store that made it: ``tpm2`` or ``software``.
-        key_type: curve or RSA size.
-        public: subjectPublicKeyInfo in DER [RFC 5280 4.1.2.7].
-        private: what the store needs to load the private part. From ``tpm2:`` the wrapped blob as the DER of a
-            ``TSS2 PRIVATE KEY``, which opens only in the TPM that made it; from ``software:`` a PKCS#8 in the clear.
-            Never shown by repr.
-    """
-
-    scheme: str
-    key_type: KeyType
-    public: bytes = field(repr=False)
-    private: bytes = field(repr=False)
-
-    @property
-    def key_id(self) -> str:
-        """See `key_id_of`."""
-        return key_id_of(self.public)
-
-    def pem(self) -> bytes:
-        """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
-        return pem(_PEM_LABELS[self.scheme], self.private)
-
-
-@dataclass(frozen=True, slots=True)
-class Support:
-    """Whether a store can serve an algorithm. True where it can.
-
-    Attributes:
-        key_type: what kind of key it would make, or None.
-        missing: where it cannot, the capability that the device lacks, in words.
-    """
-
-    key_type: KeyType | None
-    missing: str = ""
-
-    def __bool__(self) -> bool:
-        return self.key_type is not None
-
-
-class KeyStore(Protocol):
-    """What every key store does. Not thread-safe: all calls come from the thread that opened it."""
-
-    @property
-    def uri(self) -> str:
-        """The URI that the store was opened by."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """What it is, in words, for the log: vendor and firmware, or that keys are not protected."""
-        ...
-
-    def supports(self, algorithm: Algorithm) -> Support:
-        """Ask the device, without making a key.
-
-        Raises:
-            KeyStoreError: the device cannot be asked.
-        """
-        ...
-
-    def generate(self, algorithm: Algorithm) -> KeyRef:
-        """Make a key pair for `algorithm`.
-
-        Raises:
-            UnsupportedAlgorithm: the device cannot; no key was made.
-            KeyStoreError: the device failed; no key is left behind in it.
-        """
-        ...
-
-    def signer(self, key: KeyRef) -> AbstractContextManager[PrivateKey]:
-        """Load a key for signing. It may stay loaded after the ``with`` block, see `unload`.
-
-        Raises:
-            KeyStoreError: the key is not of this store or of this device, or the device failed.
-        """
-        ...
-
-    def public_key(self, key: KeyRef) -> PublicKey:
-        """The public part of a key. Needs no device."""
-        ...
-
-    def destroy(self, key: KeyRef) -> None:
-        """Remove from the device whatever it holds of a key. What the ledger holds is the ledger's to remove."""
-        ...
-
-    def unload(self) -> None:
-        """Take out of the device whatever key is loaded there. The next command that needs room does the same.
-
-        A call of its own, so that whoever waits for a signature need not wait for this. Never fails: a device that is
-        lost holds nothing.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of the device. The store can be used again afterwards: it opens the device anew."""
-        ...
-
-
-@runtime_checkable
-class Abandonable(Protocol):
-    """A store whose device another store may take over while a call to this one is still out."""
-
-    def abandon(self) -> None:
-        """Send the device nothing more: what this store holds loaded there is the other's to clear away.
-
-        The one method that may be called from any thread.
-        """
-        ...
-
-
-@runtime_checkable
-class Protecting(Protocol):
-    """A store whose keys may need more than to be loaded: an authorisation value, or a policy."""
-
-    def check(self, key: KeyRef, *, as_new: bool = False) -> None:
-        """Show that a key can be used.
-
-        Args:
-            key: the key.
-            as_new: whether it must also be protected as a new key would be.
-
-        Raises:
-            KeyStoreError: it cannot, or is not.
-        """
-        ...
-
-    def auth_value(self, private: bytes) -> bytes:
-        """The authorisation value of a key; empty where it has none.
-
-        Args:
-            private: as in `KeyRef`.
-
-        Raises:
-            KeyStoreError: it is not known, or the device does not give it out.
-        """
-        ...
-
-
-@runtime_checkable
-class Lending(Protocol):
-    """A store in a TPM that lends it out, for what is no daily business of a key store: attestation."""
-
-    def lend(self, key: KeyRef | None, use: Callable[[Any, Any, Any], T]) -> T:
-        """Call `use` with the open ESAPI context, the handle of `key` loaded on it, and a session that authorises.
-
-        The handle is None where no key is given. Where the TPM is lost meanwhile, it is called a second time.
-
-        Raises:
-            KeyStoreError: the key is not of this store or of this device, or the device failed.
-        """
-        ...
-
-
-def check_key(store: KeyStore, key: KeyRef, *, as_new: bool = False) -> None:
-    """Show that a store can use a key: see `Protecting`; any other store has to load it.
-
-    Raises:
-        KeyStoreError: it cannot.
-    """
-    if isinstance(store, Protecting):
-        store.check(key, as_new=as_new)
-        return
-    with store.signer(key):
-        pass
-
-
-def keystore_opener(
-    uri: str,
-    *,
-    allow_software_keys: bool = False,
-    terms: TpmTerms | None = None,
-    state_dir: Path | None = None,
-    guest: bool = False,
-) -> Callable[[], KeyStore]:
-    """Check a key-store URI and give a function that opens it, to be called in the thread that will own it.
-
-    Args:
-        uri: which store.
-        allow_software_keys: whether ``software:`` is let in.
-        terms: how the TPM is used, and what protects its keys.
-        state_dir: the state directory; ``tpm2:`` keeps files there where the terms need some.
-        guest: whether the device is somebody else's too, so that what is loaded there is left alone.
-
-    Raises:
-        ConfigurationError: unknown scheme, ``tpm2:`` without a TCTI, ``software:`` without `allow_software_keys` or
-            with terms that only a TPM can keep, or terms that need a state directory without one.
-    """
-    terms = terms or TpmTerms()
-    scheme, colon, rest = uri.partition(":")
-    if scheme == "tpm2" and colon:
-        if not rest.partition(":")[0].strip():
-            # With no TCTI given, tpm2-tss falls through to whatever listens on localhost:2321.
-            raise ConfigurationError(
-                "the key store URI tpm2: names no TPM",
-                reason="keystore_uri_invalid",
-                hint="for example tpm2:device:/dev/tpmrm0, or tpm2:swtpm:host=127.0.0.1,port=2321",
-            )
-
-        if state_dir is None and (terms.key_auth == "generated" or terms.session != "none"):
-            raise ConfigurationError(
-                "key_auth = generated, and sessions, need a state directory", reason="state_dir_unnamed"
-            )
-
-        def open_tpm2() -> KeyStore:
-            from stationkey.keystore.tpm2.store import Tpm2KeyStore  # noqa: PLC0415 - only a daemon pays for tpm2-tss
-
-            return Tpm2KeyStore(rest, terms=terms, state_dir=state_dir, guest=guest)
-
-        return open_tpm2
-    if scheme == "software" and colon:
-        if rest:
-            raise ConfigurationError(
-                f"the key store URI {uri!r} should be just 'software:'", reason="keystore_uri_invalid"
-            )
-        if not allow_software_keys:
-            raise ConfigurationError(
-                "a software key store leaves private keys unprotected, and is refused",
-                reason="software_keys_refused",
-                hint="name a TPM, or give --allow-software-keys to try things out without one",
-            )
-        _refuse_terms(terms)
-
-        def open_software() -> KeyStore:
-            from stationkey.keystore.software import SoftwareKeyStore  # noqa: PLC0415 - nor this one
-
-            return SoftwareKeyStore()
-
-        return open_software
-    raise ConfigurationError(
-        f"{uri!r} is no key store URI",
-        reason="keystore_uri_invalid",
-        hint="it begins with tpm2: or software:, for example tpm2:device:/dev/tpmrm0",
-    )
-
-
-def _refuse_terms(terms: TpmTerms) -> None:
-    """Keep anyone from believing that software keys have a protection that only a TPM gives."""
-    default = TpmTerms()
-    names = [one.name for one in fields(TpmTerms) if getattr(terms, one.name) != getattr(default, one.name)]
-    if names:
-        raise ConfigurationError(
-            f"[tpm] {', '.join(names)} cannot be had from a software key store",
-            reason="tpm_terms_without_tpm",
-            hint="name a TPM, or take these out of the configuration",
-        )

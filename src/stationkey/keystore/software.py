@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 from typing import Final
 
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
-from stationkey.errors import KeyStoreError, Scope
-from stationkey.keystore import KeyRef, Support
+from stationkey.errors import ConfigurationError, KeyStoreError, Scope
+from stationkey.keystore.protocol import KeyRef, KeyStore, Support
 from stationkey.x509.csr import PrivateKey, PublicKey
 
 _CURVES: Final = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
@@ -61,6 +64,30 @@ class SoftwareKeyStore:
 
     def close(self) -> None:
         """Nothing to do."""
+
+
+def opener(
+    location: str,  # noqa: ARG001 - there is none, see the registry
+    *,
+    terms: TpmTerms | None,
+    state_dir: Path | None,  # noqa: ARG001 - no file is needed
+    guest: bool,  # noqa: ARG001 - nor a device
+) -> Callable[[], KeyStore]:
+    """See `stationkey.keystore.keystore_opener`.
+
+    Raises:
+        ConfigurationError: terms that only a TPM can keep. Nobody is to believe that they protect software keys.
+    """
+    default = TpmTerms()
+    given = terms or default
+    names = [one.name for one in fields(TpmTerms) if getattr(given, one.name) != getattr(default, one.name)]
+    if names:
+        raise ConfigurationError(
+            f"[tpm] {', '.join(names)} cannot be had from a software key store",
+            reason="tpm_terms_without_tpm",
+            hint="name a TPM, or take these out of the configuration",
+        )
+    return SoftwareKeyStore
 
 
 def _load(key: KeyRef) -> PrivateKey:

@@ -26,7 +26,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, Final, TypeVar
 
 from stationkey.errors import KeyStoreError, Scope, StationKeyError
-from stationkey.keystore import Abandonable, KeyStore
+from stationkey.keystore.protocol import Abandonable, KeyStore
 from stationkey.system.counters import OTHER, Durations
 from stationkey.system.threads import Worker
 

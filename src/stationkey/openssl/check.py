@@ -32,7 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from stationkey.contract.active_names import DIRECTORY_NAME, owner_of
 from stationkey.contract.profiles import CertificateType
 from stationkey.errors import ConfigurationError, Fault, KeyStoreError, Scope, StationKeyError
-from stationkey.keystore import KeyStore, Protecting
+from stationkey.keystore import KeyStore, KeyStoreUri, Protecting
 from stationkey.keystore.tpm2 import keyfile
 from stationkey.system.cli_files import MAX_FILE
 from stationkey.x509.certificate import UNREADABLE, Chain, read_chain
@@ -124,14 +124,14 @@ def tcti_of(keystore: str) -> str:
     Raises:
         ConfigurationError: it names no TPM.
     """
-    scheme, _, tcti = keystore.partition(":")
-    if scheme != "tpm2" or not tcti:
+    where = KeyStoreUri.parse(keystore)
+    if where.scheme.openssl_provider != "tpm2" or not where.location:
         raise ConfigurationError(
-            f"the key store {keystore} is no TPM: its keys need no OpenSSL configuration",
+            f"the key store {where} is no TPM: its keys need no OpenSSL configuration",
             reason="keystore_uri_invalid",
             hint="for example tpm2:device:/dev/tpmrm0",
         )
-    return tcti
+    return where.location
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from stationkey.attestation.documents import AttestationKey, Challenge, Evidence
 from stationkey.attestation.structures import Attribute, read_public, unwrap
 from stationkey.attestation.verifier import read_ak_public
 from stationkey.errors import KeyStoreError, NotVerified
-from stationkey.keystore import KeyRef, Lending
+from stationkey.keystore.protocol import KeyRef, Lending
 from stationkey.keystore.tpm2 import capabilities
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.endorsement import challenged_ek, endorsement, endorsement_keys, flush, not_ours

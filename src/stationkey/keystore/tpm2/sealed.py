@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from stationkey.errors import KeyStoreError
-from stationkey.keystore import pem
+from stationkey.keystore.protocol import pem
 from stationkey.keystore.tpm2.keyfile import LABEL, KeyFile, read_pem
 from stationkey.system import files as durable
 

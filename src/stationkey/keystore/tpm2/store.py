@@ -34,7 +34,7 @@ from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS, TPM
 from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import ALGORITHMS, Algorithm, EllipticCurve, KeyType
 from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
-from stationkey.keystore import KeyRef, Support
+from stationkey.keystore.protocol import KeyRef, Support
 from stationkey.keystore.tpm2 import capabilities, errors, templates
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.device import Device

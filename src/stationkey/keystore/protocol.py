@@ -1,0 +1,208 @@
+"""What every key store does, and the values that it takes and gives.
+
+Stores are synchronous and belong to one thread, `KeyStoreThread`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import textwrap
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
+
+from stationkey.contract.profiles import Algorithm, KeyType
+from stationkey.keystore.registry import SCHEMES
+
+if TYPE_CHECKING:
+    from stationkey.x509.csr import PrivateKey, PublicKey
+
+T = TypeVar("T")
+KEY_ID_LENGTH: Final = 20
+
+
+def key_id_of(public: bytes) -> str:
+    """Name a key: the first 80 bits, in hexadecimal, of the SHA-256 of its subjectPublicKeyInfo.
+
+    Whoever holds the CSR or the certificate can compute it, and a name can never stand for two keys.
+    """
+    return hashlib.sha256(public).hexdigest()[:KEY_ID_LENGTH]
+
+
+def pem(label: str, der: bytes) -> bytes:
+    """DER as PEM [RFC 7468]."""
+    lines = textwrap.wrap(base64.b64encode(der).decode("ascii"), 64)
+    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode("ascii")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRef:
+    """All that is needed to use a key again, if its store is at hand.
+
+    Attributes:
+        scheme: URI scheme of the store that made it: ``tpm2`` or ``software``.
+        key_type: curve or RSA size.
+        public: subjectPublicKeyInfo in DER [RFC 5280 4.1.2.7].
+        private: what the store needs to load the private part. From ``tpm2:`` the wrapped blob as the DER of a
+            ``TSS2 PRIVATE KEY``, which opens only in the TPM that made it; from ``software:`` a PKCS#8 in the clear.
+            Never shown by repr.
+    """
+
+    scheme: str
+    key_type: KeyType
+    public: bytes = field(repr=False)
+    private: bytes = field(repr=False)
+
+    @property
+    def key_id(self) -> str:
+        """See `key_id_of`."""
+        return key_id_of(self.public)
+
+    def pem(self) -> bytes:
+        """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
+        return pem(SCHEMES[self.scheme].pem_label, self.private)
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether a store can serve an algorithm. True where it can.
+
+    Attributes:
+        key_type: what kind of key it would make, or None.
+        missing: where it cannot, the capability that the device lacks, in words.
+    """
+
+    key_type: KeyType | None
+    missing: str = ""
+
+    def __bool__(self) -> bool:
+        return self.key_type is not None
+
+
+class KeyStore(Protocol):
+    """What every key store does. Not thread-safe: all calls come from the thread that opened it."""
+
+    @property
+    def uri(self) -> str:
+        """The URI that the store was opened by."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What it is, in words, for the log: vendor and firmware, or that keys are not protected."""
+        ...
+
+    def supports(self, algorithm: Algorithm) -> Support:
+        """Ask the device, without making a key.
+
+        Raises:
+            KeyStoreError: the device cannot be asked.
+        """
+        ...
+
+    def generate(self, algorithm: Algorithm) -> KeyRef:
+        """Make a key pair for `algorithm`.
+
+        Raises:
+            UnsupportedAlgorithm: the device cannot; no key was made.
+            KeyStoreError: the device failed; no key is left behind in it.
+        """
+        ...
+
+    def signer(self, key: KeyRef) -> AbstractContextManager[PrivateKey]:
+        """Load a key for signing. It may stay loaded after the ``with`` block, see `unload`.
+
+        Raises:
+            KeyStoreError: the key is not of this store or of this device, or the device failed.
+        """
+        ...
+
+    def public_key(self, key: KeyRef) -> PublicKey:
+        """The public part of a key. Needs no device."""
+        ...
+
+    def destroy(self, key: KeyRef) -> None:
+        """Remove from the device whatever it holds of a key. What the ledger holds is the ledger's to remove."""
+        ...
+
+    def unload(self) -> None:
+        """Take out of the device whatever key is loaded there. The next command that needs room does the same.
+
+        A call of its own, so that whoever waits for a signature need not wait for this. Never fails: a device that is
+        lost holds nothing.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the device. The store can be used again afterwards: it opens the device anew."""
+        ...
+
+
+@runtime_checkable
+class Abandonable(Protocol):
+    """A store whose device another store may take over while a call to this one is still out."""
+
+    def abandon(self) -> None:
+        """Send the device nothing more: what this store holds loaded there is the other's to clear away.
+
+        The one method that may be called from any thread.
+        """
+        ...
+
+
+@runtime_checkable
+class Protecting(Protocol):
+    """A store whose keys may need more than to be loaded: an authorisation value, or a policy."""
+
+    def check(self, key: KeyRef, *, as_new: bool = False) -> None:
+        """Show that a key can be used.
+
+        Args:
+            key: the key.
+            as_new: whether it must also be protected as a new key would be.
+
+        Raises:
+            KeyStoreError: it cannot, or is not.
+        """
+        ...
+
+    def auth_value(self, private: bytes) -> bytes:
+        """The authorisation value of a key; empty where it has none.
+
+        Args:
+            private: as in `KeyRef`.
+
+        Raises:
+            KeyStoreError: it is not known, or the device does not give it out.
+        """
+        ...
+
+
+@runtime_checkable
+class Lending(Protocol):
+    """A store in a TPM that lends it out, for what is no daily business of a key store: attestation."""
+
+    def lend(self, key: KeyRef | None, use: Callable[[Any, Any, Any], T]) -> T:
+        """Call `use` with the open ESAPI context, the handle of `key` loaded on it, and a session that authorises.
+
+        The handle is None where no key is given. Where the TPM is lost meanwhile, it is called a second time.
+
+        Raises:
+            KeyStoreError: the key is not of this store or of this device, or the device failed.
+        """
+        ...
+
+
+def check_key(store: KeyStore, key: KeyRef, *, as_new: bool = False) -> None:
+    """Show that a store can use a key: see `Protecting`; any other store has to load it.
+
+    Raises:
+        KeyStoreError: it cannot.
+    """
+    if isinstance(store, Protecting):
+        store.check(key, as_new=as_new)
+        return
+    with store.signer(key):
+        pass
