@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import pwd
 import random
@@ -17,8 +18,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import IO, Any, Self
 
 START_TIMEOUT = 10.0
 
@@ -64,6 +66,8 @@ class Peer:
     """A server process of somebody else's program."""
 
     program: str
+    environment: Mapping[str, str] = {}
+    """Variables that it is given beside those of this process."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -83,15 +87,25 @@ class Peer:
         """What it has said so far."""
         return (self.directory / "log").read_text(errors="replace")
 
-    def launch(self) -> None:
+    def launch(self) -> Self:
         """Start it, and wait for nothing."""
+        with (self.directory / "log").open("ab") as log:
+            self.process = self._spawn(log)
+        return self
+
+    def _spawn(self, output: IO[bytes] | int) -> subprocess.Popen[bytes]:
         path = shutil.which(self.program, path=search_path())
         if path is None:
             raise RuntimeError(f"{self.program} is not installed; scripts/setup installs it")
-        with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen([path, *self.command()], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [path, *self.command()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self.environment},
+        )
 
-    def start(self) -> None:
+    def start(self) -> Self:
         """Start it, and wait until it listens."""
         self.launch()
         assert self.process is not None
@@ -101,6 +115,7 @@ class Peer:
                 self.kill()
                 raise RuntimeError(f"{self.program} did not start: {self.log}")
             time.sleep(0.01)  # there is no event to wait for: only a connection tells
+        return self
 
     def kill(self) -> None:
         """End it as a loss of power would."""
@@ -241,7 +256,7 @@ class Bus(Peer):
 class ResourceManager(Peer):
     """tpm2-abrmd in front of a TPM."""
 
-    program = "env"
+    program = "tpm2-abrmd"
     tcti = "tabrmd:bus_type=session"
 
     def __init__(self, directory: Path, *, tpm: str, bus: Bus) -> None:
@@ -250,11 +265,7 @@ class ResourceManager(Peer):
         self.environment = {"DBUS_SESSION_BUS_ADDRESS": bus.address}
 
     def command(self) -> list[str]:
-        program = shutil.which("tpm2-abrmd", path=search_path())
-        if program is None:
-            raise RuntimeError("tpm2-abrmd is not installed; scripts/setup installs it")
-        variables = [f"{name}={value}" for name, value in self.environment.items()]
-        return [*variables, program, "--allow-root", "--session", f"--tcti={self._tpm}"]
+        return ["--allow-root", "--session", f"--tcti={self._tpm}"]
 
     def listening(self) -> bool:
         question = ("NameHasOwner", "string:com.intel.tss2.Tabrmd")
@@ -288,10 +299,10 @@ class Daemon(Peer):
     def command(self) -> list[str]:
         return ["-m", "stationkey", "serve", "--log-format", "json", *self.arguments]
 
-    def launch(self) -> None:
+    def launch(self) -> Self:
         log = self.directory / "log"
         self._earlier = log.stat().st_size if log.exists() else 0
-        super().launch()
+        return super().launch()
 
     @property
     def run_log(self) -> str:
@@ -300,5 +311,11 @@ class Daemon(Peer):
             log.seek(self._earlier)
             return log.read().decode(errors="replace")
 
+    def events(self, **fields: object) -> list[dict[str, Any]]:
+        """The events of this run, or of the last one, that have these fields."""
+        lines = [line for line in self.run_log.splitlines(keepends=True) if line.endswith("\n")]  # the last may be half
+        events = [json.loads(line) if line.startswith("{") else {"event": line.rstrip("\n")} for line in lines]
+        return [event for event in events if fields.items() <= event.items()]
+
     def listening(self) -> bool:
-        return '"event": "ready"' in self.run_log
+        return bool(self.events(event="ready"))

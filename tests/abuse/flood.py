@@ -253,6 +253,5 @@ def size(directory: Path) -> int:
 
 def counts_of(daemon: Daemon) -> dict[str, Any]:
     """What a daemon that has ended counted."""
-    events = [json.loads(line) for line in daemon.run_log.splitlines() if line.startswith("{")]
-    [stopped] = [event for event in events if event["event"] == "stopped"]
-    return dict(stopped)
+    [stopped] = daemon.events(event="stopped")
+    return stopped

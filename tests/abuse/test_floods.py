@@ -10,7 +10,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +32,8 @@ from flood import (
     status,
     wire,
 )
-from peers import Daemon, Mosquitto, Swtpm
+from peers import Mosquitto
+from rig import Rig
 
 from stationkey.ledger import MAX_REJECTIONS
 from stationkey.system.state_dir import DATABASE_NAME
@@ -56,18 +57,15 @@ def not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-class Scene:
-    """A daemon between its peers, and somebody who hears the answers."""
+class Scene(Rig):
+    """A rig with somebody who hears the answers; the daemon is started with it."""
 
-    def __init__(self, folder: Path, configuration: str) -> None:
-        self.state_dir = folder / "state"
-        config = folder / "stationkey.toml"
-        config.write_text(configuration)
-        self.broker = PatientMosquitto(folder / "broker")
-        self.tpm = Swtpm(folder / "tpm")
-        options = ("--broker", self.broker.url, "--keystore", self.tpm.uri, "--state-dir", str(self.state_dir))
-        self.daemon = Daemon(folder / "daemon", *options, "--config", str(config))
+    def __init__(self, folder: Path, config: str = CONFIG) -> None:
+        super().__init__(folder, tpm=True, config=config, broker=PatientMosquitto(folder / "broker"))
         self.listener = Listener(self.broker)
+
+    def peers(self) -> list[AbstractContextManager[Any]]:
+        return [*super().peers(), self.daemon, self.listener]
 
     def keys(self, certificate_type: str) -> dict[str, str]:
         """The state of each key of a certificate type, by the EVSE that it is for."""
@@ -82,13 +80,6 @@ class Scene:
 
 
 @contextmanager
-def scene(folder: Path, configuration: str = CONFIG) -> Iterator[Scene]:
-    opened = Scene(folder, configuration)
-    with opened.broker, opened.tpm, opened.daemon, opened.listener:
-        yield opened
-
-
-@contextmanager
 def connections(broker: Mosquitto, count: int) -> Iterator[list[Connection]]:
     with ExitStack() as stack:
         yield [stack.enter_context(Connection(broker)) for _ in range(count)]
@@ -99,10 +90,11 @@ def good(**data: Any) -> dict[str, Any]:
     return request(certificate_type=V2G, common_name="DE-ABC-S-1", **data)
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_bad_messages_leave_the_daemon_as_it_was_and_good_ones_answered_all_along(
     tmp_path: Path,
 ) -> None:
-    with scene(tmp_path) as here, connections(here.broker, 4) as flooding:
+    with Scene(tmp_path) as here, connections(here.broker, 4) as flooding:
         used = good()
         assert here.listener.ask(used) == "accepted"
         kinds = list(bad_kinds(used).values())
@@ -143,7 +135,7 @@ def test_a_hundred_thousand_bad_messages_leave_the_daemon_as_it_was_and_good_one
 def test_large_messages_are_held_by_the_broker_or_refused_and_fill_no_memory(tmp_path: Path) -> None:
     """Eighty MiB: those that are a little too large are rejected by their id, the others never come."""
     large = 600
-    with scene(tmp_path) as here, connections(here.broker, 2) as flooding:
+    with Scene(tmp_path) as here, connections(here.broker, 2) as flooding:
         assert here.listener.ask(good()) == "accepted"
         before, _ = memory(here.daemon)
         for number in range(large):
@@ -165,7 +157,7 @@ BURST: Final = 300
 def test_a_flood_of_good_requests_of_one_type_is_bounded_and_others_are_served_meanwhile(tmp_path: Path) -> None:
     """Sixteen connections ask as fast as they can; a request of another type, and a status, come in between."""
     configuration = CONFIG.replace("[policy]\n", f"[policy]\nburst = {BURST}\n")
-    with scene(tmp_path, configuration) as here, connections(here.broker, 16) as flooding:
+    with Scene(tmp_path, configuration) as here, connections(here.broker, 16) as flooding:
         waiting = good(evse_id="DE*ABC*E1")
         assert here.listener.ask(waiting) == "accepted"
         begun = time.monotonic()
@@ -201,7 +193,7 @@ def test_a_flood_of_evse_ids_costs_neither_room_nor_the_pending_keys_of_another_
     configuration = CONFIG.replace("[policy]\n", "[policy]\nrequests_per_minute = 0\n")
     configuration += "[lifecycle]\npending_total = 32\nhistory_limit = 50\n"
     flood = 800
-    with scene(tmp_path, configuration) as here, connections(here.broker, 16) as flooding:
+    with Scene(tmp_path, configuration) as here, connections(here.broker, 16) as flooding:
         assert here.listener.ask(good(evse_id="DE*ABC*E1")) == "accepted"
         before, _ = memory(here.daemon)
         for number in range(flood):
@@ -220,7 +212,7 @@ def test_a_flood_of_evse_ids_costs_neither_room_nor_the_pending_keys_of_another_
 
 def test_requests_for_rsa_keys_do_not_take_every_place_while_the_tpm_works(tmp_path: Path) -> None:
     """The TPM stands still meanwhile, so that no key is done before the last request has come."""
-    with scene(tmp_path, CONFIG.replace("[policy]\n", "[policy]\nqueue = 16\n")) as here:
+    with Scene(tmp_path, CONFIG.replace("[policy]\n", "[policy]\nqueue = 16\n")) as here:
         assert here.listener.ask(good()) == "accepted"
         here.tpm.freeze()
         asked = [request(algorithm="RSA_SHA256") for _ in range(14)]
@@ -241,7 +233,7 @@ def test_requests_for_rsa_keys_do_not_take_every_place_while_the_tpm_works(tmp_p
 def test_a_request_repeated_over_and_over_makes_one_key_and_costs_no_allowance(tmp_path: Path) -> None:
     """Of many at once, some have the answer to another for theirs; the one that comes last has its own."""
     configuration = CONFIG.replace("[policy]\n", "[policy]\nburst = 2\n")
-    with scene(tmp_path, configuration) as here:
+    with Scene(tmp_path, configuration) as here:
         asked = good()
         assert here.listener.ask(asked) == "accepted"
         again = {**asked, "id": asked["id"].upper()}

@@ -97,10 +97,7 @@ class WatchedStation(Station):
     def __init__(self, folder: Path, *arguments: str) -> None:
         super().__init__(folder, *arguments, PYTHONDONTWRITEBYTECODE="1")
         self.notes = folder / "notes"
-        self.command = (
-            *(sys.executable, str(Path(__file__).parent / "watched_daemon.py"), str(self.notes)),
-            *self.command[3:],
-        )
+        self.run_by(sys.executable, str(Path(__file__).parent / "watched_daemon.py"), str(self.notes))
 
     @property
     def changed(self) -> list[str]:
@@ -176,7 +173,7 @@ def test_no_name_that_comes_over_mqtt_forges_a_line_of_the_log_or_moves_the_term
             josev.publish({"id": name, "name": "generate_csr", "type": "request", "data": {}})
             josev.publish({**status("installed", "DE*ABC*E1"), "name": "generate_csr", name: name})
             josev.publish(status("installed", name))
-        lines = station.log.wait(lambda seen: len(seen) > 6 * len(HOSTILE_NAMES)) if station.log else []
+        station.wait_for_lines(lambda seen: len(seen) > 6 * len(HOSTILE_NAMES))
         station.stop()
         lines = station.lines
 

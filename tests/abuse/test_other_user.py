@@ -138,7 +138,8 @@ def test_what_it_makes_is_closed_to_others_whatever_umask_it_was_started_with(
 ) -> None:
     before = os.umask(0)
     try:
-        station = Station(folder, *options(mosquitto)).start()
+        station = Station(folder, *options(mosquitto))
+        station.start()
     finally:
         os.umask(before)
     with station, Josev(mosquitto) as josev:

@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 from leaks import files_of, found
 from outside import BOUND, STATIONKEY, Josev, Station, generate_csr
-from peers import Mosquitto, Swtpm, free_port
+from peers import Mosquitto, free_port
+from rig import Rig
 
 from secured import write_secret
 from stationkey.system.state_dir import DATABASE_NAME
@@ -67,11 +68,10 @@ def test_a_secret_would_be_seen_in_whatever_form_it_is_shown() -> None:
     assert found({"secret": secret}, random.token_bytes(4096).hex().encode()) == []
 
 
-class Scene:
-    """A daemon with secrets of every kind, peers of its own, and what is looked through at the end."""
+class Scene(Rig):
+    """A rig with secrets of every kind, and what is looked through at the end."""
 
-    def __init__(self, folder: Path, *, tpm: Swtpm | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, tpm: bool) -> None:
         self.secrets = {"password": b"Pa55-" + random.token_urlsafe(12).encode()}
         self.home = folder / "secrets"
         self.home.mkdir()
@@ -84,8 +84,6 @@ class Scene:
             check=True,
             capture_output=True,
         )
-        self.broker = GuardedMosquitto(folder / "broker", passwords)
-        self.tpm = tpm
         lines = [
             "[deadlines]",
             "ec = 2",
@@ -93,22 +91,20 @@ class Scene:
             'username = "stationkey"',
             f'password_file = "{self.password_file}"',
         ]
-        if tpm is not None:
+        if tpm:
             self.secrets["key_auth"] = b"Auth-" + random.token_urlsafe(12).encode()
             key_auth = write_secret(self.home / "key_auth", self.secrets["key_auth"])
             lines += ["[tpm]", f'key_auth = "{key_auth}"', 'session = "encrypted"']
-        self.config = folder / "stationkey.toml"
-        self.config.write_text("\n".join(lines) + "\n")
-        options = ["--broker", self.broker.guarded_url, "--config", str(self.config)]
-        options += ["--keystore", tpm.uri] if tpm is not None else ["--keystore", "software:", "--allow-software-keys"]
-        self.station = Station(folder, *options, **LOUD)
+        broker = GuardedMosquitto(folder / "broker", passwords)
+        super().__init__(folder, tpm=tpm, config="\n".join(lines) + "\n", broker=broker)
+        self.daemon = self.station = Station(folder, *self.options(broker=broker.guarded_url), **LOUD)
         self.run_from(*STATIONKEY)
         self.said = b""
 
     def run_from(self, *program: str) -> None:
         """Run the daemon by this program, in a folder of its own, where a core would be left, however large."""
         in_folder = ("prlimit", "--core=unlimited", "env", f"--chdir={self.working}")
-        self.station.command = (*in_folder, *program, *self.station.command[self.station.command.index("serve") :])
+        self.station.run_by(*in_folder, *program)
 
     def learn_blobs(self) -> None:
         """The private parts in the ledger are secrets, too."""
@@ -134,7 +130,7 @@ class Scene:
     def _command(self, *arguments: str) -> None:
         ended = subprocess.run(
             [*STATIONKEY, *arguments, "--state-dir", str(self.station.state_dir)],
-            env=self.station.environment,
+            env={**os.environ, **self.station.environment},
             capture_output=True,
             check=False,
             timeout=30,
@@ -149,7 +145,7 @@ class Scene:
         kept = (self.home, state / "active", state / "tpm", *state.glob(f"{DATABASE_NAME}*"))
         # The broker knows the password, and Mosquitto 2.0.11 even writes it into its database, by chance.
         kept += (self.broker.directory,)
-        kept += (self.tpm.directory,) if self.tpm is not None else ()
+        kept += (self.tpm.directory,)
         outputs = {str(path): path.read_bytes() for path in files_of(self.folder, but=kept)}
         outputs["what was said"] = self.said + self.broker.log.encode()
         return {name: leaked for name, output in outputs.items() if (leaked := found(self.secrets, output))}
@@ -185,34 +181,30 @@ def _scalar(pkcs8: bytes) -> bytes:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, swtpm: Swtpm) -> Iterator[Scene]:
+def scene(tmp_path: Path) -> Iterator[Scene]:
     """With keys in a TPM."""
-    made = Scene(tmp_path, tpm=swtpm)
-    with made.broker:
+    with Scene(tmp_path, tpm=True) as made:
         yield made
-        made.station.kill()
 
 
 @pytest.fixture
 def soft_scene(tmp_path: Path) -> Iterator[Scene]:
     """With software keys, which are plain in memory."""
-    made = Scene(tmp_path, tpm=None)
-    with made.broker:
+    with Scene(tmp_path, tpm=False) as made:
         yield made
-        made.station.kill()
 
 
 def rejected(josev: Josev, scene: Scene, reason: str, common_name: str = "station 1") -> None:
     request = generate_csr(common_name=common_name)
     assert josev.ask(request).data == {"status": "rejected"}
-    assert scene.station.log is not None
-    scene.station.log.wait(lambda lines: any(request["id"] in line and f"reason={reason}" in line for line in lines))
+    scene.station.wait_for_lines(
+        lambda lines: any(request["id"] in line and f"reason={reason}" in line for line in lines)
+    )
 
 
 def test_no_secret_is_said_or_left_behind_while_everything_goes_wrong(scene: Scene) -> None:
     """The TPM killed and frozen, no room, a damaged ledger; with every library as talkative as it can be made."""
     station, tpm = scene.station, scene.tpm
-    assert tpm is not None
     with station, Josev(scene.broker) as josev:
         josev.ask(generate_csr()).csr  # noqa: B018 - it must be accepted
         josev.publish(STATUS)

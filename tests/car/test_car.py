@@ -21,9 +21,10 @@ from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import BOUND, ChargingStation, charging_station
+from charging import ChargingStation
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from outside import BOUND
 
 from stationkey.contract.profiles import Algorithm, CertificateType
 
@@ -95,7 +96,7 @@ def roads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Roads]:
     directory = tmp_path_factory.mktemp("car")
     authorities = {V2G: Authority(ec.SECP256R1()), V2G20: Authority(ec.SECP521R1())}
     vehicles = Authority(ec.SECP521R1(), "OEM")
-    with charging_station(directory) as station:
+    with ChargingStation(directory) as station:
         asyncio.run(station.install(V2G, authorities[V2G], Algorithm.ECDSA_SHA256))
         asyncio.run(station.install(V2G20, authorities[V2G20], Algorithm.ECDSA_SHA512))
         yield Roads(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import charging_station
+from charging import ChargingStation
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from stationkey.contract.profiles import Algorithm, CertificateType
@@ -127,7 +127,7 @@ def test_a_car_charges_from_sdp_to_session_stop(
         "PYTHONUNBUFFERED": "1",
         "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",  # short runs, few cores
     }
-    with charging_station(tmp_path / "station") as station:
+    with ChargingStation(tmp_path / "station") as station:
         active = asyncio.run(station.install(kind, authority, algorithm))
         (certificates / "cpoCertChain.pem").symlink_to(active)
         (keys / "seccLeaf.key").symlink_to(active)

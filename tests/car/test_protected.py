@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import BOUND, ChargingStation, charging_station
+from charging import ChargingStation
 from cryptography.hazmat.primitives.asymmetric import ec
+from outside import BOUND
 
 from protection import SECRET, write_secret
 from stationkey.contract.profiles import Algorithm, CertificateType
@@ -51,7 +52,7 @@ def protected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     secret = "generated" if generated else str(write_secret(directory / "secret", SECRET + "\n"))
     more = f'[tpm]\nkey_auth = "{secret}"\nsession = "encrypted"\nsrk_handle = 0x81000010\n'
     authority = Authority(ec.SECP256R1())
-    with charging_station(directory, more) as station:
+    with ChargingStation(directory, more) as station:
         asyncio.run(station.install(V2G, authority, Algorithm.ECDSA_SHA256))
         root, sub_cas = write(directory / "root.pem", authority.root), write(directory / "subs.pem", authority.sub_cas)
         yield Protected(station, root, sub_cas, generated)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import BOUND, COMMON_NAME, ChargingStation, charging_station
+from charging import COMMON_NAME, ChargingStation
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from outside import BOUND
 from websockets.sync.server import ServerConnection, serve
 
 from stationkey.contract.profiles import Algorithm, CertificateType
@@ -40,7 +41,7 @@ class Yard:
 def yard(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Yard]:
     directory = tmp_path_factory.mktemp("wss")
     authority = Authority(ec.SECP256R1(), "CSMS")
-    with charging_station(directory) as station:
+    with ChargingStation(directory) as station:
         asyncio.run(station.install(CHARGING_STATION, authority, request.param))
         csms = authority.software(directory / "csms.pem", "csms", [(LOOPBACK, False)])
         yield Yard(station, authority, csms, write(directory / "csms-root.pem", authority.root))

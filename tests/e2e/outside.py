@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-from peers import Mosquitto
+from peers import Daemon, Mosquitto
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
@@ -63,30 +64,43 @@ class Lines:
         self._stream.close()
 
 
-class Station:
-    """``stationkey serve`` on a state directory that outlives the process."""
+class Station(Daemon):
+    """``stationkey serve`` on a state directory that outlives the process; its log is read as it comes.
+
+    Args:
+        folder: the state directory is made in it.
+        arguments: of ``stationkey serve``.
+        log_format: ``json`` or ``text``.
+        environment: variables beside those of this process.
+    """
 
     def __init__(self, folder: Path, *arguments: str, log_format: str = "json", **environment: str) -> None:
+        super().__init__(folder, *arguments)
         self.state_dir = folder / "state"
-        self.command = (*STATIONKEY, "serve", "--state-dir", str(self.state_dir), *arguments)
-        self.environment = {**os.environ, "STATIONKEY_LOG_FORMAT": log_format, **environment}
-        self.process: subprocess.Popen[str] | None = None
-        self.log: Lines | None = None
-        self.earlier: list[str] = []
+        self.run_by(*STATIONKEY)
+        self.environment = {"STATIONKEY_LOG_FORMAT": log_format, **environment}
+        self._output: Lines | None = None
+        self._earlier_lines: list[str] = []
+
+    def run_by(self, *program: str) -> None:
+        """Take another program in place of `STATIONKEY`; it is given ``serve`` and what follows."""
+        self.program, *self._first = program
+
+    def command(self) -> list[str]:
+        return [*self._first, "serve", "--state-dir", str(self.state_dir), *self.arguments]
 
     def launch(self) -> Self:
-        """Start it, and wait for nothing."""
-        self.process = subprocess.Popen(self.command, env=self.environment, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        self.log = Lines(self.process.stderr)
+        self._earlier_lines = self.lines
+        self.process = self._spawn(subprocess.PIPE)
+        assert self.process.stdout is not None
+        self._output = Lines(io.TextIOWrapper(self.process.stdout, errors="replace"))
         return self
 
     def start(self) -> Self:
         """Start it, and wait until it is ready: by the event itself, as a line of text may have ``ready=0`` in it."""
         self.launch()
-        assert self.log is not None
         try:
-            self.log.wait(lambda lines: any(_event(line)["event"].split()[-1:] == ["ready"] for line in lines))
+            self.wait_for_lines(lambda lines: any(_event(line)["event"].split()[-1:] == ["ready"] for line in lines))
         except BaseException:
             self.kill()
             raise
@@ -95,22 +109,25 @@ class Station:
     @property
     def lines(self) -> list[str]:
         """The log of all runs so far."""
-        return [*self.earlier, *(self.log.so_far() if self.process and self.log else [])]
+        return [*self._earlier_lines, *(self._output.so_far() if self._output else [])]
 
-    def events(self, *, request_id: str | None = None) -> list[Event]:
-        """The log of the run in hand (or of the last one), as events."""
-        assert self.log is not None
-        return [event for event in map(_event, self.log.so_far()) if request_id in {None, event.get("request_id")}]
+    @property
+    def run_log(self) -> str:
+        return "".join(f"{line}\n" for line in (self._output.so_far() if self._output else []))
 
-    def wait_for(self, text: str, *, count: int = 1, **fields: object) -> list[Event]:
+    def wait_for_lines(self, found: Callable[[list[str]], bool]) -> list[str]:
+        """The lines of this run so far, as soon as `found` says yes to them."""
+        assert self._output is not None
+        return self._output.wait(found)
+
+    def wait_for(self, text: str = "", *, count: int = 1, **fields: object) -> list[Event]:
         """Wait until `count` events of this run have `text` in them, and these fields."""
 
         def matching(lines: Iterable[str]) -> list[Event]:
             events = map(_event, lines)
             return [event for event in events if text in event["event"] and fields.items() <= event.items()]
 
-        assert self.log is not None
-        return matching(self.log.wait(lambda lines: len(matching(lines)) >= count))
+        return matching(self.wait_for_lines(lambda lines: len(matching(lines)) >= count))
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -119,7 +136,6 @@ class Station:
     def ended(self) -> int:
         """The exit status, once it has ended by itself in the time that it promises."""
         assert self.process is not None
-        assert self.log is not None
         try:
             return self.process.wait(PROMISED_END)
         finally:
@@ -130,19 +146,21 @@ class Station:
         return self.ended()
 
     def kill(self) -> None:
-        """End it as a loss of power would, if it has not ended yet."""
-        if self.process is not None and self.log is not None:
-            self.process.kill()
-            self.process.wait()
-            self.log.close()
-            self.earlier += self.log.so_far()
-            self.process = None
+        super().kill()
+        self._read_to_the_end()
+
+    def terminate(self) -> None:
+        super().terminate()
+        self._read_to_the_end()
+
+    def _read_to_the_end(self) -> None:
+        if self._output is not None:
+            self._output.close()
 
     def __enter__(self) -> Self:
-        return self.start() if self.process is None else self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
+        if self.process is None:
+            self.start()
+        return self
 
 
 def _event(line: str) -> Event:

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Pole:
     folder: Path
     station: Station
     josev: Josev
-    environment: dict[str, str]
+    environment: Mapping[str, str]
     tcti: str
 
     def attest(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -422,3 +423,28 @@ def test_no_private_part_of_a_key_is_ever_logged(
     middle = private[len(private) // 2 :][:24]
     for spelled in (middle.hex(), base64.b64encode(middle).decode(), repr(middle)[2:-1]):
         assert spelled not in log
+
+
+class Amqtt(Mosquitto):
+    """A broker that speaks MQTT 3.1.1 only, and answers a CONNECT of MQTT 5 with silence."""
+
+    program = str(Path(sys.executable).parent / "amqtt")
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        (directory / "amqtt.yaml").write_text(
+            f"listeners:\n  default:\n    type: tcp\n    bind: 127.0.0.1:{self.port}\n"
+            "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: true\n"
+        )
+
+    def command(self) -> list[str]:
+        return ["-c", str(self.directory / "amqtt.yaml")]
+
+
+def test_a_broker_of_mqtt_3_1_1_alone_is_spoken_to_in_that(tmp_path: Path) -> None:
+    with Amqtt(tmp_path / "amqtt") as broker, software_station(tmp_path, broker) as station:
+        names = ("--common-name", "9783161484100", "--organization-name", "EcoG", "--country-name", "DE")
+        answer = run("request", "charging_station_certificate", "--broker", broker.url, *names)
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert answer.stdout.startswith("-----BEGIN CERTIFICATE REQUEST-----")
+        assert station.stop() == 0

@@ -407,7 +407,7 @@ def test_where_nobody_wants_figures_nothing_listens_and_nothing_is_loaded(
     port = free_port()
     config = shown(tmp_path, f"127.0.0.1:{port}") if on else ()
     station = Station(tmp_path, "--broker", broker.url, *SOFTWARE, *config)
-    station.command = (sys.executable, "-c", NOTED, *station.command[3:])
+    station.run_by(sys.executable, "-c", NOTED)
     with station:
         assert station.process is not None
         assert listening(station.process.pid) == ({f"tcp:{port}"} if on else set())

@@ -27,7 +27,7 @@ def station(tmp_path: Path, mosquitto: Mosquitto) -> Station:
     """A station that a user of that kind runs, in a directory that a core would be left in."""
     options = ("--broker", mosquitto.url, "--keystore", "software:", "--allow-software-keys")
     station = Station(tmp_path, *options)
-    station.command = ("env", f"--chdir={tmp_path}", *SAME_USER, *STATIONKEY, *station.command[len(STATIONKEY) :])
+    station.run_by("env", f"--chdir={tmp_path}", *SAME_USER, *STATIONKEY)
     return station
 
 

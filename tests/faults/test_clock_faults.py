@@ -11,7 +11,7 @@ import pytest
 from asker import until
 from peers import Daemon
 from scene import CONFIG, Scene
-from truth import events_of, judge, key_of, reasons_of
+from truth import judge, key_of, reasons_of
 
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyState
@@ -48,8 +48,8 @@ def set_clock(scene: Scene, ahead: timedelta) -> None:
 
 def let_it_sweep(scene: Scene) -> None:
     """Return when the daemon has looked at what is due, from beginning to end."""
-    seen = scene.daemon.run_log.count('"swept"')
-    until(lambda: scene.daemon.run_log.count('"swept"') >= seen + 2, "it has swept")
+    seen = len(scene.daemon.events(event="swept"))
+    until(lambda: len(scene.daemon.events(event="swept")) >= seen + 2, "it has swept")
 
 
 def states(scene: Scene) -> dict[str, KeyState]:
@@ -70,12 +70,12 @@ def test_no_key_ends_by_a_jump_of_the_clock_nor_by_the_correction(scene: Scene, 
     for request in requests:
         asker.ask(request)
         asker.tell("installed", evse_id=EVSE)
-        until(lambda: scene.daemon.run_log.count('"key active"') == len(asker.answers), "the key is active")
+        until(lambda: len(scene.daemon.events(event="key active")) == len(asker.answers), "the key is active")
     for status in (None, "failed"):
         requests.append(asker.request(evse_id="DE*ABC*E2" if status else EVSE))
         asker.ask(requests[-1])
     asker.tell("failed_installation", evse_id="DE*ABC*E2")
-    until(lambda: '"installation failed"' in scene.daemon.run_log, "the failure is noted")
+    until(lambda: scene.daemon.events(event="installation failed"), "the failure is noted")
     before = states(scene)
     assert sorted(before.values()) == sorted(
         [KeyState.DEACTIVATED, KeyState.ACTIVE, KeyState.PRE_ACTIVATION, KeyState.PRE_ACTIVATION]
@@ -90,7 +90,7 @@ def test_no_key_ends_by_a_jump_of_the_clock_nor_by_the_correction(scene: Scene, 
         assert states(scene) == before
         for request in requests:
             asker.ask(request)  # the same CSR, or `accepted` says so
-        shown = datetime.fromisoformat(events_of(scene.daemon)[-1]["time"])
+        shown = datetime.fromisoformat(scene.daemon.events()[-1]["time"])
         assert abs(shown - ahead - datetime.now(UTC)) < timedelta(minutes=5), "the clock was not wrong at all"
     scene.daemon.terminate()
     assert asker.rejected == set()
@@ -104,7 +104,7 @@ def test_a_key_ends_when_its_time_has_run_whatever_the_clock_says(scene: Scene, 
     request = scene.asker.request()
     csr = scene.asker.ask(request).data.csr
     set_clock(scene, jump)
-    until(lambda: '"key expired"' in scene.daemon.run_log, "the key expires")
+    until(lambda: scene.daemon.events(event="key expired"), "the key expires")
     assert states(scene) == {key_of(str(csr)): KeyState.DESTROYED}
     assert scene.asker.ask(request).data.status == "rejected"
     assert reasons_of(scene.daemon) == ["key_destroyed"]

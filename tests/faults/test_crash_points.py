@@ -14,7 +14,7 @@ from crashing_daemon import ANY_STATEMENT, MOMENTS
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from peers import Daemon
 from scene import Scene
-from truth import events_brought, events_of, judge, key_of, keys_ahead, keys_with_an_owner
+from truth import events_brought, judge, key_of, keys_ahead, keys_with_an_owner
 
 from stationkey.keystore import key_id_of
 
@@ -123,11 +123,11 @@ def test_a_request_that_is_cut_short_is_answered_after_the_next_start_with_one_c
 
 def ready_at_start(daemon: Daemon) -> list[int]:
     """How many keys of each curve the run in hand took up, where it has done so."""
-    return [event["ready"] for event in events_of(daemon) if event["event"] == "keys are made ahead"]
+    return [event["ready"] for event in daemon.events() if event["event"] == "keys are made ahead"]
 
 
 def pool_full(daemon: Daemon) -> None:
-    until(lambda: [event for event in events_of(daemon) if event["event"] == "pool full"], "the pool is full")
+    until(lambda: [event for event in daemon.events() if event["event"] == "pool full"], "the pool is full")
 
 
 @pytest.mark.parametrize("moment", AT_MAKING)
@@ -228,6 +228,7 @@ def test_a_destruction_that_is_cut_short_is_complete_after_the_next_start(scene:
     assert not [path for path in left if secret in path.read_bytes()]
 
 
+@pytest.mark.long
 def test_no_statement_is_one_that_a_loss_of_power_must_not_precede(scene: Scene) -> None:
     """The daemon dies before the first statement that it gives to SQLite, then before the second, and so on.
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+import pytest
 from scene import Scene
 from truth import events_brought, judge, keys_with_an_owner
 
@@ -20,6 +21,7 @@ POOLED_KILLS: Final = max(60, int(os.environ.get("STATIONKEY_KILLS", "0")) // 5)
 POOL: Final = "[pool]\nec = 6\nrsa = 0\nidle_seconds = 0.0\n"
 
 
+@pytest.mark.long
 def test_no_kill_at_a_random_moment_loses_or_doubles_anything(tmp_path: Path) -> None:
     """Every accepted answer has its key, every key its record, every id one CSR, every request its answer.
 
@@ -28,6 +30,7 @@ def test_no_kill_at_a_random_moment_loses_or_doubles_anything(tmp_path: Path) ->
     kill_at_random(tmp_path, kills=KILLS)
 
 
+@pytest.mark.long
 def test_no_kill_at_a_random_moment_loses_or_doubles_a_key_made_ahead(tmp_path: Path) -> None:
     """The same, and no key made ahead has two owners; some of those that were answered had been made ahead."""
     state_dir = kill_at_random(tmp_path, kills=POOLED_KILLS, pool=POOL)

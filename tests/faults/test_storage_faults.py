@@ -15,7 +15,7 @@ from asker import BOUND, until
 from peers import Daemon
 from scene import Scene
 from small_disk import DaemonOnDisk, SmallDisk
-from truth import events_brought, events_of, judge, reasons_of
+from truth import events_brought, judge, reasons_of
 
 EVSE: Final = "DE*ABC*E1"
 DATABASE: Final = "ledger.sqlite3"
@@ -92,9 +92,9 @@ def test_a_status_that_comes_while_the_disk_is_full_is_done_when_there_is_room(s
     disk.fill()
     ask_until_rejected(scene)
     status = asker.tell("installed", evse_id=EVSE)
-    until(lambda: any(event.get("message_id") == status for event in events_of(scene.daemon)), "the status is tried")
+    until(lambda: scene.daemon.events(message_id=status), "the status is tried")
     disk.make_room()
-    until(lambda: '"event": "key active"' in scene.daemon.run_log, "the key is active")
+    until(lambda: scene.daemon.events(event="key active"), "the key is active")
     scene.daemon.terminate()
     copy = bring_out(disk, scene)
     judge(copy, scene.keystore, asker.accepted)
@@ -152,10 +152,10 @@ def test_a_state_directory_that_is_moved_away_rejects_requests_in_words_and_heal
     assert asker.ask().data.status == "rejected"
     assert reasons_of(scene.daemon) == ["ledger_moved"]
     status = asker.tell("installed", evse_id=EVSE)
-    until(lambda: any(event.get("message_id") == status for event in events_of(scene.daemon)), "the status is tried")
+    until(lambda: scene.daemon.events(message_id=status), "the status is tried")
     elsewhere.rename(scene.state_dir)
     assert asker.ask().data.status == "accepted"
-    until(lambda: '"event": "key active"' in scene.daemon.run_log, "the key is active")
+    until(lambda: scene.daemon.events(event="key active"), "the key is active")
     scene.daemon.terminate()
     assert "Traceback" not in scene.daemon.run_log
     judge(scene.state_dir, scene.keystore, asker.accepted)

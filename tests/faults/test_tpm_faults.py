@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from asker import until
+from asker import BOUND, until
 from peers import Swtpm
 from scene import Scene
-from truth import events_brought, events_of, judge, key_of, reasons_of
+from truth import events_brought, judge, key_of, reasons_of
 
+from protection import tool
 from stationkey.contract.profiles import Algorithm
 
 ROUNDS: Final = 5
@@ -155,7 +156,7 @@ def test_keys_of_a_tpm_that_was_cleared_are_named_at_the_next_start_and_new_requ
     assert fresh.data.status == "accepted"
 
     def unusable() -> list[str]:
-        told = [event for event in events_of(scene.daemon) if event["event"].startswith("this key cannot be used")]
+        told = [event for event in scene.daemon.events() if event["event"].startswith("this key cannot be used")]
         assert {event["reason"] for event in told} <= {"key_of_another_tpm"}
         return [event["key_id"] for event in told]
 
@@ -176,3 +177,57 @@ def test_a_key_of_a_tpm_that_was_cleared_is_never_activated(scene: Scene) -> Non
     scene.daemon.terminate()
     assert events_brought(scene.state_dir, [status]) == {status: 0}
     assert [path.name for path in (scene.state_dir / "active").iterdir()] in ([], [".lock"])
+
+
+def test_a_tpm_that_dies_idle_costs_the_requests_until_it_is_back(scene: Scene) -> None:
+    """A request that was rejected meanwhile may be asked again: that is no answer for ever."""
+    asker = scene.asker
+    assert asker.ask().data.status == "accepted"
+    scene.tpm.kill()
+    refused = asker.request()
+    assert asker.ask(refused).data.status == "rejected"
+    until(lambda: reasons_of(scene.daemon) == ["tpm_unreachable"], "the reason is logged")
+    scene.tpm.start()
+    assert asker.ask().data.status == "accepted"
+    assert asker.ask(refused).data.status == "accepted"
+
+
+def test_a_tpm_that_restarts_unnoticed_costs_no_request(scene: Scene) -> None:
+    assert scene.asker.ask().data.status == "accepted"
+    scene.tpm.kill()
+    scene.tpm.start()
+    assert scene.asker.ask().data.status == "accepted"
+    settle(scene)
+
+
+def test_a_tpm_that_hangs_and_then_dies_is_used_again_when_it_is_back(scene: Scene) -> None:
+    assert scene.asker.ask().data.status == "accepted"
+    scene.tpm.freeze()
+    assert scene.asker.ask().data.status == "rejected"
+    scene.tpm.kill()
+    scene.tpm.start()
+    settle(scene)
+
+
+def test_a_tpm_that_is_not_there_at_the_start_is_used_once_it_is(tmp_path: Path) -> None:
+    with Scene(tmp_path, tpm=True) as scene:
+        scene.tpm.kill()
+        scene.daemon.start()
+        [told] = scene.daemon.events(level="error")
+        assert told["reason"] == "tpm_unreachable"
+        assert scene.asker.ask().data.status == "rejected"
+        scene.tpm.start()
+        settle(scene)
+
+
+def test_a_storage_root_key_that_does_not_fit_is_refused_at_the_start(tmp_path: Path) -> None:
+    with Scene(tmp_path, tpm=True) as scene:
+        tool(scene.tpm, "tpm2_createprimary", "-Q", "-C", "o", "-G", "rsa2048", "-c", "primary.ctx")
+        tool(scene.tpm, "tpm2_evictcontrol", "-Q", "-C", "o", "-c", "primary.ctx", "0x81000001")
+        scene.daemon.launch()
+        assert scene.daemon.process is not None
+        assert scene.daemon.process.wait(BOUND) == 1
+        # Words: the handle, and the command that frees it.
+        assert "0x81000001" in scene.daemon.log
+        assert "tpm2_evictcontrol" in scene.daemon.log
+        assert "Traceback" not in scene.daemon.log

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,15 +28,9 @@ def key_of(csr: str) -> str:
     return key_id_of(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
 
 
-def events_of(daemon: Daemon) -> list[dict[str, Any]]:
-    """The log of the run in hand, a last line that is not whole left out."""
-    lines = daemon.run_log.splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
-
-
 def reasons_of(daemon: Daemon) -> list[str]:
     """The reasons that the run in hand gave for what it refused."""
-    return [event["reason"] for event in events_of(daemon) if event["event"].startswith("rejected")]
+    return [event["reason"] for event in daemon.events() if event["event"].startswith("rejected")]
 
 
 def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:

@@ -126,7 +126,7 @@ class Naps:
 
     clocks: Clocks
     taken: list[float] = field(default_factory=list)
-    after: Callable[[int], None] = lambda _: None
+    after: Callable[[int], object] = lambda _: None
     """Called with the number of each nap, from 1."""
 
     async def __call__(self, seconds: float) -> None:
