@@ -29,6 +29,7 @@ from stationkey.config import file as config
 from stationkey.config.file import read_file, settle
 from stationkey.contract.active_names import file_name, owner_of
 from stationkey.contract.messages import (
+    MAX_DEPTH,
     MAX_PAYLOAD,
     CertificateInstallationStatus,
     CertificateInstallationStatusData,
@@ -121,10 +122,21 @@ def _is_invisible(character: str) -> bool:
     return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and not joiner_or_tag
 
 
+def _levels(document: object) -> int:
+    """How many arrays and objects stand inside one another."""
+    levels = 0
+    inside = [document]
+    while inside := [each for each in inside if isinstance(each, (dict, list))]:
+        levels += 1
+        inside = [member for each in inside for member in (each.values() if isinstance(each, dict) else each)]
+    return levels
+
+
 KNOWN_DIFFERENCES: Final[dict[str, Callable[[bytes, Json, set[str]], bool]]] = {
     "a name twice: a schema sees one of the two": lambda _, __, against: "a name twice" in against,
     "NaN and Infinity: they are no JSON": lambda _, __, against: "no number" in against,
     "more than 64 KiB: it is not read": lambda payload, _, __: len(payload) > MAX_PAYLOAD,
+    "nested too deep: it is not read": lambda _, document, __: _levels(document) > MAX_DEPTH,
     "a control character, or half a character, in a text of ours: no pattern can say that": lambda _, document, __: any(
         _is_invisible(character)
         for name in TEXTS
@@ -189,6 +201,7 @@ def check_response(payload: bytes) -> None:
 RESPONSE_DIFFERENCES: Final[dict[str, Callable[[bytes, Json, set[str]], bool]]] = {
     "a name twice: a schema sees one of the two": lambda _, __, against: "a name twice" in against,
     "NaN and Infinity: they are no JSON": lambda _, __, against: "no number" in against,
+    "nested too deep: it is not read": lambda _, document, __: _levels(document) > MAX_DEPTH,
     "half a character: it is no text": lambda _, document, __: _has_half_a_character(document),
     "a line feed behind the id: Python's $, which this judge of schemas uses, lets it pass, and ECMA 262's does not": (
         lambda _, document, __: document["id"].endswith("\n")

@@ -14,6 +14,7 @@ from msgspec import UNSET
 
 from stationkey.contract import messages
 from stationkey.contract.messages import (
+    MAX_DEPTH,
     CertificateInstallationStatus,
     GenerateCsrData,
     GenerateCsrRequest,
@@ -462,14 +463,32 @@ def test_a_great_many_repeated_names_are_looked_at_once_each() -> None:
     assert (refused.value.reason, refused.value.request_id) == ("payload_too_large", REQUEST_ID)
 
 
-@pytest.mark.parametrize("depth", range(950, 1010, 3))
-def test_a_value_of_ours_is_refused_at_every_depth(depth: int) -> None:
-    """Around the depth that the reader of JSON gives up at, the one who writes the refusal must not give up either."""
-    nested = "[" * depth + "]" * depth
+@pytest.mark.parametrize("levels", [100, *range(MAX_DEPTH - 2, MAX_DEPTH + 3), 500, *range(950, 1010, 3), 3000])
+def test_a_value_of_ours_is_refused_at_every_depth(levels: int) -> None:
+    """Also around the depth at which the JSON parser of one version of Python or another gives up."""
+    within = levels - 2  # the message and its data
+    nested = "[" * within + "]" * within
     error = refusal(wire(a_request(country_name="X")).replace(b'"X"', nested.encode()))
 
-    assert error.reason in {"nested_too_deep", "country_name_invalid"}
+    assert error.reason == ("nested_too_deep" if levels > MAX_DEPTH else "country_name_invalid")
     assert error.request_id == REQUEST_ID
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1), id="as deep as may be"),
+        pytest.param('{"a":' * (MAX_DEPTH - 1) + "0" + "}" * (MAX_DEPTH - 1), id="objects as deep as may be"),
+        pytest.param("[" + ", ".join(["[{}]"] * 1000) + "]", id="many, side by side"),
+        pytest.param('"' + "[{" * 1000 + '"', id="brackets in a text"),
+        pytest.param('"' + '\\"[{' * 1000 + '"', id="brackets in a text, behind escaped quotes"),
+        pytest.param('["\\\\", "' + "{[" * 1000 + '\\\\"]', id="brackets in a text, behind escaped backslashes"),
+        pytest.param('{"' + "[" * 1000 + '": 1}', id="brackets in a name"),
+    ],
+)
+def test_only_what_stands_inside_one_another_counts_as_deep(value: str) -> None:
+    assert decode(with_member(a_request(), f'"x": {value}')) == decoded(a_request())
+    assert decode_response(PAGE_RESPONSE.rstrip()[:-1] + f', "x": {value}}}'.encode()) == decode_response(PAGE_RESPONSE)
 
 
 @pytest.mark.parametrize(("payload", "reason", "words"), ANSWERABLE)
@@ -632,6 +651,9 @@ def test_a_request_that_is_encoded_is_decoded_as_it_was(request: GenerateCsrRequ
         pytest.param(b"", id="nothing"),
         pytest.param(b"\xff", id="not UTF-8"),
         pytest.param(b"[" * 100_000, id="nested"),
+        pytest.param(
+            PAGE_RESPONSE.rstrip()[:-1] + b', "x": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", id="too deep by one"
+        ),
         pytest.param(PAGE_REQUEST, id="a request"),
         pytest.param(PAGE_RESPONSE.replace(b"generate_csr", b"slac"), id="another's response"),
         pytest.param(PAGE_RESPONSE.replace(b"accepted", b"perhaps"), id="another status"),

@@ -41,6 +41,10 @@ MAX_PAYLOAD: Final = 64 * 1024
 """Largest payload that is read, in bytes, unless it is said otherwise. A real request has some 400; the bound keeps a
 flood of large ones cheap."""
 
+MAX_DEPTH: Final = 128
+"""How many levels of arrays and objects are read. A real message has two; the limits of the parsers differ between
+versions of Python."""
+
 UUID_PATTERN: Final = r"^[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}$"
 """The 8-4-4-4-12 text form of RFC 9562, either case; no braces, no ``urn:uuid:`` (decision 4)."""
 
@@ -237,8 +241,11 @@ def decode(payload: bytes, *, max_payload: int = MAX_PAYLOAD) -> Inbound | None:
 def decode_response(payload: bytes) -> GenerateCsrResponse | None:
     """Read one payload of ``cs/josev``; None where it is no ``generate_csr`` response, whatever else it may be."""
     try:
-        response = msgspec.json.decode(payload.decode("utf-8"), type=GenerateCsrResponse)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        text = payload.decode("utf-8")
+        if _nested_too_deep(text):
+            return None
+        response = msgspec.json.decode(text, type=GenerateCsrResponse)
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return response if is_usable_id(response.id) else None  # msgspec lets a line feed follow what matches a pattern
 
@@ -279,11 +286,12 @@ def _parse(payload: bytes, max_payload: int) -> _Document:
     except UnicodeDecodeError as error:
         raise MessageError(f"not UTF-8: byte {error.start} is no part of a character", reason="not_utf8") from None
 
+    if _nested_too_deep(text):
+        return _outline(text, ("nested_too_deep", f"the JSON is nested too deep: more than {MAX_DEPTH} levels"))
+
     strict = _Strict()
     try:
         document = json.loads(text, object_pairs_hook=strict.members, parse_constant=strict.constant)
-    except RecursionError:
-        return _outline(text, ("nested_too_deep", "the JSON is nested too deep to be a message"))
     except json.JSONDecodeError as error:
         raise MessageError(f"not JSON: {_short(str(error))}", reason="not_json") from None
     except ValueError:  # Python reads no integer of more than 4300 digits
@@ -314,6 +322,21 @@ class _Strict:
 
 # Text without its closing quote is a token too, and nothing is given back (`*+`): each character is looked at once.
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}:,]')
+
+
+def _nested_too_deep(text: str) -> bool:
+    """Whether more than `MAX_DEPTH` arrays and objects stand inside one another. Linear in the length of `text`."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        if match[0] in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        elif match[0] in "]}":
+            depth -= 1
+    return False
 
 
 def _outline(text: str, wrong: tuple[str, str]) -> _Document:
