@@ -10,8 +10,10 @@ Use: audit.py [REQUIREMENTS ...] [-- OPTION OF PIP-AUDIT ...], for example -- --
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,10 @@ FILES = ("runtime.txt", "build.txt", "dev.txt", "iso15118.txt")
 
 EXIT_KNOWN = 1
 EXIT_NOT_SAID = 2
+
+
+_MARKER = re.compile(r" ; .+(?= \\$)", re.MULTILINE)
+"""What a package is needed for, such as a version of Python, on its line of a requirements file."""
 
 
 @dataclass
@@ -57,8 +63,15 @@ def judge(report: dict[str, Any]) -> Verdict:
 
 
 def audit(requirements: Path, options: Iterable[str]) -> Verdict:
-    """Ask about each package of a file."""
-    how = ("--requirement", str(requirements), "--require-hashes", "--disable-pip", "--format", "json")
+    """Ask about each package of a file, also about what another version of Python needs and this one does not."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as unconditional:
+        unconditional.write(_MARKER.sub("", requirements.read_text()))
+        unconditional.flush()
+        return _ask(unconditional.name, options)
+
+
+def _ask(requirements: str, options: Iterable[str]) -> Verdict:
+    how = ("--requirement", requirements, "--require-hashes", "--disable-pip", "--format", "json")
     program = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--desc", "off"]
     said = subprocess.run([*program, *how, *options], capture_output=True, text=True, check=False)
     try:

@@ -78,6 +78,17 @@ def test_a_clean_result_is_that_each_package_was_asked_about(
     assert f"nothing known against {len(pinned)} packages" in capsys.readouterr().out
 
 
+def test_what_only_another_platform_needs_is_asked_about_too(tmp_path: Path, service: Service) -> None:
+    path = tmp_path / "elsewhere.txt"
+    path.write_text(
+        f"click==8.5.1 ; python_full_version < '3' \\\n    --hash={HASH}\n"
+        f"rich==15.0.0 ; sys_platform == 'win32' and implementation_name != 'PyPy' \\\n    --hash={HASH}\n"
+    )
+
+    assert audit.main([str(path), "--", *service.options]) == 0
+    assert service.asked == {"click": "8.5.1", "rich": "15.0.0"}
+
+
 def test_what_is_known_is_named_with_the_version_that_mends_it(
     two: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
