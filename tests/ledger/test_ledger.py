@@ -7,7 +7,7 @@ import re
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -817,11 +817,12 @@ def test_a_key_is_never_handed_out_twice(
 @pytest.mark.parametrize("end", [KeyEvent.EXPIRED, KeyEvent.DESTRUCTION_ORDERED, KeyEvent.COMPROMISE_REPORTED])
 def test_a_key_made_ahead_that_is_gone_is_never_handed_out(path: Path, end: KeyEvent, again: bool) -> None:
     """Also where another process has ended it, and the daemon has not been told."""
-    with closing(Ledger(path)) as ledger:
+    with ExitStack() as opened:
+        ledger = opened.enter_context(closing(Ledger(path)))
         key = ahead(ledger)
         if again:
             ledger.close()
-            ledger = Ledger(path)  # noqa: PLW2901 - the run after it
+            ledger = opened.enter_context(closing(Ledger(path)))  # the run after it
             assert stock_of(ledger) == [key]
         with closing(Ledger(path, make=False)) as command:
             bring(command, key.key_id, end)
