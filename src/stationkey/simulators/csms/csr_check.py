@@ -22,6 +22,9 @@ _LEAST_HASH: Final = 224
 _PEM: Final = re.compile(r"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----(.*?)-----END", re.DOTALL)
 _ECDSA_OIDS: Final = bytes.fromhex("2a8648ce3d04")
 """ecdsa-with-SHA1, -SHA256, ... begin so: 1.2.840.10045.4."""
+_EC_PUBLIC_KEY: Final = bytes.fromhex("2a8648ce3d0201")
+"""id-ecPublicKey, 1.2.840.10045.2.1 [RFC 5480 2.1.1]."""
+_SEQUENCE: Final = 0x30
 _COUNTRY_NAME: Final = re.compile(COUNTRY_NAME_PATTERN)
 
 
@@ -45,10 +48,17 @@ def check_csr(pem: str, *, certificate_type: CertificateType, organization: str)
         if _ecdsa_with_parameters(der):  # before the parser: not every version of it lets such a CSR through
             words = "the ECDSA AlgorithmIdentifier of the signature has parameters [RFC 5758 3.2]"
             raise refused("csr_signature_parameters", words)
+        if _explicit_curve(der):  # the parser knows the curves by their numbers, and gives them their names
+            raise refused(
+                "csr_key_parameters", "the key's curve is given by its parameters, not by name [RFC 5480 2.1.1]"
+            )
         csr = x509.load_der_x509_csr(der)
         public_key, subject, extensions = csr.public_key(), csr.subject, csr.extensions
     except x509.InvalidVersion:
         raise refused("csr_version", "the CSR's version is not 0 [RFC 2986 4.1]") from None
+    except x509.UnsupportedGeneralNameType:
+        words = "a name in it is of a kind that no certificate here may have (x400Address, ediPartyName)"
+        raise refused("csr_unreadable", words) from None
     except (ValueError, TypeError, IndexError, CryptographyUnsupported, x509.DuplicateExtension) as error:
         raise refused("csr_unreadable", f"not a PKCS#10 request in PEM that can be read: {error}") from None
     _check_strength(csr, public_key)
@@ -108,6 +118,21 @@ def _ecdsa_with_parameters(der: bytes) -> bool:
     identifier, identifier_end = _content(der, information_end)
     oid, oid_end = _content(der, identifier)
     return der[oid:oid_end].startswith(_ECDSA_OIDS) and oid_end != identifier_end
+
+
+def _explicit_curve(der: bytes) -> bool:
+    """Whether a CSR's public key has a SEQUENCE for its curve [SEC 1 C.2, ECParameters], and not a name.
+
+    CertificationRequestInfo is SEQUENCE { version, subject, SEQUENCE { SEQUENCE { OID, parameters }, key }, ... }.
+    """
+    request, _ = _content(der, 0)
+    element, _ = _content(der, request)
+    for _skipped in ("version", "subject"):
+        _, element = _content(der, element)
+    key, _ = _content(der, element)
+    identifier, identifier_end = _content(der, key)
+    oid, oid_end = _content(der, identifier)
+    return der[oid:oid_end] == _EC_PUBLIC_KEY and oid_end < identifier_end and der[oid_end] == _SEQUENCE
 
 
 def _content(der: bytes, element: int) -> tuple[int, int]:
