@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -42,6 +41,7 @@ from stationkey.mqtt.connection import (
 from stationkey.mqtt.topics import availability, topics
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, unless
+from stationkey.system.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class MqttEdge:
         """
         self._spawn(self._deliver_recorded(), "deliver-recorded")
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        delay, now = FIRST_DELAY, asyncio.get_running_loop().time
+        backoff, now = Backoff(FIRST_DELAY, LAST_DELAY, jitter=0.5), asyncio.get_running_loop().time
         try:
             while not stop.is_set():
                 since = math.inf
@@ -193,16 +193,16 @@ class MqttEdge:
                     connection = await unless(stopping, self._connect())
                     if connection is None:
                         break
-                    since, delay = now(), min(delay, UNSTEADY_DELAY)
+                    since = now()
+                    backoff.lower(UNSTEADY_DELAY)
                     await self._serve(connection, stopping, drain)
                 except (BrokerError, ConfigurationError) as error:  # a secret or a certificate may just be exchanged
                     self._on_away()
                     if now() - since > STEADY:
-                        delay = FIRST_DELAY
-                    wait = delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
+                        backoff.reset()
+                    wait = backoff.next()
                     log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
                     await asyncio.wait([stopping], timeout=wait)
-                    delay = min(delay * 2, LAST_DELAY)
             await self._drain(drain)  # where there is no connection: what is in hand is written down at least
         finally:
             stopping.cancel()

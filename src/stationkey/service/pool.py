@@ -30,6 +30,7 @@ from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.ledger.worker import LedgerThread
+from stationkey.system.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -149,19 +150,18 @@ class KeyPool:
         """Keep the pool full until cancelled. A TPM that is away or a full disk is logged, and tried again."""
         if not (self._terms.ec or self._terms.rsa):
             return
-        begun, delay = False, RETRY_FIRST
+        begun, backoff = False, Backoff(RETRY_FIRST, RETRY_LAST)
         while True:
             try:
                 if not begun:
                     await self._begin()
                     begun = True
                 await self._fill()
-                delay = RETRY_FIRST
+                backoff.reset()
             except StationKeyError as error:
                 log.warning("no keys are made ahead for now: %s", error, extra={"reason": error.reason})
                 begun = begun and not isinstance(error, _OtherKind)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, RETRY_LAST)
+                await asyncio.sleep(backoff.next())
                 continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK):

@@ -29,6 +29,7 @@ from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.matching import KeyFinder
 from stationkey.service.running_time import RunningTime
+from stationkey.system.backoff import Backoff
 from stationkey.system.counters import Counters
 from stationkey.x509.certificate import Chain, Expected, differences, prove
 
@@ -137,7 +138,7 @@ class KeyCustody:
 
     async def _settle(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         """Do what a status says, as soon as key store and ledger are there for it."""
-        delay = RETRY_FIRST
+        backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         try:
             while True:
                 try:
@@ -148,9 +149,9 @@ class KeyCustody:
                     if not error.transient:
                         raise
                     self._trouble = error
+                    delay = backoff.next()
                     log.warning("%s; trying again in %g s", error, delay, extra={**about, "reason": error.reason})
                 await asyncio.sleep(delay)
-                delay = min(delay * 2, RETRY_LAST)
         finally:
             self._trouble = None
 
@@ -347,10 +348,9 @@ class KeyCustody:
             for key in await self._ledger(lambda ledger: ledger.keys.usable()):
                 if not key.has_owner:
                     continue  # made ahead: see `KeyPool`
-                delay = RETRY_FIRST
-                while not await self._tell_if_unusable(key):
-                    await asyncio.sleep(delay)
-                    delay = min(delay * 2, RETRY_LAST)
+                backoff = Backoff(RETRY_FIRST, RETRY_LAST)
+                while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - nobody tells when the key store is back
+                    await asyncio.sleep(backoff.next())
         except LedgerError as error:
             log.error("not every key was tried: %s", error, extra={"reason": error.reason})
 

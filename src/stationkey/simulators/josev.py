@@ -53,6 +53,7 @@ from stationkey.simulators.ocpp import (
 from stationkey.simulators.ocpp_connection import CallError, NotAnswered, OcppConnection
 from stationkey.simulators.pending import Pending, PendingFile, write_atomically
 from stationkey.simulators.verification import CertificateInvalid, for_which, read_signed, read_trust_anchors, verify
+from stationkey.system.backoff import Backoff
 from stationkey.x509.certificate import Chain, Expected, read_chain
 
 log = logging.getLogger(__name__)
@@ -154,23 +155,22 @@ class Station:
 
     async def run(self) -> None:
         """Stay connected to the CSMS and do what it triggers, until cancelled."""
-        delay = RECONNECT_FIRST
+        backoff = Backoff(RECONNECT_FIRST, RECONNECT_LAST)
         try:
             while True:
                 try:
                     await self._session()
                     self._tell("connection closed by the CSMS", None)
                 except (OSError, TimeoutError, websockets.WebSocketException) as error:
-                    self._tell(f"no CSMS at {self._settings.csms}: {error}; trying again in {delay:g} s", None)
+                    self._tell(f"no CSMS at {self._settings.csms}: {error}; trying again in {backoff.delay:g} s", None)
                 except StationKeyError as error:
-                    self._tell(f"BootNotification failed: {error}; reconnecting in {delay:g} s", None)
+                    self._tell(f"BootNotification failed: {error}; reconnecting in {backoff.delay:g} s", None)
                 finally:
                     if self._connected.is_set():
-                        delay = RECONNECT_FIRST
+                        backoff.reset()
                     self._connected.clear()
                     self._csms = None
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, RECONNECT_LAST)
+                await asyncio.sleep(backoff.next())
         finally:
             for task in self._tasks:
                 task.cancel()
