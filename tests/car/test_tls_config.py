@@ -416,9 +416,9 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 PLANTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a link to the right file": (lambda file, right: file.symlink_to(right), "it is a link"),
-    "a FIFO": (lambda file, _: os.mkfifo(file), "it is no regular file"),
-    "a directory": (lambda file, _: file.mkdir(), "it is no regular file"),
-    "a file that never ends": (lambda file, _: os.truncate(write(file, ""), 2**40), "it has more than"),
+    "a FIFO": (lambda file, _: os.mkfifo(file), "not a regular file"),
+    "a directory": (lambda file, _: file.mkdir(), "not a regular file"),
+    "a file that never ends": (lambda file, _: os.truncate(write(file, ""), 2**40), "more than"),
 }
 
 

@@ -28,10 +28,11 @@ from protection import (
     write_secret,
 )
 from stationkey.config.settings import TpmTerms
-from stationkey.keystore.protocol import KeyRef, pem
+from stationkey.keystore.protocol import KeyRef
 from stationkey.keystore.tpm2.keyfile import KeyFile, read_pem
 from stationkey.keystore.tpm2.sealed import MAX_SEALED
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
+from stationkey.system.pem import to_pem
 
 SRK, OTHER = 0x81000001, 0x81000010
 SESSIONS = ("none", "hmac", "encrypted")
@@ -300,7 +301,7 @@ def test_a_damaged_value_is_told_and_not_overwritten(opened: Opener, tmp_path: P
             blob = read_pem(whole)
             assert blob is not None
             broken = dataclasses.replace(blob, private=blob.private[:-1] + bytes([blob.private[-1] ^ 1]))
-            content = pem("TSS2 PRIVATE KEY", broken.der())
+            content = to_pem("TSS2 PRIVATE KEY", broken.der())
         case _:
             assert isinstance(damage, bytes)
             content = damage

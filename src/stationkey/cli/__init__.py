@@ -17,7 +17,7 @@ import click
 
 from stationkey._version import __version__
 from stationkey.errors import StationKeyError
-from stationkey.system.logs import printable
+from stationkey.system.text import printable
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

@@ -30,7 +30,7 @@ from stationkey.keystore import KeyRef, KeyStore, KeyStoreUri, Lending, keystore
 from stationkey.keystore.registry import SCHEMES
 from stationkey.keystore.worker import KeyStoreThread, overdue
 from stationkey.ledger import Ledger
-from stationkey.system.cli_files import read_bounded, write_text
+from stationkey.system.files import read_bounded, write_text
 from stationkey.system.state_dir import DATABASE_NAME, visit, without_daemon
 
 if TYPE_CHECKING:

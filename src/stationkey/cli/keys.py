@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from ssl import DER_cert_to_PEM_cert
 
 import click
 
@@ -21,8 +20,9 @@ from stationkey.errors import StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.service.active_files import ActiveDirectory
-from stationkey.system.logs import printable
+from stationkey.system.pem import to_pem
 from stationkey.system.state_dir import DATABASE_NAME, visit
+from stationkey.system.text import printable
 
 _state_dir = state_dir_option("Where the ledger is kept.")
 _config = config_option()
@@ -242,4 +242,4 @@ def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | 
     with _ledger(state_dir, config_file) as ledger:
         key = ledger.keys.named(key_id)
     # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
-    click.echo(DER_cert_to_PEM_cert(key.public).replace("CERTIFICATE", "PUBLIC KEY"), nl=False)
+    click.echo(to_pem("PUBLIC KEY", key.public), nl=False)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from ssl import DER_cert_to_PEM_cert
 from typing import Final, TypeVar
 
 import click
@@ -17,7 +16,8 @@ from stationkey.attestation.structures import spki_of
 from stationkey.attestation.trust import Anchor, read_ak, read_authorities, read_key
 from stationkey.attestation.verifier import Verdict, read_csr, verify
 from stationkey.errors import ConfigurationError, NotVerified
-from stationkey.system.cli_files import read_bounded, write_text
+from stationkey.system.files import read_bounded, write_text
+from stationkey.system.pem import to_pem
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -40,8 +40,7 @@ def nonce_option(command: Command) -> Command:
 
 def public_pem(spki: bytes) -> str:
     """A subjectPublicKeyInfo as a PEM PUBLIC KEY."""
-    # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
-    return DER_cert_to_PEM_cert(spki).replace("CERTIFICATE", "PUBLIC KEY")
+    return to_pem("PUBLIC KEY", spki).decode("ascii")
 
 
 @click.command("verify-attestation")

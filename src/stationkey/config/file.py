@@ -47,7 +47,7 @@ from stationkey.contract.profiles import (
     KeyUsage,
 )
 from stationkey.errors import ConfigurationError
-from stationkey.system.logs import printable
+from stationkey.system.text import printable
 
 DEFAULT_BROKER: Final = "mqtt://127.0.0.1:1883"
 DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"

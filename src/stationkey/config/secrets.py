@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from stationkey.errors import ConfigurationError
+from stationkey.system.files import opened_regular
 
 MAX_SECRET: Final = 4096
 """Bytes. A longer file is none that was meant."""
@@ -78,11 +79,7 @@ class SecretReference:
         """
         path = self.path
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode):
-                    raise self._unreadable(f"{path} is no file")
+            with opened_regular(path, follow=True) as (file, status):
                 if status.st_mode & stat.S_IRWXO:
                     raise self._unreadable(
                         f"{path} is open to every user of this machine (mode {stat.S_IMODE(status.st_mode):04o})",

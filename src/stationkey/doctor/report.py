@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from stationkey.system.text import printable as on_one_line
+
 REPORT_VERSION: Final = 1
 """Of the JSON report. It changes where a program that reads the old one would be misled."""
 MAX_TEXT: Final = 600
@@ -112,8 +114,8 @@ def _counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The same without anything that could move a terminal's cursor, forge a line or hide a word."""
-    shown = "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in text)
+    """The same without anything that could move a terminal's cursor, forge a line or hide a word; cut short."""
+    shown = on_one_line(text)
     return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}…"
 
 

@@ -5,9 +5,7 @@ Stores are synchronous and belong to one thread, `KeyStoreThread`.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkab
 
 from stationkey.contract.profiles import Algorithm, KeyType
 from stationkey.keystore.registry import SCHEMES
+from stationkey.system.pem import to_pem
 
 if TYPE_CHECKING:
     from stationkey.x509.csr import PrivateKey, PublicKey
@@ -29,12 +28,6 @@ def key_id_of(public: bytes) -> str:
     Whoever holds the CSR or the certificate can compute it, and a name can never stand for two keys.
     """
     return hashlib.sha256(public).hexdigest()[:KEY_ID_LENGTH]
-
-
-def pem(label: str, der: bytes) -> bytes:
-    """DER as PEM [RFC 7468]."""
-    lines = textwrap.wrap(base64.b64encode(der).decode("ascii"), 64)
-    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode("ascii")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +55,7 @@ class KeyRef:
 
     def pem(self) -> bytes:
         """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
-        return pem(SCHEMES[self.scheme].pem_label, self.private)
+        return to_pem(SCHEMES[self.scheme].pem_label, self.private)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
-import re
 import socket
 import ssl
 import threading
@@ -24,13 +22,15 @@ from stationkey.errors import BrokerError, ConfigurationError
 from stationkey.mqtt.tpm_provider import TPM_PROVIDER
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
+from stationkey.system.addresses import is_loopback
+from stationkey.system.files import read_regular
+from stationkey.system.pem import blocks
 
 log = logging.getLogger(__name__)
 
 MAX_PEM: Final = 1024 * 1024
 """Bytes of a file with certificates or a key."""
 
-_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _HINTS: Final = {
     **dict.fromkeys((9, 10), "is this machine's clock right?"),
     **dict.fromkeys((62, 64), "if it has another name than the URL's host, say it by server_name"),
@@ -157,20 +157,13 @@ async def check(broker: Broker, terms: MqttTerms) -> None:
     Raises:
         ConfigurationError: something cannot be read, is not what it should be, or is of no use with this broker.
     """
-    if terms.password is not None and not broker.tls and not _is_loopback(broker.host):
+    if terms.password is not None and not broker.tls and not is_loopback(broker.host):
         log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT):
             await in_thread(lambda: introduction(terms, tls=broker.tls), name="mqtt-check")
     except (BrokerError, TimeoutError) as error:
         log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection tries again, and says so
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _client_context(terms: MqttTerms) -> ssl.SSLContext:
@@ -190,12 +183,9 @@ def _read(terms: MqttTerms) -> _Files:
 
 def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_PEM + 1)
+        content = read_regular(path, limit=MAX_PEM, follow=True)
     except OSError as error:
         raise ConfigurationError(f"the {name} {path} cannot be read: {error.strerror}", reason=reason) from None
-    if len(content) > MAX_PEM:
-        raise ConfigurationError(f"the {name} {path} has more than {MAX_PEM} bytes", reason=reason)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_certificates(content))
     except (OSError, ValueError):
@@ -204,8 +194,8 @@ def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
 
 
 def _certificates(content: bytes) -> str:
-    """The certificates in a PEM file: between them may stand keys, and comments in any encoding [RFC 7468 2]."""
-    return "\n".join(block.decode("ascii", "replace") for block in _CERTIFICATE.findall(content))
+    """Return the certificates of a PEM file. Between them may stand keys, and comments in any encoding."""
+    return "\n".join(block.decode("ascii", "replace") for block in blocks(content, "CERTIFICATE"))
 
 
 def _read_certificate(path: Path) -> bytes:

@@ -12,7 +12,6 @@ loopback address too, and by DNS rebinding read what comes back. So the Host ask
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Final, Self
 from urllib.parse import urlsplit
 
+from stationkey.system.addresses import is_loopback
 from stationkey.system.listener import BACKLOG, Listener
 
 log = logging.getLogger(__name__)
@@ -179,13 +179,7 @@ async def _shown(page: Page) -> Reply:
 
 def is_loopback_host(host: str) -> bool:
     """Whether a Host field [RFC 9110 7.2] means this machine by a name that no other can have."""
-    name = re.sub(r":\d*$", "", host)
-    if name.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]"))
 
 
 def _response(reply: Reply, *, with_body: bool) -> bytes:

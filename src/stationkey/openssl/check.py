@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 import ssl
-import stat
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from stationkey.contract.profiles import CertificateType
 from stationkey.errors import ConfigurationError, Fault, KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import KeyStore, KeyStoreUri, Protecting
 from stationkey.keystore.tpm2 import keyfile
-from stationkey.system.cli_files import MAX_FILE
+from stationkey.system.files import MAX_FILE, read_regular
 from stationkey.x509.certificate import UNREADABLE, Chain, read_chain
 
 TIMEOUT: Final = 30.0
@@ -219,17 +218,15 @@ def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Key
     files = []
     path = directory
     try:
-        with _opened(directory, os.O_DIRECTORY | os.O_NOFOLLOW) as opened:
+        with _directory(directory) as opened:
             for name in sorted(os.listdir(opened)):  # noqa: PTH208 - of a directory that stays the same one
                 owner = owner_of(name)
                 if owner is None or owner[0] != certificate_type:
                     continue
                 path = directory / name
-                with (
-                    contextlib.suppress(FileNotFoundError),  # deactivated meanwhile
-                    _opened(name, os.O_NOFOLLOW | os.O_NONBLOCK, directory=opened) as file,
-                ):
-                    files.append(KeyFile(name, _content(file)))
+                with contextlib.suppress(FileNotFoundError):  # deactivated meanwhile
+                    content = read_regular(name, limit=MAX_FILE, follow=False, directory=opened)
+                    files.append(KeyFile(name, content))
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -249,29 +246,18 @@ def key_file(path: Path) -> KeyFile:
         TlsCheckFailed: it cannot be read.
     """
     try:
-        with _opened(path, os.O_NONBLOCK) as file:
-            return KeyFile(path.name, _content(file))
+        return KeyFile(path.name, read_regular(path, limit=MAX_FILE, follow=True))
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
 @contextmanager
-def _opened(path: str | Path, flags: int, *, directory: int | None = None) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags, dir_fd=directory)
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _content(descriptor: int) -> bytes:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
-    with open(descriptor, "rb", closefd=False) as file:
-        content = file.read(MAX_FILE + 1)
-    if len(content) > MAX_FILE:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_FILE} bytes")
-    return content
 
 
 def _unreadable(path: Path, error: OSError) -> TlsCheckFailed:

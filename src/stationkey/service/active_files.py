@@ -20,6 +20,7 @@ from typing import Final
 from stationkey.contract.active_names import DIRECTORY_NAME, Owner, file_name
 from stationkey.errors import LedgerError
 from stationkey.system import files
+from stationkey.system.files import opened_regular
 
 _LOCK: Final = ".lock"
 _MODE: Final = 0o700
@@ -127,16 +128,12 @@ def _try_lock(descriptor: int) -> bool:
 def _is_there(path: Path, content: bytes) -> bool:
     """Whether a regular file of ours, under this one name, has that content. Nothing that was planted is waited for."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        file = os.fdopen(descriptor, "rb")
+        with opened_regular(path, follow=False) as (file, status):
+            if status.st_uid != os.geteuid() or status.st_nlink != 1 or status.st_mode & 0o077:
+                return False
+            return status.st_size == len(content) and file.read(len(content) + 1) == content
     except OSError:
         return False
-    with file:
-        status = os.fstat(descriptor)
-        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
-        if not ours or status.st_mode & 0o077 or status.st_size != len(content):
-            return False
-        return file.read(len(content) + 1) == content
 
 
 def _remove(path: Path) -> None:

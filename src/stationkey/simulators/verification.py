@@ -11,7 +11,7 @@ from cryptography.x509.verification import Store
 
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.simulators.pending import Pending
-from stationkey.system.cli_files import read_bounded
+from stationkey.system.files import read_bounded
 from stationkey.x509.certificate import Chain, Expected, differences, read_chain, untrusted
 
 

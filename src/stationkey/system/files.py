@@ -1,13 +1,134 @@
-"""Files that are there whole or not at all, whatever dies while they are written."""
+"""Read files that may be a trap, and write files that are there whole or not at all.
+
+A path may lead to a FIFO, a device, a link or a file without end. `opened_regular` and `read_regular` wait for none of
+them: they open without blocking, take regular files only, and read no more than a bound. A file that vanishes is a
+`FileNotFoundError`. `read_bounded` and `write_text` are for the paths that an operator gives a command, where a pipe is
+fine.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
+from stationkey.errors import ConfigurationError
+
+MAX_FILE: Final = 256 * 1024
+"""Largest file that a command reads, in bytes."""
 UNFINISHED: Final = ".new"
 """Ends the name of a file that is being written."""
+
+
+class NotRegular(OSError):
+    """What is at a path is no regular file."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(errno.EINVAL, "not a regular file", str(path))
+
+
+class TooLarge(OSError):
+    """A file has more bytes than are read of it."""
+
+    def __init__(self, path: str | Path, limit: int) -> None:
+        super().__init__(errno.EFBIG, f"more than {limit} bytes", str(path))
+
+
+@contextmanager
+def opened_regular(
+    path: str | Path, *, follow: bool, directory: int | None = None
+) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """Open a regular file for reading, without waiting for anybody.
+
+    Args:
+        path: the file.
+        follow: whether the last part of the path may be a symbolic link.
+        directory: descriptor of the directory that `path` is relative to, or None.
+
+    Yields:
+        The file and its status.
+
+    Raises:
+        NotRegular: it is a directory, a FIFO, a socket or a device.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags, dir_fd=directory)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotRegular(path)
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file, status
+    finally:
+        os.close(descriptor)
+
+
+def read_regular(path: str | Path, *, limit: int, follow: bool, directory: int | None = None) -> bytes:
+    """Return the content of a regular file; see `opened_regular`.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have.
+        follow: whether the last part of the path may be a symbolic link.
+        directory: descriptor of the directory that `path` is relative to, or None.
+
+    Raises:
+        NotRegular: it is a directory, a FIFO, a socket or a device.
+        TooLarge: it has more than `limit` bytes.
+        OSError: it cannot be read.
+    """
+    with opened_regular(path, follow=follow, directory=directory) as (file, _):
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise TooLarge(path, limit)
+    return content
+
+
+def read_bounded(path: Path) -> bytes:
+    """A file of `MAX_FILE` bytes at the most; standard input for ``-``.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is too large.
+    """
+    try:
+        if str(path) == "-":
+            data = sys.stdin.buffer.read(MAX_FILE + 1)
+        else:
+            with path.open("rb") as file:
+                data = file.read(MAX_FILE + 1)
+    except (OSError, ValueError) as error:
+        words = error.strerror if isinstance(error, OSError) else "that is no path"
+        raise ConfigurationError(f"{path} cannot be read: {words}", reason="file_unreadable") from None
+    if len(data) > MAX_FILE:
+        raise ConfigurationError(f"{path} has more than {MAX_FILE} bytes", reason="file_unreadable")
+    return data
+
+
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file anew.
+
+    Args:
+        path: where.
+        text: what.
+        private: nobody else may read it, also where a file was there that others could read.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        with os.fdopen(os.open(path, flags, 0o600 if private else 0o666), "w", encoding="utf-8") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
+            file.write(text)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}", reason="out_unwritable") from None
 
 
 def exchange(path: Path, content: bytes) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from stationkey.errors import ConfigurationError
+from stationkey.system.addresses import is_loopback
 
 BACKLOG: Final = 128
 """How many the kernel holds until they are looked at. What it has no place for comes again a second later."""
@@ -63,7 +64,7 @@ class Address:
                 reason="metrics_listen_invalid",
                 hint=_HINT,
             )
-        if not address.is_loopback:
+        if not is_loopback(bare):
             raise ConfigurationError(
                 f"[metrics] listen: {text} can be reached from other machines, and there is no TLS and no password",
                 reason="metrics_not_loopback",

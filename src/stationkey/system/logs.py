@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, TextIO, cast
 
+from stationkey.system.text import printable
+
 MINUTE: Final = 60.0
 """Seconds."""
 LINES_A_MINUTE: Final[Mapping[int, int]] = {logging.DEBUG: 600, logging.INFO: 600, logging.WARNING: 20}
@@ -53,13 +55,6 @@ def _timestamp(record: logging.LogRecord) -> str:
 def _value(value: object) -> str:
     text = str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
-
-
-def printable(text: str) -> str:
-    """`text` on one line: what would move a cursor, turn the writing round or hide itself is shown as its number."""
-    if text.isprintable():
-        return text
-    return "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in text)
 
 
 class TextFormatter(logging.Formatter):

@@ -18,26 +18,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
-from stationkey.contract.profiles import CertificateProfile, ExtendedKeyUsage, KeyUsage
+from stationkey.contract.profiles import CertificateProfile
 from stationkey.errors import KeyStoreError, StationKeyError
-from stationkey.x509.csr import HASHES, PrivateKey, key_type
+from stationkey.x509.csr import HASHES, PURPOSES, USAGE_FIELDS, PrivateKey, key_type
 
 MAX_CHAIN: Final = 10
 """Certificates of a file whose order is looked at. A chain of ISO 15118 has four at the most, and each signature may
 cost what an exponent of thousands of bits costs, while requests wait."""
-
-_USAGE_FIELDS: Final = {
-    KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
-    KeyUsage.CONTENT_COMMITMENT: "content_commitment",
-    KeyUsage.KEY_ENCIPHERMENT: "key_encipherment",
-    KeyUsage.DATA_ENCIPHERMENT: "data_encipherment",
-    KeyUsage.KEY_AGREEMENT: "key_agreement",
-}
-_PURPOSES: Final = {
-    ExtendedKeyUsage.SERVER_AUTH: ExtendedKeyUsageOID.SERVER_AUTH,
-    ExtendedKeyUsage.CLIENT_AUTH: ExtendedKeyUsageOID.CLIENT_AUTH,
-}
-
 
 UNREADABLE: Final = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 """What cryptography raises where the extensions of a certificate are wrong: it reads them when they are asked for."""
@@ -151,7 +138,7 @@ def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> l
     found = []
     try:
         usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
-        missing = [bit for bit in profile.key_usage if bit in _USAGE_FIELDS and not getattr(usage, _USAGE_FIELDS[bit])]
+        missing = [bit for bit in profile.key_usage if bit in USAGE_FIELDS and not getattr(usage, USAGE_FIELDS[bit])]
         if missing:
             found.append(f"usage: keyUsage lacks {', '.join(missing)}")
     except x509.ExtensionNotFound:
@@ -173,7 +160,7 @@ def _purpose_differences(leaf: x509.Certificate, profile: CertificateProfile) ->
         return ["usage: no extendedKeyUsage"] if profile.extended_key_usage else []
     if ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in purposes:
         return []
-    missing = [purpose for purpose in profile.extended_key_usage if _PURPOSES[purpose] not in purposes]
+    missing = [purpose for purpose in profile.extended_key_usage if PURPOSES[purpose] not in purposes]
     return [f"usage: extendedKeyUsage lacks {', '.join(missing)}"] if missing else []
 
 

@@ -46,10 +46,19 @@ HASHES: Final[dict[str, hashes.SHA256 | hashes.SHA384 | hashes.SHA512]] = {
 }
 """cryptography's hash by hashlib's name."""
 
-_EXTENDED_KEY_USAGE: Final = {
+USAGE_FIELDS: Final = {
+    KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
+    KeyUsage.CONTENT_COMMITMENT: "content_commitment",
+    KeyUsage.KEY_ENCIPHERMENT: "key_encipherment",
+    KeyUsage.DATA_ENCIPHERMENT: "data_encipherment",
+    KeyUsage.KEY_AGREEMENT: "key_agreement",
+}
+"""Names that cryptography gives the bits of keyUsage."""
+PURPOSES: Final = {
     ExtendedKeyUsage.SERVER_AUTH: ExtendedKeyUsageOID.SERVER_AUTH,
     ExtendedKeyUsage.CLIENT_AUTH: ExtendedKeyUsageOID.CLIENT_AUTH,
 }
+"""OIDs of the purposes of extendedKeyUsage."""
 
 
 def build_csr(
@@ -176,7 +185,7 @@ def extensions_of(profile: CertificateProfile) -> list[tuple[x509.ExtensionType,
         )
     ]
     if profile.extended_key_usage:
-        purposes = x509.ExtendedKeyUsage([_EXTENDED_KEY_USAGE[purpose] for purpose in profile.extended_key_usage])
+        purposes = x509.ExtendedKeyUsage([PURPOSES[purpose] for purpose in profile.extended_key_usage])
         extensions.append((purposes, profile.extended_key_usage_critical))
     extensions.append((x509.BasicConstraints(ca=False, path_length=None), True))
     return extensions
@@ -238,13 +247,6 @@ _UNREADABLE: Final = (
     x509.UnsupportedGeneralNameType,
 )
 """What cryptography raises over a CSR; it reads most parts only when asked for them."""
-_USAGE_FIELDS: Final = {
-    KeyUsage.DIGITAL_SIGNATURE: "digital_signature",
-    KeyUsage.CONTENT_COMMITMENT: "content_commitment",
-    KeyUsage.KEY_ENCIPHERMENT: "key_encipherment",
-    KeyUsage.DATA_ENCIPHERMENT: "data_encipherment",
-    KeyUsage.KEY_AGREEMENT: "key_agreement",
-}
 
 
 def inspect_csr(pem: str | bytes) -> CsrSummary:
@@ -269,9 +271,9 @@ def _extension_line(extension: x509.Extension[x509.ExtensionType]) -> str:
     value = extension.value
     match value:
         case x509.KeyUsage():
-            text = "keyUsage " + "+".join(bit for bit, field in _USAGE_FIELDS.items() if getattr(value, field))
+            text = "keyUsage " + "+".join(bit for bit, field in USAGE_FIELDS.items() if getattr(value, field))
         case x509.ExtendedKeyUsage():
-            names = {oid: purpose.value for purpose, oid in _EXTENDED_KEY_USAGE.items()}
+            names = {oid: purpose.value for purpose, oid in PURPOSES.items()}
             text = "extendedKeyUsage " + "+".join(names.get(oid, oid.dotted_string) for oid in value)
         case x509.BasicConstraints():
             text = f"basicConstraints CA:{str(value.ca).lower()}"

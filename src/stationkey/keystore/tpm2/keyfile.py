@@ -5,14 +5,14 @@ tpm2-pytss has a class for it that knows no policy. Where a key has none, the by
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Final
 
 from cryptography.hazmat import asn1
 from cryptography.x509 import ObjectIdentifier
+
+from stationkey.system.pem import blocks, from_pem
 
 LABEL: Final = "TSS2 PRIVATE KEY"
 KEY: Final = ObjectIdentifier("2.23.133.10.1.3")
@@ -116,17 +116,12 @@ def read_pem(text: bytes) -> KeyFile | None:
     Raises:
         ValueError: there is one, and it is damaged.
     """
-    begin, end = f"-----BEGIN {LABEL}-----".encode(), f"-----END {LABEL}-----".encode()
-    _, found, rest = text.partition(begin)
-    if not found:
+    if f"-----BEGIN {LABEL}-----".encode() not in text:
         return None
-    encoded, ended, _ = rest.partition(end)
-    if not ended:
+    found = blocks(text, LABEL)
+    if not found:
         raise ValueError("the end is missing")
-    try:
-        return KeyFile.read(base64.b64decode(b"".join(encoded.split()), validate=True))
-    except binascii.Error:
-        raise ValueError("no base64") from None
+    return KeyFile.read(from_pem(found[0]))
 
 
 def policy_digest(policy: tuple[Command, ...]) -> bytes:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from stationkey.errors import KeyStoreError
-from stationkey.keystore.protocol import pem
 from stationkey.keystore.tpm2.keyfile import LABEL, KeyFile, read_pem
 from stationkey.system import files as durable
+from stationkey.system.pem import to_pem
 
 DIRECTORY_NAME: Final = "tpm"
 MAX_SEALED: Final = 64
@@ -72,7 +71,7 @@ class Kept:
         content = self._read(path)
         if content is None and seal is not None:
             self._drop_oldest()
-            self._make(path, pem(LABEL, seal().der()))
+            self._make(path, to_pem(LABEL, seal().der()))
             content = self._read(path)  # somebody else's, if he was faster
         if content is None:
             return None
@@ -87,13 +86,11 @@ class Kept:
     def _read(self, path: Path) -> bytes | None:
         """The content of a regular file; None where there is none. A symbolic link is not followed."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise _damaged(path)
-                return file.read(_MAX_FILE)
+            return durable.read_regular(path, limit=_MAX_FILE, follow=False)
         except FileNotFoundError:
             return None
+        except (durable.NotRegular, durable.TooLarge):
+            raise _damaged(path) from None
         except OSError as error:
             raise _unusable(path, error) from None
 

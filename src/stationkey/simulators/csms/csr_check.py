@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import ipaddress
 import re
 from typing import Final
@@ -14,12 +13,14 @@ from cryptography.x509.oid import NameOID
 
 from stationkey.contract.profiles import COUNTRY_NAME_PATTERN, NAME_MAX_LENGTH, PROFILES, CertificateType
 from stationkey.errors import Fault, StationKeyError
+from stationkey.system.pem import blocks
+from stationkey.system.pem import from_pem as pem_to_der
 
 _LEAST_RSA: Final = 2048
 _LEAST_CURVE: Final = 224
 _LEAST_HASH: Final = 224
 """Bits; 112 bit of security each [A00.FR.501-503; NIST SP 800-57 part 1, table 2 and 3]."""
-_PEM: Final = re.compile(r"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----(.*?)-----END", re.DOTALL)
+_LABELS: Final = ("CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST")
 _ECDSA_OIDS: Final = bytes.fromhex("2a8648ce3d04")
 """ecdsa-with-SHA1, -SHA256, ... begin so: 1.2.840.10045.4."""
 _EC_PUBLIC_KEY: Final = bytes.fromhex("2a8648ce3d0201")
@@ -102,10 +103,10 @@ def _check_strength(csr: x509.CertificateSigningRequest, public_key: object) -> 
 
 def from_pem(pem: str) -> bytes:
     """Return the DER of a CSR in PEM; raise ValueError if it has none."""
-    found = _PEM.search(pem)
-    if found is None:
+    found = [block for label in _LABELS for block in blocks(pem.encode(), label)]
+    if not found:
         raise ValueError("no BEGIN CERTIFICATE REQUEST [RFC 7468 7]")
-    return base64.b64decode("".join(found[1].split()), validate=True)
+    return pem_to_der(found[0])
 
 
 def _ecdsa_with_parameters(der: bytes) -> bool:

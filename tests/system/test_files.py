@@ -1,0 +1,79 @@
+"""Reading a file that may be a trap; tests/abuse/test_planted.py plants them in a station."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from stationkey.system.files import NotRegular, TooLarge, opened_regular, read_regular
+
+
+def test_a_regular_file_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345678")
+
+    assert read_regular(tmp_path / "file", limit=8, follow=False) == b"12345678"
+
+
+def test_a_file_with_one_byte_too_many_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"123456789")
+
+    with pytest.raises(TooLarge):
+        read_regular(tmp_path / "file", limit=8, follow=False)
+
+
+def test_a_file_that_never_ends_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").symlink_to("/dev/zero")
+
+    with pytest.raises(NotRegular):
+        read_regular(tmp_path / "file", limit=8, follow=True)
+
+
+def test_a_fifo_a_socket_and_a_directory_keep_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "directory").mkdir()
+    for name in ("fifo", "directory"):
+        with pytest.raises(NotRegular):
+            read_regular(tmp_path / name, limit=8, follow=False)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        with pytest.raises(OSError, match="No such device"):
+            read_regular(tmp_path / "socket", limit=8, follow=False)
+
+
+def test_a_link_is_followed_only_where_it_may_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "link").symlink_to("file")
+
+    assert read_regular(tmp_path / "link", limit=8, follow=True) == b"1"
+    with pytest.raises(OSError, match="Too many levels"):
+        read_regular(tmp_path / "link", limit=8, follow=False)
+
+
+def test_a_file_that_vanished_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "gone", limit=8, follow=False)
+
+
+def test_a_name_is_looked_up_in_the_directory_that_is_open(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        assert read_regular("file", limit=8, follow=False, directory=directory) == b"1"
+    finally:
+        os.close(directory)
+
+
+def test_nothing_stays_open(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_bytes(b"1")
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    with pytest.raises(NotRegular):
+        read_regular(tmp_path / "fifo", limit=8, follow=False)
+    with opened_regular(tmp_path / "file", follow=False) as (file, status):
+        assert (file.read(), status.st_size) == (b"1", 1)
+
+    assert len(list(descriptors.iterdir())) == before
