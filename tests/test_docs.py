@@ -18,7 +18,8 @@ from peers import Mosquitto
 from stationkey import cli
 from stationkey.cli.request import EXIT_NO_ANSWER, EXIT_REJECTED
 from stationkey.cli.serve import serve
-from stationkey.config import file as config
+from stationkey.config.options import options_of
+from stationkey.config.settings import CsrOverrides, Settings
 from stationkey.contract import messages
 from stationkey.contract.profiles import ALGORITHMS, PROFILES, CertificateProfile
 from stationkey.errors import MessageError
@@ -167,11 +168,11 @@ class TestOptions:
         assert default.replace("`", "") == said[1] if said else default in {"no", "none"}
 
     def test_every_name_of_the_file_is_in_the_readme(self) -> None:
-        names = [field.encode_name for field in msgspec.structs.fields(config.File)]
-        assert [name for name in names if f"`{name}`" not in README and f"[{name}" not in README] == []
+        options = [(option.table or option.name) for option in options_of(Settings)]
+        assert [name for name in options if f"`{name}`" not in README and f"[{name}" not in README] == []
 
     def test_every_override_of_a_profile_is_in_the_contract(self) -> None:
-        names = [field.encode_name for field in msgspec.structs.fields(config.CsrOverrides)]
+        names = [option.name for option in options_of(CsrOverrides)]
         assert [name for name in names if f"`{name}`" not in CONTRACT] == []
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from stationkey._version import __version__
-from stationkey.config.file import Settings
+from stationkey.config.settings import Settings
 from stationkey.contract.profiles import Algorithm
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyStore, KeyStoreUri, keystore_opener
@@ -78,7 +78,7 @@ async def serve(settings: Settings) -> None:
                 policy=Policy(settings.policy, settings.profiles),
                 deadline=settings.deadlines.ec,
                 rsa_deadline=settings.deadlines.rsa,
-                terms=settings.terms,
+                terms=settings.lifecycle,
                 pool=settings.pool,
                 certificate_dir=settings.certificate_dir,
             )

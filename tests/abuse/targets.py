@@ -25,8 +25,9 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it
 
 from parts import STATION, Authority, pem, software_key
 from stationkey.cli import schema as schema_documents
-from stationkey.config import file as config
 from stationkey.config.file import read_file, settle
+from stationkey.config.options import options_of
+from stationkey.config.settings import CsrOverrides, Settings
 from stationkey.contract.active_names import file_name, owner_of
 from stationkey.contract.messages import (
     MAX_DEPTH,
@@ -482,15 +483,10 @@ def _certificates() -> tuple[bytes, ...]:
     return pem(leaf, authority.sub), der
 
 
-def _options(struct: type[msgspec.Struct]) -> list[str]:
-    return [field.encode_name for field in msgspec.structs.fields(struct)]
-
-
 _SECTIONS: Final = {
-    field.encode_name: _options(field.type)
-    for field in msgspec.structs.fields(config.File)
-    if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
-}
+    table: [option.name for option in options_of(Settings) if option.table == table]
+    for table in {option.table for option in options_of(Settings)}
+} | {f"csr.{CertificateType.V2G_CERTIFICATE}": [option.name for option in options_of(CsrOverrides)]}
 _toml_values = (
     HOSTILE.filter(lambda text: "\ud800" not in text).map(json.dumps)
     | st.sampled_from(["true", "0", "-1", "1e400", "nan", "[]", "[[1]]", "{}", "1979-05-27", '"credential:x"'])
@@ -502,8 +498,8 @@ _toml_values = (
 def _toml(draw: st.DrawFn) -> bytes:
     lines: list[str] = []
     for _ in range(draw(st.integers(0, 4))):
-        section = draw(st.sampled_from([*_SECTIONS, "csr.v2g_certificate", "csr", ""]))
-        names = _SECTIONS.get(section, _options(config.CsrOverrides if section else config.File))
+        section = draw(st.sampled_from([*sorted(_SECTIONS), "csr"]))
+        names = _SECTIONS.get(section, list(CertificateType))
         # A secret in the place of the path of one cannot be told from a path, and a path is what is shown.
         named = draw(st.sampled_from([*names, "password", "ca", "subject", '"\\u001b[31m"', "a.b.c"]))
         value = draw(_toml_values | st.just(f'"{SECRET}"') if named == "password" else _toml_values)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import logging
 import re
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import Meta
 
 from stationkey import cli, daemon
-from stationkey.config import file as config
-from stationkey.config.file import CsrOverrides, Deadlines, File, Settings, read_file, settle
-from stationkey.config.settings import DAY, PoolTerms
+from stationkey.config import file as file_module
+from stationkey.config.file import MAX_FILE, File, build, read_file, read_table, settle
+from stationkey.config.options import Form, Option, options_of
+from stationkey.config.settings import (
+    DAY,
+    DEFAULT_DEVICE,
+    Bounds,
+    CsrOverrides,
+    Deadlines,
+    MqttTerms,
+    PolicyTerms,
+    PoolTerms,
+    Settings,
+    Terms,
+    TpmTerms,
+)
 from stationkey.contract.profiles import PROFILES, CertificateType, EvseIdPlacement, ExtendedKeyUsage, KeyUsage
 from stationkey.errors import ConfigurationError, Fault
 from stationkey.keystore import keystore_opener
@@ -26,6 +42,8 @@ from stationkey.mqtt.url import Broker
 SAMPLE = Path(__file__).parents[2] / "packaging" / "stationkey.toml"
 V2G = CertificateType.V2G_CERTIFICATE
 TPM = "tpm2:swtpm:host=127.0.0.1,port=2321"
+OPTIONS = {option.place: option for option in options_of(Settings)}
+OVERRIDES = {option.name: option for option in options_of(CsrOverrides)}
 
 
 @pytest.fixture
@@ -177,8 +195,8 @@ def test_an_override_changes_its_field_of_its_certificate_type_and_nothing_else(
     file.write_text(f"[csr.{certificate_type}]\n{toml}\n")
     profiles = settle(read_file(file), keystore=TPM).profiles
 
-    for name in msgspec.structs.fields(CsrOverrides):
-        profile_field = "evse_id_placement" if name.name == "evse_id" else name.name
+    for option in OVERRIDES.values():
+        profile_field = option.path[-1]
         standard = getattr(PROFILES[certificate_type], profile_field)
         assert getattr(profiles[certificate_type], profile_field) == (expected if profile_field == field else standard)
     others = set(CertificateType) - {certificate_type}
@@ -259,7 +277,7 @@ def test_what_no_stations_certificate_may_have_is_refused_at_start(file: Path, t
         pytest.param("csr = 7", "csr", id="csr no table"),
         pytest.param("[csr]\nv2g_certificate = 7", "csr", id="certificate type no table"),
         pytest.param(b'broker = "\xff"', "not UTF-8", id="not UTF-8"),
-        pytest.param(b"#" * (config.MAX_FILE + 1), "too large", id="over 1 MiB"),
+        pytest.param(b"#" * (MAX_FILE + 1), "too large", id="over 1 MiB"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_and_says_where(file: Path, text: str | bytes, words: str) -> None:
@@ -279,7 +297,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_without_a_key_store_and_without_a_tpm_it_says_how_to_name_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(config, "DEFAULT_DEVICE", str(tmp_path / "tpmrm0"))  # the fault: a machine with no TPM
+    monkeypatch.setattr(file_module, "DEFAULT_DEVICE", str(tmp_path / "tpmrm0"))  # the fault: a machine with no TPM
 
     with pytest.raises(ConfigurationError) as caught:
         settle(File())
@@ -288,11 +306,11 @@ def test_without_a_key_store_and_without_a_tpm_it_says_how_to_name_one(
 
 
 def test_the_default_key_store_is_the_machines_tpm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert config.DEFAULT_DEVICE == "/dev/tpmrm0"
-    monkeypatch.setattr(config, "DEFAULT_DEVICE", str(tmp_path))  # a machine with a TPM
+    assert DEFAULT_DEVICE == "/dev/tpmrm0"
+    monkeypatch.setattr(file_module, "DEFAULT_DEVICE", str(tmp_path))  # a machine with a TPM
 
     assert settle(File()).keystore == f"tpm2:device:{tmp_path}"
-    assert settle(File(keystore=TPM)).keystore == TPM
+    assert settle(File({("keystore",): TPM})).keystore == TPM
 
 
 @pytest.mark.parametrize(
@@ -396,7 +414,51 @@ def test_a_prefix_stands_before_both_topics(prefix: str, request_topic: str) -> 
     assert topics(prefix) == (request_topic, request_topic.replace("josev/cs", "cs/josev"))
 
 
-# The sample is the manual.
+# An option is declared once. The sample is the manual.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargerPool(PoolTerms):
+    spare: Annotated[int, Meta(ge=0, le=9), Option("Keys kept for a bad day.")] = 3
+    ways: Annotated[
+        tuple[str, ...], Option("Not named as in the file.", Form(list[str], tuple), "how", metavar="WAY")
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargerSettings(Settings):
+    pool: LargerPool = LargerPool()
+    colour: Annotated[Literal["red", "blue"], Option("At the top of the file.")] = "red"
+
+
+def test_a_field_that_is_added_to_a_section_is_read_and_needs_no_other_table() -> None:
+    table: dict[str, Any] = {"keystore": TPM, "colour": "blue", "pool": {"rsa": 2, "spare": 9, "how": ["a", "b"]}}
+    settings = build(LargerSettings, read_table(table, "here", LargerSettings).given)
+
+    assert (settings.colour, settings.pool) == ("blue", LargerPool(rsa=2, spare=9, ways=("a", "b")))
+    wrongs: list[dict[str, Any]] = [{"colour": "green"}, {"pool": {"spare": 10}}, {"pool": {"ways": []}}]
+    for wrong in wrongs:
+        with pytest.raises(ConfigurationError):
+            read_table(wrong, "here", LargerSettings)
+    with pytest.raises(ConfigurationError):
+        read_table(table, "here")
+
+
+@pytest.mark.parametrize("place", OPTIONS)
+def test_an_option_says_what_it_does_and_has_a_type(place: str) -> None:
+    declared = OPTIONS[place]
+
+    assert declared.option.help.endswith(".")
+    with pytest.raises(ValueError, match="Expected"):
+        declared.read(dt.date(2026, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [Settings, Deadlines, Bounds, Terms, PoolTerms, PolicyTerms, TpmTerms, MqttTerms])
+def test_every_field_is_an_option_or_is_known_to_be_none(kind: type) -> None:
+    declared = {option.path[-1] for option in options_of(kind)} | {option.path[0] for option in options_of(kind)}
+    others = {field.name for field in dataclasses.fields(kind)} - declared
+
+    assert others <= {"profiles", "tcti"}
 
 
 def without_comment_marks(text: str) -> str:
@@ -412,14 +474,51 @@ def test_the_sample_names_every_option_with_its_default(file: Path) -> None:
     file.write_text(without_comment_marks(SAMPLE.read_text()))
     table = tomllib.loads(file.read_text())
 
-    assert set(table) == {field.name for field in msgspec.structs.fields(File)}
-    assert set(table["deadlines"]) == {field.name for field in msgspec.structs.fields(Deadlines)}
-    assert list(table["csr"]) == list(CertificateType)
-    for overrides in table["csr"].values():
-        assert list(overrides) == [field.name for field in msgspec.structs.fields(CsrOverrides)]
-    device = f"tpm2:device:{config.DEFAULT_DEVICE}"
+    profiles = table.pop("csr")
+    flat = {
+        f"{name}.{inner}" if isinstance(value, dict) else name: value
+        for name, value in table.items()
+        for inner in (value if isinstance(value, dict) else [""])
+    }
+    assert set(flat) == set(OPTIONS)
+    assert list(profiles) == list(CertificateType)
+    for overrides in profiles.values():
+        assert list(overrides) == list(OVERRIDES)
+    device = f"tpm2:device:{DEFAULT_DEVICE}"
     assert table["keystore"] == device
     assert settle(read_file(file)) == settle(File(), keystore=device)
+
+
+def explained(place: str) -> str:
+    """What the sample says of an option: the comment above it, and the one above its table."""
+    table, _, name = place.rpartition(".")
+    texts, said, at = dict[str, str](), "", ""
+    for line in SAMPLE.read_text().splitlines():
+        if line.startswith("# "):
+            said += line[1:]
+        elif found := re.match(r"#\[(.*)\]|#(\w+) = ", line):
+            at = found[1] or at
+            texts[at if found[1] else f"{at}.{found[2]}".removeprefix(".")] = said
+        else:
+            said = ""
+    return texts.get(table, "") + texts[place] if name else texts[place]
+
+
+def bounds_in(written: object) -> Iterator[str]:
+    """The bounds of a type, and the texts that it is a choice of, as people write them."""
+    if get_origin(written) is Literal:
+        yield from (f'"{choice}"' for choice in get_args(written))
+    for part in get_args(written):
+        if isinstance(part, Meta):
+            if isinstance(part.le, int | float) and part.le < 0x80000000:  # a handle
+                yield f"{part.le:g}" if isinstance(part.le, float) else str(part.le)
+        elif not isinstance(part, str):
+            yield from bounds_in(part)
+
+
+@pytest.mark.parametrize("place", OPTIONS)
+def test_the_sample_says_the_bounds_and_the_choices_of_an_option(place: str) -> None:
+    assert [bound for bound in bounds_in(OPTIONS[place].written) if bound not in explained(place)] == []
 
 
 def test_the_sample_says_something_about_every_option() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # ships none
 
-from stationkey.config import file as config
+from stationkey.config.file import File, read_file, settle
 from stationkey.config.secrets import SecretReference
-from stationkey.config.settings import DAY
+from stationkey.config.settings import DAY, Settings
 from stationkey.doctor import AREAS, CHECKS, Finding, Level, Report
 from stationkey.doctor.broker import checks
 from stationkey.doctor.broker.probe import Rights, Visit
@@ -46,12 +46,12 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/doctor.md").read_text()
 ROOT, STATION, STRANGER = User(0, 0), User(990, 990, frozenset({109})), User(1234, 1234)
 
 
-def settings(text: str = "", tmp_path: Path | None = None) -> config.Settings:
-    file = config.File()
+def settings(text: str = "", tmp_path: Path | None = None) -> Settings:
+    file = File()
     if tmp_path is not None:
         (tmp_path / "c.toml").write_text(text)
-        file = config.read_file(tmp_path / "c.toml")
-    return config.settle(file, keystore="tpm2:device:/dev/tpmrm0")
+        file = read_file(tmp_path / "c.toml")
+    return settle(file, keystore="tpm2:device:/dev/tpmrm0")
 
 
 def worst(findings: Iterable[Finding]) -> Level:

@@ -6,11 +6,11 @@ import re
 from itertools import product
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from stationkey.config.file import Lifecycle
-from stationkey.config.settings import DAY, Bounds, Terms
+from stationkey.config.file import read_table, settle
+from stationkey.config.options import options_of
+from stationkey.config.settings import DAY, Bounds, Settings, Terms
 from stationkey.ledger.lifecycle import INITIAL, TRANSITIONS, IllegalTransition, KeyEvent, KeyState, mermaid, step
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "lifecycle.md").read_text()
@@ -104,21 +104,23 @@ def test_the_document_explains_every_state_and_every_event() -> None:
     assert [row[0] for row in _rows("What moves a key")] == list(KeyEvent)
 
 
-def test_the_document_gives_every_default_as_it_is_and_a_reason() -> None:
-    told = {name: (float(value), reason) for name, value, reason in _rows("Bounds")}
+def lifecycle(**options: float) -> Terms:
+    """What the service gets for a ``[lifecycle]`` in the file."""
+    return settle(read_table({"lifecycle": options}, "here"), keystore="software:").lifecycle
 
-    assert {name: value for name, (value, _) in told.items()} == msgspec.structs.asdict(Lifecycle())
+
+def test_the_document_gives_every_default_as_it_is_and_a_reason() -> None:
+    told = {name: (int(value), reason) for name, value, reason in _rows("Bounds")}
+
+    assert set(told) == {option.name for option in options_of(Settings) if option.table == "lifecycle"}
+    assert lifecycle(**{name: value for name, (value, _) in told.items()}) == Terms()
     assert all(reason for _, reason in told.values())
 
 
-def test_the_configuration_and_the_service_have_the_same_defaults() -> None:
-    assert Lifecycle().terms() == Terms()
-
-
 def test_a_day_of_the_configuration_is_a_day() -> None:
-    terms = Lifecycle(
+    terms = lifecycle(
         pending_days=2, failed_days=0.5, grace_days=3, answer_days=4, pending_limit=5, pending_total=6, history_limit=7
-    ).terms()
+    )
 
     assert terms == Terms(
         pending=2 * DAY,

@@ -12,7 +12,7 @@ import pytest
 from trespass import TRESPASSES
 from unit import ROOT, UNIT, Unit
 
-from stationkey.config import file as config
+from stationkey.config.settings import Settings
 
 WORST = 1.1
 """The exposure that the unit may have; less is better. From 2.0 on systemd says "MEDIUM", from 5.0 on "EXPOSED"."""
@@ -83,7 +83,7 @@ class TestUnit:
 
     def test_the_directories_are_those_of_the_program(self) -> None:
         unit = Unit()
-        assert Path("/var/lib") / unit.one("StateDirectory") == Path(config.DEFAULT_STATE_DIR)
+        assert Path("/var/lib") / unit.one("StateDirectory") == Settings(keystore="software:").state_dir
         assert unit.words("ExecStart")[-1] == f"/etc/{unit.one('ConfigurationDirectory')}/stationkey.toml"
         assert unit.words("ExecStart")[-1] in (ROOT / "packaging/stationkey.toml").read_text()
 

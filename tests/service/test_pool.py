@@ -49,7 +49,7 @@ BOUND: Final = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
 IDLE: Final = 30.0
 """Seconds on the clock of the test, which stands still until it is moved."""
-TWO: Final = PoolTerms(ec=2, idle=0.0)
+TWO: Final = PoolTerms(ec=2, rsa=0, idle=0.0)
 UNREACHABLE: Final = KeyStoreError(
     "the TPM cannot be reached", reason="tpm_unreachable", transient=True, scope=Scope.DEVICE
 )
@@ -288,7 +288,7 @@ async def test_both_algorithms_of_one_kind_share_its_keys(tmp_path: Path) -> Non
 
 
 async def test_with_sizes_of_zero_nothing_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with pooled(tmp_path, PoolTerms()) as here:
+    async with pooled(tmp_path, PoolTerms(rsa=0)) as here:
         await asyncio.wait_for(asyncio.shield(here.making), BOUND)
         assert here.thread.submitted == []
         assert await here.key() == here.store.made[0].key_id
@@ -314,7 +314,7 @@ async def test_nothing_is_made_before_nobody_has_wanted_anything_for_a_while(
     tmp_path: Path, clocks: Clocks, naps: Naps, looks: Callable[[], int]
 ) -> None:
     clocks.machine = 100.0
-    async with pooled(tmp_path, PoolTerms(ec=2, idle=IDLE), clocks=clocks) as here:
+    async with pooled(tmp_path, PoolTerms(ec=2, rsa=0, idle=IDLE), clocks=clocks) as here:
         await here.full()
         await here.until(lambda: looks() >= 1)
     assert naps.taken == [IDLE]  # once: to make keys is not to want something
@@ -323,7 +323,7 @@ async def test_nothing_is_made_before_nobody_has_wanted_anything_for_a_while(
 
 
 async def test_one_key_is_made_at_a_time(tmp_path: Path) -> None:
-    async with pooled(tmp_path, PoolTerms(ec=8, idle=0.0)) as here:
+    async with pooled(tmp_path, PoolTerms(ec=8, rsa=0, idle=0.0)) as here:
         await here.full(secp256r1=8, secp521r1=8)
         assert here.thread.submitted.count(Turn.SPARE) == 16
         assert here.thread.most_spare == 1
@@ -356,7 +356,7 @@ async def test_a_job_before_which_somebody_came_makes_nothing(tmp_path: Path, cl
         begun.set()
         assert go_on.wait(BOUND)
 
-    async with pooled(tmp_path, PoolTerms(ec=2, idle=IDLE), clocks=clocks) as here:
+    async with pooled(tmp_path, PoolTerms(ec=2, rsa=0, idle=IDLE), clocks=clocks) as here:
 
         def after(nap: int) -> None:
             made.append(len(here.store.made))
@@ -377,7 +377,7 @@ async def test_a_job_before_which_somebody_came_makes_nothing(tmp_path: Path, cl
 
 
 async def test_keys_are_handed_out_oldest_first_and_then_they_are_made(tmp_path: Path) -> None:
-    async with pooled(tmp_path, PoolTerms(ec=3, idle=0.0)) as here:
+    async with pooled(tmp_path, PoolTerms(ec=3, rsa=0, idle=0.0)) as here:
         await here.full(secp256r1=3, secp521r1=3)
         await here.stop_making()
         made, ahead = len(here.store.made), here.ahead()
@@ -389,7 +389,7 @@ async def test_keys_are_handed_out_oldest_first_and_then_they_are_made(tmp_path:
 
 async def test_fifty_requests_at_once_get_a_key_each(tmp_path: Path) -> None:
     """While new ones are made for those that go: whoever gets which, it is one of those made ahead, or made for it."""
-    async with pooled(tmp_path, PoolTerms(ec=25, idle=0.0)) as here:
+    async with pooled(tmp_path, PoolTerms(ec=25, rsa=0, idle=0.0)) as here:
         await here.full(secp256r1=25, secp521r1=25)
         ahead = set(here.ahead())
         keys = await asyncio.gather(*(here.key() for _ in range(50)))
@@ -414,7 +414,7 @@ async def test_keys_made_ahead_are_handed_out_after_a_restart(tmp_path: Path) ->
 async def test_a_key_whose_time_is_nearly_over_is_not_handed_out_and_another_is_made(
     tmp_path: Path, clocks: Clocks
 ) -> None:
-    async with pooled(tmp_path, PoolTerms(ec=2, idle=0.0, age=DAY), clocks=clocks) as here:
+    async with pooled(tmp_path, PoolTerms(ec=2, rsa=0, idle=0.0, age=DAY), clocks=clocks) as here:
         await here.full()
         old = here.ahead()
         clocks.pass_by(DAY - MARGIN - 1)
@@ -436,7 +436,7 @@ async def test_a_key_whose_time_is_nearly_over_is_not_handed_out_and_another_is_
 async def test_keys_age_out_and_are_made_anew_though_nobody_asks(
     tmp_path: Path, clocks: Clocks, looks: Callable[[], int]
 ) -> None:
-    async with pooled(tmp_path, PoolTerms(ec=2, idle=0.0, age=DAY), clocks=clocks) as here:
+    async with pooled(tmp_path, PoolTerms(ec=2, rsa=0, idle=0.0, age=DAY), clocks=clocks) as here:
         await here.full()
         old = set(here.ahead())
         clocks.pass_by(DAY)
@@ -450,7 +450,7 @@ async def test_keys_age_out_and_are_made_anew_though_nobody_asks(
 async def test_keys_that_last_for_minutes_only_are_not_made_over_and_over(
     tmp_path: Path, looks: Callable[[], int]
 ) -> None:
-    async with pooled(tmp_path, PoolTerms(ec=2, idle=0.0, age=MARGIN // 2)) as here:
+    async with pooled(tmp_path, PoolTerms(ec=2, rsa=0, idle=0.0, age=MARGIN // 2)) as here:
         await here.full()
         seen = looks()
         await here.until(lambda: looks() >= seen + 3)
@@ -558,11 +558,11 @@ DAMAGES: Final = [
 async def test_a_key_that_is_damaged_on_record_is_passed_over(
     tmp_path: Path, session_swtpm: Swtpm, damage: str
 ) -> None:
-    async with pooled(tmp_path, PoolTerms(ec=1, idle=0.0), keystore=session_swtpm.uri) as here:
+    async with pooled(tmp_path, PoolTerms(ec=1, rsa=0, idle=0.0), keystore=session_swtpm.uri) as here:
         await here.full(secp256r1=1, secp521r1=1)
     with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as database, database:
         database.execute(damage)
-    async with pooled(tmp_path, PoolTerms(ec=1, idle=0.0), keystore=session_swtpm.uri) as here:
+    async with pooled(tmp_path, PoolTerms(ec=1, rsa=0, idle=0.0), keystore=session_swtpm.uri) as here:
         await here.full(secp256r1=1, secp521r1=1)
         assert await here.key()
     assert here.service.counters.outcomes() == {"accepted": 1}
@@ -632,7 +632,7 @@ async def test_a_key_whose_answer_could_not_be_recorded_is_ready_again_in_its_pl
 
     store = Store(clocks)
     store.pace = 1.0
-    async with pooled(tmp_path, PoolTerms(ec=3, idle=0.0), store=store, clocks=clocks) as here:
+    async with pooled(tmp_path, PoolTerms(ec=3, rsa=0, idle=0.0), store=store, clocks=clocks) as here:
         await here.full(secp256r1=3, secp521r1=3)
         await here.stop_making()
         ahead = here.ahead()

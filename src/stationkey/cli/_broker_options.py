@@ -7,22 +7,15 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
-from stationkey.cli._options import broker_option, option, topic_prefix_option
-from stationkey.config import file as config
+from stationkey.cli._options import broker_option, setting_option, topic_prefix_option
+from stationkey.config.file import read_table, settle
 
 if TYPE_CHECKING:
     from stationkey.config.settings import MqttTerms
     from stationkey.mqtt.url import Broker
 
-_OPTIONS: Final = {
-    "ca_file": ("FILE", "Certificates (PEM) that the broker's must lead to.  [default: those of this machine]"),
-    "certificate_file": ("FILE", "Our certificate (PEM) for the broker: a path, or credential:NAME."),
-    "key_file": ("FILE", "Its private key (PEM), where it is not in the same file; it may be a TPM's."),
-    "server_name": ("NAME", "Name in the broker's certificate.  [default: the host]"),
-    "username": ("NAME", "User name at the broker."),
-    "password_file": ("FILE", "Where the password for the broker is: a path, or credential:NAME."),
-}
-"""The names of `stationkey.config.file.Mqtt`, as options: there is none for a password itself, which all could read."""
+_OPTIONS: Final = ("ca_file", "certificate_file", "key_file", "server_name", "username", "password_file")
+"""Options of ``[mqtt]``: there is none for a password itself, which all could read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +40,17 @@ def reaches_broker(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_reach(*, broker: str | None, topic_prefix: str | None, **others: Any) -> Any:
         from stationkey.mqtt.url import Broker  # noqa: PLC0415 - --help needs no MQTT client
 
-        said = {name: others.pop(f"mqtt_{name}") or "" for name in _OPTIONS}
-        where = Broker.parse(broker or config.DEFAULT_BROKER)
-        reach = Reach(where, config.Mqtt(**said).terms(), topic_prefix or "")
+        mqtt = {name: others.pop(f"mqtt_{name}") or "" for name in _OPTIONS}
+        settings = settle(
+            read_table({"mqtt": mqtt}, "the command line"),
+            broker=broker,
+            topic_prefix=topic_prefix,
+            needs_keystore=False,
+        )
+        reach = Reach(Broker.parse(settings.broker), settings.mqtt, settings.topic_prefix)
         return command(reach=reach, **others)
 
     decorated: Callable[..., Any] = with_reach
-    for name, (metavar, text) in reversed(_OPTIONS.items()):
-        decorated = option(f"--mqtt-{name.replace('_', '-')}", metavar=metavar, help=text)(decorated)
+    for name in reversed(_OPTIONS):
+        decorated = setting_option(f"mqtt.{name}")(decorated)
     return broker_option(topic_prefix_option(decorated))

@@ -1,4 +1,4 @@
-"""Options that several commands have, each written once."""
+"""Options that several commands have. Those of the configuration are made from `stationkey.config.settings`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import click
 
-from stationkey.config import file as config
+from stationkey.config.options import options_of
+from stationkey.config.settings import Settings
 
 PREFIX: Final = "STATIONKEY"
 """Of the environment variable of each option that has one."""
@@ -16,6 +17,7 @@ PREFIX: Final = "STATIONKEY"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # What may not be read is said in our words, and by the same exit status as all that is wrong with a file.
 _path: Final = click.Path(path_type=Path, readable=False)
+_DECLARED: Final = {option.place: option for option in options_of(Settings)}
 
 
 def option(name: str, *names: str, **terms: Any) -> Decorator:
@@ -24,15 +26,29 @@ def option(name: str, *names: str, **terms: Any) -> Decorator:
     return click.option(name, *names, envvar=f"{PREFIX}_{variable}", show_envvar=True, **terms)
 
 
-def keystore_option(text: str) -> Decorator:
-    """``--keystore``. Its default depends on the machine; `stationkey.config.file.default_keystore` says it."""
-    default = f"[default: tpm2:device:{config.DEFAULT_DEVICE}, if there is one]"
-    return option("--keystore", metavar="URI", help=f"{text}  {default}")
+def setting_option(place: str, text: str = "", **terms: Any) -> Decorator:
+    """Return the option ``--TABLE-NAME`` for an option of the configuration. None is what is not given.
+
+    Args:
+        place: where it is in the file, such as ``mqtt.ca_file``.
+        text: what it does for this command, where that is not what is declared.
+        terms: for `click.option`.
+    """
+    declared = _DECLARED[place]
+    default = f"  [default: {declared.default}]" if declared.default else ""
+    name = f"--{place.replace('.', '-').replace('_', '-')}"
+    help_ = (text or declared.option.help) + default
+    return option(name, metavar=declared.option.metavar or None, help=help_, default=None, **terms)
 
 
-def state_dir_option(text: str) -> Decorator:
+def keystore_option(text: str = "") -> Decorator:
+    """``--keystore``."""
+    return setting_option("keystore", text)
+
+
+def state_dir_option(text: str = "") -> Decorator:
     """``--state-dir``."""
-    return option("--state-dir", metavar="DIR", type=_path, help=f"{text}  [default: {config.DEFAULT_STATE_DIR}]")
+    return setting_option("state_dir", text, type=_path)
 
 
 def config_option(text: str = "Configuration file (TOML).") -> Decorator:
@@ -40,19 +56,11 @@ def config_option(text: str = "Configuration file (TOML).") -> Decorator:
     return option("--config", "config_file", metavar="FILE", type=_path, help=text)
 
 
-def allow_software_keys_option(text: str) -> Decorator:
-    """``--allow-software-keys``, of which None says that nobody said so."""
-    return option("--allow-software-keys", is_flag=True, default=None, help=text)
+def allow_software_keys_option(text: str = "") -> Decorator:
+    """``--allow-software-keys``."""
+    return setting_option("allow_software_keys", text, is_flag=True)
 
 
-broker_option = option(
-    "--broker",
-    metavar="URL",
-    help=f"MQTT broker, mqtt://HOST:PORT, or mqtts://HOST:PORT for TLS.  [default: {config.DEFAULT_BROKER}]",
-)
-topic_prefix_option = option(
-    "--topic-prefix",
-    metavar="PREFIX",
-    help="Put before both topics; a / is added where it ends in none.",
-)
+broker_option = setting_option("broker")
+topic_prefix_option = setting_option("topic_prefix")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

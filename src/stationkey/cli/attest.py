@@ -24,7 +24,7 @@ from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
 from stationkey.cli._options import config_option, keystore_option, state_dir_option
 from stationkey.cli.verify_attestation import nonce_option, public_pem
-from stationkey.config import file as config
+from stationkey.config.file import read_file, settle
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
 from stationkey.keystore import KeyRef, KeyStore, KeyStoreUri, Lending, keystore_opener
 from stationkey.keystore.registry import SCHEMES
@@ -104,10 +104,10 @@ class _Station:
     """
 
     def __init__(self, config_file: Path | None, keystore: str | None, state_dir: Path | None, timeout: float) -> None:
-        file = config.File() if config_file is None else config.read_file(config_file)
-        self._tpm = file.tpm.terms()
-        self._keystore = keystore or file.keystore or config.default_keystore()
-        self._state_dir = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
+        settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
+        self._tpm = settings.tpm
+        self._keystore = settings.keystore
+        self._state_dir = settings.state_dir
         self._timeout = timeout
         if not KeyStoreUri.parse(self._keystore).scheme.attests:
             raise _not_in_a_tpm()

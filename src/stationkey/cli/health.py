@@ -11,7 +11,7 @@ from typing import Final
 import click
 
 from stationkey.cli._options import config_option
-from stationkey.config import file as config
+from stationkey.config.file import read_file, settle
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.system.listener import Address
 
@@ -69,8 +69,8 @@ def health(address: str | None, config_file: Path | None) -> None:
     \b
     Exit status: 0 it is well, 1 it is not or does not answer, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
-    if address is None and config_file is not None:
-        address = config.read_file(config_file).metrics.listen
+    if address is None:
+        address = settle(read_file(config_file), needs_keystore=False).metrics
     if not address:
         raise ConfigurationError(
             "nobody can be asked: no ADDRESS was given, and the configuration names none",

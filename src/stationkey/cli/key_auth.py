@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from stationkey.cli._options import config_option, keystore_option, state_dir_option
-from stationkey.config import file as config
+from stationkey.config.file import read_file, settle
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 from stationkey.openssl import check
@@ -31,11 +31,9 @@ def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_fi
             reason="secret_to_terminal",
             hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
         )
-    file = config.File() if config_file is None else config.read_file(config_file)
-    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
-    uri = keystore or file.keystore or config.default_keystore()
-    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
-    values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, state)}
+    settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
+    open_store = keystore_opener(settings.keystore, terms=settings.tpm, state_dir=settings.state_dir)
+    values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, settings.state_dir)}
     if len(values) != 1 or values == {b""}:
         words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"
         raise ConfigurationError(

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from stationkey.cli._options import config_option, json_option, state_dir_option
-from stationkey.config import file as config
+from stationkey.config.file import read_file, settle
 from stationkey.errors import StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent
@@ -35,9 +35,7 @@ def keys() -> None:
 
 @contextmanager
 def _ledger(state_dir: Path | None, config_file: Path | None, *, write: bool = False) -> Iterator[Ledger]:
-    directory = state_dir or Path(
-        (config.File() if config_file is None else config.read_file(config_file)).state_dir or config.DEFAULT_STATE_DIR
-    )
+    directory = settle(read_file(config_file), state_dir=state_dir, needs_keystore=False).state_dir
     with ExitStack() as stack:
         if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
             directory = stack.enter_context(visit(directory))

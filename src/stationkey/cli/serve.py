@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
@@ -11,50 +12,29 @@ from stationkey.cli._options import (
     broker_option,
     config_option,
     keystore_option,
-    option,
+    setting_option,
     state_dir_option,
     topic_prefix_option,
 )
-from stationkey.config import file as config
+from stationkey.config.file import read_file, settle
+from stationkey.config.settings import LogFormat
 from stationkey.system import logs
 
 
 @click.command()
 @broker_option
-@keystore_option(
-    "Key store: tpm2:TCTI, such as tpm2:device:/dev/tpmrm0 or tpm2:swtpm:host=127.0.0.1,port=2321; or software:."
-)
-@allow_software_keys_option("Let software: be the key store. Its keys are not protected.")
-@state_dir_option("Where the ledger is kept.")
+@keystore_option()
+@allow_software_keys_option()
+@state_dir_option()
 @topic_prefix_option
-@option(
-    "--log-format",
-    type=click.Choice(["text", "json"]),
-    help="Format of the log on standard error.  [default: text]",
-)
+@setting_option("log_format", type=click.Choice(get_args(LogFormat)))
 @config_option()
-def serve(
-    broker: str | None,
-    keystore: str | None,
-    allow_software_keys: bool | None,
-    state_dir: Path | None,
-    topic_prefix: str | None,
-    log_format: config.LogFormat | None,
-    config_file: Path | None,
-) -> None:
+def serve(config_file: Path | None, **options: Any) -> None:
     """Answer generate_csr until told to stop.
 
     Options on the command line win over the environment, which wins over the configuration file.
     """
-    settings = config.settle(
-        config.File() if config_file is None else config.read_file(config_file),
-        broker=broker,
-        topic_prefix=topic_prefix,
-        keystore=keystore,
-        allow_software_keys=allow_software_keys,
-        state_dir=state_dir,
-        log_format=log_format,
-    )
+    settings = settle(read_file(config_file), **options)
     from stationkey import daemon  # noqa: PLC0415 - see the module's docstring
 
     logs.set_up(settings.log_format)

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from stationkey.cli._options import config_option, keystore_option, state_dir_option
-from stationkey.config import file as config
+from stationkey.config.file import read_file, settle
 from stationkey.errors import ConfigurationError
 
 
@@ -55,9 +55,8 @@ def tls_config(
     from stationkey.keystore import keystore_opener  # noqa: PLC0415 - see the module's docstring
     from stationkey.openssl import check  # noqa: PLC0415 - same
 
-    file = config.File() if config_file is None else config.read_file(config_file)
-    uri = keystore or file.keystore or config.default_keystore()
-    tcti = check.tcti_of(uri)
+    settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
+    tcti = check.tcti_of(settings.keystore)
     text = check.openssl_configuration(tcti=tcti)
     if out is not None:
         try:
@@ -68,9 +67,8 @@ def tls_config(
         if out is None:
             click.echo(text, nl=False)
         return
-    state = state_dir or Path(file.state_dir or config.DEFAULT_STATE_DIR)
-    files = check.files_of(checked, state)
-    open_store = keystore_opener(uri, terms=file.tpm.terms(), state_dir=state)
+    files = check.files_of(checked, settings.state_dir)
+    open_store = keystore_opener(settings.keystore, terms=settings.tpm, state_dir=settings.state_dir)
     with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
         configuration = Path(directory, "openssl.cnf")
         configuration.write_text(text, encoding="utf-8")

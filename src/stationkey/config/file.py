@@ -1,7 +1,7 @@
-"""Configuration: a TOML file, the environment and the command line, to frozen values.
+"""Read the configuration file, and put the command line and the environment over it.
 
-Precedence: command line, environment, file, default. The command line and the environment are read by `stationkey.cli`
-(each option has its ``STATIONKEY_…`` variable); this module reads the file and puts the rest over it.
+Precedence: command line, environment, file, default. The command line and the environment are read by `stationkey.cli`.
+What may be in the file follows from the annotations of `stationkey.config.settings`.
 
 What a CA may want otherwise than the standards' profiles can be overridden for each certificate type. What no
 station's certificate may have (CA:true, a subject without C, O or CN, a uncritical keyUsage) cannot, and is refused at
@@ -15,338 +15,108 @@ import dataclasses
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
 
-import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET
 
-from stationkey.config.secrets import SecretReference
-from stationkey.config.settings import (
-    DAY,
-    SRK_HANDLE,
-    Bounds,
-    MqttTerms,
-    PolicyTerms,
-    PoolTerms,
-    Severity,
-    Terms,
-    TpmSession,
-    TpmTerms,
-)
-from stationkey.contract.profiles import (
-    NAME_MAX_LENGTH,
-    PROFILES,
-    Algorithm,
-    CertificateProfile,
-    CertificateType,
-    EvseIdPlacement,
-    ExtendedKeyUsage,
-    KeyUsage,
-)
+from stationkey.config.options import Declared, options_of
+from stationkey.config.settings import DEFAULT_DEVICE, CsrOverrides, Settings
+from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import ConfigurationError
 from stationkey.system.text import printable
 
-DEFAULT_BROKER: Final = "mqtt://127.0.0.1:1883"
-DEFAULT_STATE_DIR: Final = "/var/lib/stationkey"
-DEFAULT_DEVICE: Final = "/dev/tpmrm0"
-"""The kernel's resource manager: the one TPM device that several programs can share."""
 MAX_FILE: Final = 1024 * 1024
+"""Bytes."""
 MAX_SAID: Final = 200
 """Characters of what is said of a wrong file."""
 
 T = TypeVar("T")
-LogFormat = Literal["text", "json"]
-Seconds = Annotated[float, Meta(gt=0, le=3600)]
-Days = Annotated[float, Meta(gt=0, le=36_500)]
+Given = Mapping[tuple[str, ...], Any]
+"""Values that are set, by the fields that lead to each; see `Declared.path`."""
 
 
-class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the file; a name that it does not know is a mistake to be told, not to be passed over."""
+@dataclass(frozen=True, slots=True)
+class File:
+    """What a configuration file sets."""
+
+    given: Given = field(default_factory=dict)
 
 
-class Deadlines(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[deadlines]``: seconds within which a request is answered, one way or the other.
-
-    30 s is as long as a hung TPM may keep Josev waiting. RSA gets 60 s, because a hardware TPM searches for primes for
-    tens of seconds.
-    """
-
-    ec: Seconds = 30.0
-    rsa: Seconds = 60.0
-
-
-class CsrOverrides(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[csr.CERTIFICATE_TYPE]``: what this operator's CA wants otherwise than the profile."""
-
-    domain_component: Annotated[str, Meta(max_length=64, pattern=r"^[\x20-\x7e]*\Z")] | UnsetType = UNSET
-    key_usage: list[KeyUsage] | UnsetType = UNSET
-    extended_key_usage: list[ExtendedKeyUsage] | UnsetType = UNSET
-    extended_key_usage_critical: bool | UnsetType = UNSET
-    evse_id: EvseIdPlacement | UnsetType = UNSET
-
-
-class Lifecycle(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[lifecycle]``: how long keys and records last, and how many there may be.
-
-    Days are days of the daemon's running time, all its runs together: a clock that is set right by years ends no key.
-    """
-
-    pending_days: Days = 30.0
-    failed_days: Days = 1.0
-    grace_days: Days = 7.0
-    answer_days: Days = 90.0
-    pending_limit: Annotated[int, Meta(ge=1, le=100)] = 8
-    pending_total: Annotated[int, Meta(ge=1, le=10_000)] = 256
-    active_limit: Annotated[int, Meta(ge=1, le=10_000)] = 256
-    history_limit: Annotated[int, Meta(ge=0, le=100_000)] = 1000
-
-    def terms(self) -> Terms:
-        """The same, as the service takes it."""
-        return Terms(
-            pending=int(self.pending_days * DAY),
-            failed=int(self.failed_days * DAY),
-            grace=int(self.grace_days * DAY),
-            answers=int(self.answer_days * DAY),
-            bounds=Bounds(
-                pending_limit=self.pending_limit,
-                pending_total=self.pending_total,
-                active_limit=self.active_limit,
-                history_limit=self.history_limit,
-            ),
-        )
-
-
-class Pool(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[pool]``: keys made ahead, while the TPM has nothing else to do."""
-
-    ec: Annotated[int, Meta(ge=0, le=64)] = 0
-    rsa: Annotated[int, Meta(ge=0, le=16)] = 1
-    idle_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30.0
-    max_age_days: Days = 30.0
-
-    def terms(self) -> PoolTerms:
-        """The same, as the service takes it."""
-        return PoolTerms(ec=self.ec, rsa=self.rsa, idle=self.idle_seconds, age=int(self.max_age_days * DAY))
-
-
-class Josev(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[josev]``: what is known of the Josev beside us."""
-
-    certificate_dir: str | None = None
-    """Where it puts the certificates that it installs: a status is then held against them."""
-
-
-_Text = Annotated[str, Meta(max_length=4096)]
-_Names = Annotated[list[Annotated[str, Meta(min_length=1, max_length=NAME_MAX_LENGTH)]], Meta(max_length=256)]
-_Countries = Annotated[list[Annotated[str, Meta(pattern=r"^[A-Za-z]{2}\Z")]], Meta(max_length=256)]
-_Patterns = Annotated[list[Annotated[str, Meta(min_length=1, max_length=2 * NAME_MAX_LENGTH)]], Meta(max_length=256)]
-_FIRST_PERSISTENT: Final = 0x81000000
-_PersistentHandle = Annotated[int, Meta(ge=_FIRST_PERSISTENT, le=0x81FFFFFF)]
-
-
-def _secret(source: str) -> SecretReference | None:
-    return SecretReference(source) if source else None
-
-
-class Mqtt(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[mqtt]``: how the broker is spoken to, beside its URL. An empty text is the same as none."""
-
-    ca_file: _Text = ""
-    certificate_file: _Text = ""
-    key_file: _Text = ""
-    server_name: _Text = ""
-    username: _Text = ""
-    username_file: _Text = ""
-    password_file: _Text = ""
-    availability_topic: _Text = ""
-
-    def terms(self, *, keystore: str = "") -> MqttTerms:
-        """The same, as the edge takes it.
-
-        Args:
-            keystore: URI of the key store; where it is a TPM, a key of the client's that is in a TPM is in this one.
-
-        Raises:
-            ConfigurationError: it says two things that exclude each other.
-        """
-        if self.username and self.username_file:
-            raise ConfigurationError(
-                "[mqtt] has a username and a username_file: one of them is enough", reason="config_invalid"
-            )
-        if self.password_file and not (self.username or self.username_file):
-            raise ConfigurationError("[mqtt] has a password_file and no username", reason="config_invalid")
-        if self.key_file and not self.certificate_file:
-            raise ConfigurationError("[mqtt] has a key_file and no certificate_file", reason="config_invalid")
-        return MqttTerms(
-            ca_file=Path(self.ca_file) if self.ca_file else None,
-            certificate_file=_secret(self.certificate_file),
-            key_file=_secret(self.key_file),
-            tcti=keystore.removeprefix("tpm2:") if keystore.startswith("tpm2:") else None,
-            server_name=self.server_name or None,
-            username=self.username or _secret(self.username_file),
-            password=_secret(self.password_file),
-            availability_topic=self.availability_topic or None,
-        )
-
-
-class Policy(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[policy]``: what may be asked for, and how often."""
-
-    certificate_types: list[CertificateType] = msgspec.field(default_factory=lambda: list(CertificateType))
-    algorithms: list[Algorithm] = msgspec.field(default_factory=lambda: list(Algorithm))
-    organization_names: _Names = msgspec.field(default_factory=list)
-    country_names: _Countries = msgspec.field(default_factory=list)
-    common_names: _Patterns = msgspec.field(default_factory=list)
-    evse_ids: _Patterns = msgspec.field(default_factory=list)
-    secc_id: Severity = "warn"
-    off_profile: Severity = "warn"
-    requests_per_minute: Annotated[float, Meta(ge=0, le=60_000)] = 60.0
-    burst: Annotated[int, Meta(ge=1, le=100_000)] = 600
-    queue: Annotated[int, Meta(ge=1, le=1024)] = 64
-    payload_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 64 * 1024
-
-    def terms(self) -> PolicyTerms:
-        """The same, as the service takes it."""
-        return PolicyTerms(
-            certificate_types=tuple(self.certificate_types),
-            algorithms=tuple(self.algorithms),
-            organization_names=tuple(self.organization_names),
-            country_names=tuple(self.country_names),
-            common_names=tuple(self.common_names),
-            evse_ids=tuple(self.evse_ids),
-            secc_id=self.secc_id,
-            off_profile=self.off_profile,
-            requests_per_minute=self.requests_per_minute,
-            burst=self.burst,
-            queue=self.queue,
-            payload_bytes=self.payload_bytes,
-        )
-
-
-class Tpm(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[tpm]``: how the TPM is used, and what keys in it are protected by besides. Secrets are named, never said."""
-
-    srk_handle: _PersistentHandle = SRK_HANDLE
-    owner_auth: _Text = ""
-    srk_auth: _Text = ""
-    endorsement_auth: _Text = ""
-    key_auth: _Text = ""
-    pcrs: Annotated[list[Annotated[int, Meta(ge=0, le=23)]], Meta(max_length=24)] = msgspec.field(default_factory=list)
-    pcr_bank: Literal["sha1", "sha256", "sha384", "sha512"] = "sha256"
-    session: TpmSession = "none"
-    ak_handle: Annotated[int, Meta(ge=0, le=0x81FFFFFF)] = 0
-
-    def terms(self) -> TpmTerms:
-        """The same, as the key store takes it.
-
-        Raises:
-            ConfigurationError: a secret is named in a way that cannot be, or a handle is not persistent.
-        """
-        if 0 < self.ak_handle < _FIRST_PERSISTENT:
-            raise ConfigurationError(
-                f"[tpm] ak_handle {self.ak_handle:#x} is no persistent handle: those begin at {_FIRST_PERSISTENT:#x}",
-                reason="config_invalid",
-            )
-        return TpmTerms(
-            srk_handle=self.srk_handle,
-            owner_auth=_secret(self.owner_auth),
-            srk_auth=_secret(self.srk_auth),
-            endorsement_auth=_secret(self.endorsement_auth),
-            key_auth="generated" if self.key_auth == "generated" else _secret(self.key_auth),
-            pcrs=tuple(sorted(set(self.pcrs))),
-            pcr_bank=self.pcr_bank,
-            session=self.session,
-            ak_handle=self.ak_handle or None,
-        )
-
-
-class Metrics(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[metrics]``: where figures and health can be asked for."""
-
-    listen: _Text = ""
-
-
-class File(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The configuration file. Every name is optional."""
-
-    broker: str | None = None
-    topic_prefix: str | None = None
-    client_id: Annotated[str, Meta(max_length=64)] | None = None
-    keystore: str | None = None
-    allow_software_keys: bool | None = None
-    state_dir: str | None = None
-    log_format: LogFormat | None = None
-    deadlines: Deadlines = Deadlines()
-    lifecycle: Lifecycle = Lifecycle()
-    pool: Pool = Pool()
-    josev: Josev = Josev()
-    mqtt: Mqtt = Mqtt()
-    policy: Policy = msgspec.field(default_factory=Policy)
-    tpm: Tpm = msgspec.field(default_factory=Tpm)
-    metrics: Metrics = Metrics()
-    csr: dict[CertificateType, CsrOverrides] = msgspec.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the daemon runs by.
+class Parts(NamedTuple):
+    """What can be used of a file.
 
     Attributes:
-        broker: ``mqtt://HOST:PORT``, or ``mqtts://HOST:PORT`` for TLS.
-        keystore: key-store URI.
-        allow_software_keys: whether ``software:`` is let in.
-        state_dir: where the ledger is.
-        topic_prefix: put before both topics.
-        client_id: MQTT client identifier, or None for one of the state directory's own.
-        log_format: of the log.
-        deadlines: see `Deadlines`.
-        terms: see `Lifecycle`.
-        pool: see `Pool`.
-        certificate_dir: see `Josev`.
-        mqtt: see `Mqtt`.
-        policy: see `Policy`.
-        tpm: see `Tpm`.
-        metrics: where figures and health can be asked for, see `Metrics`; None for nowhere.
-        profiles: the profile of each certificate type, overrides included.
+        file: all that is right in it.
+        complaints: what is wrong with the rest.
+        lost: names at the top of the file of which something could not be used; None where that is all of it.
     """
 
-    broker: str
-    keystore: str
-    allow_software_keys: bool
-    state_dir: Path
-    topic_prefix: str
-    client_id: str | None
-    log_format: LogFormat
-    deadlines: Deadlines
-    terms: Terms
-    pool: PoolTerms
-    certificate_dir: Path | None
-    mqtt: MqttTerms
-    policy: PolicyTerms
-    tpm: TpmTerms
-    metrics: str | None
-    profiles: Mapping[CertificateType, CertificateProfile]
+    file: File
+    complaints: tuple[str, ...]
+    lost: frozenset[str] | None
 
 
-def read_file(path: Path) -> File:
-    """Read a configuration file.
+def read_file(path: Path | None) -> File:
+    """Read a configuration file; None sets nothing.
 
     Raises:
-        ConfigurationError: it cannot be read, everybody may write to it, it is no TOML, or it says something that
-            cannot be; the message names where.
+        ConfigurationError: it cannot be read, everybody may write to it, it is no TOML, or something in it is invalid;
+            the message names where.
     """
+    if path is None:
+        return File()
     content, open_to_all = _content(path)
     if open_to_all:
-        raise ConfigurationError(
-            _OPEN.format(path), reason="config_open", hint=f"chmod o-w {path}, and look at what is in it"
-        )
-    return _checked(path, _table(path, content))
+        raise _open_to_all(path)
+    return read_table(_table(path, content), str(path))
 
 
-_OPEN: Final = "every user of this machine can write to the configuration file {}"
+def read_table(table: Mapping[str, object], source: str, declared: type = Settings) -> File:
+    """Read what a configuration file would have, from elsewhere.
+
+    Args:
+        table: as TOML has it.
+        source: where it is from, for messages.
+        declared: the class that declares the options.
+
+    Raises:
+        ConfigurationError: something in it is invalid; the message names where.
+    """
+    reading = _Reading(source, declared)
+    reading.take(table)
+    if reading.complaints:
+        raise reading.complaints[0]
+    return File(reading.given)
+
+
+def read_parts(path: Path) -> Parts:
+    """Read what can be used of a file that `read_file` refuses, and what is wrong with the rest.
+
+    For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises.
+    """
+    reading = _Reading(str(path), Settings)
+    try:
+        content, open_to_all = _content(path)
+        if open_to_all:
+            reading.complaints.append(_open_to_all(path))
+        table = _table(path, content)
+    except ConfigurationError as error:
+        return Parts(File(), tuple(one.message for one in (*reading.complaints, error)), None)
+    reading.take(table)
+    complaints = tuple(one.message for one in reading.complaints)
+    return Parts(File(reading.given), complaints, frozenset(reading.lost))
+
+
+def _open_to_all(path: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"every user of this machine can write to the configuration file {path}",
+        reason="config_open",
+        hint=f"chmod o-w {path}, and look at what is in it",
+    )
 
 
 def _content(path: Path) -> tuple[bytes, bool]:
@@ -375,108 +145,13 @@ def _table(path: Path, content: bytes) -> dict[str, object]:
         raise ConfigurationError(f"{path} is no TOML: {_said(error)}", reason="config_invalid") from None
 
 
-def _typed(path: Path, table: dict[str, object]) -> File:
-    _refuse_nul(path, table)
-    _refuse_fixed(path, table)
-    try:
-        return msgspec.convert(table, File)
-    except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{path}: {_said(error)}", reason="config_invalid") from None
-
-
-def _checked(path: Path, table: dict[str, object]) -> File:
-    file = _typed(path, table)
-    # These refuse what cannot be, whether or not the caller asks for it.
-    apply_overrides(file.csr)
-    file.mqtt.terms()
-    file.tpm.terms()
-    return file
-
-
 def _said(words: object) -> str:
     """What a library says of the file, which may show a piece of it: one short line for a terminal."""
     text = printable(str(words))
     return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
 
 
-def _refuse_nul(path: Path, table: dict[str, object]) -> None:
-    """No name of a file, a topic or anything else has a NUL in it, and TOML can write one."""
-    ahead: list[object] = [table]
-    while ahead:
-        match ahead.pop():
-            case dict() as members:
-                ahead += members.keys()
-                ahead += members.values()
-            case list() as members:
-                ahead += members
-            case str() as text if "\0" in text:
-                raise ConfigurationError(f"{path}: a text has a NUL character in it", reason="config_invalid")
-
-
-class Parts(NamedTuple):
-    """What can be used of a file that `read_file` refuses.
-
-    Attributes:
-        file: all that is right in it.
-        complaints: what is wrong with the rest.
-        lost: names at the top of the file of which something could not be used; None where that is all of it.
-    """
-
-    file: File
-    complaints: tuple[str, ...]
-    lost: frozenset[str] | None
-
-
-def read_parts(path: Path) -> Parts:
-    """What can be used of a file that `read_file` refuses, name by name, and what is wrong with each other one.
-
-    For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises.
-    """
-    complaints: list[str] = []
-    try:
-        content, open_to_all = _content(path)
-        if open_to_all:
-            complaints.append(_OPEN.format(path))
-        table = _table(path, content)
-    except ConfigurationError as error:
-        return Parts(File(), (*complaints, error.message), None)
-    good: dict[str, object] = {}
-    lost = set()
-    for name, value in table.items():
-        right, wrong = _right_part(path, name, value)
-        good |= right
-        complaints += wrong
-        if wrong:
-            lost.add(name)
-    return Parts(_checked(path, good), tuple(complaints), frozenset(lost))
-
-
-def _right_part(path: Path, name: str, value: object) -> tuple[dict[str, object], list[str]]:
-    """What of a name at the top of the file can be used, and what is wrong with the rest of it."""
-    try:
-        _checked(path, {name: value})
-    except ConfigurationError as error:
-        whole = [error.message]
-    else:
-        return {name: value}, []
-    if not isinstance(value, dict):
-        return {}, whole
-    good: dict[str, object] = {}
-    complaints = []
-    for field, one in value.items():
-        try:  # each by itself: what two of them are together is seen below
-            _typed(path, {name: {field: one}})
-        except ConfigurationError as error:
-            complaints.append(error.message)
-        else:
-            good[field] = one
-    try:
-        _checked(path, {name: good})
-    except ConfigurationError as error:
-        return {}, [*complaints, error.message]
-    return {name: good}, complaints or whole
-
-
+_CSR: Final = "csr"
 _FIXED: Final = {
     **dict.fromkeys(
         ("ca", "basic_constraints", "basic_constraints_critical", "path_length"),
@@ -491,85 +166,131 @@ _FIXED: Final = {
 """What one might want to override, and why it cannot be."""
 
 
-def _refuse_fixed(path: Path, table: dict[str, object]) -> None:
-    sections = table.get("csr")
-    if not isinstance(sections, dict):
-        return
-    for name, section in sections.items():
-        for field in section if isinstance(section, dict) else ():
-            if field in _FIXED:
-                where = f"{path}: [csr.{_said(name)}] {field}"
-                raise ConfigurationError(f"{where} cannot be configured: {_FIXED[field]}", reason="config_invalid")
+class _Reading:
+    """What was read of a file so far, and what is wrong with the rest.
 
-
-def apply_overrides(
-    overrides: Mapping[CertificateType, CsrOverrides],
-) -> Mapping[CertificateType, CertificateProfile]:
-    """The standards' profiles with the operator's overrides put over them.
-
-    Raises:
-        ConfigurationError: keyUsage without digitalSignature: no TLS handshake could be signed with the key.
+    Args:
+        source: where the options are from, for messages.
+        root: the class that declares them.
     """
-    profiles = dict(PROFILES)
-    for certificate_type, override in overrides.items():
-        profile = profiles[certificate_type]
-        changes: dict[str, object] = {}
-        if override.domain_component is not UNSET:
-            changes["domain_component"] = override.domain_component or None
-        if override.key_usage is not UNSET:
-            if KeyUsage.DIGITAL_SIGNATURE not in override.key_usage:
-                raise ConfigurationError(
-                    f"[csr.{certificate_type}] key_usage must have digitalSignature", reason="config_invalid"
-                )
-            changes["key_usage"] = tuple(override.key_usage)
-        if override.extended_key_usage is not UNSET:
-            changes["extended_key_usage"] = tuple(override.extended_key_usage)
-        if override.extended_key_usage_critical is not UNSET:
-            changes["extended_key_usage_critical"] = override.extended_key_usage_critical
-        if override.evse_id is not UNSET:
-            changes["evse_id_placement"] = override.evse_id
-        profiles[certificate_type] = dataclasses.replace(profile, **changes)  # type: ignore[arg-type] # names and types are those of CsrOverrides
-    return MappingProxyType(profiles)
+
+    def __init__(self, source: str, root: type) -> None:
+        self.given: dict[tuple[str, ...], Any] = {}
+        self.complaints: list[ConfigurationError] = []
+        self.lost: set[str] = set()
+        self._source = source
+        self._root = root
+
+    def take(self, table: Mapping[str, object]) -> None:
+        """Read all tables of a file."""
+        options = list(options_of(self._root))
+        tables = {option.table for option in options} - {""}
+        self._take_options("", {name: value for name, value in table.items() if name not in {*tables, _CSR}}, options)
+        for name in [name for name in table if name in tables]:
+            self._take_options(name, self._mapping(name, table[name]), options)
+        profiles = dict(PROFILES)
+        for name, overrides in self._mapping(_CSR, table.get(_CSR, {})).items():
+            if name not in set(CertificateType):
+                self._complain(_CSR, f"unknown certificate type `{name}`")
+                continue
+            profile = self._overrides(f"{_CSR}.{name}", overrides)
+            profiles[CertificateType(name)] = dataclasses.replace(PROFILES[CertificateType(name)], **profile)
+        if profiles != PROFILES:
+            self.given["profiles",] = MappingProxyType(profiles)
+        self._refuse_contradictions()
+
+    def _take_options(self, table: str, values: Mapping[str, object], options: Iterable[Declared]) -> None:
+        known = {option.name: option for option in options if option.table == table}
+        for name, value in values.items():
+            if name not in known:
+                self._complain(table, f"unknown option `{name}`")
+                continue
+            option = known[name]
+            if (read := self._value(option, value)) is UNSET:
+                continue
+            if option.path in self.given:
+                names = " and ".join(one.name for one in known.values() if one.path == option.path)
+                self._complain(table, f"{names} are both set: one of them is enough")
+            self.given[option.path] = read
+
+    def _overrides(self, place: str, values: object) -> dict[str, Any]:
+        known = {option.name: option for option in options_of(CsrOverrides, place)}
+        found = {}
+        for name, value in self._mapping(place, values).items():
+            if name in _FIXED:
+                self._complain(f"{place}.{name}", f"cannot be configured: {_FIXED[name]}")
+            elif name not in known:
+                self._complain(place, f"unknown option `{name}`")
+            elif (read := self._value(known[name], value)) is not UNSET:
+                found[known[name].path[-1]] = read
+        return found
+
+    def _value(self, option: Declared, value: object) -> Any:
+        try:
+            return option.read(value)
+        except ValueError as error:  # msgspec.ValidationError included; it has a path inside the value
+            words, _, inside = str(error).partition(" - at `$")
+            self._complain(option.place + inside.removesuffix("`"), words)
+        except ConfigurationError as error:
+            self.complaints.append(error)
+            self.lost.add(option.place.partition(".")[0])
+        return UNSET
+
+    def _mapping(self, place: str, value: object) -> Mapping[str, object]:
+        if isinstance(value, Mapping):
+            return value
+        self._complain(place, "expected a table")
+        return {}
+
+    def _refuse_contradictions(self) -> None:
+        for name, hint in get_type_hints(self._root).items():
+            if not hasattr(hint, "contradiction"):
+                continue
+            mine = [path for path in self.given if path[0] == name]
+            if words := build(hint, {path[1:]: self.given[path] for path in mine}).contradiction():
+                self.complaints.append(ConfigurationError(f"{self._source}: {words}", reason="config_invalid"))
+                self.lost.add(name)
+                for path in mine:
+                    del self.given[path]
+
+    def _complain(self, place: str, words: str) -> None:
+        where = f" - at `$.{place}`" if place else ""
+        self.complaints.append(ConfigurationError(f"{self._source}: {_said(words + where)}", reason="config_invalid"))
+        self.lost.add(place.partition(".")[0] or words.partition("`")[2].partition("`")[0])
 
 
-def settle(
-    file: File,
-    *,
-    broker: str | None = None,
-    topic_prefix: str | None = None,
-    keystore: str | None = None,
-    allow_software_keys: bool | None = None,
-    state_dir: Path | None = None,
-    log_format: LogFormat | None = None,
-) -> Settings:
-    """Put what the command line or the environment said (not None) over the file, and the file over the defaults.
+def build(declared: type[T], given: Given) -> T:
+    """Return an instance with what is given, and its defaults for the rest."""
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(declared).items():
+        inner = {path[1:]: value for path, value in given.items() if path[0] == name}
+        if inner:
+            values[name] = inner[()] if () in inner else build(hint, inner)
+    return declared(**values)
+
+
+def settle(file: File, *, needs_keystore: bool = True, **options: object) -> Settings:
+    """Put what the command line or the environment says over the file, and the file over the defaults.
+
+    Args:
+        file: the file.
+        needs_keystore: whether a key store must be there; without, `Settings.keystore` may be empty.
+        options: fields of `Settings`; None, and an empty text where that is not a value, for those not given.
 
     Raises:
         ConfigurationError: no key store is named, and this machine has no ``/dev/tpmrm0``.
     """
-    keystore = keystore or file.keystore or default_keystore()
-    return Settings(
-        broker=broker or file.broker or DEFAULT_BROKER,
-        topic_prefix=_first(topic_prefix, file.topic_prefix) or "",
-        client_id=file.client_id or None,
-        keystore=keystore,
-        allow_software_keys=bool(_first(allow_software_keys, file.allow_software_keys)),
-        state_dir=state_dir or Path(file.state_dir or DEFAULT_STATE_DIR),
-        log_format=log_format or file.log_format or "text",
-        deadlines=file.deadlines,
-        terms=file.lifecycle.terms(),
-        pool=file.pool.terms(),
-        certificate_dir=Path(file.josev.certificate_dir) if file.josev.certificate_dir else None,
-        mqtt=file.mqtt.terms(keystore=keystore),
-        policy=file.policy.terms(),
-        tpm=file.tpm.terms(),
-        metrics=file.metrics.listen or None,
-        profiles=apply_overrides(file.csr),
-    )
-
-
-def _first(value: T | None, otherwise: T | None) -> T | None:
-    return otherwise if value is None else value
+    given = dict(file.given)
+    for option in options_of(Settings):
+        value = options.get(option.path[0]) if len(option.path) == 1 else None
+        if value is not None and (value != "" or option.option.form is None):
+            given[option.path] = value
+    if needs_keystore and ("keystore",) not in given:
+        given["keystore",] = default_keystore()
+    keystore = given.setdefault(("keystore",), "")
+    if keystore.startswith("tpm2:"):  # a key of the client's that is in a TPM is in this one
+        given["mqtt", "tcti"] = keystore.removeprefix("tpm2:")
+    return build(Settings, given)
 
 
 def default_keystore() -> str:

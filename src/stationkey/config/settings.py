@@ -1,165 +1,350 @@
-"""How long keys and records last, and how many there may be. Values only; `stationkey.config.file` reads them."""
+"""Every option of the service: type, bounds, default, place in the file and help, once.
 
-from __future__ import annotations
+`stationkey.config.file` reads a file by these annotations and `stationkey.cli` makes its options from them; the sample
+file and the README are compared with them by a test. A new option is a field here and its consumer.
 
+The environment has ``STATIONKEY_NAME`` for each option ``--name`` of the command line.
+"""
+# The annotations are read at run time, so they are not postponed here.
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Any, Final, Literal
 
+from msgspec import UNSET, Meta
+
+from stationkey.config.options import Form, Option
 from stationkey.config.secrets import SecretReference
-from stationkey.contract.profiles import Algorithm, CertificateType
+from stationkey.contract.profiles import (
+    NAME_MAX_LENGTH,
+    PROFILES,
+    Algorithm,
+    CertificateProfile,
+    CertificateType,
+    EvseIdPlacement,
+    ExtendedKeyUsage,
+    KeyUsage,
+)
 
 DAY: Final = 86_400_000
 """Milliseconds."""
+DEFAULT_DEVICE: Final = "/dev/tpmrm0"
+"""The kernel's resource manager: the one TPM device that several programs can share."""
+SRK_HANDLE: Final = 0x81000001
+"""Where the SRK persists [TCG TPM v2.0 Provisioning Guidance 7.5.1]."""
+_FIRST_PERSISTENT: Final = 0x81000000
+_LAST_PERSISTENT: Final = 0x81FFFFFF
+
+LogFormat = Literal["text", "json"]
+Severity = Literal["off", "warn", "refuse"]
+TpmSession = Literal["none", "hmac", "encrypted"]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+
+
+def _secret(source: str) -> Any:
+    return SecretReference(source) if source else UNSET
+
+
+def _key_auth(source: str) -> Any:
+    return source if source == "generated" else _secret(source)
+
+
+def _attestation_handle(handle: int) -> Any:
+    if 0 < handle < _FIRST_PERSISTENT:
+        raise ValueError(f"{handle:#x} is not a persistent handle: those begin at {_FIRST_PERSISTENT:#x}")
+    return handle or UNSET
+
+
+def _key_usage(usages: tuple[KeyUsage, ...]) -> tuple[KeyUsage, ...]:
+    if KeyUsage.DIGITAL_SIGNATURE not in usages:  # no TLS handshake could be signed with the key
+        raise ValueError("must have digitalSignature")
+    return usages
+
+
+_Text = Annotated[str, Meta(max_length=4096)]
+# An empty text leaves an option unset.
+_TEXT: Final = Form(_Text, lambda text: text or UNSET)
+_PATH: Final = Form(_Text, lambda text: Path(text) if text else UNSET)
+_SECRET: Final = Form(_Text, _secret)
+_DAYS: Final = Form(Annotated[float, Meta(gt=0, le=36_500)], lambda days: int(days * DAY))
+
+_Names = tuple[Annotated[str, Meta(min_length=1, max_length=NAME_MAX_LENGTH)], ...]
+_Countries = tuple[Annotated[str, Meta(pattern=r"^[A-Za-z]{2}\Z")], ...]
+_Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=2 * NAME_MAX_LENGTH)], ...]
+_Registers = Annotated[tuple[Annotated[int, Meta(ge=0, le=23)], ...], Meta(max_length=24)]
+_MANY: Final = Meta(max_length=256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """``[deadlines]``: seconds within which a request is answered, one way or the other.
+
+    30 s is as long as a hung TPM may keep Josev waiting. RSA gets 60 s, because a hardware TPM searches for primes for
+    tens of seconds.
+    """
+
+    ec: Annotated[Seconds, Option("Seconds for a request for an elliptic-curve key.")] = 30.0
+    rsa: Annotated[Seconds, Option("Seconds for a request for an RSA key.")] = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How many.
+    """How many keys and records there may be.
 
-    Attributes:
-        pending_limit: pending keys for one certificate type and EVSE. A CSMS may answer the first CSR after later ones
-            were sent (OCTT TC_A_23), so it is more than one; eight are more than any retry scheme sends in a row.
-        pending_total: pending keys in all. EVSE IDs come over MQTT, and there are many of them. Keys made
-            ahead are none.
-        active_limit: active keys in all: one for each certificate type and EVSE, and EVSE IDs come over MQTT.
-        history_limit: destroyed keys that stay on record: years of renewals, in a MiB or two.
+    A CSMS may answer the first CSR after later ones were sent (OCTT TC_A_23), so there may be more than one pending
+    key; eight are more than any retry scheme sends in a row. EVSE IDs come over MQTT, and there are many of them.
     """
 
-    pending_limit: int = 8
-    pending_total: int = 256
-    active_limit: int = 256
-    history_limit: int = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolTerms:
-    """Keys made ahead.
-
-    Attributes:
-        ec: how many of each elliptic curve; 0 for none.
-        rsa: how many of the RSA size that the TPM makes; 0 for none.
-        idle: seconds that nobody must have wanted anything of the key store, before it is made to work ahead.
-        age: how long an unused one is kept, in milliseconds of running time.
-    """
-
-    ec: int = 0
-    rsa: int = 0
-    idle: float = 30.0
-    age: int = 30 * DAY
+    pending_limit: Annotated[
+        int, Meta(ge=1, le=100), Option("Pending keys for one certificate type and EVSE at most.")
+    ] = 8
+    pending_total: Annotated[int, Meta(ge=1, le=10_000), Option("Pending keys in all. Keys made ahead are none.")] = 256
+    active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Active keys in all.")] = 256
+    history_limit: Annotated[
+        int, Meta(ge=0, le=100_000), Option("Destroyed keys that stay on record: years of renewals, in a MiB or two.")
+    ] = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """How long, in milliseconds of running time: a station's clock may be years off until it has been set.
+    """``[lifecycle]``: how long keys and records last, in milliseconds, and how many there may be; days in the file.
 
-    Attributes:
-        pending: of a key whose certificate does not come. A CSMS that lets a person sign takes days.
-        failed: of a key after its certificate failed to install: time for another try.
-        grace: of a key after it was replaced or retired: TLS sessions may still use it.
-        answers: how long an id is remembered, or longer while its key is pending; nobody retries for so long.
-        bounds: see `Bounds`.
+    It is the running time of the daemon, all its runs together: a clock that is set right by years ends no key.
     """
 
-    pending: int = 30 * DAY
-    failed: int = 1 * DAY
-    grace: int = 7 * DAY
-    answers: int = 90 * DAY
+    pending: Annotated[int, Option("Days of a key whose certificate does not come.", _DAYS, "pending_days")] = 30 * DAY
+    failed: Annotated[int, Option("Days of a key after its certificate failed to install.", _DAYS, "failed_days")] = (
+        1 * DAY
+    )
+    grace: Annotated[int, Option("Days of a key after it was replaced or retired.", _DAYS, "grace_days")] = 7 * DAY
+    answers: Annotated[
+        int, Option("Days that an id is remembered; longer while its key is pending.", _DAYS, "answer_days")
+    ] = 90 * DAY
     bounds: Bounds = field(default_factory=Bounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolTerms:
+    """``[pool]``: keys made ahead, while the TPM has nothing else to do. Idle in seconds, age in milliseconds."""
+
+    ec: Annotated[int, Meta(ge=0, le=64), Option("Keys kept ready for each elliptic curve; 0 for none.")] = 0
+    rsa: Annotated[int, Meta(ge=0, le=16), Option("RSA keys kept ready, of the size that the TPM makes.")] = 1
+    idle: Annotated[
+        float,
+        Option(
+            "Seconds that nobody must have wanted anything of the TPM.",
+            Form(Annotated[float, Meta(ge=0, le=3600)], lambda seconds: seconds),
+            "idle_seconds",
+        ),
+    ] = 30.0
+    age: Annotated[int, Option("Days of running time that an unused key is kept.", _DAYS, "max_age_days")] = 30 * DAY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MqttTerms:
-    """How the broker is spoken to, beside its URL.
+    """``[mqtt]``: how the broker is spoken to, beside its URL.
 
     Attributes:
-        ca_file: certificates, in PEM, that the broker's must lead to; None for those that this machine trusts.
-        certificate_file: where the client's certificate and its chain are, in PEM, or None.
-        key_file: where its private key is, in PEM, a ``TSS2 PRIVATE KEY`` included; None where it is in
-            `certificate_file`.
-        tcti: of the TPM that such a key is in; None for that of the environment, ``TPM2OPENSSL_TCTI``.
-        server_name: the name in the broker's certificate where it is another than the URL's host, or None.
-        username: user name, or None.
-        password: where the password is, or None.
-        availability_topic: where the broker keeps ``online`` or ``offline`` for whoever asks; None for nowhere.
+        tcti: of the TPM that a ``TSS2 PRIVATE KEY`` in `key_file` is in. Follows from the key store; None for that of
+            the environment, ``TPM2OPENSSL_TCTI``.
     """
 
-    ca_file: Path | None = None
-    certificate_file: SecretReference | None = None
-    key_file: SecretReference | None = None
+    ca_file: Annotated[
+        Path | None,
+        Option(
+            "Certificates (PEM) that the broker's must lead to.",
+            _PATH,
+            metavar="FILE",
+            default="those of this machine",
+        ),
+    ] = None
+    certificate_file: Annotated[
+        SecretReference | None,
+        Option("Our certificate (PEM) for the broker: a path, or credential:NAME.", _SECRET, metavar="FILE"),
+    ] = None
+    key_file: Annotated[
+        SecretReference | None,
+        Option("Its private key (PEM), where it is not in the same file; it may be a TPM's.", _SECRET, metavar="FILE"),
+    ] = None
     tcti: str | None = None
-    server_name: str | None = None
-    username: str | SecretReference | None = None
-    password: SecretReference | None = None
-    availability_topic: str | None = None
+    server_name: Annotated[
+        str | None, Option("Name in the broker's certificate.", _TEXT, metavar="NAME", default="the host")
+    ] = None
+    username: Annotated[
+        str | SecretReference | None,
+        Option("User name at the broker.", _TEXT, metavar="NAME"),
+        Option("Where the user name is, instead: a path, or credential:NAME.", _SECRET, "username_file"),
+    ] = None
+    password: Annotated[
+        SecretReference | None,
+        Option(
+            "Where the password for the broker is: a path, or credential:NAME.",
+            _SECRET,
+            "password_file",
+            metavar="FILE",
+        ),
+    ] = None
+    availability_topic: Annotated[
+        str | None, Option("Topic on which the broker keeps online or offline; topic_prefix goes before it.", _TEXT)
+    ] = None
 
-
-Severity = Literal["off", "warn", "refuse"]
+    def contradiction(self) -> str:
+        """Return what is wrong with options that are each valid; empty where nothing is."""
+        if self.password and not self.username:
+            return "[mqtt] has a password_file and no username"
+        if self.key_file and not self.certificate_file:
+            return "[mqtt] has a key_file and no certificate_file"
+        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTerms:
-    """What may be asked for, and how often. An empty tuple of names or patterns lets all through.
+    """``[policy]``: what may be asked for, and how often. An empty tuple of names or patterns lets all through.
 
-    Attributes:
-        certificate_types: those that are served.
-        algorithms: those that are served.
-        organization_names: O, each in full.
-        country_names: C, each in full, in either case.
-        common_names: patterns of CN, see `stationkey.service.policy`.
-        evse_ids: patterns of the EVSE ID.
-        secc_id: what is done where a certificate type wants a SECC ID for its CN, and it is none.
-        off_profile: what is done where the profile wants another algorithm.
-        requests_per_minute: how fast the allowance of a certificate type grows again; 0 for no limit.
-        burst: how large the allowance is at most.
-        queue: how many messages are in hand at a time; the broker holds the rest.
-        payload_bytes: how large a message may be.
+    See `stationkey.service.policy` for the patterns.
     """
 
-    certificate_types: tuple[CertificateType, ...] = tuple(CertificateType)
-    algorithms: tuple[Algorithm, ...] = tuple(Algorithm)
-    organization_names: tuple[str, ...] = ()
-    country_names: tuple[str, ...] = ()
-    common_names: tuple[str, ...] = ()
-    evse_ids: tuple[str, ...] = ()
-    secc_id: Severity = "warn"
-    off_profile: Severity = "warn"
-    requests_per_minute: float = 60.0
-    burst: int = 600
-    queue: int = 64
-    payload_bytes: int = 64 * 1024
-
-
-TpmSession = Literal["none", "hmac", "encrypted"]
-
-SRK_HANDLE: Final = 0x81000001
-"""Where the SRK persists [TCG TPM v2.0 Provisioning Guidance 7.5.1]."""
+    certificate_types: Annotated[tuple[CertificateType, ...], Option("Certificate types that are served.")] = tuple(
+        CertificateType
+    )
+    algorithms: Annotated[tuple[Algorithm, ...], Option("Algorithms that are served.")] = tuple(Algorithm)
+    organization_names: Annotated[_Names, _MANY, Option("O that is served, each in full.")] = ()
+    country_names: Annotated[_Countries, _MANY, Option("C that is served, each in full, in either case.")] = ()
+    common_names: Annotated[_Patterns, _MANY, Option("Patterns of CN, one of which must match.")] = ()
+    evse_ids: Annotated[_Patterns, _MANY, Option("Patterns of the EVSE ID, one of which must match.")] = ()
+    secc_id: Annotated[Severity, Option("Where a certificate type takes a SECC ID as its CN and it is not one.")] = (
+        "warn"
+    )
+    off_profile: Annotated[Severity, Option("Where the profile prefers another algorithm.")] = "warn"
+    requests_per_minute: Annotated[
+        float,
+        Meta(ge=0, le=60_000),
+        Option("How fast the allowance of a certificate type grows again; 0 for no limit."),
+    ] = 60.0
+    burst: Annotated[int, Meta(ge=1, le=100_000), Option("How large the allowance is at most.")] = 600
+    queue: Annotated[int, Meta(ge=1, le=1024), Option("Messages in hand at a time; the broker holds the rest.")] = 64
+    payload_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024), Option("Bytes of a message at most.")] = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpmTerms:
-    """How the TPM is used, and what keys in it are protected by besides.
+    """``[tpm]``: how the TPM is used, and what keys in it are protected by besides. Secrets are named, never said."""
 
-    Attributes:
-        srk_handle: persistent handle of the storage root key.
-        owner_auth: where the authorisation value of the owner hierarchy is, or None where it has none.
-        srk_auth: the same of the storage root key.
-        endorsement_auth: the same of the endorsement hierarchy.
-        key_auth: where the authorisation value of the keys is; ``generated`` for a random one that the TPM seals; None
-            for none.
-        pcrs: platform configuration registers whose values, as they are when a key is made, must be the same when it
-            is used; empty for no such policy.
-        pcr_bank: hash of the bank that they are of.
-        session: how what crosses the bus is protected.
-        ak_handle: persistent handle of the attestation key; None for one derived from the endorsement seed.
+    srk_handle: Annotated[
+        int,
+        Meta(ge=_FIRST_PERSISTENT, le=_LAST_PERSISTENT),
+        Option("Persistent handle of the storage root key."),
+    ] = SRK_HANDLE
+    owner_auth: Annotated[
+        SecretReference | None, Option("Where the authorisation value of the owner hierarchy is.", _SECRET)
+    ] = None
+    srk_auth: Annotated[
+        SecretReference | None, Option("Where the authorisation value of the storage root key is.", _SECRET)
+    ] = None
+    endorsement_auth: Annotated[
+        SecretReference | None, Option("Where the authorisation value of the endorsement hierarchy is.", _SECRET)
+    ] = None
+    key_auth: Annotated[
+        SecretReference | Literal["generated"] | None,
+        Option(
+            "Where the authorisation value of new keys is; generated for a random one that the TPM seals.",
+            Form(_Text, _key_auth),
+        ),
+    ] = None
+    pcrs: Annotated[
+        tuple[int, ...],
+        Option(
+            "Platform configuration registers that new keys are bound to.",
+            Form(_Registers, lambda registers: tuple(sorted(set(registers)))),
+        ),
+    ] = ()
+    pcr_bank: Annotated[
+        str,
+        Option(
+            "Hash of the bank that these registers are of.",
+            Form(Literal["sha1", "sha256", "sha384", "sha512"], lambda bank: bank),
+        ),
+    ] = "sha256"
+    session: Annotated[TpmSession, Option("Protection of what crosses the bus to the TPM.")] = "none"
+    ak_handle: Annotated[
+        int | None,
+        Option(
+            "Persistent handle of the attestation key; 0 for one derived from the endorsement seed.",
+            Form(Annotated[int, Meta(ge=0, le=_LAST_PERSISTENT)], _attestation_handle),
+        ),
+    ] = None
+
+
+class CsrOverrides:
+    """``[csr.CERTIFICATE_TYPE]``: fields of a `CertificateProfile` that an operator's CA wants otherwise.
+
+    What is not set stays as the profile has it; there is no instance of this.
     """
 
-    srk_handle: int = SRK_HANDLE
-    owner_auth: SecretReference | None = None
-    srk_auth: SecretReference | None = None
-    endorsement_auth: SecretReference | None = None
-    key_auth: SecretReference | Literal["generated"] | None = None
-    pcrs: tuple[int, ...] = ()
-    pcr_bank: str = "sha256"
-    session: TpmSession = "none"
-    ak_handle: int | None = None
+    domain_component: Annotated[
+        str | None,
+        Option(
+            "DC of the subject; empty for none.",
+            Form(Annotated[str, Meta(max_length=64, pattern=r"^[\x20-\x7e]*\Z")], lambda text: text or None),
+        ),
+    ]
+    key_usage: Annotated[
+        tuple[KeyUsage, ...],
+        Option("keyUsage; digitalSignature must be there.", Form(tuple[KeyUsage, ...], _key_usage)),
+    ]
+    extended_key_usage: Annotated[tuple[ExtendedKeyUsage, ...], Option("extendedKeyUsage; empty for none.")]
+    extended_key_usage_critical: Annotated[bool, Option("Whether a CA must know extendedKeyUsage.")]
+    evse_id_placement: Annotated[EvseIdPlacement, Option("Where the EVSE ID goes.", place="evse_id")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the daemon runs by: the options at the top of the file, and its tables.
+
+    Attributes:
+        profiles: the profile of each certificate type, with what ``[csr]`` overrides.
+    """
+
+    broker: Annotated[
+        str, Option("MQTT broker, mqtt://HOST:PORT, or mqtts://HOST:PORT for TLS.", _TEXT, metavar="URL")
+    ] = "mqtt://127.0.0.1:1883"
+    keystore: Annotated[
+        str,
+        Option(
+            f"Key store: tpm2:TCTI, such as tpm2:device:{DEFAULT_DEVICE} or tpm2:swtpm:host=127.0.0.1,port=2321; or "
+            "software:.",
+            _TEXT,
+            metavar="URI",
+            default=f"tpm2:device:{DEFAULT_DEVICE}, if there is one",
+        ),
+    ]
+    allow_software_keys: Annotated[bool, Option("Let software: be the key store. Its keys are not protected.")] = False
+    state_dir: Annotated[Path, Option("Where the ledger is kept.", _PATH, metavar="DIR")] = Path("/var/lib/stationkey")
+    topic_prefix: Annotated[
+        str, Option("Put before both topics; a / is added where it ends in none.", metavar="PREFIX")
+    ] = ""
+    client_id: Annotated[
+        str | None,
+        Option(
+            "MQTT client identifier; empty for one that the state directory keeps.",
+            Form(Annotated[str, Meta(max_length=64)], lambda text: text or UNSET),
+        ),
+    ] = None
+    log_format: Annotated[LogFormat, Option("Format of the log on standard error.")] = "text"
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    lifecycle: Terms = field(default_factory=Terms)
+    pool: PoolTerms = field(default_factory=PoolTerms)
+    certificate_dir: Annotated[
+        Path | None, Option("Where Josev puts the certificates that it installs.", _PATH, "josev.certificate_dir")
+    ] = None
+    mqtt: MqttTerms = field(default_factory=MqttTerms)
+    policy: PolicyTerms = field(default_factory=PolicyTerms)
+    tpm: TpmTerms = field(default_factory=TpmTerms)
+    metrics: Annotated[
+        str | None,
+        Option(
+            "Where figures and health are asked for: 127.0.0.1:PORT, [::1]:PORT or unix:PATH.", _TEXT, "metrics.listen"
+        ),
+    ] = None
+    profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)

@@ -113,7 +113,7 @@ class StationKeyService:
             keystore,
             self._ledger,
             running=self._running.now,
-            terms=pool or PoolTerms(),
+            terms=pool or PoolTerms(rsa=0),
             patience=deadline,
             clock=clock,
         )

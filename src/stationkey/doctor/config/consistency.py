@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Final
 from urllib.parse import urlsplit
 
-from stationkey.config.file import Settings
 from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import Settings
 from stationkey.contract.profiles import ALGORITHMS, PROFILES, RsaModulus
 from stationkey.doctor.report import Finding, failure, listed, warning
 from stationkey.errors import ConfigurationError

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from stationkey.config.file import Mqtt
+from stationkey.config.options import options_of
+from stationkey.config.settings import Settings
 from stationkey.doctor.config.consistency import judge_sense
 from stationkey.doctor.host.context import Configured, Options, Subject
 from stationkey.doctor.host.files import READ, Facts, User, closed_on_the_way, look_at, octal, permits
@@ -25,7 +26,9 @@ _VARIABLES: Final = frozenset(
     f"{_PREFIX}{name}"
     for name in ("BROKER", "KEYSTORE", "ALLOW_SOFTWARE_KEYS", "STATE_DIR", "TOPIC_PREFIX", "LOG_FORMAT", "CONFIG")
 )
-_OTHERS: Final = frozenset(f"{_PREFIX}MQTT_{name.upper()}" for name in Mqtt.__struct_fields__)
+_OTHERS: Final = frozenset(
+    f"{_PREFIX}MQTT_{option.name.upper()}" for option in options_of(Settings) if option.table == "mqtt"
+)
 """What the commands that are clients of the broker read."""
 _LOG_FORMATS: Final = ("text", "json")
 

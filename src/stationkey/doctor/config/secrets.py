@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stationkey.config.file import Settings
 from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import Settings
 from stationkey.doctor.host.context import UNIT, Subject, Unit, path_of
 from stationkey.doctor.host.files import ENTER, READ, WRITE, Facts, User, closed_on_the_way, look_at, octal, permits
 from stationkey.doctor.report import Finding, failure, not_checked, ok, warning

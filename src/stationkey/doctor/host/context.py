@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from stationkey.config import file as config
+from stationkey.config.file import File, Parts, read_file, read_parts, settle
 from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import DEFAULT_DEVICE, Settings
 from stationkey.doctor.host.files import Facts, User, look_at
 from stationkey.doctor.host.ledger_reader import LedgerReading
 from stationkey.doctor.report import Finding, Level, not_checked
@@ -57,7 +58,7 @@ class Configured:
 
     file: Facts | None
     complaints: tuple[str, ...]
-    settings: config.Settings
+    settings: Settings
     keystore: str | None
     lost: frozenset[str] = frozenset()
 
@@ -139,7 +140,7 @@ class Subject:
     ledger: LedgerReading = field(default_factory=LedgerReading, compare=False)
 
     @property
-    def settings(self) -> config.Settings:
+    def settings(self) -> Settings:
         """See `Configured`."""
         return self.configured.settings
 
@@ -158,7 +159,7 @@ def read_configuration(options: Options) -> Configured:
     """Read the configuration file, and of a wrong one what can be used."""
     path = options.config_file
     if path is None:
-        return _settle(options, config.Parts(config.File(), (), frozenset()))
+        return _settle(options, Parts(File(), (), frozenset()))
     facts = look_at(path, follow=True)
     if facts.there and facts.kind != "file":
         what = "directory" if facts.kind == "directory" else "device, pipe or socket"
@@ -166,30 +167,29 @@ def read_configuration(options: Options) -> Configured:
             options, (f"{path} is no file, but a {what}",), facts
         )  # to open a pipe would be to wait for ever
     try:
-        return _settle(options, config.Parts(config.read_file(path), (), frozenset()), facts)
+        return _settle(options, Parts(read_file(path), (), frozenset()), facts)
     except ConfigurationError:
-        return _settle(options, config.read_parts(path), facts)
+        return _settle(options, read_parts(path), facts)
     except (OSError, ValueError):  # a name with a NUL in it, for example
         return _default(options, (f"{path} cannot be read",), facts)
 
 
 def _default(options: Options, complaints: tuple[str, ...], facts: Facts | None = None) -> Configured:
-    return _settle(options, config.Parts(config.File(), complaints, None), facts)
+    return _settle(options, Parts(File(), complaints, None), facts)
 
 
-def _settle(options: Options, parts: config.Parts, facts: Facts | None = None) -> Configured:
-    file = parts.file
-    keystore = options.keystore or file.keystore
-    if keystore is None and Path(config.DEFAULT_DEVICE).exists():
-        keystore = config.default_keystore()
-    settings = config.settle(
-        file,
+def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Configured:
+    settings = settle(
+        parts.file,
         broker=options.broker,
         topic_prefix=options.topic_prefix,
-        keystore=keystore or _NONE,
+        keystore=options.keystore,
         allow_software_keys=options.allow_software_keys,
         state_dir=options.state_dir,
+        needs_keystore=Path(DEFAULT_DEVICE).exists(),
     )
+    keystore = settings.keystore or None
+    settings = replace(settings, keystore=keystore or _NONE)
     lost = _TOLD if parts.lost is None else parts.lost & _TOLD
     known = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
     return Configured(file=facts, complaints=parts.complaints, settings=settings, keystore=keystore, lost=lost - known)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from stationkey.config.file import Settings
-from stationkey.config.settings import TpmTerms
+from stationkey.config.settings import Settings, TpmTerms
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType
 from stationkey.doctor.report import CannotLookError
 from stationkey.doctor.runner import Answer

@@ -1,0 +1,106 @@
+"""What an option is. Options are declared where their values are: as annotations in `stationkey.config.settings`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How an option is written in the file, where that differs from the value that the program uses.
+
+    Attributes:
+        written: its type in the file, bounds included, as msgspec takes it.
+        read: makes the value of what is written. It returns UNSET where the option is not set by that, and raises
+            ValueError, or an error of ours, where it is invalid.
+    """
+
+    written: Any
+    read: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """Annotation of a field that the configuration sets.
+
+    Attributes:
+        help: what it does, in one line. Also the text of ``--help``.
+        form: see `Form`; None where it is written as its field's type says.
+        place: where it is in the file, where that is not the field's own name in the table of its class: a name, or
+            ``table.name``.
+        metavar: what stands for its value in ``--help``, where there is such an option.
+        default: words for the default, where the field's own does not say it.
+    """
+
+    help: str
+    form: Form | None = None
+    place: str = ""
+    metavar: str = ""
+    default: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """An option with what follows from where it is declared.
+
+    Attributes:
+        option: its annotation.
+        table: the table of the file that it is in; empty at the top.
+        name: its name there.
+        path: the field that it sets, by the names of the fields that lead to it.
+        written: its type in the file.
+        default: words for its default; empty where it has none, or an empty one.
+    """
+
+    option: Option
+    table: str
+    name: str
+    path: tuple[str, ...]
+    written: Any
+    default: str
+
+    @property
+    def place(self) -> str:
+        """Where it is in the file, such as ``pool.rsa``."""
+        return f"{self.table}.{self.name}".removeprefix(".")
+
+    def read(self, value: object) -> Any:
+        """Return the value for what is written in the file; UNSET where that leaves it unset.
+
+        Raises:
+            ValueError: it is invalid.
+            ConfigurationError: it names a secret in a way that is invalid.
+        """
+        if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
+            raise ValueError("a text has a NUL character in it")
+        written = msgspec.convert(value, self.written)
+        return self.option.form.read(written) if self.option.form else written
+
+
+def options_of(declared: type, table: str = "", path: tuple[str, ...] = ()) -> Iterator[Declared]:
+    """Find the options among the fields of a class.
+
+    A field whose type is a dataclass is a table of the file. Inside that, it is more of the same table.
+
+    Args:
+        declared: the class.
+        table: the table of the file that its options are in.
+        path: the fields that lead to it.
+    """
+    fields = getattr(declared, "__dataclass_fields__", {})
+    for name, hint in get_type_hints(declared, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from options_of(hint, table or name, (*path, name))
+        for option in get_args(hint) if get_origin(hint) is Annotated else ():
+            if isinstance(option, Option):
+                home, _, own = (option.place or name).rpartition(".")
+                written = option.form.written if option.form else hint
+                default = fields[name].default if name in fields else None
+                shown = "" if default in {None, False, dataclasses.MISSING} else str(default)
+                yield Declared(option, home or table, own, (*path, name), written, option.default or shown)
