@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -242,7 +242,7 @@ class Station:
     async def pass_by(self, milliseconds: float) -> None:
         """Let time go by, and sweep."""
         self.clocks.pass_by(milliseconds)
-        await self.service.custody.sweep()
+        await self.service.expiry.sweep()
 
 
 def dump(database: Path) -> list[str]:
@@ -260,6 +260,7 @@ async def station(
     terms: Terms | None = None,
     certificate_dir: Path | None = None,
     clocks: Clocks | None = None,
+    on_change: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Station]:
     """A station that ends with the block; its state directory stays, and so it can be started again."""
     clocks = clocks or Clocks()
@@ -270,7 +271,12 @@ async def station(
         # The service takes the machine's own clock, which no test could wait for.
         with mock.patch("stationkey.service.requests.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
             service = StationKeyService(
-                thread, ledger, terms=terms, certificate_dir=certificate_dir, clock=lambda: clocks.wall
+                thread,
+                ledger,
+                terms=terms,
+                certificate_dir=certificate_dir,
+                clock=lambda: clocks.wall,
+                on_change=on_change,
             )
         await service.custody.show_active()
         try:

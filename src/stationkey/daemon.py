@@ -81,6 +81,7 @@ async def serve(settings: Settings) -> None:
                 terms=settings.lifecycle,
                 pool=settings.pool,
                 certificate_dir=settings.certificate_dir,
+                on_change=health.keys_changed,
             )
             await service.custody.show_active()
             # What has been made so far stays: the garbage collector need not look at it again and again.
@@ -99,8 +100,8 @@ async def serve(settings: Settings) -> None:
             health.watch(service, edge)
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    sweeping = tasks.create_task(service.custody.run(), name="sweep")
-                    telling = tasks.create_task(service.custody.tell_unusable(), name="tell-unusable")
+                    sweeping = tasks.create_task(service.expiry.run(), name="sweep")
+                    telling = tasks.create_task(service.expiry.tell_unusable(), name="tell-unusable")
                     learning = tasks.create_task(service.learn_ids(), name="learn-ids")
                     making = tasks.create_task(service.pool.run(), name="make-ahead")
                     await edge.run(stop, drain=DRAIN)

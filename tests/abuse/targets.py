@@ -44,6 +44,7 @@ from stationkey.errors import ConfigurationError, MessageError, StationKeyError
 from stationkey.keystore import keystore_opener
 from stationkey.ledger import Ledger
 from stationkey.mqtt.url import Broker
+from stationkey.service.josev_files import JosevFiles
 from stationkey.service.matching import KeyFinder, StatusUnfit
 from stationkey.x509.certificate import Expected, differences, read_chain
 from stationkey.x509.csr import sign_csr, to_pem
@@ -318,13 +319,16 @@ class _World:
     folder: Path
     ledger: Ledger
     finder: KeyFinder
+    files: JosevFiles
 
 
 @cache
 def _world() -> _World:
     folder = Path(tempfile.mkdtemp(prefix="stationkey-fuzz-"))
     (folder / "active").mkdir()
-    return _World(folder, Ledger(folder / "ledger.sqlite3"), KeyFinder(folder / "active", None))
+    return _World(
+        folder, Ledger(folder / "ledger.sqlite3"), KeyFinder(folder / "active"), JosevFiles(folder / "active", None)
+    )
 
 
 def close_world() -> None:
@@ -356,7 +360,7 @@ def check_private_key_path(content: bytes) -> None:
         find = {"installed": world.finder.installed, "deleted": world.finder.deleted}.get(verb, world.finder.failed)
         with nothing_opened():
             try:
-                found = find(world.ledger, status)
+                found = find(world.ledger, status, world.files.read(status))
             except StatusUnfit as error:
                 check_words(error)
             else:

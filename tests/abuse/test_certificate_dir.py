@@ -19,7 +19,7 @@ from peers import Mosquitto
 
 from parts import NOW, Authority, Station, key_id_in, pem, software_key, station
 from stationkey.ledger.lifecycle import KeyState
-from stationkey.service.matching import (
+from stationkey.service.josev_files import (
     MAX_CERTIFICATE_DIRECTORIES,
     MAX_CERTIFICATE_FILES,
     MAX_CERTIFICATE_SIZE,

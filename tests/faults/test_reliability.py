@@ -16,7 +16,7 @@ def _tests_in(directory: Path) -> set[str]:
         for path in directory.rglob("test_*.py")
         if path != Path(__file__)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
     }
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from stationkey import cli
-from stationkey.service import requests, statuses
+from stationkey.service import custody, expiry, requests
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +22,16 @@ def main() -> None:
     ahead = Path(sys.argv[1])
     right = time.time
     time.time = lambda: right() + float(ahead.read_text())
-    sweep = statuses.KeyCustody.sweep
+    sweep = expiry.Expiry.sweep
 
-    async def sweep_and_tell(self: statuses.KeyCustody) -> None:
+    async def sweep_and_tell(self: expiry.Expiry) -> None:
         await sweep(self)
         log.info("swept")
 
-    statuses.KeyCustody.sweep = sweep_and_tell  # type: ignore[method-assign]
-    statuses.SWEEP = 0.1  # type: ignore[misc]
+    expiry.Expiry.sweep = sweep_and_tell  # type: ignore[method-assign]
+    expiry.SWEEP = 0.1  # type: ignore[misc]
     # Default arguments were bound to the right clock when the classes were made.
-    for part in (statuses.KeyCustody, requests.StationKeyService):
+    for part in (custody.Custody, requests.StationKeyService):
         defaults = part.__init__.__kwdefaults__
         assert defaults is not None
         defaults["clock"] = time.time

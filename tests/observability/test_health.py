@@ -136,13 +136,16 @@ class TestAsking:
             await health.figures()
         assert looks.await_count == 2
 
-    async def test_keys_that_have_changed_are_looked_at_anew(self, here: Station) -> None:
-        health = watching(here)
-        await here.key()
-        with mock.patch("stationkey.observability.health.time.monotonic", return_value=100.0):
-            before = await health.figures()
-            await here.told("installed")
-            after = await health.figures()
+    async def test_keys_that_have_changed_are_looked_at_anew(self, tmp_path: Path) -> None:
+        changed = mock.Mock()
+        async with station(tmp_path, on_change=changed) as here:
+            health = watching(here)
+            changed.side_effect = health.keys_changed
+            await here.key()
+            with mock.patch("stationkey.observability.health.time.monotonic", return_value=100.0):
+                before = await health.figures()
+                await here.told("installed")
+                after = await health.figures()
         assert before is not None
         assert after is not None
         assert (before.keys, after.keys) == ({("pre-activation", V2G): 1}, {("active", V2G): 1})
@@ -195,11 +198,11 @@ class TestAsking:
         with closing(sqlite3.connect(here.ledger.database.path, isolation_level=None)) as another:
             another.execute("BEGIN IMMEDIATE")
             with pytest.raises(LedgerError):
-                await here.service.custody.sweep()
+                await here.service.expiry.sweep()
             assert health.condition().ledger == "ledger_busy"
             assert b"stationkey_ledger_writable 0.0" in await Exposition(health).text()
             another.execute("ROLLBACK")
-        await here.service.custody.sweep()
+        await here.service.expiry.sweep()
         assert health.condition().ledger == ""
 
     async def test_a_ledger_that_cannot_be_read_leaves_the_rest_to_be_shown(

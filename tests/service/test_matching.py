@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from parts import E1, E2, NOW, STATION, V2G, Authority, Station, Verb, key_id_in, new_id, pem, station
 from stationkey.config.settings import DAY
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
-from stationkey.service import matching
+from stationkey.service import josev_files
 
 PENDING, ACTIVE, DEACTIVATED, DESTROYED = (
     KeyState.PRE_ACTIVATION,
@@ -397,7 +397,7 @@ async def test_a_certificate_directory_that_cannot_be_read_changes_nothing(
         file.unlink()
         josev.path.rmdir()
     else:
-        monkeypatch.setattr(matching, "MAX_CERTIFICATE_FILES", 0)
+        monkeypatch.setattr(josev_files, "MAX_CERTIFICATE_FILES", 0)
     before = seeing.dump()
 
     await seeing.told(verb)

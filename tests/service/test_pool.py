@@ -425,10 +425,10 @@ async def test_a_key_whose_time_is_nearly_over_is_not_handed_out_and_another_is_
         assert key not in old
         await here.until(lambda: len(here.ahead()) == 3)
         assert old[1] in here.ahead()  # until its time is over
-        await here.service.custody.sweep()
+        await here.service.expiry.sweep()
         assert old[1] in here.ahead()
         clocks.pass_by(MARGIN)
-        await here.service.custody.sweep()
+        await here.service.expiry.sweep()
         assert len(here.ahead()) == 2
         assert old[1] not in here.ahead()
 
@@ -442,7 +442,7 @@ async def test_keys_age_out_and_are_made_anew_though_nobody_asks(
         clocks.pass_by(DAY)
         seen = looks()
         await here.until(lambda: looks() >= seen + 2)
-        await here.service.custody.sweep()
+        await here.service.expiry.sweep()
         assert len(here.ahead()) == 2
         assert not old & set(here.ahead())
 

@@ -336,7 +336,7 @@ async def test_every_key_that_the_present_tpm_cannot_use_is_told(
 
     async with station(tmp_path / "state", keystore=swtpm.uri) as here:
         await here.key(STATION)
-        await here.service.custody.tell_unusable()
+        await here.service.expiry.tell_unusable()
 
         told = [record for record in caplog.records if "this key cannot be used" in record.getMessage()]
         assert [record.key_id for record in told] == old  # type: ignore[attr-defined] # logging's extra
@@ -350,7 +350,7 @@ async def test_a_tpm_that_is_away_at_the_start_is_waited_for_before_a_key_is_cal
     async with station(tmp_path / "state", keystore=swtpm.uri) as here:
         await here.key()
         swtpm.kill()
-        telling = asyncio.create_task(here.service.custody.tell_unusable())
+        telling = asyncio.create_task(here.service.expiry.tell_unusable())
         await here.service.answer(request())  # comes after the first try in the key store's queue
         assert not telling.done()
         swtpm.start()
@@ -570,7 +570,7 @@ async def test_an_expiry_that_an_operator_was_faster_than_at_the_last_moment_sto
 async def test_the_sweep_goes_on_by_itself(tmp_path: Path) -> None:
     async with station(tmp_path / "state", terms=Terms(pending=0)) as here:
         key = await here.key()
-        sweeping = asyncio.create_task(here.service.custody.run())
+        sweeping = asyncio.create_task(here.service.expiry.run())
         await _until(lambda: here.counts["accepted"] == 1 and _is_destroyed(tmp_path / "state", key))
         sweeping.cancel()
         with suppress(asyncio.CancelledError):

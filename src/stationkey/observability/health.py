@@ -5,8 +5,7 @@ watchdog stop, for only then does a new process help: the call is given up with 
 once, and no restart brings it back. A TPM that works for minutes at an RSA key has minutes for that. Where nobody wants
 anything, nobody would notice: so the key store is asked a small question now and then.
 
-The ledger's thread hangs where the disk does, or a file system that the certificate directory leads to. The signs of
-life stop then, too.
+The ledger's thread hangs where the disk does. The signs of life stop then, too.
 """
 
 from __future__ import annotations
@@ -118,7 +117,6 @@ class Health:
     def watch(self, service: StationKeyService, edge: Connecting) -> None:
         """These are the parts of the daemon."""
         self.service, self.edge = service, edge
-        service.custody.on_change = self._keys_changed
 
     def stopping(self) -> None:
         """The daemon was told to end."""
@@ -127,7 +125,8 @@ class Health:
             self._manager.stopping()
             self._news.set()
 
-    def _keys_changed(self) -> None:
+    def keys_changed(self) -> None:
+        """Keys may have become active, or may have ended."""
         self._looked_at = -FRESH  # what was seen before is of no use
         self._news.set()
 

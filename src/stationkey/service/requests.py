@@ -24,12 +24,17 @@ from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger import MAX_REJECTIONS, Answered, Figures, Ledger, content_digest
 from stationkey.ledger.worker import LedgerThread
+from stationkey.service.active_files import ActiveDirectory
+from stationkey.service.custody import Custody
+from stationkey.service.expiry import Expiry
+from stationkey.service.josev_files import JosevFiles
+from stationkey.service.matching import KeyFinder
 from stationkey.service.policy import Policy, is_rsa
 from stationkey.service.pool import KeyPool
 from stationkey.service.rate_limit import TokenBucket
 from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
-from stationkey.service.statuses import KeyCustody
+from stationkey.service.statuses import Statuses
 from stationkey.system.counters import UNKNOWN, Counters
 from stationkey.x509.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 
@@ -60,9 +65,11 @@ class StationKeyService:
         pool: keys made ahead; by default none.
         certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
         clock: Unix time in seconds.
+        on_change: called when keys may have become active, or may have ended.
 
     Attributes:
-        custody: keeps the keys through the rest of their lives.
+        custody: shows the keys in use under ``active/``.
+        expiry: ends keys; its `Expiry.run` sweeps.
         pool: has keys made ahead; filled while its `KeyPool.run` runs.
         counters: what was done in this run, by outcome and reason.
     """
@@ -80,6 +87,7 @@ class StationKeyService:
         pool: PoolTerms | None = None,
         certificate_dir: Path | None = None,
         clock: Callable[[], float] = time.time,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._keystore = keystore
         self._ledger = LedgerThread(ledger)
@@ -98,16 +106,23 @@ class StationKeyService:
         self._unrecorded = False  # whether there are rejections that it has not come to yet
         self._closed = False
         self.counters = Counters()
-        self.custody = KeyCustody(
+        active = ActiveDirectory(ledger.database.directory)
+        self.custody = Custody(
             keystore,
             self._ledger,
-            state_dir=ledger.database.directory,
+            active,
             running=self._running,
+            counters=self.counters,
+            clock=clock,
+            on_change=on_change,
+        )
+        self.expiry = Expiry(self.custody, self._terms)
+        self._statuses = Statuses(
+            self.custody,
+            JosevFiles(active.path, certificate_dir, ledger.database.own_files()),
+            KeyFinder(active.path),
             terms=self._terms,
             profiles=profiles,
-            certificate_dir=certificate_dir,
-            clock=clock,
-            counters=self.counters,
         )
         self.pool = KeyPool(
             keystore,
@@ -171,7 +186,7 @@ class StationKeyService:
         log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
 
     async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
-        """Take note of what became of a certificate, as often as is allowed; see `KeyCustody.note_status`.
+        """Take note of what became of a certificate, as often as is allowed; see `Statuses.note_status`.
 
         Args:
             status: what is said.
@@ -184,14 +199,14 @@ class StationKeyService:
                 reason="status_retained",
                 hint="who sets retain? doctor says how to take it away",
             )
-            self.custody.refuse(status, old)
+            self._statuses.refuse(status, old)
             return
         try:
             self._policy.admit_status(status.data.certificate_type)
         except RequestRefused as error:
-            self.custody.refuse(status, error)
+            self._statuses.refuse(status, error)
             return
-        await self.custody.note_status(status)
+        await self._statuses.note_status(status)
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
         """The accepted answers that were recorded, and that no `delivered` was told of: to be published (again)."""

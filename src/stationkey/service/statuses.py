@@ -1,8 +1,7 @@
-"""What becomes of a key after its CSR was answered: which key a status means, proof, activation, expiry, destruction.
+"""What a ``certificate_installation_status`` does: which key it means, proof, one step of the ledger.
 
-The ledger is the truth. Every step is one transaction there; the files under ``active/`` are made to show it after the
-step, and again at every start. So a loss of power at any moment leaves either the state before or the state after, and
-at most a file that the next start puts right.
+The steps cross between threads as seldom as they can: Josev's files are read on their thread, the key is found on the
+ledger's, proves itself on the key store's, and is activated on the ledger's, with its file under ``active/``.
 """
 
 from __future__ import annotations
@@ -10,35 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Final
 
 from stationkey.config.settings import Terms
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
-from stationkey.keystore import KeyRef, KeyStore, check_key
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
-from stationkey.ledger import KeyRecord
-from stationkey.ledger.lifecycle import IllegalTransition, KeyEvent
-from stationkey.ledger.worker import LedgerThread
-from stationkey.service.active_files import ActiveDirectory
-from stationkey.service.matching import KeyFinder
-from stationkey.service.running_time import RunningTime
+from stationkey.keystore import KeyRef, KeyStore
+from stationkey.keystore.worker import Task, on_keystore
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.service.custody import PROOF_DEADLINE, Custody
+from stationkey.service.josev_files import JosevFiles, Look
+from stationkey.service.matching import Found, KeyFinder, Repeated
 from stationkey.system.backoff import Backoff
-from stationkey.system.counters import Counters
 from stationkey.x509.certificate import Chain, Expected, differences, prove
 
 log = logging.getLogger(__name__)
 
-SWEEP: Final = 60.0
-"""Seconds between two looks at what is due; also the most running time that a loss of power takes back."""
-PROOF_DEADLINE: Final = 30.0
-"""Seconds for a key to be loaded and to sign."""
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 60.0
 """Seconds between tries at a status that needs a TPM which is away; doubled in between."""
@@ -49,54 +38,35 @@ PATIENCE: Final = 20.0
 bounds, a slow TPM. A burst of statuses that is honest is through by then."""
 
 
-class KeyCustody:
-    """Keeps the keys of one ledger and one key store through the rest of their lives.
+class Statuses:
+    """Takes each status to the key that it means.
 
     Args:
-        keystore: the key store's thread.
-        ledger: the ledger's.
-        state_dir: where ``active/`` is.
-        running: the running time.
+        custody: the keys.
+        files: reads Josev's files.
+        finder: finds the key that is meant.
         terms: how long, how many.
         profiles: of each certificate type, overrides included.
-        certificate_dir: where Josev puts the certificates it installs, or None.
-        clock: Unix time in seconds.
-        counters: outcomes are counted here.
-
-    Attributes:
-        on_change: called when keys may have become active, or may have ended.
     """
 
     def __init__(
         self,
-        keystore: KeyStoreThread,
-        ledger: LedgerThread,
+        custody: Custody,
+        files: JosevFiles,
+        finder: KeyFinder,
         *,
-        state_dir: Path,
-        running: RunningTime,
-        terms: Terms | None = None,
+        terms: Terms,
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
-        certificate_dir: Path | None = None,
-        clock: Callable[[], float] = time.time,
-        counters: Counters | None = None,
     ) -> None:
-        self._keystore = keystore
-        self._ledger = ledger
-        self._active = ActiveDirectory(state_dir)
-        self._running = running
-        self._terms = terms or Terms()
+        self._custody = custody
+        self._files = files
+        self._finder = finder
+        self._terms = terms
         self._profiles = profiles
-        self._finder = KeyFinder(self._active.path, certificate_dir)
-        self._clock = clock
-        self._counters = counters or Counters()
-        self._one_at_a_time = asyncio.Lock()
         self._in_order = asyncio.Lock()
         self._waiting = 0
         self._trouble: StationKeyError | None = None
         self._crowded = False
-        self.on_change: Callable[[], None] = lambda: None
-
-    # A status.
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
         """Take a status to the key that it means. What cannot be done is logged and counted, never guessed.
@@ -142,7 +112,7 @@ class KeyCustody:
         try:
             while True:
                 try:
-                    async with self._one_at_a_time:
+                    async with self._custody.one_at_a_time:
                         await self._note(status, about)
                     return
                 except (KeyStoreError, LedgerError) as error:
@@ -158,86 +128,104 @@ class KeyCustody:
     def refuse(self, status: CertificateInstallationStatus, error: StationKeyError) -> None:
         """Log and count a status that changes nothing."""
         about = _about(status)
-        self._counters.statuses.add(status.data.status, "refused", error.reason)
+        self._count(status, "refused", error.reason)
         log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        if await self._ledger(lambda ledger: ledger.transitions.seen(status.id)):
-            log.info("'%s' was said before", status.data.status, extra=dict(about))
-            self._counters.statuses.add(status.data.status, "repeated", "")
-            return
-        match status.data.status:
-            case "installed":
-                await self._installed(status, about)
-            case "failed_installation":
-                await self._failed(status, about)
-            case "deleted":
-                await self._deleted(status, about)
+        look = await self._files.look(status)
+        try:
+            match status.data.status:
+                case "installed":
+                    await self._installed(status, look, about)
+                case "failed_installation":
+                    await self._failed(status, look, about)
+                case "deleted":
+                    await self._deleted(status, look, about)
+        except Repeated as repeated:
+            log.info("%s", repeated, extra={**about, **({"key_id": repeated.key_id} if repeated.key_id else {})})
+            self._count(status, "repeated")
+        else:
+            self._count(status, "applied")
 
-    async def _installed(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        found = await self._ledger(self._finder.installed, status)
-        if found is None:
-            log.info("the certificate's key is active already", extra=dict(about))
-            self._counters.statuses.add("installed", "repeated", "")
-            return
+    def _count(self, status: CertificateInstallationStatus, outcome: str, reason: str = "") -> None:
+        self._custody.counters.statuses.add(status.data.status, outcome, reason)
+
+    async def _installed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
+        def find(ledger: Ledger) -> tuple[Found, KeyRef]:
+            _refuse_repeat(ledger, status)
+            found = self._finder.installed(ledger, status, look)
+            reference = ledger.keys.ref(found.key.key_id)
+            if reference is None:
+                raise LedgerError(
+                    f"key {found.key.key_id} has no private part any more", reason="key_destroyed", scope=Scope.KEY
+                )
+            return found, reference
+
+        found, reference = await self._custody.ledger(find)
         key, chain = found.key, found.chain
-        await self._prove(key, chain)
+        await self._prove(reference, chain)
         if chain is not None:
             self._compare(key, chain, about)
-        replaced = await self._ledger(
+        replaced = await self._custody.change(
             lambda ledger: ledger.transitions.activate(
                 key.key_id,
                 chain=None if chain is None else chain.pem(),
                 not_after=None if chain is None else chain.not_after,
                 reason="Josev installed its certificate",
-                now=self._now(),
-                grace_due=self._running.now() + self._terms.grace,
+                now=self._custody.now(),
+                grace_due=self._custody.running.now() + self._terms.grace,
                 message_id=status.id,
                 limit=self._terms.bounds.active_limit,
             )
         )
-        self._counters.statuses.add("installed", "applied", "")
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
-        await self.show_active()
 
-    async def _failed(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        key = await self._ledger(self._finder.failed, status)
-        if key.failed:
-            log.info("the failure was told before", extra={**about, "key_id": key.key_id})
-            self._counters.statuses.add("failed_installation", "repeated", "")
-            return
-        await self._ledger(
-            lambda ledger: ledger.transitions.apply(
+    async def _failed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
+        def shorten(ledger: Ledger) -> KeyRecord:
+            _refuse_repeat(ledger, status)
+            key = self._finder.failed(ledger, status, look)
+            soon = self._custody.running.now() + self._terms.failed
+            ledger.transitions.apply(
                 key.key_id,
                 KeyEvent.INSTALLATION_FAILED,
                 reason="Josev could not install its certificate",
-                now=self._now(),
-                due=min(key.due or self._running.now() + self._terms.failed, self._running.now() + self._terms.failed),
+                now=self._custody.now(),
+                due=min(key.due or soon, soon),
                 message_id=status.id,
             )
-        )
-        self._counters.statuses.add("failed_installation", "applied", "")
+            return key
+
+        key = await self._custody.ledger(shorten)
         log.warning("installation failed", extra={**about, "key_id": key.key_id})
 
-    async def _deleted(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        key = await self._ledger(self._finder.deleted, status)
-        await self._destroy(key.key_id, KeyEvent.DELETED, "Josev deleted its certificate", status.id)
-        self._counters.statuses.add("deleted", "applied", "")
+    async def _deleted(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
+        def destroy(ledger: Ledger) -> tuple[KeyRecord, KeyRef | None]:
+            _refuse_repeat(ledger, status)
+            key = self._finder.deleted(ledger, status, look)
+            reference = ledger.keys.ref(key.key_id)
+            ledger.transitions.apply(
+                key.key_id,
+                KeyEvent.DELETED,
+                reason="Josev deleted its certificate",
+                now=self._custody.now(),
+                message_id=status.id,
+            )
+            return key, reference
+
+        key, reference = await self._custody.change(destroy)
+        if reference is not None:
+            self._custody.destroy_in_device(reference)
         log.info("key destroyed", extra={**about, "key_id": key.key_id})
-        await self.show_active()
 
-    # Before "active".
-
-    async def _prove(self, key: KeyRecord, chain: Chain | None) -> None:
+    async def _prove(self, reference: KeyRef, chain: Chain | None) -> None:
         """Show that key and certificate work together; without a certificate, that the key works."""
-        reference = await self._key_ref(key.key_id)
 
         def sign(store: KeyStore) -> None:
             with store.signer(reference) as private_key:
                 public_key = store.public_key(reference) if chain is None else chain.leaf.public_key()
                 prove(private_key, public_key, secrets.token_bytes(32))
 
-        await on_keystore(self._keystore, sign, timeout=PROOF_DEADLINE, task=Task.PROOF)
+        await on_keystore(self._custody.keystore, sign, timeout=PROOF_DEADLINE, task=Task.PROOF)
 
     def _compare(self, key: KeyRecord, chain: Chain, about: Mapping[str, object]) -> None:
         expected = Expected(
@@ -247,138 +235,17 @@ class KeyCustody:
             country_name=key.country_name,
             public=key.public,
         )
-        for difference in differences(chain, expected, now=self._clock()):
-            self._counters.differences += 1
+        for difference in differences(chain, expected, now=self._custody.now() / 1000):
+            self._custody.counters.differences += 1
             log.warning(
                 "the certificate differs from its profile: %s", difference, extra={**about, "key_id": key.key_id}
             )
 
-    async def _key_ref(self, key_id: str) -> KeyRef:
-        reference = await self._ledger(lambda ledger: ledger.keys.ref(key_id))
-        if reference is None:
-            raise LedgerError(f"key {key_id} has no private part any more", reason="key_destroyed", scope=Scope.KEY)
-        return reference
 
-    # Destruction, expiry, start.
-
-    async def _destroy(self, key_id: str, event: KeyEvent, reason: str, message_id: str | None = None) -> None:
-        """Destroy a key, for good on disk; and in the device, where there is anything of it, when that has time."""
-        reference = await self._ledger(lambda ledger: ledger.keys.ref(key_id))
-        await self._ledger(
-            lambda ledger: ledger.transitions.apply(
-                key_id, event, reason=reason, now=self._now(), message_id=message_id
-            )
-        )
-        if reference is not None:
-            in_device = self._keystore.submit(
-                lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
-            )
-            in_device.add_done_callback(partial(_tell_if_left, key_id))
-
-    async def show_active(self) -> None:
-        """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
-        self.on_change()
-        try:
-            written = await self._ledger(lambda ledger: self._active.sync(ledger.keys.active_files))
-        except LedgerError as error:
-            self._counters.not_shown.add(error.reason)
-            log.error("%s", error, extra={"reason": error.reason})
-            return
-        for path in written:
-            log.info("written", extra={"file": str(path)})
-
-    async def sweep(self) -> None:
-        """End what is due, forget what is old, and write the running time down.
-
-        In steps of a few milliseconds, however much there is: a request that comes meanwhile waits for one of them.
-        """
-        running = self._running.now()
-        await self._ledger(lambda ledger: ledger.retention.write_running(running))
-        await self._ledger(
-            lambda ledger: ledger.retention.adopt(
-                pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
-            )
-        )
-        for key_id in await self._ledger(lambda ledger: ledger.retention.due(running)):
-            async with self._one_at_a_time:
-                await self._expire(key_id, running)
-        while await self._ledger(
-            lambda ledger: ledger.retention.forget(
-                keep=self._terms.bounds.history_limit, answered_before=running - self._terms.answers
-            )
-        ):
-            pass
-        await self.show_active()
-        # Last, because they need the most room: a full disk must not keep a file in active/ that has to go.
-        await self._ledger(lambda ledger: ledger.retention.wipe())
-        while await self._ledger(lambda ledger: ledger.database.shrink()):
-            pass
-        await self._ledger(lambda ledger: ledger.database.checkpoint())
-
-    async def _expire(self, key_id: str, running: int) -> None:
-        """End a key, if a status or an operator's command has not been faster."""
-        if not await self._ledger(lambda ledger: ledger.retention.is_due(key_id, running)):
-            return
-        try:
-            await self._destroy(key_id, KeyEvent.EXPIRED, "its time was over")
-        except IllegalTransition as error:
-            log.info("%s", error, extra={"key_id": key_id, "reason": error.reason})
-            return
-        log.info("key expired", extra={"key_id": key_id})
-
-    async def run(self) -> None:
-        """Sweep now and then until cancelled. A full disk or a TPM that is away is logged, and tried again."""
-        while True:
-            try:
-                await self.sweep()
-                due = await self._ledger(lambda ledger: ledger.retention.next_due())
-            except StationKeyError as error:
-                log.error("%s", error, extra={"reason": error.reason})
-                due = None
-            left = SWEEP if due is None else (due - self._running.now()) / 1000
-            await asyncio.sleep(min(SWEEP, max(left, 0.05)))
-
-    async def tell_unusable(self) -> None:
-        """Say which keys the present key store can no longer use: another TPM, or one that was cleared.
-
-        One key at a time, so that a request that comes meanwhile waits for no more than one. While the TPM is away,
-        this waits for it.
-        """
-        try:
-            for key in await self._ledger(lambda ledger: ledger.keys.usable()):
-                if not key.has_owner:
-                    continue  # made ahead: see `KeyPool`
-                backoff = Backoff(RETRY_FIRST, RETRY_LAST)
-                while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - nobody tells when the key store is back
-                    await asyncio.sleep(backoff.next())
-        except LedgerError as error:
-            log.error("not every key was tried: %s", error, extra={"reason": error.reason})
-
-    async def _tell_if_unusable(self, key: KeyRecord) -> bool:
-        """Try a key; False where the key store is away, so that nobody knows."""
-        reference = await self._ledger(lambda ledger: ledger.keys.ref(key.key_id))
-        if reference is None:
-            return True
-        try:
-            await on_keystore(self._keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD)
-        except KeyStoreError as error:
-            if error.transient:
-                return False
-            self._counters.unusable += 1
-            log.error(
-                "this key cannot be used: %s",
-                error,
-                extra={
-                    "key_id": key.key_id,
-                    "state": str(key.state),
-                    "certificate_type": key.certificate_type,
-                    "reason": error.reason,
-                },
-            )
-        return True
-
-    def _now(self) -> int:
-        return int(self._clock() * 1000)
+def _refuse_repeat(ledger: Ledger, status: CertificateInstallationStatus) -> None:
+    """Raise `Repeated` if the message is on record."""
+    if ledger.transitions.seen(status.id):
+        raise Repeated(f"'{status.data.status}' was said before")
 
 
 def _about(status: CertificateInstallationStatus) -> dict[str, object]:
@@ -393,9 +260,3 @@ def _crowd() -> StationKeyError:
         hint="who sends so many, and what is in [josev] certificate_dir?",
         transient=True,
     )
-
-
-def _tell_if_left(key_id: str, done: Future[None]) -> None:
-    error = None if done.cancelled() else done.exception()
-    if error is not None:
-        log.warning("the key store may still hold a destroyed key: %s", error, extra={"key_id": key_id})

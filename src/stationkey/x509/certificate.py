@@ -6,7 +6,10 @@ What is found here is said to the operator; only a certificate for another key k
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
 
@@ -53,8 +56,15 @@ class Chain:
         return _public(self.leaf)
 
     def seen_from_each(self) -> list[Chain]:
-        """The same certificates, with each of them in turn as the leaf: a file may have it in the wrong place."""
-        return [dataclasses.replace(self, position=position) for position in range(len(self.certificates))]
+        """The same certificates, with each of them in turn as the leaf: a file may have it in the wrong place.
+
+        A certificate whose key or validity cannot be read is no leaf of ours, and only follows another.
+        """
+        return [
+            dataclasses.replace(self, position=position)
+            for position, certificate in enumerate(self.certificates)
+            if _is_readable(certificate)
+        ]
 
     @property
     def not_after(self) -> int:
@@ -90,9 +100,110 @@ def read_chain(content: bytes) -> Chain | None:
             # Read here what is read of it later: the parser puts that off, and would only then find it broken.
             _ = _public(certificate), certificate.subject, certificate.issuer
             _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    except (ValueError, TypeError, CryptographyUnsupported, x509.InvalidVersion):
+    except _MALFORMED:
         return None
     return chain
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unparsed:
+    """Something in a file that may be a certificate and could not be parsed.
+
+    Attributes:
+        cause: why, as a fragment.
+        der: what it decodes to; None where it was not decoded, and so may be any certificate.
+    """
+
+    cause: str
+    der: bytes | None = None
+
+    def may_hold(self, public: bytes) -> bool:
+        """Whether it may be a certificate for the key with this subjectPublicKeyInfo.
+
+        A certificate has the key's x-coordinate or modulus in it, however the rest of the key is encoded.
+        """
+        return self.der is None or _number_of(public) in self.der
+
+
+def read_certificates(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
+    """Read the certificates of a file, PEM or DER, and tell what else in it may be one.
+
+    Returns:
+        The certificates, or None; and each part that cannot be said to be none.
+    """
+    if not content.strip():
+        return None, [Unparsed("empty")]
+    if content[:1] == b"0" and (content[1:2] >= b"\x80" or len(content) == 1):
+        return _read_der(content)
+    certificates, unparsed = [], []
+    for number, block in enumerate(_BLOCK.finditer(content), 1):
+        label, body = block.groups()
+        if label not in _CERTIFICATE:
+            if not _NO_CERTIFICATE.fullmatch(label):
+                unparsed.append(Unparsed(f"PEM block {number} of unknown kind"))
+            continue
+        try:
+            certificates.append(x509.load_pem_x509_certificate(block[0]))
+        except _MALFORMED:
+            unparsed.append(Unparsed(f"PEM block {number} is an invalid certificate", _decoded(body)))
+    rest = _BLOCK.sub(b"", content)
+    last_line = rest.rstrip().rpartition(b"\n")[2]
+    if b"-----" in rest or (last_line and b"-----BEGIN ".startswith(last_line)):
+        unparsed.append(Unparsed("a PEM block is incomplete"))
+    elif b"\0" in rest or _BARE_BASE64.search(rest):
+        unparsed.append(Unparsed("neither PEM nor DER"))
+    return Chain(tuple(certificates)) if certificates else None, unparsed
+
+
+_MALFORMED: Final = (ValueError, TypeError, CryptographyUnsupported, x509.InvalidVersion)
+_BLOCK: Final = re.compile(rb"-----BEGIN ([^\r\n-]+)-----((?:[^-]|-(?!----))*)-----END \1-----")
+_CERTIFICATE: Final = (b"CERTIFICATE", b"X509 CERTIFICATE")
+_NO_CERTIFICATE: Final = re.compile(rb"(.* )?(KEY|PARAMETERS|CRL|CERTIFICATE REQUEST)")
+_BARE_BASE64: Final = re.compile(rb"MI[A-Za-z0-9+/]{40}")
+"""How a certificate in Base64 begins, which PEM would have between its lines."""
+
+
+def _read_der(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
+    try:
+        return Chain((x509.load_der_x509_certificate(content),)), []
+    except _MALFORMED:
+        pass
+    header = 2 + (content[1] & 0x7F) if len(content) > 1 else len(content)
+    if int.from_bytes(content[2:header]) != len(content) - header:
+        return None, [Unparsed("incomplete DER, or more than DER")]
+    first = content[header : header + 3]
+    if first in {b"\x02\x01\x00", b"\x02\x01\x01"}:  # version of a private key [RFC 5208, RFC 5915, RFC 8017 A.1.2]
+        return None, []
+    if not first.startswith(b"0"):  # PKCS #7, PKCS #12: may have certificates in it that are encoded otherwise
+        return None, [Unparsed("DER of unknown kind")]
+    for load in (x509.load_der_x509_crl, x509.load_der_x509_csr, serialization.load_der_public_key):
+        with suppress(*_MALFORMED):
+            load(content)
+            return None, []
+    return None, [Unparsed("an invalid certificate", content)]
+
+
+def _decoded(body: bytes) -> bytes | None:
+    try:
+        return base64.b64decode(b"".join(body.split()), validate=True)
+    except ValueError:
+        return None
+
+
+def _is_readable(certificate: x509.Certificate) -> bool:
+    try:
+        _ = _public(certificate), certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    except _MALFORMED:
+        return False
+    return True
+
+
+def _number_of(public: bytes) -> bytes:
+    key = serialization.load_der_public_key(public)
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return key.public_numbers().x.to_bytes((key.key_size + 7) // 8)
+    assert isinstance(key, rsa.RSAPublicKey)
+    return key.public_numbers().n.to_bytes((key.key_size + 7) // 8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,14 +229,19 @@ def differences(chain: Chain, expected: Expected, *, now: float) -> list[str]:
     found = []
     if chain.public != expected.public:
         found.append("key: the certificate is for another key")
-    names = (
+    names: tuple[tuple[str, x509.ObjectIdentifier, str | None], ...] = (
         ("C", NameOID.COUNTRY_NAME, expected.country_name),
         ("O", NameOID.ORGANIZATION_NAME, expected.organization_name),
         ("CN", NameOID.COMMON_NAME, expected.common_name),
         ("DC", NameOID.DOMAIN_COMPONENT, expected.profile.domain_component),
     )
+    try:
+        subject = leaf.subject
+    except ValueError as error:
+        found.append(f"subject: it cannot be read: {error}")
+        names = ()
     for label, oid, wanted in names:
-        has = [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(oid)]
+        has = [str(attribute.value) for attribute in subject.get_attributes_for_oid(oid)]
         if has != ([] if wanted is None else [wanted]):
             found.append(f"{label}: the certificate has {', '.join(has) or 'none'}, {wanted or 'none'} was asked for")
     found += _usage_differences(leaf, expected.profile)

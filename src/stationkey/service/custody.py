@@ -1,0 +1,113 @@
+"""What statuses and expiry both do: take a step of the ledger, show it under ``active/``, destroy a key in the device.
+
+The ledger is the truth. Every step is one transaction there; the files under ``active/`` are made to show it right
+after the step, and again at every start. So a loss of power at any moment leaves either the state before or the state
+after, and at most a file that the next start puts right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from stationkey.errors import LedgerError
+from stationkey.keystore import KeyRef
+from stationkey.keystore.worker import KeyStoreThread, Task, Turn
+from stationkey.ledger import Ledger
+from stationkey.ledger.worker import LedgerThread
+from stationkey.service.active_files import ActiveDirectory
+from stationkey.service.running_time import RunningTime
+from stationkey.system.counters import Counters
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+PROOF_DEADLINE: Final = 30.0
+"""Seconds for a key to be loaded and to sign, or to be destroyed."""
+
+
+class Custody:
+    """The keys of one ledger and one key store.
+
+    Args:
+        keystore: the key store's thread.
+        ledger: the ledger's.
+        active: the directory ``active/``.
+        running: the running time.
+        counters: outcomes are counted here.
+        clock: Unix time in seconds.
+        on_change: called when keys may have become active, or may have ended.
+
+    Attributes:
+        one_at_a_time: held while a key is looked at and then changed.
+    """
+
+    def __init__(
+        self,
+        keystore: KeyStoreThread,
+        ledger: LedgerThread,
+        active: ActiveDirectory,
+        *,
+        running: RunningTime,
+        counters: Counters,
+        clock: Callable[[], float] = time.time,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.keystore = keystore
+        self.ledger = ledger
+        self.running = running
+        self.counters = counters
+        self.one_at_a_time = asyncio.Lock()
+        self._active = active
+        self._clock = clock
+        self._on_change = on_change
+
+    def now(self) -> int:
+        """Return Unix time in milliseconds."""
+        return int(self._clock() * 1000)
+
+    async def change(self, step: Callable[[Ledger], T]) -> T:
+        """Take a step of the ledger and show it under ``active/``, in one crossing to the ledger's thread."""
+
+        def both(ledger: Ledger) -> tuple[T, list[Path] | LedgerError]:
+            return step(ledger), self._show(ledger)
+
+        result, shown = await self.ledger(both)
+        self._on_change()
+        if isinstance(shown, LedgerError):
+            self.counters.not_shown.add(shown.reason)
+            log.error("%s", shown, extra={"reason": shown.reason})
+        else:
+            for path in shown:
+                log.info("written", extra={"file": str(path)})
+        return result
+
+    async def show_active(self) -> None:
+        """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
+        await self.change(lambda _: None)
+
+    def _show(self, ledger: Ledger) -> list[Path] | LedgerError:
+        """Write the files. The step is taken, whether or not they can be."""
+        try:
+            return self._active.sync(ledger.keys.active_files)
+        except LedgerError as error:
+            return error
+
+    def destroy_in_device(self, reference: KeyRef) -> None:
+        """Destroy what the device has of a key that is destroyed on record, when it has time."""
+        done = self.keystore.submit(
+            lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
+        )
+        done.add_done_callback(partial(_tell_if_left, reference.key_id))
+
+
+def _tell_if_left(key_id: str, done: Future[None]) -> None:
+    error = None if done.cancelled() else done.exception()
+    if error is not None:
+        log.warning("the key store may still hold a destroyed key: %s", error, extra={"key_id": key_id})

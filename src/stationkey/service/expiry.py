@@ -1,0 +1,139 @@
+"""The end of keys whose time is over, and of records that are of no more use."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import Final
+
+from stationkey.config.settings import Terms
+from stationkey.errors import KeyStoreError, LedgerError, StationKeyError
+from stationkey.keystore import KeyRef, check_key
+from stationkey.keystore.worker import Task, on_keystore
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.ledger.lifecycle import IllegalTransition, KeyEvent
+from stationkey.service.custody import PROOF_DEADLINE, Custody
+from stationkey.system.backoff import Backoff
+
+log = logging.getLogger(__name__)
+
+SWEEP: Final = 60.0
+"""Seconds between two looks at what is due; also the most running time that a loss of power takes back."""
+RETRY_FIRST: Final = 1.0
+RETRY_LAST: Final = 60.0
+"""Seconds between tries at a key while the TPM is away; doubled in between."""
+
+
+class Expiry:
+    """Ends what is due.
+
+    Args:
+        custody: the keys.
+        terms: how long, how many.
+    """
+
+    def __init__(self, custody: Custody, terms: Terms) -> None:
+        self._custody = custody
+        self._terms = terms
+
+    async def sweep(self) -> None:
+        """End what is due, forget what is old, and write the running time down.
+
+        In steps of a few milliseconds, however much there is: a request that comes meanwhile waits for one of them.
+        """
+        running = self._custody.running.now()
+        await self._custody.ledger(lambda ledger: ledger.retention.write_running(running))
+        await self._custody.ledger(
+            lambda ledger: ledger.retention.adopt(
+                pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
+            )
+        )
+        for key_id in await self._custody.ledger(lambda ledger: ledger.retention.due(running)):
+            async with self._custody.one_at_a_time:
+                await self._expire(key_id, running)
+        while await self._custody.ledger(
+            lambda ledger: ledger.retention.forget(
+                keep=self._terms.bounds.history_limit, answered_before=running - self._terms.answers
+            )
+        ):
+            pass
+        await self._custody.show_active()
+        # Last, because they need the most room: a full disk must not keep a file in active/ that has to go.
+        await self._custody.ledger(lambda ledger: ledger.retention.wipe())
+        while await self._custody.ledger(lambda ledger: ledger.database.shrink()):
+            pass
+        await self._custody.ledger(lambda ledger: ledger.database.checkpoint())
+
+    async def _expire(self, key_id: str, running: int) -> None:
+        """End a key, if a status or an operator's command has not been faster."""
+
+        def end(ledger: Ledger) -> tuple[bool, KeyRef | None]:
+            if not ledger.retention.is_due(key_id, running):
+                return False, None
+            reference = ledger.keys.ref(key_id)
+            ledger.transitions.apply(key_id, KeyEvent.EXPIRED, reason="its time was over", now=self._custody.now())
+            return True, reference
+
+        try:
+            ended, reference = await self._custody.ledger(end)
+        except IllegalTransition as error:
+            log.info("%s", error, extra={"key_id": key_id, "reason": error.reason})
+            return
+        if reference is not None:
+            self._custody.destroy_in_device(reference)
+        if ended:
+            log.info("key expired", extra={"key_id": key_id})
+
+    async def run(self) -> None:
+        """Sweep now and then until cancelled. A full disk or a TPM that is away is logged, and tried again."""
+        while True:
+            try:
+                await self.sweep()
+                due = await self._custody.ledger(lambda ledger: ledger.retention.next_due())
+            except StationKeyError as error:
+                log.error("%s", error, extra={"reason": error.reason})
+                due = None
+            left = SWEEP if due is None else (due - self._custody.running.now()) / 1000
+            await asyncio.sleep(min(SWEEP, max(left, 0.05)))
+
+    async def tell_unusable(self) -> None:
+        """Say which keys the present key store can no longer use: another TPM, or one that was cleared.
+
+        One key at a time, so that a request that comes meanwhile waits for no more than one. While the TPM is away,
+        this waits for it.
+        """
+        try:
+            for key in await self._custody.ledger(lambda ledger: ledger.keys.usable()):
+                if not key.has_owner:
+                    continue  # made ahead: see `KeyPool`
+                backoff = Backoff(RETRY_FIRST, RETRY_LAST)
+                while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - nobody tells when the key store is back
+                    await asyncio.sleep(backoff.next())
+        except LedgerError as error:
+            log.error("not every key was tried: %s", error, extra={"reason": error.reason})
+
+    async def _tell_if_unusable(self, key: KeyRecord) -> bool:
+        """Try a key; False where the key store is away, so that nobody knows."""
+        reference = await self._custody.ledger(lambda ledger: ledger.keys.ref(key.key_id))
+        if reference is None:
+            return True
+        try:
+            await on_keystore(
+                self._custody.keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD
+            )
+        except KeyStoreError as error:
+            if error.transient:
+                return False
+            self._custody.counters.unusable += 1
+            log.error(
+                "this key cannot be used: %s",
+                error,
+                extra={
+                    "key_id": key.key_id,
+                    "state": str(key.state),
+                    "certificate_type": key.certificate_type,
+                    "reason": error.reason,
+                },
+            )
+        return True

@@ -1,0 +1,350 @@
+"""Josev's files: the certificates that it installed, and what a ``private_key_path`` leads to.
+
+A directory of somebody else may hang, as a mount does whose server is gone. So these are read on a thread of their own,
+with a deadline, and what was read is passed on as a value. What could not be read is part of the value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from stationkey.contract.active_names import Owner, owner_of
+from stationkey.contract.messages import CertificateInstallationStatus
+from stationkey.x509.certificate import Chain, Unparsed, read_certificates
+
+MAX_CERTIFICATE_FILES: Final = 1024
+MAX_CERTIFICATE_DIRECTORIES: Final = 256
+MAX_CERTIFICATE_SIZE: Final = 64 * 1024
+MAX_CERTIFICATES: Final = 4096
+"""Bounds of what is read from the certificate directory. Of a larger file nothing is read."""
+MAX_UNREAD: Final = 64
+"""How many things that could not be read are told apart."""
+MAX_PATH: Final = 4096
+"""Characters of a ``private_key_path`` that is looked at; Linux knows no longer ones [limits.h, PATH_MAX]."""
+LOOKS: Final = 3
+"""How often a directory is read that changes meanwhile."""
+DEADLINE: Final = 30.0
+"""Seconds for reading all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Something in the certificate directory that may hide a certificate."""
+
+    path: str
+    part: Unparsed
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.part.cause}"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was seen of the certificate directory at one moment.
+
+    Attributes:
+        directory: its path.
+        chains: by subjectPublicKeyInfo, the newest certificate for it, with its chain.
+        unread: what may hide a certificate; empty where the whole directory was seen.
+    """
+
+    directory: Path
+    chains: Mapping[bytes, Chain] = field(default_factory=dict)
+    unread: tuple[Unread, ...] = ()
+
+    def doubt(self, public: bytes) -> Unread | None:
+        """Return what may hide a certificate for a key; None where one was seen, or where there certainly is none."""
+        if public in self.chains:
+            return None
+        return next((unread for unread in self.unread if unread.part.may_hold(public)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was read for one status.
+
+    Attributes:
+        owner: whose file under ``active/`` the ``private_key_path`` leads to; None if it leads to none.
+        not_followed: why the path could not be followed; else empty.
+        certificates: the certificate directory; None where it is not known, or not needed.
+    """
+
+    owner: Owner | None = None
+    not_followed: str = ""
+    certificates: Snapshot | None = None
+
+
+class JosevFiles:
+    """Reads Josev's files for one status at a time.
+
+    Args:
+        active_path: the directory ``active/``.
+        certificate_dir: where Josev puts the certificates that it installs, or None.
+        own: device and inode of the ledger's files, which are never opened.
+        deadline: seconds for one look.
+    """
+
+    def __init__(
+        self,
+        active_path: Path,
+        certificate_dir: Path | None,
+        own: frozenset[tuple[int, int]] = frozenset(),
+        *,
+        deadline: float = DEADLINE,
+    ) -> None:
+        self._active_path = active_path
+        self._certificate_dir = certificate_dir
+        self._own = own
+        self._deadline = deadline
+        self._reading: Future[Look] | None = None
+
+    async def look(self, status: CertificateInstallationStatus) -> Look:
+        """Read what a status needs, on a thread. Never raises: what cannot be read is told by the value."""
+        path, directory = _path_of(status), self._needed(status)
+        if path is None and directory is None:
+            return Look()
+        try:
+            return await self._on_thread(partial(self.read, status))
+        except TimeoutError:
+            cause = f"no answer within {self._deadline:g} s"
+        except RuntimeError as error:
+            cause = str(error)
+        if directory is None:
+            return Look(not_followed=cause)
+        return Look(None, cause, Snapshot(directory, unread=(Unread(str(directory), Unparsed(cause)),)))
+
+    def read(self, status: CertificateInstallationStatus) -> Look:
+        """Read what a status needs; may block."""
+        path, directory = _path_of(status), self._needed(status)
+        owner = None if path is None else self._owner(path)
+        return Look(owner, "", None if directory is None else read_directory(directory, self._own))
+
+    def _needed(self, status: CertificateInstallationStatus) -> Path | None:
+        """Return the certificate directory if it decides which key is meant."""
+        by_certificate = {"installed": True, "deleted": _path_of(status) is None}
+        return self._certificate_dir if by_certificate.get(status.data.status) else None
+
+    async def _on_thread(self, read: Callable[[], Look]) -> Look:
+        """Return the result of a call that may hang. While one hangs no other is begun.
+
+        Raises:
+            TimeoutError: it was not done within the deadline.
+            RuntimeError: there is no room for a thread.
+        """
+        if self._reading is not None and not self._reading.done():
+            raise TimeoutError
+        future: Future[Look] = Future()
+        future.set_running_or_notify_cancel()  # what comes after the deadline is thrown away
+
+        def run() -> None:
+            try:
+                future.set_result(read())
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's
+                future.set_exception(error)
+
+        # A daemon thread: one that hangs must not keep the process from ending.
+        threading.Thread(target=run, name="josev-files", daemon=True).start()
+        self._reading = future
+        async with asyncio.timeout(self._deadline):
+            return await asyncio.wrap_future(future)
+
+    def _owner(self, text: str) -> Owner | None:
+        """Return whose file under ``active/`` a path leads to."""
+        if len(text) > MAX_PATH:
+            return None
+        path = Path(text)
+        try:
+            # Compared by realpath: Josev may know the file by a symbolic link.
+            active_path = os.path.realpath(self._active_path)
+            if os.path.realpath(path.parent) == active_path:
+                return owner_of(path.name)
+            if path.is_symlink():
+                target = Path(os.path.realpath(path))
+                return owner_of(target.name) if str(target.parent) == active_path else None
+        except (OSError, ValueError):  # a path with NUL, too long, or in a folder that is closed to us
+            pass
+        return None
+
+
+def _path_of(status: CertificateInstallationStatus) -> str | None:
+    path = status.data.private_key_path
+    return path if isinstance(path, str) else None
+
+
+def read_directory(directory: Path, own: frozenset[tuple[int, int]] = frozenset()) -> Snapshot:
+    """Read all certificates in a directory and below it. Links to files are followed, links to directories are not.
+
+    Where the directory changes meanwhile it is read again: else a renamed file could be missed under both names.
+
+    Args:
+        directory: where Josev installs to.
+        own: device and inode of the files that are never opened.
+    """
+    for _ in range(LOOKS):
+        reading = _Reading(directory, own)
+        snapshot = reading.snapshot()
+        if not reading.changed():
+            return snapshot
+    return Snapshot(directory, snapshot.chains, (*snapshot.unread, Unread(str(directory), Unparsed("keeps changing"))))
+
+
+class _Reading:
+    """One pass over a directory."""
+
+    def __init__(self, directory: Path, own: frozenset[tuple[int, int]]) -> None:
+        self._directory = directory
+        self._own = own
+        self._unread: list[Unread] = []
+        self._folders: set[tuple[int, int]] = set()
+        self._files: dict[Path, int] = {}
+        self._stable = True
+
+    def snapshot(self) -> Snapshot:
+        """Read every file that is listed."""
+        chains: list[Chain] = []
+        try:
+            self._list()
+            for path in sorted(self._files):
+                chains += self._chains(path)
+                if len(chains) > MAX_CERTIFICATES:
+                    raise _too_much(f"{MAX_CERTIFICATES} certificates")
+        except _TooMuchError as error:
+            self._doubt(self._directory, Unparsed(str(error)))
+            chains = []
+        # Of two for one key the newer, and of two files with that one the longer chain.
+        chains.sort(key=lambda chain: (chain.not_before, len(chain.certificates)))
+        unread = self._unread[:MAX_UNREAD]
+        if len(self._unread) > MAX_UNREAD:
+            unread.append(Unread(str(self._directory), Unparsed(f"more than {MAX_UNREAD} files that cannot be read")))
+        return Snapshot(self._directory, {chain.public: chain for chain in chains}, tuple(unread))
+
+    def changed(self) -> bool:
+        """Return whether a file came, went or was written meanwhile."""
+        if not self._stable:
+            return True
+        again = _Reading(self._directory, self._own)
+        try:
+            again._list()
+        except _TooMuchError:
+            return False  # it was too much the first time, or will be the next
+        return again._files != self._files
+
+    def _doubt(self, path: Path, part: Unparsed) -> None:
+        self._unread.append(Unread(str(path), part))
+
+    def _list(self) -> None:
+        """List the files in all folders, each with its inode.
+
+        Raises:
+            _TooMuchError: there are too many.
+        """
+        ahead, seen = [self._directory], 1
+        while ahead:
+            folder = ahead.pop()
+            try:
+                status = folder.stat()
+                self._folders.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            ahead.append(Path(entry.path))
+                            seen += 1
+                        else:
+                            self._files[Path(entry.path)] = entry.inode()
+                        if len(self._files) > MAX_CERTIFICATE_FILES:
+                            raise _too_much(f"{MAX_CERTIFICATE_FILES} files")
+                        if seen > MAX_CERTIFICATE_DIRECTORIES:
+                            raise _too_much(f"{MAX_CERTIFICATE_DIRECTORIES} directories")
+            except OSError as error:
+                self._doubt(folder, Unparsed(error.strerror or str(error)))
+
+    def _chains(self, path: Path) -> list[Chain]:
+        """Return the certificates of a file, each as the leaf of a chain."""
+        try:
+            content = self._content(path)
+        except FileNotFoundError:
+            if not path.is_symlink():
+                self._stable = False
+            self._doubt(path, Unparsed("it vanished, or a link leads nowhere"))
+            return []
+        except OSError as error:
+            self._doubt(path, Unparsed(error.strerror or str(error)))
+            return []
+        if content is None or (not content and path.name.startswith(".")):  # .keep and the like
+            return []
+        chain, unparsed = read_certificates(content)
+        for part in unparsed:
+            self._doubt(path, part)
+        return [] if chain is None else chain.seen_from_each()
+
+    def _content(self, path: Path) -> bytes | None:
+        """Return the content of a regular file; None for a link to a folder that is read anyway.
+
+        A place is found first (O_PATH), which opens nothing; then what was found is looked at and opened, whatever has
+        come into the place meanwhile. To open a device may do something, and a FIFO would keep us waiting. To close one
+        of the ledger's own files would give up the locks that SQLite holds on it, and let the next command that ends
+        take the write-ahead log away under the daemon [fcntl(2): all locks go with any descriptor of the process].
+
+        Raises:
+            OSError: it cannot be read, or is not to be.
+        """
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            before = os.fstat(place)
+            where = (before.st_dev, before.st_ino)
+            if stat.S_ISDIR(before.st_mode):
+                if where in self._folders:
+                    return None
+                raise OSError(errno.EISDIR, "a link to a directory, which is not followed")
+            if not stat.S_ISREG(before.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            if where in self._own:
+                raise OSError(errno.EINVAL, "a file of the ledger")
+            if before.st_size > MAX_CERTIFICATE_SIZE:
+                raise _too_large()
+            descriptor = _opened(place)
+        finally:
+            os.close(place)
+        with os.fdopen(descriptor, "rb") as file:
+            # A file of /proc says that it is empty, and is not; and some there have nothing yet, which is None.
+            content = file.read(MAX_CERTIFICATE_SIZE + 1) or b""
+            after = os.fstat(descriptor)
+        if len(content) > MAX_CERTIFICATE_SIZE:
+            raise _too_large()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            self._stable = False
+        return content
+
+
+class _TooMuchError(Exception):
+    """There is more in the directory than is read."""
+
+
+def _too_much(what: str) -> _TooMuchError:
+    return _TooMuchError(f"more than {what}")
+
+
+def _too_large() -> OSError:
+    return OSError(errno.EFBIG, f"larger than {MAX_CERTIFICATE_SIZE} bytes")
+
+
+def _opened(place: int) -> int:
+    """Return a descriptor to read from what `place` is; never raise `FileNotFoundError`, for it was there.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        raise OSError(errno.EOPNOTSUPP, "it needs /proc to be mounted") from None
