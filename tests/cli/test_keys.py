@@ -362,7 +362,7 @@ def test_a_key_that_changed_while_the_operator_thought_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """He was asked about a pending key; it has become the active one since."""
-    from test_ledger import answer  # noqa: PLC0415 - used here alone
+    from recording import answer  # noqa: PLC0415 - used here alone
 
     path = tmp_path / DATABASE_NAME
     with closing(Ledger(path)) as ledger:

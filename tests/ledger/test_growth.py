@@ -1,0 +1,159 @@
+"""The cost of each operation with a long history."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from recording import (
+    ahead,
+    answer,
+    bring,
+    stock_of,
+)
+
+from parts import E1, V2G, new_id, request
+from stationkey.config.settings import Bounds
+from stationkey.ledger import Ledger
+from stationkey.ledger.lifecycle import KeyEvent
+
+pytest_plugins = ["ledgers"]
+
+OWNER = (V2G, E1)
+
+
+ASKED = "00000000-0000-4000-8000-000000000001"
+
+
+INSTALLED = "00000000-0000-4000-8000-000000000002"
+
+
+def with_history(ledger: Ledger, destroyed: int) -> str:
+    """Fill a ledger with destroyed keys, and with a few that live, always as many; the active one's name.
+
+    The EVSE IDs are always the same: how many steps SQLite sorts them in depends on their order.
+    """
+    before = None
+    for _ in range(destroyed):
+        key_id = answer(ledger, request(*OWNER))
+        ledger.transitions.activate(
+            key_id, chain="c", not_after=0, reason="", now=0, grace_due=5000, message_id=new_id()
+        )
+        if before is not None:
+            bring(ledger, before, KeyEvent.EXPIRED)
+        before = key_id
+    assert before is not None
+    for number in range(5):
+        bring(ledger, answer(ledger), KeyEvent.EXPIRED)
+        answer(ledger, request(V2G, f"DE*ABC*E{number}"))
+        answer(ledger, request(*OWNER))
+        ahead(ledger)
+    ledger.retention.wipe()
+    return before
+
+
+def _delivered(ledger: Ledger, _: str) -> None:
+    ledger.answers.mark_delivered(ASKED)
+    ledger.retention.write_running(1)
+
+
+def _rejected(ledger: Ledger, _: str) -> None:
+    ledger.rejections.note(ASKED, reason="r", message="m", now=0)
+    ledger.rejections.write()
+
+
+def _destroyed_and_wiped(ledger: Ledger, key_id: str) -> None:
+    ledger.transitions.apply(key_id, KeyEvent.DELETED, reason="", now=0)
+    assert ledger.retention.wipe()
+
+
+OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
+    "find_answer": lambda ledger, _: ledger.answers.find(ASKED),
+    "record_answer": lambda ledger, _: answer(ledger, request(*OWNER, request_id=ASKED)),
+    "record_answer that makes room": lambda ledger, _: answer(
+        ledger, request(*OWNER), bounds=Bounds(pending_limit=3, pending_total=2)
+    ),
+    "record_answer with a key made ahead": lambda ledger, _: answer(
+        ledger, request(*OWNER), key=stock_of(ledger)[0], taken=True
+    ),
+    "write_rejections": _rejected,
+    "mark_delivered": _delivered,
+    "undelivered": lambda ledger, _: ledger.answers.undelivered(),
+    "make_ahead": lambda ledger, _: ahead(ledger),
+    "made_ahead": lambda ledger, _: ledger.keys.made_ahead(),
+    "pending": lambda ledger, _: ledger.keys.pending(*OWNER),
+    "active of every EVSE": lambda ledger, _: ledger.keys.active(V2G, None),
+    "deactivated": lambda ledger, _: ledger.keys.deactivated(*OWNER),
+    "others_installed": lambda ledger, key_id: ledger.keys.others_installed(ledger.keys.all(key_id)[0]),
+    "keys by name": lambda ledger, key_id: ledger.keys.all(key_id),
+    "usable": lambda ledger, _: ledger.keys.usable(),
+    "key_ref": lambda ledger, key_id: ledger.keys.ref(key_id),
+    "history": lambda ledger, key_id: ledger.keys.history(key_id),
+    "counts_as_repeat": lambda ledger, _: ledger.transitions.seen(INSTALLED),
+    "active_files": lambda ledger, _: ledger.keys.active_files(),
+    "figures": lambda ledger, _: ledger.keys.figures(expiries=8),
+    "is_due": lambda ledger, key_id: ledger.retention.is_due(key_id, 0),
+    "due": lambda ledger, _: ledger.retention.due(10),
+    "next_due": lambda ledger, _: ledger.retention.next_due(),
+    "adopt": lambda ledger, _: ledger.retention.adopt(pending_due=1, grace_due=1),
+    "apply": lambda ledger, key_id: ledger.transitions.apply(key_id, KeyEvent.RETIRED, reason="", now=0),
+    "activate": lambda ledger, _: ledger.transitions.activate(
+        ledger.keys.pending(*OWNER)[0].key_id,
+        chain="c",
+        not_after=0,
+        reason="",
+        now=0,
+        grace_due=0,
+        message_id=INSTALLED,
+    ),
+    "destruction": lambda ledger, key_id: ledger.transitions.apply(key_id, KeyEvent.DELETED, reason="", now=0),
+    "destruction and wipe": _destroyed_and_wiped,
+    "forget, nothing": lambda ledger, _: ledger.retention.forget(keep=10**6, answered_before=0),
+    "forget, a batch of keys": lambda ledger, _: ledger.retention.forget(keep=5, answered_before=0),
+    "forget, a batch of answers": lambda ledger, _: ledger.retention.forget(keep=10**6, answered_before=1),
+}
+"""All that is done with a ledger while requests wait, but for listing it."""
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Counted in instructions of SQLite's virtual machine, which are the same on every machine."""
+    monkeypatch.setattr("stationkey.ledger.retention._BATCH", 10)
+    steps = [0, 0]
+    for number, destroyed in enumerate((40, 400)):
+        with closing(Ledger(tmp_path / f"{destroyed}.sqlite3")) as ledger:
+            connection = ledger.database._connection  # noqa: SLF001 - what it is given to do is the point
+            connection.execute("PRAGMA synchronous=OFF")
+            active = with_history(ledger, destroyed)
+
+            def count(number: int = number) -> int:
+                steps[number] += 1
+                return 0
+
+            connection.set_progress_handler(count, 1)
+            OPERATIONS[operation](ledger, active)
+            connection.set_progress_handler(None, 0)
+
+    assert steps[0] > 10
+    assert abs(steps[1] - steps[0]) <= 20
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation: str) -> None:
+    active = with_history(fast_ledger, 3)
+    statements: list[str] = []
+    connection = fast_ledger.database._connection  # noqa: SLF001 - what it is given to do is the point
+    connection.set_trace_callback(statements.append)
+    OPERATIONS[operation](fast_ledger, active)
+    connection.set_trace_callback(None)
+
+    queries = [text for text in statements if re.match("SELECT|INSERT|UPDATE|DELETE", text)]
+    plans = [row[3] for text in queries for row in connection.execute(f"EXPLAIN QUERY PLAN {text}")]
+    assert queries
+    through_all = [plan for plan in plans if re.match(r"SCAN (key|answer|event)\b", plan)]
+    assert set(through_all) <= {"SCAN key USING COVERING INDEX key_living", "SCAN key USING INDEX key_living"}
