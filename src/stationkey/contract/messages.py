@@ -4,6 +4,9 @@ Source: the Josev API page "Generate CSR" (v3.16.0 of that API) and, for ``certi
 the numbered decisions are those of ``docs/contract.md``. Topics are named sender/receiver, in lower case: MQTT topics
 are case-sensitive, and the page's one ``cs/Josev`` is a slip.
 
+A field's rule, and what is said of a value that breaks it, stand at the field in its struct; `decode` reads them there.
+A new message is its struct, and its row in `_INBOUND`.
+
 `decode` trusts nothing because it came over MQTT: it says of each payload whether it is ours, and if it is ours and
 wrong, what is wrong and which id (if any) can be told so. JSON is read by the standard library rather than by msgspec
 because only it can report duplicate names, and reads the id of a message that is wrong elsewhere.
@@ -11,17 +14,20 @@ because only it can report duplicate names, and reads the id of a message that i
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import inspect as types
 
 from stationkey.contract.profiles import (
-    ALGORITHMS,
     COUNTRY_NAME_PATTERN,
     DEFAULT_ALGORITHM,
     EVSE_ID_PATTERN,
@@ -31,6 +37,8 @@ from stationkey.contract.profiles import (
     CertificateType,
 )
 from stationkey.errors import MessageError
+
+log = logging.getLogger(__name__)
 
 REQUEST_TOPIC: Final = "josev/cs"
 """From Josev to the charging station."""
@@ -49,8 +57,8 @@ UUID_PATTERN: Final = r"^[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f
 """The 8-4-4-4-12 text form of RFC 9562, either case; no braces, no ``urn:uuid:`` (decision 4)."""
 
 _UUID: Final = re.compile(UUID_PATTERN)
-_COUNTRY_NAME: Final = re.compile(COUNTRY_NAME_PATTERN)
-_EVSE_ID: Final = re.compile(EVSE_ID_PATTERN)
+_WORDS: Final = "words"
+"""In the ``extra`` of a field: what is said of a value that breaks the rule, where the type does not say it itself."""
 
 GENERATE_CSR: Final = "generate_csr"
 CERTIFICATE_INSTALLATION_STATUS: Final = "certificate_installation_status"
@@ -69,6 +77,7 @@ EvseId = Annotated[
     Meta(
         pattern=EVSE_ID_PATTERN,
         description="EVSE that the key is for. Keys, retries and activation are kept apart by it.",
+        extra={_WORDS: "is not an EVSE ID (ISO 15118-2 Annex H), such as DE*ABC*E123456"},
     ),
 ]
 
@@ -86,7 +95,14 @@ class GenerateCsrData(_Frozen, frozen=True, kw_only=True):
         Meta(description="CN: the SECC ID (V2G types) or the station's serial number; 1 to 64 characters."),
     ]
     organization_name: Annotated[DirectoryName, Meta(description="O: 1 to 64 characters.")]
-    country_name: Annotated[str, Meta(pattern=COUNTRY_NAME_PATTERN, description="C: two letters (ISO 3166-1 alpha-2).")]
+    country_name: Annotated[
+        str,
+        Meta(
+            pattern=COUNTRY_NAME_PATTERN,
+            description="C: two letters (ISO 3166-1 alpha-2).",
+            extra={_WORDS: "must be two letters (ISO 3166-1)"},
+        ),
+    ]
     evse_id: EvseId | UnsetType = UNSET
     algorithm: Algorithm | UnsetType = UNSET
 
@@ -150,10 +166,12 @@ class CertificateInstallationStatus(_Frozen, frozen=True, kw_only=True):
 Inbound = GenerateCsrRequest | CertificateInstallationStatus
 """The messages on ``josev/cs`` that are ours."""
 
-_INBOUND: Final[dict[str, tuple[str, type[Inbound]]]] = {
-    GENERATE_CSR: ("request", GenerateCsrRequest),
-    CERTIFICATE_INSTALLATION_STATUS: ("update", CertificateInstallationStatus),
+_REQUEST: Final = "request"
+_INBOUND: Final[dict[tuple[str, str], type[Inbound]]] = {
+    (GENERATE_CSR, _REQUEST): GenerateCsrRequest,
+    (CERTIFICATE_INSTALLATION_STATUS, "update"): CertificateInstallationStatus,
 }
+"""The struct of each message that is read, by its ``name`` and ``type``. One of type ``request`` has an answer."""
 
 
 def generate_csr(request_id: str, data: GenerateCsrData) -> GenerateCsrRequest:
@@ -212,25 +230,25 @@ def decode(payload: bytes, *, max_payload: int = MAX_PAYLOAD) -> Inbound | None:
     if not isinstance(name, str):
         reason, text = document.wrong or ("not_a_message", "not a message: no text field 'name'")
         raise MessageError(text, reason=reason)
-    if name not in _INBOUND:
+    structs = {kind: struct for (known, kind), struct in _INBOUND.items() if known == name}
+    kind = document.get("type")
+    if not structs or (isinstance(kind, str) and kind not in structs):
         return None
-    kind, struct = _INBOUND[name]
-    if isinstance(document.get("type"), str) and document["type"] != kind:
-        return None
+    kind, struct = next((pair for pair in structs.items() if pair[0] == kind), next(iter(structs.items())))
 
     request_id = document.usable_id()
-    answerable = request_id if struct is GenerateCsrRequest else None
+    answerable = request_id if kind == _REQUEST else None
     if document.wrong is not None:
         reason, text = document.wrong
         raise MessageError(text, reason=reason, request_id=answerable)
     if request_id is None:
         raise MessageError(f"{name}: 'id' is not a UUID of the form 8-4-4-4-12", reason="id_invalid")
     try:
-        _check_texts(document.get("data"))
-        message = msgspec.convert(_known(document), struct)
+        known = _known(document, struct)
+        message = msgspec.convert(known, struct)
         _check(message)
     except msgspec.ValidationError as error:
-        reason, text = _explain(document, str(error))
+        reason, text = _explain(known.get("data"), _fields_of(struct), str(error))
         raise MessageError(text, reason=reason, request_id=answerable) from None
     except MessageError as error:
         error.request_id = answerable
@@ -250,16 +268,94 @@ def decode_response(payload: bytes) -> GenerateCsrResponse | None:
     return response if is_usable_id(response.id) else None  # msgspec lets a line feed follow what matches a pattern
 
 
-def _known(document: _Document) -> dict[str, object]:
-    """What of a message is looked at: the members that have a rule.
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A field of a message's ``data``, as its struct declares it.
+
+    Attributes:
+        words: what is said of a value that breaks its rule.
+        pattern: what its text matches as a whole, or None.
+        optional: whether it may be absent.
+    """
+
+    words: str
+    pattern: re.Pattern[str] | None
+    optional: bool
+
+
+@functools.cache
+def _fields_of(struct: type[Struct]) -> dict[str, _Field]:
+    """Return the fields that the ``data`` of a message may have."""
+    data = next(field.type for field in _declared(struct) if field.encode_name == "data")
+    assert isinstance(data, types.StructType)
+    return {
+        field.encode_name: _Field(words=_words(field.type), pattern=_pattern(field.type), optional=not field.required)
+        for field in data.fields
+    }
+
+
+@functools.cache
+def _declared(struct: type[Struct]) -> tuple[types.Field, ...]:
+    declared = types.type_info(struct)
+    assert isinstance(declared, types.StructType)
+    return declared.fields
+
+
+def _words(declared: types.Type) -> str:
+    match declared:
+        case types.Metadata(extra={"words": str(words)}):
+            return words
+        case types.Metadata(type=inner) | types.UnionType(types=(inner, *_)):  # the union's other is UNSET
+            return _words(inner)
+        case types.EnumType(cls=values) | types.LiteralType(values=values):
+            return f"is none of {', '.join(map(str, values))}"
+        case types.StrType(min_length=int(least), max_length=int(most)):
+            return f"must be text of {least} to {most} characters"
+        case types.StrType():
+            return "must be text"
+    return "is not valid"
+
+
+def _pattern(declared: types.Type) -> re.Pattern[str] | None:
+    match declared:
+        case types.Metadata(type=inner) | types.UnionType(types=(inner, *_)):
+            return _pattern(inner)
+        case types.StrType(pattern=str(pattern)):
+            return re.compile(pattern)
+    return None
+
+
+def _known(document: _Document, struct: type[Struct]) -> dict[str, object]:
+    """Return the members of a message that its struct knows, less the optional ones that are null (decision 10).
 
     msgspec would pass over the others too, but not before it stumbles over one whose name is half a character.
+
+    Raises:
+        MessageError: ``data`` is not an object, or has a text that no field may have.
     """
-    known = {name: document[name] for name in ("id", "name", "type", "data") if name in document}
-    data = known.get("data", {})
+    names = [field.encode_name for field in _declared(struct)]
+    known = {name: document[name] for name in names if name in document}
+    if "data" not in known:
+        return known
+    data = known["data"]
     if not isinstance(data, dict):
         raise MessageError("the field 'data' is not an object", reason="data_invalid")
-    return known | {"data": {name: data[name] for name in _FIELD_RULES if name in data}} if "data" in known else known
+    fields = _fields_of(struct)
+    present = {name: data[name] for name in fields if name in data}
+    null = [name for name, value in present.items() if value is None and fields[name].optional]
+    if null:
+        _say_null_is_absent()
+    for name in null:
+        del present[name]
+    for name, value in present.items():
+        _check_text(name, value)
+    return known | {"data": present}
+
+
+@functools.cache
+def _say_null_is_absent() -> None:
+    """Log, once per run, that the sender writes null for what it did not set."""
+    log.info("null in an optional field taken as absent")
 
 
 class _Document(dict[str, object]):
@@ -376,14 +472,9 @@ def _outline(text: str, wrong: tuple[str, str]) -> _Document:
 
 
 def _check(message: Inbound) -> None:
-    """The rules that a JSON Schema type cannot say."""
+    """Check the rules that are about more than one field."""
     data = message.data
-    # msgspec searches with Python's re, where `$` also matches before a final line feed; JSON Schema's does not.
-    if data.evse_id is not UNSET and _EVSE_ID.fullmatch(data.evse_id) is None:
-        raise _invalid("evse_id", data.evse_id)
     if isinstance(data, GenerateCsrData):
-        if _COUNTRY_NAME.fullmatch(data.country_name) is None:
-            raise _invalid("country_name", data.country_name)
         required = PROFILES[data.certificate_type].required_algorithm
         if required is not None and data.algorithm is not required:
             named = "names none" if data.algorithm is UNSET else f"asks for {data.algorithm}"
@@ -391,6 +482,12 @@ def _check(message: Inbound) -> None:
                 f"{data.certificate_type} needs algorithm {required}; the request {named}",
                 reason="algorithm_not_allowed",
             )
+    fields = _fields_of(type(message))
+    for name, field in fields.items():
+        value = getattr(data, name)
+        # msgspec searches with Python's re, where `$` also matches before a final line feed; JSON Schema's does not.
+        if field.pattern is not None and isinstance(value, str) and field.pattern.fullmatch(value) is None:
+            raise _invalid(name, value, field)
 
 
 # Joiners (RFC 5892 appendix A: CONTEXTJ) belong to the spelling of words in several scripts and to emoji; tag
@@ -399,55 +496,37 @@ _FORMAT_ALLOWED: Final = frozenset("\u200c\u200d") | {chr(code) for code in rang
 _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zl", "Zp"})
 
 
-def _check_texts(data: object) -> None:
-    """No control characters and no half characters in any text field of ours; unknown fields are not looked at."""
-    if not isinstance(data, dict):
+def _check_text(field: str, value: object) -> None:
+    """Refuse control characters and half characters in a text."""
+    if not isinstance(value, str) or value.isalnum():
         return
-    for field in _FIELD_RULES:
-        value = data.get(field)
-        if not isinstance(value, str) or value.isalnum():
+    for character in value:
+        category = unicodedata.category(character)
+        if category == "Cs":
+            what = f"a lone surrogate U+{ord(character):04X}, which is no character"
+        elif category in _REFUSED_CATEGORIES and character not in _FORMAT_ALLOWED:
+            what = f"the control character U+{ord(character):04X}"
+        else:
             continue
-        for character in value:
-            category = unicodedata.category(character)
-            if category == "Cs":
-                what = f"a lone surrogate U+{ord(character):04X}, which is no character"
-            elif category in _REFUSED_CATEGORIES and character not in _FORMAT_ALLOWED:
-                what = f"the control character U+{ord(character):04X}"
-            else:
-                continue
-            raise MessageError(f"{field} has {what}", reason=f"{field}_invalid")
+        raise MessageError(f"{field} has {what}", reason=f"{field}_invalid")
 
 
-_FIELD_RULES: Final = {
-    "certificate_type": f"is none of {', '.join(CertificateType)}",
-    "algorithm": f"is none of {', '.join(ALGORITHMS)}",
-    "common_name": f"must be text of 1 to {NAME_MAX_LENGTH} characters",
-    "organization_name": f"must be text of 1 to {NAME_MAX_LENGTH} characters",
-    "country_name": "must be two letters (ISO 3166-1)",
-    "evse_id": "is not an EVSE ID (ISO 15118-2 Annex H), such as DE*ABC*E123456",
-    "status": "is none of installed, deleted, failed_installation",
-    "private_key_path": "must be text",
-}
-
-
-def _explain(document: _Document, error: str) -> tuple[str, str]:
+def _explain(data: object, fields: dict[str, _Field], error: str) -> tuple[str, str]:
     """Say what msgspec found, in this contract's words: a stable reason, and a sentence that shows the value."""
-    data = document.get("data")
     missing = re.search(r"missing required field `(\w+)`", error)
     if missing:
         return f"{missing[1]}_missing", f"the field '{missing[1]}' is missing"
     found = re.search(r"\$\.data\.(\w+)", error)
     if found and isinstance(data, dict):
-        field = found[1]
-        error_in_field = _invalid(field, data.get(field))
+        error_in_field = _invalid(found[1], data.get(found[1]), fields[found[1]])
         return error_in_field.reason, error_in_field.message
     top = re.search(r"\$\.(\w+)", error)
     field = top[1] if top else "message"
     return f"{field}_invalid", f"the field '{field}' is not valid: {_short(error)}"
 
 
-def _invalid(field: str, value: object) -> MessageError:
-    return MessageError(f"{field} {_quote(value)} {_FIELD_RULES.get(field, 'is not valid')}", reason=f"{field}_invalid")
+def _invalid(name: str, value: object, field: _Field) -> MessageError:
+    return MessageError(f"{name} {_quote(value)} {field.words}", reason=f"{name}_invalid")
 
 
 def _quote(value: object) -> str:
