@@ -19,9 +19,9 @@ from stationkey import cli
 from stationkey.cli.request import EXIT_NO_ANSWER, EXIT_REJECTED
 from stationkey.cli.serve import serve
 from stationkey.config.options import options_of
-from stationkey.config.settings import CsrOverrides, Settings
+from stationkey.config.settings import CsrOverrides, PolicyTerms, Settings
 from stationkey.contract import messages
-from stationkey.contract.profiles import ALGORITHMS, PROFILES, CertificateProfile
+from stationkey.contract.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateProfile, CertificateType
 from stationkey.errors import MessageError
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +44,7 @@ DOCUMENTS = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in FILE
 README = (ROOT / "README.md").read_text()
 CONTRACT = (ROOT / "docs/contract.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 REASONS = (ROOT / "docs/reasons.md").read_text()
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -170,6 +171,20 @@ class TestOptions:
     def test_every_name_of_the_file_is_in_the_readme(self) -> None:
         options = [(option.table or option.name) for option in options_of(Settings)]
         assert [name for name in options if f"`{name}`" not in README and f"[{name}" not in README] == []
+
+    def test_the_rules_of_the_policy_have_their_defaults(self) -> None:
+        policy, told = PolicyTerms(), dict[str, str]()
+        for cells in rows(OPERATIONS):
+            names = re.findall(r"`(\w+)`", cells[0])
+            if len(cells) == 4 and set(names) & {option.name for option in options_of(PolicyTerms)}:
+                told |= dict(zip(names, re.split(r", ", cells[1]), strict=True))
+        for name, default in told.items():
+            value = getattr(policy, name)
+            few = (
+                {(): "any", tuple(CertificateType): "all", tuple(Algorithm): "all"} if isinstance(value, tuple) else {}
+            )
+            assert default.strip("`") == few.get(value, f"{value:g}" if isinstance(value, float) else str(value)), name
+        assert set(told) == {option.name for option in options_of(PolicyTerms)} - {"payload_bytes"}
 
     def test_every_override_of_a_profile_is_in_the_contract(self) -> None:
         names = [option.name for option in options_of(CsrOverrides)]

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from stationkey import cli, daemon
 from stationkey.config import file as file_module
-from stationkey.config.file import MAX_FILE, File, build, read_file, read_table, settle
+from stationkey.config.file import MAX_FILE, File, build, read_file, read_parts, read_table, settle
 from stationkey.config.options import Form, Option, options_of
 from stationkey.config.settings import (
     DAY,
@@ -270,6 +270,14 @@ def test_what_no_stations_certificate_may_have_is_refused_at_start(file: Path, t
         pytest.param("[policy]\nrequests_per_minute = nan", "requests_per_minute", id="rate that is no number"),
         pytest.param('[policy]\nsecc_id = "no"', "secc_id", id="severity of another name"),
         pytest.param("[policy]\nqueue = 0", "queue", id="no place at all"),
+        pytest.param('[mqtt]\nusername = "a"\nusername_file = "b"', "username_file", id="two user names"),
+        pytest.param('[mqtt]\npassword_file = "a"', "username", id="password of nobody"),
+        pytest.param('[mqtt]\nkey_file = "a"', "certificate_file", id="key without a certificate"),
+        pytest.param("[tpm]\nak_handle = 0x80000000", "tpm.ak_handle", id="handle that is not persistent"),
+        pytest.param('client_id = "a\\u0000"', "client_id", id="NUL in a text"),
+        pytest.param('[policy]\ncommon_names = ["a\\u0000"]', "policy.common_names", id="NUL in a list"),
+        pytest.param('[""]\nbroker = "a"', "unknown", id="table without a name"),
+        pytest.param("pool = 7", "pool", id="table no table"),
         pytest.param("broker = ", "no TOML", id="no TOML"),
         pytest.param('broker = "a"\nbroker = "b"', "no TOML", id="a name twice"),
         pytest.param(f"x = {'9' * 5000}", "no TOML", id="a number of 5,000 digits"),
@@ -282,6 +290,21 @@ def test_what_no_stations_certificate_may_have_is_refused_at_start(file: Path, t
 )
 def test_a_file_that_cannot_be_is_refused_and_says_where(file: Path, text: str | bytes, words: str) -> None:
     assert words in refused(file, text)
+
+
+def test_of_a_wrong_file_each_mistake_is_told_and_the_rest_is_used(file: Path) -> None:
+    file.write_text(
+        'topic_prefix = "a"\nclient_id = 1\nbrocker = "b"\n[pool]\nec = 2\nrsa = -1\n[mqtt]\nkey_file = "k"\n'
+        '[csr.v2g_certificate]\nca = true\ndomain_component = ""\n'
+    )
+    parts = read_parts(file)
+    settings = settle(parts.file, keystore=TPM)
+
+    assert parts.lost == frozenset({"client_id", "brocker", "pool", "mqtt", "csr"})
+    assert len(parts.complaints) == 5
+    assert (settings.topic_prefix, settings.client_id, settings.mqtt.key_file) == ("a", None, None)
+    assert settings.pool == PoolTerms(ec=2)
+    assert settings.profiles[V2G].domain_component is None
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Precedence: command line, environment, file, default. The command line and the e
 What may be in the file follows from the annotations of `stationkey.config.settings`.
 
 What a CA may want otherwise than the standards' profiles can be overridden for each certificate type. What no
-station's certificate may have (CA:true, a subject without C, O or CN, a uncritical keyUsage) cannot, and is refused at
+station's certificate may have (CA:true, a subject without C, O or CN, an uncritical keyUsage) cannot, and is refused at
 start rather than when a certificate is due.
 """
 
@@ -120,7 +120,7 @@ def _open_to_all(path: Path) -> ConfigurationError:
 
 
 def _content(path: Path) -> tuple[bytes, bool]:
-    """What is in a file, and whether every user may write to it."""
+    """Return what is in a file, and whether every user may write to it."""
     try:
         with path.open("rb") as opened:
             status = os.fstat(opened.fileno())
@@ -146,7 +146,7 @@ def _table(path: Path, content: bytes) -> dict[str, object]:
 
 
 def _said(words: object) -> str:
-    """What a library says of the file, which may show a piece of it: one short line for a terminal."""
+    """Return what is said of the file, which may show a piece of it, as one short line for a terminal."""
     text = printable(str(words))
     return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
 
@@ -185,61 +185,56 @@ class _Reading:
         """Read all tables of a file."""
         options = list(options_of(self._root))
         tables = {option.table for option in options} - {""}
-        self._take_options("", {name: value for name, value in table.items() if name not in {*tables, _CSR}}, options)
+        top = {name: value for name, value in table.items() if name not in tables | {_CSR}}
+        self.given |= self._options("", top, options)
         for name in [name for name in table if name in tables]:
-            self._take_options(name, self._mapping(name, table[name]), options)
+            self.given |= self._options(name, table[name], options)
         profiles = dict(PROFILES)
         for name, overrides in self._mapping(_CSR, table.get(_CSR, {})).items():
             if name not in set(CertificateType):
-                self._complain(_CSR, f"unknown certificate type `{name}`")
+                self._refuse(_CSR, f"unknown certificate type `{name}`")
                 continue
-            profile = self._overrides(f"{_CSR}.{name}", overrides)
-            profiles[CertificateType(name)] = dataclasses.replace(PROFILES[CertificateType(name)], **profile)
+            place = f"{_CSR}.{name}"
+            changes = {
+                path[-1]: value
+                for path, value in self._options(place, overrides, options_of(CsrOverrides, place)).items()
+            }
+            profiles[CertificateType(name)] = dataclasses.replace(PROFILES[CertificateType(name)], **changes)
         if profiles != PROFILES:
             self.given["profiles",] = MappingProxyType(profiles)
         self._refuse_contradictions()
 
-    def _take_options(self, table: str, values: Mapping[str, object], options: Iterable[Declared]) -> None:
+    def _options(self, table: str, values: object, options: Iterable[Declared]) -> dict[tuple[str, ...], Any]:
+        """Return what one table sets."""
         known = {option.name: option for option in options if option.table == table}
-        for name, value in values.items():
+        given: dict[tuple[str, ...], Any] = {}
+        for name, value in self._mapping(table, values).items():
             if name not in known:
-                self._complain(table, f"unknown option `{name}`")
-                continue
-            option = known[name]
-            if (read := self._value(option, value)) is UNSET:
-                continue
-            if option.path in self.given:
-                names = " and ".join(one.name for one in known.values() if one.path == option.path)
-                self._complain(table, f"{names} are both set: one of them is enough")
-            self.given[option.path] = read
-
-    def _overrides(self, place: str, values: object) -> dict[str, Any]:
-        known = {option.name: option for option in options_of(CsrOverrides, place)}
-        found = {}
-        for name, value in self._mapping(place, values).items():
-            if name in _FIXED:
-                self._complain(f"{place}.{name}", f"cannot be configured: {_FIXED[name]}")
-            elif name not in known:
-                self._complain(place, f"unknown option `{name}`")
+                fixed = _FIXED.get(name) if table.startswith(_CSR) else None
+                words = f"`{name}` cannot be configured: {fixed}" if fixed else f"unknown option `{name}`"
+                self._refuse(table, words, top=table or name)
             elif (read := self._value(known[name], value)) is not UNSET:
-                found[known[name].path[-1]] = read
-        return found
+                path = known[name].path
+                if path in given:
+                    names = " and ".join(option.name for option in known.values() if option.path == path)
+                    self._refuse(table, f"{names} are both set: one of them is enough")
+                given[path] = read
+        return given
 
     def _value(self, option: Declared, value: object) -> Any:
         try:
             return option.read(value)
         except ValueError as error:  # msgspec.ValidationError included; it has a path inside the value
             words, _, inside = str(error).partition(" - at `$")
-            self._complain(option.place + inside.removesuffix("`"), words)
+            self._refuse(option.place + inside.removesuffix("`"), words)
         except ConfigurationError as error:
-            self.complaints.append(error)
-            self.lost.add(option.place.partition(".")[0])
+            self._complain(error, option.place)
         return UNSET
 
     def _mapping(self, place: str, value: object) -> Mapping[str, object]:
         if isinstance(value, Mapping):
             return value
-        self._complain(place, "expected a table")
+        self._refuse(place, "expected a table")
         return {}
 
     def _refuse_contradictions(self) -> None:
@@ -248,15 +243,18 @@ class _Reading:
                 continue
             mine = [path for path in self.given if path[0] == name]
             if words := build(hint, {path[1:]: self.given[path] for path in mine}).contradiction():
-                self.complaints.append(ConfigurationError(f"{self._source}: {words}", reason="config_invalid"))
-                self.lost.add(name)
+                self._refuse(name, words)
                 for path in mine:
                     del self.given[path]
 
-    def _complain(self, place: str, words: str) -> None:
+    def _refuse(self, place: str, words: str, *, top: str = "") -> None:
         where = f" - at `$.{place}`" if place else ""
-        self.complaints.append(ConfigurationError(f"{self._source}: {_said(words + where)}", reason="config_invalid"))
-        self.lost.add(place.partition(".")[0] or words.partition("`")[2].partition("`")[0])
+        said = f"{self._source}: {_said(words + where)}"
+        self._complain(ConfigurationError(said, reason="config_invalid"), top or place)
+
+    def _complain(self, error: ConfigurationError, place: str) -> None:
+        self.complaints.append(error)
+        self.lost.add(place.partition(".")[0])
 
 
 def build(declared: type[T], given: Given) -> T:
@@ -281,10 +279,10 @@ def settle(file: File, *, needs_keystore: bool = True, **options: object) -> Set
         ConfigurationError: no key store is named, and this machine has no ``/dev/tpmrm0``.
     """
     given = dict(file.given)
-    for option in options_of(Settings):
-        value = options.get(option.path[0]) if len(option.path) == 1 else None
-        if value is not None and (value != "" or option.option.form is None):
-            given[option.path] = value
+    known = {option.path: option.option for option in options_of(Settings)}
+    for name, value in options.items():
+        if value is not None and (value != "" or known[name,].form is None):
+            given[name,] = value
     if needs_keystore and ("keystore",) not in given:
         given["keystore",] = default_keystore()
     keystore = given.setdefault(("keystore",), "")

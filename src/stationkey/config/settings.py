@@ -192,9 +192,9 @@ class MqttTerms:
     def contradiction(self) -> str:
         """Return what is wrong with options that are each valid; empty where nothing is."""
         if self.password and not self.username:
-            return "[mqtt] has a password_file and no username"
+            return "there is a password_file and no username"
         if self.key_file and not self.certificate_file:
-            return "[mqtt] has a key_file and no certificate_file"
+            return "there is a key_file and no certificate_file"
         return ""
 
 
