@@ -95,9 +95,9 @@ def bad_kinds(used: dict[str, Any]) -> dict[str, tuple[Callable[[], bytes], bool
 
 
 LARGE: Final = wire(request(common_name="x" * 70_000))
-"""Too large, and not so large that the broker keeps it to itself; always of one id."""
+"""Too large; always of one id."""
 HUGE: Final = wire(request(common_name="x" * 400_000))
-"""So large that the broker does."""
+"""So large that a part of it is all that is kept."""
 
 
 # MQTT 3.1.1 by hand: a client library would take longer to publish these than the daemon to refuse them.

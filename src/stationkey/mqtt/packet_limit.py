@@ -1,8 +1,8 @@
 """MQTT packets in a stream of bytes: one that is too large is cut, and no more of it is kept.
 
-A packet may be 256 MiB [MQTT 5 1.5.5, 3.1.1 2.2.3], and its length comes first. MQTT 5 lets a client say how much it
-takes [3.1.2.11.4]; 3.1.1 does not, and a broker that is somebody else's by now heeds nothing. To hang up would not do:
-a message of QoS 1 that was sent to a topic of ours would be waiting at the next connection, and at each one after.
+A packet may be 256 MiB [MQTT 5 1.5.5, 3.1.1 2.2.3], and its length comes first. To hang up would not do: a message of
+QoS 1 that was sent to a topic of ours would be waiting at the next connection, and at each one after. Nor does MQTT 5's
+Maximum Packet Size [3.1.2.11.4]: see `stationkey.mqtt.connection.PACKET_MARGIN`.
 """
 
 from __future__ import annotations
