@@ -33,6 +33,7 @@ from stationkey.mqtt.connection import ConnectionLost, MqttConnection, connect
 from stationkey.mqtt.tls import check
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import MAX_CONNECTING
+from stationkey.system.threads import Workers
 
 BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
@@ -187,22 +188,32 @@ async def test_a_handshake_that_never_ends_is_given_up(authority: Authority, mon
 async def test_what_hangs_for_ever_costs_a_bounded_number_of_threads(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release = threading.Event()
+    release, hanging = threading.Event(), threading.Semaphore(0)
+
+    def hang(*_: object, **__: object) -> None:
+        """As a TPM that hangs."""
+        hanging.release()
+        assert release.wait(BOUND)
+
     monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.01)
-    monkeypatch.setattr(mqtt, "introduction", lambda *_, **__: release.wait(BOUND))  # as a TPM that hangs
+    monkeypatch.setattr(mqtt, "introduction", hang)
+    team = Workers("connect", MAX_CONNECTING)
+    monkeypatch.setattr("stationkey.mqtt.waiting._connecting", lambda: team)
     try:
         for _ in range(MAX_CONNECTING):
-            with pytest.raises(BrokerError, match="no connection within"):
+            with pytest.raises(BrokerError) as late:
                 await opened(Broker("127.0.0.1", 1, tls=True), terms(authority))
+            assert late.value.reason == "broker_unreachable"
+            assert hanging.acquire(timeout=BOUND)
         before = threading.active_count()
-        with pytest.raises(BrokerError, match="attempts to connect hang"):
+        with pytest.raises(BrokerError) as refused:
             await opened(Broker("127.0.0.1", 1, tls=True), terms(authority))
+        assert refused.value.reason == "broker_unreachable"
         assert threading.active_count() == before
+        assert not hanging.acquire(blocking=False)
     finally:
         release.set()
-        for thread in threading.enumerate():
-            if thread.name == "mqtt-connect":
-                await asyncio.to_thread(thread.join)
+        team.close()
 
 
 # What comes over it.

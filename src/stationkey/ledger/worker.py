@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from stationkey.ledger import Ledger
+from stationkey.system.threads import Worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,10 +29,7 @@ class LedgerThread:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._closed = False
-        self._begun: float | None = None  # when the current call began; None between calls
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
-        self._thread.start()
+        self._worker = Worker("ledger")
 
     def __call__(
         self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
@@ -50,10 +44,7 @@ class LedgerThread:
         """
         if self._closed:
             raise RuntimeError("the ledger's thread is closed")
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()  # a running future cannot be cancelled, only the wait for it
-        self._calls.put(lambda: _settle(future, partial(call, self._ledger, *args, **kwargs)))
-        return asyncio.wrap_future(future)
+        return asyncio.wrap_future(self._worker.submit(partial(call, self._ledger, *args, **kwargs)))
 
     # Notes in memory: made by the caller's thread, because they wait for nothing.
 
@@ -73,24 +64,9 @@ class LedgerThread:
     @property
     def stuck(self) -> bool:
         """Whether the current call has taken longer than `LEDGER_PATIENCE`: the disk or a mount hangs."""
-        begun = self._begun
-        return begun is not None and time.monotonic() - begun > LEDGER_PATIENCE
+        return self._worker.running_for > LEDGER_PATIENCE
 
     def close(self) -> None:
         """Wait for the queued calls and end the thread."""
         self._closed = True
-        self._calls.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            self._begun = time.monotonic()
-            call()
-            self._begun = None
-
-
-def _settle(future: Future[T], call: Callable[[], T]) -> None:
-    try:
-        future.set_result(call())
-    except BaseException as error:  # noqa: BLE001 - it belongs to the caller; the thread goes on
-        future.set_exception(error)
+        self._worker.close()

@@ -210,7 +210,7 @@ class MqttConnection:
             arguments = {"clean_start": not self._persistent, "properties": properties}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await in_thread(lambda: self._dial(arguments), name="mqtt-connect")
+                await in_thread(lambda: self._dial(arguments))
         except ssl.SSLError as error:
             raise no_handshake(str(self._broker), error) from None
         except (OSError, ValueError) as error:

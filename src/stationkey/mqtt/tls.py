@@ -161,7 +161,7 @@ async def check(broker: Broker, terms: MqttTerms) -> None:
         log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            await in_thread(lambda: introduction(terms, tls=broker.tls), name="mqtt-check")
+            await in_thread(lambda: introduction(terms, tls=broker.tls))
     except (BrokerError, TimeoutError) as error:
         log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection tries again, and says so
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from functools import cache
 from typing import Any, Final, TypeVar
 
 from stationkey.errors import BrokerError
+from stationkey.system.threads import Workers
 
 T = TypeVar("T")
 
@@ -17,41 +17,28 @@ CONNECT_TIMEOUT: Final = 10.0
 MAX_CONNECTING: Final = 8
 """How many attempts to connect may hang. What blocks for ever, such as a TPM, must not cost a thread each time."""
 
-_threads: Final = threading.BoundedSemaphore(MAX_CONNECTING)
+
+@cache
+def _connecting() -> Workers:
+    """Return the threads that connect; those of the whole process."""
+    return Workers("mqtt-connect", MAX_CONNECTING)
 
 
-async def in_thread(call: Callable[[], T], *, name: str) -> T:
-    """The result of a blocking call; in a thread that, unlike the event loop's own, a process may end without.
+async def in_thread(call: Callable[[], T]) -> T:
+    """Return the result of a blocking call, made in a thread without which the process can end.
 
     Raises:
-        BrokerError: as many of them as there may be hang, or this machine has no room for another thread.
+        BrokerError: `MAX_CONNECTING` of them hang, or this machine has no room for a thread.
     """
-    future: Future[T] = Future()
-    if not _threads.acquire(blocking=False):
-        raise BrokerError(
-            f"{MAX_CONNECTING} attempts to connect hang, in the look-up of a name or in the TPM",
-            reason="broker_unreachable",
-        )
-
-    def run() -> None:
-        try:
-            result = call()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the one who waits is to have it
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-        finally:
-            _threads.release()
-
     try:
-        threading.Thread(target=run, name=name, daemon=True).start()
+        future = _connecting().submit(call)
     except (RuntimeError, MemoryError) as error:
-        _threads.release()
-        raise BrokerError(f"no thread to connect with: {error}", reason="broker_unreachable") from None
-    result = asyncio.wrap_future(future)
-    # What comes when nobody waits any more is looked at, so that nobody is told that nobody looked.
-    result.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return await asyncio.shield(result)
+        raise BrokerError(
+            f"no thread to connect with: {error}",
+            reason="broker_unreachable",
+            hint="does the look-up of a name hang, or the TPM?",
+        ) from None
+    return await asyncio.wrap_future(future)
 
 
 async def unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:

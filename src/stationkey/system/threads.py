@@ -49,8 +49,12 @@ class Worker:
         self._calls.put(call)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Queue a call, and return a future with its result or its error."""
+        """Queue a call, and return a future with its result or its error.
+
+        Only the wait for it can be cancelled: the call is made in any case.
+        """
         future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
         self.put(partial(_settle, future, call))
         return future
 
@@ -147,11 +151,7 @@ class Workers:
 
 
 def _settle(future: Future[T], call: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
     try:
-        result = call()
+        future.set_result(call())
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is for the one who waits
         future.set_exception(error)
-    else:
-        future.set_result(result)
