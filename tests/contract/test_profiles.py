@@ -24,6 +24,7 @@ from stationkey.contract.profiles import (
     ExtendedKeyUsage,
     KeyUsage,
     RsaModulus,
+    TlsUse,
     is_secc_id,
 )
 
@@ -42,6 +43,7 @@ SOURCES = sorted(Path(stationkey.__file__).parent.rglob("*.py"))
                 extended_key_usage_critical=False,
                 required_algorithm=None,
                 preferred_algorithm=None,
+                tls_use=TlsUse("client", ("TLSv1_2", "TLSv1_3")),
                 secc_id=False,
                 evse_id_placement=EvseIdPlacement.NONE,
             ),
@@ -56,6 +58,7 @@ SOURCES = sorted(Path(stationkey.__file__).parent.rglob("*.py"))
                 extended_key_usage_critical=False,
                 required_algorithm=None,
                 preferred_algorithm=Algorithm.ECDSA_SHA256,
+                tls_use=TlsUse("server", ("TLSv1_2",), "ECDHE-ECDSA-AES128-SHA256"),
                 secc_id=True,
                 evse_id_placement=EvseIdPlacement.NONE,
             ),
@@ -70,6 +73,7 @@ SOURCES = sorted(Path(stationkey.__file__).parent.rglob("*.py"))
                 extended_key_usage_critical=True,
                 required_algorithm=Algorithm.ECDSA_SHA512,
                 preferred_algorithm=Algorithm.ECDSA_SHA512,
+                tls_use=TlsUse("server", ("TLSv1_3",)),
                 secc_id=True,
                 evse_id_placement=EvseIdPlacement.NONE,
             ),

@@ -8,7 +8,7 @@ import pkgutil
 import re
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema  # type: ignore[import-untyped]  # ships no type information
 import ocpp as library  # type: ignore[import-untyped]  # same
@@ -87,6 +87,15 @@ def test_the_table_holds_what_the_standards_can_carry_and_nothing_else() -> None
         assert (how.carries_request_id, how.carries_hash_root) == (newer, newer)
         told.append((kind, version))
     assert set(CARRIAGES) == set(told)
+    assert ocpp.undecided(CertificateType) == set()
+
+
+def test_a_certificate_type_without_its_rows_would_be_an_error_at_import() -> None:
+    newer = [*CertificateType, cast("CertificateType", "v2g30_certificate")]
+
+    assert ocpp.undecided(newer) == {("v2g30_certificate", version) for version in OcppVersion}
+    with pytest.raises(KeyError):
+        ocpp.carriage(newer[-1], V21)
 
 
 @pytest.mark.parametrize(("kind", "version"), NOT_CARRIED)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 
 class CertificateType(StrEnum):
@@ -133,6 +133,21 @@ class EvseIdPlacement(StrEnum):
     """The subject's serialNumber attribute (2.5.4.5), a PrintableString, after CN."""
 
 
+@dataclass(frozen=True, slots=True)
+class TlsUse:
+    """How a service uses a key and its certificate in TLS.
+
+    Attributes:
+        role: its side of the connection.
+        versions: of TLS, by their names in `ssl.TLSVersion`.
+        suites: for TLS 1.2, as the other side offers them, or None for OpenSSL's.
+    """
+
+    role: Literal["server", "client"]
+    versions: tuple[Literal["TLSv1_2", "TLSv1_3"], ...]
+    suites: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateProfile:
     """What the CSR for one certificate type contains.
@@ -149,6 +164,7 @@ class CertificateProfile:
         required_algorithm: the only algorithm that a request for this type may name, and which it then must name
             [the API page's note on ``v2g20_certificate``]; None where all are allowed.
         preferred_algorithm: what the profile wants; another one is served, with a warning.
+        tls_use: what the certificate is for.
         secc_id: whether CN should be a SECC ID; one that is not gets a warning (the API page's own example is none).
         evse_id_placement: where ``evse_id`` goes.
     """
@@ -160,6 +176,7 @@ class CertificateProfile:
     extended_key_usage_critical: bool
     required_algorithm: Algorithm | None
     preferred_algorithm: Algorithm | None
+    tls_use: TlsUse
     secc_id: bool
     evse_id_placement: EvseIdPlacement = EvseIdPlacement.NONE
 
@@ -172,6 +189,7 @@ CHARGING_STATION: Final = CertificateProfile(
     extended_key_usage_critical=False,
     required_algorithm=None,
     preferred_algorithm=None,
+    tls_use=TlsUse("client", ("TLSv1_2", "TLSv1_3")),  # OCPP asks for TLS 1.2 or above
     secc_id=False,  # A00.FR.511: the serial number of the station
 )
 
@@ -183,6 +201,8 @@ V2G: Final = CertificateProfile(
     extended_key_usage_critical=False,
     required_algorithm=None,
     preferred_algorithm=Algorithm.ECDSA_SHA256,  # ISO 15118-2 Annex F: secp256r1 with SHA-256
+    # Of the suites of ISO 15118-2 the one that OpenSSL has: the other, with static ECDH, left it with 1.1.0.
+    tls_use=TlsUse("server", ("TLSv1_2",), "ECDHE-ECDSA-AES128-SHA256"),
     secc_id=True,
 )
 
@@ -194,6 +214,7 @@ V2G20: Final = CertificateProfile(
     extended_key_usage_critical=True,
     required_algorithm=Algorithm.ECDSA_SHA512,
     preferred_algorithm=Algorithm.ECDSA_SHA512,
+    tls_use=TlsUse("server", ("TLSv1_3",)),
     secc_id=True,
 )
 

@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from stationkey.contract.active_names import DIRECTORY_NAME, owner_of
-from stationkey.contract.profiles import CertificateType
+from stationkey.contract.profiles import PROFILES, CertificateType, TlsUse
 from stationkey.errors import ConfigurationError, Fault, KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import KeyStore, KeyStoreUri, Protecting
 from stationkey.keystore.tpm2 import keyfile
@@ -131,33 +130,6 @@ def tcti_of(keystore: str) -> str:
             hint="for example tpm2:device:/dev/tpmrm0",
         )
     return where.location
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """How a service uses a key.
-
-    Attributes:
-        role: its side of the TLS connection.
-        versions: of TLS.
-        suites: for TLS 1.2, as the other side offers them, or None for OpenSSL's.
-    """
-
-    role: Literal["server", "client"]
-    versions: tuple[ssl.TLSVersion, ...]
-    suites: str | None = None
-
-
-USES: Final = MappingProxyType(
-    {
-        # Towards the CSMS: OCPP asks for TLS 1.2 or above.
-        CertificateType.CHARGING_STATION_CERTIFICATE: Use("client", (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)),
-        # Of the suites of ISO 15118-2 the one that OpenSSL has: the other, with static ECDH, left it with 1.1.0.
-        CertificateType.V2G_CERTIFICATE: Use("server", (ssl.TLSVersion.TLSv1_2,), "ECDHE-ECDSA-AES128-SHA256"),
-        CertificateType.V2G20_CERTIFICATE: Use("server", (ssl.TLSVersion.TLSv1_3,)),
-    }
-)
-"""What each certificate type is for [ISO 15118-2, ISO 15118-20, OCPP]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +308,7 @@ def check(file: KeyFile, *, configuration: Path, tcti: str, password: bytes = b"
             holder.expect_loaded()
             if listener is None:
                 port = int(holder.line())
-            made = [_shake(use, version, chain, port, listener) for version in use.versions]
+            made = [_shake(use, ssl.TLSVersion[version], chain, port, listener) for version in use.versions]
             holder.end()
             return made
         except (OSError, ValueError) as error:  # ssl's errors are among them
@@ -356,18 +328,17 @@ def _read(file: KeyFile) -> Chain:
     return chain
 
 
-def _use(file: KeyFile, chain: Chain) -> Use:
+def _use(file: KeyFile, chain: Chain) -> TlsUse:
     """By the file's name, as the daemon gives it; else by extendedKeyUsage, in both versions."""
     owner = owner_of(file.name)
-    for certificate_type, use in USES.items():
-        if owner is not None and owner[0] == certificate_type:
-            return use
+    if owner is not None and owner[0] in set(CertificateType):
+        return PROFILES[CertificateType(owner[0])].tls_use
     try:
         usage = set(chain.leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except (x509.ExtensionNotFound, *UNREADABLE):
         usage = set()
     client = usage == {ExtendedKeyUsageOID.CLIENT_AUTH}
-    return Use("client" if client else "server", (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3))
+    return TlsUse("client" if client else "server", ("TLSv1_2", "TLSv1_3"))
 
 
 class _Holder:
@@ -411,7 +382,7 @@ def _in_memory(content: bytes) -> Iterator[int]:
 
 
 @contextmanager
-def _holder(use: Use, file: KeyFile, port: int, variables: dict[str, str], password: bytes) -> Iterator[_Holder]:
+def _holder(use: TlsUse, file: KeyFile, port: int, variables: dict[str, str], password: bytes) -> Iterator[_Holder]:
     # Command line and environment are no places for a password: others can read the one, and children get the other.
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as pipe:
@@ -442,7 +413,7 @@ def _holder(use: Use, file: KeyFile, port: int, variables: dict[str, str], passw
             process.kill()  # ended by itself, if all is well
 
 
-def _shake(use: Use, version: ssl.TLSVersion, chain: Chain, port: int, listener: socket.socket | None) -> Handshake:
+def _shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listener: socket.socket | None) -> Handshake:
     """The side without the key: verifies the certificate, and that it is the one in the file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if listener is None else ssl.PROTOCOL_TLS_SERVER)
     context.check_hostname = False

@@ -1,9 +1,10 @@
 """How a CSR and its certificate travel between a charging station and its CSMS, for each version of OCPP.
 
-What a certificate type needs is data: `CARRIAGES` has a `Carriage` for each certificate type and version, and what is
-not in it cannot be carried and is refused before anything is sent. The rest makes the payloads of both sides and reads
-them, as plain dictionaries in OCPP's own spelling, each validated against the official schema that the ``ocpp``
-library ships. Pure: nothing in here sends anything; see `stationkey.simulators.ocpp_connection` for that.
+What a certificate type needs is data: `CARRIAGES` has a `Carriage` for each certificate type and version, and
+`NOT_CARRIED` names the others, which are refused before anything is sent. A type in neither is an error at import. The
+rest makes the payloads of both sides and reads them, as plain dictionaries in OCPP's own spelling, each validated
+against the official schema that the ``ocpp`` library ships. Pure: nothing in here sends anything; see
+`stationkey.simulators.ocpp_connection` for that.
 
 Sources: OCPP 1.6 security whitepaper (edition 3), the application note "Using ISO 15118 Plug & Charge with OCPP 1.6",
 OCPP 2.0.1 and 2.1 part 2 (A02, A03) and their schemas.
@@ -11,9 +12,10 @@ OCPP 2.0.1 and 2.1 part 2 (A02, A03) and their schemas.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -103,6 +105,7 @@ class Carriage:
         chain_limit: longest ``certificateChain``, in characters; the station's MaxCertificateChainSize may be lower.
         carries_request_id: whether SignCertificate and CertificateSigned may have a ``requestId`` [A02.FR.24].
         carries_hash_root: whether SignCertificate may have a ``hashRootCertificate``.
+        is_default: whether a message that names no type, and could, is about this one.
     """
 
     certificate_type: str | None
@@ -113,6 +116,7 @@ class Carriage:
     chain_limit: int = CHAIN_LIMIT
     carries_request_id: bool = False
     carries_hash_root: bool = False
+    is_default: bool = False
 
     @property
     def action(self) -> str:
@@ -133,7 +137,7 @@ CARRIAGES: Final[Mapping[tuple[CertificateType, OcppVersion], Carriage]] = Mappi
             certificate_type=None, trigger="SignChargePointCertificate", trigger_action="ExtendedTriggerMessage"
         ),
         (CertificateType.V2G_CERTIFICATE, OcppVersion.V16): Carriage(
-            certificate_type=_V2G, trigger=_SIGN_V2G, by_data_transfer=True
+            certificate_type=_V2G, trigger=_SIGN_V2G, by_data_transfer=True, is_default=True
         ),
         (CertificateType.CHARGING_STATION_CERTIFICATE, OcppVersion.V201): Carriage(
             certificate_type=_STATION, trigger=_SIGN_STATION
@@ -151,6 +155,21 @@ CARRIAGES: Final[Mapping[tuple[CertificateType, OcppVersion], Carriage]] = Mappi
     }
 )
 """Every certificate type in every version that can carry it."""
+NOT_CARRIED: Final = frozenset(
+    {
+        (CertificateType.V2G20_CERTIFICATE, OcppVersion.V16),
+        (CertificateType.V2G20_CERTIFICATE, OcppVersion.V201),
+    }
+)
+"""The certificate types that a version has no message for."""
+
+
+def undecided(types: Iterable[CertificateType]) -> set[tuple[CertificateType, OcppVersion]]:
+    """Return what neither `CARRIAGES` nor `NOT_CARRIED` says anything of."""
+    return set(itertools.product(types, OcppVersion)) - CARRIAGES.keys() - NOT_CARRIED
+
+
+assert not undecided(CertificateType), "each certificate type needs its row for each version"
 
 
 def carriage(certificate_type: CertificateType, version: OcppVersion) -> Carriage:
@@ -159,15 +178,14 @@ def carriage(certificate_type: CertificateType, version: OcppVersion) -> Carriag
     Raises:
         NotCarried: it cannot.
     """
-    found = CARRIAGES.get((certificate_type, version))
-    if found is None:
+    if (certificate_type, version) in NOT_CARRIED:
         able = [known.number for kind, known in CARRIAGES if kind is certificate_type]
         raise NotCarried(
             f"OCPP {version.number} cannot carry a {certificate_type}",
             reason="ocpp_not_carried",
             hint=f"it takes a CSMS that speaks OCPP {' or '.join(able)}",
         )
-    return found
+    return CARRIAGES[certificate_type, version]
 
 
 def validate(action: str, payload: object, version: OcppVersion, *, result: bool = False) -> None:
@@ -528,12 +546,15 @@ def _certificate_type(action: str, payload: Payload, version: OcppVersion) -> Ce
     """The type that a payload is about; None where it may say and does not."""
     by_data_transfer = action == "DataTransfer"
     name = payload.get("certificateType")
-    for (certificate_type, known), how in CARRIAGES.items():
-        if (known, how.by_data_transfer, how.certificate_type) == (version, by_data_transfer, name):
-            return certificate_type
-    if name is not None:
+    carried = [
+        (certificate_type, how)
+        for (certificate_type, known), how in CARRIAGES.items()
+        if (known, how.by_data_transfer) == (version, by_data_transfer)
+    ]
+    found = next((kind for kind, how in carried if how.certificate_type == name), None)
+    if found is None and name is not None:
         raise PayloadInvalid(f"OCPP {version.number} {action}: certificateType {name} has no place here")
-    return CertificateType.V2G_CERTIFICATE if by_data_transfer else None
+    return found or next((kind for kind, how in carried if how.is_default), None)
 
 
 def _need(carried: bool, field: str, version: OcppVersion) -> None:
