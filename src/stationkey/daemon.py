@@ -51,7 +51,7 @@ async def serve(settings: Settings) -> None:
     open_store = keystore_opener(
         settings.keystore,
         allow_software_keys=settings.allow_software_keys,
-        terms=settings.tpm,
+        terms=settings.keystore_terms,
         state_dir=settings.state_dir,
     )
     close_to_others()

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
 from click.testing import CliRunner, Result
@@ -449,8 +449,15 @@ class LargerPool(PoolTerms):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenTerms:
+    SCHEME: ClassVar[str] = "token"
+    slot: Annotated[int, Option("Where the token is.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LargerSettings(Settings):
     pool: LargerPool = LargerPool()
+    token: TokenTerms = TokenTerms()
     colour: Annotated[Literal["red", "blue"], Option("At the top of the file.")] = "red"
 
 
@@ -465,6 +472,15 @@ def test_a_field_that_is_added_to_a_section_is_read_and_needs_no_other_table() -
             read_table(wrong, "here", LargerSettings)
     with pytest.raises(ConfigurationError):
         read_table(table, "here")
+
+
+@pytest.mark.parametrize(
+    ("keystore", "table"), [("token:", TokenTerms(slot=1)), (TPM, TpmTerms()), ("software:", TpmTerms())]
+)
+def test_a_key_store_gets_the_table_of_its_scheme(keystore: str, table: object) -> None:
+    file = read_table({"keystore": keystore, "token": {"slot": 1}}, "here", LargerSettings)
+
+    assert build(LargerSettings, file.given).keystore_terms == table
 
 
 @pytest.mark.parametrize("place", OPTIONS)

@@ -32,7 +32,7 @@ def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_fi
             hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
         )
     settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
-    open_store = keystore_opener(settings.keystore, terms=settings.tpm, state_dir=settings.state_dir)
+    open_store = keystore_opener(settings.keystore, terms=settings.keystore_terms, state_dir=settings.state_dir)
     values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, settings.state_dir)}
     if len(values) != 1 or values == {b""}:
         words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"

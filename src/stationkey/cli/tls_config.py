@@ -68,7 +68,7 @@ def tls_config(
             click.echo(text, nl=False)
         return
     files = check.files_of(checked, settings.state_dir)
-    open_store = keystore_opener(settings.keystore, terms=settings.tpm, state_dir=settings.state_dir)
+    open_store = keystore_opener(settings.keystore, terms=settings.keystore_terms, state_dir=settings.state_dir)
     with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
         configuration = Path(directory, "openssl.cnf")
         configuration.write_text(text, encoding="utf-8")

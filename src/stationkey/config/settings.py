@@ -8,9 +8,9 @@ The environment has ``STATIONKEY_NAME`` for each option ``--name`` of the comman
 # The annotations are read at run time, so they are not postponed here.
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import UNSET, Meta
 
@@ -229,7 +229,13 @@ class PolicyTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpmTerms:
-    """``[tpm]``: how the TPM is used, and what keys in it are protected by besides. Secrets are named, never said."""
+    """``[tpm]``: how the TPM is used, and what keys in it are protected by besides. Secrets are named, never said.
+
+    Attributes:
+        SCHEME: of the key stores whose options these are.
+    """
+
+    SCHEME: ClassVar[str] = "tpm2"
 
     srk_handle: Annotated[
         int,
@@ -348,3 +354,13 @@ class Settings:
         ),
     ] = None
     profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)
+
+    @property
+    def keystore_terms(self) -> object:
+        """The options of the key store: the table with its scheme.
+
+        A store that has none gets those of a TPM, so that it can refuse what only a TPM keeps.
+        """
+        scheme = self.keystore.partition(":")[0]
+        tables = (getattr(self, one.name) for one in fields(self))
+        return next((table for table in tables if getattr(table, "SCHEME", None) == scheme), self.tpm)
