@@ -7,10 +7,12 @@ import os
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+from textwrap import indent
 
 import click
 
@@ -23,6 +25,10 @@ from stationkey.service.active_files import ActiveDirectory
 from stationkey.system.pem import to_pem
 from stationkey.system.state_dir import DATABASE_NAME, visit
 from stationkey.system.text import printable
+
+_HEADINGS = ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "ALGORITHM", "COMMON NAME", "AGE", "CERTIFICATE EXPIRES")
+_PART = 1000
+"""How many keys are lined up with each other: any number of keys is listed in bounded memory."""
 
 _state_dir = state_dir_option("Where the ledger is kept.")
 _config = config_option()
@@ -98,28 +104,47 @@ def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None
 def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
     """List the keys, in the order in which they were made."""
     with _ledger(state_dir, config_file) as ledger:
-        found = ledger.keys.all()
-    if as_json:
-        click.echo(json.dumps([_key_json(key) for key in found], indent=2))
-    elif found:
-        _print_table(
-            ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "ALGORITHM", "COMMON NAME", "AGE", "CERTIFICATE EXPIRES"),
-            [
-                (
-                    key.key_id,
-                    f"{key.state}, failed" if key.failed and key.state == "pre-activation" else str(key.state),
-                    key.certificate_type or "(made ahead)",
-                    key.evse_id or "-",
-                    key.algorithm or key.key_type,
-                    key.common_name or "-",
-                    _age(key.created_at),
-                    "-" if key.not_after is None else _time(key.not_after * 1000),
-                )
-                for key in found
-            ],
-        )
-    else:
-        click.echo("no keys yet")
+        found = ledger.keys.stream()
+        sys.stdout.writelines(_json_array(map(_key_json, found)) if as_json else _key_table(found))
+        sys.stdout.flush()  # here, where click reports a closed pipe
+
+
+def _json_array(items: Iterable[object]) -> Iterator[str]:
+    """Write a JSON array as `json.dumps` with an indent of 2 does, item by item."""
+    before = "["
+    for item in items:
+        yield before + "\n" + indent(json.dumps(item, indent=2), "  ")
+        before = ","
+    yield "[]\n" if before == "[" else "\n]\n"
+
+
+def _key_table(found: Iterator[KeyRecord]) -> Iterator[str]:
+    """Write the table of keys, a part at a time. Columns are as wide as the part, or an earlier one, needs."""
+    rows = map(_key_row, found)
+    part = [_HEADINGS, *islice(rows, _PART)]
+    if len(part) == 1:
+        yield "no keys yet\n"
+        return
+    widths = [0] * len(_HEADINGS)
+    while part:
+        widths = [max(width, *map(len, column)) for width, column in zip(widths, zip(*part, strict=True), strict=True)]
+        for row in part:
+            yield "  ".join(map(str.ljust, row, widths)).rstrip() + "\n"
+        part = list(islice(rows, _PART))
+
+
+def _key_row(key: KeyRecord) -> tuple[str, ...]:
+    cells = (
+        key.key_id,
+        f"{key.state}, failed" if key.failed and key.state == "pre-activation" else str(key.state),
+        key.certificate_type or "(made ahead)",
+        key.evse_id or "-",
+        key.algorithm or key.key_type,
+        key.common_name or "-",
+        _age(key.created_at),
+        "-" if key.not_after is None else _time(key.not_after * 1000),
+    )
+    return tuple(map(printable, cells))
 
 
 _key_id = click.argument("key_id", metavar="ID")
