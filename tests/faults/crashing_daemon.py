@@ -20,6 +20,9 @@ import paho.mqtt.client as paho
 from stationkey import cli
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.ledger import Ledger
+from stationkey.ledger.answers import Answers
+from stationkey.ledger.keys import Keys
+from stationkey.ledger.transitions import Transitions
 from stationkey.mqtt.connection import MqttConnection
 from stationkey.service import requests
 from stationkey.service.active_files import ActiveDirectory
@@ -48,35 +51,35 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "CSR built": (AFTER, requests, "sign_csr"),
     "key written, answer not": (AFTER, "sql", "INSERT INTO key"),
     "answer written, not committed": (AFTER, "sql", "INSERT INTO event"),
-    "committed": (AFTER, Ledger, "record_answer"),
+    "committed": (AFTER, Answers, "record"),
     "publishing": (BEFORE, MqttConnection, "publish"),
     "published, not confirmed": (AFTER, paho.Client, "publish"),
-    "confirmed, not noted": (BEFORE, Ledger, "mark_delivered"),
+    "confirmed, not noted": (BEFORE, Answers, "mark_delivered"),
     "noted, not acknowledged": (BEFORE, MqttConnection, "acknowledge"),
     "acknowledged": (AFTER, MqttConnection, "acknowledge"),
     # A key made ahead.
-    "key made ahead, not written": (BEFORE, Ledger, "make_ahead"),
+    "key made ahead, not written": (BEFORE, Transitions, "make_ahead"),
     "key made ahead written, not committed": (AFTER, "sql", "INSERT OR REPLACE INTO meta"),
-    "key made ahead committed": (AFTER, Ledger, "make_ahead"),
-    "keys made ahead read": (AFTER, Ledger, "made_ahead"),
+    "key made ahead committed": (AFTER, Transitions, "make_ahead"),
+    "keys made ahead read": (AFTER, Keys, "made_ahead"),
     # A request that is served with one.
     "key taken": (AFTER, KeyPool, "take"),
     "signed with the key taken": (AFTER, requests, "sign_csr"),
     "owner written, answer not": (AFTER, "sql", "UPDATE key SET certificate_type"),
     "answer with the key taken written, not committed": (AFTER, "sql", "INSERT INTO answer"),
-    "answer with the key taken committed": (AFTER, Ledger, "record_answer"),
+    "answer with the key taken committed": (AFTER, Answers, "record"),
     "publishing the answer with the key taken": (BEFORE, MqttConnection, "publish"),
     "answer with the key taken published": (AFTER, paho.Client, "publish"),
     # A certificate installed.
-    "key proved": (BEFORE, Ledger, "activate"),
+    "key proved": (BEFORE, Transitions, "activate"),
     "activation written, not committed": (AFTER, "sql", "UPDATE key SET chain"),
-    "activated": (AFTER, Ledger, "activate"),
+    "activated": (AFTER, Transitions, "activate"),
     "PEM not written": (BEFORE, ActiveDirectory, "_write"),
     "PEM written, not renamed": (BEFORE, Path, "replace"),
     "PEM renamed": (AFTER, Path, "replace"),
     "PEM renamed, directory synced": (AFTER, files, "sync_directory"),
     # A key destroyed.
-    "destroying": (BEFORE, Ledger, "apply"),
+    "destroying": (BEFORE, Transitions, "apply"),
     "private part wiped, not committed": (AFTER, "sql", "DELETE FROM secret WHERE"),
     "destroyed, write-ahead log not emptied": (BEFORE, "sql", "PRAGMA wal_checkpoint"),
     "destroyed, write-ahead log emptied": (AFTER, "sql", "PRAGMA wal_checkpoint"),
