@@ -11,7 +11,6 @@ import select
 import shutil
 import socket
 import sqlite3
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from doctors import NOBODY, Pki, as_nobody, command_output, look, read, write_config
 from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port, search_path
 
@@ -250,7 +251,8 @@ class TestConfiguration:
         config = write_config(tmp_path, text)
         found = look(tmp_path, config_file=config, broker=None, keystore=None, state_dir=None)
         assert found.failures == {"config.file"}
-        assert "put that right first" in found.text("broker.port") + found.text("tpm.keystore")
+        assert found.level("tpm.keystore") is found.level("broker.url") is Level.NOT_CHECKED
+        assert "config.file" in found.text("broker.port")
 
     def test_one_mistake_in_a_section_does_not_cost_the_rest_of_it(self, tmp_path: Path) -> None:
         secret = tmp_path / "secret"
@@ -285,7 +287,7 @@ class TestConfiguration:
     @pytest.mark.parametrize("line", ['state_dir = "state"', '[mqtt]\nca_file = "~/ca.pem"', '[tpm]\nsrk_auth = "a/b"'])
     def test_a_path_that_leads_elsewhere_for_a_service_is_told(self, tmp_path: Path, line: str) -> None:
         found = look(tmp_path, config_file=write_config(tmp_path, line + "\n"), state_dir=None)
-        assert "does not begin with a slash" in found.text("config.sense")
+        assert line.split('"')[1] in found.text("config.sense")
 
     @pytest.mark.parametrize(
         ("listen", "words"),
@@ -372,15 +374,16 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("harm", "level", "words"),
         [
-            ("", Level.OK, "belong together"),
-            ("missing", Level.FAILURE, "is not there"),
-            ("no certificate", Level.FAILURE, "has no certificate in it"),
-            ("no key", Level.FAILURE, "there is no private key"),
-            ("no CA", Level.WARNING, "is a CA's"),
-            ("broken", Level.FAILURE, "cannot be read"),
-            ("broken key", Level.FAILURE, "its private key cannot be read"),
-            ("in the TPM", Level.OK, "is used in the TPM"),
-            ("large", Level.FAILURE, "larger than 1 MiB"),
+            ("", Level.OK, ""),
+            ("missing", Level.FAILURE, "ca.pem"),
+            ("no certificate", Level.FAILURE, "station.pem"),
+            ("no key", Level.FAILURE, "station.key"),
+            ("no CA", Level.WARNING, "ca_file"),
+            ("broken", Level.FAILURE, "station.pem"),
+            ("broken key", Level.FAILURE, "station.key"),
+            ("another key", Level.FAILURE, "station.key"),
+            ("in the TPM", Level.OK, ""),
+            ("large", Level.FAILURE, "ca.pem"),
             ("DER", Level.FAILURE, "openssl x509 -inform DER"),
             ("PKCS #12", Level.FAILURE, "openssl pkcs12"),
         ],
@@ -389,25 +392,21 @@ class TestConfiguration:
         pki = Pki(tmp_path / "pki")
         certificate, key = pki.issue("station")
         ca = certificate if harm == "no CA" else pki.ca_file
-        match harm:
-            case "missing":
-                ca.unlink()
-            case "no certificate":
-                certificate.write_text("")
-            case "no key":
-                key.write_bytes(certificate.read_bytes())
-            case "broken":
-                certificate.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-            case "broken key":
-                key.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
-            case "in the TPM":
-                key.write_text("-----BEGIN TSS2 PRIVATE KEY-----\nAAAA\n-----END TSS2 PRIVATE KEY-----\n")
-            case "DER":
-                ca.write_bytes(ssl.PEM_cert_to_DER_cert(ca.read_text()))
-            case "PKCS #12":
-                ca.write_bytes(b"\x30\x82\x01\x00" + bytes(256))
-            case "large":
-                ca.write_bytes(bytes(2**20 + 1))
+        if harm == "missing":
+            ca.unlink()
+        written = {
+            "no certificate": (certificate, b""),
+            "no key": (key, certificate.read_bytes()),
+            "broken": (certificate, b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
+            "broken key": (key, b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"),
+            "another key": (key, pki.issue("other")[1].read_bytes()),
+            "in the TPM": (key, b"-----BEGIN TSS2 PRIVATE KEY-----\nAAAA\n-----END TSS2 PRIVATE KEY-----\n"),
+            "DER": (ca, x509.load_pem_x509_certificate(certificate.read_bytes()).public_bytes(Encoding.DER)),
+            "PKCS #12": (ca, b"\x30\x82\x01\x00" + bytes(256)),
+            "large": (ca, bytes(2**20 + 1)),
+        }
+        if harm in written:
+            written[harm][0].write_bytes(written[harm][1])
         text = f'[mqtt]\nca_file = "{ca}"\ncertificate_file = "{certificate}"\nkey_file = "{key}"\n'
         found = look(tmp_path, config_file=write_config(tmp_path, text), broker="mqtts://localhost:1")
         assert found.level("config.tls") is level
@@ -532,12 +531,12 @@ class TestTpm:
     @pytest.mark.parametrize(
         ("tcti", "name", "words"),
         [
-            pytest.param("swtpm:host=127.0.0.1,port={control}", "tpm.reachable", "right port", id="its other port"),
-            pytest.param("swtpm:host=127.0.0.1,port={broker}", "tpm.reachable", "right port", id="a broker"),
-            pytest.param("swtpm:path={folder}/none", "tpm.device", "none is not there", id="no such socket"),
-            pytest.param("swtpm:path={folder}/file", "tpm.device", "no socket but a file", id="no socket"),
-            pytest.param(" swtpm:port=1", "tpm.reachable", "a blank in it", id="a blank"),
-            pytest.param("device:{folder}/link", "tpm.device", "leads nowhere", id="a link that leads nowhere"),
+            pytest.param("swtpm:host=127.0.0.1,port={control}", "tpm.reachable", "--ctrl", id="its other port"),
+            pytest.param("swtpm:host=127.0.0.1,port={broker}", "tpm.reachable", "--ctrl", id="a broker"),
+            pytest.param("swtpm:path={folder}/none", "tpm.device", "/none", id="no such socket"),
+            pytest.param("swtpm:path={folder}/file", "tpm.device", "/file", id="no socket"),
+            pytest.param(" swtpm:port=1", "tpm.reachable", "blanks", id="a blank"),
+            pytest.param("device:{folder}/link", "tpm.device", "/link", id="a link that leads nowhere"),
         ],
     )
     def test_what_is_wrong_with_the_way_to_it_is_told(
@@ -643,7 +642,7 @@ class TestState:
             pytest.param("hard link", "state.files", "a hard link", id="the ledger has a second name"),
             pytest.param("group", "state.directory", "chmod go-w", id="a group may write in the directory above"),
             pytest.param("shared", "state.directory", "other files in it", id="it is open, and not of its own"),
-            pytest.param("loop", "state.directory", "leads nowhere", id="a link to itself"),
+            pytest.param("loop", "state.directory", "symbolic links", id="a link to itself"),
             pytest.param("file", "state.directory", "Not a directory", id="below a file"),
             pytest.param("long", "state.directory", "name too long", id="a name that is too long"),
         ],
@@ -756,10 +755,11 @@ class TestState:
         def broken(*_: object) -> object:
             raise ZeroDivisionError("hunter2")
 
-        monkeypatch.setattr("stationkey.doctor.state.disk.judge_disk", broken)
+        monkeypatch.setattr("stationkey.doctor.state.disk._place", broken)
         found = look(tmp_path)
         assert "the check itself failed (ZeroDivisionError" in found.text("state.disk")
         assert "hunter2" not in found.text("state.disk")
+        assert found.level("state.disk") is Level.NOT_CHECKED
         assert found.level("state.directory") is Level.WARNING
 
 
@@ -829,8 +829,8 @@ class TestBroker:
     @pytest.mark.parametrize(
         ("limit", "words"),
         [
-            ("message_size_limit 1000", "none of 4096 octets"),
-            ("max_packet_size 1000", "none of 4096 octets"),
+            ("message_size_limit 1000", "4096"),
+            ("max_packet_size 1000", "4096"),
             ("message_size_limit 20", "message_size_limit"),
             ("max_qos 0", "max_qos"),
         ],
@@ -1006,7 +1006,7 @@ class TestBroker:
         [
             pytest.param(365, "localhost", True, Level.OK, "verified", id="right"),
             pytest.param(-1, "localhost", True, Level.FAILURE, "expired", id="expired"),
-            pytest.param(10, "localhost", True, Level.WARNING, "ends in", id="soon over"),
+            pytest.param(10, "localhost", True, Level.WARNING, "expires in", id="soon over"),
             pytest.param(365, "elsewhere", True, Level.FAILURE, "server_name", id="another name"),
             pytest.param(365, "localhost", False, Level.FAILURE, "not to be trusted", id="another CA"),
         ],
@@ -1061,4 +1061,5 @@ class TestBroker:
         other.chmod(0o644)
         text = f'[mqtt]\nca_file = "{pki.ca_file}"\ncertificate_file = "{certificate}"\nkey_file = "{other}"\n'
         found = look(tmp_path, config_file=write_config(tmp_path, text), broker="mqtts://localhost:1")
-        assert all(word in found.text("config.tls") for word in ("for another key", "ends in", "may read the client's"))
+        assert found.level("config.tls") is Level.FAILURE
+        assert all(word in found.text("config.tls") for word in (f"chmod o= {other}", "expires in"))

@@ -1,4 +1,4 @@
-"""What the doctor finds: one line each, with a stable name, a level, a sentence, and what to do about it."""
+"""What the doctor reports: verdicts of judges, and findings, which are verdicts with the id of their check."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Final
 from stationkey.system.text import printable as on_one_line
 
 REPORT_VERSION: Final = 1
-"""Of the JSON report. It changes where a program that reads the old one would be misled."""
+"""Of the JSON report. Changes only where a program that reads the old one would be misled."""
 MAX_TEXT: Final = 600
-"""Characters of a message or an advice: what a broker or a file name adds may be long."""
+"""Characters of a message or an advice: a broker or a file name may add long text."""
+
+
+RUN_AS: Final = "run it as root, or as the daemon's user"
+"""The advice where this user sees too little."""
 
 
 class Level(StrEnum):
@@ -21,21 +25,58 @@ class Level(StrEnum):
     OK = "ok"
     """As it should be."""
     WARNING = "warning"
-    """It works, and somebody should look at it: a promise is weaker than it could be, or it will end soon."""
+    """It works, but a promise is weaker than it could be, or it will end soon."""
     FAILURE = "failure"
-    """A request is not answered, a key cannot be used, or a door is open."""
+    """A request is not answered, a key cannot be used, or access is open to others."""
     NOT_CHECKED = "not_checked"
-    """It could not be looked at from here; the message says why."""
+    """It could not be looked at; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge says of what was seen.
+
+    Attributes:
+        level: how bad it is.
+        message: what was seen.
+        advice: what to do; empty where there is nothing to do.
+        stops: whether the checks that depend on this one cannot be made.
+    """
+
+    level: Level
+    message: str
+    advice: str = ""
+    stops: bool = False
+
+
+def ok(message: str, *, stops: bool = False) -> Verdict:
+    """As it should be."""
+    return Verdict(Level.OK, message, stops=stops)
+
+
+def warning(message: str, advice: str, *, stops: bool = False) -> Verdict:
+    """It works, and somebody should look at it."""
+    return Verdict(Level.WARNING, message, advice, stops)
+
+
+def failure(message: str, advice: str, *, stops: bool = True) -> Verdict:
+    """It does not work, or is not safe."""
+    return Verdict(Level.FAILURE, message, advice, stops)
+
+
+def not_checked(because: str, advice: str = "", *, stops: bool = True) -> Verdict:
+    """It could not be looked at, `because`."""
+    return Verdict(Level.NOT_CHECKED, f"not checked, because {because}", advice, stops)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. Whatever texts are put in, what comes out is printable and of bounded length.
+    """One line of the report: printable and of bounded length, whatever texts are put in.
 
     Attributes:
-        id: stable name, ``tpm.lockout`` for example; ``docs/doctor.md`` has them all.
+        id: stable name of the check, ``tpm.lockout`` for example; docs/doctor.md lists them all.
         level: how bad it is.
-        message: what was seen, in a sentence.
+        message: what was seen.
         advice: what to do; empty where there is nothing to do.
     """
 
@@ -49,56 +90,33 @@ class Finding:
         object.__setattr__(self, "advice", printable(self.advice))
 
 
-def ok(name: str, message: str) -> Finding:
-    """It is as it should be."""
-    return Finding(name, Level.OK, message)
-
-
-def warning(name: str, message: str, advice: str) -> Finding:
-    """It works, and somebody should look at it."""
-    return Finding(name, Level.WARNING, message, advice)
-
-
-def failure(name: str, message: str, advice: str) -> Finding:
-    """It does not work, or is not safe."""
-    return Finding(name, Level.FAILURE, message, advice)
-
-
-def not_checked(name: str, because: str, advice: str = "") -> Finding:
-    """It could not be looked at, `because`."""
-    return Finding(name, Level.NOT_CHECKED, f"not checked, because {because}", advice)
-
-
-class CannotLookError(Exception):
-    """Raised in a check where there is nothing (more) to be seen; says why, as the end of "not checked, because …"."""
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Every finding, in the order of the checks."""
+    """All findings, in the order of the checks."""
 
     findings: tuple[Finding, ...]
 
     def count(self, level: Level) -> int:
-        """How many findings are of a level."""
+        """Count the findings of a level."""
         return sum(finding.level is level for finding in self.findings)
 
     @property
     def exit_code(self) -> int:
-        """1 where there is a failure, else 0."""
+        """1 if there is a failure, else 0."""
         return int(self.count(Level.FAILURE) > 0)
 
     @property
     def summary(self) -> str:
-        """``2 failures, 3 warnings, 31 ok``, and how many were not checked, where some were not."""
-        failures, warnings = self.count(Level.FAILURE), self.count(Level.WARNING)
-        words = [_counted(failures, "failure"), _counted(warnings, "warning"), f"{self.count(Level.OK)} ok"]
+        """``2 failures, 3 warnings, 31 ok``, and how many were not checked, if any."""
+        counts = (self.count(Level.FAILURE), "failure"), (self.count(Level.WARNING), "warning")
+        words = [f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in counts]
+        words.append(f"{self.count(Level.OK)} ok")
         if unseen := self.count(Level.NOT_CHECKED):
             words.append(f"{unseen} not checked")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, object]:
-        """The report for programs; ``docs/doctor.md`` has its schema."""
+        """Return the report for programs; docs/doctor.md has its schema."""
         return {
             "version": REPORT_VERSION,
             "summary": {str(level): self.count(level) for level in Level},
@@ -109,20 +127,14 @@ class Report:
         }
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def printable(text: str) -> str:
-    """The same without anything that could move a terminal's cursor, forge a line or hide a word; cut short."""
+    """Escape what could move a terminal's cursor, forge a line or hide a word; shorten what is too long."""
     shown = on_one_line(text)
     return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}…"
 
 
 def listed(names: Iterable[object], *, most: int = 6) -> str:
-    """``a, b and 3 more``."""
+    """Join names: ``a, b and 3 more``."""
     texts = [str(name) for name in names]
-    shown = texts[:most]
-    if len(texts) > most:
-        return f"{', '.join(shown)} and {len(texts) - most} more"
-    return ", ".join(shown)
+    rest = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + rest

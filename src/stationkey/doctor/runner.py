@@ -1,4 +1,4 @@
-"""Runs the checks: all at once, each with a deadline, none able to stop another."""
+"""Runs the checks: all at once, each after those it depends on, all until one deadline, none able to stop another."""
 
 from __future__ import annotations
 
@@ -8,120 +8,148 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Generic, ParamSpec, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar, TypeVarTuple
 
-from stationkey.doctor.report import CannotLookError, Finding, failure, not_checked
+from stationkey.doctor.report import Finding, Verdict, failure, not_checked
+from stationkey.system.threads import Worker
 
-S = TypeVar("S")
+C = TypeVar("C")
 T = TypeVar("T")
-P = ParamSpec("P")
-DEADLINE: Final = 5.0
-"""Seconds that a check has. Its questions have deadlines of their own; this one is for what has none: a dead disk."""
+Ts = TypeVarTuple("Ts")
+DEADLINE: Final = 9.5
+"""Seconds for all checks. Looks have shorter deadlines of their own; this one is for what has none: a dead disk."""
 
 
 @dataclass(frozen=True, slots=True)
-class Check(Generic[S]):
-    """A check, or several that share one look.
+class Check(Generic[C, *Ts]):
+    """One row of the table.
 
     Attributes:
-        area: heading that it stands under.
-        ids: of the findings that it may give. Each is in every report, if only as "not checked".
-        run: looks and judges. Raises `CannotLookError` where the rest cannot be looked at.
-        deadline: seconds; what has not been found by then is a failure, because a thing that should answer does not.
+        id: stable name, in every report.
+        look: takes what there is to see, from the context; or gives the verdict itself if there is nothing to judge.
+        judge: pure function from what was seen to one verdict or several.
+        after: ids of earlier checks that it depends on. If one of them stops, it is not checked, because of that one.
+        reads: top-level names of the configuration file that say where to look. If one of them cannot be read, it is
+            not checked, because of ``config.file``.
     """
 
-    area: str
-    ids: tuple[str, ...]
-    run: Callable[[S], Iterator[Finding]]
-    deadline: float = DEADLINE
+    id: str
+    look: Callable[[C], tuple[*Ts] | Verdict]
+    judge: Callable[[*Ts], Verdict | Iterable[Verdict]]
+    after: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
-class _Running(Generic[S]):
-    """A check on a thread of its own, which is left behind where it does not end."""
+AnyCheck: TypeAlias = Check[C, *tuple[Any, ...]]
 
-    def __init__(self, check: Check[S], subject: S) -> None:
-        self._check = check
-        self._subject = subject
-        self._found: list[Finding] = []
-        self._because: str | None = None
-        self.left_behind = False
-        self._thread = threading.Thread(target=self._run, name=f"doctor-{check.ids[0]}", daemon=True)
-        self._thread.start()
+
+class _Running(Generic[C]):
+    """A check on its own thread, which is left behind if it does not end."""
+
+    def __init__(self, check: AnyCheck[C], context: C, before: Sequence[_Running[C]], unread: Collection[str]) -> None:
+        self.check = check
+        self.because = check.id
+        """The check that those after this one are not checked because of."""
+        self.verdicts: list[Verdict] = []
+        self._context = context
+        self._before = before
+        self._unread = unread
+        self.thread = threading.Thread(target=self._run, name=f"doctor-{check.id}", daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
+        if any(name in self._unread for name in self.check.reads):
+            self.blocked_by("config.file")
+            return
+        for before in self._before:
+            before.thread.join()
+            if any(verdict.stops for verdict in before.verdicts):
+                self.blocked_by(before.because)
+                return
         try:
-            for finding in self._check.run(self._subject):
-                self._found.append(finding)
-        except CannotLookError as unseen:
-            self._because = str(unseen)
-        except BaseException as error:  # noqa: BLE001 - a fault of one check must not take the others with it
-            self._because = _fault(error)
-        else:
-            self._because = "there is nothing to be seen of it here"
+            seen = self.check.look(self._context)
+            verdicts = seen if isinstance(seen, Verdict) else self.check.judge(*seen)
+            self.verdicts = [verdicts] if isinstance(verdicts, Verdict) else list(verdicts)
+        except BaseException as error:  # noqa: BLE001 - a fault of one check must not affect the others
+            # Not the message: that of an unforeseen exception may contain a secret.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            self.verdicts = [not_checked(f"the check itself failed ({where}); please report it")]
+
+    def blocked_by(self, name: str) -> None:
+        """Report that it is not checked, because of another check."""
+        self.because, self.verdicts = name, [not_checked(f"of {name}")]
 
     def findings(self, end: float) -> list[Finding]:
-        """What was found, and for each thing of which nothing was, why."""
-        self._thread.join(max(0.0, end - time.monotonic()))
-        self.left_behind = self._thread.is_alive()
-        found = list(self._found)
-        missing = [name for name in self._check.ids if all(one.id != name for one in found)]
-        if self.left_behind:
-            said = f"this took longer than {self._check.deadline:g} s, and was given up"
-            advice = "something that it asks does not answer: a disk, a name server, a device"
-            found += [failure(name, said, advice) for name in missing[:1]]
-            missing, because = missing[1:], "the check before it was given up"
-        else:
-            because = self._because or ""
-        return found + [not_checked(name, because) for name in missing]
+        """Wait until `end` at most, then return what was found."""
+        self.thread.join(max(0.0, end - time.monotonic()))
+        if self.thread.is_alive():
+            self.verdicts = [
+                failure("no result before the deadline", "something it asks does not answer: a disk, a name server")
+            ]
+            if hung := [before.because for before in self._before if before.thread.is_alive()]:
+                self.blocked_by(hung[0])
+        return [Finding(self.check.id, one.level, one.message, one.advice) for one in self.verdicts]
 
 
-def _fault(error: BaseException) -> str:
-    """Where, and not what: the words of an exception that nobody foresaw may have a secret in them."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(place.filename).name}:{place.lineno}"
-    return f"the check itself failed ({type(error).__name__} at {where}); please report it"
+def run(
+    checks: Iterable[AnyCheck[C]], context: C, *, unread: Collection[str] = (), deadline: float = DEADLINE
+) -> tuple[list[Finding], bool]:
+    """Run all checks.
+
+    Args:
+        checks: each after those it depends on.
+        context: what they may look at.
+        unread: top-level names of the configuration file that cannot be read.
+        deadline: seconds for all of them.
+
+    Returns:
+        The findings, in the order of the checks; and whether a thread that never ended was left behind.
+    """
+    end, running = time.monotonic() + deadline, dict[str, _Running[C]]()
+    for check in checks:
+        running[check.id] = _Running(check, context, [running[name] for name in check.after], unread)
+    found = [finding for one in running.values() for finding in one.findings(end)]
+    return found, any(one.thread.is_alive() for one in running.values())
 
 
-def judged(judges: Mapping[str, Callable[P, Iterator[Finding]]], *seen: P.args, **more: P.kwargs) -> Iterator[Finding]:
-    """What each judge says of what was seen; none of them can stop another."""
-    for name, judge in judges.items():
-        try:
-            yield from judge(*seen, **more)
-        except CannotLookError as unseen:
-            yield not_checked(name, str(unseen))
-        except Exception as error:  # noqa: BLE001 - as in `_Running`
-            yield not_checked(name, _fault(error))
+class Once(Generic[T]):
+    """A look that is taken once, by the first who asks; the others get the same value, or the same error."""
 
+    def __init__(self, look: Callable[[], T]) -> None:
+        self._look = look
+        self._lock = threading.Lock()
+        self._values: list[T] = []
+        self._errors: list[Exception] = []
 
-def run(checks: Sequence[Check[S]], subject: S) -> tuple[list[Finding], bool]:
-    """The findings of all checks, in their order; and whether a thread was left behind in one that never came back."""
-    begin = time.monotonic()
-    running = [_Running(check, subject) for check in checks]
-    found = [finding for one in running for finding in one.findings(begin + one._check.deadline)]  # noqa: SLF001 - this module's own
-    return found, any(one.left_behind for one in running)
+    def __call__(self) -> T:
+        """Take the look, or return what was seen before."""
+        with self._lock:
+            if not self._values and not self._errors:
+                try:
+                    self._values.append(self._look())
+                except Exception as error:  # noqa: BLE001 - raised below, to each who asks
+                    self._errors.append(error)
+            if self._errors:
+                raise self._errors[0]
+            return self._values[0]
 
 
 def within(seconds: float, call: Callable[[], T], otherwise: T) -> T:
-    """What `call` gives, or `otherwise` where it gives nothing within `seconds`. Exceptions of `call` are raised."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name="doctor-look", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    return results[0] if results else otherwise
+    """Return what `call` returns, or `otherwise` if that takes longer than `seconds`. Exceptions are passed on."""
+    worker = Worker("doctor-look")
+    future = worker.submit(call)
+    worker.close(0)
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():  # its own
+            raise
+        return otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +157,7 @@ class Answer:
     """What a program said.
 
     Attributes:
-        status: exit status; None where it was killed at its deadline, and -1 where it could not be started.
+        status: exit status; None if it was killed at its deadline, -1 if it could not be started.
     """
 
     status: int | None
@@ -138,7 +166,7 @@ class Answer:
 
 
 def ask(command: Sequence[str], *, seconds: float, given: str | None = None) -> Answer:
-    """Run a program without a shell; kill it after `seconds`, and wait no longer for one that cannot be killed."""
+    """Run a program without a shell; kill it after `seconds`, and do not wait for one that cannot be killed."""
     try:
         process = subprocess.Popen(  # noqa: S603 - no shell, and no word of it comes from outside
             command,

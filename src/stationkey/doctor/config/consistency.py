@@ -1,155 +1,167 @@
-"""Settings that are each right, and together are not what anybody wants."""
+"""Settings that are each valid, and together are not what anybody wants."""
 
 from __future__ import annotations
 
-import ipaddress
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import Settings
 from stationkey.contract.profiles import ALGORITHMS, PROFILES, RsaModulus
-from stationkey.doctor.report import Finding, failure, listed, warning
+from stationkey.doctor.host.context import Context
+from stationkey.doctor.host.files import look_at
+from stationkey.doctor.host.sockets import listeners_on
+from stationkey.doctor.report import Verdict, failure, listed, ok, warning
 from stationkey.errors import ConfigurationError
+from stationkey.mqtt.tls import introduction
 from stationkey.mqtt.topics import availability
+from stationkey.system.addresses import is_loopback
 from stationkey.system.listener import Address
 
 _SHORT: Final = 5.0
 """Seconds. A busy TPM takes that long now and then."""
 
-
-def judge_sense(settings: Settings) -> Iterator[Finding]:
-    """Settings that are each right, and together are not what anybody wants."""
-    yield from _about_the_broker(settings)
-    yield from _about_the_tpm(settings)
-    yield from _about_the_policy(settings)
-    yield from _about_paths(settings)
-    if settings.deadlines.ec < _SHORT or settings.deadlines.rsa < _SHORT:
-        yield warning(
-            "config.sense",
-            f"[deadlines] ec = {settings.deadlines.ec:g} and rsa = {settings.deadlines.rsa:g}: a hardware TPM that is "
-            "busy takes some seconds, and a request that takes longer is rejected",
-            "take the defaults, 30 and 60",
-        )
-    if settings.metrics:
-        try:
-            Address.parse(settings.metrics)
-        except ConfigurationError as error:
-            yield failure("config.sense", error.message, error.hint)
+_TPM_SECRETS: Final = ("owner_auth", "srk_auth", "endorsement_auth", "key_auth")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address, or the name of this machine itself, leads nowhere else."""
+def look_at_settings(context: Context) -> tuple[Settings, Path | None, int | None]:
+    """Look at the settings; and at what keeps the daemon from listening: a missing directory, or a port in use."""
+    settings = context.settings
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return host == "localhost"
+        address = Address.parse(settings.metrics) if settings.metrics else None
+    except ConfigurationError:
+        address = None
+    if address is None or context.daemon.running:
+        return settings, None, None
+    if address.path is None:
+        return settings, None, address.port if listeners_on(address.port) else None
+    parent = address.path.parent
+    return settings, parent if look_at(parent, follow=True).kind in {"missing", "file"} else None, None
 
 
-def _about_the_broker(settings: Settings) -> Iterator[Finding]:
-    name, mqtt = "config.sense", settings.mqtt
+def judge_settings(settings: Settings, missing: Path | None = None, taken: int | None = None) -> list[Verdict]:
+    """Judge settings that contradict each other, or this machine."""
+    found = [*_broker(settings), *_tpm(settings), *_policy(settings), *_paths(settings)]
+    if settings.deadlines.ec < _SHORT or settings.deadlines.rsa < _SHORT:
+        found.append(
+            warning(
+                f"[deadlines] ec = {settings.deadlines.ec:g} and rsa = {settings.deadlines.rsa:g}: a busy hardware TPM "
+                "takes some seconds, and a request that takes longer is rejected",
+                "use the defaults, 30 and 60",
+            )
+        )
+    try:
+        Address.parse(settings.metrics or "127.0.0.1:1")
+    except ConfigurationError as error:
+        found.append(failure(error.message, error.hint))
+    if missing is not None:
+        found.append(
+            failure(
+                f"[metrics] listen: there is no directory {missing}, and the daemon does not start without",
+                "RuntimeDirectory= in the unit makes one below /run; or name another path",
+            )
+        )
+    if taken is not None:
+        found.append(
+            failure(
+                f"[metrics] listen: another program listens on port {taken}, and the daemon would not start",
+                f"which one is it (ss -ltnp sport = :{taken})? Name another port",
+            )
+        )
+    return found or [ok("no contradictions")]
+
+
+def _broker(settings: Settings) -> Iterator[Verdict]:
+    mqtt = settings.mqtt
     try:
         parts = urlsplit(settings.broker)
-        scheme, host = parts.scheme, parts.hostname or ""
+        plain, host = parts.scheme == "mqtt", parts.hostname or ""
     except ValueError:
-        return  # the check of the broker says it
-    named = [
-        field
-        for field, value in (
-            ("ca_file", mqtt.ca_file),
-            ("certificate_file", mqtt.certificate_file),
-            ("key_file", mqtt.key_file),
-            ("server_name", mqtt.server_name),
-        )
-        if value is not None
-    ]
-    if scheme == "mqtt" and named:
+        return  # broker.url says it
+    if plain:
+        try:
+            introduction(dataclasses.replace(mqtt, username=None, password=None), tls=False)
+        except ConfigurationError as error:
+            yield failure(error.message, error.hint)
+    if plain and mqtt.password is not None and not is_loopback(host):
         yield failure(
-            name,
-            f"[mqtt] has {listed(named)}, but the broker's URL begins with mqtt://: there is no TLS",
-            'broker = "mqtts://HOST[:8883]"',
-        )
-    if scheme == "mqtt" and mqtt.password is not None and not is_loopback(host):
-        yield failure(
-            name,
-            "the password goes over the network in the clear: the broker's URL begins with mqtt://",
+            "the password crosses the network in the clear: the broker's URL begins with mqtt://",
             'broker = "mqtts://HOST[:8883]", or a broker on 127.0.0.1',
         )
     if mqtt.username is not None and mqtt.password is None and mqtt.certificate_file is None:
-        yield warning(name, "[mqtt] has a user name and neither password nor certificate", "set password_file")
+        yield warning("[mqtt] has a user name and neither password nor certificate", "set password_file")
     if mqtt.availability_topic is not None:
         try:
             availability(settings.topic_prefix, mqtt.availability_topic)
         except ConfigurationError as error:
-            if (
-                error.reason == "availability_topic_invalid"
-            ):  # else it is the prefix, and the check of the broker says it
+            if error.reason == "availability_topic_invalid":  # else it is the prefix, and broker.url says it
                 yield failure(
-                    name,
                     f"[mqtt] availability_topic: {error.message}",
                     "name a topic of its own, without + and #: not josev/cs, and not cs/josev",
                 )
 
 
-def _about_the_tpm(settings: Settings) -> Iterator[Finding]:
-    name, tpm = "config.sense", settings.tpm
+def _tpm(settings: Settings) -> Iterator[Verdict]:
+    tpm = settings.tpm
     if settings.keystore == "software:" and (tpm.key_auth or tpm.pcrs or tpm.session != "none"):
-        yield warning(name, "[tpm] protects nothing: the key store is software:", "name a TPM as keystore")
+        yield warning("[tpm] protects nothing: the key store is software:", "name a TPM as keystore")
     if tpm.key_auth is not None and tpm.session == "none":
         yield warning(
-            name,
             "[tpm] key_auth is set and session is none: whoever listens on the bus to the TPM reads the value",
-            'session = "encrypted", if the TPM is a chip of its own',
+            'session = "encrypted", if the TPM is a discrete chip',
         )
     if tpm.pcrs and tpm.pcr_bank == "sha1":
-        yield warning(name, '[tpm] pcr_bank = "sha1": SHA-1 is broken', 'pcr_bank = "sha256"')
+        yield warning('[tpm] pcr_bank = "sha1": SHA-1 is broken', 'pcr_bank = "sha256"')
     if settings.allow_software_keys and settings.keystore != "software:":
         yield warning(
-            name,
             "software keys are allowed, and not used",
-            "take allow_software_keys out: one slip in keystore would then leave the keys unprotected",
+            "remove allow_software_keys: a typo in keystore would then leave the keys unprotected",
         )
 
 
-def _about_the_policy(settings: Settings) -> Iterator[Finding]:
-    name, policy = "config.sense", settings.policy
-    served = set(policy.algorithms)
+def _policy(settings: Settings) -> Iterator[Verdict]:
+    policy = settings.policy
     for certificate_type in policy.certificate_types:
         required = PROFILES[certificate_type].required_algorithm
-        if required is not None and required not in served:
+        if required is not None and required not in policy.algorithms:
             yield failure(
-                name,
-                f"[policy] serves {certificate_type}, and not {required}, which is the only algorithm that it may have",
-                f"add {required} to algorithms, or take {certificate_type} out of certificate_types",
+                f"[policy] serves {certificate_type} without {required}, the only algorithm that it may have",
+                f"add {required} to algorithms, or remove {certificate_type} from certificate_types",
             )
     if not policy.certificate_types or not policy.algorithms:
-        yield failure(name, "[policy] lets no request through: a list is empty", "name what is to be served")
-    rsa = any(isinstance(ALGORITHMS[algorithm].key_types[0], RsaModulus) for algorithm in served)
+        yield failure("[policy] lets no request through: a list is empty", "name what is to be served")
+    rsa = any(isinstance(ALGORITHMS[algorithm].key_types[0], RsaModulus) for algorithm in policy.algorithms)
     if settings.pool.rsa and not rsa:
         yield warning(
-            name,
-            f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA",
-            "[pool] rsa = 0",
+            f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA", "[pool] rsa = 0"
         )
 
 
-def _about_paths(settings: Settings) -> Iterator[Finding]:
-    """A path leads elsewhere for a service than for the shell that it was tried in, unless it begins at the root."""
-    mqtt, tpm = settings.mqtt, settings.tpm
-    secrets = (
-        *(mqtt.certificate_file, mqtt.key_file, mqtt.username, mqtt.password),
-        *(tpm.owner_auth, tpm.srk_auth, tpm.endorsement_auth, tpm.key_auth),
-    )
-    sources = [secret.source for secret in secrets if isinstance(secret, SecretReference)]
-    # Without a slash it may be the secret itself, set in the wrong place; that is told where secrets are judged.
+def _paths(settings: Settings) -> Iterator[Verdict]:
+    """Find relative paths: they lead elsewhere for a service than for the shell that they were tried in."""
+    mqtt = settings.mqtt
+    sources = [reference.source for _, reference in named_secrets(settings)]
+    sources += [file.source for file in (mqtt.certificate_file, mqtt.key_file) if file is not None]
+    # Without a slash it may be the secret itself, set in the wrong place; config.secrets tells that.
     named = [source for source in sources if "/" in source and not source.startswith("credential:")]
     named += [str(path) for path in (settings.state_dir, settings.certificate_dir, mqtt.ca_file) if path is not None]
-    relative = [path for path in named if not path.startswith("/")]
-    if relative:
+    if relative := [path for path in named if not path.startswith("/")]:
         yield warning(
-            "config.sense",
-            f"{listed(relative)} does not begin with a slash: it is looked for in the directory that the daemon is "
-            "started in, and here in another one, perhaps. Nothing puts a home in the place of ~",
+            f"{listed(relative)} is relative: it is looked for in the directory that the daemon is started in. ~ is "
+            "not expanded",
             "write the whole path",
         )
+
+
+def named_secrets(settings: Settings) -> Iterator[tuple[str, SecretReference]]:
+    """Return every secret that the settings name, and by which setting."""
+    for where, value in (
+        ("[mqtt] username_file", settings.mqtt.username),
+        ("[mqtt] password_file", settings.mqtt.password),
+        *((f"[tpm] {name}", getattr(settings.tpm, name)) for name in _TPM_SECRETS),
+    ):
+        if isinstance(value, SecretReference):
+            yield where, value

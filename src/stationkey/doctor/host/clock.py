@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from stationkey.doctor.host.context import Subject
+from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import look_at
-from stationkey.doctor.report import CannotLookError, Finding, failure, ok, warning
+from stationkey.doctor.report import Verdict, failure, not_checked, ok, warning
 from stationkey.system.state_dir import DATABASE_NAME
 
-IDS: Final = ("clock.time", "clock.synchronised", "clock.battery")
 WRITTEN: Final = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 """No station has run this program before."""
 _FAR: Final = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
@@ -44,18 +42,15 @@ class Clocks:
     battery: float | None
 
 
-def check_clock(subject: Subject) -> Iterator[Finding]:
-    """All about the clock."""
-    clocks = Clocks(now=time.time(), latest=_latest(subject), synchronised=_synchronised(), battery=_battery())
-    yield judge_time(clocks)
-    yield judge_synchronised(clocks)
-    yield judge_battery(clocks)
+def look_at_clocks(context: Context) -> tuple[Clocks]:
+    """Read every clock."""
+    return (Clocks(now=time.time(), latest=_latest(context), synchronised=_synchronised(), battery=_battery()),)
 
 
-def _latest(subject: Subject) -> float | None:
-    facts = look_at(subject.settings.state_dir / DATABASE_NAME)
+def _latest(context: Context) -> float | None:
+    facts = look_at(context.settings.state_dir / DATABASE_NAME)
     times = [facts.modified] if facts.there else []
-    if (contents := subject.ledger.soon(subject)) is not None:
+    if (contents := context.ledger_soon()) is not None:
         times += [key.created_at / 1000 for key in contents.keys]
     return max(times, default=None)
 
@@ -83,50 +78,44 @@ def _date(moment: float) -> str:
         return f"{moment:.0f} s after 1970"
 
 
-def judge_time(clocks: Clocks) -> Finding:
+def judge_time(clocks: Clocks) -> Verdict:
     """Whether the time can be right."""
-    name, now = "clock.time", clocks.now
+    now = clocks.now
     advice = "set it (NTP, or date -s): by a wrong clock a certificate that holds seems to begin later, or to be over"
     if not WRITTEN <= now < _FAR:
-        return failure(name, f"the clock says {_date(now)}, which cannot be", advice)
+        return failure(f"the clock says {_date(now)}, which cannot be", advice)
     if clocks.latest is not None and clocks.latest - now > _DIFFERENCE:
         return warning(
-            name,
             f"the clock says {_date(now)}, and the ledger has something of {_date(clocks.latest)}: one of the two was "
             "wrong",
             "see whether the clock is right now. No key ends by it, but certificates are judged by it",
         )
-    return ok(name, f"the clock says {_date(now)}")
+    return ok(f"the clock says {_date(now)}")
 
 
-def judge_synchronised(clocks: Clocks) -> Finding:
+def judge_synchronised(clocks: Clocks) -> Verdict:
     """Whether something keeps it right."""
-    name = "clock.synchronised"
     if clocks.synchronised is None:
-        raise CannotLookError("the kernel does not say")
+        return not_checked("the kernel does not say")
     if not clocks.synchronised:
         return warning(
-            name,
             "nothing keeps the clock right, as far as the kernel knows",
             "timedatectl set-ntp true, or chrony; see that the station reaches a time server. Where the host of a "
             "virtual machine, GNSS or the CSMS sets the clock, this may be so",
         )
-    return ok(name, "the clock is kept right (NTP, or another source that the kernel knows)")
+    return ok("the clock is kept right (NTP, or another source that the kernel knows)")
 
 
-def judge_battery(clocks: Clocks) -> Finding:
+def judge_battery(clocks: Clocks) -> Verdict:
     """The clock that runs while there is no power."""
-    name = "clock.battery"
     if clocks.battery is None:
         return warning(
-            name,
             "there is no clock that runs without power: after each power cut the time is wrong until somebody sets it",
             "have NTP at start, or fake-hwclock, so that at least it does not fall back by years",
         )
     if abs(clocks.battery - clocks.now) > _DIFFERENCE:
         return warning(
-            name,
             f"the clock that runs without power says {_date(clocks.battery)}",
             "hwclock --systohc --utc; if it falls back again, its battery is empty",
         )
-    return ok(name, "the clock that runs without power agrees")
+    return ok("the clock that runs without power agrees")

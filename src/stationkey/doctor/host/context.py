@@ -1,22 +1,25 @@
-"""What is examined: the settings, as far as they can be read, and the daemon that they are for."""
+"""What a check may look at: the settings, as far as they can be read, the daemon, its unit, the ledger."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from stationkey.config.file import File, Parts, read_file, read_parts, settle
+from stationkey.config.options import options_of
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import DEFAULT_DEVICE, Settings
 from stationkey.doctor.host.files import Facts, User, look_at
-from stationkey.doctor.host.ledger_reader import LedgerReading
-from stationkey.doctor.report import Finding, Level, not_checked
-from stationkey.doctor.runner import ask, within
-from stationkey.errors import ConfigurationError
-from stationkey.system.state_dir import LOCK_NAME
+from stationkey.doctor.host.ledger_reader import Contents, read_ledger
+from stationkey.doctor.runner import Once, ask, within
+from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.system.state_dir import DATABASE_NAME, LOCK_NAME
+
+T = TypeVar("T")
 
 UNIT: Final = "stationkey.service"
 USER: Final = "stationkey"
@@ -27,6 +30,8 @@ _SYSTEMD: Final = Path("/run/systemd/system")
 _LOCKS: Final = Path("/proc/locks")
 _PATIENCE: Final = 1.5
 """Seconds for each thing that has to be known before the checks begin."""
+_LEDGER_PATIENCE: Final = 2.0
+"""Seconds that a check of something else waits for the ledger."""
 _NONE: Final = "none:"
 """Stands for the key store where none is named."""
 
@@ -53,36 +58,14 @@ class Configured:
         complaints: what is wrong with the file.
         settings: what the daemon would run by, with the default in place of all that is wrong.
         keystore: URI, or None where none is named and there is no default.
-        lost: what the file may say and cannot be read of, and no option says: the settings have a guess there.
+        unread: top-level names of the file that cannot be read and that no option replaces.
     """
 
     file: Facts | None
     complaints: tuple[str, ...]
     settings: Settings
     keystore: str | None
-    lost: frozenset[str] = frozenset()
-
-
-_TOLD: Final = frozenset({"broker", "topic_prefix", "keystore", "state_dir", "mqtt", "tpm"})
-"""Names at the top of the file by which it is found out where to look."""
-
-
-UNREADABLE: Final = "what the configuration file says of it cannot be read: put that right first"
-
-
-def unless_guessed(findings: Iterator[Finding], lost: Mapping[str, Collection[str]]) -> Iterator[Finding]:
-    """Findings as far as they can be believed: a failure of what was guessed is none.
-
-    Args:
-        findings: of a check.
-        lost: for each name of the file that could not be read, the findings that hang on what it says.
-    """
-    guessed = {name for names in lost.values() for name in names}
-    for finding in findings:
-        if finding.level is Level.FAILURE and finding.id in guessed:
-            yield not_checked(finding.id, UNREADABLE)
-        else:
-            yield finding
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,38 +104,58 @@ class Daemon:
     known_by: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class Context:
     """All that a check may look at.
 
     Attributes:
         options: as they were given.
+        configured: the settings, as far as they can be read.
+        daemon: the daemon, as far as it is known.
+        unit: its systemd unit; None if there is no systemd, or it does not answer.
         me: who runs the doctor.
-        unit: see `Unit`; None where there is no systemd, or it does not answer.
-        ledger: reads it for whoever wants to know.
+        ledger: what is in the ledger; see `read_ledger`.
     """
 
-    options: Options
-    configured: Configured
-    daemon: Daemon
-    unit: Unit | None
-    me: User = field(default_factory=User.present)
-    ledger: LedgerReading = field(default_factory=LedgerReading, compare=False)
+    def __init__(self, options: Options, configured: Configured, daemon: Daemon, unit: Unit | None) -> None:
+        self.options = options
+        self.configured = configured
+        self.daemon = daemon
+        self.unit = unit
+        self.me = User.present()
+        path, running = configured.settings.state_dir / DATABASE_NAME, daemon.running
+        self.ledger = Once(lambda: read_ledger(path, running=running))
+        self._shared: dict[Callable[[Context], Any], Once[Any]] = {}
+        self._lock = threading.Lock()
 
     @property
     def settings(self) -> Settings:
         """See `Configured`."""
         return self.configured.settings
 
+    def ledger_soon(self) -> Contents | None:
+        """Read the ledger for a check that can do without; None if it cannot be read, or not within 2 s."""
+        try:
+            late: Contents | str = "it takes too long"
+            contents = within(_LEDGER_PATIENCE, self.ledger, late)
+        except (StationKeyError, OSError):
+            return None  # the check of the ledger says why
+        return None if isinstance(contents, str) else contents
 
-def survey(options: Options) -> Subject:
-    """Find out what is to be examined. Never raises, and never takes longer than some seconds."""
+    def once(self, look: Callable[[Context], T]) -> T:
+        """Take a look that several checks share, once."""
+        with self._lock:
+            shared: Once[T] = self._shared.setdefault(look, Once(lambda: look(self)))
+        return shared()
+
+
+def survey(options: Options) -> Context:
+    """Find out what is to be examined. Takes some seconds at most. Never raises."""
     configured = _default(options, ("it cannot be read: the disk that it is on does not answer",))
     configured = within(_PATIENCE, lambda: read_configuration(options), configured)
     unit = look_at_unit()
     unknown = Daemon(running=False, pid=None, user=User.present(), known_by="nothing else is known")
     daemon = within(_PATIENCE, lambda: find_daemon(configured.settings.state_dir, unit), unknown)
-    return Subject(options=options, configured=configured, daemon=daemon, unit=unit)
+    return Context(options, configured, daemon, unit)
 
 
 def read_configuration(options: Options) -> Configured:
@@ -190,9 +193,13 @@ def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Confi
     )
     keystore = settings.keystore or None
     settings = replace(settings, keystore=keystore or _NONE)
-    lost = _TOLD if parts.lost is None else parts.lost & _TOLD
-    known = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
-    return Configured(file=facts, complaints=parts.complaints, settings=settings, keystore=keystore, lost=lost - known)
+    unread = (
+        frozenset(option.table or option.name for option in options_of(Settings)) if parts.lost is None else parts.lost
+    )
+    given = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
+    return Configured(
+        file=facts, complaints=parts.complaints, settings=settings, keystore=keystore, unread=unread - given
+    )
 
 
 def path_of(reference: SecretReference) -> Path | None:

@@ -89,6 +89,7 @@ class Facts:
         mode: permission bits.
         special: number of the device that a device file stands for.
         exposed: the first directory on the way in which other users could exchange what is there, or None.
+        closed: the first directory on the way that the user asked about may not enter, or None.
     """
 
     path: Path
@@ -102,23 +103,33 @@ class Facts:
     inode: int = 0
     special: int = 0
     exposed: Path | None = None
+    closed: Path | None = None
 
     @property
     def there(self) -> bool:
         """Whether something was seen."""
         return self.kind not in {"missing", "unseen"}
 
+    def barred(self, user: User, wanted: int) -> Path | None:
+        """Return what keeps a user from what is `wanted`: a directory on the way, this, or nothing (None)."""
+        return self.closed or (None if permits(self, user, wanted) else self.path)
 
-def look_at(path: Path, *, follow: bool = False) -> Facts:
-    """What there is at a path. Never raises."""
+    def allows(self, others: int) -> str:
+        """Return the mode as text if it has one of the bits that should not be set, else an empty text."""
+        return octal(self.mode) if self.mode & others else ""
+
+
+def look_at(path: Path, *, follow: bool = False, user: User | None = None) -> Facts:
+    """Look at what there is at a path, and for a `user` at the way there. Never raises."""
+    closed = None if user is None else closed_on_the_way(path, user)
     try:
         seen = path.stat() if follow else path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        return Facts(path=path, kind="missing")
+        return Facts(path=path, kind="missing", closed=closed)
     except (OSError, ValueError) as error:
         # A link to itself, and a name that is too long, lead nowhere for everybody, root included.
         nowhere = getattr(error, "errno", None) in {errno.ELOOP, errno.ENAMETOOLONG}
-        return Facts(path=path, kind="missing" if nowhere else "unseen")
+        return Facts(path=path, kind="missing" if nowhere else "unseen", closed=closed)
     return Facts(
         path=path,
         kind=_KINDS.get(stat.S_IFMT(seen.st_mode), "other"),
@@ -131,6 +142,7 @@ def look_at(path: Path, *, follow: bool = False) -> Facts:
         inode=seen.st_ino,
         special=seen.st_rdev,
         exposed=_exposed(path),
+        closed=closed,
     )
 
 

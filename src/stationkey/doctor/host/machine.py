@@ -6,57 +6,102 @@ import grp
 import ipaddress
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from stationkey.doctor.host.context import UNIT, Daemon, Subject, Unit
+from stationkey.doctor.host.context import UNIT, Context, Daemon, Unit
 from stationkey.doctor.host.files import User
-from stationkey.doctor.report import Finding, failure, not_checked, ok, warning
+from stationkey.doctor.report import Verdict, failure, not_checked, ok, warning
 from stationkey.doctor.runner import within
 from stationkey.errors import ConfigurationError
 from stationkey.mqtt.url import Broker
 
-IDS: Final = (
-    "machine.user",
-    "machine.unit",
-    "machine.sandbox",
-    "machine.core_dumps",
-    "machine.memory",
-)
 _PATIENCE: Final = 2.0
 _TSS_GROUP: Final = "tss"
 _SHUT: Final = ("/home", "/root", "/run/user")
+"""What ProtectHome= hides."""
+_ENABLED: Final = frozenset({"enabled", "static", "enabled-runtime", "generated", ""})
 _LITTLE_MEMORY: Final = 64
 """MiB. The daemon takes some 40."""
 
 
-def check_machine(subject: Subject) -> Iterator[Finding]:
-    """The machine itself."""
-    yield judge_user(subject.me, subject.daemon, _members(_TSS_GROUP))
-    yield judge_unit(subject.unit, running=subject.daemon.running)
-    yield _check_sandbox(subject)
-    pattern = _line(Path("/proc/sys/kernel/core_pattern"))
-    limits = None if subject.daemon.pid is None else _text(Path(f"/proc/{subject.daemon.pid}/limits"))
-    yield judge_core_dumps(pattern, limits, subject.unit)
-    yield judge_memory(_text(Path("/proc/meminfo")) or "")
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
-def _check_sandbox(subject: Subject) -> Finding:
-    keystore = subject.configured.keystore or ""
-    device = keystore.removeprefix("tpm2:device:") if keystore.startswith("tpm2:device:") else ""
-    unit = subject.unit
-    restricted = unit is not None and unit["IPAddressDeny"] != ""
-    return judge_sandbox(
-        unit,
-        device=device,
-        state_dir=str(subject.settings.state_dir),
-        broker=_addresses(subject.settings.broker) if restricted and "broker" not in subject.configured.lost else (),
-    )
+def look_at_user(context: Context) -> tuple[User, Daemon, tuple[int, frozenset[str]] | None]:
+    """Look at who runs this, whom the daemon runs as, and who is in the group of the TPM."""
+    try:
+        entry = grp.getgrnam(_TSS_GROUP)
+    except KeyError:
+        return context.me, context.daemon, None
+    return context.me, context.daemon, (entry.gr_gid, frozenset(entry.gr_mem))
+
+
+def judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None) -> Verdict:
+    """Judge how much is visible, and whether the daemon's user is right. `tss`: number and members of the group."""
+    user = daemon.user
+    who = f"the daemon {'runs' if daemon.running else 'would run'} as {user.name} ({daemon.known_by})"
+    if me.uid not in {0, user.uid}:
+        return warning(
+            f"this is run by {me.name}, who may see less than the daemon: {who}",
+            f"run it as root, or as {user.name}: sudo -u {user.account} stationkey doctor",
+        )
+    if user.uid == 0:
+        return warning(
+            f"{who}, and needs no rights of root",
+            "give it its own user in the group tss: User=stationkey, SupplementaryGroups=tss in the unit",
+        )
+    if tss is not None and tss[0] not in user.groups | {user.gid} and user.name not in tss[1]:
+        return warning(
+            f"{who}, and is not in the group {_TSS_GROUP}, which has the TPM on Debian",
+            f"usermod -a -G {_TSS_GROUP} {user.account}, then restart the daemon (unless another group has it here)",
+        )
+    return ok(f"{who}; this is run by {me.name}")
+
+
+def look_at_unit(context: Context) -> tuple[Unit, Daemon] | Verdict:
+    """Look at the unit and the daemon."""
+    return (context.unit, context.daemon) if context.unit else not_checked("there is no systemd here that answers")
+
+
+def judge_unit(unit: Unit, daemon: Daemon) -> Verdict:
+    """Judge whether systemd starts the daemon, and keeps it running."""
+    log, active = f"journalctl -u {UNIT} -n 50 says why", unit["ActiveState"]
+    if not unit.installed:
+        return warning(
+            f"there is no {UNIT}: nothing starts the daemon after a power cut",
+            "install the unit (packaging/systemd), or have your own supervisor start it",
+        )
+    if unit["LoadState"] != "loaded":
+        return failure(f"{UNIT} cannot be loaded ({unit['LoadState']})", f"systemctl status {UNIT} says why")
+    if active == "failed" or unit["SubState"] == "auto-restart":
+        return failure(f"{UNIT} has failed, or fails at each start ({unit['Result']})", log)
+    if active != "active":
+        other = ", and another daemon runs" if daemon.running else ""
+        return warning(f"{UNIT} is {active or 'unknown'}{other}", f"systemctl start {UNIT}")
+    if unit["UnitFileState"] not in _ENABLED:
+        return warning(f"{UNIT} will not start after a power cut ({unit['UnitFileState']})", f"systemctl enable {UNIT}")
+    if unit["NRestarts"] not in {"", "0"}:
+        return warning(f"{UNIT} is active, after {unit['NRestarts']} restarts", log)
+    return ok(f"{UNIT} is active and enabled")
+
+
+def look_at_sandbox(context: Context) -> tuple[Unit, str, str, tuple[str, ...]] | Verdict:
+    """Look at the unit, and at what the daemon needs: device, state directory, addresses of the broker."""
+    unit, (scheme, _, path) = context.unit, (context.configured.keystore or "").rpartition(":")
+    if unit is None or not unit.installed:
+        return not_checked("no unit is visible")
+    device = path if scheme == "tpm2:device" else ""
+    broker = () if unit["IPAddressDeny"] == "" else _addresses(context.settings.broker)
+    return unit, device, str(context.settings.state_dir), broker
 
 
 def _addresses(url: str) -> tuple[str, ...]:
-    """Those of the broker; none where its name does not resolve, which is another check's to tell."""
+    """Resolve the broker; nothing if its name does not resolve, which broker.name tells."""
     try:
         broker = Broker.parse(url)
         return within(_PATIENCE, lambda: _resolved(broker), ())
@@ -69,123 +114,35 @@ def _resolved(broker: Broker) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-
-
-def _line(path: Path) -> str | None:
-    text = _text(path)
-    return None if text is None else text.strip()
-
-
-def _members(group: str) -> tuple[int, frozenset[str]] | None:
-    try:
-        entry = grp.getgrnam(group)
-    except KeyError:
-        return None
-    return entry.gr_gid, frozenset(entry.gr_mem)
-
-
-def judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None) -> Finding:
-    """Who looks, and so how much is seen; and whether the daemon is what it should be. `tss`: number and members."""
-    name, user = "machine.user", daemon.user
-    who = f"the daemon {'runs' if daemon.running else 'would run'} as {user.name} ({daemon.known_by})"
-    if me.uid not in {0, user.uid}:
-        return warning(
-            name,
-            f"this is run by {me.name}, who may see less than the daemon: {who}",
-            f"run it as root, or as {user.name}: sudo -u {user.account} stationkey doctor",
-        )
-    if user.uid == 0:
-        return warning(
-            name,
-            f"{who}, and it needs no rights of root",
-            "give it a user of its own in the group tss: User=stationkey, SupplementaryGroups=tss in the unit",
-        )
-    if tss is not None and tss[0] not in user.groups | {user.gid} and user.name not in tss[1]:
-        return warning(
-            name,
-            f"{who}, and is not in the group {_TSS_GROUP}, which has the TPM on Debian",
-            f"usermod -a -G {_TSS_GROUP} {user.account}, then restart the daemon (unless another group has it here)",
-        )
-    return ok(name, f"{who}; this is run by {me.name}")
-
-
-def judge_unit(unit: Unit | None, *, running: bool) -> Finding:
-    """The systemd unit."""
-    name = "machine.unit"
-    if unit is None:
-        return not_checked(name, "there is no systemd here that answers")
-    if not unit.installed:
-        return warning(
-            name,
-            f"there is no {UNIT}: nothing starts the daemon after a power cut",
-            "install the unit (packaging/systemd), or have your own supervisor start it",
-        )
-    if unit["LoadState"] != "loaded":
-        return failure(name, f"{UNIT} cannot be loaded ({unit['LoadState']})", f"systemctl status {UNIT} says why")
-    if unit["ActiveState"] == "failed":
-        return failure(name, f"{UNIT} has failed ({unit['Result']})", f"journalctl -u {UNIT} -n 50 says why")
-    if unit["SubState"] == "auto-restart":
-        return failure(name, f"{UNIT} ends and is started again and again", f"journalctl -u {UNIT} -n 50 says why")
-    if unit["ActiveState"] != "active":
-        words = f"{UNIT} is {unit['ActiveState'] or 'unknown'}"
-        return warning(name, f"{words}{', and another daemon runs' if running else ''}", f"systemctl start {UNIT}")
-    if unit["UnitFileState"] not in {"enabled", "static", "enabled-runtime", "generated", ""}:
-        return warning(
-            name,
-            f"{UNIT} is active and will not start after a power cut ({unit['UnitFileState']})",
-            f"systemctl enable {UNIT}",
-        )
-    restarts = unit["NRestarts"]
-    if restarts not in {"", "0"}:
-        return warning(name, f"{UNIT} is active, after {restarts} restarts", f"journalctl -u {UNIT} says why it ended")
-    return ok(name, f"{UNIT} is active, and starts by itself")
-
-
-def judge_sandbox(unit: Unit | None, *, device: str, state_dir: str, broker: tuple[str, ...] = ()) -> Finding:
-    """Whether the unit lets the daemon have what it needs.
+def judge_sandbox(unit: Unit, device: str, state_dir: str, broker: tuple[str, ...]) -> Verdict:
+    """Judge whether the unit gives the daemon what it needs.
 
     Args:
-        unit: the systemd unit, or None.
+        unit: the systemd unit.
         device: the TPM's device file, or an empty text.
         state_dir: the state directory.
         broker: the addresses of the broker, as far as they are known.
     """
-    name = "machine.sandbox"
-    if unit is None or not unit.installed:
-        return not_checked(name, "there is no unit to be seen")
     opened = any(word == device or word.startswith("char-tpm") for word in unit["DeviceAllow"].split())
     writable = unit["ReadWritePaths"].split() + [f"/var/lib/{one}" for one in unit["StateDirectory"].split()]
-    shut = [f"{directory}/" for directory in _SHUT if unit["ProtectHome"] not in {"", "no"}]
-    strict = unit["ProtectSystem"] == "strict"
-    writes = any(f"{state_dir}/".startswith(f"{path.lstrip('-+')}/") for path in writable)
+    writes = any(Path(state_dir).is_relative_to(path.lstrip("-+")) for path in writable)
+    hidden = unit["ProtectHome"] not in {"", "no"} and any(Path(state_dir).is_relative_to(one) for one in _SHUT)
     if device and unit["PrivateDevices"] == "yes":
-        return failure(
-            name, f"{UNIT} hides {device} from the daemon", "PrivateDevices=no, and DeviceAllow= for the TPM"
-        )
+        return failure(f"{UNIT} hides {device} from the daemon", "PrivateDevices=no, and DeviceAllow= for the TPM")
     if device and unit["DevicePolicy"] in {"closed", "strict"} and not opened:
-        return failure(name, f"{UNIT} does not let the daemon open {device}", f"DeviceAllow={device} rw")
-    if not writes and (strict or any(f"{state_dir}/".startswith(directory) for directory in shut)):
+        return failure(f"{UNIT} does not let the daemon open {device}", f"DeviceAllow={device} rw")
+    if not writes and (hidden or unit["ProtectSystem"] == "strict"):
         return failure(
-            name,
-            f"{UNIT} does not let the daemon write in {state_dir}",
-            f"StateDirectory=, or ReadWritePaths={state_dir}",
+            f"{UNIT} does not let the daemon write in {state_dir}", f"StateDirectory=, or ReadWritePaths={state_dir}"
         )
     if unit["PrivateNetwork"] == "yes":
-        return failure(
-            name, f"{UNIT} leaves the daemon without a network", "PrivateNetwork=no: the broker is over there"
-        )
+        return failure(f"{UNIT} leaves the daemon without a network", "PrivateNetwork=no")
     if broker and not any(_lets_reach(unit, address) for address in broker):
         return failure(
-            name,
             f"{UNIT} does not let the daemon reach the broker at {broker[0]}",
             f"systemctl edit {UNIT}, with IPAddressAllow={broker[0]} under [Service]; then restart it",
         )
-    return ok(name, f"{UNIT} lets the daemon have TPM, state directory and network")
+    return ok(f"{UNIT} lets the daemon have TPM, state directory and network")
 
 
 def _lets_reach(unit: Unit, address: str) -> bool:
@@ -198,48 +155,46 @@ def _lets_reach(unit: Unit, address: str) -> bool:
     return holds("IPAddressAllow") or not holds("IPAddressDeny")
 
 
-def judge_core_dumps(pattern: str | None, limits: str | None, unit: Unit | None) -> Finding:
-    """Whether what the daemon has in memory may come to lie on the disk.
+def look_at_core_dumps(context: Context) -> tuple[str, str, Unit | None]:
+    """Look at where the kernel writes core dumps, and at the limits of the daemon."""
+    pid = context.daemon.pid
+    limits = "" if pid is None else _text(Path(f"/proc/{pid}/limits"))
+    return _text(Path("/proc/sys/kernel/core_pattern")).strip(), limits, context.unit
+
+
+def judge_core_dumps(pattern: str, limits: str, unit: Unit | None) -> Verdict:
+    """Judge whether a crash may write the daemon's memory to the disk.
 
     Args:
         pattern: ``/proc/sys/kernel/core_pattern``.
-        limits: ``/proc/PID/limits`` of the running daemon, or None.
+        limits: ``/proc/PID/limits`` of the running daemon, or an empty text.
         unit: the systemd unit, or None.
     """
-    name = "machine.core_dumps"
-    allowed: str | None = None
-    for line in (limits or "").splitlines():
-        if line.startswith("Max core file size"):
-            allowed = line.removeprefix("Max core file size").split()[0]
-    if allowed is None and unit is not None and unit.installed:
-        allowed = unit["LimitCORE"] or None
+    found = re.search(r"^Max core file size\s+(\S+)", limits, re.MULTILINE)
+    allowed = found[1] if found else "" if unit is None else unit["LimitCORE"]
+    if not allowed:
+        return not_checked("the daemon does not run, and has no unit")
     # By a pipe the kernel passes on a dump of any length but 1 [core(5)].
-    if allowed == "0" and not (pattern or "").startswith("|"):
-        return ok(name, "the daemon leaves no core dump")
-    if allowed is None:
-        return not_checked(name, "the daemon does not run, and has no unit")
     if allowed == "0":
-        return ok(name, "the daemon may leave no core file; what the kernel passes on to a program is for that to keep")
-    where = pattern or "pattern not known"
+        piped = "; what the kernel pipes to a program is that program's to keep" if pattern.startswith("|") else ""
+        return ok(f"the daemon leaves no core file{piped}")
     return warning(
-        name,
-        f"a daemon that crashes leaves what it has in memory on the disk (limit {allowed}, {where}): passwords and "
-        "authorisation values are in it",
+        f"a crash writes the daemon's memory to the disk (limit {allowed}, {pattern or 'pattern not known'}): "
+        "passwords and authorisation values are in it",
         "LimitCORE=0 in the unit",
     )
 
 
-def judge_memory(text: str) -> Finding:
-    """``/proc/meminfo``."""
-    name = "machine.memory"
+def look_at_memory(_: Context) -> tuple[str]:
+    """Read ``/proc/meminfo``."""
+    return (_text(Path("/proc/meminfo")),)
+
+
+def judge_memory(text: str) -> Verdict:
+    """Judge the memory that is available."""
     found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     if found is None:
-        return not_checked(name, "the kernel does not say")
+        return not_checked("the kernel does not say")
     free = int(found[1]) // 1024
-    if free < _LITTLE_MEMORY:
-        return warning(
-            name,
-            f"only {free} MiB of memory are available",
-            "what takes it? The kernel ends processes when there is none left",
-        )
-    return ok(name, f"{free} MiB of memory are available")
+    told = f"{free} MiB of memory are available"
+    return warning(told, "the kernel ends processes when there is none left") if free < _LITTLE_MEMORY else ok(told)

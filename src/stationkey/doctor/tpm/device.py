@@ -6,21 +6,22 @@ import grp
 import os
 import re
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stationkey.doctor.host.files import READ, WRITE, Facts, User, closed_on_the_way, look_at, octal, permits
-from stationkey.doctor.report import Finding, failure, not_checked, ok, warning
+from stationkey.doctor.host.context import Context
+from stationkey.doctor.host.files import READ, WRITE, Facts, User, look_at, octal, permits
+from stationkey.doctor.host.sockets import connections_to
+from stationkey.doctor.report import Verdict, failure, not_checked, ok, warning
+from stationkey.system.addresses import is_loopback
 
 _SYS: Final = Path("/sys/class/tpm")
-_PROC: Final = Path("/proc")
 _MANAGED: Final = re.compile(r"/dev/tpmrm\d+")
 _BARE: Final = re.compile(r"/dev/tpm\d+")
 _CLASSES: Final = frozenset({"tpm", "tpmrm"})
-_ESTABLISHED: Final = "01"
-_LISTENING: Final = "0A"
+CHOICE: Final = 'keystore = "tpm2:device:/dev/tpmrm0"'
+"""The usual key store, for advice."""
 _GET_CAPABILITY: Final = b"\x00\x00\x00\x01"
 """A question to swtpm's control port that changes nothing [swtpm_ioctls(3)]."""
 
@@ -66,7 +67,7 @@ class Way:
     @property
     def is_local(self) -> bool:
         """Whether a simulator is on this machine."""
-        return self.host in {"localhost", "127.0.0.1", "::1"}
+        return is_loopback(self.host)
 
     @property
     def is_simulator(self) -> bool:
@@ -87,15 +88,17 @@ class Chip:
         known: whether it has found one.
         major: version of TPM, ``2`` or ``1``; empty where an old kernel does not say.
         devices: that there are under ``/dev``.
+        is_tpm: whether the device file that is named stands for a TPM.
     """
 
     known: bool
     major: str = ""
     devices: tuple[str, ...] = ()
+    is_tpm: bool = True
 
 
-def look_at_chip() -> Chip:
-    """Ask the kernel."""
+def look_at_chip(facts: Facts | None) -> Chip:
+    """Ask the kernel. `facts`: of the device file that is named, or None."""
     try:
         names = sorted(entry.name for entry in _SYS.iterdir())
     except OSError:
@@ -110,13 +113,15 @@ def look_at_chip() -> Chip:
         devices = tuple(sorted(str(path) for path in Path("/dev").glob("tpm*")))
     except OSError:
         devices = ()
-    return Chip(known=bool(names), major=major, devices=devices)
+    return Chip(known=bool(names), major=major, devices=devices, is_tpm=facts is None or _is_tpm(facts))
 
 
-def is_tpm(facts: Facts) -> bool:
+def _is_tpm(facts: Facts) -> bool:
     """Whether a device file stands for a TPM: by what the kernel calls its kind, or else by its name."""
-    numbers = f"{os.major(facts.special)}:{os.minor(facts.special)}"
+    if facts.kind != "character device":
+        return False
     try:
+        numbers = f"{os.major(facts.special)}:{os.minor(facts.special)}"
         kind = Path("/sys/dev/char", numbers, "subsystem").readlink().name
     except OSError:
         kind = "misc"  # not said; the first driver of a TPM was one of these
@@ -124,114 +129,96 @@ def is_tpm(facts: Facts) -> bool:
     return kind in _CLASSES or (kind == "misc" and bool(_BARE.fullmatch(name) or _MANAGED.fullmatch(name)))
 
 
-def judge_device(facts: Facts, chip: Chip, user: User, *, tpm: bool = True) -> Iterator[Finding]:
-    """The device file: there, a device, a TPM (which `tpm` says), and open to the daemon's user."""
-    name, path = "tpm.device", facts.path
+def way_of(context: Context) -> Way:
+    """Return the way to the TPM that is configured."""
+    return Way.parse((context.configured.keystore or "").partition(":")[2])
+
+
+def look_at_device(context: Context) -> tuple[Way, Facts | None, Chip, User]:
+    """Look at the device file or the socket on the way to the TPM, and at what the kernel says."""
+    way, user = way_of(context), context.daemon.user
+    facts = None if way.path is None else look_at(way.path, follow=True, user=user)
+    return way, facts, look_at_chip(facts), user
+
+
+def judge_device(way: Way, facts: Facts | None, chip: Chip, user: User) -> Verdict:
+    """Judge what is on the way: there, a TPM, and open to the daemon's user. `facts`: of its path, or None."""
+    if facts is None:
+        if way.host and not way.is_local:
+            return warning(
+                f"the TPM is asked over the network, at {way.host}, and nothing protects what goes there",
+                "use the TPM of this machine",
+            )
+        return ok("tpm2-tss chooses the device" if way.name == "device" else f"the TPM is reached by {way.name}")
+    path, mode = facts.path, octal(facts.mode)
+    if facts.closed is not None:
+        return failure(
+            f"the daemon's user {user.name} may not enter {facts.closed}", f"chmod o+x {facts.closed}", stops=False
+        )
+    if facts.kind == "unseen":
+        return not_checked(f"{path} is not visible from here")
+    if way.name != "device":
+        if facts.kind in {"missing", "file", "directory"}:
+            what = "is missing" if facts.kind == "missing" else f"is a {facts.kind}, not a socket"
+            return failure(f"{path} {what}", "start what makes it, or correct the path")
+        return ok(f"the TPM is reached by {way.name}")
     if chip.major == "1":
-        yield failure(
-            name,
+        return failure(
             "the TPM of this machine is a TPM 1.2, which has no elliptic curves",
-            "stationkey needs a TPM 2.0; some chips can be changed over in the firmware's set-up",
+            "stationkey needs a TPM 2.0; some chips can be converted in the firmware's set-up",
         )
-    elif facts.kind == "missing" and path.is_symlink():
-        yield failure(name, f"{path} is a link that leads nowhere", f"ls -l {path} shows where to; name the TPM itself")
-    elif facts.kind == "missing":
-        yield _judge_missing(path, chip)
-    elif facts.kind == "unseen":
-        yield not_checked(name, f"{path} is not to be seen from here")
-    elif facts.kind != "character device":
-        yield failure(
-            name,
-            f"{path} is no device but a {facts.kind}",
-            "remove it, and see which program made it; a TPM is a character device such as /dev/tpmrm0",
-        )
-    elif not tpm:
-        yield failure(
-            name, f"{path} is a device, and no TPM", 'name the TPM as keystore, for example "tpm2:device:/dev/tpmrm0"'
-        )
-    elif not permits(facts, user, READ | WRITE):
-        group = facts.gid
-        if not permits(facts, User(-1, group), READ | WRITE) or group == 0:
+    if facts.kind == "missing":
+        return _judge_missing(path, chip)
+    if not chip.is_tpm:
+        return failure(f"{path} is a {facts.kind}, not a TPM", f"name the TPM as keystore: {CHOICE}")
+    if not permits(facts, user, READ | WRITE):
+        group = group_name(facts.gid)
+        advice = f"usermod -a -G {group} {user.account}, then restart the daemon"
+        if facts.gid == 0 or not permits(facts, User(-1, facts.gid), READ | WRITE):
             advice = "install tpm-udev (Debian), which gives the device to the group tss, and restart the machine"
-        else:
-            advice = f"usermod -a -G {group_name(group)} {user.account}, then restart the daemon"
-        yield failure(
-            name,
-            f"the daemon's user {user.name} may not open {path} (mode {octal(facts.mode)}, group {group_name(group)})",
-            advice,
-        )
-    elif facts.mode & 0o006:
-        yield warning(
-            name,
-            f"every user of this machine may use the TPM: {path} has mode {octal(facts.mode)}",
+        told = f"the daemon's user {user.name} may not open {path} (mode {mode}, group {group})"
+        return failure(told, advice, stops=False)
+    if facts.mode & 0o006:
+        return warning(
+            f"every user may use the TPM: {path} has mode {mode}",
             f"chmod o= {path}, and find the udev rule that opens it",
         )
-    else:
-        yield ok(name, f"{path} is a device that {user.name} may open (mode {octal(facts.mode)})")
+    return ok(f"{path} is a device that {user.name} may open (mode {mode})")
 
 
-def _judge_missing(path: Path, chip: Chip) -> Finding:
-    name = "tpm.device"
+def _judge_missing(path: Path, chip: Chip) -> Verdict:
+    if path.is_symlink():
+        return failure(f"{path} is a link that leads nowhere", f"ls -l {path} shows where to; name the TPM itself")
     if chip.known or chip.devices:
         others = ", ".join(chip.devices) or "none under /dev"
         return failure(
-            name,
-            f"{path} is not there, and the kernel has found a TPM ({others})",
-            'name one that is there, best keystore = "tpm2:device:/dev/tpmrm0" (since kernel 4.12)',
+            f"{path} is missing, and the kernel has found a TPM ({others})",
+            f"name one that is there, best {CHOICE} (since kernel 4.12)",
         )
     return failure(
-        name,
-        f"{path} is not there, and the kernel has found no TPM",
-        "is it switched on in the firmware's set-up, is it in the device tree, is its driver loaded (tpm_tis, "
-        "tpm_crb, tpm_tis_spi)? dmesg | grep -i tpm says more",
+        f"{path} is missing, and the kernel has found no TPM",
+        "is it enabled in the firmware's set-up or the device tree, is its driver loaded (tpm_tis, tpm_crb, "
+        "tpm_tis_spi)? dmesg | grep -i tpm says more",
     )
 
 
-def judge_socket(way: Way, user: User) -> Iterator[Finding]:
-    """The other ways than a device."""
-    name = "tpm.device"
-    if way.path is not None and (closed := closed_on_the_way(way.path, user)) is not None:
-        yield failure(name, f"the daemon's user {user.name} may not enter {closed}", f"chmod o+x {closed}")
-    elif way.path is not None and (facts := look_at(way.path, follow=True)).kind in {"missing", "file", "directory"}:
-        what = "is not there" if facts.kind == "missing" else f"is no socket but a {facts.kind}"
-        yield failure(name, f"{way.path} {what}", "start what makes it, or correct the path")
-    elif way.host and way.path is None and not way.is_local:
-        yield warning(
-            name,
-            f"the TPM is asked over the network, at {way.host}, and nothing protects what goes there",
-            "use the TPM of this machine",
-        )
-    elif way.name == "device":
-        yield ok(name, "which device it is, tpm2-tss chooses")
-    else:
-        yield ok(name, f"the TPM is reached by {way.name}, which is no device")
-
-
 def group_name(gid: int) -> str:
-    """The name of a group, or its number."""
+    """Return the name of a group, or its number."""
     try:
         return grp.getgrgid(gid).gr_name
     except (KeyError, OverflowError):
         return f"number {gid}"
 
 
-def holders_of_device(facts: Facts) -> list[tuple[int, str]]:
-    """Who has a device open: number and name of each process, as far as this user may see them."""
-    return list(_processes_with({str(facts.path)}))
-
-
-def holders_of_port(port: int) -> list[tuple[int, str]]:
-    """Who has a connection to a loopback port, likewise."""
-    sockets = {f"socket:[{inode}]" for inode in connections_to(port)}
-    return list(_processes_with(sockets)) if sockets else []
-
-
-def _processes_with(wanted: set[str]) -> Iterator[tuple[int, str]]:
-    for process in _PROC.iterdir():
-        if not process.name.isdigit():
-            continue
-        pid = int(process.name)
-        if pid == os.getpid():
+def holders(way: Way) -> list[str]:
+    """Return who has the device open, or a connection to the simulator, as far as this user may see them."""
+    if way.name == "device" and way.path is not None:
+        wanted = {str(way.path)}
+    else:
+        wanted = {f"socket:[{inode}]" for inode in connections_to(way.port)} if way.port else set()
+    found = []
+    for process in Path("/proc").iterdir() if wanted else ():
+        if not process.name.isdigit() or process.name == str(os.getpid()):
             continue
         try:
             targets = [str(entry.readlink()) for entry in (process / "fd").iterdir()]
@@ -239,28 +226,8 @@ def _processes_with(wanted: set[str]) -> Iterator[tuple[int, str]]:
         except OSError:  # it ended, or is another user's
             continue
         if not wanted.isdisjoint(targets):
-            yield pid, name
-
-
-def _rows() -> Iterator[list[str]]:
-    for table in ("tcp", "tcp6"):
-        try:
-            lines = (_PROC / "net" / table).read_text(encoding="ascii").splitlines()[1:]
-        except OSError:
-            continue
-        yield from (line.split() for line in lines)
-
-
-def connections_to(port: int) -> list[int]:
-    """The inodes of this machine's sockets that are connected to `port` [proc(5), /proc/net/tcp]."""
-    ends = f":{port:04X}"
-    return [int(row[9]) for row in _rows() if row[2].endswith(ends) and row[3] == _ESTABLISHED and row[9] != "0"]
-
-
-def listeners_on(port: int) -> list[str]:
-    """The addresses that something on this machine listens on, as hexadecimal digits; all zero is every address."""
-    ends = f":{port:04X}"
-    return [row[1].partition(":")[0] for row in _rows() if row[1].endswith(ends) and row[3] == _LISTENING]
+            found.append(f"{name} (process {process.name})")
+    return found
 
 
 def simulator_lives(way: Way, *, seconds: float = 1.5) -> bool | None:

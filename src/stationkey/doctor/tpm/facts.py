@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from stationkey.config.settings import Settings, TpmTerms
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType
-from stationkey.doctor.report import CannotLookError
 from stationkey.doctor.runner import Answer
 from stationkey.doctor.tpm.device import Way
 
@@ -30,6 +29,14 @@ PT_LOCKOUT_COUNTER: Final = 0x20E
 PT_MAX_AUTH_FAIL: Final = 0x20F
 PT_LOCKOUT_INTERVAL: Final = 0x210
 PT_LOCKOUT_RECOVERY: Final = 0x211
+
+# What several judges look at together.
+VERSION: Final = (PT_FAMILY, PT_REVISION)
+MAKER: Final = (PT_MANUFACTURER, *PT_VENDOR)
+ALGORITHMS: Final = ("algorithms", "curves", "rsa")
+ROOM_FOR_SRK: Final = (PT_PERMANENT, PT_PERSISTENT_AVAIL)
+LOCKOUT: Final = (PT_PERMANENT, PT_LOCKOUT_COUNTER, PT_MAX_AUTH_FAIL, PT_LOCKOUT_INTERVAL, PT_LOCKOUT_RECOVERY)
+SESSIONS: Final = (PT_LOADED_SESSIONS_AVAIL, PT_ACTIVE_SESSIONS_AVAIL)
 
 # TPMA_PERMANENT and TPMA_STARTUP_CLEAR [TPM 2.0 part 2, 8.6 and 8.7].
 OWNER_AUTH_SET: Final = 1 << 0
@@ -99,35 +106,27 @@ class Probe:
         lines = [line for line in answer.error.splitlines() if line.strip()]
         return cls(values=values, errors=errors, hung=answer.status is None, said=lines[-1] if lines else "")
 
-    def get(self, part: str) -> Any:
-        """A part.
-
-        Raises:
-            CannotLookError: the TPM did not tell.
-        """
-        if part in self.values:
-            return self.values[part]
+    def lacks(self, *wanted: str | int) -> str:
+        """Return why a part or a property is not there, or an empty text. In failure mode a TPM tells few."""
+        known = self.values.get("properties", {})
+        parts = ["properties" if isinstance(one, int) else one for one in wanted]
+        lacking = [part for part in parts if part not in self.values]
+        if not lacking:
+            there = all(str(one) in known for one in wanted if isinstance(one, int))
+            return "" if there else "the TPM did not tell"
         if self.errors.get("properties") == RC_INITIALIZE:
-            raise CannotLookError("the TPM waits for TPM2_Startup")
-        if part in self.errors:
-            raise CannotLookError(f"the TPM refuses to tell ({self.errors[part]:#x})")
-        raise CannotLookError("the TPM did not tell")
+            return "the TPM waits for TPM2_Startup"
+        code = next((self.errors[part] for part in lacking if part in self.errors), None)
+        return "the TPM did not tell" if code is None else f"the TPM refuses to tell ({code:#x})"
 
-    def properties(self, *wanted: int) -> list[int]:
-        """Properties by number.
-
-        Raises:
-            CannotLookError: one of them is not there: in failure mode a TPM tells few.
-        """
-        known = self.get("properties")
-        if any(str(number) not in known for number in wanted):
-            raise CannotLookError("the TPM does not tell")
-        return [known[str(number)] for number in wanted]
+    def numbers(self, *wanted: int) -> list[int]:
+        """Return properties by number."""
+        return [self.values["properties"][str(number)] for number in wanted]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A TPM that answered, the way to it, and what is wanted of it."""
+    """A TPM that was asked, the way to it, and what is wanted of it."""
 
     probe: Probe
     way: Way
