@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stationkey import ALGORITHMS, PROFILES, Algorithm, Broker, CertificateType, inspect_csr
-from stationkey.simulators.csms.events import CertificateAnswered
+from stationkey.simulators.csms.events import EventKind
 from stationkey.simulators.csms.server import Csms
 from stationkey.simulators.josev import Station, StationSettings
 from stationkey.simulators.ocpp import OcppVersion
@@ -136,7 +136,7 @@ async def show_circle(console: Console, broker: Mosquitto, folder: Path) -> bool
             for certificate_type in CertificateType:
                 console.print(f"[bold]{certificate_type}")
                 await csms.trigger(settings.identity, certificate_type)
-                everything_right &= (await csms.next(CertificateAnswered)).accepted
+                everything_right &= (await csms.next(EventKind.CERTIFICATE_ANSWERED)).accepted
                 await station.settled()
         finally:
             playing.cancel()

@@ -39,20 +39,7 @@ from stationkey.contract.messages import GenerateCsrData, generate_csr
 from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, Algorithm, CertificateType
 from stationkey.errors import ConfigurationError
 from stationkey.simulators.csms.csr_check import CsrRefused, check_csr
-from stationkey.simulators.csms.events import (
-    Booted,
-    CertificateAnswered,
-    CertificateSent,
-    Connected,
-    ConnectionRefused,
-    CsrAccepted,
-    CsrRejected,
-    Disconnected,
-    Event,
-    SecurityEvent,
-    StatusReported,
-    Triggered,
-)
+from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.csms.server import Csms, CsmsError, SecurityProfile
 from stationkey.simulators.ocpp import CARRIAGES, NotCarried, OcppVersion
 from stationkey.simulators.ocpp_connection import NotAnswered, OcppConnection
@@ -228,15 +215,15 @@ async def test_a_trigger_leads_to_a_certificate_that_openssl_verifies(
         chain = payload["certificateChain"]
         assert openssl_verify(tmp_path, chain, csms.trust_anchors_pem(kind)) == "leaf.pem: OK"
         assert x509.load_pem_x509_certificate(chain.encode()).public_key() == private_key.public_key()
-        assert (await csms.next(CertificateAnswered)).accepted
-    assert [type(event) for event in csms.events] == [
-        Connected,
-        Booted,
-        Triggered,
-        CsrAccepted,
-        CertificateSent,
-        CertificateAnswered,
-        Disconnected,
+        assert (await csms.next(EventKind.CERTIFICATE_ANSWERED)).accepted
+    assert [event.kind for event in csms.events] == [
+        EventKind.CONNECTED,
+        EventKind.BOOTED,
+        EventKind.TRIGGERED,
+        EventKind.CSR_ACCEPTED,
+        EventKind.CERTIFICATE_SENT,
+        EventKind.CERTIFICATE_ANSWERED,
+        EventKind.DISCONNECTED,
     ]
     assert all(str(event).startswith("CS001: ") for event in csms.events)
 
@@ -251,7 +238,7 @@ async def test_what_a_version_cannot_carry_is_refused_before_anything_is_sent(
             await csms.trigger("CS001", kind)
         await station.boot()  # whatever had been sent before would have come before the answer to this
         assert station.received.empty()
-    assert Triggered not in map(type, csms.events)
+    assert EventKind.TRIGGERED not in [event.kind for event in csms.events]
 
 
 async def test_the_answer_to_a_trigger_is_told_as_it_came(make: Make) -> None:
@@ -266,12 +253,17 @@ async def test_the_answer_to_a_trigger_is_told_as_it_came(make: Make) -> None:
 
 async def test_a_station_that_is_not_there_cannot_be_triggered(make: Make) -> None:
     async with make() as csms:
-        with pytest.raises(CsmsError, match="CS001 is not connected"):
+        with pytest.raises(CsmsError) as absent:
             await csms.trigger("CS001", V2G)
-        with pytest.raises(CsmsError, match="did not connect"):
+        with pytest.raises(CsmsError) as late:
             await csms.connected("CS001", timeout=0.01)
-        with pytest.raises(CsmsError, match="no Booted"):
-            await csms.next(Booted, timeout=0.01)
+        with pytest.raises(CsmsError) as quiet:
+            await csms.next(EventKind.BOOTED, timeout=0.01)
+    assert [error.value.reason for error in (absent, late, quiet)] == [
+        "csms_station_absent",
+        "csms_station_absent",
+        "csms_nothing_happened",
+    ]
 
 
 async def test_the_certificate_follows_the_answer_and_never_comes_before_it(make: Make) -> None:
@@ -290,7 +282,7 @@ async def test_a_station_that_goes_away_instead_of_answering_is_told_as_that(mak
         await websocket.recv()
         asked = json.loads(await websocket.recv())
         await websocket.send(json.dumps([3, asked[1], {"status": "Perhaps"}]))
-        answered = await csms.next(CertificateAnswered)
+        answered = await csms.next(EventKind.CERTIFICATE_ANSWERED)
         assert (answered.accepted, answered.status) == (False, "ocpp_payload_invalid")
 
 
@@ -326,7 +318,7 @@ async def test_a_newer_connection_of_a_station_takes_the_place_of_the_older(make
         assert await csms.connected("CS001") is V201
         async with connected(csms, V21) as newer:
             await older.wait_closed()
-            await csms.next(Disconnected)
+            await csms.next(EventKind.DISCONNECTED)
             assert await csms.connected("CS001") is V21
             assert await csms.trigger("CS001", V2G20) == "Accepted"
             assert (await newer.next())[0] == "TriggerMessage"
@@ -340,7 +332,7 @@ async def test_a_station_that_goes_while_it_is_asked_leaves_nothing_hanging(make
         await websocket.close()
         with pytest.raises(Exception, match="the connection was closed"):
             await asking
-        await csms.next(Disconnected)
+        await csms.next(EventKind.DISCONNECTED)
 
 
 # --- What it refuses -------------------------------------------------------------------------------------------------
@@ -520,14 +512,14 @@ async def test_a_refused_csr_is_answered_with_rejected_and_no_certificate_follow
 ) -> None:
     async with make() as csms, connected(csms, version) as station:
         status, words = await station.sign(kind, csr_for(kind, organization="EcoG"))
-        event = await csms.next(CsrRejected)
+        event = await csms.next(EventKind.CSR_REJECTED)
         assert (event.certificate_type, event.reason) == (kind, "csr_organization_name")
         assert str(event) == f"CS001: SignCertificate for a {kind}, rejected: {event.words}"
         told = "" if (kind, version) == (STATION, V16) else event.words  # its answer has no place for words
         assert (status, words) == ("Rejected", told)
         await station.boot()
         assert station.received.empty()
-    assert CertificateSent not in map(type, csms.events)
+    assert EventKind.CERTIFICATE_SENT not in [event.kind for event in csms.events]
 
 
 async def test_a_request_id_belongs_to_one_csr(make: Make) -> None:
@@ -568,7 +560,7 @@ async def test_answer_first_of_three_answers_the_first(version: OcppVersion, mak
         assert payload.get("requestId") == (0 if version is V21 else None)
         certificate = x509.load_pem_x509_certificate(payload["certificateChain"].encode())
         assert certificate.public_key() == keys[0].public_key()
-        await csms.next(CertificateAnswered)
+        await csms.next(EventKind.CERTIFICATE_ANSWERED)
         await station.boot()
         assert station.received.empty()
 
@@ -586,7 +578,7 @@ async def test_a_spoiled_certificate_is_sent_and_what_the_station_says_of_it_is_
         station.says = "Rejected"
         assert await station.sign(V2G, csr_for(V2G, private_key)) == ("Accepted", "")
         chain_pem = (await station.next())[1]["certificateChain"]
-        answered = await csms.next(CertificateAnswered)
+        answered = await csms.next(EventKind.CERTIFICATE_ANSWERED)
         assert (answered.status, answered.accepted) == ("Rejected", False)
         chain = x509.load_pem_x509_certificates(chain_pem.encode())
         assert {
@@ -601,8 +593,8 @@ async def test_a_spoiled_certificate_is_sent_and_what_the_station_says_of_it_is_
 async def test_a_chain_too_long_goes_out_all_the_same(kind: CertificateType, version: OcppVersion, make: Make) -> None:
     async with make(misbehaviour=Misbehaviour.CHAIN_TOO_LONG) as csms, connected(csms, version) as station:
         await station.sign(kind, csr_for(kind))
-        assert len((await csms.next(CertificateSent)).chain_pem) > 10000
-        answered = await csms.next(CertificateAnswered)
+        assert len((await csms.next(EventKind.CERTIFICATE_SENT)).chain_pem) > 10000
+        answered = await csms.next(EventKind.CERTIFICATE_ANSWERED)
         if CARRIAGES[kind, version].by_data_transfer:  # whose own schema has no bound
             assert len((await station.next())[1]["certificateChain"]) > 10000
         else:  # the station's library judges it by the schema
@@ -671,7 +663,7 @@ async def test_a_station_is_let_in_by_its_own_password_only(profile: SecurityPro
                 async with connected(csms, **options, **tls):
                     pass
             assert refusal.value.response.headers["WWW-Authenticate"].startswith("Basic ")
-            assert "password" in (await csms.next(ConnectionRefused)).reason
+            assert "password" in (await csms.next(EventKind.CONNECTION_REFUSED)).words
     assert all(password not in str(event) for event in csms.events for password in PASSWORDS.values())
 
 
@@ -692,7 +684,7 @@ async def test_a_certificate_that_the_csms_has_signed_opens_profile_3(make: Make
         mine = trusting(csms, tmp_path, chain, key_to_pem(private_key))
         async with connected(csms, ssl=mine) as station:
             assert await station.boot() == "Accepted"
-        certificate = (await csms.next(Connected)).certificate
+        certificate = (await csms.next(EventKind.CONNECTED)).certificate
         assert certificate is not None
         assert certificate.public_key() == private_key.public_key()
 
@@ -722,7 +714,7 @@ async def test_profile_3_lets_no_other_organizations_station_in(
         with pytest.raises(InvalidStatus, match="401"):
             async with connected(csms, ssl=context):
                 pass
-        assert "O of the station's certificate" in (await csms.next(ConnectionRefused)).reason
+        assert "O of the station's certificate" in (await csms.next(EventKind.CONNECTION_REFUSED)).words
 
 
 def test_profile_1_without_passwords_is_refused_at_once() -> None:
@@ -742,7 +734,7 @@ async def test_without_a_common_version_the_connection_is_closed(offer: list[Sub
     async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=offer) as websocket:
         await websocket.wait_closed()
         assert websocket.close_code == 1002
-        assert "none of the subprotocols" in (await csms.next(ConnectionRefused)).reason
+        assert "none of the subprotocols" in (await csms.next(EventKind.CONNECTION_REFUSED)).words
 
 
 async def test_a_url_without_a_stations_id_is_not_found(make: Make) -> None:
@@ -778,10 +770,10 @@ async def test_the_messages_of_every_station_are_answered(version: OcppVersion, 
         )
         answer = await station.call("DataTransfer", vendor_id="else", message_id="x")
         assert answer.status == "UnknownVendorId"
-        booted = await csms.next(Booted)
+        booted = await csms.next(EventKind.BOOTED)
         assert (booted.vendor, booted.model) == ("V", "M")
-        assert (await csms.next(StatusReported)).status == "Available"
-        assert (await csms.next(SecurityEvent)).type == "InvalidChargingStationCertificate"
+        assert (await csms.next(EventKind.STATUS_REPORTED)).status == "Available"
+        assert (await csms.next(EventKind.SECURITY_EVENT)).type == "InvalidChargingStationCertificate"
         assert [str(event).count("\n") for event in csms.events] == [0] * 4
 
 
@@ -853,10 +845,10 @@ async def test_events_are_told_to_each_who_asks_from_the_first_on(make: Make) ->
             told.append(event)
             if len(told) == 2:
                 break
-        assert [type(event) for event in told] == [Connected, Booted]
-        assert await csms.next(Booted) is told[1]
+        assert [event.kind for event in told] == [EventKind.CONNECTED, EventKind.BOOTED]
+        assert await csms.next(EventKind.BOOTED) is told[1]
         with pytest.raises(CsmsError):
-            await csms.next(Booted, timeout=0.01)
+            await csms.next(EventKind.BOOTED, timeout=0.01)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -18,13 +18,7 @@ from secured import Authority, SecuredMosquitto
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.mqtt.url import Broker
-from stationkey.simulators.csms.events import (
-    CertificateAnswered,
-    CertificateSent,
-    CsrAccepted,
-    CsrRejected,
-    SecurityEvent,
-)
+from stationkey.simulators.csms.events import EventKind
 from stationkey.simulators.csms.server import Csms, SecurityProfile
 from stationkey.simulators.josev import SigningRefused, Station, StationSettings, waits
 from stationkey.simulators.ocpp import NotCarried, OcppVersion
@@ -129,10 +123,10 @@ async def test_a_trigger_ends_in_an_installed_certificate(
     async with Csms(organization=ORGANIZATION) as csms, trial.josev(trial.settings(csms, version)) as station:
         assert await csms.connected(IDENTITY) is version
         assert await csms.trigger(IDENTITY, certificate_type) == "Accepted"
-        assert (await csms.next(CertificateAnswered)).accepted
+        assert (await csms.next(EventKind.CERTIFICATE_ANSWERED)).accepted
         await station.settled()
         key = await trial.key_is("active")
-        sent = await csms.next(CertificateSent)
+        sent = await csms.next(EventKind.CERTIFICATE_SENT)
     assert key.chain is not None
     assert key.chain.split() == sent.chain_pem.split()
     assert key.certificate_type == certificate_type
@@ -169,13 +163,13 @@ async def test_a_bad_certificate_is_refused_with_event_and_status(
         async with trial.josev(settings) as station:
             await csms.connected(IDENTITY)
             await csms.trigger(IDENTITY, V2G)
-            answered = await csms.next(CertificateAnswered)
-            event = await csms.next(SecurityEvent)
+            answered = await csms.next(EventKind.CERTIFICATE_ANSWERED)
+            event = await csms.next(EventKind.SECURITY_EVENT)
             await station.settled()
             await trial.key_is("pre-activation", failed=True)
     assert not answered.accepted
     assert event.type == "InvalidChargingStationCertificate"
-    assert words in event.tech_info
+    assert words in event.words
     assert list(trial.certificates.iterdir()) == []
 
 
@@ -184,8 +178,8 @@ async def test_a_certificate_that_comes_again_is_accepted_and_changes_nothing(tr
     async with Csms(organization=ORGANIZATION) as csms, trial.josev(trial.settings(csms)) as station:
         await csms.connected(IDENTITY)
         await csms.trigger(IDENTITY, V2G)
-        sent = await csms.next(CertificateSent)
-        await csms.next(CertificateAnswered)
+        sent = await csms.next(EventKind.CERTIFICATE_SENT)
+        await csms.next(EventKind.CERTIFICATE_ANSWERED)
         await station.settled()
         key = await trial.key_is("active")
         before = {path: path.stat().st_mtime_ns for path in trial.certificates.iterdir()}
@@ -204,8 +198,8 @@ async def test_a_chain_that_is_too_long_is_refused_with_event_and_status(trial: 
         async with trial.josev(settings) as station:
             await csms.connected(IDENTITY)
             await csms.trigger(IDENTITY, V2G)
-            assert not (await csms.next(CertificateAnswered)).accepted
-            assert (await csms.next(SecurityEvent)).type == "InvalidChargingStationCertificate"
+            assert not (await csms.next(EventKind.CERTIFICATE_ANSWERED)).accepted
+            assert (await csms.next(EventKind.SECURITY_EVENT)).type == "InvalidChargingStationCertificate"
             await station.settled()
             await trial.key_is("pre-activation", failed=True)
     assert list(trial.certificates.iterdir()) == []
@@ -218,9 +212,9 @@ async def test_the_same_csr_is_sent_again_while_no_certificate_comes(trial: Tria
         async with trial.josev(settings) as station:
             await csms.connected(IDENTITY)
             await csms.trigger(IDENTITY, V2G)
-            csrs = [(await csms.next(CsrAccepted)).csr for _ in range(3)]
+            csrs = [(await csms.next(EventKind.CSR_ACCEPTED)).csr for _ in range(3)]
             await station.settled()
-            assert len([event for event in csms.events if isinstance(event, CsrAccepted)]) == 3
+            assert len([event for event in csms.events if event.kind is EventKind.CSR_ACCEPTED]) == 3
     assert len(set(csrs)) == 1
     assert len(trial.on_record()) == 1
 
@@ -233,9 +227,9 @@ async def test_the_answer_to_the_first_of_three_csrs_activates_the_first_key(tri
             await csms.connected(IDENTITY)
             for _ in range(3):
                 assert await csms.trigger(IDENTITY, V2G) == "Accepted"
-                await csms.next(CsrAccepted)
+                await csms.next(EventKind.CSR_ACCEPTED)
                 await station.settled()
-            assert (await csms.next(CertificateAnswered)).accepted
+            assert (await csms.next(EventKind.CERTIFICATE_ANSWERED)).accepted
             await station.settled()
             await trial.key_is("active", number=0)
     assert [str(key.state) for key in trial.on_record()] == ["active", "pre-activation", "pre-activation"]
@@ -251,7 +245,7 @@ async def test_a_rejected_csr_is_not_sent_again(trial: Trial, misbehaviour: Misb
             with pytest.raises(SigningRefused):
                 await station.renew(V2G)
             await trial.key_is("pre-activation", failed=True)
-            assert len([event for event in csms.events if isinstance(event, CsrRejected)]) == 1
+            assert len([event for event in csms.events if event.kind is EventKind.CSR_REJECTED]) == 1
 
 
 async def test_a_csms_that_knows_another_organisation_refuses_in_words(trial: Trial) -> None:
@@ -260,7 +254,7 @@ async def test_a_csms_that_knows_another_organisation_refuses_in_words(trial: Tr
         await csms.connected(IDENTITY)
         with pytest.raises(SigningRefused):
             await station.renew(CHARGING_STATION)
-        assert "Somebody Else" in (await csms.next(CsrRejected)).words
+        assert "Somebody Else" in (await csms.next(EventKind.CSR_REJECTED)).words
 
 
 async def test_one_trigger_at_a_time(trial: Trial) -> None:
@@ -268,7 +262,7 @@ async def test_one_trigger_at_a_time(trial: Trial) -> None:
     async with csms, trial.josev(trial.settings(csms)):
         await csms.connected(IDENTITY)
         assert await csms.trigger(IDENTITY, V2G) == "Accepted"
-        await csms.next(CsrAccepted)
+        await csms.next(EventKind.CSR_ACCEPTED)
         assert await csms.trigger(IDENTITY, CHARGING_STATION) == "Rejected"
 
 
@@ -278,13 +272,13 @@ async def test_a_restart_goes_on_with_the_same_csr(trial: Trial) -> None:
         async with trial.josev(settings):
             await csms.connected(IDENTITY)
             await csms.trigger(IDENTITY, V2G)
-            first = (await csms.next(CsrAccepted)).csr
+            first = (await csms.next(EventKind.CSR_ACCEPTED)).csr
         csms.misbehaviour = None
         async with trial.josev(settings) as station:
-            assert (await csms.next(CertificateAnswered)).accepted
+            assert (await csms.next(EventKind.CERTIFICATE_ANSWERED)).accepted
             await station.settled()
             await trial.key_is("active")
-            assert (await csms.next(CsrAccepted)).csr == first
+            assert (await csms.next(EventKind.CSR_ACCEPTED)).csr == first
     assert len(trial.on_record()) == 1
 
 

@@ -14,7 +14,7 @@ import click
 
 from stationkey.contract.profiles import SECP256R1, SECP521R1, CertificateType, EllipticCurve
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.simulators.csms.events import Booted, CertificateAnswered, CsrRejected, Event
+from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.csms.server import Csms, SecurityProfile
 from stationkey.simulators.pki import Hierarchy, Misbehaviour
 
@@ -125,7 +125,7 @@ async def _tell(server: Csms, triggers: list[CertificateType]) -> None:
     async with asyncio.TaskGroup() as tasks:
         async for event in server.stream():
             _say(str(event))
-            if isinstance(event, Booted) and triggers:
+            if event.kind is EventKind.BOOTED and triggers:
                 tasks.create_task(ask(server, event.station_id, triggers, settled), name=f"csms-ask-{event.station_id}")
             async with settled:
                 settled.notify_all()
@@ -150,7 +150,7 @@ async def ask(server: Csms, station_id: str, triggers: list[CertificateType], se
 
 
 def _settles(event: Event, station_id: str, kind: CertificateType) -> bool:
-    ends = isinstance(event, CertificateAnswered | CsrRejected) and event.certificate_type is kind
+    ends = event.kind in {EventKind.CERTIFICATE_ANSWERED, EventKind.CSR_REJECTED} and event.certificate_type is kind
     return ends and event.station_id == station_id
 
 

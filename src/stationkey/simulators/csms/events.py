@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
 
 from cryptography import x509
 
@@ -11,118 +14,80 @@ from stationkey.contract.profiles import CertificateType
 from stationkey.simulators.ocpp import OcppVersion
 
 
+class EventKind(StrEnum):
+    """What happened; a comment names the fields of `Event` that say more."""
+
+    CONNECTED = "connected"  # version; certificate, with security profile 3
+    DISCONNECTED = "disconnected"
+    CONNECTION_REFUSED = "connection_refused"  # words
+    BOOTED = "booted"  # vendor, model; BootNotification, which was accepted
+    TRIGGERED = "triggered"  # certificate_type; status: the station's answer
+    CSR_ACCEPTED = "csr_accepted"  # certificate_type, csr, request_id
+    CSR_REJECTED = "csr_rejected"  # the same, reason, words
+    CERTIFICATE_SENT = "certificate_sent"  # certificate_type, chain_pem, request_id; it is about to be sent
+    CERTIFICATE_ANSWERED = "certificate_answered"  # certificate_type, status (or an error's code), words
+    SECURITY_EVENT = "security_event"  # type; words: its techInfo
+    STATUS_REPORTED = "status_reported"  # status, of a connector
+
+
+_TEXTS: Final[Mapping[EventKind, tuple[str, str]]] = MappingProxyType(
+    {
+        EventKind.CONNECTED: ("connected, OCPP {version}", ", {words}"),
+        EventKind.DISCONNECTED: ("disconnected", ""),
+        EventKind.CONNECTION_REFUSED: ("not let in", ": {words}"),
+        EventKind.BOOTED: ("BootNotification of {vendor} {model}, accepted", ""),
+        EventKind.TRIGGERED: ("told to ask for a {certificate_type}: {status}", ""),
+        EventKind.CSR_ACCEPTED: ("SignCertificate for a {certificate_type}, accepted", ""),
+        EventKind.CSR_REJECTED: ("SignCertificate for a {certificate_type}, rejected", ": {words}"),
+        EventKind.CERTIFICATE_SENT: (
+            "CertificateSigned for the {certificate_type} sent, {certificates} certificates",
+            "",
+        ),
+        EventKind.CERTIFICATE_ANSWERED: (
+            "CertificateSigned for the {certificate_type} answered: {status}",
+            " ({words})",
+        ),
+        EventKind.SECURITY_EVENT: ("security event {type}", ": {words}"),
+        EventKind.STATUS_REPORTED: ("status of a connector: {status}", ""),
+    }
+)
+"""The line of each event, and what is added to it where there are words."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that happened. `str(event)` says it in one line.
 
     Attributes:
+        kind: what; it says which of the other fields are set.
         station_id: whose, by the last part of the URL that it connected to.
+        version: of OCPP that is spoken.
+        certificate: the station's own, with which it connected.
+        vendor: of the station.
+        model: of the station.
+        certificate_type: what the message is about.
+        csr: the PEM as it came.
+        chain_pem: the chain that is sent.
+        request_id: the message's ``requestId``, or None.
+        status: what was answered or reported.
+        type: of a security event.
+        reason: stable word for why a CSR was rejected.
+        words: what to tell a person.
     """
 
+    kind: EventKind
     station_id: str
-
-    def __str__(self) -> str:
-        return f"{self.station_id}: {self._words()}"
-
-    def _words(self) -> str:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connected(Event):
-    """A station is connected. `certificate` is its own, with security profile 3."""
-
-    version: OcppVersion
+    version: OcppVersion | None = None
     certificate: x509.Certificate | None = None
-
-    def _words(self) -> str:
-        return f"connected, OCPP {self.version.number}" + (", by its certificate" if self.certificate else "")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disconnected(Event):
-    """A station is gone."""
-
-    def _words(self) -> str:
-        return "disconnected"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectionRefused(Event):
-    """A station was not let in; `reason` in words."""
-
-    reason: str
-
-    def _words(self) -> str:
-        return f"not let in: {self.reason}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Booted(Event):
-    """BootNotification, which was accepted."""
-
-    vendor: str
-    model: str
-
-    def _words(self) -> str:
-        return f"BootNotification of {self.vendor} {self.model}, accepted"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Triggered(Event):
-    """A trigger was sent, and the station answered `status`."""
-
-    certificate_type: CertificateType
-    status: str
-
-    def _words(self) -> str:
-        return f"told to ask for a {self.certificate_type}: {self.status}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CsrAccepted(Event):
-    """SignCertificate was answered with Accepted. `csr` is the PEM as it came."""
-
-    certificate_type: CertificateType
-    csr: str
-    request_id: int | None
-
-    def _words(self) -> str:
-        return f"SignCertificate for a {self.certificate_type}, accepted"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CsrRejected(Event):
-    """SignCertificate was answered with Rejected. `reason` is the stable word, `words` what to tell a person."""
-
-    certificate_type: CertificateType
-    csr: str
-    request_id: int | None
-    reason: str
-    words: str
-
-    def _words(self) -> str:
-        return f"SignCertificate for a {self.certificate_type}, rejected: {self.words}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CertificateSent(Event):
-    """CertificateSigned is about to be sent."""
-
-    certificate_type: CertificateType
-    chain_pem: str
-    request_id: int | None
-
-    def _words(self) -> str:
-        return f"CertificateSigned for the {self.certificate_type} sent, {self.chain_pem.count('BEGIN')} certificates"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CertificateAnswered(Event):
-    """CertificateSigned was answered: `status` is Accepted, Rejected or an error's code; `words` may say why."""
-
-    certificate_type: CertificateType
-    status: str
+    vendor: str = ""
+    model: str = ""
+    certificate_type: CertificateType | None = None
+    csr: str = ""
+    chain_pem: str = ""
+    request_id: int | None = None
+    status: str = ""
+    type: str = ""
+    reason: str = ""
     words: str = ""
 
     @property
@@ -130,30 +95,16 @@ class CertificateAnswered(Event):
         """Whether the station took the certificate."""
         return self.status == "Accepted"
 
-    def _words(self) -> str:
-        why = f" ({self.words})" if self.words else ""
-        return f"CertificateSigned for the {self.certificate_type} answered: {self.status}{why}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SecurityEvent(Event):
-    """SecurityEventNotification."""
-
-    type: str
-    tech_info: str
-
-    def _words(self) -> str:
-        return f"security event {self.type}" + (f": {self.tech_info}" if self.tech_info else "")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatusReported(Event):
-    """StatusNotification of a connector."""
-
-    status: str
-
-    def _words(self) -> str:
-        return f"status of a connector: {self.status}"
-
-
-EventT = TypeVar("EventT", bound=Event)
+    def __str__(self) -> str:
+        always, more = _TEXTS[self.kind]
+        text = always + more if self.words else always
+        return f"{self.station_id}: " + text.format(
+            version="" if self.version is None else self.version.number,
+            vendor=self.vendor,
+            model=self.model,
+            certificate_type=self.certificate_type,
+            certificates=self.chain_pem.count("BEGIN"),
+            status=self.status,
+            type=self.type,
+            words=self.words,
+        )

@@ -38,21 +38,7 @@ from stationkey.contract.profiles import (
 from stationkey.errors import ConfigurationError, Fault, StationKeyError
 from stationkey.simulators import ocpp
 from stationkey.simulators.csms.csr_check import CsrRefused, check_csr, from_pem, refused
-from stationkey.simulators.csms.events import (
-    Booted,
-    CertificateAnswered,
-    CertificateSent,
-    Connected,
-    ConnectionRefused,
-    CsrAccepted,
-    CsrRejected,
-    Disconnected,
-    Event,
-    EventT,
-    SecurityEvent,
-    StatusReported,
-    Triggered,
-)
+from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.ocpp import OcppVersion, Payload, PayloadInvalid, SignRequest
 from stationkey.simulators.ocpp_connection import Answered, CallError, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem, to_pem
@@ -92,7 +78,7 @@ class Csms:
             # a station connects to f"{csms.url}/CS001"
             await csms.connected("CS001")
             await csms.trigger("CS001", CertificateType.V2G_CERTIFICATE)
-            answered = await csms.next(CertificateAnswered)
+            answered = await csms.next(EventKind.CERTIFICATE_ANSWERED)
 
     Args:
         organization: what O of a CSR must be [A00.FR.509], and O of its own CA where it makes one.
@@ -142,7 +128,7 @@ class Csms:
         self._held: defaultdict[tuple[str, CertificateType], list[SignRequest]] = defaultdict(list)
         self._request_ids: dict[tuple[str, int], str] = {}
         self._happened = asyncio.Event()
-        self._cursors: dict[type[Event], int] = {}
+        self._cursors: dict[EventKind, int] = {}
 
     async def __aenter__(self) -> Self:
         host, port = self._address
@@ -212,10 +198,12 @@ class Csms:
             status = ocpp.read_status(call.action, result, connection.version, "TriggerMessage")
         except CallError as error:
             status = error.code
-        self._record(Triggered(station_id=station_id, certificate_type=certificate_type, status=status))
+        self._record(
+            Event(kind=EventKind.TRIGGERED, station_id=station_id, certificate_type=certificate_type, status=status)
+        )
         return status
 
-    async def next(self, kind: type[EventT], *, timeout: float = EVENT_TIMEOUT) -> EventT:
+    async def next(self, kind: EventKind, *, timeout: float = EVENT_TIMEOUT) -> Event:
         """The first event of this kind that `next` has not returned before, past or still to come.
 
         Raises:
@@ -229,11 +217,11 @@ class Csms:
                         event = self.events[index]
                         index += 1
                         self._cursors[kind] = index
-                        if isinstance(event, kind):
+                        if event.kind is kind:
                             return event
                     await self._happened.wait()
         except TimeoutError:
-            raise CsmsError(f"no {kind.__name__} in {timeout:g} s", reason="csms_nothing_happened") from None
+            raise CsmsError(f"no {kind} in {timeout:g} s", reason="csms_nothing_happened") from None
 
     async def stream(self) -> AsyncIterator[Event]:
         """All events from the first on, as they happen, without end."""
@@ -273,7 +261,7 @@ class Csms:
         trouble = self._stranger(websocket, station_id, request)
         if trouble is None:
             return None
-        self._record(ConnectionRefused(station_id=station_id, reason=trouble))
+        self._record(Event(kind=EventKind.CONNECTION_REFUSED, station_id=station_id, words=trouble))
         response = websocket.respond(http.HTTPStatus.UNAUTHORIZED, f"{trouble}\n")
         if self._security_profile is not SecurityProfile.MUTUAL_TLS:
             response.headers["WWW-Authenticate"] = 'Basic realm="stationkey csms", charset="UTF-8"'
@@ -307,7 +295,7 @@ class Csms:
             # The handshake is completed without a subprotocol, and the connection closed [OCPP-J 3.1.2].
             speaks = ", ".join(version.value for version in self._versions)
             reason = f"none of the subprotocols offered is one of {speaks}"
-            self._record(ConnectionRefused(station_id=station_id, reason=reason))
+            self._record(Event(kind=EventKind.CONNECTION_REFUSED, station_id=station_id, words=reason))
             await websocket.close(1002, "no common version of OCPP")
             return
         version = OcppVersion(websocket.subprotocol)
@@ -318,7 +306,15 @@ class Csms:
         connection = OcppConnection(websocket, version, answer)
         older, self._stations[station_id] = self._stations.get(station_id), connection
         certificate = _peer_certificate(websocket)
-        self._record(Connected(station_id=station_id, version=version, certificate=certificate))
+        self._record(
+            Event(
+                kind=EventKind.CONNECTED,
+                station_id=station_id,
+                version=version,
+                certificate=certificate,
+                words="by its certificate" if certificate else "",
+            )
+        )
         try:
             if older is not None:
                 await older.close()  # a station has one connection; the other side of this one is most likely gone
@@ -326,7 +322,7 @@ class Csms:
         finally:
             if self._stations.get(station_id) is connection:
                 del self._stations[station_id]
-            self._record(Disconnected(station_id=station_id))
+            self._record(Event(kind=EventKind.DISCONNECTED, station_id=station_id))
 
     # --- What it answers ---------------------------------------------------------------------------------------------
 
@@ -346,10 +342,12 @@ class Csms:
                 return {"status": "UnknownMessageId" if known else "UnknownVendorId"}
             case "SecurityEventNotification":
                 info = str(payload.get("techInfo", ""))
-                self._record(SecurityEvent(station_id=station_id, type=payload["type"], tech_info=info))
+                self._record(
+                    Event(kind=EventKind.SECURITY_EVENT, station_id=station_id, type=payload["type"], words=info)
+                )
             case "StatusNotification":
                 status = str(payload.get("status") or payload.get("connectorStatus"))
-                self._record(StatusReported(station_id=station_id, status=status))
+                self._record(Event(kind=EventKind.STATUS_REPORTED, station_id=station_id, status=status))
         try:
             ocpp.validate(action, {}, version, result=True)
         except PayloadInvalid:
@@ -361,7 +359,7 @@ class Csms:
             vendor, model = payload["chargingStation"]["vendorName"], payload["chargingStation"]["model"]
         else:
             vendor, model = payload["chargePointVendor"], payload["chargePointModel"]
-        self._record(Booted(station_id=station_id, vendor=vendor, model=model))
+        self._record(Event(kind=EventKind.BOOTED, station_id=station_id, vendor=vendor, model=model))
         now = ocpp.to_timestamp(self._clock())
         return {"currentTime": now, "interval": HEARTBEAT_INTERVAL, "status": "Accepted"}
 
@@ -373,7 +371,8 @@ class Csms:
             csr = self._check(station_id, request)
         except CsrRefused as error:
             self._record(
-                CsrRejected(
+                Event(
+                    kind=EventKind.CSR_REJECTED,
                     station_id=station_id,
                     certificate_type=request.certificate_type,
                     csr=request.csr,
@@ -384,7 +383,8 @@ class Csms:
             )
             return ocpp.sign_certificate_answer(action, version, accepted=False, reason=error.message)
         self._record(
-            CsrAccepted(
+            Event(
+                kind=EventKind.CSR_ACCEPTED,
                 station_id=station_id,
                 certificate_type=request.certificate_type,
                 csr=request.csr,
@@ -435,7 +435,13 @@ class Csms:
         checked = self.misbehaviour is not Misbehaviour.CHAIN_TOO_LONG
         call = ocpp.certificate_signed(kind, connection.version, chain_pem, request_id=request_id, checked=checked)
         self._record(
-            CertificateSent(station_id=station_id, certificate_type=kind, chain_pem=chain_pem, request_id=request_id)
+            Event(
+                kind=EventKind.CERTIFICATE_SENT,
+                station_id=station_id,
+                certificate_type=kind,
+                chain_pem=chain_pem,
+                request_id=request_id,
+            )
         )
         try:
             result = await connection.call(*call, checked=checked)
@@ -445,7 +451,15 @@ class Csms:
             status, words = error.code, error.description
         except StationKeyError as error:  # no answer, or one against the schema
             status, words = error.reason, error.message
-        self._record(CertificateAnswered(station_id=station_id, certificate_type=kind, status=status, words=words))
+        self._record(
+            Event(
+                kind=EventKind.CERTIFICATE_ANSWERED,
+                station_id=station_id,
+                certificate_type=kind,
+                status=status,
+                words=words,
+            )
+        )
 
 
 def _station_id(request: Request) -> str:
