@@ -381,3 +381,22 @@ def test_a_key_that_changed_while_the_operator_thought_is_left_alone(
     assert f"{key} has become active meanwhile" in result.stderr
     with closing(Ledger(path)) as ledger:
         assert ledger.keys.all()[0].state == "active"
+
+
+def test_a_long_list_is_written_a_part_at_a_time_and_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recording import answer  # noqa: PLC0415 - used here alone
+
+    with closing(Ledger(tmp_path / DATABASE_NAME)) as ledger:
+        made = [answer(ledger) for _ in range(5)]
+    whole = invoke("keys", "list", "--state-dir", tmp_path).stdout
+    for part in ("stationkey.cli.keys._PART", "stationkey.ledger.keys._PART"):
+        monkeypatch.setattr(part, 2)
+
+    listed = invoke("keys", "list", "--json", "--state-dir", tmp_path).stdout
+
+    assert invoke("keys", "list", "--state-dir", tmp_path).stdout == whole
+    assert [line.split()[0] for line in whole.splitlines()] == ["KEY", *made]
+    assert [key["key_id"] for key in json.loads(listed)] == made
+    assert listed == json.dumps(json.loads(listed), indent=2) + "\n"
