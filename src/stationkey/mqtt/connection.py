@@ -16,7 +16,7 @@ import ssl
 import threading
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -29,11 +29,11 @@ from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import MAX_PAYLOAD
 from stationkey.errors import BrokerError
 from stationkey.mqtt.packet_limit import PacketBound
+from stationkey.mqtt.server_limits import ServerLimits, refused_publication
 from stationkey.mqtt.tls import BrokerSocket, closed_without_a_word, introduction, no_handshake, refused
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 KEEPALIVE: Final = 30
@@ -44,8 +44,7 @@ longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
 SESSION_EXPIRY: Final = 7 * 24 * 3600
 """Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
 MAX_IN_HAND: Final = 64
-"""How many messages are in hand at a time, unless it is said otherwise. The broker holds the rest: an RSA key takes its
-time."""
+"""Messages in hand at a time, by default. The broker holds the rest: an RSA key takes its time."""
 MAX_WAITING: Final = 1024
 """How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
 broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound, if it counts right. Reading never
@@ -64,7 +63,7 @@ PLAIN: Final = MqttTerms()
 """No TLS beyond the URL's, and no credentials."""
 ONLINE: Final = b"online"
 OFFLINE: Final = b"offline"
-"""What the availability topic says [MQTT 5 3.1.2.5, the Will Message]."""
+"""What the availability topic says [MQTT 5 3.1.2.5]."""
 _NO_MATCHING_SUBSCRIBERS: Final = 0x10
 """[MQTT 5 3.4.2.1]."""
 _UNSPECIFIED_ERROR: Final = 0x80
@@ -98,6 +97,8 @@ class Message:
     topic: str = ""
     retained: bool = False
     """Whether the broker had kept it from before the subscription."""
+    redelivered: bool = False
+    """Whether the broker may have sent it before [MQTT 5 3.3.1.1, DUP]."""
 
     def acknowledge(self) -> None:
         """Tell the broker that it need not send this again. Too late on a connection that was lost: then it will."""
@@ -158,6 +159,9 @@ class MqttConnection:
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
         self.lost: asyncio.Future[str] = self._loop.create_future()
         """Done, with the reason, when the connection has ended."""
+        self.limits = ServerLimits()
+        """What the broker grants; known once it has accepted the connection."""
+        self._unacknowledged = asyncio.Semaphore(self.limits.receive_maximum)
         self.resumed = False
         """Whether the broker had a session for us. One that goes by user name and not by client id gives another's."""
         self._sock: socket.socket | None = None
@@ -305,29 +309,31 @@ class MqttConnection:
         return self._is_v5
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
-        """Publish at QoS 1, and wait until the broker has it.
+        """Publish at QoS 1 and wait until the broker has it; at QoS 0 where it takes no more [MQTT-3.2.2-11].
 
         Args:
             topic: where to.
             payload: what.
-            retain: have the broker keep it, for whoever subscribes later.
+            retain: have the broker keep it for later subscribers, if it can [MQTT-3.2.2-14].
 
         Returns:
             False where the broker says that nobody subscribes to it, which not every broker does.
 
         Raises:
-            BrokerError: the broker refuses (only MQTT 5 lets it say so).
+            BrokerError: the message is too large, or refused (only MQTT 5 tells). Transient where it passes.
             ConnectionLost: it went away; whether it has the message is not known.
         """
-        info = self._client.publish(topic, payload, qos=1, retain=retain)
-        self._client.loop_write()  # now, and not when the loop comes round
-        reason = await self._answer(info.rc, info.mid)
+        self.limits.check_size(topic, payload)
+        qos = min(1, self.limits.maximum_qos)
+        retain = retain and self.limits.retain_available
+        async with self._unacknowledged:
+            info = self._client.publish(topic, payload, qos=qos, retain=retain)
+            self._client.loop_write()  # now, and not when the loop comes round
+            if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return True
+            reason = await self._answer(info.rc, info.mid)
         if reason.is_failure:
-            raise BrokerError(
-                f"the broker refuses to take a message on {topic}: {reason}",
-                reason="publication_refused",
-                hint="look at its access control list",
-            )
+            raise refused_publication(topic, reason.value, str(reason))
         return reason.value != _NO_MATCHING_SUBSCRIBERS
 
     @property
@@ -483,6 +489,8 @@ class MqttConnection:
         if self._accepted.done():
             return
         if not reason.is_failure:
+            self.limits = limits = ServerLimits.of(properties)
+            self._unacknowledged = asyncio.Semaphore(limits.receive_maximum)
             self.resumed = flags.session_present
             self._accepted.set_result(None)
         elif reason.value == _UNSUPPORTED_PROTOCOL_VERSION:
@@ -524,6 +532,7 @@ class MqttConnection:
                     self._loop.time(),
                     topic=message.topic,
                     retained=bool(message.retain),
+                    redelivered=bool(message.dup),
                 )
             )
         elif not self._dropping:

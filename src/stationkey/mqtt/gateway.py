@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol
@@ -32,6 +32,7 @@ from stationkey.mqtt.connection import (
     OFFLINE,
     ONLINE,
     PLAIN,
+    SESSION_EXPIRY,
     ConnectionLost,
     Message,
     MqttConnection,
@@ -52,6 +53,12 @@ FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
 """Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
 the stations of a site do not all come back at the same moment."""
+GIVE_UP_AFTER: Final = 5
+"""How often the connection may end while an answer is the only one on its way, before that answer is given up: a broker
+that does not take a message and cannot say so closes the connection, and would for ever."""
+QUOTA_FIRST: Final = 1.0
+QUOTA_LAST: Final = 60.0
+"""Seconds before an answer is published again that the broker had no room for; doubled in between."""
 STEADY: Final = 10.0
 """Seconds that a connection must have lasted for the next one to be tried for as soon as the first."""
 UNSTEADY_DELAY: Final = 1.0
@@ -159,6 +166,11 @@ class MqttEdge:
         self._ids: Counter[str] = Counter()
         self._asked: dict[str, GenerateCsrData] = {}  # what the first request in hand with an id asks for
         self._copies = 0
+        self._suspects: Counter[str] = Counter()
+        """Answers that were on their way when a connection ended; how often they were alone."""
+        self._one_at_a_time = asyncio.Lock()
+        self._given_up: deque[str] = deque(maxlen=queue)
+        self._told: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -213,6 +225,7 @@ class MqttEdge:
     async def _connect(self) -> MqttConnection:
         """A connection on which the subscription stands."""
         connection = await self._open()
+        self._tell_limits(connection)
         try:
             await connection.subscribe(self._request_topic)
             await self._announce(connection, ONLINE)
@@ -221,6 +234,19 @@ class MqttEdge:
             await connection.close()
             raise
         return connection
+
+    def _tell_limits(self, connection: MqttConnection) -> None:
+        """Log once in a run what the broker does not grant, and what that costs."""
+        limits = connection.limits
+        short = limits.session_expiry is not None and limits.session_expiry < SESSION_EXPIRY
+        notes = {
+            "takes QoS 0 only: an answer that is lost on the way is not sent again": limits.maximum_qos < 1,
+            f"keeps the session for {limits.session_expiry} s: requests of a longer absence are lost": short,
+        }
+        for words in [words for words, true in notes.items() if true and words not in self._told]:
+            self._told.add(words)
+            grant = BrokerError(f"the broker {words}", reason="broker_grants_less", transient=False)
+            log.warning("%s", grant, extra={"reason": grant.reason})
 
     async def _open(self) -> MqttConnection:
         """A connection, with a Last Will where there is an availability topic and the broker takes one."""
@@ -244,7 +270,8 @@ class MqttEdge:
             except BrokerError:
                 raise error from None
         self._announces = False
-        self._not_announced(BrokerError("the broker refuses the Last Will", reason="publication_refused"))
+        refusal = BrokerError("the broker refuses the Last Will", reason="publication_refused", transient=False)
+        self._not_announced(refusal)
         return connection
 
     async def _announce(self, connection: MqttConnection, state: bytes) -> None:
@@ -367,6 +394,8 @@ class MqttEdge:
         match message:
             case GenerateCsrRequest():
                 in_hand.request_id = message.id
+                if in_hand.message.redelivered and message.id in self._given_up:
+                    return None
                 if not self._take_up(in_hand, message):
                     log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
                     return None
@@ -406,22 +435,54 @@ class MqttEdge:
             Whether it is done with; False where the service ends first.
         """
         payload = encode(response)
-        while True:
-            await self._connected.wait()
+        about = {"request_id": response.id}
+        quota = Backoff(QUOTA_FIRST, QUOTA_LAST)
+        try:
+            while True:
+                await self._connected.wait()
+                if self._connection is None and self._ending:
+                    log.warning("the answer goes out after the next start", extra=about)
+                    return False
+                try:
+                    await self._publish(response.id, payload)
+                except ConnectionLost:
+                    if self._suspects[response.id] < GIVE_UP_AFTER:
+                        continue
+                    words = f"each of {GIVE_UP_AFTER} connections ended when an answer of {len(payload)} bytes was sent"
+                    log.error("answer not delivered: %s", words, extra=about | {"reason": "publication_too_large"})
+                    self._given_up.append(response.id)  # its request could not be acknowledged, and is redelivered
+                except BrokerError as error:
+                    if error.transient and self._ending:
+                        return False  # the broker sends the request again
+                    if error.transient:
+                        await asyncio.sleep(quota.next())
+                        continue
+                    words = f"answer of {len(payload)} bytes not delivered"
+                    log.error("%s: %s", words, error, extra=about | {"reason": error.reason})
+                    return True
+                await self._service.delivered(response)
+                return True
+        finally:
+            self._suspects.pop(response.id, None)
+
+    async def _publish(self, request_id: str, payload: bytes) -> None:
+        """Publish an answer; alone, while any answer is on its way that was so when a connection ended.
+
+        Raises:
+            ConnectionLost: noted in `_suspects`, which counts how often it was the only one on its way.
+            BrokerError: the broker refuses it.
+        """
+        alone = bool(self._suspects)
+        async with self._one_at_a_time if alone else nullcontext():
             connection = self._connection
             if connection is None:
-                log.warning("the answer goes out after the next start", extra={"request_id": response.id})
-                return False
+                raise ConnectionLost("the connection ended", reason="connection_lost")
             try:
                 await connection.publish(self._response_topic, payload)
             except ConnectionLost:
+                self._suspects[request_id] += alone
                 self._disconnected(connection)
-                continue
-            except BrokerError as error:
-                log.error("the answer is lost: %s", error, extra={"request_id": response.id, "reason": error.reason})
-                return True
-            await self._service.delivered(response)
-            return True
+                raise
 
     async def _deliver_recorded(self) -> None:
         """Publish what an earlier run answered and could not hand over."""

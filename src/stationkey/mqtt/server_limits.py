@@ -1,0 +1,82 @@
+"""What a broker's CONNACK grants [MQTT 5 3.2.2.3], and what its PUBACK says of a message [MQTT 5 3.4.2.1]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from stationkey.errors import BrokerError
+
+_PUBLISH_OVERHEAD: Final = 2 + 2 + 1
+"""Bytes of a PUBLISH beside topic and payload: length of the topic, packet identifier, no properties [3.3]."""
+_NOT_AUTHORIZED: Final = 0x87
+_QUOTA_EXCEEDED: Final = 0x97
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """The limits that a client has to keep to; the defaults are those of a CONNACK that names none, and of 3.1.1.
+
+    Attributes:
+        maximum_packet_size: bytes of a whole packet [MQTT-3.2.2-15]; None for no limit.
+        maximum_qos: of a PUBLISH, 0 to 2 [MQTT-3.2.2-11].
+        retain_available: whether a PUBLISH may be retained [MQTT-3.2.2-14].
+        receive_maximum: PUBLISH packets of QoS 1 that may be unacknowledged [3.2.2.3.3].
+        session_expiry: seconds that the session is kept; None for what was asked for [3.2.2.3.2].
+    """
+
+    maximum_packet_size: int | None = None
+    maximum_qos: int = 2
+    retain_available: bool = True
+    receive_maximum: int = 65_535
+    session_expiry: int | None = None
+
+    @classmethod
+    def of(cls, properties: object) -> Self:
+        """Read the properties of a CONNACK, as paho gives them; None for 3.1.1."""
+
+        def value(name: str, default: Any) -> Any:
+            return getattr(properties, name, default)
+
+        return cls(
+            maximum_packet_size=value("MaximumPacketSize", None),
+            maximum_qos=value("MaximumQoS", 2),
+            retain_available=bool(value("RetainAvailable", 1)),
+            receive_maximum=value("ReceiveMaximum", 65_535),
+            session_expiry=value("SessionExpiryInterval", None),
+        )
+
+    def check_size(self, topic: str, payload: bytes) -> None:
+        """Refuse a message that the broker does not take.
+
+        Raises:
+            BrokerError: its packet would be larger than Maximum Packet Size.
+        """
+        size = _packet_size(len(topic.encode()) + len(payload) + _PUBLISH_OVERHEAD)
+        if self.maximum_packet_size is not None and size > self.maximum_packet_size:
+            raise BrokerError(
+                f"the packet has {size} bytes, and the broker takes {self.maximum_packet_size}",
+                reason="publication_too_large",
+                hint="raise the broker's limit (Mosquitto: max_packet_size)",
+                transient=False,
+            )
+
+
+def _packet_size(remaining: int) -> int:
+    """The bytes of a packet by its Remaining Length, a variable byte integer [MQTT 5 1.5.5, 2.1.4]."""
+    return 1 + max(1, (remaining.bit_length() + 6) // 7) + remaining
+
+
+def refused_publication(topic: str, code: int, words: str) -> BrokerError:
+    """Return the error for a PUBACK that refuses a message.
+
+    Args:
+        topic: of the message.
+        code: reason code, 0x80 or more.
+        words: its name.
+    """
+    what = f"the broker refuses a message on {topic}: {words}"
+    if code == _QUOTA_EXCEEDED:
+        return BrokerError(what, reason="publication_quota", hint="it is tried again")
+    hint = "look at the broker's access control list" if code == _NOT_AUTHORIZED else ""
+    return BrokerError(what, reason="publication_refused", hint=hint, transient=False)
