@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -15,10 +16,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from peers import free_port
+from peers import Swtpm, free_port
 
+from parts import station
 from stationkey.doctor import Finding, Level, Options, Report, examine
 
+DOCTOR = [sys.executable, "-m", "stationkey", "doctor"]
 NOBODY = 65534
 """A user who owns nothing here."""
 
@@ -150,3 +153,24 @@ class Pki:
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
             .sign(self._key, hashes.SHA256())
         )
+
+
+def tool(tpm: Swtpm, *words: str, fails: bool = False) -> None:
+    """A program of tpm2-tools."""
+    done = subprocess.run(
+        words, env={**os.environ, "TPM2TOOLS_TCTI": tpm.tcti}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode != 0) == fails, done.stderr
+
+
+def used(folder: Path, *, keystore: str = "software:", installed: bool = True) -> Path:
+    """A state directory with a key in it; active, where it is `installed`."""
+
+    async def use() -> None:
+        async with station(folder / "state", keystore=keystore) as one:
+            await one.key()
+            if installed:
+                await one.told("installed")
+
+    asyncio.run(use())
+    return folder / "state"

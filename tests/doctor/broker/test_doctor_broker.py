@@ -1,0 +1,83 @@
+"""What the doctor says of a broker, as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from judging import FAILURE, NOT_CHECKED, OK, WARNING, worst
+
+from stationkey.doctor import Level
+from stationkey.doctor.broker import reachability as broker_reachability
+from stationkey.doctor.broker import rights
+from stationkey.doctor.broker.probe import Rights, Visit
+from stationkey.doctor.checks import CHECKS
+from stationkey.doctor.config.certificates import judge_dates
+from stationkey.doctor.report import ok
+from stationkey.errors import BrokerError
+from stationkey.mqtt.url import Broker
+
+BROKER, TLS = Broker("b", 1883), Broker("b", 8883, tls=True)
+
+
+NAMED = Visit(named=True, own=Rights(asks=False, answers=True), subscribed=True, josev=True, single=0.001, pair=0.002)
+
+
+class TestBroker:
+    @pytest.mark.parametrize(
+        ("changes", "reach", "name", "level"),
+        [
+            ({}, None, "broker.own_rights", OK),
+            ({"mqtt5": False}, None, "broker.version", WARNING),
+            ({"mqtt5": False}, None, "broker.publish", NOT_CHECKED),
+            ({"own": Rights(asks=False, answers=False)}, None, "broker.publish", FAILURE),
+            ({"own": Rights(asks=True, answers=True)}, None, "broker.own_rights", FAILURE),
+            ({"named": False}, None, "broker.anonymous", WARNING),
+            ({"named": False}, "every machine", "broker.anonymous", FAILURE),
+            ({"anonymous": Rights(asks=True)}, None, "broker.anonymous", FAILURE),
+            ({"anonymous": Rights(listens=True)}, None, "broker.anonymous", FAILURE),
+            ({"anonymous": Rights(asks=False)}, None, "broker.anonymous", OK),
+            ({"anonymous": Rights(asks=False)}, "every machine", "broker.anonymous", WARNING),
+            ({"anonymous_why": "it is gone"}, None, "broker.anonymous", NOT_CHECKED),
+            ({"subscribed": False}, None, "broker.subscribe", FAILURE),
+            ({"subscribed": None, "cut": "gone"}, None, "broker.subscribe", FAILURE),
+            ({"josev": False}, None, "broker.josev", WARNING),
+            ({"josev": None}, None, "broker.josev", NOT_CHECKED),
+            ({"retained": ("josev/cs",)}, None, "broker.retained", WARNING),
+            ({"pair": 0.041}, None, "broker.delay", WARNING),
+            ({"single": 0.2, "pair": 0.201}, None, "broker.delay", OK),
+        ],
+    )
+    def test_what_was_seen_at_the_broker(
+        self, changes: dict[str, Any], reach: str | None, name: str, level: Level
+    ) -> None:
+        seen = dataclasses.replace(NAMED, **changes)
+        check: Any = next(check for check in CHECKS["Broker"] if check.id == name)
+        given = (seen, reach) if check.look is rights.look_at_reach else (seen,)
+        assert worst(check.judge(*given)) is level
+
+    def test_somebody_who_is_let_in_where_we_are_not_is_told(self) -> None:
+        refused = Visit(refused=BrokerError("no", reason="broker_refuses"), named=True, anonymous=Rights(asks=True))
+        assert rights.judge_login(BROKER, refused, False).stops
+        assert rights.judge_anonymous(refused, None).level is FAILURE
+        assert rights.judge_anonymous(dataclasses.replace(refused, anonymous=None), None).level is NOT_CHECKED
+
+    @pytest.mark.parametrize(
+        ("ends", "level"),
+        [(timedelta(days=90), OK), (timedelta(days=10), WARNING)],
+    )
+    def test_the_end_of_the_broker_s_certificate(self, ends: timedelta, level: Level) -> None:
+        now = datetime.now(UTC)
+        text = (now + ends).strftime("%b %d %H:%M:%S %Y GMT")
+        assert broker_reachability.judge_tls(TLS, "TLSv1.3", text, None, now).level is level
+
+    @pytest.mark.parametrize(
+        ("begins", "ends", "level"),
+        [(-10, 90, OK), (-10, 10, WARNING), (-10, -1, FAILURE), (1, 90, FAILURE)],
+    )
+    def test_the_time_of_a_certificate(self, begins: int, ends: int, level: Level) -> None:
+        now = datetime.now(UTC)
+        dates = now + timedelta(days=begins), now + timedelta(days=ends)
+        assert worst([*judge_dates("it", *dates, now), ok("")]) is level

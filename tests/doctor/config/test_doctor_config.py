@@ -1,0 +1,103 @@
+"""What the doctor says of the configuration, as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, said, settings, worst
+
+from stationkey.config.secrets import SecretReference
+from stationkey.doctor import Level
+from stationkey.doctor.config import consistency
+from stationkey.doctor.config import file as configuration
+from stationkey.doctor.config import secrets as named
+from stationkey.doctor.host.context import Configured, Unit
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        ("changes", "level"),
+        [
+            ({}, OK),
+            ({"uid": 0, "gid": 990, "mode": 0o640}, OK),
+            ({"mode": 0o662}, FAILURE),
+            ({"mode": 0o620}, WARNING),
+            ({"uid": 1234, "mode": 0o644}, WARNING),
+            ({"uid": 0, "gid": 0, "mode": 0o600}, FAILURE),
+            ({"exposed": Path("/x")}, FAILURE),
+        ],
+    )
+    def test_rights(self, changes: dict[str, Any], level: Level) -> None:
+        assert worst(configuration.judge_rights(facts(**changes), STATION)) is level
+
+    def test_a_directory_on_the_way_that_is_closed_is_named(self) -> None:
+        assert "/x is closed" in said(configuration.judge_rights(facts(closed=Path("/x")), STATION))
+
+    def test_a_file_that_is_not_named_and_there_is_told(self) -> None:
+        configured = Configured(file=None, complaints=(), settings=settings(), keystore=None)
+        assert configuration.judge_file(configured, Path("/x")).level is WARNING
+        assert configuration.judge_file(configured, None).level is OK
+
+    @pytest.mark.parametrize(
+        ("environment", "level"),
+        [
+            ({}, OK),
+            ({"STATIONKEY_BROKER": "x", "PATH": "y"}, OK),
+            ({"STATIONKEY_KEYSTROE": "x"}, WARNING),
+            ({"OPENSSL_CONF": "x"}, WARNING),
+        ],
+    )
+    def test_variables(self, environment: dict[str, str], level: Level) -> None:
+        assert worst(configuration.judge_environment(environment, None)) is level
+
+    def test_a_log_format_that_is_none_is_a_failure(self) -> None:
+        assert worst(configuration.judge_environment({}, "xml")) is FAILURE
+
+    @pytest.mark.parametrize(
+        ("text", "level", "words"),
+        [
+            ('broker = "mqtt://a"\n[mqtt]\nca_file = "/x"', FAILURE, "mqtts://"),
+            ('broker = "mqtt://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', FAILURE, "in the clear"),
+            ('broker = "mqtts://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', OK, ""),
+            ('[mqtt]\nusername = "u"', WARNING, "neither password nor certificate"),
+            ('[mqtt]\navailability_topic = "a/#"', FAILURE, "cannot be the availability topic"),
+            ('[tpm]\nkey_auth = "generated"', WARNING, "listens on the bus"),
+            ('[tpm]\npcrs = [7]\npcr_bank = "sha1"', WARNING, "SHA-1"),
+            ("allow_software_keys = true", WARNING, "not used"),
+            ('[policy]\nalgorithms = ["ECDSA_SHA256", "RSA_SHA256"]', FAILURE, "the only algorithm"),
+            ('[policy]\nalgorithms = ["ECDSA_SHA256", "ECDSA_SHA512"]', WARNING, "[pool] makes 1 RSA"),
+            ("[policy]\ncertificate_types = []", FAILURE, "a list is empty"),
+            ("[deadlines]\nec = 0.5", WARNING, "busy"),
+            ('[metrics]\nlisten = "0.0.0.0:9100"', FAILURE, "from other machines"),
+            ('[metrics]\nlisten = "[::1]:9100"', OK, ""),
+            ('[metrics]\nlisten = "unix:/run/x"', OK, ""),
+        ],
+    )
+    def test_settings_that_contradict_each_other(self, tmp_path: Path, text: str, level: Level, words: str) -> None:
+        found = list(consistency.judge_settings(settings(text, tmp_path)))
+        assert worst(found) is level
+        assert words in said(found)
+
+    @pytest.mark.parametrize(
+        ("properties", "level"),
+        [
+            (None, NOT_CHECKED),
+            ({"LoadState": "not-found"}, NOT_CHECKED),
+            ({"LoadState": "loaded", "LoadCredential": "pw:/etc/x"}, OK),
+            ({"LoadState": "loaded", "LoadCredential": "pwd:/etc/x"}, FAILURE),
+        ],
+    )
+    def test_a_credential_is_looked_for_in_the_unit(self, properties: dict[str, str] | None, level: Level) -> None:
+        seen = named.SecretSeen(where="[mqtt] password_file", source="credential:pw", facts=None)
+        unit = None if properties is None else Unit(properties=properties)
+        assert worst(named.judge_secrets([seen], STATION, unit)) is level
+
+    def test_every_secret_that_can_be_named_is_looked_at(self, tmp_path: Path) -> None:
+        text = '[mqtt]\nusername_file = "/a"\npassword_file = "/b"\n[tpm]\n' + "\n".join(
+            f'{name} = "/{name}"' for name in ("owner_auth", "srk_auth", "endorsement_auth", "key_auth")
+        )
+        found = dict(consistency.named_secrets(settings(text, tmp_path)))
+        assert len(found) == 6
+        assert found["[tpm] key_auth"] == SecretReference("/key_auth")

@@ -1,0 +1,166 @@
+"""What the doctor says of clock, machine, users, locks and software."""
+
+from __future__ import annotations
+
+import pytest
+from judging import FAILURE, NOT_CHECKED, OK, ROOT, STATION, STRANGER, WARNING, facts, said
+
+from stationkey.doctor import Level
+from stationkey.doctor.host import clock, machine, software
+from stationkey.doctor.host.context import Daemon, Unit, find_lock
+from stationkey.doctor.host.files import User, permits
+
+
+class TestLocks:
+    LINES = ("1: POSIX  ADVISORY  WRITE 11 fe:00:77 0 EOF", "2: FLOCK  ADVISORY  WRITE 22 fe:01:77 0 EOF")
+
+    @pytest.mark.parametrize(
+        ("line", "expected"),
+        [
+            pytest.param("2: FLOCK  ADVISORY  WRITE 22 fe:00:77 0 EOF", (True, 22), id="held"),
+            pytest.param("2: FLOCK  ADVISORY  WRITE 0 fe:00:77 0 EOF", (True, None), id="by one of another namespace"),
+            pytest.param("2: FLOCK  ADVISORY  READ 22 fe:00:77 0 EOF", (False, None), id="shared"),
+            pytest.param("2: POSIX  ADVISORY  WRITE 22 fe:00:77 0 EOF", (False, None), id="of another kind"),
+            pytest.param("2: -> FLOCK  ADVISORY  WRITE 22 fe:00:77 0 EOF", (False, None), id="only waited for"),
+            pytest.param("2: FLOCK  ADVISORY  WRITE 22 fe:01:77 0 EOF", (False, None), id="on another disk"),
+            pytest.param("", (False, None), id="none"),
+        ],
+    )
+    def test_the_holder_of_a_lock_is_found_in_the_kernel_s_list(
+        self, line: str, expected: tuple[bool, int | None]
+    ) -> None:
+        assert find_lock([line], device=0xFE00, inode=77) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "user", "expected"),
+    [
+        (0o600, STATION, True),
+        (0o060, STATION, False),  # the owner is judged by his own bits alone
+        (0o060, User(1, 990), True),
+        (0o060, User(1, 2, frozenset({990})), True),
+        (0o660, STRANGER, False),
+        (0o006, STRANGER, True),
+        (0o000, ROOT, True),
+    ],
+)
+def test_rights_are_judged_as_the_kernel_does(mode: int, user: User, expected: bool) -> None:
+    assert permits(facts(mode=mode), user, 6) is expected
+
+
+class TestClockAndMachine:
+    NOW = clock.WRITTEN + 86_400.0
+
+    @pytest.mark.parametrize(
+        ("now", "latest", "level"),
+        [
+            (NOW, None, OK),
+            (NOW, NOW - 10, OK),
+            (NOW, NOW + 10, OK),
+            (NOW, NOW + 86_400, WARNING),
+            (0.0, None, FAILURE),
+            (1e11, None, FAILURE),
+        ],
+    )
+    def test_the_time(self, now: float, latest: float | None, level: Level) -> None:
+        clocks = clock.Clocks(now=now, latest=latest, synchronised=True, battery=None)
+        assert clock.judge_time(clocks).level is level
+
+    @pytest.mark.parametrize(("battery", "level"), [(None, WARNING), (NOW, OK), (0.0, WARNING)])
+    def test_the_battery(self, battery: float | None, level: Level) -> None:
+        clocks = clock.Clocks(now=self.NOW, latest=None, synchronised=True, battery=battery)
+        assert clock.judge_battery(clocks).level is level
+
+    @pytest.mark.parametrize(
+        ("me", "user", "tss", "level"),
+        [
+            (ROOT, STATION, (109, frozenset[str]()), OK),
+            (STATION, STATION, (109, frozenset[str]()), OK),
+            (STRANGER, STATION, None, WARNING),
+            (ROOT, ROOT, None, WARNING),
+            (ROOT, STRANGER, (109, frozenset[str]()), WARNING),
+        ],
+    )
+    def test_users(self, me: User, user: User, tss: tuple[int, frozenset[str]] | None, level: Level) -> None:
+        daemon = Daemon(running=False, pid=None, user=user, known_by="so")
+        assert machine.judge_user(me, daemon, tss).level is level
+
+    @pytest.mark.parametrize(
+        ("properties", "level"),
+        [
+            ({"LoadState": "not-found"}, WARNING),
+            ({"LoadState": "loaded", "ActiveState": "active", "UnitFileState": "enabled", "NRestarts": "0"}, OK),
+            ({"LoadState": "loaded", "ActiveState": "active", "UnitFileState": "disabled"}, WARNING),
+            ({"LoadState": "loaded", "ActiveState": "active", "UnitFileState": "enabled", "NRestarts": "7"}, WARNING),
+            ({"LoadState": "loaded", "ActiveState": "inactive"}, WARNING),
+            ({"LoadState": "loaded", "ActiveState": "failed", "Result": "exit-code"}, FAILURE),
+            ({"LoadState": "loaded", "ActiveState": "activating", "SubState": "auto-restart"}, FAILURE),
+            ({"LoadState": "masked"}, FAILURE),
+        ],
+    )
+    def test_the_unit(self, properties: dict[str, str], level: Level) -> None:
+        unit, daemon = Unit(properties=properties), Daemon(running=False, pid=None, user=STATION, known_by="so")
+        assert machine.judge_unit(unit, daemon).level is level
+
+    @pytest.mark.parametrize(
+        ("properties", "level", "words"),
+        [
+            ({}, OK, ""),
+            ({"DevicePolicy": "closed", "DeviceAllow": "/dev/null r /dev/tpmrm0 rw"}, OK, ""),
+            ({"DevicePolicy": "closed", "DeviceAllow": "char-tpmrm rw"}, OK, ""),
+            ({"DevicePolicy": "closed", "DeviceAllow": "/dev/tpm0 rw"}, FAILURE, "DeviceAllow=/dev/tpmrm0"),
+            ({"PrivateDevices": "yes"}, FAILURE, "hides"),
+            ({"ProtectSystem": "strict", "StateDirectory": "stationkey"}, OK, ""),
+            ({"ProtectSystem": "strict", "ReadWritePaths": "/srv /var/lib"}, OK, ""),
+            ({"ProtectSystem": "strict", "StateDirectory": "other"}, FAILURE, "ReadWritePaths"),
+            ({"PrivateNetwork": "yes"}, FAILURE, "without a network"),
+            ({"IPAddressDeny": "0.0.0.0/0 ::/0", "IPAddressAllow": "127.0.0.0/8"}, FAILURE, "IPAddressAllow=192.0.2.7"),
+            ({"IPAddressDeny": "0.0.0.0/0 ::/0", "IPAddressAllow": "127.0.0.0/8 192.0.2.0/24"}, OK, ""),
+            ({"IPAddressDeny": "198.51.100.0/24"}, OK, ""),
+        ],
+    )
+    def test_what_the_unit_takes_from_the_daemon(self, properties: dict[str, str], level: Level, words: str) -> None:
+        unit = Unit(properties={"LoadState": "loaded", **properties})
+        finding = machine.judge_sandbox(unit, "/dev/tpmrm0", "/var/lib/stationkey", ("192.0.2.7",))
+        assert finding.level is level
+        assert words in said(finding)
+
+    @pytest.mark.parametrize(
+        ("pattern", "limit", "level"),
+        [
+            ("core", "0", OK),
+            ("core", "unlimited", WARNING),
+            ("|/usr/lib/systemd/systemd-coredump", "0", OK),
+            ("|/usr/lib/systemd/systemd-coredump", "unlimited", WARNING),
+            ("core", None, NOT_CHECKED),
+        ],
+    )
+    def test_core_dumps(self, pattern: str, limit: str | None, level: Level) -> None:
+        limits = "" if limit is None else f"Limit  Soft\nMax core file size        {limit}     unlimited   bytes\n"
+        assert machine.judge_core_dumps(pattern, limits, None).level is level
+
+    @pytest.mark.parametrize(
+        ("text", "level"),
+        [("MemAvailable:   1000000 kB\n", OK), ("MemAvailable:   1000 kB\n", WARNING), ("", NOT_CHECKED)],
+    )
+    def test_memory(self, text: str, level: Level) -> None:
+        assert machine.judge_memory(text).level is level
+
+    @pytest.mark.parametrize(
+        ("seen", "level"),
+        [
+            (software.OpenSsl(version="3.0.2", modules="/m", provider=True, loads=True), OK),
+            (software.OpenSsl(version="3.0.2", modules="/m", provider=True, complaint="no symbol"), WARNING),
+            (software.OpenSsl(version="3.0.2", modules="/m"), WARNING),
+            (software.OpenSsl(version="1.1.1"), WARNING),
+            (software.OpenSsl(), WARNING),
+        ],
+    )
+    def test_openssl(self, seen: software.OpenSsl, level: Level) -> None:
+        assert software.judge_openssl(seen).level is level
+
+    def test_versions(self) -> None:
+        assert software.judge_tss((3, 2, 1), ("device", True)).level is OK
+        assert software.judge_tss((3, 2, 1), ("device", False)).level is FAILURE
+        assert software.judge_tss((2, 4, 0), None).level is WARNING
+        assert software.judge_tss(None, None).level is FAILURE

@@ -1,0 +1,42 @@
+"""What tests of judges share: settings, users, files, and the worst of several verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stationkey.config.file import File, read_file, settle
+from stationkey.config.settings import Settings
+from stationkey.doctor import Level
+from stationkey.doctor.host.files import Facts, User
+from stationkey.doctor.report import Verdict
+
+OK, WARNING, FAILURE, NOT_CHECKED = Level.OK, Level.WARNING, Level.FAILURE, Level.NOT_CHECKED
+
+
+ROOT, STATION, STRANGER = User(0, 0), User(990, 990, frozenset({109})), User(1234, 1234)
+
+
+def settings(text: str = "", tmp_path: Path | None = None) -> Settings:
+    file = File()
+    if tmp_path is not None:
+        (tmp_path / "c.toml").write_text(text)
+        file = read_file(tmp_path / "c.toml")
+    return settle(file, keystore="tpm2:device:/dev/tpmrm0")
+
+
+def worst(found: Verdict | Iterable[Verdict]) -> Level:
+    findings = [found] if isinstance(found, Verdict) else found
+    order = [FAILURE, WARNING, OK, NOT_CHECKED]
+    return min((finding.level for finding in findings), key=order.index)
+
+
+def said(found: Verdict | Iterable[Verdict]) -> str:
+    findings = [found] if isinstance(found, Verdict) else found
+    return " ".join(f"{finding.message} {finding.advice}" for finding in findings)
+
+
+def facts(**changes: Any) -> Facts:
+    return dataclasses.replace(Facts(path=Path("/x/y"), kind="file", mode=0o600, uid=990, gid=990), **changes)

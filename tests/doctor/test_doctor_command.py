@@ -1,0 +1,197 @@
+"""The command, where all is well and where nothing works: swtpm, Mosquitto, files and other users."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import shutil
+import socket
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from doctors import DOCTOR, command_output, look, read, tool, used
+from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port
+
+from stationkey.doctor import AREAS, Level
+from stationkey.system.state_dir import DATABASE_NAME
+
+
+def child_with(parent: int, word: str) -> int:
+    """A process that another has started and that has a word in its command line, or 0."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_child = (process / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
+            if is_child and word in (process / "cmdline").read_text():
+                return int(process.name)
+    return 0
+
+
+def digest(directory: Path) -> dict[str, tuple[str, int, int]]:
+    """All that is in a directory: content, mode and time of change."""
+    return {
+        str(path.relative_to(directory)): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+class TestWhereAllIsWell:
+    def test_there_is_no_failure(self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm) -> None:
+        used(tmp_path, keystore=swtpm.uri)
+        found = look(tmp_path, broker=mosquitto.url, keystore=swtpm.uri)
+        assert found.failures == set()
+        assert found.level("tpm.keys") is found.level("tpm.srk") is found.level("state.ledger") is Level.OK
+        assert found.level("state.active") is found.level("broker.delay") is Level.OK
+
+    def test_nothing_is_changed_on_the_disk_and_in_the_tpm(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "ecc", "-c", str(tmp_path / "stray"))  # stays loaded
+        (tmp_path / "state").mkdir(mode=0o700)
+        look(tmp_path, broker=mosquitto.url, keystore=swtpm.uri)
+        left = subprocess.run(
+            ["tpm2_getcap", "handles-persistent"],
+            env={**os.environ, "TPM2TOOLS_TCTI": swtpm.tcti},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        loaded = subprocess.run(
+            ["tpm2_getcap", "handles-transient"],
+            env={**os.environ, "TPM2TOOLS_TCTI": swtpm.tcti},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert left.stdout == ""
+        assert len(loaded.stdout.splitlines()) == 1
+        assert list((tmp_path / "state").iterdir()) == []
+
+    @pytest.mark.parametrize("cut", [False, True], ids=["after an end in order", "after a loss of power"])
+    def test_a_ledger_is_read_without_a_trace(self, tmp_path: Path, cut: bool) -> None:
+        state = used(tmp_path)
+        if cut:  # as it lies there while it is open
+            with closing(sqlite3.connect(state / DATABASE_NAME)) as writer:
+                writer.execute("INSERT INTO meta VALUES ('a', 'b')")
+                writer.commit()
+                shutil.copytree(state, tmp_path / "cut")
+            shutil.rmtree(state)
+            (tmp_path / "cut").rename(state)
+            (state / f"{DATABASE_NAME}-shm").unlink()
+        before = digest(state)
+        assert (state / f"{DATABASE_NAME}-wal").exists() is cut
+        found = look(tmp_path)
+        assert found.level("state.ledger") is Level.OK
+        assert digest(state) == before
+
+    def test_the_running_daemon_is_seen_and_not_disturbed(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        options = ("--broker", mosquitto.url, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state"))
+        with Daemon(tmp_path / "daemon", *options) as daemon:
+            found = look(tmp_path, broker=mosquitto.url, keystore=swtpm.uri)
+            assert daemon.process is not None
+            assert f"process {daemon.process.pid}" in found.text("state.daemon")
+            assert found.failures == set()
+            assert "warning" not in daemon.run_log
+
+    def test_through_a_resource_manager_the_tpm_is_shared(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        with (
+            Bus(tmp_path / "bus") as bus,
+            ResourceManager(tmp_path / "abrmd", tpm=swtpm.tcti, bus=bus) as manager,
+        ):
+            text = command_output(
+                [*DOCTOR, "--json", "--keystore", f"tpm2:{manager.tcti}", "--state-dir", str(tmp_path / "state")],
+                {**os.environ, **manager.environment},
+            )
+        assert read(text).level("tpm.manager") is read(text).level("tpm.slots") is Level.OK
+        assert read(text).level("tpm.reachable") is Level.OK
+
+
+class TestTheCommand:
+    def test_nothing_at_all_is_a_report_and_status_1(self, tmp_path: Path) -> None:
+        environment = {
+            "STATIONKEY_BROKER": f"mqtt://127.0.0.1:{free_port()}",
+            "STATIONKEY_STATE_DIR": str(tmp_path / "x"),
+        }
+        done = subprocess.run(
+            [*DOCTOR, "--config", str(tmp_path / "none.toml")],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr == ""
+        assert "FAILURE   config.file: there is no configuration file" in done.stdout
+        assert done.stdout.splitlines()[-1].startswith("2 failures, ")
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert "\x1b" not in done.stdout
+
+    def test_warnings_alone_are_status_0(self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm) -> None:
+        options = ["--broker", mosquitto.url, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state")]
+        done = subprocess.run([*DOCTOR, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0
+        assert "0 failures" in done.stdout.splitlines()[-1]
+
+    def test_wrong_usage_is_status_2(self) -> None:
+        assert subprocess.run([*DOCTOR, "--bogus"], capture_output=True, check=False).returncode == 2
+
+    def test_every_check_is_in_every_report(self, tmp_path: Path) -> None:
+        text = command_output([*DOCTOR, "--json", "--state-dir", str(tmp_path / "state")])
+        report = json.loads(text)
+        assert report["version"] == 1
+        assert {one["id"] for one in report["findings"]} == set(AREAS)
+        assert sum(report["summary"].values()) == len(report["findings"])
+
+    def test_a_hung_tpm_and_a_silent_broker_do_not_hang_it(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            swtpm.freeze()
+            found = look(tmp_path, keystore=swtpm.uri, broker=f"mqtt://127.0.0.1:{silent.getsockname()[1]}")
+            swtpm.thaw()
+        assert "does not answer" in found.text("tpm.reachable")
+        assert "says nothing" in found.text("broker.login")
+        assert found.level("state.directory") is not Level.NOT_CHECKED
+
+    @pytest.mark.parametrize("form", [[], ["--json"]])
+    def test_where_the_report_cannot_be_written_that_is_said_in_a_line(self, tmp_path: Path, form: list[str]) -> None:
+        with Path("/dev/full").open("w") as full:
+            command = [*DOCTOR, *form, "--state-dir", str(tmp_path / "state")]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == "stationkey: the report cannot be written: No space left on device\n"
+
+    def test_without_a_standard_output_the_exit_status_tells(
+        self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm
+    ) -> None:
+        options = f"--broker {mosquitto.url} --keystore {swtpm.uri} --state-dir {tmp_path}/state"
+        for more, status in (("", 0), (" --config /none", 1)):
+            command = ["sh", "-c", f"exec {' '.join(DOCTOR)} {options}{more} >&-"]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+            assert (done.returncode, done.stderr) == (status, "")
+
+    def test_with_it_ends_what_waits_for_a_tpm_that_hangs(self, tmp_path: Path, swtpm: Swtpm) -> None:
+        """Whoever stops the doctor, ``timeout`` for example, leaves no process behind that waits for ever."""
+        swtpm.freeze()
+        command = [*DOCTOR, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as doctor:
+            while not (probe := child_with(doctor.pid, "stationkey.doctor.tpm.probe")):
+                assert doctor.poll() is None
+            ended = os.pidfd_open(probe)
+            doctor.terminate()
+        assert select.select([ended], [], [], 30)[0]
+        os.close(ended)
+        swtpm.thaw()
+
+    def test_a_pipe_in_place_of_the_configuration_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        assert "is no file" in look(tmp_path, config_file=tmp_path / "pipe").text("config.file")
