@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -173,11 +174,11 @@ async def test_a_fifo_that_comes_into_the_place_of_a_file_is_waited_for_by_nobod
     raced.touch()
     really_open = os.open
 
-    def exchanged(path: Path, flags: int, *mode: int) -> int:
+    def exchanged(path: Path, flags: int, *mode: int, **named: Any) -> int:
         if path == raced and not raced.is_fifo():
             raced.unlink()
             os.mkfifo(raced)
-        return really_open(path, flags, *mode)
+        return really_open(path, flags, *mode, **named)
 
     monkeypatch.setattr(os, "open", exchanged)
 
@@ -242,11 +243,11 @@ async def test_a_link_to_the_ledger_that_comes_into_the_place_of_a_file_takes_no
     before = locks_on(here.ledger.database.path, os.getpid())
     really_open = os.open
 
-    def exchanged(path: str | Path, flags: int, *mode: int) -> int:
+    def exchanged(path: str | Path, flags: int, *mode: int, **named: Any) -> int:
         if path == raced and not raced.is_symlink():
             raced.unlink()
             raced.symlink_to(here.ledger.database.path)
-        return really_open(path, flags, *mode)
+        return really_open(path, flags, *mode, **named)
 
     monkeypatch.setattr(os, "open", exchanged)
 

@@ -71,15 +71,22 @@ class Service:
         self.unreadable = False
         self.most_at_once = 0
         self._at_once = 0
+        self._open: list[GenerateCsrRequest] = []
         self._news = asyncio.Condition()
+
+    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
+        same = [one for one in self._open if (one.id.lower(), one.data) == (request.id.lower(), request.data)]
+        return len(same) > most
 
     async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
         self.waited.append(waited)
+        self._open.append(request)
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         await self._note(self.asked, request.id)
         await self.gate.wait()
         self._at_once -= 1
+        self._open.remove(request)
         if request.id == self.faulty:
             raise ZeroDivisionError("a fault of ours")
         return accepted(request, "a CSR")

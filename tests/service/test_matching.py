@@ -418,10 +418,10 @@ async def test_a_file_that_cannot_be_read_is_passed_over_unless_it_could_be_what
     secret = josev.put("a.key", b"Josev's own")
     really_open = os.open
 
-    def closed_to_us(path: Path, *arguments: Any) -> int:
+    def closed_to_us(path: Path, *arguments: Any, **named: Any) -> int:
         if path == secret:
             raise PermissionError(13, "Permission denied", str(path))
-        return really_open(path, *arguments)
+        return really_open(path, *arguments, **named)
 
     monkeypatch.setattr(os, "open", closed_to_us)  # root, as which tests may run, may read everything
 

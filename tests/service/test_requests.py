@@ -43,6 +43,7 @@ from stationkey.keystore.worker import on_keystore
 from stationkey.ledger.answers import Answers
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.ledger.rejections import Rejections
+from stationkey.service import rejections as rejections_module
 from stationkey.service import requests
 from stationkey.service.policy import Policy
 from stationkey.x509.csr import Csr, sign_csr
@@ -555,7 +556,7 @@ async def test_a_rejection_is_on_record_soon_and_nobody_waits_for_it(
         return more
 
     monkeypatch.setattr(Rejections, "write", note)
-    monkeypatch.setattr(requests, "RECORD_WITHIN", 0.01)
+    monkeypatch.setattr(rejections_module, "RECORD_WITHIN", 0.01)
     for reason in ("one", "two"):
         await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason=reason))
     assert rejections(tmp_path) == []
@@ -573,11 +574,11 @@ async def test_a_rejection_that_cannot_be_written_is_told_and_written_when_it_ca
     def full(_: Rejections) -> bool:
         raise LedgerError("the ledger cannot be written: database or disk is full", reason="disk_full")
 
-    monkeypatch.setattr(requests, "RECORD_WITHIN", 0.0)
+    monkeypatch.setattr(rejections_module, "RECORD_WITHIN", 0.0)
     with monkeypatch.context() as fault:
         fault.setattr(Rejections, "write", full)
         await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="one"))
-        recording = answering._recording  # noqa: SLF001 - the task that nobody waits for
+        recording = answering._rejections._recording  # noqa: SLF001 - the task that nobody waits for
         assert recording is not None
         await recording
     assert "rejections are not on record yet" in caplog.text
@@ -589,7 +590,7 @@ async def test_a_rejection_that_cannot_be_written_is_told_and_written_when_it_ca
 async def test_a_flood_of_rejections_is_counted_whole_and_recorded_in_part(
     keystore: KeyStoreThread, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "MAX_REJECTIONS", 50)
+    monkeypatch.setattr(rejections_module, "MAX_REJECTIONS", 50)
     async with aclosing(StationKeyService(keystore, ledger)) as flooded:
         for _ in range(500):
             await flooded.reject(str(uuid.uuid4()), MessageError("wrong", reason="wrong"))

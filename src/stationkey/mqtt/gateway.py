@@ -20,7 +20,6 @@ from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import (
     MAX_PAYLOAD,
     CertificateInstallationStatus,
-    GenerateCsrData,
     GenerateCsrRequest,
     GenerateCsrResponse,
     decode,
@@ -70,6 +69,9 @@ SIGN_OFF: Final = 1.0
 class Answering(Protocol):
     """What the edge needs of the service; `stationkey.service.requests.StationKeyService` has it."""
 
+    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
+        """Whether a request is a copy of one that is being answered, and `most` copies wait for that already."""
+
     async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
         """Answer a request that has waited for so many seconds already."""
 
@@ -95,8 +97,6 @@ class _InHand:
 
     message: Message
     request_id: str | None = None
-    canonical_id: str | None = None
-    copy: bool = False
 
     def about(self) -> dict[str, object]:
         """What a log line says of it."""
@@ -163,9 +163,6 @@ class MqttEdge:
         self._payload_bytes = payload_bytes
         self._free = asyncio.Semaphore(queue)
         self._in_hand: set[_InHand] = set()
-        self._ids: Counter[str] = Counter()
-        self._asked: dict[str, GenerateCsrData] = {}  # what the first request in hand with an id asks for
-        self._copies = 0
         self._suspects: Counter[str] = Counter()
         """Answers that were on their way when a connection ended; how often they were alone."""
         self._one_at_a_time = asyncio.Lock()
@@ -379,7 +376,6 @@ class MqttEdge:
             in_hand.message.acknowledge()
         finally:
             self._in_hand.discard(in_hand)
-            self._let_go(in_hand)
             self._free.release()
 
     async def _respond(self, in_hand: _InHand) -> GenerateCsrResponse | None:
@@ -396,7 +392,7 @@ class MqttEdge:
                 in_hand.request_id = message.id
                 if in_hand.message.redelivered and message.id in self._given_up:
                     return None
-                if not self._take_up(in_hand, message):
+                if self._service.is_surplus(message, most=max(1, self._queue // COPIES_SHARE)):
                     log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
                     return None
                 waited = asyncio.get_running_loop().time() - in_hand.message.received
@@ -404,29 +400,6 @@ class MqttEdge:
             case CertificateInstallationStatus():
                 await self._service.note_status(message, retained=in_hand.message.retained)
         return None
-
-    def _take_up(self, in_hand: _InHand, request: GenerateCsrRequest) -> bool:
-        """Whether a request is to have an answer of its own; else that to the same request is yet to come.
-
-        One with the same id and other content is none: the service says at once what is to be said to it.
-        """
-        canonical_id = request.id.lower()
-        is_copy = self._asked.get(canonical_id) == request.data
-        if is_copy and self._copies >= max(1, self._queue // COPIES_SHARE):
-            return False
-        in_hand.canonical_id, in_hand.copy = canonical_id, is_copy
-        self._asked.setdefault(canonical_id, request.data)
-        self._ids[canonical_id] += 1
-        self._copies += is_copy
-        return True
-
-    def _let_go(self, in_hand: _InHand) -> None:
-        if in_hand.canonical_id is None:
-            return
-        self._copies -= in_hand.copy
-        self._ids[in_hand.canonical_id] -= 1
-        if not self._ids[in_hand.canonical_id]:
-            del self._ids[in_hand.canonical_id], self._asked[in_hand.canonical_id]
 
     async def _deliver(self, response: GenerateCsrResponse) -> bool:
         """Publish an answer; over a new connection where one is lost, for as long as it takes.

@@ -10,7 +10,6 @@ import asyncio
 import errno
 import os
 import stat
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Final
 
 from stationkey.contract.active_names import Owner, owner_of
 from stationkey.contract.messages import CertificateInstallationStatus
+from stationkey.system.threads import Worker
 from stationkey.x509.certificate import Chain, Unparsed, read_certificates
 
 MAX_CERTIFICATE_FILES: Final = 1024
@@ -106,6 +106,7 @@ class JosevFiles:
         self._certificate_dir = certificate_dir
         self._own = own
         self._deadline = deadline
+        self._worker = Worker("josev-files")
         self._reading: Future[Look] | None = None
 
     async def look(self, status: CertificateInstallationStatus) -> Look:
@@ -117,8 +118,6 @@ class JosevFiles:
             return await self._on_thread(partial(self.read, status))
         except TimeoutError:
             cause = f"no answer within {self._deadline:g} s"
-        except RuntimeError as error:
-            cause = str(error)
         if directory is None:
             return Look(not_followed=cause)
         return Look(None, cause, Snapshot(directory, unread=(Unread(str(directory), Unparsed(cause)),)))
@@ -139,24 +138,16 @@ class JosevFiles:
 
         Raises:
             TimeoutError: it was not done within the deadline.
-            RuntimeError: there is no room for a thread.
         """
         if self._reading is not None and not self._reading.done():
             raise TimeoutError
-        future: Future[Look] = Future()
-        future.set_running_or_notify_cancel()  # what comes after the deadline is thrown away
-
-        def run() -> None:
-            try:
-                future.set_result(read())
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's
-                future.set_exception(error)
-
-        # A daemon thread: one that hangs must not keep the process from ending.
-        threading.Thread(target=run, name="josev-files", daemon=True).start()
-        self._reading = future
+        self._reading = self._worker.submit(read)
         async with asyncio.timeout(self._deadline):
-            return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(self._reading)
+
+    def close(self) -> None:
+        """End the thread as soon as its call returns."""
+        self._worker.close(0)
 
     def _owner(self, text: str) -> Owner | None:
         """Return whose file under ``active/`` a path leads to."""

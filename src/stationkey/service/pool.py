@@ -25,7 +25,7 @@ from typing import Final
 
 from stationkey.config.settings import PoolTerms
 from stationkey.contract.profiles import Algorithm, KeyType, RsaModulus
-from stationkey.errors import KeyStoreError, Scope, StationKeyError
+from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
 from stationkey.ledger.lifecycle import KeyEvent
@@ -118,6 +118,30 @@ class KeyPool:
     def add(self, ahead: Ahead) -> None:
         """Make a key ready: one just made, or one taken and not used. The one whose time is over first goes first."""
         insort(self._ready[ahead.key.key_type], ahead, key=_due)
+
+    async def take_back(self, ahead: Ahead, error: Exception) -> bool:
+        """Deal with a key made ahead that a request took and could not be answered with.
+
+        Args:
+            ahead: the key.
+            error: why.
+
+        Returns:
+            Whether another key may do.
+
+        Raises:
+            LedgerError: a key that is of no use is still on record.
+        """
+        if not isinstance(error, StationKeyError):  # a fault of ours: another request must not come upon the same key
+            await self.discard(ahead, StationKeyError("a fault of ours", reason="internal_error"))
+        elif isinstance(error, LedgerError) and error.scope is Scope.KEY:  # an operator destroyed it
+            return True
+        elif error.scope is Scope.KEY:
+            await self.discard(ahead, error)
+            return True
+        elif error.reason != "signature_invalid":  # then it was destroyed with its answer
+            self.add(ahead)
+        return False
 
     async def discard(self, ahead: Ahead, error: StationKeyError) -> None:
         """Destroy a key that the key store cannot use: of a TPM that was replaced or cleared.

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,16 +20,17 @@ from stationkey.contract.profiles import PROFILES, CertificateProfile, Certifica
 from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
-from stationkey.ledger import MAX_REJECTIONS, Answered, Figures, Ledger, content_digest
+from stationkey.ledger import Answered, Figures, Ledger, content_digest
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.custody import Custody
 from stationkey.service.expiry import Expiry
+from stationkey.service.in_flight import InFlight
 from stationkey.service.josev_files import JosevFiles
 from stationkey.service.matching import KeyFinder
 from stationkey.service.policy import Policy, is_rsa
 from stationkey.service.pool import KeyPool
-from stationkey.service.rate_limit import TokenBucket
+from stationkey.service.rejections import Rejections
 from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
 from stationkey.service.statuses import Statuses
@@ -44,11 +43,6 @@ DEADLINE: Final = 30.0
 """Seconds within which a request for an EC key is answered, one way or the other."""
 RSA_DEADLINE: Final = 60.0
 """The same for RSA: a hardware TPM searches for primes for tens of seconds."""
-RECORD_WITHIN: Final = 1.0
-"""Seconds within which a rejection is on disk: what is refused meanwhile is written with it, in one transaction."""
-RECORDED_A_MINUTE: Final = 60
-"""How many rejections a minute are put on record once as many as are kept came in a row. What wears a flash memory is
-written a flood or not, day after day; counted is every one."""
 
 
 class StationKeyService:
@@ -100,10 +94,8 @@ class StationKeyService:
         self._clock = clock
         self._seen = SeenIds()
         self._knows_ids = False  # whether `_seen` has those of earlier runs, too
-        self._in_hand: dict[str, _InHand] = {}
-        self._recordable = TokenBucket(per_minute=RECORDED_A_MINUTE, burst=MAX_REJECTIONS)
-        self._recording: asyncio.Task[None] | None = None
-        self._unrecorded = False  # whether there are rejections that it has not come to yet
+        self._in_flight = InFlight()
+        self._rejections = Rejections(self._ledger)
         self._closed = False
         self.counters = Counters()
         active = ActiveDirectory(ledger.database.directory)
@@ -117,9 +109,10 @@ class StationKeyService:
             on_change=on_change,
         )
         self.expiry = Expiry(self.custody, self._terms)
+        self._josev_files = JosevFiles(active.path, certificate_dir, ledger.database.own_files())
         self._statuses = Statuses(
             self.custody,
-            JosevFiles(active.path, certificate_dir, ledger.database.own_files()),
+            self._josev_files,
             KeyFinder(active.path),
             terms=self._terms,
             profiles=profiles,
@@ -143,10 +136,8 @@ class StationKeyService:
         begun = time.monotonic() - waited
         until = self._until(request, waited)
         try:
-            if (answered := await self._find(request.id)) is not None:
-                return self._repeat(request, answered)
-            async with self._one_at_a_time(request):
-                if (answered := await self._find(request.id)) is not None:  # by the one before it
+            async with self._in_flight.turn(request):
+                if (answered := await self._on_record(request.id)) is not None:
                     return self._repeat(request, answered)
                 with self._policy.admitted(request) as remarks:
                     self._warn(request, remarks)
@@ -163,21 +154,21 @@ class StationKeyService:
         asyncio.get_running_loop().call_soon(partial(log.info, "accepted", extra=about))  # with the answer on its way
         return messages.accepted(request, csr)
 
+    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
+        """Return whether a request is a copy of one that is being answered, and `most` copies wait already."""
+        return self._in_flight.is_surplus(request, most=most)
+
     async def reject(
         self, request_id: str, error: StationKeyError, *, certificate_type: str = UNKNOWN
     ) -> GenerateCsrResponse:
         """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker.
 
-        It is on disk within `RECORD_WITHIN`, or at `aclose`; nobody waits for that.
+        It is on disk soon after, or at `aclose`; nobody waits for that.
         """
         self.counters.requests.add(str(certificate_type), "rejected", error.reason)
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
         log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
-        if self._recordable.take(time.monotonic_ns()):
-            self._ledger.note_rejection(request_id, reason=error.reason, message=str(error), now=self._now())
-            self._unrecorded = True
-            if self._recording is None and not self._closed:
-                self._recording = asyncio.create_task(self._record_rejections(), name="record-rejections")
+        self._rejections.note(request_id, error, now=self._now())
         return messages.rejected(request_id)
 
     def pass_over(self, error: StationKeyError) -> None:
@@ -273,18 +264,17 @@ class StationKeyService:
         if self._closed:
             return
         self._closed = True
-        if self._recording is not None:
-            self._recording.cancel()
         try:
             await self._ledger(lambda ledger: ledger.retention.write_running(self._running.now()))
-            await self._write_rejections()
+            await self._rejections.aclose()
         except StationKeyError as error:
             log.error("%s", error, extra={"reason": error.reason})
+        self._josev_files.close()
         self._ledger.close()
 
     # The steps.
 
-    async def _find(self, request_id: str) -> Answered | None:
+    async def _on_record(self, request_id: str) -> Answered | None:
         if self._knows_ids and request_id not in self._seen:
             return None
         return await self._ledger(lambda ledger: ledger.answers.find(request_id))
@@ -316,32 +306,15 @@ class StationKeyService:
         return asyncio.get_running_loop().time() + allowed - waited
 
     async def _key_and_csr(self, request: GenerateCsrRequest, until: float) -> tuple[KeyRef, str]:
-        """A key, made ahead or now, and its CSR in PEM, both on record. One deadline for all that is tried."""
-        while (ahead := self.pool.take(request.algorithm)) is not None:
+        """Return a key, made ahead or now, and its CSR in PEM, both on record. One deadline for all that is tried."""
+        while True:
+            ahead = self.pool.take(request.algorithm)
             try:
-                return await self._sign_and_record(request, ahead.key, until)
-            except LedgerError as error:
-                if error.scope is not Scope.KEY:  # else an operator destroyed it
-                    self.pool.add(ahead)
+                key, csr = await self._sign(request, None if ahead is None else ahead.key, until)
+                return key, await self._record(request, key, csr, ahead=ahead is not None)
+            except Exception as error:
+                if ahead is None or not await self.pool.take_back(ahead, error):
                     raise
-            except StationKeyError as error:
-                if error.scope is Scope.KEY:
-                    await self.pool.discard(ahead, error)
-                    continue
-                if error.reason != "signature_invalid":  # destroyed with its answer
-                    self.pool.add(ahead)
-                raise
-            except Exception:  # a fault of ours: another request must not come upon the same key
-                await self.pool.discard(ahead, StationKeyError("a fault of ours", reason="internal_error"))
-                raise
-        return await self._sign_and_record(request, None, until)
-
-    async def _sign_and_record(
-        self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float
-    ) -> tuple[KeyRef, str]:
-        """With a key made ahead, or a new one where it is None; by the loop's time `until`, in seconds."""
-        used, csr = await self._sign(request, ahead, until)
-        return used, await self._record(request, used, csr, ahead=ahead is not None)
 
     async def _sign(self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float) -> tuple[KeyRef, Csr]:
         """The key used and its CSR; give up at the deadline, and keep nothing then."""
@@ -392,53 +365,8 @@ class StationKeyService:
         """Take back an answer that was written down and must not go out."""
         await self._ledger(lambda ledger: ledger.answers.withdraw(request_id, now=self._now()))
 
-    async def _record_rejections(self) -> None:
-        """Put on record what was refused lately. Where that fails it is kept, and written with what comes next."""
-        try:
-            while self._unrecorded:
-                await asyncio.sleep(RECORD_WITHIN)
-                self._unrecorded = False
-                await self._write_rejections()
-        except StationKeyError as error:
-            log.error("rejections are not on record yet: %s", error, extra={"reason": error.reason})
-        finally:
-            self._recording = None
-
-    async def _write_rejections(self) -> None:
-        while await self._ledger(lambda ledger: ledger.rejections.write()):
-            pass  # in steps: what else the ledger is wanted for goes in between
-
     def _now(self) -> int:
         return int(self._clock() * 1000)
-
-    @asynccontextmanager
-    async def _one_at_a_time(self, request: GenerateCsrRequest) -> AsyncIterator[None]:
-        """Keep two requests with the same id apart, so that the second finds the answer to the first.
-
-        Raises:
-            RequestRefused: one with other content is in hand. It is not waited for: it may wait for the TPM.
-        """
-        canonical = request.id.lower()
-        one = self._in_hand.setdefault(canonical, _InHand(request))
-        if one.users and content_digest(one.request) != content_digest(request):
-            raise RequestRefused("the id is in hand already, with other content", reason="id_reused")
-        one.users += 1
-        try:
-            async with one.lock:
-                yield
-        finally:
-            one.users -= 1
-            if one.users == 0:
-                del self._in_hand[canonical]
-
-
-@dataclass(slots=True)
-class _InHand:
-    """Who may answer an id now, what the first of them asks for, and how many they are."""
-
-    request: GenerateCsrRequest
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0
 
 
 def _about(request: GenerateCsrRequest) -> dict[str, object]:

@@ -1,0 +1,58 @@
+"""Requests that are being answered: one at a time for each id.
+
+Whether an id is a repeat is decided in two places: here for those in flight, and by the ledger for those on record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from stationkey.contract.messages import GenerateCsrRequest
+from stationkey.errors import RequestRefused
+from stationkey.ledger import content_digest
+
+
+@dataclass(slots=True)
+class _Flight:
+    """The requests with one id: what they ask for, and how many they are."""
+
+    digest: bytes
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    requests: int = 0
+
+
+class InFlight:
+    """The requests in flight, by id in lower case."""
+
+    def __init__(self) -> None:
+        self._flights: dict[str, _Flight] = {}
+
+    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
+        """Return whether a request is a copy of one in flight, and `most` copies of any wait already."""
+        flight = self._flights.get(request.id.lower())
+        if flight is None or flight.digest != content_digest(request):
+            return False
+        return sum(flight.requests - 1 for flight in self._flights.values()) >= most
+
+    @asynccontextmanager
+    async def turn(self, request: GenerateCsrRequest) -> AsyncIterator[None]:
+        """Keep requests with the same id apart, so that the second finds the answer to the first on record.
+
+        Raises:
+            RequestRefused: one with other content is in flight. It is not waited for: it may wait for the TPM.
+        """
+        canonical_id, digest = request.id.lower(), content_digest(request)
+        flight = self._flights.setdefault(canonical_id, _Flight(digest))
+        if flight.digest != digest:
+            raise RequestRefused("the id is in hand already, with other content", reason="id_reused")
+        flight.requests += 1
+        try:
+            async with flight.turn:
+                yield
+        finally:
+            flight.requests -= 1
+            if not flight.requests:
+                del self._flights[canonical_id]
