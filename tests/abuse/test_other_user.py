@@ -158,8 +158,9 @@ def test_a_directory_that_was_open_is_closed_before_anything_is_read_in_it(folde
     state.chmod(0o777)  # an image that was built so
     assert as_user(NOBODY, "touch", f"{state}/ledger.sqlite3").returncode == 0
 
-    with pytest.raises(LedgerError, match="belongs to another user"):
+    with pytest.raises(LedgerError) as refusal:
         StateDirectory(state)
+    assert refusal.value.reason == "state_file_foreign"
 
     assert as_user(NOBODY, "touch", f"{state}/more").returncode != 0
 

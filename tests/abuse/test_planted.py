@@ -106,7 +106,7 @@ def test_the_daemon_and_the_commands_end_in_words_where_something_was_planted(
     for command in commands:
         ended = run(*command, "--state-dir", str(state_dir))
         assert ended.returncode == 1
-        assert "not what stationkey made" in ended.stderr
+        assert ended.reason == "state_file_foreign"
         assert "Traceback" not in ended.stderr
     assert elsewhere.untouched
 
@@ -223,13 +223,14 @@ def test_a_link_of_somebody_else_in_a_sticky_directory_is_not_followed(tmp_path:
     with pytest.raises(ConfigurationError) as refusal:
         StateDirectory(shared / "stationkey" / "state")
 
-    assert f"stationkey belongs to uid {NOBODY}" in refusal.value.message
+    assert f"uid {NOBODY}" in refusal.value.message
     assert elsewhere.untouched
 
 
 def test_a_way_up_out_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="cannot be used"):
+    with pytest.raises(ConfigurationError) as refusal:
         StateDirectory(tmp_path / "nowhere" / ".." / "state")
+    assert refusal.value.reason == "state_dir_unusable"
 
     for path, real in (("a/b/state", "a/b/state"), ("a/../c", "c")):
         directory = StateDirectory(tmp_path / path)
@@ -265,13 +266,14 @@ def test_a_trigger_that_was_planted_in_the_ledger_gets_no_function_that_does_any
 
     with closing(Ledger(state_dir / DATABASE_NAME)) as ledger:
         (key,) = ledger.keys.all()
-        with pytest.raises(LedgerError, match=r"unsafe use of|no such function"):
+        with pytest.raises(LedgerError, match=r"unsafe use of|no such function"):  # words: SQLite's own
             ledger.transitions.apply(key.key_id, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
 
 
 def test_a_path_with_nul_is_refused_in_words() -> None:
-    with pytest.raises(ConfigurationError, match="cannot be used"):
+    with pytest.raises(ConfigurationError) as refusal:
         StateDirectory(Path("/nowhere\0/state"))
+    assert refusal.value.reason == "state_dir_unusable"
 
 
 # The directory active/.

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ PROMISED_END = 10.0
 """Seconds in which the daemon promises to end after SIGTERM or SIGINT."""
 
 STATIONKEY = (sys.executable, "-m", "stationkey")
+REASONED = Path(__file__).parent.parent / "support" / "reasoned.py"
 
 Event = dict[str, Any]
 
@@ -296,13 +298,27 @@ def software_station(folder: Path, broker: Mosquitto, *arguments: str, **environ
         yield station
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A ``stationkey`` command that ends by itself."""
-    return subprocess.run(
-        [*STATIONKEY, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        check=False,
-    )
+class Done(subprocess.CompletedProcess[str]):
+    """How a command ended.
+
+    Attributes:
+        reason: of the error that it ended with; empty if there was none.
+    """
+
+    reason: str = ""
+
+
+def run(*arguments: str, **environment: str) -> Done:
+    """Run a ``stationkey`` command that ends by itself."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        done = subprocess.run(
+            [sys.executable, str(REASONED), *arguments],
+            env={**os.environ, **environment, "REASON_FILE": file.name},
+            capture_output=True,
+            text=True,
+            timeout=BOUND,
+            check=False,
+        )
+        ended = Done(done.args, done.returncode, done.stdout, done.stderr)
+        ended.reason = file.read()
+        return ended

@@ -210,7 +210,7 @@ def test_messages_without_a_usable_id_are_logged_and_counted_and_nothing_is_publ
             payload, reason = parameters.values
             assert isinstance(payload, str | bytes | dict)
             josev.publish(payload)
-            station.wait_for("cannot be answered", reason=reason)
+            station.wait_for(reason=reason)
         assert station.stop() == 0
         assert josev.everything() == []
         counts = station.wait_for("stopped")[0]
@@ -310,7 +310,7 @@ def test_a_signal_lets_it_finish_the_requests_in_hand_and_exit_0(
 def test_a_signal_ends_it_while_it_waits_for_a_broker(tmp_path: Path, number: signal.Signals) -> None:
     options = ("--broker", f"mqtt://127.0.0.1:{free_port()}", "--keystore", "software:", "--allow-software-keys")
     with Station(tmp_path, *options).launch() as station:
-        station.wait_for("no broker at")
+        station.wait_for(reason="broker_unreachable")
         station.signal(number)
         assert station.ended() == 0
         assert not any("Traceback" in line for line in station.lines)
@@ -322,7 +322,8 @@ def test_a_state_directory_serves_one_daemon(station: Station, broker: Mosquitto
         *("--keystore", "software:", "--allow-software-keys"),
     )
     assert second.returncode == 1
-    assert f"another stationkey uses the state directory {station.state_dir}" in second.stderr
+    assert second.reason == "state_dir_in_use"
+    assert str(station.state_dir) in second.stderr
     assert "Traceback" not in second.stderr
 
 
@@ -342,15 +343,17 @@ def test_a_state_directory_that_cannot_be_made_is_refused_in_words(tmp_path: Pat
         *("--keystore", "software:", "--allow-software-keys"),
     )
     assert refused.returncode == 1
-    assert f"the state directory {tmp_path / 'file' / 'state'} cannot be used" in refused.stderr
-    assert "--state-dir" in refused.stderr
+    assert refused.reason == "state_dir_unusable"
+    assert str(tmp_path / "file" / "state") in refused.stderr
+    assert "--state-dir" in refused.stderr  # words: the option that helps
     assert "Traceback" not in refused.stderr
 
 
 def test_software_keys_are_refused_unless_they_are_allowed(tmp_path: Path) -> None:
     refused = run("serve", "--state-dir", str(tmp_path), "--keystore", "software:")
     assert refused.returncode == 1
-    assert "--allow-software-keys" in refused.stderr
+    assert refused.reason == "software_keys_refused"
+    assert "--allow-software-keys" in refused.stderr  # words: the option that helps
     assert "Traceback" not in refused.stderr
 
 
@@ -358,7 +361,7 @@ def test_every_start_with_software_keys_warns_that_they_are_not_protected(tmp_pa
     for _ in range(2):
         with software_station(tmp_path, mosquitto) as station:
             [warning] = [event for event in station.events() if event["level"] == "warning"]
-            assert "NOT PROTECTED" in warning["event"]
+            assert "NOT PROTECTED" in warning["event"]  # words: loud ones
 
 
 # The log.
@@ -380,10 +383,7 @@ def test_every_line_of_a_json_log_is_json_and_each_about_a_request_names_it(
         assert station.stop() == 0
     events = [json.loads(line) for line in station.lines]
     assert all({"time", "level", "event"} <= event.keys() for event in events)
-    about_requests = [
-        event for event in events if event["event"].startswith(("accepted", "rejected", "the common name"))
-    ]
-    assert [event["request_id"] for event in about_requests] == [
+    assert [event["request_id"] for event in events if "request_id" in event] == [
         served.id,
         served.id,
         wide.id,

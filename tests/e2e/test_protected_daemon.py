@@ -38,7 +38,7 @@ def test_a_key_with_value_registers_and_sessions_goes_from_request_to_active(
 ) -> None:
     with Josev(mosquitto) as josev:
         station.start()
-        station.wait_for("new keys are bound to PCR 7, 16 (sha256); sessions: encrypted")
+        station.wait_for("PCR 7, 16 (sha256)")
         assert josev.ask(generate_csr()).csr
         josev.publish(installed("charging_station_certificate"))
         station.wait_for("key active")
@@ -47,7 +47,7 @@ def test_a_key_with_value_registers_and_sessions_goes_from_request_to_active(
 
         tool(swtpm, "tpm2_pcrextend", "16:sha256=" + "00" * 32)
         station.start()
-        (event,) = station.wait_for("this key cannot be used", reason="pcr_changed")
+        (event,) = station.wait_for(reason="pcr_changed")
         assert event["certificate_type"] == "charging_station_certificate"
         josev.publish(installed("charging_station_certificate"))
         assert josev.ask(generate_csr()).csr, "a new key is bound to the registers of now"
@@ -55,7 +55,7 @@ def test_a_key_with_value_registers_and_sessions_goes_from_request_to_active(
 
         tool(swtpm, "tpm2_pcrreset", "16")
         station.start()
-        (event,) = station.wait_for("this key cannot be used", reason="pcr_changed")
+        (event,) = station.wait_for(reason="pcr_changed")
         assert event["state"] == "pre-activation", "the other one works again"
         assert station.stop() == 0
     key = read_pem((station.state_dir / "active" / "charging_station_certificate.pem").read_bytes())
@@ -77,12 +77,12 @@ def test_a_changed_authorisation_value_is_told_of_each_key_at_the_start_and_lock
         assert station.stop() == 0
         write_secret(tmp_path / "secret", "another")
         station.start()
-        assert len(station.wait_for("this key cannot be used", count=5, reason="key_auth_wrong")) == 5
+        assert len(station.wait_for(count=5, reason="key_auth_wrong")) == 5
         assert josev.ask(generate_csr()).csr
         assert station.stop() == 0
         write_secret(tmp_path / "secret", SECRET)
         station.start()
-        assert station.wait_for("this key cannot be used", reason="key_auth_wrong")
+        assert station.wait_for(reason="key_auth_wrong")
         assert josev.ask(generate_csr()).csr
         assert station.stop() == 0
     assert "TPM2_PT_LOCKOUT_COUNTER: 0x0" in tool(swtpm, "tpm2_getcap", "properties-variable")
@@ -92,5 +92,5 @@ def test_a_daemon_does_not_start_with_a_value_that_no_key_can_have(tmp_path: Pat
     write_secret(tmp_path / "secret", "x" * 33)
     station.launch()
     assert station.ended() == 1
-    assert any("longer than 32 bytes" in line for line in station.lines)
+    assert any("32 bytes" in line for line in station.lines)  # words: the limit
     assert "xxxxx" not in "".join(station.lines)

@@ -66,13 +66,13 @@ def test_a_rejected_request_exits_3_and_says_where_the_reason_is(
     answer = run(*ASK, "--country-name", "GER", "--broker", broker.url, "--id", request_id, *options)
     assert answer.returncode == 3
     assert printed in answer.stdout
-    assert f"{request_id} was rejected; the log of the charging station says why" in answer.stderr
+    assert request_id in answer.stderr
 
 
 def test_no_answer_in_time_exits_4(broker: Mosquitto) -> None:
     answer = run(*ASK, "--broker", broker.url, "--topic-prefix", "nobody/here", "--timeout", "0.5")
     assert (answer.returncode, answer.stdout) == (4, "")
-    assert "within 0.5 s" in answer.stderr
+    assert "0.5 s" in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "reason"),
     [
-        pytest.param(("--broker", f"mqtt://127.0.0.1:{free_port()}"), "no broker at", id="no-broker"),
-        pytest.param(("--broker", "http://127.0.0.1"), "is no broker URL", id="no-broker-url"),
-        pytest.param(("--topic-prefix", "a/#"), "cannot begin a topic", id="wildcard-in-prefix"),
+        pytest.param(("--broker", f"mqtt://127.0.0.1:{free_port()}"), "broker_unreachable", id="no-broker"),
+        pytest.param(("--broker", "http://127.0.0.1"), "broker_invalid", id="no-broker-url"),
+        pytest.param(("--topic-prefix", "a/#"), "topic_prefix_invalid", id="wildcard-in-prefix"),
     ],
 )
-def test_anything_else_exits_1_in_words(options: tuple[str, ...], words: str) -> None:
+def test_anything_else_exits_1_in_words(options: tuple[str, ...], reason: str) -> None:
     answer = run(*ASK, *options)
     assert (answer.returncode, answer.stdout) == (1, "")
-    assert words in answer.stderr
+    assert answer.reason == reason
     assert "Traceback" not in answer.stderr
 
 

@@ -115,7 +115,7 @@ def test_statuses_that_need_no_tpm_take_effect_while_it_makes_an_rsa_key(
         assert events_of(here, key_for(here, deleted)) == ["CSR answered", "installed", "deleted"]
         after = status("deleted", "DE*ABC*E3")  # statuses are dealt with in order, files included
         josev.publish(after)
-        here.wait_for("changes nothing", message_id=after["id"])
+        here.wait_for(message_id=after["id"])
         assert not list((here.state_dir / "active").glob("*.pem"))
         assert josev.answers(rsa["id"]) == []
         swtpm.thaw()
@@ -160,7 +160,7 @@ def test_a_key_that_is_being_made_ahead_keeps_nothing_waiting_that_needs_no_tpm(
     served, ec = generate_csr(), generate_csr()
     with station(tmp_path, mosquitto, swtpm, "[pool]\nrsa = 16\nidle_seconds = 0\n") as here:
         first = josev.ask(served)
-        here.wait_for("keys are made ahead", ready=1)
+        here.wait_for(ready=1)
         swtpm.freeze()
         josev.publish(ec)
         assert josev.ask(served).csr == first.csr

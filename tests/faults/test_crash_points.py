@@ -123,11 +123,11 @@ def test_a_request_that_is_cut_short_is_answered_after_the_next_start_with_one_c
 
 def ready_at_start(daemon: Daemon) -> list[int]:
     """How many keys of each curve the run in hand took up, where it has done so."""
-    return [event["ready"] for event in daemon.events() if event["event"] == "keys are made ahead"]
+    return [event["ready"] for event in daemon.events(event="keys are made ahead")]
 
 
 def pool_full(daemon: Daemon) -> None:
-    until(lambda: [event for event in daemon.events() if event["event"] == "pool full"], "the pool is full")
+    until(lambda: daemon.events(event="pool full"), "the pool is full")
 
 
 @pytest.mark.parametrize("moment", AT_MAKING)

@@ -249,7 +249,6 @@ class TestAnotherUser:
         refused = confined.run(*STATIONKEY, *command, options=["--as-another"])
         assert refused.returncode == 1
         assert refused.stderr.startswith("stationkey: ")
-        assert "Permission denied" in refused.stderr or "belongs to another user" in refused.stderr
         assert "Traceback" not in refused.stderr
 
 
