@@ -13,7 +13,7 @@ from stationkey.doctor.state import daemon, directory, disk, keys
 from stationkey.doctor.tpm import capabilities, device, facts
 from stationkey.doctor.tpm import reachability as tpm
 from stationkey.doctor.tpm import state as condition
-from stationkey.doctor.tpm.reachability import told
+from stationkey.doctor.tpm.reachability import Told
 
 _CONFIGURATION: Final = (
     Check("config.file", file.look_at_file, file.judge_file),
@@ -33,22 +33,22 @@ _KEY_STORE: Final = (
     Check("tpm.device", device.look_at_device, device.judge_device, _WAY),
     Check("tpm.manager", tpm.look_at_way, tpm.judge_manager, _WAY),
     Check("tpm.reachable", tpm.look_at_tpm, tpm.judge_reachable, ("tpm.device",)),
-    Check("tpm.started", told(), condition.judge_started, _ANSWERS),
-    Check("tpm.self_test", told(), condition.judge_self_test, _ANSWERS),
-    Check("tpm.version", told(*facts.VERSION), capabilities.judge_version, _ANSWERS),
-    Check("tpm.firmware", told(*facts.MAKER, *facts.PT_FIRMWARE), capabilities.judge_firmware, _ANSWERS),
-    Check("tpm.simulated", told(*facts.MAKER), capabilities.judge_simulated, _ANSWERS),
-    Check("tpm.algorithms", told(*facts.ALGORITHMS), capabilities.judge_algorithms, _ANSWERS),
-    Check("tpm.certificate_types", told(*facts.ALGORITHMS), capabilities.judge_certificate_types, _ANSWERS),
-    Check("tpm.hierarchies", told(facts.PT_STARTUP_CLEAR), condition.judge_hierarchies, _ANSWERS),
-    Check("tpm.srk", told("srk", *facts.ROOM_FOR_SRK), condition.judge_srk, _ANSWERS, _TPM),
-    Check("tpm.authorisation", told(facts.PT_PERMANENT), condition.judge_authorisation, _ANSWERS, _TPM),
-    Check("tpm.lockout", told(*facts.LOCKOUT), condition.judge_lockout, _ANSWERS),
-    Check("tpm.slots", told("transient", facts.PT_TRANSIENT_AVAIL), condition.judge_slots, _ANSWERS),
-    Check("tpm.sessions", told("loaded_sessions", *facts.SESSIONS), condition.judge_sessions, _ANSWERS, _TPM),
-    Check("tpm.pcrs", told("banks"), condition.judge_pcrs, _ANSWERS, _TPM),
-    Check("tpm.attestation_key", told(), condition.judge_attestation_key, _ANSWERS, _TPM),
-    Check("tpm.keys", told(), condition.judge_keys, _ANSWERS, _TPM),
+    Check("tpm.started", Told(), condition.judge_started, _ANSWERS),
+    Check("tpm.self_test", Told(), condition.judge_self_test, _ANSWERS),
+    Check("tpm.version", Told(*facts.VERSION), capabilities.judge_version, _ANSWERS),
+    Check("tpm.firmware", Told(*facts.MAKER, *facts.PT_FIRMWARE), capabilities.judge_firmware, _ANSWERS),
+    Check("tpm.simulated", Told(*facts.MAKER), capabilities.judge_simulated, _ANSWERS),
+    Check("tpm.algorithms", Told(*facts.ALGORITHMS), capabilities.judge_algorithms, _ANSWERS),
+    Check("tpm.certificate_types", Told(*facts.ALGORITHMS), capabilities.judge_certificate_types, _ANSWERS),
+    Check("tpm.hierarchies", Told(facts.PT_STARTUP_CLEAR), condition.judge_hierarchies, _ANSWERS),
+    Check("tpm.srk", Told("srk", *facts.ROOM_FOR_SRK), condition.judge_srk, _ANSWERS, _TPM),
+    Check("tpm.authorisation", Told(facts.PT_PERMANENT), condition.judge_authorisation, _ANSWERS, _TPM),
+    Check("tpm.lockout", Told(*facts.LOCKOUT), condition.judge_lockout, _ANSWERS),
+    Check("tpm.slots", Told("transient", facts.PT_TRANSIENT_AVAIL), condition.judge_slots, _ANSWERS),
+    Check("tpm.sessions", Told("loaded_sessions", *facts.SESSIONS), condition.judge_sessions, _ANSWERS, _TPM),
+    Check("tpm.pcrs", Told("banks"), condition.judge_pcrs, _ANSWERS, _TPM),
+    Check("tpm.attestation_key", Told(), condition.judge_attestation_key, _ANSWERS, _TPM),
+    Check("tpm.keys", Told(), condition.judge_keys, _ANSWERS, _TPM),
 )
 _LEDGER: Final = ("state.ledger",)
 _STATE_DIR: Final = ("state_dir",)

@@ -91,7 +91,7 @@ class TestConfiguration:
     )
     def test_a_credential_is_looked_for_in_the_unit(self, properties: dict[str, str] | None, level: Level) -> None:
         seen = named.SecretSeen(where="[mqtt] password_file", source="credential:pw", facts=None)
-        unit = None if properties is None else Unit(properties=properties)
+        unit = None if properties is None else Unit(properties)
         assert worst(named.judge_secrets([seen], STATION, unit)) is level
 
     def test_every_secret_that_can_be_named_is_looked_at(self, tmp_path: Path) -> None:

@@ -31,16 +31,6 @@ _DER: Final = b"\x30"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """What matters of a certificate here."""
-
-    subject: str
-    begins: datetime
-    ends: datetime
-    is_ca: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TlsFile:
     """A file that [mqtt] names.
 
@@ -56,7 +46,7 @@ class TlsFile:
     readable: bool = False
     der: bool = False
     in_tpm: bool = False
-    certificates: tuple[Certificate, ...] = ()
+    certificates: tuple[x509.Certificate, ...] = ()
 
 
 def look_at_tls(context: Context) -> tuple[list[TlsFile], ConfigurationError | None, User, datetime] | Verdict:
@@ -90,10 +80,10 @@ def _open(role: str, path: Path, user: User) -> TlsFile:
     facts = look_at(path, follow=True, user=user)
     if facts.kind != "file" or not os.access(path, os.R_OK):
         return TlsFile(role=role, facts=facts)
-    content, certificates = b"", tuple[Certificate, ...]()
+    content, certificates = b"", tuple[x509.Certificate, ...]()
     try:
         content = read_regular(path, limit=_MAX_FILE, follow=True)
-        certificates = tuple(map(_certificate, x509.load_pem_x509_certificates(content)))
+        certificates = tuple(x509.load_pem_x509_certificates(content))
     except (OSError, ValueError, UnsupportedAlgorithm):
         pass  # the daemon's rules say why
     return TlsFile(
@@ -106,17 +96,11 @@ def _open(role: str, path: Path, user: User) -> TlsFile:
     )
 
 
-def _certificate(read: x509.Certificate) -> Certificate:
+def _is_ca(certificate: x509.Certificate) -> bool:
     try:
-        is_ca = read.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (x509.ExtensionNotFound, ValueError):
-        is_ca = False
-    return Certificate(
-        subject=read.subject.rfc4514_string(),
-        begins=read.not_valid_before_utc,
-        ends=read.not_valid_after_utc,
-        is_ca=is_ca,
-    )
+        return False
 
 
 def judge_tls(files: list[TlsFile], refused: ConfigurationError | None, user: User, now: datetime) -> Iterator[Verdict]:
@@ -167,14 +151,19 @@ def _judge_content(file: TlsFile, now: datetime) -> Iterator[Verdict]:
         return
     certificates, path = file.certificates, file.facts.path
     for one in certificates:
-        yield from judge_dates(f"[mqtt] {file.role}: {one.subject}", one.begins, one.ends, now)
-    valid = [one for one in certificates if one.begins <= now < one.ends]
-    if file.role == "ca_file" and valid and not any(one.is_ca for one in valid):
+        yield from judge_dates(
+            f"[mqtt] {file.role}: {one.subject.rfc4514_string()}",
+            one.not_valid_before_utc,
+            one.not_valid_after_utc,
+            now,
+        )
+    valid = [one for one in certificates if one.not_valid_before_utc <= now < one.not_valid_after_utc]
+    if file.role == "ca_file" and valid and not any(map(_is_ca, valid)):
         yield warning(
             f"[mqtt] ca_file: no certificate in {path} is a CA's",
             "name the CA's certificate, not the broker's: that one ends soon, and nobody looks at it until then",
         )
-    if file.role == "certificate_file" and certificates and certificates[0].is_ca:
+    if file.role == "certificate_file" and certificates and _is_ca(certificates[0]):
         yield warning(
             f"the first certificate in {path} is a CA's", "the client's own comes first, then those it leads to"
         )

@@ -79,7 +79,7 @@ def _date(moment: float) -> str:
 
 
 def judge_time(clocks: Clocks) -> Verdict:
-    """Whether the time can be right."""
+    """Judge whether the time can be right."""
     now = clocks.now
     advice = "set it (NTP, or date -s): by a wrong clock a certificate that holds seems to begin later, or to be over"
     if not WRITTEN <= now < _FAR:
@@ -94,7 +94,7 @@ def judge_time(clocks: Clocks) -> Verdict:
 
 
 def judge_synchronised(clocks: Clocks) -> Verdict:
-    """Whether something keeps it right."""
+    """Judge whether something keeps it right."""
     if clocks.synchronised is None:
         return not_checked("the kernel does not say")
     if not clocks.synchronised:
@@ -107,7 +107,7 @@ def judge_synchronised(clocks: Clocks) -> Verdict:
 
 
 def judge_battery(clocks: Clocks) -> Verdict:
-    """The clock that runs while there is no power."""
+    """Judge the clock that runs while there is no power."""
     if clocks.battery is None:
         return warning(
             "there is no clock that runs without power: after each power cut the time is wrong until somebody sets it",

@@ -68,18 +68,11 @@ class Configured:
     unread: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """The systemd unit of the daemon, as systemd shows it [systemctl(1), show].
+class Unit(dict[str, str]):
+    """The properties of the daemon's systemd unit; "" for one that is not there [systemctl(1), show]."""
 
-    Attributes:
-        properties: by name, such as ``ActiveState``.
-    """
-
-    properties: dict[str, str]
-
-    def __getitem__(self, name: str) -> str:
-        return self.properties.get(name, "")
+    def __missing__(self, name: str) -> str:
+        return ""
 
     @property
     def installed(self) -> bool:
@@ -224,11 +217,11 @@ def look_at_unit() -> Unit | None:
     answer = ask(["systemctl", "show", "--no-pager", f"--property={_SHOWN}", UNIT], seconds=_PATIENCE)
     if answer.status != 0:
         return None
-    properties = dict[str, str]()
+    unit = Unit()
     for line in answer.out.splitlines():
         name, _, value = line.partition("=")
-        properties[name] = f"{properties[name]} {value}" if name in properties else value  # one line for each of a list
-    return Unit(properties=properties)
+        unit[name] = f"{unit[name]} {value}".strip()  # one line for each of a list
+    return unit
 
 
 def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:

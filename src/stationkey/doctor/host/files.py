@@ -82,7 +82,7 @@ def user_name(uid: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What there is at a path. A symbolic link is not followed.
+    """What there is at a path.
 
     Attributes:
         kind: ``unseen`` where this user may not look.
@@ -113,10 +113,6 @@ class Facts:
     def barred(self, user: User, wanted: int) -> Path | None:
         """Return what keeps a user from what is `wanted`: a directory on the way, this, or nothing (None)."""
         return self.closed or (None if permits(self, user, wanted) else self.path)
-
-    def allows(self, others: int) -> str:
-        """Return the mode as text if it has one of the bits that should not be set, else an empty text."""
-        return octal(self.mode) if self.mode & others else ""
 
 
 def look_at(path: Path, *, follow: bool = False, user: User | None = None) -> Facts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import ssl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ _PATIENCE: Final = 2.0
 _LOADING: Final = 4.0
 """Seconds. On a slow board, the libraries under a TPM stack take their time."""
 _OLD_TSS: Final = (3, 0)
-_PROVIDERS: Final = ("tpm2.so",)
+_PROVIDER: Final = "tpm2.so"
 
 
 def look_at_tss(context: Context) -> tuple[tuple[int, ...] | None, tuple[str, bool] | None] | Verdict:
@@ -48,7 +47,7 @@ def _tcti_library(keystore: str) -> tuple[str, bool] | None:
 
 
 def judge_tss(version: tuple[int, ...] | None, tcti: tuple[str, bool] | None) -> Verdict:
-    """tpm2-tss, its binding and the way to the TPM. `tcti`: its kind, and whether its library can be loaded."""
+    """Judge tpm2-tss, its binding and the way to the TPM. `tcti`: its kind, and whether its library can be loaded."""
     if version is None:
         return failure(
             "tpm2-pytss, or the tpm2-tss that it stands on, cannot be loaded", "see the README, Install: libtss2-esys"
@@ -68,60 +67,44 @@ class OpenSsl:
     """The OpenSSL that services on this machine use.
 
     Attributes:
-        version: of the command; empty where there is none.
-        modules: where its providers are; empty where that is not known.
-        provider: whether the tpm2 provider is there.
-        loads: whether it can be loaded; the TPM is not asked for that.
-        complaint: why not.
+        version: of the command; empty if there is none.
+        modules: where its providers are; empty if that is not known.
+        complaint: why the tpm2 provider cannot be loaded, empty if it can; None if it is not there.
     """
 
     version: str = ""
     modules: str = ""
-    provider: bool = False
-    loads: bool = False
-    complaint: str = ""
+    complaint: str | None = None
 
 
 def look_at_openssl(_: Context) -> tuple[OpenSsl]:
-    """Ask for the version, and load the provider in a process of its own."""
-    status = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE)
-    return (_openssl(status.out if status.status == 0 else ""),)
-
-
-def _openssl(said: str) -> OpenSsl:
+    """Ask for the version, and load the provider in a process of its own. The TPM is not asked for that."""
+    said = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE).out
     version = said.splitlines()[0].split()[1] if said.startswith("OpenSSL ") else ""
     found = re.search(r'MODULESDIR: "([^"]*)"', said)
     modules = os.environ.get("OPENSSL_MODULES") or (found[1] if found else "")
-    for library in _PROVIDERS:
-        path = Path(modules, library)
-        if not modules or not path.is_file():
-            continue
+    path, complaint = Path(modules, _PROVIDER), None
+    if modules and path.is_file():
         program = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW).OSSL_provider_init"
         answer = ask([sys.executable, "-I", "-c", program, str(path)], seconds=_PATIENCE)
-        lines = answer.error.strip().splitlines()
-        return OpenSsl(
-            version=version,
-            modules=modules,
-            provider=True,
-            loads=answer.status == 0,
-            complaint=lines[-1] if lines else "",
-        )
-    return OpenSsl(version=version, modules=modules)
+        complaint = "" if answer.status == 0 else [*answer.error.strip().splitlines(), "no reason given"][-1]
+    return (OpenSsl(version=version, modules=modules, complaint=complaint),)
 
 
 def judge_openssl(seen: OpenSsl) -> Verdict:
-    """Whether a TLS service can use the active keys. The daemon itself needs nothing of it."""
-    library = ssl.OPENSSL_VERSION.split()[1]
-    only = "only services that use an active key need it, not the daemon"
+    """Judge whether a TLS service can use the active keys. The daemon itself does not need it."""
+    what = f"OpenSSL {seen.version}"
     if not seen.version:
-        return warning(f"there is no command openssl (Python has {library})", f"apt-get install openssl; {only}")
-    if _numbers(seen.version) < (3,):
-        return warning(f"OpenSSL {seen.version} has no providers", f"3.0 is needed; {only}")
-    if not seen.provider:
-        return warning(
-            f"OpenSSL {seen.version} has no tpm2 provider ({seen.modules or 'directory not known'})",
-            f"apt-get install tpm2-openssl; {only}",
+        told, advice = "there is no command openssl", "apt-get install openssl"
+    elif _numbers(seen.version) < (3,):
+        told, advice = f"{what} has no providers", "3.0 is needed"
+    elif seen.complaint is None:
+        told, advice = (
+            f"{what} has no tpm2 provider ({seen.modules or 'directory not known'})",
+            "apt-get install tpm2-openssl",
         )
-    if not seen.loads:
-        return warning(f"the tpm2 provider cannot be loaded: {seen.complaint}", f"install tpm2-openssl anew; {only}")
-    return ok(f"OpenSSL {seen.version} has the tpm2 provider, and it can be loaded")
+    elif seen.complaint:
+        told, advice = f"the tpm2 provider cannot be loaded: {seen.complaint}", "reinstall tpm2-openssl"
+    else:
+        return ok(f"{what} has the tpm2 provider, and it can be loaded")
+    return warning(told, f"{advice}; only services that use an active key need it, not the daemon")

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import sys
-from dataclasses import dataclass
 from typing import Final
 
 from stationkey.config.secrets import SecretReference
@@ -80,15 +79,15 @@ def judge_manager(way: Way) -> Verdict:
     )
 
 
-@dataclass(frozen=True, slots=True)
 class Told:
     """A look at what the TPM told.
 
-    Attributes:
+    Args:
         parts: what must be there to be judged: parts of the probe by name, properties by number.
     """
 
-    parts: tuple[str | int, ...] = ()
+    def __init__(self, *parts: str | int) -> None:
+        self._parts = parts
 
     def __call__(self, context: Context) -> tuple[Seen] | Verdict:
         """Ask the TPM, once for all checks."""
@@ -96,13 +95,8 @@ class Told:
 
     def of(self, seen: Seen) -> tuple[Seen] | Verdict:
         """Return what is to be judged, or that it is not there."""
-        why = seen.probe.lacks(*self.parts)
+        why = seen.probe.lacks(*self._parts)
         return not_checked(why) if why else (seen,)
-
-
-def told(*parts: str | int) -> Told:
-    """Look at what the TPM told; see `Told`."""
-    return Told(parts)
 
 
 def _ask(context: Context) -> Seen:
