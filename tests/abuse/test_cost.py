@@ -15,7 +15,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_messages import REQUEST_ID, a_request, wire
+from a_message import REQUEST_ID, wire
+from test_messages import a_request
 
 from stationkey.contract.active_names import owner_of
 from stationkey.contract.messages import MAX_PAYLOAD, decode, decode_response

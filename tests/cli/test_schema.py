@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from a_message import PAGE_REQUEST, REQUEST_ID
 from hypothesis import given
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it ships no types
-from test_messages import PAGE_REQUEST, PAGE_RESPONSE, REQUEST_ID, a_request, a_status, requests, unhurried
+from test_any_message import requests, unhurried
+from test_messages import PAGE_RESPONSE, a_request, a_status
 
 from stationkey import __version__
 from stationkey.cli import schema as schema_documents

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import string
-from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from a_message import NAMES, PAGE_REQUEST, REQUEST_ID, Json, wire
 from msgspec import UNSET
 
 from stationkey.contract import messages
@@ -22,24 +19,11 @@ from stationkey.contract.messages import (
     decode_response,
     encode,
 )
-from stationkey.contract.profiles import ALGORITHMS, PROFILES, Algorithm, CertificateType
+from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
 from stationkey.errors import Fault, MessageError
 
-Json = dict[str, Any]
-
-REQUEST_ID = "123e4567-e89b-12d3-a456-426614174000"
-
-PAGE_REQUEST = b"""{"id": "123e4567-e89b-12d3-a456-426614174000", "name": "generate_csr", "type": "request",
- "data": {"certificate_type": "charging_station_certificate", "common_name": "9783161484100",
-          "organization_name": "EcoG", "country_name": "DE",
-          "algorithm": "ECDSA_SHA256", "evse_id": "DE*SEV*E123456789"}}"""
 PAGE_RESPONSE = b"""{"id": "57828133-8cfe-477d-b829-0b60aff90c2a", "name": "generate_csr", "type": "response",
  "data": {"status": "accepted", "csr": "-----BEGIN CERTIFICATE REQUEST..."}}"""
-
-
-def wire(document: object) -> bytes:
-    """JSON as Josev sends it. Half characters become escapes, which is how they come over the wire."""
-    return json.dumps(document).encode()
 
 
 def a_request(**data: object) -> Json:
@@ -245,7 +229,6 @@ CONTROLS = {
     "U+200B, which cannot be seen": "\u200b",
     "U+FEFF, which cannot be seen": "\ufeff",
 }
-NAMES = ("common_name", "organization_name")
 NO_TEXT: list[object] = [None, 7, True, [], {"a": 1}]
 
 ANSWERABLE = [
@@ -553,93 +536,6 @@ def test_a_wrong_installation_status_is_refused_and_is_never_answered(payload: b
     error = refusal(payload)
 
     assert (error.reason, error.request_id) == (reason, None)
-
-
-# Whatever comes.
-
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""How fast it is on a busy machine is no part of what these state."""
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=())), inner),
-    max_leaves=8,
-)
-nearly = st.fixed_dictionaries(
-    {
-        "id": st.just(REQUEST_ID) | json_values,
-        "name": st.sampled_from(["generate_csr", "certificate_installation_status"]) | json_values,
-        "type": st.sampled_from(["request", "update"]) | json_values,
-        "data": st.dictionaries(
-            st.sampled_from(["certificate_type", *NAMES, "country_name", "algorithm", "evse_id", "status"]) | st.text(),
-            st.sampled_from([*CertificateType, *Algorithm, "DE", "installed"]) | json_values,
-        )
-        | json_values,
-    }
-)
-
-
-def check(payload: bytes) -> None:
-    refused, message = None, None
-    try:
-        message = decode(payload)
-    except MessageError as error:
-        refused = error
-    if refused is not None:
-        assert refused.reason.replace("_", "").isalnum()
-        assert refused.message.isprintable()
-        assert refused.request_id in {None, REQUEST_ID}
-    if message is not None:
-        assert decode(encode(message)) == message
-    decode_response(payload)
-
-
-@unhurried
-@given(st.binary())
-def test_no_bytes_raise_anything_but_message_error(payload: bytes) -> None:
-    check(payload)
-
-
-@unhurried
-@given(json_values)
-def test_no_json_raises_anything_but_message_error(document: object) -> None:
-    check(wire(document))
-
-
-@unhurried
-@given(nearly)
-def test_nothing_like_a_message_of_ours_raises_anything_but_message_error(document: Json) -> None:
-    check(wire(document))
-
-
-@unhurried
-@given(st.integers(0, len(PAGE_REQUEST)), st.integers(0, 8), st.binary(max_size=8))
-def test_no_damage_to_a_request_raises_anything_but_message_error(start: int, cut: int, put: bytes) -> None:
-    check(PAGE_REQUEST[:start] + put + PAGE_REQUEST[start + cut :])
-
-
-plain_names = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=64)
-requests = st.builds(
-    messages.generate_csr,
-    st.uuids().map(str) | st.uuids().map(lambda value: str(value).upper()),
-    st.builds(
-        GenerateCsrData,
-        certificate_type=st.sampled_from(
-            [name for name, profile in PROFILES.items() if profile.required_algorithm is None]
-        ),
-        common_name=plain_names,
-        organization_name=plain_names,
-        country_name=st.text(string.ascii_letters, min_size=2, max_size=2),
-        evse_id=st.just(UNSET) | st.from_regex(r"\A[A-Z]{2}\*?[A-Z0-9]{3}\*?E[A-Z0-9*]{1,30}\Z"),
-        algorithm=st.just(UNSET) | st.sampled_from(list(ALGORITHMS)),
-    ),
-)
-
-
-@unhurried
-@given(requests)
-def test_a_request_that_is_encoded_is_decoded_as_it_was(request: GenerateCsrRequest) -> None:
-    assert decode(encode(request)) == request
 
 
 # The asking side.
