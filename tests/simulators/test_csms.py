@@ -7,177 +7,45 @@ import json
 import signal
 import ssl
 import subprocess
-import sys
-import warnings
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import asn1crypto.algos  # type: ignore[import-untyped]  # ships no type information
-import asn1crypto.core  # type: ignore[import-untyped]  # same
-import asn1crypto.csr  # type: ignore[import-untyped]  # same
-import ocpp.v16  # type: ignore[import-untyped]  # same
-import ocpp.v21  # type: ignore[import-untyped]  # same
-import ocpp.v201  # type: ignore[import-untyped]  # same
 import pytest
 import websockets
 from click.testing import CliRunner
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.x509.oid import NameOID
+from csms_parts import (
+    ORGANIZATION,
+    PNC,
+    STATION,
+    V2G,
+    V2G20,
+    V16,
+    V21,
+    V201,
+    Make,
+    RawStation,
+    command,
+    connected,
+    csr_for,
+    each_carriage,
+    new_key,
+)
 from ocpp.exceptions import InternalError, NotSupportedError, OCPPError  # type: ignore[import-untyped]  # same
-from ocpp.routing import on  # type: ignore[import-untyped]  # same
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from stationkey import cli
 from stationkey.cli import csms as cli_csms
-from stationkey.contract.messages import GenerateCsrData, generate_csr
-from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, Algorithm, CertificateType
+from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import ConfigurationError
-from stationkey.simulators.csms.csr_check import CsrRefused, check_csr
 from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.csms.server import Csms, CsmsError, SecurityProfile
 from stationkey.simulators.ocpp import CARRIAGES, NotCarried, OcppVersion
 from stationkey.simulators.ocpp_connection import NotAnswered, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem
 from stationkey.simulators.pki import to_pem as chain_to_pem
-from stationkey.x509.csr import PrivateKey, build_csr, to_pem
-
-ORGANIZATION = "Über Strom GmbH"
-STATION = CertificateType.CHARGING_STATION_CERTIFICATE
-V2G = CertificateType.V2G_CERTIFICATE
-V2G20 = CertificateType.V2G20_CERTIFICATE
-V16, V201, V21 = OcppVersion
-PNC = "org.openchargealliance.iso15118pnc"
-LIBRARY = {V16: ocpp.v16, V201: ocpp.v201, V21: ocpp.v21}
-each_carriage = pytest.mark.parametrize(
-    ("kind", "version"), [pytest.param(kind, version, id=f"{version}-{kind}") for kind, version in CARRIAGES]
-)
-
-
-class RawStation:
-    """A station that nobody here wrote: the `ocpp` library's ChargePoint, and a memory of what it was sent."""
-
-    def __init__(self, version: OcppVersion, websocket: ClientConnection) -> None:
-        module = LIBRARY[version]
-        received: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
-        told = self
-
-        class Point(module.ChargePoint):  # type: ignore[misc,name-defined]  # the library has no types
-            @on("DataTransfer")  # type: ignore[untyped-decorator]  # same
-            def on_data_transfer(self, **fields: Any) -> Any:
-                received.put_nowait((fields["message_id"], json.loads(fields["data"])))
-                return module.call_result.DataTransfer(status="Accepted", data=json.dumps({"status": told.says}))
-
-            @on("CertificateSigned")  # type: ignore[untyped-decorator]  # same
-            def on_certificate_signed(self, **fields: Any) -> Any:
-                names = {
-                    "certificate_chain": "certificateChain",
-                    "certificate_type": "certificateType",
-                    "request_id": "requestId",
-                }
-                received.put_nowait(("CertificateSigned", {names[name]: value for name, value in fields.items()}))
-                return module.call_result.CertificateSigned(status=told.says)
-
-            @on("TriggerMessage")  # type: ignore[untyped-decorator]  # same
-            def on_trigger(self, **fields: Any) -> Any:
-                received.put_nowait(("TriggerMessage", {"requestedMessage": fields["requested_message"]}))
-                return module.call_result.TriggerMessage(status=told.says)
-
-            if version is V16:
-
-                @on("ExtendedTriggerMessage")  # type: ignore[untyped-decorator]  # same
-                def on_extended_trigger(self, **fields: Any) -> Any:
-                    received.put_nowait(("ExtendedTriggerMessage", {"requestedMessage": fields["requested_message"]}))
-                    return module.call_result.ExtendedTriggerMessage(status=told.says)
-
-        self.version = version
-        self.module = module
-        self.received = received
-        self.says = "Accepted"
-        self.point = Point("CS001", websocket, response_timeout=10)
-
-    async def boot(self) -> str:
-        fields = (
-            {"charge_point_model": "M", "charge_point_vendor": "V"}
-            if self.version is V16
-            else {"charging_station": {"model": "M", "vendorName": "V"}, "reason": "PowerUp"}
-        )
-        return str((await self.call("BootNotification", **fields)).status)
-
-    async def call(self, action: str, **fields: Any) -> Any:
-        """Call the CSMS; the library checks the answer against the official schema."""
-        return await self.point.call(getattr(self.module.call, action)(**fields), suppress=False)
-
-    async def sign(self, kind: CertificateType, csr: str, **fields: Any) -> tuple[str, str]:
-        """SignCertificate, by DataTransfer where the version has it so; status, and why."""
-        how = CARRIAGES[kind, self.version]
-        if how.by_data_transfer:
-            data = json.dumps({"csr": csr, "certificateType": how.certificate_type})
-            answer = await self.call("DataTransfer", vendor_id=PNC, message_id="SignCertificate", data=data)
-            inner = json.loads(answer.data)
-            return inner["status"], inner.get("statusInfo", {}).get("additionalInfo", "")
-        if how.certificate_type is not None:
-            fields["certificate_type"] = how.certificate_type
-        answer = await self.call("SignCertificate", csr=csr, **fields)
-        return str(answer.status), (getattr(answer, "status_info", None) or {}).get("additional_info", "")
-
-    async def next(self) -> tuple[str, dict[str, Any]]:
-        async with asyncio.timeout(10):
-            return await self.received.get()
-
-
-@asynccontextmanager
-async def connected(csms: Csms, version: OcppVersion = V21, **options: Any) -> AsyncIterator[RawStation]:
-    """A raw station that is connected to `csms` as CS001."""
-    url = f"{csms.url}/CS001"
-    async with connect(url, subprotocols=[Subprotocol(version.value)], **options) as websocket:
-        station = RawStation(version, websocket)
-        listening = asyncio.create_task(station.point.start())
-        try:
-            yield station
-        finally:
-            listening.cancel()
-            await asyncio.wait([listening])
-
-
-@pytest.fixture(scope="module")
-def hierarchies() -> dict[str, Hierarchy]:
-    now = Csms(organization=ORGANIZATION)._clock()  # noqa: SLF001 - the time as it takes it
-    return {
-        "hierarchy": Hierarchy.make(SECP256R1, organization=ORGANIZATION, now=now),
-        "hierarchy_20": Hierarchy.make(SECP521R1, organization=ORGANIZATION, now=now),
-    }
-
-
-Make = Callable[..., Csms]
-
-
-@pytest.fixture
-def make(hierarchies: dict[str, Hierarchy]) -> Make:
-    """A CSMS with authorities that need not be made again for each test."""
-    return lambda **options: Csms(organization=ORGANIZATION, **(hierarchies | options))
-
-
-def new_key(kind: CertificateType = V2G) -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP521R1() if kind is V2G20 else ec.SECP256R1())
-
-
-def csr_for(kind: CertificateType, private_key: PrivateKey | None = None, organization: str = ORGANIZATION) -> str:
-    """A good CSR of this project, with a new software key."""
-    algorithm = Algorithm.ECDSA_SHA512 if kind is V2G20 else Algorithm.ECDSA_SHA256
-    data = GenerateCsrData(
-        certificate_type=kind,
-        algorithm=algorithm,
-        common_name="DE-ABC-S-STATION42",
-        organization_name=organization,
-        country_name="DE",
-    )
-    return to_pem(build_csr(generate_csr("123e4567-e89b-12d3-a456-426614174000", data), private_key or new_key(kind)))
 
 
 def openssl_verify(folder: Path, chain_pem: str, root_pem: str) -> str:
@@ -333,193 +201,6 @@ async def test_a_station_that_goes_while_it_is_asked_leaves_nothing_hanging(make
         with pytest.raises(Exception, match="the connection was closed"):
             await asking
         await csms.next(EventKind.DISCONNECTED)
-
-
-# --- What it refuses -------------------------------------------------------------------------------------------------
-
-GOOD_NAMES = {"C": "DE", "O": ORGANIZATION, "CN": "DE-ABC-S-STATION42", "DC": "CPO"}
-OIDS = {
-    "C": NameOID.COUNTRY_NAME,
-    "O": NameOID.ORGANIZATION_NAME,
-    "CN": NameOID.COMMON_NAME,
-    "DC": NameOID.DOMAIN_COMPONENT,
-}
-
-
-def named(**changes: str | None) -> str:
-    """A CSR for an ISO 15118-2 certificate whose subject is changed; None leaves an attribute out."""
-    names = [(OIDS[label], value) for label, value in (GOOD_NAMES | changes).items() if value is not None]
-    return request_of(x509.Name([x509.NameAttribute(oid, value, _validate=False) for oid, value in names]))
-
-
-def request_of(
-    subject: x509.Name | None = None,
-    private_key: Any = None,
-    hash_algorithm: Any = hashes.SHA256(),  # noqa: B008 - a constant
-    *extensions: x509.ExtensionType,
-) -> str:
-    names = [x509.NameAttribute(OIDS[label], value) for label, value in GOOD_NAMES.items()]
-    builder = x509.CertificateSigningRequestBuilder().subject_name(subject or x509.Name(names))
-    for extension in extensions:
-        builder = builder.add_extension(extension, critical=True)
-    return to_pem(builder.sign(private_key or new_key(), hash_algorithm))
-
-
-def spoiled(spoil: Callable[[Any], None], *, sign_again: bool) -> str:
-    """A good CSR, changed in its ASN.1 structure, and signed again where the change is in what is signed."""
-    private_key = new_key()
-    der = x509.load_pem_x509_csr(csr_for(V2G, private_key).encode()).public_bytes(serialization.Encoding.DER)
-    request = asn1crypto.csr.CertificationRequest.load(der)
-    spoil(request)
-    if sign_again:
-        information = request["certification_request_info"].dump(force=True)
-        request["signature"] = private_key.sign(information, ec.ECDSA(hashes.SHA256()))
-    return ssl.DER_cert_to_PEM_cert(request.dump(force=True)).replace("CERTIFICATE", "CERTIFICATE REQUEST")
-
-
-def _version_2(request: Any) -> None:
-    request["certification_request_info"]["version"] = 2
-
-
-def _null_parameters(request: Any) -> None:
-    request["signature_algorithm"]["parameters"] = asn1crypto.core.Null()
-
-
-def _unknown_signature(request: Any) -> None:
-    request["signature_algorithm"] = asn1crypto.algos.SignedDigestAlgorithm({"algorithm": "1.2.3.4"})
-
-
-def _other_subject(request: Any) -> None:
-    request["certification_request_info"]["subject"] = request["certification_request_info"]["subject"].build(
-        {"country_name": "DE", "organization_name": ORGANIZATION, "common_name": "another"}
-    )
-
-
-def _key_usage(*, cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=cert_sign,
-        crl_sign=crl_sign,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-CA = x509.BasicConstraints(ca=True, path_length=None)
-REFUSED = {
-    # What a CSMS of the field takes, and this one does not: proof of possession, CA:TRUE and RSA-1024 among them.
-    "no_pem": (lambda: "CSR", "csr_unreadable", "not a PKCS#10 request"),
-    "a_certificate": (lambda: csr_for(V2G).replace(" REQUEST", ""), "csr_unreadable", "not a PKCS#10 request"),
-    "cut_off": (lambda: csr_for(V2G)[:200], "csr_unreadable", "not a PKCS#10 request"),
-    "version_2": (lambda: spoiled(_version_2, sign_again=True), "csr_version", "version is not 0"),
-    "null_parameters": (
-        lambda: spoiled(_null_parameters, sign_again=False),
-        "csr_signature_parameters",
-        "AlgorithmIdentifier of the signature has parameters",
-    ),
-    "no_proof": (lambda: spoiled(_other_subject, sign_again=False), "csr_signature", "possession of the key"),
-    "rsa_1024": (lambda: request_of(None, rsa.generate_private_key(65537, 1024)), "csr_key_weak", "RSA-1024"),
-    "secp192r1": (lambda: request_of(None, ec.generate_private_key(ec.SECP192R1())), "csr_key_weak", "secp192r1"),
-    "ed25519": (lambda: request_of(None, ed25519.Ed25519PrivateKey.generate(), None), "csr_key_kind", "Ed25519"),
-    "other_organization": (lambda: named(O="EcoG"), "csr_organization_name", "O is 'EcoG'"),
-    "mangled_organization": (lambda: named(O="Uber Strom GmbH"), "csr_organization_name", "O is 'Uber"),
-    "no_organization": (lambda: named(O=None), "csr_organization_name", "0 O"),
-    "country_of_three": (lambda: named(C="GER"), "csr_country_name", "C is 'GER'"),
-    "no_country": (lambda: named(C=None), "csr_country_name", "0 C"),
-    "long_name": (lambda: named(CN="x" * 65), "csr_common_name", "CN has 65 characters"),
-    "no_name": (lambda: named(CN=None), "csr_common_name", "0 CN"),
-    "other_domain": (lambda: named(DC="CSO"), "csr_domain_component", "DC is CSO"),
-    "no_domain": (lambda: named(DC=None), "csr_domain_component", "DC is none"),
-    "unknown_signature": (lambda: spoiled(_unknown_signature, sign_again=False), "csr_hash_weak", "an unknown hash"),
-    "ca": (lambda: request_of(None, None, hashes.SHA256(), CA), "csr_wants_ca", "CA:TRUE"),
-    "cert_sign": (
-        lambda: request_of(None, None, hashes.SHA256(), _key_usage(cert_sign=True)),
-        "csr_wants_ca",
-        "keyCertSign",
-    ),
-    "crl_sign": (
-        lambda: request_of(None, None, hashes.SHA256(), _key_usage(crl_sign=True)),
-        "csr_wants_ca",
-        "cRLSign",
-    ),
-}
-
-
-@pytest.mark.parametrize(("csr", "reason", "words"), [pytest.param(*row, id=name) for name, row in REFUSED.items()])
-def test_a_csr_that_should_never_be_signed_is_refused_and_told_why(
-    csr: Callable[[], str], reason: str, words: str
-) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # cryptography's own opinion of what these tests make
-        pem = csr()
-        with pytest.raises(CsrRefused, match=words) as refusal:
-            check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
-    assert refusal.value.reason == reason
-
-
-def test_a_csr_signed_with_sha_1_is_refused(tmp_path: Path) -> None:
-    """Made by openssl: cryptography makes none."""
-    subject = f"/C=DE/O={ORGANIZATION}/CN=DE-ABC-S-1/DC=CPO"
-    key = ("-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem")
-    command = ["openssl", "req", "-new", *key, "-sha1", "-utf8", "-subj", subject]
-    pem = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    with pytest.raises(CsrRefused, match="signed with sha1") as refusal:
-        check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
-    assert refusal.value.reason == "csr_hash_weak"
-
-
-def test_a_subject_in_an_encoding_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    """A T61String of openssl's with a letter beyond ASCII."""
-    config = (
-        f"[req]\nstring_mask=nombstr\nutf8=yes\ndistinguished_name=d\nprompt=no\n[d]\nC=DE\nO={ORGANIZATION}\nCN=x\n"
-    )
-    (tmp_path / "c").write_text(config)
-    command = ["openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", "k", "-config", "c"]
-    pem = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    with pytest.raises(CsrRefused, match="that can be read"):
-        check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
-
-
-@pytest.mark.parametrize("common_name", ["https://cs.example", "192.0.2.7", "2001:db8::7"])
-def test_a_charging_stations_cn_is_no_url_and_no_address(common_name: str) -> None:
-    """A00.FR.511; a SECC's CN is another matter."""
-    with pytest.raises(CsrRefused, match=r"A00\.FR\.511"):
-        check_csr(named(CN=common_name, DC=None), certificate_type=STATION, organization=ORGANIZATION)
-    check_csr(named(CN=common_name), certificate_type=V2G, organization=ORGANIZATION)
-
-
-@pytest.mark.parametrize("kind", CertificateType)
-def test_a_good_csr_passes(kind: CertificateType) -> None:
-    csr = check_csr(csr_for(kind), certificate_type=kind, organization=ORGANIZATION)
-    assert csr.is_signature_valid
-    with pytest.raises(CsrRefused):
-        check_csr(csr_for(kind), certificate_type=kind, organization="EcoG")
-
-
-@pytest.mark.parametrize("bits", [2048, 3072])
-def test_rsa_of_2048_bits_is_strong_enough(bits: int) -> None:
-    pem = request_of(None, rsa.generate_private_key(65537, bits))
-    check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
-
-
-@each_carriage
-async def test_a_refused_csr_is_answered_with_rejected_and_no_certificate_follows(
-    kind: CertificateType, version: OcppVersion, make: Make
-) -> None:
-    async with make() as csms, connected(csms, version) as station:
-        status, words = await station.sign(kind, csr_for(kind, organization="EcoG"))
-        event = await csms.next(EventKind.CSR_REJECTED)
-        assert (event.certificate_type, event.reason) == (kind, "csr_organization_name")
-        assert str(event) == f"CS001: SignCertificate for a {kind}, rejected: {event.words}"
-        told = "" if (kind, version) == (STATION, V16) else event.words  # its answer has no place for words
-        assert (status, words) == ("Rejected", told)
-        await station.boot()
-        assert station.received.empty()
-    assert EventKind.CERTIFICATE_SENT not in [event.kind for event in csms.events]
 
 
 async def test_a_request_id_belongs_to_one_csr(make: Make) -> None:
@@ -849,45 +530,6 @@ async def test_events_are_told_to_each_who_asks_from_the_first_on(make: Make) ->
         assert await csms.next(EventKind.BOOTED) is told[1]
         with pytest.raises(CsmsError):
             await csms.next(EventKind.BOOTED, timeout=0.01)
-
-
-# --- The command -----------------------------------------------------------------------------------------------------
-
-
-class Command:
-    """``stationkey csms`` as a shell would start it."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.lines: list[str] = []
-
-    async def until(self, words: str) -> str:
-        """The first line with these words, from here on."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(20):
-            while True:
-                line = (await self.process.stdout.readline()).decode()
-                assert line, "".join(self.lines)
-                self.lines.append(line)
-                if words in line:
-                    return line
-
-
-@asynccontextmanager
-async def command(*arguments: str) -> AsyncIterator[Command]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-u", "-m", "stationkey", "csms", "--listen", "127.0.0.1:0", "--organization", ORGANIZATION),
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        yield Command(process)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        async with asyncio.timeout(30):
-            await process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
