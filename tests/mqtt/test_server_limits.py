@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mqtt_sides import at, josev
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from peers import Mosquitto
-from test_connection import BOUND, Service, answers, at, josev, payload, serving
+from test_gateway import BOUND, Service, answers, payload, serving
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import GenerateCsrRequest, GenerateCsrResponse, accepted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,10 +19,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from stationkey.contract.messages import GenerateCsrData, generate_csr
-from stationkey.contract.profiles import SECP256R1, SECP521R1, Algorithm, CertificateType
+from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.simulators.csms.server import Csms
 from stationkey.simulators.ocpp import CARRIAGES, OcppVersion
-from stationkey.simulators.pki import Hierarchy
 from stationkey.x509.csr import PrivateKey, build_csr, to_pem
 
 ORGANIZATION = "Über Strom GmbH"
@@ -121,24 +120,6 @@ async def connected(csms: Csms, version: OcppVersion = V21, **options: Any) -> A
         finally:
             listening.cancel()
             await asyncio.wait([listening])
-
-
-@pytest.fixture(scope="module")
-def hierarchies() -> dict[str, Hierarchy]:
-    now = Csms(organization=ORGANIZATION)._clock()  # noqa: SLF001 - the time as it takes it
-    return {
-        "hierarchy": Hierarchy.make(SECP256R1, organization=ORGANIZATION, now=now),
-        "hierarchy_20": Hierarchy.make(SECP521R1, organization=ORGANIZATION, now=now),
-    }
-
-
-Make = Callable[..., Csms]
-
-
-@pytest.fixture
-def make(hierarchies: dict[str, Hierarchy]) -> Make:
-    """A CSMS with authorities that need not be made again for each test."""
-    return lambda **options: Csms(organization=ORGANIZATION, **(hierarchies | options))
 
 
 def new_key(kind: CertificateType = V2G) -> ec.EllipticCurvePrivateKey:

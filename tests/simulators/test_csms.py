@@ -7,6 +7,7 @@ import json
 import signal
 import ssl
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from csms_parts import (
     V16,
     V21,
     V201,
-    Make,
     RawStation,
     command,
     connected,
@@ -38,7 +38,7 @@ from websockets.typing import Subprotocol
 
 from stationkey import cli
 from stationkey.cli import csms as cli_csms
-from stationkey.contract.profiles import PROFILES, CertificateType
+from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, CertificateType
 from stationkey.errors import ConfigurationError
 from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.csms.server import Csms, CsmsError, SecurityProfile
@@ -46,6 +46,24 @@ from stationkey.simulators.ocpp import CARRIAGES, NotCarried, OcppVersion
 from stationkey.simulators.ocpp_connection import NotAnswered, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem
 from stationkey.simulators.pki import to_pem as chain_to_pem
+
+
+@pytest.fixture(scope="module")
+def hierarchies() -> dict[str, Hierarchy]:
+    now = Csms(organization=ORGANIZATION)._clock()  # noqa: SLF001 - the time as it takes it
+    return {
+        "hierarchy": Hierarchy.make(SECP256R1, organization=ORGANIZATION, now=now),
+        "hierarchy_20": Hierarchy.make(SECP521R1, organization=ORGANIZATION, now=now),
+    }
+
+
+Make = Callable[..., Csms]
+
+
+@pytest.fixture
+def make(hierarchies: dict[str, Hierarchy]) -> Make:
+    """A CSMS with authorities that need not be made again for each test."""
+    return lambda **options: Csms(organization=ORGANIZATION, **(hierarchies | options))
 
 
 def openssl_verify(folder: Path, chain_pem: str, root_pem: str) -> str:
@@ -201,6 +219,22 @@ async def test_a_station_that_goes_while_it_is_asked_leaves_nothing_hanging(make
         with pytest.raises(Exception, match="the connection was closed"):
             await asking
         await csms.next(EventKind.DISCONNECTED)
+
+
+@each_carriage
+async def test_a_refused_csr_is_answered_with_rejected_and_no_certificate_follows(
+    kind: CertificateType, version: OcppVersion, make: Make
+) -> None:
+    async with make() as csms, connected(csms, version) as station:
+        status, words = await station.sign(kind, csr_for(kind, organization="EcoG"))
+        event = await csms.next(EventKind.CSR_REJECTED)
+        assert (event.certificate_type, event.reason) == (kind, "csr_organization_name")
+        assert str(event) == f"CS001: SignCertificate for a {kind}, rejected: {event.words}"
+        told = "" if (kind, version) == (STATION, V16) else event.words  # its answer has no place for words
+        assert (status, words) == ("Rejected", told)
+        await station.boot()
+        assert station.received.empty()
+    assert EventKind.CERTIFICATE_SENT not in [event.kind for event in csms.events]
 
 
 async def test_a_request_id_belongs_to_one_csr(make: Make) -> None:

@@ -17,12 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
-from csms_parts import ORGANIZATION, STATION, V2G, V16, Make, connected, csr_for, each_carriage, new_key
+from csms_parts import ORGANIZATION, STATION, V2G, csr_for, new_key
 
 from stationkey.contract.profiles import CertificateType
 from stationkey.simulators.csms.csr_check import CsrRefused, check_csr
-from stationkey.simulators.csms.events import EventKind
-from stationkey.simulators.ocpp import OcppVersion
 from stationkey.x509.csr import to_pem
 
 # --- What it refuses -------------------------------------------------------------------------------------------------
@@ -194,19 +192,3 @@ def test_a_good_csr_passes(kind: CertificateType) -> None:
 def test_rsa_of_2048_bits_is_strong_enough(bits: int) -> None:
     pem = request_of(None, rsa.generate_private_key(65537, bits))
     check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
-
-
-@each_carriage
-async def test_a_refused_csr_is_answered_with_rejected_and_no_certificate_follows(
-    kind: CertificateType, version: OcppVersion, make: Make
-) -> None:
-    async with make() as csms, connected(csms, version) as station:
-        status, words = await station.sign(kind, csr_for(kind, organization="EcoG"))
-        event = await csms.next(EventKind.CSR_REJECTED)
-        assert (event.certificate_type, event.reason) == (kind, "csr_organization_name")
-        assert str(event) == f"CS001: SignCertificate for a {kind}, rejected: {event.words}"
-        told = "" if (kind, version) == (STATION, V16) else event.words  # its answer has no place for words
-        assert (status, words) == ("Rejected", told)
-        await station.boot()
-        assert station.received.empty()
-    assert EventKind.CERTIFICATE_SENT not in [event.kind for event in csms.events]
