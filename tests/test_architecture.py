@@ -76,7 +76,8 @@ class Import:
 
     Attributes:
         importer: module that it stands in, without ``stationkey.``; ``""`` is the package itself.
-        imported: what it imports, in full.
+        imported: the module that it imports, in full.
+        path: what it imports, in full: the module itself, or a name in it.
         line: where it stands.
         at_start: whether it runs when the importer is imported, rather than in a function.
         for_types: whether only a type checker runs it.
@@ -84,6 +85,7 @@ class Import:
 
     importer: str
     imported: str
+    path: str
     line: int
     at_start: bool
     for_types: bool
@@ -110,17 +112,17 @@ def imports_of(importer: str, source: str) -> Iterator[Import]:
     def walk(node: ast.AST, *, at_start: bool, for_types: bool) -> Iterator[Import]:
         match node:
             case ast.Import(names=names):
-                targets = [alias.name for alias in names]
+                targets = [(alias.name, alias.name) for alias in names]
             case ast.ImportFrom(module=str(module), names=names, level=0):
                 full = [f"{module}.{alias.name}" for alias in names]
                 known = {"stationkey" + (f".{name}" if name else "") for name in MODULES}
-                targets = [name if name in known else module for name in full]
+                targets = [(name if name in known else module, name) for name in full]
             case ast.ImportFrom():
                 raise AssertionError(f"{importer}, line {node.lineno}: a relative import")
             case _:
                 targets = []
-        for target in targets:
-            yield Import(importer, target, getattr(node, "lineno", 0), at_start, for_types)
+        for target, path in targets:
+            yield Import(importer, target, path, getattr(node, "lineno", 0), at_start, for_types)
         in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         guarded = node.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" else []
         for child in ast.iter_child_nodes(node):
@@ -177,14 +179,37 @@ def test_an_import_that_runs_the_wrong_way_would_be_seen(importer: str, source: 
     assert [number for number, one in enumerate(found) if wrong_way(one)] == expected
 
 
-def test_no_module_needs_itself_to_be_imported() -> None:
-    """What runs at import time, the key stores' inside included."""
+def test_no_module_needs_itself() -> None:
+    """Inside packages too; imports inside functions, and those that only a type checker reads, included."""
     needs: dict[str, set[str]] = {name: set() for name in MODULES}
     for found in IMPORTS:
-        if found.ours is not None and found.at_start and not found.for_types:
+        if found.ours is not None and found.importer:  # the package's own are lazy, and for types; see below
             needs[found.importer].add(found.ours)
 
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
+
+
+MOST_LINES = 600
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_too_long_to_read(module: str) -> None:
+    lines = len(MODULES[module].read_text().splitlines())
+
+    assert lines <= MOST_LINES
+
+
+def test_what_is_private_to_a_package_is_used_by_no_other() -> None:
+    """A module or a name that begins with an underscore is its own package's; the version is everybody's."""
+    strays = [
+        str(found)
+        for found in IMPORTS
+        if found.ours not in {None, "_version"}
+        and re.search(r"\._[a-z]", found.path)
+        and found.importer.partition(".")[0] != (found.ours or "").partition(".")[0]
+    ]
+
+    assert strays == []
 
 
 def test_the_package_itself_imports_its_version_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import KeyStore, KeyStoreUri, keystore_opener, registry
-from stationkey.keystore.registry import SCHEMES, Scheme
+from stationkey.keystore.schemes import SCHEMES, Scheme
 from stationkey.keystore.software import SoftwareKeyStore
 
 OTHER = Scheme(
@@ -48,7 +49,7 @@ def other(monkeypatch: pytest.MonkeyPatch) -> Scheme:
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 def test_each_row_can_be_loaded_and_its_example_be_parsed(scheme: Scheme) -> None:
-    assert callable(scheme.load())
+    assert callable(pkgutil.resolve_name(scheme.opener))
     where = KeyStoreUri.parse(scheme.example)
     assert (where.scheme, str(where)) == (scheme, scheme.example)
     assert bool(where.location) == scheme.located

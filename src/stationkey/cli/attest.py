@@ -27,7 +27,7 @@ from stationkey.cli.verify_attestation import nonce_option, public_pem
 from stationkey.config.file import read_file, settle
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
 from stationkey.keystore import KeyRef, KeyStore, KeyStoreUri, Lending, keystore_opener
-from stationkey.keystore.registry import SCHEMES
+from stationkey.keystore.schemes import SCHEMES
 from stationkey.keystore.worker import KeyStoreThread, overdue
 from stationkey.ledger import Ledger
 from stationkey.system.files import read_bounded, write_text

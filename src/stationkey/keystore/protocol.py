@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
 from stationkey.contract.profiles import Algorithm, KeyType
-from stationkey.keystore.registry import SCHEMES
+from stationkey.keystore.schemes import SCHEMES
 from stationkey.system.pem import to_pem
 
 if TYPE_CHECKING:

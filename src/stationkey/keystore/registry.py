@@ -1,18 +1,16 @@
-"""The key stores there are, by the scheme of their URI. A new store is a row here, its folder and its option."""
+"""From the URI of a key store to what opens it; `stationkey.keystore.schemes` has the kinds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
 from stationkey.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from stationkey.keystore.protocol import KeyStore
+from stationkey.keystore.protocol import KeyStore
+from stationkey.keystore.schemes import SCHEMES, Scheme
 
 
 class Opener(Protocol):
@@ -23,64 +21,6 @@ class Opener(Protocol):
     ) -> Callable[[], KeyStore]:  # Any: each store has its own terms
         """See `keystore_opener`."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scheme:
-    """What the general code knows about a kind of key store.
-
-    Attributes:
-        name: scheme of its URI.
-        opener: its `Opener` as ``module:function``; loaded when a store is opened.
-        example: a URI.
-        located: whether the URI says where the store is.
-        secret_query: whether what follows ``?`` in its URI may hold a secret, and is not shown.
-        protected: whether its keys are protected. One without protection is for trying only, and never a fallback.
-        attests: whether it can prove that it made a key.
-        pem_label: of the PEM file with a key.
-        openssl_provider: what OpenSSL needs to use such a file, or None if it needs nothing.
-    """
-
-    name: str
-    opener: str
-    example: str
-    located: bool
-    secret_query: bool = False
-    protected: bool
-    attests: bool
-    pem_label: str
-    openssl_provider: str | None
-
-    def load(self) -> Opener:
-        """Import the function that opens the store."""
-        module, _, function = self.opener.partition(":")
-        opener: Opener = getattr(import_module(module), function)
-        return opener
-
-
-_SCHEMES: Final = (
-    Scheme(
-        name="tpm2",
-        opener="stationkey.keystore.tpm2:opener",
-        example="tpm2:device:/dev/tpmrm0",
-        located=True,
-        protected=True,
-        attests=True,
-        pem_label="TSS2 PRIVATE KEY",
-        openssl_provider="tpm2",
-    ),
-    Scheme(
-        name="software",
-        opener="stationkey.keystore.software:opener",
-        example="software:",
-        located=False,
-        protected=False,
-        attests=False,
-        pem_label="PRIVATE KEY",
-        openssl_provider=None,
-    ),
-)
-SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType({scheme.name: scheme for scheme in _SCHEMES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +45,11 @@ class KeyStoreUri:
         name, colon, location = uri.partition(":")
         scheme = SCHEMES.get(name)
         if scheme is None or not colon:
+            known = " or ".join(f"{scheme}:" for scheme in SCHEMES)
             raise ConfigurationError(
                 f"{uri!r} is no key store URI",
                 reason="keystore_uri_invalid",
-                hint=f"it begins with {' or '.join(f'{name}:' for name in SCHEMES)}, for example {_SCHEMES[0].example}",
+                hint=f"it begins with {known}, for example {SCHEMES['tpm2'].example}",
             )
         if location and not scheme.located:
             raise ConfigurationError(
@@ -150,4 +91,5 @@ def keystore_opener(
             reason="software_keys_refused",
             hint="name a TPM, or give --allow-software-keys to try things out without one",
         )
-    return where.scheme.load()(where.location, terms=terms, state_dir=state_dir, guest=guest)
+    opener: Opener = resolve_name(where.scheme.opener)
+    return opener(where.location, terms=terms, state_dir=state_dir, guest=guest)

@@ -37,7 +37,7 @@ from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
 log = logging.getLogger(__name__)
 
 KEEPALIVE: Final = 30
-"""Seconds between signs of life on an idle connection [MQTT 5 3.1.2.10]."""
+"""Seconds [MQTT 5 3.1.2.10]."""
 MQTT5_TIMEOUT: Final = 3.0
 """Seconds for the answer to a CONNECT of MQTT 5, before 3.1.1 is tried: some brokers that know only 3.1.1 misread the
 longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
@@ -159,8 +159,7 @@ class MqttConnection:
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
         self.lost: asyncio.Future[str] = self._loop.create_future()
         """Done, with the reason, when the connection has ended."""
-        self.limits = ServerLimits()
-        """What the broker grants; known once it has accepted the connection."""
+        self.limits = ServerLimits()  # until the broker has accepted the connection
         self._unacknowledged = asyncio.Semaphore(self.limits.receive_maximum)
         self.resumed = False
         """Whether the broker had a session for us. One that goes by user name and not by client id gives another's."""
@@ -573,8 +572,7 @@ async def connect(
 ) -> MqttConnection:
     """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
 
-    The arguments are those of `MqttConnection`; the files and secrets that `terms` names are read now, and the last two
-    only a broker of MQTT 5 is told.
+    The arguments are those of `MqttConnection`; the last two only a broker of MQTT 5 is told.
 
     Raises:
         BrokerError: neither.

@@ -1,0 +1,60 @@
+"""The key stores there are, by the scheme of their URI. A new store is a row here, its folder and its option."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """What the general code knows about a kind of key store.
+
+    Attributes:
+        name: scheme of its URI.
+        opener: its `stationkey.keystore.registry.Opener` as ``module:function``; loaded when a store is opened.
+        example: a URI.
+        located: whether the URI says where the store is.
+        secret_query: whether what follows ``?`` in its URI may hold a secret, and is not shown.
+        protected: whether its keys are protected. One without protection is for trying only, and never a fallback.
+        attests: whether it can prove that it made a key.
+        pem_label: of the PEM file with a key.
+        openssl_provider: what OpenSSL needs to use such a file, or None if it needs nothing.
+    """
+
+    name: str
+    opener: str
+    example: str
+    located: bool
+    secret_query: bool = False
+    protected: bool
+    attests: bool
+    pem_label: str
+    openssl_provider: str | None
+
+
+_SCHEMES: Final = (
+    Scheme(
+        name="tpm2",
+        opener="stationkey.keystore.tpm2:opener",
+        example="tpm2:device:/dev/tpmrm0",
+        located=True,
+        protected=True,
+        attests=True,
+        pem_label="TSS2 PRIVATE KEY",
+        openssl_provider="tpm2",
+    ),
+    Scheme(
+        name="software",
+        opener="stationkey.keystore.software:opener",
+        example="software:",
+        located=False,
+        protected=False,
+        attests=False,
+        pem_label="PRIVATE KEY",
+        openssl_provider=None,
+    ),
+)
+SCHEMES: Final[Mapping[str, Scheme]] = MappingProxyType({scheme.name: scheme for scheme in _SCHEMES})
