@@ -32,6 +32,7 @@ class TestBroker:
             ({}, None, "broker.own_rights", OK),
             ({"mqtt5": False}, None, "broker.version", WARNING),
             ({"mqtt5": False}, None, "broker.publish", NOT_CHECKED),
+            ({"maximum_qos": 0}, None, "broker.publish", WARNING),
             ({"own": Rights(asks=False, answers=False)}, None, "broker.publish", FAILURE),
             ({"own": Rights(asks=True, answers=True)}, None, "broker.own_rights", FAILURE),
             ({"named": False}, None, "broker.anonymous", WARNING),

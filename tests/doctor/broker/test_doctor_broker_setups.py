@@ -99,22 +99,22 @@ class TestBroker:
                 assert daemon.run_log.count("accepted") == 1
 
     @pytest.mark.parametrize(
-        ("limit", "words"),
+        ("limit", "level", "words"),
         [
-            ("message_size_limit 1000", "4096"),
-            ("max_packet_size 1000", "4096"),
-            ("message_size_limit 20", "message_size_limit"),
-            ("max_qos 0", "max_qos"),
+            ("message_size_limit 1000", Level.FAILURE, "4096"),
+            ("max_packet_size 1000", Level.FAILURE, "4096"),
+            ("message_size_limit 20", Level.FAILURE, "message_size_limit"),
+            ("max_qos 0", Level.WARNING, "max_qos"),
         ],
     )
-    def test_a_broker_that_would_not_take_an_answer_is_a_failure(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, words: str
+    def test_a_broker_that_would_not_take_an_answer_as_it_is_sent_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, level: Level, words: str
     ) -> None:
         """And no session is left behind where the broker ends the connection for it."""
         monkeypatch.setattr("stationkey.doctor.broker.probe._client_id", lambda: "stationkey-doctor-1")
         with guarded(tmp_path / "guarded", OURS, CLOSED, limit) as (broker, config):
             found = look(tmp_path, broker=None, config_file=config)
-            assert found.level("broker.publish") is Level.FAILURE
+            assert found.level("broker.publish") is level
             assert words in found.text("broker.publish")
             terms = MqttTerms(username="stationkey", password=SecretReference(str(tmp_path / "guarded" / "secret")))
 

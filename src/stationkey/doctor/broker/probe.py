@@ -63,6 +63,7 @@ class Visit:
         refused: why there is no connection, or None.
         named: whether we have a user name or a certificate there.
         mqtt5: whether MQTT 5 is spoken.
+        maximum_qos: that the broker grants a message of ours.
         own: what we may do.
         why: what the broker said where we may not do what we must.
         too_large: what the broker said to a message of `LARGE` octets where it does not take it, or an empty text.
@@ -83,6 +84,7 @@ class Visit:
     refused: StationKeyError | None = None
     named: bool = False
     mqtt5: bool = True
+    maximum_qos: int = 2
     own: Rights = Rights()
     why: str = ""
     too_large: str = ""
@@ -140,7 +142,10 @@ async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running
         return dataclasses.replace(nothing, named=True, mqtt5=connection.is_v5, in_its_place=True, anonymous=anonymous)
     cut = False
     try:
-        look = _Round(connection, dataclasses.replace(nothing, named=named, mqtt5=connection.is_v5))
+        begin = dataclasses.replace(
+            nothing, named=named, mqtt5=connection.is_v5, maximum_qos=connection.limits.maximum_qos
+        )
+        look = _Round(connection, begin)
         try:
             async with asyncio.timeout(_TALK):
                 await look.look_around()

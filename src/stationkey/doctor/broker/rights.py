@@ -126,6 +126,11 @@ def judge_publish(seen: Visit) -> Verdict:
             "remove the limit, or raise it (Mosquitto: message_size_limit and max_packet_size)",
             stops=False,
         )
+    if seen.maximum_qos < 1:
+        return warning(
+            "the broker takes QoS 0 only: an answer that is lost on the way is not sent again",
+            "allow QoS 1 (Mosquitto: max_qos)",
+        )
     if not seen.mqtt5:
         return not_checked("with MQTT 3.1.1 the broker acknowledges what it refuses, too", stops=False)
     return ok(f"the broker takes our messages on {seen.responses}")
