@@ -16,9 +16,10 @@ from typing import Literal
 from unittest import mock
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from issuing import issue
 from msgspec import UNSET
 
 from stationkey.config.settings import Terms, TpmTerms
@@ -128,38 +129,32 @@ class Authority:
         assert asked.is_signature_valid
         own = asked.public_key()
         assert isinstance(own, PublicKey)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(asked.subject if subject is None else subject)
-            .issuer_name(self.sub.subject)
-            .public_key(public_key or own)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(begins)
-            .not_valid_after(ends)
-        )
         others = tuple(instead)
         left_out = (*without, *(type(extension) for extension in others))
-        for extension in asked.extensions:
-            if not isinstance(extension.value, left_out):
-                builder = builder.add_extension(extension.value, extension.critical)
-        for value in others:
-            builder = builder.add_extension(value, critical=True)
-        return builder.sign(self._sub_key, hashes.SHA256())
+        kept = [(each.value, each.critical) for each in asked.extensions if not isinstance(each.value, left_out)]
+        return issue(
+            asked.subject if subject is None else subject,
+            public_key or own,
+            [*kept, *((value, True) for value in others)],
+            issuer=self.sub.subject,
+            key=self._sub_key,
+            begins=begins,
+            ends=ends,
+        )
 
 
 def _ca(
     name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey
 ) -> x509.Certificate:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(NOW - timedelta(days=400))
-        .not_valid_after(NOW + timedelta(days=4000))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(signer, hashes.SHA256())
+    subject, above = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each)]) for each in (name, issuer))
+    return issue(
+        subject,
+        key.public_key(),
+        [(x509.BasicConstraints(ca=True, path_length=None), True)],
+        issuer=above,
+        key=signer,
+        begins=NOW - timedelta(days=400),
+        ends=NOW + timedelta(days=4000),
     )
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from issuing import issue
 from peers import Mosquitto, free_port
 
 from stationkey.config.secrets import SecretReference
@@ -74,14 +75,15 @@ class Authority:
 
     def _sign(self, subject: x509.Name, public_key: Any, extensions: list[x509.ExtensionType], *, age: int) -> bytes:
         begins = datetime.now(UTC) - timedelta(days=1 + age)
-        builder = (
-            x509.CertificateBuilder(self._name, subject, public_key, x509.random_serial_number())
-            .not_valid_before(begins)
-            .not_valid_after(begins + timedelta(days=30))
-        )
-        for extension in extensions:
-            builder = builder.add_extension(extension, critical=True)
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        return issue(
+            subject,
+            public_key,
+            [(extension, True) for extension in extensions],
+            issuer=self._name,
+            key=self._key,
+            begins=begins,
+            ends=begins + timedelta(days=30),
+        ).public_bytes(serialization.Encoding.PEM)
 
     def certify(self, name: str, public_key: Any, *, age: int = 0, names: tuple[x509.GeneralName, ...] = ()) -> bytes:
         """A certificate in PEM, of `age` days plus one, for 30 days."""

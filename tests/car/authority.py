@@ -14,13 +14,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from issuing import Extension, issue
 
 HASH_OF: dict[str, hashes.SHA256 | hashes.SHA512] = {"secp256r1": hashes.SHA256(), "secp521r1": hashes.SHA512()}
 """ISO 15118-2 signs with SHA-256 and -20 with SHA-512."""
-
-
-Extension = tuple[x509.ExtensionType, bool]
-"""An extension, and whether it is critical."""
 
 
 def pem(certificates: Iterable[x509.Certificate]) -> str:
@@ -50,20 +47,20 @@ def _sign(
     days: int = 60,
 ) -> x509.Certificate:
     now = dt.datetime.now(dt.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(public_key)  # type: ignore[arg-type] # a public key, whichever it is
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=100))
-        .not_valid_after(now + dt.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)  # type: ignore[arg-type] # same
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+    identifiers = [
+        (x509.SubjectKeyIdentifier.from_public_key(public_key), False),  # type: ignore[arg-type] # a public key, whichever it is
+        (x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), False),
+    ]
+    return issue(
+        subject,
+        public_key,
+        [*identifiers, *extensions],
+        issuer=issuer,
+        key=key,
+        begins=now - dt.timedelta(days=100),
+        ends=now + dt.timedelta(days=days),
+        algorithm=HASH_OF[key.curve.name],
     )
-    for value, critical in extensions:
-        builder = builder.add_extension(value, critical=critical)
-    return builder.sign(key, HASH_OF[key.curve.name])
 
 
 def _name(common_name: str, domain: str) -> x509.Name:

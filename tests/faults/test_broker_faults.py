@@ -12,7 +12,7 @@ from asker import BOUND, Asker, until
 from cutting_proxy import CuttingProxy
 from peers import Daemon, Mosquitto
 from rig import Rig
-from scene import Scene
+from scene import CONFIG, Scene
 from truth import judge
 
 RESTARTS: Final = 10
@@ -101,6 +101,7 @@ def test_whatever_the_broker_held_while_the_daemon_was_away_is_answered(
     """More than are in hand at a time, too: nothing waits for an acknowledgement that stands behind them."""
     asker = scene.asker
     end(scene.daemon)
+    scene.config.write_text(CONFIG.replace("ec = 2.0", "ec = 20.0"))  # it waits for 299 others
     for request in itertools.islice(iter(asker.request, None), count):
         asker.publish(request)
     scene.daemon.start()

@@ -74,6 +74,9 @@ def test_a_full_disk_at_start_is_told_in_words_and_room_heals_it(scene: Scene, d
     until(lambda: scene.daemon.listening() or scene.daemon.process.poll() is not None, "it starts, or does not")  # type: ignore[union-attr] # still there
     if scene.daemon.process.poll() is None:
         ask_until_rejected(scene)
+        assert set(reasons_of(scene.daemon)) == {"disk_full"}
+    else:
+        assert str(scene.state_dir) in scene.daemon.run_log  # words: which directory
     assert "Traceback" not in scene.daemon.run_log
     scene.daemon.kill()
     disk.make_room()
