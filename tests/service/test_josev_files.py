@@ -130,6 +130,15 @@ def pem_of_another_version(file: Path) -> None:
     file.write_bytes(b"-----BEGIN CERTIFICATE-----\n" + body + b"-----END CERTIFICATE-----\n")
 
 
+def damaged_key(file: Path) -> None:
+    certificate = certificate_in(file)
+    point = certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )[-64:]
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    file.write_bytes(der.replace(point, b"\xff" * 64))  # on no curve
+
+
 def trusted_certificate(file: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b" CERTIFICATE-", b" TRUSTED CERTIFICATE-"))
 
@@ -179,6 +188,7 @@ DOUBTS = [
     der_cut_short,
     der_of_another_version,
     pem_of_another_version,
+    damaged_key,
     trusted_certificate,
     pkcs7_file,
     pkcs12_file,

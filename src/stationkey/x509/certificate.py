@@ -63,7 +63,7 @@ class Chain:
         return [
             dataclasses.replace(self, position=position)
             for position, certificate in enumerate(self.certificates)
-            if _is_readable(certificate)
+            if _unreadable(certificate) is None
         ]
 
     @property
@@ -152,6 +152,7 @@ def read_certificates(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
         unparsed.append(Unparsed("a PEM block is incomplete"))
     elif b"\0" in rest or _BARE_BASE64.search(rest):
         unparsed.append(Unparsed("neither PEM nor DER"))
+    unparsed += filter(None, map(_unreadable, certificates))
     return Chain(tuple(certificates)) if certificates else None, unparsed
 
 
@@ -165,7 +166,8 @@ _BARE_BASE64: Final = re.compile(rb"MI[A-Za-z0-9+/]{40}")
 
 def _read_der(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
     try:
-        return Chain((x509.load_der_x509_certificate(content),)), []
+        certificate = x509.load_der_x509_certificate(content)
+        return Chain((certificate,)), list(filter(None, [_unreadable(certificate)]))
     except _MALFORMED:
         pass
     header = 2 + (content[1] & 0x7F) if len(content) > 1 else len(content)
@@ -190,12 +192,18 @@ def _decoded(body: bytes) -> bytes | None:
         return None
 
 
-def _is_readable(certificate: x509.Certificate) -> bool:
+def _unreadable(certificate: x509.Certificate) -> Unparsed | None:
+    """Return why a certificate cannot be the leaf of a key of ours, or None.
+
+    A key of a kind that is unknown here is somebody else's. One that is damaged may have been any.
+    """
     try:
         _ = _public(certificate), certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    except CryptographyUnsupported:
+        return Unparsed("a key of unknown kind", certificate.public_bytes(serialization.Encoding.DER))
     except _MALFORMED:
-        return False
-    return True
+        return Unparsed("an unreadable key or validity")
+    return None
 
 
 def _number_of(public: bytes) -> bytes:
