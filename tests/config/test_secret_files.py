@@ -36,6 +36,29 @@ def test_a_secret_is_the_content_of_its_file(file: Path, content: bytes, expecte
     assert SecretReference(str(file)).read() == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        pytest.param(b"\xef\xbb\xbfsesame\n", True, id="byte order mark"),
+        pytest.param(b"sesame \n", True, id="a blank at the end"),
+        pytest.param(b"\tsesame", True, id="a tab at the beginning"),
+        pytest.param(b"sesame\n\n", True, id="two line feeds"),
+        pytest.param(b"open sesame\n", False, id="a blank within"),
+        pytest.param(b"\xff\x00\x20", False, id="no text"),
+    ],
+)
+def test_what_an_editor_may_have_added_is_told_once_and_the_secret_is_not(
+    file: Path, caplog: pytest.LogCaptureFixture, content: bytes, *, told: bool
+) -> None:
+    file.write_bytes(content)
+    for _ in range(2):
+        SecretReference(str(file)).read()
+
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == told
+    assert all(str(file) in line and "sesame" not in line for line in lines)
+
+
 def test_a_credential_is_where_systemd_has_put_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(file.parent))
 

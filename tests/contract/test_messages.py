@@ -376,11 +376,7 @@ def test_an_id_that_is_no_uuid_is_refused_and_cannot_be_answered(document: Json,
         pytest.param(json.dumps(a_request()).encode("utf-16"), "not_utf8", "not UTF-8", id="UTF-16"),
         pytest.param(b"", "not_json", "not JSON", id="nothing"),
         pytest.param(b"generate_csr", "not_json", "not JSON", id="no JSON"),
-        pytest.param(PAGE_REQUEST[:-1], "not_json", "not JSON", id="cut off"),
-        pytest.param(PAGE_REQUEST + b"{}", "not_json", "not JSON", id="something behind it"),
-        pytest.param(b"\xef\xbb\xbf" + PAGE_REQUEST, "not_json", "BOM", id="byte order mark"),
         pytest.param(b"{'name': 'generate_csr'}", "not_json", "not JSON", id="single quotes"),
-        pytest.param(PAGE_REQUEST.replace(b"EcoG", b"Eco\nG"), "not_json", "control character", id="bare line feed"),
         pytest.param(b"[]", "not_a_message", "no object", id="array"),
         pytest.param(b"null", "not_a_message", "no object", id="null"),
         pytest.param(b"NaN", "not_a_message", "no object", id="NaN alone"),
@@ -416,6 +412,33 @@ def test_what_is_no_message_is_refused_and_cannot_be_answered(payload: bytes, re
 
     assert (error.reason, error.request_id) == (reason, None)
     assert words in error.message
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(wire(a_request()) + b"\0", id="NUL behind it"),
+        pytest.param(wire(a_request()) + b"\0" * 60_000, id="many NUL behind it"),
+        pytest.param(wire(a_request()) + b"{}", id="an object behind it"),
+        pytest.param(wire(a_request()) + b"]", id="a bracket behind it"),
+        pytest.param(b"\xef\xbb\xbf" + wire(a_request()), id="byte order mark"),
+        pytest.param(wire(a_request())[:-1], id="cut off"),
+        pytest.param(wire(a_request()).replace(b'"DE"', b'"D\nE"'), id="bare line feed"),
+        pytest.param(wire(a_request()).replace(b',"data"', b',,"data"').replace(b', "data"', b',,"data"'), id="commas"),
+    ],
+)
+def test_a_request_that_is_not_json_is_rejected_by_the_id_that_can_be_read(payload: bytes) -> None:
+    """Decision 4: it is wrong, and carries a usable id."""
+    error = refusal(payload)
+
+    assert (error.reason, error.request_id) == ("not_json", REQUEST_ID)
+
+
+def test_two_requests_in_one_payload_cannot_be_answered() -> None:
+    """Nobody can know which id the sender waits for."""
+    two = wire(a_request()) + wire(a_request() | {"id": REQUEST_ID.replace("1", "2")})
+
+    assert (refusal(two).reason, refusal(two).request_id) == ("not_json", None)
 
 
 def test_a_payload_of_64_kib_is_read() -> None:

@@ -6,6 +6,9 @@ encrypted kin, [systemd.exec(5)]). What is read goes to whoever asked and into n
 
 from __future__ import annotations
 
+import codecs
+import functools
+import logging
 import os
 import re
 import stat
@@ -21,6 +24,26 @@ MAX_SECRET: Final = 4096
 
 _CREDENTIAL: Final = "credential:"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
+
+
+log = logging.getLogger(__name__)
+
+
+def _oddity(secret: bytes) -> str:
+    """What an editor may have put into a secret that is a text; an empty string for nothing."""
+    if secret.startswith(codecs.BOM_UTF8):
+        return "begins with a byte order mark"
+    try:
+        text = secret.decode()
+    except UnicodeDecodeError:
+        return ""
+    return "begins or ends with a blank" if text != text.strip() else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _warn(words: str) -> None:
+    """Log once in a run: a secret is read at each connection."""
+    log.warning("%s", words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +116,8 @@ class SecretReference:
             raise self._unreadable(f"{path} is empty")
         if len(secret) > limit:
             raise self._unreadable(f"{path} has more than {limit} bytes")
+        if odd := _oddity(secret):
+            _warn(f"the secret {path} {odd}, which counts as part of it")
         return secret
 
     def _unreadable(self, message: str, *, hint: str = "") -> ConfigurationError:

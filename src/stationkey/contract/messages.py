@@ -389,7 +389,7 @@ def _parse(payload: bytes, max_payload: int) -> _Document:
     try:
         document = json.loads(text, object_pairs_hook=strict.members, parse_constant=strict.constant)
     except json.JSONDecodeError as error:
-        raise MessageError(f"not JSON: {_short(str(error))}", reason="not_json") from None
+        return _outline(text, ("not_json", f"not JSON (RFC 8259): invalid at character {error.pos}"))
     except ValueError:  # Python reads no integer of more than 4300 digits
         return _outline(text, ("number_too_long", "the JSON has a number of thousands of digits"))
     if not isinstance(document, _Document):
@@ -436,7 +436,7 @@ def _nested_too_deep(text: str) -> bool:
 
 
 def _outline(text: str, wrong: tuple[str, str]) -> _Document:
-    """The top-level text members of a JSON object that is too large or too deep to be read whole.
+    """The top-level text members of a JSON object that is invalid, or too large or too deep to be read whole.
 
     Enough to tell whose message it is and to reject it by its id; linear in the length of `text`, which is bounded.
     """
