@@ -13,6 +13,7 @@ import click
 from stationkey.cli._options import config_option, keystore_option, state_dir_option
 from stationkey.config.file import read_file, settle
 from stationkey.errors import ConfigurationError
+from stationkey.openssl.servers import SERVERS
 
 
 @click.command("tls-config")
@@ -27,13 +28,24 @@ from stationkey.errors import ConfigurationError
     "FILE.pem.",
 )
 @click.option(
+    "--for",
+    "server",
+    type=click.Choice(sorted(SERVERS)),
+    help="Instead: print the configuration of a TLS server that serves with an active key.",
+)
+@click.option(
     "--out",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the configuration to a file instead of printing it.",
 )
 def tls_config(
-    keystore: str | None, state_dir: Path | None, config_file: Path | None, checked: str | None, out: Path | None
+    keystore: str | None,
+    state_dir: Path | None,
+    config_file: Path | None,
+    checked: str | None,
+    server: str | None,
+    out: Path | None,
 ) -> None:
     """Print the OpenSSL configuration that makes a service use the active keys.
 
@@ -46,6 +58,8 @@ def tls_config(
       5 OpenSSL has no tpm2 provider
       6 there is no such key and chain
     """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
+    if checked is not None and server is not None:
+        raise click.UsageError("--for and --check exclude each other")
     if checked is not None and "OPENSSL_CONF" in os.environ:
         # This process is the other side, with a key in software, and OpenSSL has read its configuration already.
         variables = {name: value for name, value in os.environ.items() if name != "OPENSSL_CONF"}
@@ -57,7 +71,7 @@ def tls_config(
 
     settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
     tcti = check.tcti_of(settings.keystore)
-    text = check.openssl_configuration(tcti=tcti)
+    text = check.openssl_configuration(tcti=tcti) if server is None else SERVERS[server]
     if out is not None:
         try:
             out.write_text(text, encoding="utf-8")
