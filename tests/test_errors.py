@@ -29,7 +29,7 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     # The key store's device.
     **dict.fromkeys(["tpm_unreachable", "keystore_timeout"], (True, Scope.DEVICE)),
     "tcti_invalid": (False, Scope.DEVICE),
-    **dict.fromkeys(["tpm_reset", "tpm_lockout", "tpm_full"], (True, Scope.STORE)),
+    **dict.fromkeys(["tpm_reset", "tpm_lockout", "tpm_full", "tpm_busy"], (True, Scope.STORE)),
     **dict.fromkeys(["tpm_auth", "srk_unfit"], (False, Scope.STORE)),
     "tpm_altered": (True, Scope.REQUEST),
     # A key.
@@ -119,7 +119,8 @@ def test_each_nature_is_of_a_reason_on_the_list() -> None:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        *[(0x921, "tpm_lockout"), (0x902, "tpm_full"), (0x903, "tpm_full"), (0x905, "tpm_full")],
+        *[(0x921, "tpm_lockout"), (0x902, "tpm_full"), (0x903, "tpm_full"), (0x905, "tpm_full"), (0x906, "tpm_full")],
+        *[(code, "tpm_busy") for code in (0x901, 0x904, 0x908, 0x909, 0x90A, 0x920, 0x922, 0x923)],
         *[(0x100, "tpm_reset"), (0x910, "tpm_reset"), (0x918, "tpm_reset")],
         *[(0x1DF, "key_of_another_tpm"), (0x12F, "tpm_error")],
     ],

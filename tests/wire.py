@@ -31,6 +31,8 @@ class Exchange:
 
 
 Change = Callable[[bytes], bytes]
+_NOTHING: Final = bytes.fromhex("8001 0000000c 0000017b 0001")
+"""TPM2_GetRandom of one byte: done in the place of a command that is refused."""
 
 
 def untouched(message: bytes) -> bytes:
@@ -164,6 +166,42 @@ class Noise:
         if self._left != 0 or len(message) <= HEADER:
             return message
         return flipped(message, self._generator.randrange(6, len(message)))
+
+
+class Later:
+    """Refuses commands with a code: each one `times` times running, then the TPM does it once, and so on.
+
+    Args:
+        wire: where it sits.
+        code: what it answers.
+        times: how often; None for ever.
+        of: the command code that it refuses; None for every one.
+    """
+
+    def __init__(self, wire: Wire, code: int, *, times: int | None, of: int | None = None) -> None:
+        self._answer = bytes.fromhex("8001 0000000a") + code.to_bytes(4, "big")
+        self._times, self._of = times, of
+        self._current, self._count, self._refusing = 0, 0, False
+        self.refused: set[int] = set()
+        self.refusals = 0
+        self.began = threading.Event()
+        wire.commands, wire.responses = self._command, self._response
+
+    def _command(self, message: bytes) -> bytes:
+        code = int.from_bytes(message[6:10], "big")
+        if code != self._current:
+            self._current, self._count = code, 0
+        self._refusing = self._of in {None, code} and (self._times is None or self._count < self._times)
+        self._count = self._count + 1 if self._refusing else 0
+        if not self._refusing:
+            return message
+        self.refused.add(code)
+        self.refusals += 1
+        self.began.set()
+        return _NOTHING
+
+    def _response(self, message: bytes) -> bytes:
+        return self._answer if self._refusing else message
 
 
 def _message(source: socket.socket) -> bytes:

@@ -9,12 +9,13 @@ from typing import Final
 
 import pytest
 from asker import BOUND, until
-from peers import Swtpm
+from peers import Daemon, Swtpm
 from scene import Scene
 from truth import events_brought, judge, key_of, reasons_of
 
 from protection import tool
 from stationkey.contract.profiles import Algorithm
+from wire import Later, Wire, untouched
 
 ROUNDS: Final = 5
 EVSE: Final = "DE*ABC*E1"
@@ -215,6 +216,21 @@ def test_a_tpm_that_is_not_there_at_the_start_is_used_once_it_is(tmp_path: Path)
         assert told["reason"] == "tpm_unreachable"
         assert scene.asker.ask().data.status == "rejected"
         scene.tpm.start()
+        settle(scene)
+
+
+def test_a_tpm_that_says_later_from_the_start_on_is_used_once_it_does_not(tmp_path: Path) -> None:
+    """A daemon never ends for it, were the storage root key still to be made."""
+    with Scene(tmp_path, tpm=True) as scene, Wire(scene.tpm) as wire:
+        Later(wire, 0x923, times=None)
+        options = scene.options()
+        options[options.index(scene.keystore)] = f"tpm2:{wire.tcti}"
+        scene.daemon = Daemon(tmp_path / "other", *options)
+        scene.daemon.start()
+        [told] = scene.daemon.events(level="error")
+        assert told["reason"] == "tpm_busy"
+        assert scene.asker.ask().data.status == "rejected"
+        wire.commands = wire.responses = untouched
         settle(scene)
 
 

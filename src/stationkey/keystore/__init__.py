@@ -17,6 +17,7 @@ from stationkey.keystore.protocol import (
     Lending,
     Protecting,
     Support,
+    Timed,
     check_key,
     key_id_of,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Lending",
     "Protecting",
     "Support",
+    "Timed",
     "check_key",
     "key_id_of",
     "keystore_opener",

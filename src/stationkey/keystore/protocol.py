@@ -146,6 +146,15 @@ class Abandonable(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """A store that tries again by itself while its device says "later"."""
+
+    def within(self, seconds: float) -> None:
+        """Give the calls from now on so many seconds, tries included."""
+        ...
+
+
+@runtime_checkable
 class Protecting(Protocol):
     """A store whose keys may need more than to be loaded: an authorisation value, or a policy."""
 

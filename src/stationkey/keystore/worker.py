@@ -26,7 +26,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, Final, TypeVar
 
 from stationkey.errors import KeyStoreError, Scope, StationKeyError
-from stationkey.keystore.protocol import Abandonable, KeyStore
+from stationkey.keystore.protocol import Abandonable, KeyStore, Timed
 from stationkey.system.counters import OTHER, Durations
 from stationkey.system.threads import Worker
 
@@ -245,7 +245,10 @@ class _Shift:
         self._expires = job.expires
         outcome = SUCCESS
         try:
-            result = job.run(self._open())
+            store = self._open()
+            if isinstance(store, Timed):
+                store.within(job.expires - begun)
+            result = job.run(store)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
             outcome = Outcome.of(error)
             # Given up, its words may only tell how the one that took over cleared its key away.

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_ECC, TPMA_OBJECT
 from tpm2_pytss.types import (
     TPM2B_ENCRYPTED_SECRET,
@@ -40,6 +40,7 @@ from stationkey.errors import KeyStoreError, NotVerified
 from stationkey.keystore.protocol import KeyRef, Lending
 from stationkey.keystore.tpm2 import capabilities
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.endorsement import challenged_ek, endorsement, endorsement_keys, flush, not_ours
 
 AK_ATTRIBUTES: Final = (
@@ -91,7 +92,7 @@ def attest(
     # First, and apart: with the key loaded too, a bare TPM would have no slot left.
     secret = None if challenge is None else store.lend(None, lambda esapi, *_: _activate(esapi, challenge, terms))
 
-    def certify(esapi: ESAPI, handle: Any, session: Any) -> Evidence:
+    def certify(esapi: Context, handle: Any, session: Any) -> Evidence:
         public = esapi.read_public(handle)[0].marshal()
         with _attestation_key(esapi, terms) as (ak, ak_public):
             statement, signature = esapi.certify(
@@ -121,7 +122,7 @@ def attestation_key(store: Lending, *, terms: AttestationTerms, alone: bool = Fa
         KeyStoreError: as of `attest`.
     """
 
-    def look(esapi: ESAPI, *_: Any) -> AttestationKey:
+    def look(esapi: Context, *_: Any) -> AttestationKey:
         with _attestation_key(esapi, terms) as (_handle, public):
             pass
         if alone:
@@ -133,7 +134,7 @@ def attestation_key(store: Lending, *, terms: AttestationTerms, alone: bool = Fa
 
 
 @contextmanager
-def _attestation_key(esapi: ESAPI, terms: AttestationTerms) -> Iterator[tuple[Any, bytes]]:
+def _attestation_key(esapi: Context, terms: AttestationTerms) -> Iterator[tuple[Any, bytes]]:
     """The attestation key, loaded: its handle, and its TPM2B_PUBLIC."""
     if terms.ak_handle is not None:
         yield _provisioned_ak(esapi, terms.ak_handle)
@@ -146,7 +147,7 @@ def _attestation_key(esapi: ESAPI, terms: AttestationTerms) -> Iterator[tuple[An
             flush(esapi, handle)
 
 
-def _provisioned_ak(esapi: ESAPI, handle: int) -> tuple[Any, bytes]:
+def _provisioned_ak(esapi: Context, handle: int) -> tuple[Any, bytes]:
     if handle not in capabilities.handles(esapi, handle, handle):
         raise KeyStoreError(
             f"there is no attestation key at {handle:#x}",
@@ -184,7 +185,7 @@ def _ak_template() -> TPMT_PUBLIC:
 # The challenge.
 
 
-def _activate(esapi: ESAPI, challenge: Challenge, terms: AttestationTerms) -> bytes:
+def _activate(esapi: Context, challenge: Challenge, terms: AttestationTerms) -> bytes:
     """Open a challenge [TPM 2.0 part 3, 12.5]; what was in it."""
     try:
         blob = TPM2B_ID_OBJECT(unwrap(challenge.credential_blob, "its credential"))
@@ -204,6 +205,6 @@ def _activate(esapi: ESAPI, challenge: Challenge, terms: AttestationTerms) -> by
             try:
                 return bytes(esapi.activate_credential(ak, ek, blob, encrypted, session2=session))
             except TSS2_Exception as error:
-                if rc.is_lost(error):
+                if rc.is_lost(error) or rc.code(error) in rc.PASSING:
                     raise
                 raise not_ours(f"the TPM does not open it ({error.rc:#x})") from None

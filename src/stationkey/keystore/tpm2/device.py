@@ -13,9 +13,11 @@ What a TPM does when it is lost, cleared or full, by its return codes, and what 
 - ``0x128`` (TPM_RC_PCR_CHANGED): a register changed while a policy was being shown: it is shown again.
 - A handle error on the SRK: the TPM was cleared under us; a new context finds or makes the SRK anew.
 
+- Every other warning (``0x922``, TPM_RC_RETRY, and its like) passes: `stationkey.keystore.tpm2.context` tries again.
+
 A wrong authorisation value is not tried again, since each try may count for the TPM's dictionary-attack lockout.
-Nothing else is retried more than once. All of it happens on the one thread that owns the store; a call that never
-returns is that thread's to notice.
+But for what passes, nothing is retried more than once. All of it happens on the one thread that owns the store; a call
+that never returns is that thread's to notice.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import hashlib
 import logging
 import os
 import stat
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_ECC, TPM2_SU, TPMA_OBJECT
 from tpm2_pytss.types import TPM2B_PUBLIC
 
@@ -37,6 +41,7 @@ from stationkey.config.settings import TpmTerms
 from stationkey.errors import ConfigurationError, KeyStoreError, Scope
 from stationkey.keystore.tpm2 import capabilities, errors, templates
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.pcr import Registers
 from stationkey.keystore.tpm2.sealed import Kept
 from stationkey.keystore.tpm2.sessions import Sessions, before_the_srk
@@ -46,6 +51,11 @@ log = logging.getLogger(__name__)
 
 MAX_AUTH: Final = 32
 """Bytes of an authorisation value: as many as the name algorithm, SHA-256, has [TPM 2.0 part 1, 13.3]."""
+
+_PATIENCE: Final = 5.0
+"""Seconds that a command which passes is tried for, where nobody has said how long the call may take."""
+_FOR_TRIES: Final = 0.9
+"""The share of a call's time that tries may take. The rest is for the error to reach the caller before he gives up."""
 
 _RESOURCE_MANAGERS: Final = ("device:/dev/tpmrm", "tabrmd")
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
@@ -74,7 +84,7 @@ class Device:
         self._registers = Registers(terms.pcr_bank, terms.pcrs) if terms.pcrs else None
         self._kept = None if state_dir is None else Kept(state_dir)
         self._resource_manager = guest or is_shared(tcti)
-        self._esapi: ESAPI | None = None
+        self._esapi: Context | None = None
         self._srk: Any = None
         self._sessions: Sessions | None = None
         self._parents: dict[int, Any] = {}
@@ -83,7 +93,9 @@ class Device:
         self._accepted: set[int] = set()
         self._given: dict[int, bytes] = {}
         self._refused: dict[int, bytes] = {}
-        self._abandoned = False
+        self._give_up = threading.Event()
+        self._until = 0.0  # when commands that pass are tried for the last time
+        self._timed = False
 
     def unload(self) -> None:
         """Take out of the TPM what others may need the room for.
@@ -103,7 +115,20 @@ class Device:
 
     def abandon(self) -> None:
         """Never unload anything again, nor begin a command: see `stationkey.keystore.Abandonable`."""
-        self._abandoned = True
+        self._give_up.set()
+
+    @property
+    def _abandoned(self) -> bool:
+        return self._give_up.is_set()
+
+    def within(self, seconds: float) -> None:
+        """Give the calls from now on so many seconds: see `stationkey.keystore.protocol.Timed`."""
+        self._until = time.monotonic() + seconds * _FOR_TRIES
+        self._timed = True
+
+    def _wait(self, delay: float) -> bool:
+        """Wait between two tries of a command; return False if there is no time left for another."""
+        return time.monotonic() + delay < self._until and not self._give_up.wait(delay)
 
     def _emptied(self) -> None:
         """The TPM has nothing loaded any more."""
@@ -114,6 +139,8 @@ class Device:
     def _with_device(self, command: Callable[[], T]) -> T:
         """Run `command` on an open context; where the TPM was lost, cleared, reset or full, mend that and try again."""
         self._refuse_if_abandoned()
+        if not self._timed:
+            self._until = time.monotonic() + _PATIENCE
         if self._esapi is not None:
             try:
                 return command()
@@ -126,7 +153,14 @@ class Device:
                 self._open()
             return command()
         except TSS2_Exception as error:
+            self._refuse_if_abandoned()
             raise self._failure(error) from None
+
+    @property
+    def _context(self) -> Context:
+        """The open context, inside `_with_device`."""
+        assert self._esapi is not None
+        return self._esapi
 
     def _refuse_if_abandoned(self) -> None:
         if self._abandoned:
@@ -189,7 +223,9 @@ class Device:
 
     def _open(self) -> None:
         self._refuse_file()
-        esapi = self._esapi = ESAPI(self._tcti)
+        # What fills a bare TPM can be unloaded, which `_mend` does first.
+        passing = rc.PASSING if self._resource_manager else rc.BUSY
+        esapi = self._esapi = Context(self._tcti, passing, self._wait)
         try:
             self._srk = self._prepare(esapi)
             self._sessions = Sessions(esapi, self._terms.session, self._srk)
@@ -218,7 +254,7 @@ class Device:
                 scope=Scope.DEVICE,
             )
 
-    def _prepare(self, esapi: ESAPI) -> Any:
+    def _prepare(self, esapi: Context) -> Any:
         """Start the TPM and clear its slots where that is needed; the SRK."""
         handle = self._terms.srk_handle
         try:
@@ -239,7 +275,7 @@ class Device:
             esapi.tr_set_auth(srk, auth)
         return srk
 
-    def _find_srk(self, esapi: ESAPI) -> tuple[Any, TPM2B_PUBLIC]:
+    def _find_srk(self, esapi: Context) -> tuple[Any, TPM2B_PUBLIC]:
         handle = self._terms.srk_handle
         srk = esapi.tr_from_tpmpublic(handle)
         found = esapi.read_public(srk)[0]
@@ -266,7 +302,7 @@ class Device:
             log.warning("the storage root key lacks noda: three losses of power in a row can lock the TPM for a while")
         return srk, found
 
-    def _make_srk(self, esapi: ESAPI, auth: bytes) -> tuple[Any, TPM2B_PUBLIC]:
+    def _make_srk(self, esapi: Context, auth: bytes) -> tuple[Any, TPM2B_PUBLIC]:
         """Make the SRK by the TCG's template, so that any other program would make the same, and keep it in the TPM."""
         esapi.tr_set_auth(ESYS_TR.OWNER, self._secret("owner_auth"))
         try:
@@ -285,7 +321,7 @@ class Device:
                 ) from None
             raise
 
-    def _pin(self, esapi: ESAPI, srk: Any, public: TPM2B_PUBLIC) -> None:
+    def _pin(self, esapi: Context, srk: Any, public: TPM2B_PUBLIC) -> None:
         """Salt sessions with no other SRK than the first time: whoever sits on the bus could hand us one of his own.
 
         It is the public part that tpm2-tss holds which must be right: the bus may tell it otherwise than us.
@@ -303,7 +339,7 @@ class Device:
                 hint=f"if you know why, remove {self._kept.srk_file(handle)}, and start again",
             )
 
-    def _flush_strays(self, esapi: ESAPI, *, sessions: bool) -> None:
+    def _flush_strays(self, esapi: Context, *, sessions: bool) -> None:
         """Unload every transient object of a bare TPM: they are of clients that died, for this is its only user now."""
         self._emptied()
         strays = capabilities.handles(esapi, *_TRANSIENT)
@@ -375,15 +411,14 @@ class Device:
             return self._srk
         if handle not in self._parents:
             self._auth_of_parent(handle)
-            if handle not in _PERSISTENT or not capabilities.persistent(self._esapi, handle):
+            if handle not in _PERSISTENT or not capabilities.persistent(self._context, handle):
                 raise KeyStoreError(
                     f"the key hangs on the storage key at {handle:#x}, and the TPM has none there",
                     reason="parent_missing",
                     hint="was the TPM cleared, or that key removed? Then ask for a new certificate",
                     scope=Scope.KEY,
                 )
-            assert self._esapi is not None
-            self._parents[handle] = self._esapi.tr_from_tpmpublic(handle)
+            self._parents[handle] = self._context.tr_from_tpmpublic(handle)
         return self._parents[handle]
 
 

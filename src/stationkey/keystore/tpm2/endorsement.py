@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_SESSION
 from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMT_SYM_DEF
 from tpm2_pytss.utils import NoSuchIndex, create_ek_template
@@ -23,6 +23,7 @@ from stationkey.attestation.trust import certified_key
 from stationkey.errors import KeyStoreError, NotVerified
 from stationkey.keystore.tpm2 import capabilities
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.context import Context
 
 _EK_TEMPLATES: Final = {
     "EK-ECC256": "secp256r1",
@@ -51,14 +52,14 @@ _RC_HIERARCHY: Final = 0x085
 _RC_AUTH: Final = frozenset({0x08E, 0x0A2})  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH
 
 
-def flush(esapi: ESAPI, handle: Any) -> None:
+def flush(esapi: Context, handle: Any) -> None:
     """Unload an object or a session, if it is still there."""
     with suppress(TSS2_Exception):  # what is lost holds nothing, and its own error is on the way
         esapi.flush_context(handle)
 
 
 @contextmanager
-def _session(esapi: ESAPI, kind: Any) -> Iterator[Any]:
+def _session(esapi: Context, kind: Any) -> Iterator[Any]:
     session = esapi.start_auth_session(ESYS_TR.NONE, ESYS_TR.NONE, kind, _NO_SYMMETRIC, TPM2_ALG.SHA256)
     try:
         esapi.trsess_set_attributes(session, TPMA_SESSION.CONTINUESESSION)
@@ -68,7 +69,7 @@ def _session(esapi: ESAPI, kind: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def endorsement(esapi: ESAPI, auth: bytes) -> Iterator[Hierarchy]:
+def endorsement(esapi: Context, auth: bytes) -> Iterator[Hierarchy]:
     """The endorsement hierarchy, authorised by a session: its value, where it has one, never crosses the bus."""
     esapi.tr_set_auth(ESYS_TR.ENDORSEMENT, auth)
     with _session(esapi, TPM2_SE.HMAC) as session:
@@ -79,7 +80,7 @@ def endorsement(esapi: ESAPI, auth: bytes) -> Iterator[Hierarchy]:
 class Hierarchy:
     """What can be done with the authorisation of the endorsement hierarchy."""
 
-    esapi: ESAPI
+    esapi: Context
     session: Any
     has_auth: bool
 
@@ -147,7 +148,7 @@ class _Found:
     handle: int | None = None
 
 
-def endorsement_keys(esapi: ESAPI, hierarchy: Hierarchy | None = None) -> tuple[EndorsementKey, ...]:
+def endorsement_keys(esapi: Context, hierarchy: Hierarchy | None = None) -> tuple[EndorsementKey, ...]:
     """The endorsement keys of the TPM: those at hand and, where `hierarchy` is given, the usual ones, made for it."""
     found = _at_hand(esapi)
     if hierarchy is not None:
@@ -160,7 +161,7 @@ def endorsement_keys(esapi: ESAPI, hierarchy: Hierarchy | None = None) -> tuple[
     return tuple(islice(told, MAX_ENDORSEMENT_KEYS))
 
 
-def _at_hand(esapi: ESAPI) -> dict[bytes, _Found]:
+def _at_hand(esapi: Context) -> dict[bytes, _Found]:
     """The endorsement keys that can be told of without making one, by their subjectPublicKeyInfo."""
     found: dict[bytes, _Found] = {}
     for handle in capabilities.handles(esapi, *_EK_HANDLES):
@@ -179,7 +180,7 @@ def _spki(public: bytes) -> bytes:
     return read_public(public, "an endorsement key").spki
 
 
-def _template(esapi: ESAPI, name: str) -> tuple[bytes | None, TPM2B_PUBLIC | None]:
+def _template(esapi: Context, name: str) -> tuple[bytes | None, TPM2B_PUBLIC | None]:
     """Certificate and template of an endorsement key, by the TPM's NV memory [EK Credential Profile 2.5, 2.2.1]."""
     try:
         certificate, template = create_ek_template(name, lambda index: _read_nv(esapi, int(index)))
@@ -196,7 +197,7 @@ def _without_padding(certificate: bytes | None) -> bytes | None:
     return certificate[:length] if length <= min(len(certificate), MAX_CERTIFICATE) else None
 
 
-def _read_nv(esapi: ESAPI, index: int) -> bytes:
+def _read_nv(esapi: Context, index: int) -> bytes:
     """The content of an NV index that everybody may read.
 
     Raises:
@@ -210,14 +211,14 @@ def _read_nv(esapi: ESAPI, index: int) -> bytes:
         while len(content) < size:
             content += bytes(esapi.nv_read(handle, min(_NV_PART, size - len(content)), len(content)))
     except TSS2_Exception as error:
-        if rc.is_lost(error):
+        if rc.is_lost(error) or rc.code(error) in rc.PASSING:
             raise
         raise NoSuchIndex(index) from None  # never written, or it has an authorisation value
     return content
 
 
 @contextmanager
-def challenged_ek(esapi: ESAPI, spki: bytes, hierarchy: Hierarchy) -> Iterator[tuple[Any, Public]]:
+def challenged_ek(esapi: Context, spki: bytes, hierarchy: Hierarchy) -> Iterator[tuple[Any, Public]]:
     """The endorsement key of this subjectPublicKeyInfo, loaded."""
     for key in _at_hand(esapi).values():
         if key.handle is not None and key.public is not None and _spki(key.public) == spki:

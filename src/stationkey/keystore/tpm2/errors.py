@@ -28,6 +28,20 @@ _RESET: Final = _Refusal(
     transient=True,
     scope=Scope.STORE,
 )
+_BUSY: Final = _Refusal(
+    reason="tpm_busy",
+    words="the TPM asked to be tried again later, and did so until the time was over",
+    hint="each request tries again; if it lasts, reset the TPM",
+    transient=True,
+    scope=Scope.STORE,
+)
+_NO_SLOT: Final = _Refusal(
+    reason="tpm_full",
+    words="the TPM has no free slot",
+    hint="another program holds keys loaded",
+    transient=True,
+    scope=Scope.STORE,
+)
 _NO_SESSION: Final = _Refusal(
     reason="tpm_full",
     words="the TPM has no room for another session",
@@ -46,13 +60,9 @@ _REFUSALS: Final = {
     rc.INITIALIZE: _RESET,
     rc.REFERENCE_H0: _RESET,
     rc.REFERENCE_S0: _RESET,
-    rc.OBJECT_MEMORY: _Refusal(
-        reason="tpm_full",
-        words="the TPM has no free slot",
-        hint="another program holds keys loaded",
-        transient=True,
-        scope=Scope.STORE,
-    ),
+    **dict.fromkeys(rc.BUSY, _BUSY),
+    rc.OBJECT_MEMORY: _NO_SLOT,
+    rc.OBJECT_HANDLES: _NO_SLOT,
     rc.SESSION_MEMORY: _NO_SESSION,
     rc.SESSION_HANDLES: _NO_SESSION,
     rc.INTEGRITY: _Refusal(

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tpm2_pytss import ESAPI
 from tpm2_pytss.types import TPML_PCR_SELECTION
 
 from stationkey.errors import KeyStoreError
+from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.keyfile import POLICY_AUTH_VALUE, POLICY_PCR, Command
 
 _BANKS: Final = {"sha1": 0x0004, "sha256": 0x000B, "sha384": 0x000C, "sha512": 0x000D}
@@ -58,7 +58,7 @@ class Registers:
         """As a command takes it."""
         return TPML_PCR_SELECTION.unmarshal(self.marshal())[0]
 
-    def read(self, esapi: ESAPI, session: Any) -> list[bytes]:
+    def read(self, esapi: Context, session: Any) -> list[bytes]:
         """The values now, in the order of their numbers.
 
         Args:

@@ -19,18 +19,31 @@ COMMAND_CODE: Final = 0x143  # TPM2_CreateLoaded came with revision 1.38 of the 
 HANDLE_1: Final = 0x18B
 VALUE_1: Final = 0x1C4
 INTEGRITY: Final = 0x1DF  # TPM2_Load, parameter 1: the blob is of another TPM, or of this one before it was cleared
+CONTEXT_GAP: Final = 0x901
 OBJECT_MEMORY: Final = 0x902
 SESSION_MEMORY: Final = 0x903
+MEMORY: Final = 0x904
 SESSION_HANDLES: Final = 0x905
+OBJECT_HANDLES: Final = 0x906
+YIELDED: Final = 0x908
+CANCELED: Final = 0x909
+TESTING: Final = 0x90A
 REFERENCE_H0: Final = 0x910
 REFERENCE_S0: Final = 0x918
+NV_RATE: Final = 0x920
 LOCKOUT: Final = 0x921
+RETRY: Final = 0x922
+NV_UNAVAILABLE: Final = 0x923
 AUTH_FAIL: Final = 0x98E  # a wrong authorisation value, which counts for dictionary-attack lockout
 POLICY_FAIL: Final = 0x99D
 BAD_AUTH: Final = 0x9A2  # the same, and it does not count
 
 WRONG_AUTH: Final = frozenset({AUTH_FAIL, BAD_AUTH})
 SESSIONS_FULL: Final = frozenset({SESSION_MEMORY, SESSION_HANDLES})
+FULL: Final = SESSIONS_FULL | {OBJECT_MEMORY, OBJECT_HANDLES}
+BUSY: Final = frozenset({CONTEXT_GAP, MEMORY, YIELDED, CANCELED, TESTING, NV_RATE, RETRY, NV_UNAVAILABLE})
+PASSING: Final = FULL | BUSY
+"""The command was not done, and the same may succeed soon. A lockout may take hours, and is not among them."""
 
 
 def code(error: Any) -> int:

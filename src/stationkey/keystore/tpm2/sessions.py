@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_SESSION
 
 from stationkey.config.settings import TpmSession
 from stationkey.keystore.tpm2 import templates
+from stationkey.keystore.tpm2.context import Context
 
 _CIPHER: Final = "aes128cfb"
 _KEPT: Final = TPMA_SESSION.CONTINUESESSION
@@ -31,7 +32,7 @@ class Sessions:
         salt: the loaded key that the salts are encrypted to.
     """
 
-    def __init__(self, esapi: ESAPI, how: TpmSession, salt: Any) -> None:
+    def __init__(self, esapi: Context, how: TpmSession, salt: Any) -> None:
         self._esapi = esapi
         self._how = how
         self._salt = salt if how != "none" else ESYS_TR.NONE
@@ -82,7 +83,7 @@ class Sessions:
 
 
 @contextmanager
-def before_the_srk(esapi: ESAPI, how: TpmSession) -> Iterator[Any]:
+def before_the_srk(esapi: Context, how: TpmSession) -> Iterator[Any]:
     """A session to make the storage root key by, when there is none yet to encrypt a salt to.
 
     A primary key of the null hierarchy takes its place: it is as new as this power-on, and nobody can vouch for it. So

@@ -27,7 +27,7 @@ os.environ["TSS2_LOG"] = re.sub("debug|trace", "info", os.environ.get("TSS2_LOG"
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import TPM2_ALG, TPM2_RH, TPM2_ST
 from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS, TPMT_SIGNATURE, TPMT_TK_HASHCHECK
 
@@ -37,6 +37,7 @@ from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
 from stationkey.keystore.protocol import KeyRef, Support
 from stationkey.keystore.tpm2 import capabilities, errors, templates
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.device import Device
 from stationkey.keystore.tpm2.keyfile import SEALED, KeyFile, policy_digest
 from stationkey.keystore.tpm2.pcr import PcrPolicy
@@ -78,7 +79,7 @@ class Tpm2KeyStore(Device):
     @property
     def description(self) -> str:
         """Vendor and firmware version, as the TPM tells them, and what keys are protected by besides."""
-        return self._with_device(lambda: capabilities.description(self._esapi)) + self._protection()
+        return self._with_device(lambda: capabilities.description(self._context)) + self._protection()
 
     def _protection(self) -> str:
         words = []
@@ -139,13 +140,13 @@ class Tpm2KeyStore(Device):
         if self._loaded is not None and self._loaded.key == key:
             self.unload()
 
-    def lend(self, key: KeyRef | None, use: Callable[[ESAPI, Any, Any], T]) -> T:
+    def lend(self, key: KeyRef | None, use: Callable[[Context, Any, Any], T]) -> T:
         """See `stationkey.keystore.Lending`. TPM2_Certify takes the value of a key, whether or not it has a policy."""
 
         def command() -> T:
             handle = None if key is None else self._load(key)
             assert self._sessions is not None
-            return use(self._esapi, handle, self._sessions.authorising())
+            return use(self._context, handle, self._sessions.authorising())
 
         return self._with_device(command)
 
@@ -154,7 +155,7 @@ class Tpm2KeyStore(Device):
         # A TPM that is lost has unloaded it already, or a new context will.
         if loaded is not None and self._esapi is not None and not self._abandoned:
             try:
-                self._esapi.flush_context(loaded.handle)
+                self._context.flush_context(loaded.handle)
             except TSS2_Exception:
                 self._forget()
         super().unload()
@@ -194,10 +195,9 @@ class Tpm2KeyStore(Device):
     def _sealed_auth(self, parent: int, policy: PcrPolicy | None, *, make: bool) -> bytes | None:
         """The value that the TPM has sealed under a parent, for keys with this policy; None where there is none."""
         assert self._kept is not None
-        assert self._esapi is not None
         under = self._parent(parent)
         commands = policy.commands(auth=False) if policy is not None else ()
-        path = self._kept.sealed_file(bytes(self._esapi.tr_get_name(under)), policy_digest(commands))
+        path = self._kept.sealed_file(bytes(self._context.tr_get_name(under)), policy_digest(commands))
         if path not in self._unsealed:
             seal = partial(self._seal, parent, policy) if make else None
             file = self._kept.sealed(path, seal)
@@ -209,17 +209,15 @@ class Tpm2KeyStore(Device):
     def _seal(self, parent: int, policy: PcrPolicy | None) -> KeyFile:
         """A new random value, of 192 bits in 32 characters that OpenSSL can be given as a password."""
         self._refuse_if_abandoned()
-        assert self._esapi is not None
         commands = policy.commands(auth=False) if policy is not None else ()
         secret = templates.sensitive(data=token_urlsafe(24).encode("ascii"))
         with self._under(parent) as session:
-            private, public, *_ = self._esapi.create(
+            private, public, *_ = self._context.create(
                 self._parent(parent), secret, templates.sealed(policy_digest(commands)), session1=session
             )
         return KeyFile(public.marshal(), private.marshal(), parent, policy=commands, type=SEALED)
 
     def _unseal(self, file: KeyFile, policy: PcrPolicy | None, path: Path) -> bytes:
-        assert self._esapi is not None
         try:
             handle = self._load_file(file)
         except (TSS2_Exception, ValueError) as error:
@@ -232,9 +230,9 @@ class Tpm2KeyStore(Device):
             ) from None
         try:
             with self._using(policy, auth=False) as session:
-                return bytes(self._esapi.unseal(handle, session))
+                return bytes(self._context.unseal(handle, session))
         finally:
-            self._esapi.flush_context(handle)
+            self._context.flush_context(handle)
 
     # The commands. Each runs inside _with_device.
 
@@ -245,7 +243,7 @@ class Tpm2KeyStore(Device):
 
     def _ask_support(self, algorithm: Algorithm) -> Support:
         profile = ALGORITHMS[algorithm]
-        algorithms = capabilities.algorithms(self._esapi, self._watching())
+        algorithms = capabilities.algorithms(self._context, self._watching())
         if int(HASHES[profile.hash_name]) not in algorithms:
             return Support(None, f"this TPM has no {profile.hash_name.upper().replace('SHA', 'SHA-')}")
         missing = []
@@ -259,12 +257,11 @@ class Tpm2KeyStore(Device):
         return Support(None, f"this TPM has no {' and no '.join(missing)}")
 
     def _can_make(self, kind: KeyType) -> bool:
-        assert self._esapi is not None
         if isinstance(kind, EllipticCurve):
-            return int(templates.CURVES[kind]) in capabilities.curves(self._esapi, self._watching())
+            return int(templates.CURVES[kind]) in capabilities.curves(self._context, self._watching())
         try:
             wanted = TPMT_PUBLIC_PARMS(type=TPM2_ALG.RSA, parameters=templates.key_parameters(kind))
-            self._esapi.test_parms(wanted, self._watching())
+            self._context.test_parms(wanted, self._watching())
         except TSS2_Exception as error:
             if rc.is_lost(error) or not rc.code(error) & rc.FORMAT_ONE:
                 raise
@@ -280,7 +277,7 @@ class Tpm2KeyStore(Device):
             )
         policy = None
         if self._registers is not None:
-            policy = PcrPolicy.of(self._registers, self._registers.read(self._esapi, self._watching()))
+            policy = PcrPolicy.of(self._registers, self._registers.read(self._context, self._watching()))
         auth = self._new_auth(policy)
         commands = policy.commands(auth=bool(auth)) if policy is not None else ()
         handle, private, public = self._create_loaded(support.key_type, auth, policy_digest(commands))
@@ -296,12 +293,11 @@ class Tpm2KeyStore(Device):
 
     def _create_loaded(self, kind: KeyType, auth: bytes, policy: bytes) -> tuple[Any, Any, Any]:
         """Handle, wrapped private part and public part of a new key, by one command where the TPM has it."""
-        assert self._esapi is not None
         secret = templates.sensitive(auth=auth)
         if self._has_create_loaded:
             try:
                 with self._under(self._terms.srk_handle) as session:
-                    created: tuple[Any, Any, Any] = self._esapi.create_loaded(
+                    created: tuple[Any, Any, Any] = self._context.create_loaded(
                         self._srk, secret, templates.marshalled_key(kind, policy), session
                     )
             except TSS2_Exception as error:
@@ -312,16 +308,15 @@ class Tpm2KeyStore(Device):
                 return created
         template = TPM2B_PUBLIC(publicArea=templates.key(kind, policy))
         with self._under(self._terms.srk_handle) as session:
-            private, public, *_ = self._esapi.create(self._srk, secret, template, session1=session)
+            private, public, *_ = self._context.create(self._srk, secret, template, session1=session)
         with self._under(self._terms.srk_handle) as session:
-            return self._esapi.load(self._srk, private, public, session), private, public
+            return self._context.load(self._srk, private, public, session), private, public
 
     def _load(self, key: KeyRef) -> Any:
         if self._loaded is not None and self._loaded.key == key:
             return self._loaded.handle
         file, policy = _file(key)
         self._make_room()
-        assert self._esapi is not None
         auth = b"" if file.empty_auth else self._auth_of(file, policy)
         try:
             handle = self._load_file(file)
@@ -336,12 +331,11 @@ class Tpm2KeyStore(Device):
         Raises:
             ValueError: it is damaged, so that it is not even sent.
         """
-        assert self._esapi is not None
         parent = self._parent(file.parent)
         try:
             private, public = TPM2B_PRIVATE.unmarshal(file.private)[0], TPM2B_PUBLIC.unmarshal(file.public)[0]
             with self._under(file.parent) as session:
-                return self._esapi.load(parent, private, public, session)
+                return self._context.load(parent, private, public, session)
         except TSS2_Exception as error:
             if error.rc & rc.LAYER == rc.MARSHALLING:
                 raise ValueError("damaged") from None
@@ -350,7 +344,7 @@ class Tpm2KeyStore(Device):
     def _keep_loaded(self, key: KeyRef, handle: Any, policy: PcrPolicy | None, auth: bytes) -> None:
         self._loaded = _Loaded(key, handle, policy, bool(auth))
         if auth and self._esapi is not None:
-            self._esapi.tr_set_auth(handle, auth)
+            self._context.tr_set_auth(handle, auth)
 
     @contextmanager
     def _using(self, policy: PcrPolicy | None, *, auth: bool) -> Iterator[Any]:
@@ -380,17 +374,16 @@ class Tpm2KeyStore(Device):
 
     def _shown(self, policy: PcrPolicy, *, auth: bool) -> Any:
         """A session to which a policy was shown."""
-        assert self._esapi is not None
         assert self._sessions is not None
         session = self._sessions.policy()
         try:
-            self._esapi.policy_pcr(session, policy.digest, policy.registers.structure())
+            self._context.policy_pcr(session, policy.digest, policy.registers.structure())
         except TSS2_Exception as error:
             if rc.code(error) == rc.VALUE_1:
                 raise errors.pcr_changed(policy.registers, f"{error.rc:#x}") from None
             raise
         if auth:
-            self._esapi.policy_auth_value(session)
+            self._context.policy_auth_value(session)
         return session
 
     def _sign(self, key: KeyRef, data: bytes, scheme: Any, algorithm: hashes.HashAlgorithm) -> TPMT_SIGNATURE:
@@ -401,11 +394,10 @@ class Tpm2KeyStore(Device):
 
     def _sign_digest(self, key: KeyRef, digest: bytes, how: Any) -> TPMT_SIGNATURE:
         self._load(key)
-        assert self._esapi is not None
         loaded = self._loaded
         assert loaded is not None
         with self._using(loaded.policy, auth=loaded.auth) as session:
-            return self._esapi.sign(loaded.handle, digest, how, _NO_TICKET, session)
+            return self._context.sign(loaded.handle, digest, how, _NO_TICKET, session)
 
     def _check(self, key: KeyRef) -> None:
         self._load(key)
