@@ -30,7 +30,9 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     **dict.fromkeys(["tpm_unreachable", "keystore_timeout"], (True, Scope.DEVICE)),
     "tcti_invalid": (False, Scope.DEVICE),
     **dict.fromkeys(["tpm_reset", "tpm_lockout", "tpm_full", "tpm_busy"], (True, Scope.STORE)),
-    **dict.fromkeys(["tpm_auth", "srk_unfit"], (False, Scope.STORE)),
+    **dict.fromkeys(
+        ["tpm_auth", "srk_unfit", "srk_changed", "auth_value_unfit", "pcr_bank_inactive"], (False, Scope.STORE)
+    ),
     "tpm_altered": (True, Scope.REQUEST),
     # A key.
     **dict.fromkeys(
@@ -61,8 +63,9 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     ),
 }
 """Transient and scope of each reason of docs/reasons.md that has not the `DEFAULT`."""
-TWO_NATURES: Final = {"tls_tpm_failed"}
-"""The broker is tried again; of a check, its exit status says whether the TPM or the key is at fault."""
+TWO_NATURES: Final = {"tls_tpm_failed", "tpm_file_damaged", "tpm_file_unusable", "secret_unreadable"}
+"""Of the first, the broker is tried again; of a check, its exit status says whether the TPM or the key is at fault. The
+files are needed by every request, or by a key that was made before; the secret by the key store, or by a command."""
 
 
 def classes() -> dict[str, type[StationKeyError]]:

@@ -28,6 +28,7 @@ from protection import (
     write_secret,
 )
 from stationkey.config.settings import TpmTerms
+from stationkey.errors import Scope
 from stationkey.keystore.protocol import KeyRef
 from stationkey.keystore.tpm2.keyfile import KeyFile, read_pem
 from stationkey.keystore.tpm2.sealed import MAX_SEALED
@@ -174,7 +175,7 @@ def test_a_value_that_the_tpm_or_openssl_would_take_for_another_is_refused_befor
     store = opened(key_auth=secret)
     monkeypatch.setattr(ESAPI, "create_loaded", None)
     error = refusal(lambda: store.generate(P256))
-    assert error.reason == "auth_value_unfit"
+    assert (error.reason, error.scope) == ("auth_value_unfit", Scope.STORE)
     assert words in error.message
     assert "key_auth" in error.message
 
@@ -187,7 +188,7 @@ def test_a_secret_that_cannot_be_read_is_told_by_its_option(opened: Opener, tmp_
     store = opened(key_auth=SECRET)
     (tmp_path / "key_auth").unlink()
     error = refusal(lambda: store.generate(P256))
-    assert error.reason == "secret_unreadable"
+    assert (error.reason, error.scope) == ("secret_unreadable", Scope.STORE)
     assert "[tpm] key_auth" in error.message
 
 
@@ -306,9 +307,9 @@ def test_a_damaged_value_is_told_and_not_overwritten(opened: Opener, tmp_path: P
             assert isinstance(damage, bytes)
             content = damage
     file.write_bytes(content)
-    for use in (lambda: sign(store, key), lambda: store.generate(P256)):
+    for use, scope in ((lambda: sign(store, key), Scope.REQUEST), (lambda: store.generate(P256), Scope.STORE)):
         error = refusal(use)
-        assert error.reason == "tpm_file_damaged"
+        assert (error.reason, error.scope) == ("tpm_file_damaged", scope)
         assert str(file) in error.message
     assert file.read_bytes() == content
     file.write_bytes(whole)

@@ -18,7 +18,7 @@ from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 
 from protection import P256, SECRET, Opener, leftovers, refusal, sign, tool
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from wire import Meddler, Noise, Wire, flipped, untouched
 
@@ -193,7 +193,7 @@ def test_sessions_are_salted_with_no_other_storage_root_key_than_the_first_time(
     swtpm.start()
     for _ in range(2):
         error = refusal(lambda: store.generate(P256))
-        assert error.reason == "srk_changed"
+        assert (error.reason, error.scope) == ("srk_changed", Scope.STORE)
         assert str(file) in error.hint
     store.close()
     assert leftovers(swtpm) == []
@@ -256,7 +256,8 @@ def test_a_damaged_name_is_told_and_left_alone(opened: Opener, tmp_path: Path) -
     (tmp_path / "tpm").mkdir()
     file = tmp_path / "tpm" / "srk-81000001.name"
     file.write_text("nonsense")
-    assert refusal(lambda: opened(session="hmac").generate(P256)).reason == "tpm_file_damaged"
+    error = refusal(lambda: opened(session="hmac").generate(P256))
+    assert (error.reason, error.scope) == ("tpm_file_damaged", Scope.STORE)
     assert file.read_text() == "nonsense"
 
 

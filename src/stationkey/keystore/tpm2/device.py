@@ -337,6 +337,7 @@ class Device:
                 "something on the bus stands between it and this machine",
                 reason="srk_changed",
                 hint=f"if you know why, remove {self._kept.srk_file(handle)}, and start again",
+                scope=Scope.STORE,
             )
 
     def _flush_strays(self, esapi: Context, *, sessions: bool) -> None:
@@ -366,7 +367,7 @@ class Device:
             value: bytes = reference.read()
         except ConfigurationError as error:
             raise KeyStoreError(
-                f"[tpm] {option}: {error.message}", reason="secret_unreadable", hint=error.hint
+                f"[tpm] {option}: {error.message}", reason="secret_unreadable", hint=error.hint, scope=Scope.STORE
             ) from None
         if len(value) > MAX_AUTH:
             wrong = f"is longer than {MAX_AUTH} bytes, which is as much as the TPM takes"
@@ -376,7 +377,9 @@ class Device:
             wrong = "has a zero byte or a line feed in it, where OpenSSL would take it to end"
         else:
             return value
-        raise KeyStoreError(f"the authorisation value that [tpm] {option} names {wrong}", reason="auth_value_unfit")
+        raise KeyStoreError(
+            f"the authorisation value that [tpm] {option} names {wrong}", reason="auth_value_unfit", scope=Scope.STORE
+        )
 
     def _auth_of_parent(self, handle: int) -> bytes:
         """The value of the SRK or of another parent, unless the TPM has refused this very value before."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tpm2_pytss.types import TPML_PCR_SELECTION
 
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.keyfile import POLICY_AUTH_VALUE, POLICY_PCR, Command
 
@@ -79,6 +79,7 @@ class Registers:
                     f"this TPM has no {rest}: the bank is not active, or lacks one of them",
                     reason="pcr_bank_inactive",
                     hint="tpm2_getcap pcrs lists the active banks; [tpm] pcr_bank names the one to use",
+                    scope=Scope.STORE,
                 )
             values += page
         return values

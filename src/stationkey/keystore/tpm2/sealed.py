@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.tpm2.keyfile import LABEL, KeyFile, read_pem
 from stationkey.system import files as durable
 from stationkey.system.pem import to_pem
@@ -49,14 +49,14 @@ class Kept:
             KeyStoreError: the file cannot be read, or not be written.
         """
         path = self.srk_file(handle)
-        content = self._read(path)
+        content = self._read(path, Scope.STORE)
         if content is None:
             self._make(path, f"{found.hex()}\n".encode())
-            content = self._read(path) or b""
+            content = self._read(path, Scope.STORE) or b""
         try:
             return bytes.fromhex(content.decode("ascii"))
         except ValueError:
-            raise _damaged(path) from None
+            raise damaged(path, Scope.STORE) from None
 
     def sealed_file(self, parent: bytes, policy: bytes) -> Path:
         """Where the value is that is sealed under the parent of this name, with this policy digest."""
@@ -68,11 +68,14 @@ class Kept:
         Raises:
             KeyStoreError: the file is damaged, cannot be read or not be written.
         """
-        content = self._read(path)
+        # Every request needs it for a new key, or one key needs it that was made before. The key is not given up: the
+        # file may be restored.
+        scope = Scope.REQUEST if seal is None else Scope.STORE
+        content = self._read(path, scope)
         if content is None and seal is not None:
             self._drop_oldest()
             self._make(path, to_pem(LABEL, seal().der()))
-            content = self._read(path)  # somebody else's, if he was faster
+            content = self._read(path, scope)  # somebody else's, if he was faster
         if content is None:
             return None
         try:
@@ -80,19 +83,19 @@ class Kept:
         except ValueError:
             file = None
         if file is None:
-            raise _damaged(path)
+            raise damaged(path, scope)
         return file
 
-    def _read(self, path: Path) -> bytes | None:
+    def _read(self, path: Path, scope: Scope) -> bytes | None:
         """The content of a regular file; None where there is none. A symbolic link is not followed."""
         try:
             return durable.read_regular(path, limit=_MAX_FILE, follow=False)
         except FileNotFoundError:
             return None
         except (durable.NotRegular, durable.TooLarge):
-            raise _damaged(path) from None
+            raise damaged(path, scope) from None
         except OSError as error:
-            raise _unusable(path, error) from None
+            raise _unusable(path, error, scope) from None
 
     def _make(self, path: Path, content: bytes) -> None:
         try:
@@ -105,7 +108,7 @@ class Kept:
             durable.sync_directory(self.path.parent)
             durable.make(path, content)
         except OSError as error:
-            raise _unusable(path, error) from None
+            raise _unusable(path, error, Scope.STORE) from None
 
     def _drop_oldest(self) -> None:
         try:
@@ -113,20 +116,23 @@ class Kept:
             for file in files[: max(0, len(files) - MAX_SEALED + 1)]:
                 file.unlink(missing_ok=True)
         except OSError as error:
-            raise _unusable(self.path, error) from None
+            raise _unusable(self.path, error, Scope.STORE) from None
 
 
-def _damaged(path: Path) -> KeyStoreError:
+def damaged(path: Path, scope: Scope) -> KeyStoreError:
+    """Return the error for a file that cannot be read as what it is; `scope` says who needs it."""
     return KeyStoreError(
         f"{path} is damaged",
         reason="tpm_file_damaged",
         hint="restore it from a backup; docs/operations.md says what is lost without it",
+        scope=scope,
     )
 
 
-def _unusable(path: Path, error: OSError) -> KeyStoreError:
+def _unusable(path: Path, error: OSError, scope: Scope) -> KeyStoreError:
     return KeyStoreError(
         f"{error.filename or path} cannot be used: {error.strerror}",
         reason="tpm_file_unusable",
         hint="the state directory must be readable and writable, and have room",
+        scope=scope,
     )

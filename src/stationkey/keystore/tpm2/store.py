@@ -41,6 +41,7 @@ from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.device import Device
 from stationkey.keystore.tpm2.keyfile import SEALED, KeyFile, policy_digest
 from stationkey.keystore.tpm2.pcr import PcrPolicy
+from stationkey.keystore.tpm2.sealed import damaged
 from stationkey.keystore.tpm2.signing import HASHES, EccPrivateKey, RsaPrivateKey, public_der, signing_scheme
 from stationkey.keystore.tpm2.templates import KEY_ATTRIBUTES
 from stationkey.x509.csr import PrivateKey, PublicKey
@@ -203,7 +204,8 @@ class Tpm2KeyStore(Device):
             file = self._kept.sealed(path, seal)
             if file is None:
                 return None
-            self._unsealed[path] = self._unseal(replace(file, parent=parent), policy, path)
+            scope = Scope.STORE if make else Scope.REQUEST
+            self._unsealed[path] = self._unseal(replace(file, parent=parent), policy, path, scope)
         return self._unsealed[path]
 
     def _seal(self, parent: int, policy: PcrPolicy | None) -> KeyFile:
@@ -217,17 +219,13 @@ class Tpm2KeyStore(Device):
             )
         return KeyFile(public.marshal(), private.marshal(), parent, policy=commands, type=SEALED)
 
-    def _unseal(self, file: KeyFile, policy: PcrPolicy | None, path: Path) -> bytes:
+    def _unseal(self, file: KeyFile, policy: PcrPolicy | None, path: Path, scope: Scope) -> bytes:
         try:
             handle = self._load_file(file)
         except (TSS2_Exception, ValueError) as error:
             if isinstance(error, TSS2_Exception) and rc.code(error) != rc.INTEGRITY:
                 raise
-            raise KeyStoreError(
-                f"the TPM cannot open {path}: it is damaged",
-                reason="tpm_file_damaged",
-                hint="restore it from a backup, or remove it and ask for new certificates for the keys that need it",
-            ) from None
+            raise damaged(path, scope) from None
         try:
             with self._using(policy, auth=False) as session:
                 return bytes(self._context.unseal(handle, session))
