@@ -26,8 +26,8 @@ except StationKeyError as error:
 else:
     print(json.dumps({"reason": None, "hint": ""}))
 """
-NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-"""A PID namespace of its own, as a container has."""
+NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--propagation", "unchanged", "--kill-child")
+"""A PID namespace of its own, as a container has. In a chroot there is no root mount whose propagation could change."""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
