@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it ships no types
 
-from stationkey.attestation import credential, documents, schemas, trust, verifier
+from stationkey.attestation import credential, documents, trust, verifier
 from stationkey.attestation.documents import AttestationKey, EndorsementKey, Evidence, Secret
 from stationkey.attestation.trust import Anchor, RecordedKey, RecordedName
 from stationkey.errors import ConfigurationError, NotVerified
@@ -380,7 +380,7 @@ DOCUMENT_AK = an_ak()
 DOCUMENT = documents.write_evidence(
     evidence(ak=DOCUMENT_AK, attestation=partial(attest, nonce=NONCE), about={"key_id": "00", "common_name": "Ü"})
 ).encode()
-SCHEMA = Draft202012Validator(schemas.json_schema("attestation.evidence"))
+SCHEMA = Draft202012Validator(documents.json_schema("attestation.evidence"))
 
 
 def changed(**members: object) -> bytes:
@@ -468,9 +468,9 @@ def test_the_schema_refuses_what_the_reader_refuses(document: bytes) -> None:
     assert reason_of(lambda: documents.read_evidence(document))
 
 
-@pytest.mark.parametrize("name", schemas.SCHEMAS)
+@pytest.mark.parametrize("name", documents.SCHEMAS)
 def test_each_schema_is_json_schema_2020_12(name: str) -> None:
-    Draft202012Validator.check_schema(schemas.json_schema(name))
+    Draft202012Validator.check_schema(documents.json_schema(name))
 
 
 def test_challenge_secret_and_attestation_key_read_as_they_were_written() -> None:
@@ -486,7 +486,7 @@ def test_challenge_secret_and_attestation_key_read_as_they_were_written() -> Non
         ("attestation.challenge", documents.write_challenge(challenge)),
         ("attestation.attestation_key", documents.write_attestation_key(key)),
     ]:
-        Draft202012Validator(schemas.json_schema(name)).validate(json.loads(written))
+        Draft202012Validator(documents.json_schema(name)).validate(json.loads(written))
 
 
 def test_the_secret_shows_in_no_repr() -> None:

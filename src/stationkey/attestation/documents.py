@@ -1,8 +1,8 @@
 """The JSON documents that go between a station and whoever wants to know where its keys are.
 
 Each says what it is (``format``) and by which rules (``version``), and is read to the letter: a member that is not
-known, twice there, missing or of another type is refused, since nothing in a proof may be passed over. `schemas` says
-the same in JSON Schema. No cryptography is loaded for it.
+known, twice there, missing or of another type is refused, since nothing in a proof may be passed over. What a document
+is read, written and described in JSON Schema by is one table, `_DOCUMENTS`. No cryptography is loaded for it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, NoReturn
 
 from stationkey.attestation.refusals import MAX_STRUCTURE, malformed
 from stationkey.errors import NotVerified
@@ -126,70 +126,191 @@ class Secret:
     nonce: bytes
 
 
-class _Members:
-    """The members of a JSON object; each is taken once, and what is left over is refused."""
+Json = dict[str, Any]
 
-    def __init__(self, value: object, where: str) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a value stands in a document.
+
+    Attributes:
+        schema: in JSON Schema.
+        read: makes the value of its JSON; the second argument says where that is, for a refusal.
+        write: makes its JSON.
+    """
+
+    schema: Json
+    read: Callable[[object, str], Any]
+    write: Callable[[Any], object]
+
+
+def _constant(value: object, refuse: Callable[[str], NotVerified]) -> _Form:
+    """What says what a document is; `refuse` takes the place where it says something else."""
+
+    def read(found: object, where: str) -> object:
+        if isinstance(found, bool) or found != value:
+            raise refuse(where)
+        return found
+
+    return _Form({"const": value}, read, lambda _: value)
+
+
+def _text(description: str, most: int = MAX_TEXT) -> _Form:
+    def read(value: object, where: str) -> str:
+        if not isinstance(value, str) or len(value) > most:
+            raise malformed(f"{where} is not a text of {most} characters at the most")
+        return value
+
+    return _Form({"type": "string", "maxLength": most, "description": description}, read, str)
+
+
+def _bytes(description: str, most: int = MAX_STRUCTURE) -> _Form:
+    """Bytes in base64 [RFC 4648 4], in the one way that there is to write them."""
+    text = _text(description, 4 * ((most + 2) // 3))
+
+    def read(value: object, where: str) -> bytes:
+        try:
+            data = base64.b64decode(text.read(value, where).encode("ascii"), validate=True)
+        except (binascii.Error, UnicodeEncodeError):
+            data = b""
+        if not data or write(data) != value:
+            raise malformed(f"{where} is not base64")
+        return data
+
+    def write(data: bytes) -> str:
+        return base64.b64encode(data).decode()
+
+    schema = {"type": "string", "contentEncoding": "base64", "pattern": "^[A-Za-z0-9+/]+={0,2}$"}
+    return _Form(schema | text.schema, read, write)
+
+
+def _hexadecimal(description: str, sizes: Collection[int]) -> _Form:
+    """Bytes in lower-case hexadecimal."""
+    text = _text(description)
+
+    def read(value: object, where: str) -> bytes:
+        data = read_hexadecimal(text.read(value, where))
+        if data is None or len(data) not in sizes or data.hex() != value:
+            raise malformed(f"{where} is not that many bytes in lower-case hexadecimal")
+        return data
+
+    pattern = f"^(?:[0-9a-f]{{2}}){{{min(sizes)},{max(sizes)}}}$"
+    return _Form({"type": "string", "pattern": pattern, "description": description}, read, bytes.hex)
+
+
+def _array(item: _Form, most: int) -> _Form:
+    def read(value: object, where: str) -> list[Any]:
+        if not isinstance(value, list) or len(value) > most:
+            raise malformed(f"{where} is not an array of {most} at the most")
+        return [item.read(each, f"an item of {where}") for each in value]
+
+    schema = {"type": "array", "maxItems": most, "items": item.schema}
+    return _Form(schema, read, lambda values: [item.write(value) for value in values])
+
+
+def _object(members: Mapping[str, _Form], *, optional: Collection[str] = ()) -> _Form:
+    """An object with these members and no others; an optional one may be absent, which is None for the writer."""
+
+    def read(value: object, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise malformed(f"{where} is no JSON object")
-        self._left: dict[str, object] = dict(value)
-        self._where = where
+        found = {}
+        for name, form in members.items():
+            if name in value:
+                found[name] = form.read(value[name], f"the member {name!r} of {where}")
+            elif name not in optional:
+                raise malformed(f"{where} has no member {name!r}")
+        if unknown := value.keys() - members.keys():
+            raise malformed(f"{where} has a member {_short(min(unknown))} that is not known")
+        return found
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._left
+    def write(values: Mapping[str, Any]) -> Json:
+        return {name: form.write(values[name]) for name, form in members.items() if values.get(name) is not None}
 
-    def take(self, name: str) -> object:
-        if name not in self._left:
-            raise malformed(f"{self._where} has no member {name!r}")
-        return self._left.pop(name)
+    schema = {
+        "type": "object",
+        "properties": {name: form.schema for name, form in members.items()},
+        "required": [name for name in members if name not in optional],
+        "additionalProperties": False,
+    }
+    return _Form(schema, read, write)
 
-    def text(self, name: str, most: int = MAX_TEXT) -> str:
-        value = self.take(name)
-        if not isinstance(value, str) or len(value) > most:
-            raise self._wrong(name, f"a text of {most} characters at the most")
-        return value
 
-    def base64(self, name: str, most: int = MAX_STRUCTURE) -> bytes:
-        """Bytes in base64 [RFC 4648 4], in the one way that there is to write them."""
-        text = self.text(name, 4 * ((most + 2) // 3))
-        try:
-            data = base64.b64decode(text.encode("ascii"), validate=True)
-        except (binascii.Error, UnicodeEncodeError):
-            raise self._wrong(name, "base64") from None
-        if not data or base64.b64encode(data).decode() != text:
-            raise self._wrong(name, "base64")
-        return data
+def _document(kind: str, members: Mapping[str, _Form], *, optional: Collection[str] = ()) -> _Form:
+    first = {
+        "format": _constant(kind, lambda where: malformed(f"{where} is not {kind!r}")),
+        "version": _constant(
+            VERSION, lambda where: NotVerified(f"{where} is not known here; {VERSION} is", reason="evidence_version")
+        ),
+    }
+    return _object({**first, **members}, optional=optional)
 
-    def hexadecimal(self, name: str, sizes: Iterable[int]) -> bytes:
-        """Bytes in lower-case hexadecimal."""
-        text = self.text(name)
-        data = read_hexadecimal(text)
-        if data is None or len(data) not in sizes or data.hex() != text:
-            raise self._wrong(name, "that many bytes in lower-case hexadecimal")
-        return data
 
-    def list(self, name: str, most: int) -> list[object]:
-        value = self.take(name)
-        if not isinstance(value, list) or len(value) > most:
-            raise self._wrong(name, f"an array of {most} at the most")
-        return value
+_EK: Final = {
+    "public": _bytes("TPM2B_PUBLIC of the endorsement key."),
+    "certificate": _bytes("Its certificate in DER, as it is in the TPM.", MAX_CERTIFICATE),
+}
+_AK: Final = {
+    "attestation_key": _object({"public": _bytes("TPM2B_PUBLIC of the attestation key.")}),
+    "endorsement_keys": _array(_object(_EK, optional=_EK), MAX_ENDORSEMENT_KEYS),
+}
+_AK_NAME: Final = _hexadecimal("Name of the attestation key.", {34, 50, 66})
+"""The hash's identifier and a SHA-2 digest."""
+_EK_SPKI: Final = _bytes("subjectPublicKeyInfo of the endorsement key in DER.")
+_NONCE: Final = _hexadecimal("For the evidence.", NONCE_SIZES)
 
-    def begin(self, kind: str) -> None:
-        """Take the members that say what it is."""
-        if self.take("format") != kind:
-            raise malformed(f"{self._where} is not of the format {kind!r}")
-        version = self.take("version")
-        if isinstance(version, bool) or version != VERSION:
-            raise NotVerified(
-                f"{self._where} is of a version that is not known here; {VERSION} is", reason="evidence_version"
-            )
+_DOCUMENTS: Final = {
+    EVIDENCE: _document(
+        EVIDENCE,
+        {
+            "key": _object({"public": _bytes("TPM2B_PUBLIC of the key.")}),
+            "attestation": _bytes("TPMS_ATTEST of TPM2_Certify."),
+            "signature": _bytes("TPMT_SIGNATURE of the attestation key over it."),
+            **_AK,
+            "activation": _hexadecimal("HMAC-SHA-256 over the attestation by the challenge's secret.", {SECRET_SIZE}),
+            "not_attested": _object(
+                {name: _text("For people. No TPM has signed it.") for name in ABOUT}, optional=ABOUT
+            ),
+        },
+        optional={"activation"},
+    ),
+    ATTESTATION_KEY: _document(ATTESTATION_KEY, _AK),
+    CHALLENGE: _document(
+        CHALLENGE,
+        {
+            "ak_name": _AK_NAME,
+            "ek": _EK_SPKI,
+            "credential_blob": _bytes("TPM2B_ID_OBJECT."),
+            "encrypted_secret": _bytes("TPM2B_ENCRYPTED_SECRET."),
+            "nonce": _NONCE,
+        },
+    ),
+    SECRET: _document(
+        SECRET,
+        {
+            "secret": _hexadecimal("What the challenge hides.", {SECRET_SIZE}),
+            "ak_name": _AK_NAME,
+            "ek": _EK_SPKI,
+            "believed": _text("Why the endorsement key is believed to be one."),
+            "nonce": _NONCE,
+        },
+    ),
+}
+SCHEMAS: Final = {
+    "attestation.evidence": EVIDENCE,
+    "attestation.attestation_key": ATTESTATION_KEY,
+    "attestation.challenge": CHALLENGE,
+}
+"""The documents that leave the side that made them, by the name that ``stationkey schema`` knows them by."""
 
-    def end(self) -> None:
-        if self._left:
-            raise malformed(f"{self._where} has a member {_short(min(self._left))} that is not known")
 
-    def _wrong(self, name: str, what: str) -> NotVerified:
-        return malformed(f"the member {name!r} of {self._where} is not {what}")
+def json_schema(name: str) -> Json:
+    """Return the JSON Schema (2020-12) of a document, by its name in `SCHEMAS`."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": name,
+        **_DOCUMENTS[SCHEMAS[name]].schema,
+    }
 
 
 def read_nonce(text: str) -> bytes | None:
@@ -209,21 +330,15 @@ def read_evidence(document: bytes) -> Evidence:
     Raises:
         NotVerified: it is not to the format.
     """
-    members = _Members(_json(document), "the evidence")
-    members.begin(EVIDENCE)
-    key = _Members(members.take("key"), "the member 'key'")
-    about = _Members(members.take("not_attested"), "the member 'not_attested'")
-    evidence = Evidence(
-        key_public=key.base64("public"),
-        attestation=members.base64("attestation"),
-        signature=members.base64("signature"),
-        attestation_key=_take_attestation_key(members),
-        activation=members.hexadecimal("activation", {SECRET_SIZE}) if "activation" in members else None,
-        about={name: about.text(name) for name in ABOUT if name in about},
+    found = _read(EVIDENCE, _json(document))
+    return Evidence(
+        key_public=found["key"]["public"],
+        attestation=found["attestation"],
+        signature=found["signature"],
+        attestation_key=_attestation_key(found),
+        activation=found.get("activation"),
+        about=found["not_attested"],
     )
-    for part in (key, about, members):
-        part.end()
-    return evidence
 
 
 def read_attestation_key(document: bytes) -> AttestationKey:
@@ -232,11 +347,7 @@ def read_attestation_key(document: bytes) -> AttestationKey:
     Raises:
         NotVerified: it is not to the format.
     """
-    members = _Members(_json(document), "the document of the attestation key")
-    members.begin(ATTESTATION_KEY)
-    found = _take_attestation_key(members)
-    members.end()
-    return found
+    return _attestation_key(_read(ATTESTATION_KEY, _json(document)))
 
 
 def read_either(document: bytes) -> AttestationKey:
@@ -246,30 +357,8 @@ def read_either(document: bytes) -> AttestationKey:
         NotVerified: it is neither.
     """
     value = _json(document)
-    if isinstance(value, dict) and value.get("format") == EVIDENCE:
-        return read_evidence(document).attestation_key
-    return read_attestation_key(document)
-
-
-def _take_attestation_key(members: _Members) -> AttestationKey:
-    ak = _Members(members.take("attestation_key"), "the member 'attestation_key'")
-    public = ak.base64("public")
-    ak.end()
-    found = []
-    for value in members.list("endorsement_keys", MAX_ENDORSEMENT_KEYS):
-        ek = _Members(value, "an endorsement key")
-        found.append(
-            EndorsementKey(
-                public=ek.base64("public") if "public" in ek else None,
-                certificate=ek.base64("certificate", MAX_CERTIFICATE) if "certificate" in ek else None,
-            )
-        )
-        ek.end()
-    return AttestationKey(public=public, endorsement_keys=tuple(found))
-
-
-_NAMES: Final = {34, 50, 66}
-"""Bytes of an object's name: the hash's identifier and a SHA-2 digest."""
+    evidence = isinstance(value, dict) and value.get("format") == EVIDENCE
+    return _attestation_key(_read(EVIDENCE if evidence else ATTESTATION_KEY, value))
 
 
 def read_challenge(document: bytes) -> Challenge:
@@ -278,17 +367,7 @@ def read_challenge(document: bytes) -> Challenge:
     Raises:
         NotVerified: it is not to the format.
     """
-    members = _Members(_json(document), "the challenge")
-    members.begin(CHALLENGE)
-    challenge = Challenge(
-        ak_name=members.hexadecimal("ak_name", _NAMES),
-        ek=members.base64("ek"),
-        credential_blob=members.base64("credential_blob"),
-        encrypted_secret=members.base64("encrypted_secret"),
-        nonce=members.hexadecimal("nonce", NONCE_SIZES),
-    )
-    members.end()
-    return challenge
+    return Challenge(**_read(CHALLENGE, _json(document)))
 
 
 def read_secret(document: bytes) -> Secret:
@@ -297,17 +376,7 @@ def read_secret(document: bytes) -> Secret:
     Raises:
         NotVerified: it is not to the format.
     """
-    members = _Members(_json(document), "the secret of the challenge")
-    members.begin(SECRET)
-    secret = Secret(
-        secret=members.hexadecimal("secret", {SECRET_SIZE}),
-        ak_name=members.hexadecimal("ak_name", _NAMES),
-        ek=members.base64("ek"),
-        believed=members.text("believed"),
-        nonce=members.hexadecimal("nonce", NONCE_SIZES),
-    )
-    members.end()
-    return secret
+    return Secret(**_read(SECRET, _json(document)))
 
 
 def write_evidence(evidence: Evidence) -> str:
@@ -315,69 +384,48 @@ def write_evidence(evidence: Evidence) -> str:
     return _write(
         EVIDENCE,
         {
-            "key": {"public": _base64(evidence.key_public)},
-            "attestation": _base64(evidence.attestation),
-            "signature": _base64(evidence.signature),
-            **_attestation_key(evidence.attestation_key),
-            **({} if evidence.activation is None else {"activation": evidence.activation.hex()}),
-            "not_attested": dict(evidence.about),
+            "key": {"public": evidence.key_public},
+            "attestation": evidence.attestation,
+            "signature": evidence.signature,
+            **_told(evidence.attestation_key),
+            "activation": evidence.activation,
+            "not_attested": evidence.about,
         },
     )
 
 
 def write_attestation_key(key: AttestationKey) -> str:
     """The JSON of `key`."""
-    return _write(ATTESTATION_KEY, _attestation_key(key))
+    return _write(ATTESTATION_KEY, _told(key))
 
 
 def write_challenge(challenge: Challenge) -> str:
     """The JSON of `challenge`."""
-    return _write(
-        CHALLENGE,
-        {
-            "ak_name": challenge.ak_name.hex(),
-            "ek": _base64(challenge.ek),
-            "credential_blob": _base64(challenge.credential_blob),
-            "encrypted_secret": _base64(challenge.encrypted_secret),
-            "nonce": challenge.nonce.hex(),
-        },
-    )
+    return _write(CHALLENGE, asdict(challenge))
 
 
 def write_secret(secret: Secret) -> str:
     """The JSON of `secret`; for a file that nobody else may read."""
-    return _write(
-        SECRET,
-        {
-            "secret": secret.secret.hex(),
-            "ak_name": secret.ak_name.hex(),
-            "ek": _base64(secret.ek),
-            "believed": secret.believed,
-            "nonce": secret.nonce.hex(),
-        },
-    )
+    return _write(SECRET, asdict(secret))
 
 
-def _attestation_key(key: AttestationKey) -> dict[str, object]:
-    return {
-        "attestation_key": {"public": _base64(key.public)},
-        "endorsement_keys": [
-            {
-                name: _base64(value)
-                for name, value in (("public", ek.public), ("certificate", ek.certificate))
-                if value is not None
-            }
-            for ek in key.endorsement_keys
-        ],
-    }
+def _attestation_key(found: Json) -> AttestationKey:
+    eks = (EndorsementKey(ek.get("public"), ek.get("certificate")) for ek in found["endorsement_keys"])
+    return AttestationKey(public=found["attestation_key"]["public"], endorsement_keys=tuple(eks))
 
 
-def _write(kind: str, members: Mapping[str, object]) -> str:
-    return json.dumps({"format": kind, "version": VERSION, **members}, indent=2) + "\n"
+def _told(key: AttestationKey) -> Json:
+    return {"attestation_key": {"public": key.public}, "endorsement_keys": map(asdict, key.endorsement_keys)}
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def _read(kind: str, value: object) -> Json:
+    found: Json = _DOCUMENTS[kind].read(value, f"the document {kind}")
+    del found["format"], found["version"]
+    return found
+
+
+def _write(kind: str, values: Json) -> str:
+    return json.dumps(_DOCUMENTS[kind].write({"format": kind, "version": VERSION, **values}), indent=2) + "\n"
 
 
 def _json(document: bytes) -> object:

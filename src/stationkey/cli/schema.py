@@ -17,7 +17,7 @@ import click
 import msgspec
 
 from stationkey._version import __version__
-from stationkey.attestation import schemas
+from stationkey.attestation import documents
 from stationkey.contract import messages
 from stationkey.contract.profiles import DEFAULT_ALGORITHM, PROFILES
 
@@ -29,15 +29,15 @@ MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
 """Every message of the contract, by the name that the command knows it by."""
 
 ASYNCAPI: Final = "asyncapi"
-NAMES: Final = (*MESSAGES, ASYNCAPI, *schemas.SCHEMAS)
+NAMES: Final = (*MESSAGES, ASYNCAPI, *documents.SCHEMAS)
 
 Json = dict[str, Any]
 
 
 def document(name: str) -> Json:
     """The schema of one message or document, or the AsyncAPI document, by its name in `NAMES`."""
-    if name in schemas.SCHEMAS:
-        return schemas.json_schema(name)
+    if name in documents.SCHEMAS:
+        return documents.json_schema(name)
     return asyncapi() if name == ASYNCAPI else json_schema(name)
 
 
