@@ -16,6 +16,7 @@ import pytest
 
 from stationkey.contract.profiles import CertificateType
 from stationkey.simulators import ocpp
+from stationkey.simulators.csms.events import EventKind
 from stationkey.simulators.ocpp import (
     CARRIAGES,
     NotCarried,
@@ -83,8 +84,7 @@ def test_the_table_holds_what_the_standards_can_carry_and_nothing_else() -> None
         assert how.certificate_type == name
         assert ("DataTransfer" if how.by_data_transfer else how.trigger_action) == trigger_action
         assert how.trigger.lower() == trigger.lower().replace("_", "")
-        assert (how.csr_limit, how.chain_limit) == (5500, 10000)
-        assert (how.carries_request_id, how.carries_hash_root) == (newer, newer)
+        assert how.carries_request_id == newer
         told.append((kind, version))
     assert set(CARRIAGES) == set(told)
     assert ocpp.undecided(CertificateType) == set()
@@ -347,10 +347,9 @@ def test_a_security_event_is_told_in_utc_and_within_its_bounds(version: OcppVers
 
 
 @pytest.mark.parametrize("version", OcppVersion)
-@pytest.mark.parametrize("serial_number", [None, "9783161484100"])
-def test_boot_notification_is_as_the_official_schema_has_it(version: OcppVersion, serial_number: str | None) -> None:
-    call = ocpp.boot_notification(version, model="M", vendor="V", serial_number=serial_number)
-    assert (serial_number is not None) is ("9783161484100" in str(official(*call, version)))
+def test_boot_notification_is_as_the_official_schema_has_it(version: OcppVersion) -> None:
+    call = ocpp.boot_notification(version, model="a model", vendor="a vendor")
+    assert {"a model", "a vendor"} <= set(re.findall(r"a \w+", str(official(*call, version))))
 
 
 @pytest.mark.parametrize("action", ["NoSuchMessage", "../../v16/schemas/Heartbeat", "", "Heartbeat\x00", "x" * 70000])
@@ -417,7 +416,7 @@ def test_the_document_has_a_row_for_each_requirement(requirement: str) -> None:
 
 def test_the_document_lists_each_reason_to_refuse_and_each_misbehaviour() -> None:
     source = "".join(path.read_text() for path in (ROOT / "src/stationkey/simulators/csms").glob("*.py"))
-    reasons = set(re.findall(r'"(csr_\w+|csms_told_to)"', source))
+    reasons = set(re.findall(r'"(csr_\w+|csms_told_to)"', source)) - set(EventKind)
     assert set(re.findall(r"^\| `((?:csr|csms)_\w+)` \|", DOCUMENT, re.MULTILINE)) == reasons
     modes = DOCUMENT.split("## What it does wrong when told so")[1]
     assert re.findall(r"^\| `(\w+)` \|", modes, re.MULTILINE) == [mode.value for mode in Misbehaviour]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ssl
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509 import ocsp
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
 from stationkey.contract.messages import GenerateCsrData, generate_csr
@@ -36,10 +36,7 @@ LEAVES = [
 
 @pytest.fixture(scope="module")
 def hierarchies() -> dict[EllipticCurve, Hierarchy]:
-    return {
-        curve: Hierarchy.make(curve, organization=ORGANIZATION, now=NOW, status_url="http://pki.example")
-        for curve in (SECP256R1, SECP521R1)
-    }
+    return {curve: Hierarchy.make(curve, organization=ORGANIZATION, now=NOW) for curve in (SECP256R1, SECP521R1)}
 
 
 def key_for(curve: EllipticCurve) -> ec.EllipticCurvePrivateKey:
@@ -139,9 +136,9 @@ def test_each_certificate_below_the_root_says_where_its_revocation_is_told(
     for certificate, issuer in zip(chain, issuers, strict=True):
         (access,) = certificate.extensions.get_extension_for_class(x509.AuthorityInformationAccess).value
         assert access.access_method == AuthorityInformationAccessOID.OCSP
-        assert access.access_location.value == "http://pki.example/ocsp"
+        assert access.access_location.value == "http://pki.invalid/ocsp"
         (point,) = certificate.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
-        assert point.full_name == [x509.UniformResourceIdentifier(f"http://pki.example/crl/{issuer}.crl")]
+        assert point.full_name == [x509.UniformResourceIdentifier(f"http://pki.invalid/crl/{issuer}.crl")]
 
 
 def test_the_authorities_are_bounded_in_what_they_may_sign(hierarchies: dict[EllipticCurve, Hierarchy]) -> None:
@@ -266,7 +263,6 @@ def test_what_is_saved_is_loaded_and_its_keys_are_nobody_elses_to_read(
     assert "for trying and for tests only" in (tmp_path / "pki" / "README").read_text()
     loaded = Hierarchy.load(tmp_path / "pki")
     assert loaded.trust_anchors_pem() == hierarchies[curve].trust_anchors_pem()
-    assert loaded.status_url == "http://pki.example"
     chain = loaded.issue(csr_for(V2G, key_for(SECP256R1)), PROFILES[V2G], now=NOW)
     assert openssl_verify(tmp_path, chain, hierarchies[curve].trust_anchors_pem(V2G)) == "leaf.pem: OK"
 
@@ -305,28 +301,35 @@ def test_the_trust_anchors_are_what_a_tls_library_takes(hierarchies: dict[Ellipt
     assert context.cert_store_stats()["x509_ca"] == 2
 
 
+def key_bits(certificate: x509.Certificate) -> bytes:
+    """The bits of subjectPublicKey, without tag and length."""
+    public_key = certificate.public_key()
+    if isinstance(public_key, ec.EllipticCurvePublicKey):
+        return public_key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+    assert isinstance(public_key, rsa.RSAPublicKey)
+    return public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.PKCS1)
+
+
 @pytest.mark.parametrize("of_root", [True, False], ids=["root", "leaf"])
-def test_a_certificate_hash_is_that_of_an_ocsp_request(
+def test_a_certificate_hash_is_of_the_issuers_name_and_key(
     of_root: bool, hierarchies: dict[EllipticCurve, Hierarchy]
 ) -> None:
     hierarchy = hierarchies[SECP256R1]
     issuer = hierarchy.v2g_root.certificate if of_root else hierarchy.cpo_sub_ca_2.certificate
     leaf = hierarchy.issue(csr_for(V2G, key_for(SECP256R1)), PROFILES[V2G], now=NOW)[0]
     certificate = issuer if of_root else leaf
-    request = ocsp.OCSPRequestBuilder().add_certificate(certificate, issuer, hashes.SHA256()).build()
     assert certificate_hash(certificate, issuer) == {
         "hashAlgorithm": "SHA256",
-        "issuerNameHash": request.issuer_name_hash.hex(),
-        "issuerKeyHash": request.issuer_key_hash.hex(),
+        "issuerNameHash": hashlib.sha256(issuer.subject.public_bytes()).hexdigest(),
+        "issuerKeyHash": hashlib.sha256(key_bits(issuer)).hexdigest(),
         "serialNumber": f"{certificate.serial_number:x}",
     }
     assert not of_root or certificate_hash(certificate) == certificate_hash(certificate, issuer)
 
 
-def test_a_certificate_hash_of_an_rsa_root_is_that_of_an_ocsp_request(tmp_path: Path) -> None:
+def test_a_certificate_hash_of_an_rsa_root_is_of_its_key(tmp_path: Path) -> None:
     """A root of somebody else's."""
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-subj", "/CN=Root"]
     pem = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
     root = x509.load_pem_x509_certificate(pem)
-    request = ocsp.OCSPRequestBuilder().add_certificate(root, root, hashes.SHA256()).build()
-    assert certificate_hash(root)["issuerKeyHash"] == request.issuer_key_hash.hex()
+    assert certificate_hash(root)["issuerKeyHash"] == hashlib.sha256(key_bits(root)).hexdigest()

@@ -17,7 +17,6 @@ from stationkey.x509.csr import build_csr
 
 V2G = CertificateType.V2G_CERTIFICATE
 STATION = CertificateType.CHARGING_STATION_CERTIFICATE
-LIMIT = 10_000
 NOW = datetime.now(UTC)
 HIERARCHY, OTHER = (Hierarchy.make(SECP256R1, organization=O, now=NOW) for _ in range(2))
 
@@ -30,7 +29,7 @@ def issued(kind: CertificateType, misbehaviour: Misbehaviour | None = None) -> l
 def judged(kind: CertificateType, certificates: list[x509.Certificate], hierarchy: Hierarchy = HIERARCHY) -> str:
     """The reason for which a chain is refused, or the warning with which it is taken."""
     try:
-        chain: Chain = read_signed(to_pem(certificates), limit=LIMIT)
+        chain: Chain = read_signed(to_pem(certificates))
         profile = PROFILES[kind]
         expected = Expected(profile=profile, common_name=CN, organization_name=O, country_name=C, public=chain.public)
         anchors = hierarchy.trust_anchors_pem().encode()

@@ -33,7 +33,6 @@ from stationkey.mqtt.client import ask, report_status
 from stationkey.mqtt.connection import PLAIN
 from stationkey.mqtt.url import Broker
 from stationkey.simulators.ocpp import (
-    CARRIAGES,
     INVALID_CERTIFICATE_EVENT,
     NotCarried,
     OcppVersion,
@@ -267,7 +266,7 @@ class Station:
         async with self._renewing:
             if pending in self._file.pending:
                 self._tell("sending the CSR that was pending", pending.certificate_type)
-                await self._reported(pending.certificate_type, pending.evse_id, self._carry(pending))
+                await self._carry_and_tell(pending)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -326,20 +325,16 @@ class Station:
                 request_id = self._file.last_request_id
             pending = Pending(certificate_type=certificate_type, evse_id=evse_id, csr=csr, request_id=request_id)
             self._file.add(pending)
-            await self._reported(certificate_type, evse_id, self._carry(pending))
+            await self._carry_and_tell(pending)
 
-    async def _reported(
-        self, certificate_type: CertificateType, evse_id: str | None, work: Coroutine[Any, Any, None]
-    ) -> None:
-        """Do `work`; where the CSMS refuses for good, tell the charging station that its key will not be used."""
+    async def _carry_and_tell(self, pending: Pending) -> None:
+        """Carry a CSR; where the CSMS refuses for good, tell the charging station that its key will not be used."""
         try:
-            await work
-        except SigningRefused as error:
-            self._tell(str(error), certificate_type)
-            await self._report(certificate_type, evse_id, "failed_installation")
-            raise
+            await self._carry(pending)
         except StationKeyError as error:
-            self._tell(str(error), certificate_type)
+            self._tell(str(error), pending.certificate_type)
+            if isinstance(error, SigningRefused):
+                await self._report(pending.certificate_type, pending.evse_id, "failed_installation")
             raise
 
     async def _ask(self, certificate_type: CertificateType, evse_id: str | None, algorithm: Algorithm | None) -> str:
@@ -416,7 +411,7 @@ class Station:
     ) -> tuple[bool, str]:
         """Whether a certificate is taken, and why not. Verified first [A02.FR.06]; what follows does not hold it up."""
         try:
-            chain = read_signed(chain_pem, limit=_chain_limit(csms.version))
+            chain = read_signed(chain_pem)
             if self._is_installed(chain, certificate_type):
                 self._tell("this certificate is installed already; nothing changed", certificate_type)
                 return True, ""
@@ -507,8 +502,3 @@ class Station:
             terms=self._settings.mqtt,
         )
         self._tell(f"told the charging station: {status}", certificate_type)
-
-
-def _chain_limit(version: OcppVersion) -> int:
-    """Characters that a chain may have in an OCPP version [A02.FR.16]."""
-    return max(carried.chain_limit for (_, known), carried in CARRIAGES.items() if known is version)

@@ -42,7 +42,8 @@ _EVENTS_OF_16: Final = MappingProxyType({INVALID_CERTIFICATE_EVENT: "InvalidChar
 CSR_LIMIT: Final = 5500
 """Longest ``csr`` in every version so far, in characters."""
 CHAIN_LIMIT: Final = 10000
-"""Longest ``certificateChain`` in every version so far, in characters."""
+"""Longest ``certificateChain`` in every version so far, in characters; the station's MaxCertificateChainSize may be
+lower."""
 
 _ACTION: Final = re.compile(r"[A-Za-z0-9]{1,64}")
 
@@ -101,10 +102,8 @@ class Carriage:
         certificate_type: value of ``certificateType``; None where the message has no such field.
         trigger: value of ``requestedMessage`` with which the CSMS asks for a new CSR.
         trigger_action: the message that asks so.
-        csr_limit: longest ``csr``, in characters.
-        chain_limit: longest ``certificateChain``, in characters; the station's MaxCertificateChainSize may be lower.
-        carries_request_id: whether SignCertificate and CertificateSigned may have a ``requestId`` [A02.FR.24].
-        carries_hash_root: whether SignCertificate may have a ``hashRootCertificate``.
+        carries_request_id: whether SignCertificate and CertificateSigned may have a ``requestId`` [A02.FR.24], and the
+            former a ``hashRootCertificate``.
         is_default: whether a message that names no type, and could, is about this one.
     """
 
@@ -112,10 +111,7 @@ class Carriage:
     trigger: str
     trigger_action: str = "TriggerMessage"
     by_data_transfer: bool = False
-    csr_limit: int = CSR_LIMIT
-    chain_limit: int = CHAIN_LIMIT
     carries_request_id: bool = False
-    carries_hash_root: bool = False
     is_default: bool = False
 
     @property
@@ -144,13 +140,13 @@ CARRIAGES: Final[Mapping[tuple[CertificateType, OcppVersion], Carriage]] = Mappi
         ),
         (CertificateType.V2G_CERTIFICATE, OcppVersion.V201): Carriage(certificate_type=_V2G, trigger=_SIGN_V2G),
         (CertificateType.CHARGING_STATION_CERTIFICATE, OcppVersion.V21): Carriage(
-            certificate_type=_STATION, trigger=_SIGN_STATION, carries_request_id=True, carries_hash_root=True
+            certificate_type=_STATION, trigger=_SIGN_STATION, carries_request_id=True
         ),
         (CertificateType.V2G_CERTIFICATE, OcppVersion.V21): Carriage(
-            certificate_type=_V2G, trigger=_SIGN_V2G, carries_request_id=True, carries_hash_root=True
+            certificate_type=_V2G, trigger=_SIGN_V2G, carries_request_id=True
         ),
         (CertificateType.V2G20_CERTIFICATE, OcppVersion.V21): Carriage(
-            certificate_type=_V2G20, trigger=_SIGN_V2G20, carries_request_id=True, carries_hash_root=True
+            certificate_type=_V2G20, trigger=_SIGN_V2G20, carries_request_id=True
         ),
     }
 )
@@ -219,13 +215,11 @@ def validate(action: str, payload: object, version: OcppVersion, *, result: bool
 # --- The station's side: what it sends -------------------------------------------------------------------------------
 
 
-def boot_notification(version: OcppVersion, *, model: str, vendor: str, serial_number: str | None = None) -> Call:
+def boot_notification(version: OcppVersion, *, model: str, vendor: str) -> Call:
     """BootNotification after power-up [B01]."""
-    serial = "chargePointSerialNumber" if version is OcppVersion.V16 else "serialNumber"
-    number = {} if serial_number is None else {serial: serial_number}
     if version is OcppVersion.V16:
-        return _call("BootNotification", {"chargePointModel": model, "chargePointVendor": vendor} | number, version)
-    station = {"model": model, "vendorName": vendor} | number
+        return _call("BootNotification", {"chargePointModel": model, "chargePointVendor": vendor}, version)
+    station = {"model": model, "vendorName": vendor}
     return _call("BootNotification", {"reason": "PowerUp", "chargingStation": station}, version)
 
 
@@ -250,21 +244,13 @@ def sign_certificate(
         NotCarried: this version cannot carry the type, the CSR's length, or an option that is given.
     """
     how = carriage(certificate_type, version)
-    if len(csr) > how.csr_limit:
+    if len(csr) > CSR_LIMIT:
         raise NotCarried(
-            f"the CSR has {len(csr)} characters; OCPP {version.number} carries {how.csr_limit} at most",
+            f"the CSR has {len(csr)} characters; OCPP {version.number} carries {CSR_LIMIT} at most",
             reason="csr_too_long",
         )
-    payload: Payload = {"csr": csr}
-    if how.certificate_type is not None:
-        payload["certificateType"] = how.certificate_type
-    if request_id is not None:
-        _need(how.carries_request_id, "requestId", version)
-        payload["requestId"] = request_id
-    if hash_root_certificate is not None:
-        _need(how.carries_hash_root, "hashRootCertificate", version)
-        payload["hashRootCertificate"] = dict(hash_root_certificate)
-    return _carry(how, "SignCertificate", payload, version)
+    newer = {"requestId": request_id, "hashRootCertificate": hash_root_certificate}
+    return _carry(how, "SignCertificate", {"csr": csr} | _about(how, version, newer), version)
 
 
 def security_event(version: OcppVersion, event_type: str, *, timestamp: datetime, tech_info: str | None = None) -> Call:
@@ -306,10 +292,7 @@ def certificate_signed_answer(action: str, version: OcppVersion, *, accepted: bo
         accepted: whether the certificate is good.
         reason: why not, in words; 2.0.1 and 2.1 carry it as statusInfo, cut to 512 characters.
     """
-    payload: Payload = {"status": "Accepted" if accepted else "Rejected"}
-    if reason and not (version is OcppVersion.V16 and action == "CertificateSigned"):
-        payload["statusInfo"] = {"reasonCode": "InvalidCertificate", "additionalInfo": reason[:512]}
-    return _answer(action, "CertificateSigned", payload, version)
+    return _verdict(action, "CertificateSigned", version, accepted, "InvalidCertificate", reason)
 
 
 # --- The station's side: what it reads -------------------------------------------------------------------------------
@@ -407,8 +390,7 @@ def trigger(certificate_type: CertificateType, version: OcppVersion) -> Call:
         NotCarried: this version cannot.
     """
     how = carriage(certificate_type, version)
-    payload = {"requestedMessage": how.trigger}
-    return _carry(how, how.trigger_action, payload, version)
+    return _carry(how, how.trigger_action, {"requestedMessage": how.trigger}, version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,10 +424,7 @@ def read_sign_certificate(action: str, payload: Payload, version: OcppVersion) -
 
 def sign_certificate_answer(action: str, version: OcppVersion, *, accepted: bool, reason: str = "") -> Payload:
     """The answer to SignCertificate; `reason` as in `certificate_signed_answer`."""
-    payload: Payload = {"status": "Accepted" if accepted else "Rejected"}
-    if reason and not (version is OcppVersion.V16 and action == "SignCertificate"):
-        payload["statusInfo"] = {"reasonCode": "InvalidCSR", "additionalInfo": reason[:512]}
-    return _answer(action, "SignCertificate", payload, version)
+    return _verdict(action, "SignCertificate", version, accepted, "InvalidCSR", reason)
 
 
 def certificate_signed(
@@ -469,17 +448,12 @@ def certificate_signed(
         NotCarried: this version cannot carry the type, or the chain is too long for it.
     """
     how = carriage(certificate_type, version)
-    if checked and len(chain_pem) > how.chain_limit:
+    if checked and len(chain_pem) > CHAIN_LIMIT:
         raise NotCarried(
-            f"the chain has {len(chain_pem)} characters; OCPP {version.number} carries {how.chain_limit} at most",
+            f"the chain has {len(chain_pem)} characters; OCPP {version.number} carries {CHAIN_LIMIT} at most",
             reason="chain_too_long",
         )
-    payload: Payload = {"certificateChain": chain_pem}
-    if how.certificate_type is not None:
-        payload["certificateType"] = how.certificate_type
-    if request_id is not None:
-        _need(how.carries_request_id, "requestId", version)
-        payload["requestId"] = request_id
+    payload = {"certificateChain": chain_pem} | _about(how, version, {"requestId": request_id})
     return _carry(how, "CertificateSigned", payload, version, checked=checked)
 
 
@@ -498,14 +472,20 @@ def _call(action: str, payload: Payload, version: OcppVersion) -> Call:
 
 def _carry(how: Carriage, message: str, payload: Payload, version: OcppVersion, *, checked: bool = True) -> Call:
     """A call with `payload`, inside DataTransfer where the carriage says so."""
-    if not how.by_data_transfer:
-        if checked:
-            validate(message, payload, version)
-        return Call(message, payload)
     if checked:
-        validate(message, payload, OcppVersion.V201)
+        validate(message, payload, OcppVersion.V201 if how.by_data_transfer else version)
+    if not how.by_data_transfer:
+        return Call(message, payload)
     outer = {"vendorId": PNC_VENDOR_ID, "messageId": message, "data": _json(payload)}
     return _call("DataTransfer", outer, version)
+
+
+def _verdict(action: str, message: str, version: OcppVersion, accepted: bool, code: str, reason: str) -> Payload:
+    """The answer of who judges, with the reason where the message has a field for it."""
+    payload: Payload = {"status": "Accepted" if accepted else "Rejected"}
+    if reason and not (version is OcppVersion.V16 and action == message):
+        payload["statusInfo"] = {"reasonCode": code, "additionalInfo": reason[:512]}
+    return _answer(action, message, payload, version)
 
 
 def _answer(action: str, message: str, payload: Payload, version: OcppVersion) -> Payload:
@@ -557,9 +537,12 @@ def _certificate_type(action: str, payload: Payload, version: OcppVersion) -> Ce
     return found or next((kind for kind, how in carried if how.is_default), None)
 
 
-def _need(carried: bool, field: str, version: OcppVersion) -> None:
-    if not carried:
-        raise NotCarried(f"OCPP {version.number} has no {field}", reason="ocpp_not_carried")
+def _about(how: Carriage, version: OcppVersion, newer: Payload) -> Payload:
+    """The certificate type, where the message has it, and what is given of the fields that only 2.1 has."""
+    given = {name: value for name, value in newer.items() if value is not None}
+    if given and not how.carries_request_id:
+        raise NotCarried(f"OCPP {version.number} has no {next(iter(given))}", reason="ocpp_not_carried")
+    return given if how.certificate_type is None else {"certificateType": how.certificate_type} | given
 
 
 def _json(payload: Payload) -> str:

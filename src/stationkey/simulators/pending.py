@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
@@ -19,15 +19,18 @@ MAX_PENDING: Final = 8
 several [OCTT TC_A_23]."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Pending:
+class Pending(msgspec.Struct, kw_only=True, eq=False, dict=True):
     """A CSR that waits for its certificate."""
 
     certificate_type: CertificateType
     evse_id: str | None
     csr: str
     request_id: int | None
-    answered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @cached_property
+    def answered(self) -> asyncio.Event:
+        """Set when its certificate is installed."""
+        return asyncio.Event()
 
     @property
     def public(self) -> bytes:
@@ -39,6 +42,11 @@ class Pending:
         )
 
 
+class _Content(msgspec.Struct):
+    last_request_id: int
+    pending: list[Pending]
+
+
 class PendingFile:
     """The pending CSRs, on disk: exchanged atomically with every change.
 
@@ -48,28 +56,18 @@ class PendingFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.pending: list[Pending] = []
-        self.last_request_id = 0
+        content = _Content(0, [])
         try:
-            saved = json.loads(path.read_text())
-            self.last_request_id = int(saved["last_request_id"])
-            for entry in saved["pending"]:
-                self.pending.append(
-                    Pending(
-                        certificate_type=CertificateType(entry["certificate_type"]),
-                        evse_id=entry["evse_id"],
-                        csr=entry["csr"],
-                        request_id=entry["request_id"],
-                    )
-                )
+            content = msgspec.json.decode(path.read_bytes(), type=_Content)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"{path} cannot be read: {error}",
                 reason="pending_unreadable",
                 hint="remove it to begin anew; certificates for the CSRs in it are then refused",
             ) from None
+        self.pending, self.last_request_id = content.pending, content.last_request_id
 
     def add(self, pending: Pending) -> None:
         """Write a CSR down; the oldest of its type makes room."""
@@ -88,18 +86,8 @@ class PendingFile:
     def save(self) -> None:
         """Write the file anew."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        entries = [
-            {
-                "certificate_type": str(pending.certificate_type),
-                "evse_id": pending.evse_id,
-                "csr": pending.csr,
-                "request_id": pending.request_id,
-            }
-            for pending in self.pending
-        ]
-        write_atomically(
-            self._path, json.dumps({"last_request_id": self.last_request_id, "pending": entries}, indent=1).encode()
-        )
+        content = _Content(self.last_request_id, self.pending)
+        write_atomically(self._path, msgspec.json.format(msgspec.json.encode(content), indent=1))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

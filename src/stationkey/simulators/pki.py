@@ -7,7 +7,6 @@ F and ISO 15118-20 Annex B by their public descriptions.
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Final, Self
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509 import ocsp
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
 from stationkey.contract.profiles import (
@@ -32,7 +32,7 @@ from stationkey.contract.profiles import (
 )
 from stationkey.errors import ConfigurationError
 from stationkey.simulators.ocpp import CHAIN_LIMIT
-from stationkey.x509.csr import HASHES, PublicKey, extensions_of
+from stationkey.x509.csr import HASHES, PublicKey, extensions_of, key_usage
 
 LEAF_DAYS: Final = 60
 """Validity of a leaf: public sources about ISO 15118-2 Annex F give two to three months."""
@@ -64,6 +64,9 @@ class Misbehaviour(StrEnum):
 _CURVES: Final = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
 _HASHES: Final = {SECP256R1.name: HASHES["sha256"], SECP521R1.name: HASHES["sha512"]}
 _AUTHORITY_LIFETIME: Final = timedelta(days=3650)
+_COUNTRY: Final = "DE"
+_STATUS_URL: Final = "http://pki.invalid"
+"""OCSP responder and CRLs are below it, by the certificates. Nothing answers there."""
 _WRONG_DC: Final = "MO"
 """DC of a contract's authority; no station's certificate has it."""
 _README: Final = """\
@@ -91,22 +94,14 @@ class Authority:
         extensions: Sequence[tuple[x509.ExtensionType, bool]] = (),
         *,
         not_before: datetime,
-        lifetime: timedelta = timedelta(days=LEAF_DAYS),
     ) -> x509.Certificate:
-        """Sign a certificate with these extensions, each with its criticality.
+        """Sign a certificate for `LEAF_DAYS` with these extensions, each with its criticality.
 
         Subject and authority key identifier are added [RFC 5280 4.2.1.1, 4.2.1.2]. The hash of the signature goes with
         the authority's curve: SHA-256 with P-256, SHA-512 with P-521.
         """
-        return _sign(
-            self.private_key,
-            self.certificate.subject,
-            subject,
-            public_key,
-            extensions,
-            not_before,
-            not_before + lifetime,
-        )
+        issuer, lifetime = self.certificate.subject, timedelta(days=LEAF_DAYS)
+        return _sign(self.private_key, issuer, subject, public_key, extensions, not_before, lifetime)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +114,6 @@ class Hierarchy:
         cpo_sub_ca_2: signed by Sub-CA 1; issues the SECC leaves.
         csms_root: trust anchor of the CSMS for its stations, and of the stations for their CSMS.
         csms_sub_ca: signed by it; issues charging station certificates and the CSMS's own TLS server certificate.
-        status_url: the OCSP responder is at ``/ocsp`` under it, the CRLs at ``/crl/<name of the authority>.crl``.
     """
 
     v2g_root: Authority
@@ -127,43 +121,30 @@ class Hierarchy:
     cpo_sub_ca_2: Authority
     csms_root: Authority
     csms_sub_ca: Authority
-    status_url: str
 
     @classmethod
-    def make(
-        cls,
-        curve: EllipticCurve,
-        *,
-        organization: str,
-        now: datetime,
-        country: str = "DE",
-        status_url: str = "http://pki.invalid",
-    ) -> Self:
+    def make(cls, curve: EllipticCurve, *, organization: str, now: datetime) -> Self:
         """Make all authorities, with new keys.
 
         Args:
             curve: secp256r1 for ISO 15118-2, secp521r1 for -20.
             organization: O of every authority.
             now: the authorities are valid from a day before.
-            country: C of every authority.
-            status_url: see the attribute. Nothing answers there unless somebody sees to it.
         """
 
         def authority(name: str, domain: str | None, issuer: Authority | None, path_length: int | None) -> Authority:
             private_key = ec.generate_private_key(_CURVES[curve])
-            subject = _name(country, organization, name, domain)
+            subject = _name(organization, name, domain)
             extensions: list[tuple[x509.ExtensionType, bool]] = [
                 (x509.BasicConstraints(ca=True, path_length=path_length), True),
-                (_CA_USAGE, True),
+                (key_usage("key_cert_sign", "crl_sign"), True),
             ]
+            signer, above = private_key, subject
             if issuer is not None:
-                extensions += _status(status_url, issuer)
-            signer = private_key if issuer is None else issuer.private_key
-            above = subject if issuer is None else issuer.certificate.subject
-            certificate = _sign(
-                signer, above, subject, private_key.public_key(), extensions, begin, begin + _AUTHORITY_LIFETIME
-            )
-            return Authority(certificate, private_key)
+                extensions += _status(issuer)
+                signer, above = issuer.private_key, issuer.certificate.subject
+            own = private_key.public_key()
+            return Authority(_sign(signer, above, subject, own, extensions, begin, _AUTHORITY_LIFETIME), private_key)
 
         begin = now - timedelta(days=1)
         v2g_root = authority("V2G Root CA", "V2G", None, None)
@@ -175,7 +156,6 @@ class Hierarchy:
             cpo_sub_ca_2=authority("CPO Sub-CA 2", "V2G", sub_ca_1, 0),
             csms_root=csms_root,
             csms_sub_ca=authority("CSMS Sub-CA", None, csms_root, 0),
-            status_url=status_url,
         )
 
     def issuers(self, certificate_type: CertificateType) -> tuple[Authority, ...]:
@@ -214,7 +194,7 @@ class Hierarchy:
             case Misbehaviour.WRONG_DC:
                 names = [name for name in subject if name.oid != NameOID.DOMAIN_COMPONENT]
                 subject = x509.Name([*names, x509.NameAttribute(NameOID.DOMAIN_COMPONENT, _WRONG_DC)])
-        extensions = [*extensions_of(profile), *_status(self.status_url, issuer)]
+        extensions = [*extensions_of(profile), *_status(issuer)]
         assert isinstance(public_key, PublicKey)
         leaf = issuer.issue(subject, public_key, extensions, not_before=not_before)
         root = above.pop()
@@ -236,19 +216,16 @@ class Hierarchy:
         """
         issuer = self.csms_sub_ca
         private_key = ec.generate_private_key(issuer.private_key.curve)
-        country, organization = (
-            str(issuer.certificate.subject.get_attributes_for_oid(oid)[0].value)
-            for oid in (NameOID.COUNTRY_NAME, NameOID.ORGANIZATION_NAME)
-        )
+        (organization,) = issuer.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
         # The other end of the station's own connection: a leaf of the same kind, for a server.
         client = next(profile for profile in PROFILES.values() if not profile.secc_id)
         extensions = [
             (x509.SubjectAlternativeName(list(map(_general_name, names))), False),
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
             *((value, critical) for value, critical in extensions_of(client) if critical),
-            *_status(self.status_url, issuer),
+            *_status(issuer),
         ]
-        subject = _name(country, organization, names[0], None)
+        subject = _name(str(organization.value), names[0], None)
         leaf = issuer.issue(subject, private_key.public_key(), extensions, not_before=now - timedelta(hours=1))
         return [leaf, issuer.certificate], private_key
 
@@ -262,7 +239,6 @@ class Hierarchy:
         """Write every authority as ``<name>.crt`` and ``<name>.key`` (mode 0600), and a README that says what it is."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "README").write_text(_README)
-        (directory / "status-url").write_text(self.status_url + "\n")
         for name in _AUTHORITIES:
             authority: Authority = getattr(self, name)
             (directory / f"{name}.crt").write_text(to_pem([authority.certificate]))
@@ -279,8 +255,7 @@ class Hierarchy:
             ConfigurationError: it is not there, or not whole.
         """
         try:
-            status_url = (directory / "status-url").read_text().strip()
-            return cls(**{name: _load(directory, name) for name in _AUTHORITIES}, status_url=status_url)
+            return cls(**{name: _load(directory, name) for name in _AUTHORITIES})
         except (OSError, ValueError, TypeError) as error:
             words = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigurationError(
@@ -289,17 +264,6 @@ class Hierarchy:
 
 
 _AUTHORITIES: Final = ("v2g_root", "cpo_sub_ca_1", "cpo_sub_ca_2", "csms_root", "csms_sub_ca")
-_CA_USAGE: Final = x509.KeyUsage(
-    digital_signature=False,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    key_cert_sign=True,
-    crl_sign=True,
-    encipher_only=False,
-    decipher_only=False,
-)
 
 
 def to_pem(chain: Sequence[x509.Certificate]) -> str:
@@ -313,22 +277,14 @@ def certificate_hash(certificate: x509.Certificate, issuer: x509.Certificate | N
 
     As in an OCSP request [RFC 6960 4.1.1]: hashes of the issuer's name and of the bits of its key.
     """
-    issuer = issuer or certificate
+    builder = ocsp.OCSPRequestBuilder().add_certificate(certificate, issuer or certificate, hashes.SHA256())
+    request = builder.build()
     return {
         "hashAlgorithm": "SHA256",
-        "issuerNameHash": hashlib.sha256(issuer.subject.public_bytes()).hexdigest(),
-        "issuerKeyHash": hashlib.sha256(_key_bits(issuer)).hexdigest(),
-        "serialNumber": f"{certificate.serial_number:x}",
+        "issuerNameHash": request.issuer_name_hash.hex(),
+        "issuerKeyHash": request.issuer_key_hash.hex(),
+        "serialNumber": f"{request.serial_number:x}",
     }
-
-
-def _key_bits(certificate: x509.Certificate) -> bytes:
-    """The bits of subjectPublicKey, without tag and length."""
-    public_key = certificate.public_key()
-    if isinstance(public_key, ec.EllipticCurvePublicKey):
-        return public_key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
-    assert isinstance(public_key, PublicKey)
-    return public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.PKCS1)
 
 
 def _sign(
@@ -338,7 +294,7 @@ def _sign(
     public_key: PublicKey,
     extensions: Sequence[tuple[x509.ExtensionType, bool]],
     not_before: datetime,
-    not_after: datetime,
+    lifetime: timedelta,
 ) -> x509.Certificate:
     builder = (
         x509.CertificateBuilder()
@@ -347,7 +303,7 @@ def _sign(
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(not_before)
-        .not_valid_after(not_after)
+        .not_valid_after(not_before + lifetime)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
@@ -356,20 +312,20 @@ def _sign(
     return builder.sign(signer, _HASHES[signer.curve.name])
 
 
-def _status(url: str, issuer: Authority) -> list[tuple[x509.ExtensionType, bool]]:
+def _status(issuer: Authority) -> list[tuple[x509.ExtensionType, bool]]:
     """Where to ask whether a certificate is revoked: OCSP and CRL of its issuer [RFC 5280 4.2.2.1, 4.2.1.13]."""
     name = str(issuer.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-    ocsp = x509.UniformResourceIdentifier(f"{url}/ocsp")
-    crl = x509.UniformResourceIdentifier(f"{url}/crl/{name.replace(' ', '-')}.crl")
+    ocsp = x509.UniformResourceIdentifier(f"{_STATUS_URL}/ocsp")
+    crl = x509.UniformResourceIdentifier(f"{_STATUS_URL}/crl/{name.replace(' ', '-')}.crl")
     return [
         (x509.AuthorityInformationAccess([x509.AccessDescription(AuthorityInformationAccessOID.OCSP, ocsp)]), False),
         (x509.CRLDistributionPoints([x509.DistributionPoint([crl], None, None, None)]), False),
     ]
 
 
-def _name(country: str, organization: str, common_name: str, domain: str | None) -> x509.Name:
+def _name(organization: str, common_name: str, domain: str | None) -> x509.Name:
     attributes = [
-        (NameOID.COUNTRY_NAME, country),
+        (NameOID.COUNTRY_NAME, _COUNTRY),
         (NameOID.ORGANIZATION_NAME, organization),
         (NameOID.COMMON_NAME, common_name),
     ]

@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.x509.verification import Store
 
 from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.simulators.ocpp import CHAIN_LIMIT
 from stationkey.simulators.pending import Pending
 from stationkey.system.files import read_bounded
 from stationkey.x509.certificate import Chain, Expected, differences, read_chain, untrusted
@@ -40,19 +41,15 @@ def read_trust_anchors(path: Path) -> bytes:
     return content
 
 
-def read_signed(chain_pem: str, *, limit: int) -> Chain:
+def read_signed(chain_pem: str) -> Chain:
     """Read the chain of a CertificateSigned, leaf first.
 
-    Args:
-        chain_pem: as it came.
-        limit: characters that it may have [A02.FR.16].
-
     Raises:
-        CertificateInvalid: it is too long, cannot be read, or is in reverse order.
+        CertificateInvalid: it is too long [A02.FR.16], cannot be read, or is in reverse order.
     """
-    if len(chain_pem) > limit:
+    if len(chain_pem) > CHAIN_LIMIT:
         raise CertificateInvalid(
-            f"the chain has {len(chain_pem)} characters, {limit} are allowed", reason="chain_too_long"
+            f"the chain has {len(chain_pem)} characters, {CHAIN_LIMIT} are allowed", reason="chain_too_long"
         )
     chain = read_chain(chain_pem.encode())
     if chain is None:

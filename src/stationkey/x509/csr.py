@@ -167,28 +167,19 @@ def _begun(profile: CertificateProfile) -> x509.CertificateSigningRequestBuilder
 
 def extensions_of(profile: CertificateProfile) -> list[tuple[x509.ExtensionType, bool]]:
     """The extensions of the profile, each with its criticality: of the CSR, and of the certificate that a CA makes."""
-    usage = set(profile.key_usage)
-    extensions: list[tuple[x509.ExtensionType, bool]] = [
-        (
-            x509.KeyUsage(
-                digital_signature=KeyUsage.DIGITAL_SIGNATURE in usage,
-                content_commitment=KeyUsage.CONTENT_COMMITMENT in usage,
-                key_encipherment=KeyUsage.KEY_ENCIPHERMENT in usage,
-                data_encipherment=KeyUsage.DATA_ENCIPHERMENT in usage,
-                key_agreement=KeyUsage.KEY_AGREEMENT in usage,
-                key_cert_sign=False,
-                crl_sign=False,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            True,
-        )
-    ]
+    usage = key_usage(*(USAGE_FIELDS[bit] for bit in profile.key_usage))
+    extensions: list[tuple[x509.ExtensionType, bool]] = [(usage, True)]
     if profile.extended_key_usage:
         purposes = x509.ExtendedKeyUsage([PURPOSES[purpose] for purpose in profile.extended_key_usage])
         extensions.append((purposes, profile.extended_key_usage_critical))
     extensions.append((x509.BasicConstraints(ca=False, path_length=None), True))
     return extensions
+
+
+def key_usage(*bits: str) -> x509.KeyUsage:
+    """Return keyUsage with these bits, by the names that cryptography gives them."""
+    others = ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    return x509.KeyUsage(**{bit: bit in bits for bit in (*USAGE_FIELDS.values(), *others)})
 
 
 def to_pem(csr: x509.CertificateSigningRequest) -> str:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 from urllib.parse import unquote, urlsplit
 
 from cryptography import x509
@@ -198,9 +198,7 @@ class Csms:
             status = ocpp.read_status(call.action, result, connection.version, "TriggerMessage")
         except CallError as error:
             status = error.code
-        self._record(
-            Event(kind=EventKind.TRIGGERED, station_id=station_id, certificate_type=certificate_type, status=status)
-        )
+        self._record(EventKind.TRIGGERED, station_id, certificate_type=certificate_type, status=status)
         return status
 
     async def next(self, kind: EventKind, *, timeout: float = EVENT_TIMEOUT) -> Event:
@@ -232,8 +230,8 @@ class Csms:
                 index += 1
             await self._happened.wait()
 
-    def _record(self, event: Event) -> None:
-        self.events.append(event)
+    def _record(self, kind: EventKind, station_id: str, **fields: Any) -> None:
+        self.events.append(Event(kind=kind, station_id=station_id, **fields))
         self._happened.set()
         self._happened = asyncio.Event()
 
@@ -261,7 +259,7 @@ class Csms:
         trouble = self._stranger(websocket, station_id, request)
         if trouble is None:
             return None
-        self._record(Event(kind=EventKind.CONNECTION_REFUSED, station_id=station_id, words=trouble))
+        self._record(EventKind.CONNECTION_REFUSED, station_id, words=trouble)
         response = websocket.respond(http.HTTPStatus.UNAUTHORIZED, f"{trouble}\n")
         if self._security_profile is not SecurityProfile.MUTUAL_TLS:
             response.headers["WWW-Authenticate"] = 'Basic realm="stationkey csms", charset="UTF-8"'
@@ -295,7 +293,7 @@ class Csms:
             # The handshake is completed without a subprotocol, and the connection closed [OCPP-J 3.1.2].
             speaks = ", ".join(version.value for version in self._versions)
             reason = f"none of the subprotocols offered is one of {speaks}"
-            self._record(Event(kind=EventKind.CONNECTION_REFUSED, station_id=station_id, words=reason))
+            self._record(EventKind.CONNECTION_REFUSED, station_id, words=reason)
             await websocket.close(1002, "no common version of OCPP")
             return
         version = OcppVersion(websocket.subprotocol)
@@ -307,13 +305,11 @@ class Csms:
         older, self._stations[station_id] = self._stations.get(station_id), connection
         certificate = _peer_certificate(websocket)
         self._record(
-            Event(
-                kind=EventKind.CONNECTED,
-                station_id=station_id,
-                version=version,
-                certificate=certificate,
-                words="by its certificate" if certificate else "",
-            )
+            EventKind.CONNECTED,
+            station_id,
+            version=version,
+            certificate=certificate,
+            words="by its certificate" if certificate else "",
         )
         try:
             if older is not None:
@@ -322,7 +318,7 @@ class Csms:
         finally:
             if self._stations.get(station_id) is connection:
                 del self._stations[station_id]
-            self._record(Event(kind=EventKind.DISCONNECTED, station_id=station_id))
+            self._record(EventKind.DISCONNECTED, station_id)
 
     # --- What it answers ---------------------------------------------------------------------------------------------
 
@@ -342,12 +338,10 @@ class Csms:
                 return {"status": "UnknownMessageId" if known else "UnknownVendorId"}
             case "SecurityEventNotification":
                 info = str(payload.get("techInfo", ""))
-                self._record(
-                    Event(kind=EventKind.SECURITY_EVENT, station_id=station_id, type=payload["type"], words=info)
-                )
+                self._record(EventKind.SECURITY_EVENT, station_id, type=payload["type"], words=info)
             case "StatusNotification":
                 status = str(payload.get("status") or payload.get("connectorStatus"))
-                self._record(Event(kind=EventKind.STATUS_REPORTED, station_id=station_id, status=status))
+                self._record(EventKind.STATUS_REPORTED, station_id, status=status)
         try:
             ocpp.validate(action, {}, version, result=True)
         except PayloadInvalid:
@@ -359,7 +353,7 @@ class Csms:
             vendor, model = payload["chargingStation"]["vendorName"], payload["chargingStation"]["model"]
         else:
             vendor, model = payload["chargePointVendor"], payload["chargePointModel"]
-        self._record(Event(kind=EventKind.BOOTED, station_id=station_id, vendor=vendor, model=model))
+        self._record(EventKind.BOOTED, station_id, vendor=vendor, model=model)
         now = ocpp.to_timestamp(self._clock())
         return {"currentTime": now, "interval": HEARTBEAT_INTERVAL, "status": "Accepted"}
 
@@ -367,30 +361,17 @@ class Csms:
         """Answer SignCertificate; the certificate comes after, as the CSMS behaves."""
         version = connection.version
         request = ocpp.read_sign_certificate(action, payload, version)
+        about = {
+            "certificate_type": request.certificate_type,
+            "csr": request.csr,
+            "request_id": request.request_id,
+        }
         try:
             csr = self._check(station_id, request)
         except CsrRefused as error:
-            self._record(
-                Event(
-                    kind=EventKind.CSR_REJECTED,
-                    station_id=station_id,
-                    certificate_type=request.certificate_type,
-                    csr=request.csr,
-                    request_id=request.request_id,
-                    reason=error.reason,
-                    words=error.message,
-                )
-            )
+            self._record(EventKind.CSR_REJECTED, station_id, **about, reason=error.reason, words=error.message)
             return ocpp.sign_certificate_answer(action, version, accepted=False, reason=error.message)
-        self._record(
-            Event(
-                kind=EventKind.CSR_ACCEPTED,
-                station_id=station_id,
-                certificate_type=request.certificate_type,
-                csr=request.csr,
-                request_id=request.request_id,
-            )
-        )
+        self._record(EventKind.CSR_ACCEPTED, station_id, **about)
         answer = ocpp.sign_certificate_answer(action, version, accepted=True)
         if self.misbehaviour is Misbehaviour.NEVER:
             return answer
@@ -435,13 +416,7 @@ class Csms:
         checked = self.misbehaviour is not Misbehaviour.CHAIN_TOO_LONG
         call = ocpp.certificate_signed(kind, connection.version, chain_pem, request_id=request_id, checked=checked)
         self._record(
-            Event(
-                kind=EventKind.CERTIFICATE_SENT,
-                station_id=station_id,
-                certificate_type=kind,
-                chain_pem=chain_pem,
-                request_id=request_id,
-            )
+            EventKind.CERTIFICATE_SENT, station_id, certificate_type=kind, chain_pem=chain_pem, request_id=request_id
         )
         try:
             result = await connection.call(*call, checked=checked)
@@ -451,15 +426,7 @@ class Csms:
             status, words = error.code, error.description
         except StationKeyError as error:  # no answer, or one against the schema
             status, words = error.reason, error.message
-        self._record(
-            Event(
-                kind=EventKind.CERTIFICATE_ANSWERED,
-                station_id=station_id,
-                certificate_type=kind,
-                status=status,
-                words=words,
-            )
-        )
+        self._record(EventKind.CERTIFICATE_ANSWERED, station_id, certificate_type=kind, status=status, words=words)
 
 
 def _station_id(request: Request) -> str:
