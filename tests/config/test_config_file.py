@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from stationkey import cli, daemon
 from stationkey.config import file as file_module
-from stationkey.config.file import MAX_FILE, File, build, read_file, read_parts, read_table, settle
+from stationkey.config.file import MAX_FILE, build, read_file, read_parts, read_table, settle
 from stationkey.config.options import Form, Option, options_of
 from stationkey.config.settings import (
     DAY,
@@ -163,7 +163,7 @@ def test_how_many_keys_are_made_ahead_reaches_the_settings(file: Path) -> None:
     file.write_text("[pool]\nec = 64\nrsa = 16\nidle_seconds = 0.5\nmax_age_days = 1.5\n")
 
     assert settle(read_file(file), keystore=TPM).pool == PoolTerms(ec=64, rsa=16, idle=0.5, age=3 * DAY // 2)
-    assert settle(File(), keystore=TPM).pool == PoolTerms(ec=0, rsa=1, idle=30.0, age=30 * DAY)
+    assert settle({}, keystore=TPM).pool == PoolTerms(ec=0, rsa=1, idle=30.0, age=30 * DAY)
 
 
 # Overrides for a CA.
@@ -298,7 +298,7 @@ def test_of_a_wrong_file_each_mistake_is_told_and_the_rest_is_used(file: Path) -
         '[csr.v2g_certificate]\nca = true\ndomain_component = ""\n'
     )
     parts = read_parts(file)
-    settings = settle(parts.file, keystore=TPM)
+    settings = settle(parts.given, keystore=TPM)
 
     assert parts.lost == frozenset({"client_id", "brocker", "pool", "mqtt", "csr"})
     assert len(parts.complaints) == 5
@@ -323,7 +323,7 @@ def test_without_a_key_store_and_without_a_tpm_it_says_how_to_name_one(
     monkeypatch.setattr(file_module, "DEFAULT_DEVICE", str(tmp_path / "tpmrm0"))  # the fault: a machine with no TPM
 
     with pytest.raises(ConfigurationError) as caught:
-        settle(File())
+        settle({})
     assert "--keystore" in caught.value.hint
     assert caught.value.reason == "keystore_unnamed"
 
@@ -332,8 +332,8 @@ def test_the_default_key_store_is_the_machines_tpm(monkeypatch: pytest.MonkeyPat
     assert DEFAULT_DEVICE == "/dev/tpmrm0"
     monkeypatch.setattr(file_module, "DEFAULT_DEVICE", str(tmp_path))  # a machine with a TPM
 
-    assert settle(File()).keystore == f"tpm2:device:{tmp_path}"
-    assert settle(File({("keystore",): TPM})).keystore == TPM
+    assert settle({}).keystore == f"tpm2:device:{tmp_path}"
+    assert settle({("keystore",): TPM}).keystore == TPM
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ class LargerSettings(Settings):
 
 def test_a_field_that_is_added_to_a_section_is_read_and_needs_no_other_table() -> None:
     table: dict[str, Any] = {"keystore": TPM, "colour": "blue", "pool": {"rsa": 2, "spare": 9, "how": ["a", "b"]}}
-    settings = build(LargerSettings, read_table(table, "here", LargerSettings).given)
+    settings = build(LargerSettings, read_table(table, "here", LargerSettings))
 
     assert (settings.colour, settings.pool) == ("blue", LargerPool(rsa=2, spare=9, ways=("a", "b")))
     wrongs: list[dict[str, Any]] = [{"colour": "green"}, {"pool": {"spare": 10}}, {"pool": {"ways": []}}]
@@ -480,7 +480,7 @@ def test_a_field_that_is_added_to_a_section_is_read_and_needs_no_other_table() -
 def test_a_key_store_gets_the_table_of_its_scheme(keystore: str, table: object) -> None:
     file = read_table({"keystore": keystore, "token": {"slot": 1}}, "here", LargerSettings)
 
-    assert build(LargerSettings, file.given).keystore_terms == table
+    assert build(LargerSettings, file).keystore_terms == table
 
 
 @pytest.mark.parametrize("place", OPTIONS)
@@ -506,7 +506,7 @@ def without_comment_marks(text: str) -> str:
 
 
 def test_the_sample_changes_nothing_as_it_is_shipped() -> None:
-    assert read_file(SAMPLE) == File()
+    assert read_file(SAMPLE) == {}
 
 
 def test_the_sample_names_every_option_with_its_default(file: Path) -> None:
@@ -525,7 +525,7 @@ def test_the_sample_names_every_option_with_its_default(file: Path) -> None:
         assert list(overrides) == list(OVERRIDES)
     device = f"tpm2:device:{DEFAULT_DEVICE}"
     assert table["keystore"] == device
-    assert settle(read_file(file)) == settle(File(), keystore=device)
+    assert settle(read_file(file)) == settle({}, keystore=device)
 
 
 def explained(place: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stationkey.config.file import File, read_file, settle
+from stationkey.config.file import Given, read_file, settle
 from stationkey.config.settings import Settings
 from stationkey.doctor import Level
 from stationkey.doctor.host.files import Facts, User
@@ -20,7 +20,7 @@ ROOT, STATION, STRANGER = User(0, 0), User(990, 990, frozenset({109})), User(123
 
 
 def settings(text: str = "", tmp_path: Path | None = None) -> Settings:
-    file = File()
+    file: Given = {}
     if tmp_path is not None:
         (tmp_path / "c.toml").write_text(text)
         file = read_file(tmp_path / "c.toml")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from parts import STATION, V2G, V2G20, new_id
-from stationkey.config.file import File, settle
+from stationkey.config.file import settle
 from stationkey.config.settings import PolicyTerms, Severity
 from stationkey.contract.messages import GenerateCsrData, GenerateCsrRequest, generate_csr
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
@@ -67,7 +67,7 @@ def test_by_default_every_certificate_type_is_served(certificate_type: Certifica
 
 
 def test_the_defaults_of_the_configuration_are_those_of_the_policy() -> None:
-    assert settle(File(), keystore="software:").policy == PolicyTerms()
+    assert settle({}, keystore="software:").policy == PolicyTerms()
 
 
 RULES = {

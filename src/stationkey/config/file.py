@@ -16,7 +16,6 @@ import os
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
@@ -39,28 +38,21 @@ Given = Mapping[tuple[str, ...], Any]
 """Values that are set, by the fields that lead to each; see `Declared.path`."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
-    """What a configuration file sets."""
-
-    given: Given = field(default_factory=dict)
-
-
 class Parts(NamedTuple):
     """What can be used of a file.
 
     Attributes:
-        file: all that is right in it.
+        given: all that is right in it.
         complaints: what is wrong with the rest.
         lost: names at the top of the file of which something could not be used; None where that is all of it.
     """
 
-    file: File
+    given: Given
     complaints: tuple[str, ...]
     lost: frozenset[str] | None
 
 
-def read_file(path: Path | None) -> File:
+def read_file(path: Path | None) -> Given:
     """Read a configuration file; None sets nothing.
 
     Raises:
@@ -68,14 +60,14 @@ def read_file(path: Path | None) -> File:
             the message names where.
     """
     if path is None:
-        return File()
+        return {}
     content, open_to_all = _content(path)
     if open_to_all:
         raise _open_to_all(path)
     return read_table(_table(path, content), str(path))
 
 
-def read_table(table: Mapping[str, object], source: str, declared: type = Settings) -> File:
+def read_table(table: Mapping[str, object], source: str, declared: type = Settings) -> Given:
     """Read what a configuration file would have, from elsewhere.
 
     Args:
@@ -90,7 +82,7 @@ def read_table(table: Mapping[str, object], source: str, declared: type = Settin
     reading.take(table)
     if reading.complaints:
         raise reading.complaints[0]
-    return File(reading.given)
+    return reading.given
 
 
 def read_parts(path: Path) -> Parts:
@@ -105,10 +97,10 @@ def read_parts(path: Path) -> Parts:
             reading.complaints.append(_open_to_all(path))
         table = _table(path, content)
     except ConfigurationError as error:
-        return Parts(File(), tuple(one.message for one in (*reading.complaints, error)), None)
+        return Parts({}, tuple(one.message for one in (*reading.complaints, error)), None)
     reading.take(table)
     complaints = tuple(one.message for one in reading.complaints)
-    return Parts(File(reading.given), complaints, frozenset(reading.lost))
+    return Parts(reading.given, complaints, frozenset(reading.lost))
 
 
 def _open_to_all(path: Path) -> ConfigurationError:
@@ -267,18 +259,18 @@ def build(declared: type[T], given: Given) -> T:
     return declared(**values)
 
 
-def settle(file: File, *, needs_keystore: bool = True, **options: object) -> Settings:
+def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> Settings:
     """Put what the command line or the environment says over the file, and the file over the defaults.
 
     Args:
-        file: the file.
+        given: what the file sets.
         needs_keystore: whether a key store must be there; without, `Settings.keystore` may be empty.
         options: fields of `Settings`; None, and an empty text where that is not a value, for those not given.
 
     Raises:
         ConfigurationError: no key store is named, and this machine has no ``/dev/tpmrm0``.
     """
-    given = dict(file.given)
+    given = dict(given)
     known = {option.path: option.option for option in options_of(Settings)}
     for name, value in options.items():
         if value is not None and (value != "" or known[name,].form is None):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from stationkey.config.file import File, Parts, read_file, read_parts, settle
+from stationkey.config.file import Parts, read_file, read_parts, settle
 from stationkey.config.options import options_of
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import DEFAULT_DEVICE, Settings
@@ -155,7 +155,7 @@ def read_configuration(options: Options) -> Configured:
     """Read the configuration file, and of a wrong one what can be used."""
     path = options.config_file
     if path is None:
-        return _settle(options, Parts(File(), (), frozenset()))
+        return _settle(options, Parts({}, (), frozenset()))
     facts = look_at(path, follow=True)
     if facts.there and facts.kind != "file":
         what = "directory" if facts.kind == "directory" else "device, pipe or socket"
@@ -171,12 +171,12 @@ def read_configuration(options: Options) -> Configured:
 
 
 def _default(options: Options, complaints: tuple[str, ...], facts: Facts | None = None) -> Configured:
-    return _settle(options, Parts(File(), complaints, None), facts)
+    return _settle(options, Parts({}, complaints, None), facts)
 
 
 def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Configured:
     settings = settle(
-        parts.file,
+        parts.given,
         broker=options.broker,
         topic_prefix=options.topic_prefix,
         keystore=options.keystore,
