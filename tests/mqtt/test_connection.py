@@ -43,7 +43,7 @@ async def test_a_broker_that_knows_no_mqtt_5_is_spoken_to_in_3_1_1(mosquitto: Mo
         return answer if data[8] == 5 else None
 
     async with Front(at(mosquitto), judge) as broker, josev(broker) as connection:
-        assert connection.version == "3.1.1"
+        assert not connection.is_v5
         await connection.publish("cs/josev", b"in 3.1.1")
         assert (await connection.receive()).payload == b"in 3.1.1"
     assert versions == [5, 4]

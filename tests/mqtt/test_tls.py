@@ -92,7 +92,7 @@ async def test_a_broker_whose_certificate_leads_to_the_ca_file_is_spoken_to(
     )
     async with connection:
         await connection.open()
-        assert connection.version == ("5" if version is MQTTProtocolVersion.MQTTv5 else "3.1.1")
+        assert connection.is_v5 is (version is MQTTProtocolVersion.MQTTv5)
         assert await echo(connection) == b"echo"
         assert connection._tls is not None  # noqa: SLF001 - the socket is nobody else's business
         assert connection._tls.version() == "TLSv1.3"  # noqa: SLF001 - same

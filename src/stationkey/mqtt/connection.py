@@ -68,6 +68,7 @@ _NO_MATCHING_SUBSCRIBERS: Final = 0x10
 """[MQTT 5 3.4.2.1]."""
 _UNSPECIFIED_ERROR: Final = 0x80
 """[MQTT 5 3.14.2.1]."""
+_UNSUBSCRIBED: Final = ReasonCode(PacketTypes.UNSUBACK, "Success")
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
 
@@ -167,12 +168,13 @@ class MqttConnection:
         self._tls: BrokerSocket | None = None
         """The same, with TLS. It stays when the connection has ended, to say why."""
         self._keeper: asyncio.Task[None] | None = None
-        self._is_v5 = protocol is MQTTProtocolVersion.MQTTv5
+        self.is_v5 = protocol is MQTTProtocolVersion.MQTTv5
+        """Whether MQTT 5 is spoken, rather than 3.1.1, in which a broker cannot say that it refuses a publication."""
         self._client = client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
             protocol=protocol,
-            clean_session=None if self._is_v5 else not persistent,
+            clean_session=None if self.is_v5 else not persistent,
             reconnect_on_failure=False,
             manual_ack=True,
         )
@@ -183,18 +185,14 @@ class MqttConnection:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
-        client.on_publish = self._on_publish
-        client.on_subscribe = self._on_subscribe
-        client.on_unsubscribe = self._on_unsubscribe
+        client.on_publish = lambda _client, _data, mid, reason, _properties: self._answered(mid, reason)
+        client.on_subscribe = lambda _client, _data, mid, reasons, _properties: self._answered(mid, reasons[0])
+        # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
+        client.on_unsubscribe = lambda _client, _data, mid, _reasons, _properties: self._answered(mid, _UNSUBSCRIBED)
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
         client.on_socket_register_write = self._on_socket_register_write
         client.on_socket_unregister_write = self._on_socket_unregister_write
-
-    @property
-    def version(self) -> str:
-        """Of MQTT that is spoken: ``5``, or ``3.1.1``, in which a broker cannot say that it refuses a publication."""
-        return "5" if self._is_v5 else "3.1.1"
 
     async def open(self) -> None:
         """Connect.
@@ -206,7 +204,7 @@ class MqttConnection:
         """
         properties = None
         arguments: dict[str, Any] = {}
-        if self._is_v5:
+        if self.is_v5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho types its client only
             properties.SessionExpiryInterval = SESSION_EXPIRY if self._persistent else 0
             properties.ReceiveMaximum = self._in_hand
@@ -225,10 +223,10 @@ class MqttConnection:
             self._drop("not connected")
             raise
         try:
-            await asyncio.wait_for(asyncio.shield(self._accepted), MQTT5_TIMEOUT if self._is_v5 else CONNECT_TIMEOUT)
+            await asyncio.wait_for(asyncio.shield(self._accepted), MQTT5_TIMEOUT if self.is_v5 else CONNECT_TIMEOUT)
         except TimeoutError:
             self._drop("no answer to CONNECT")
-            kind = ProtocolRefused if self._is_v5 else BrokerError
+            kind = ProtocolRefused if self.is_v5 else BrokerError
             raise kind(f"{self._broker} did not answer as an MQTT broker", reason="broker_unreachable") from None
         except BaseException:
             self._drop("not connected")
@@ -253,7 +251,7 @@ class MqttConnection:
             self._keeper.cancel()
         if not self.lost.done():
             properties = None
-            if forget and self._is_v5:
+            if forget and self.is_v5:
                 properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call] # as in `open`
                 properties.SessionExpiryInterval = 0
             self._client.disconnect(properties=properties)
@@ -279,7 +277,7 @@ class MqttConnection:
             BrokerError: the broker refuses, for want of rights perhaps.
             ConnectionLost: it went away.
         """
-        if self._is_v5:
+        if self.is_v5:
             once = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB)
             code, mid = self._client.subscribe(topic, options=once)
         else:
@@ -301,11 +299,6 @@ class MqttConnection:
             ConnectionLost: the connection ended.
         """
         await self._answer(*self._client.unsubscribe(topic))
-
-    @property
-    def is_v5(self) -> bool:
-        """Whether MQTT 5 is spoken, rather than 3.1.1."""
-        return self._is_v5
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         """Publish at QoS 1 and wait until the broker has it; at QoS 0 where it takes no more [MQTT-3.2.2-11].
@@ -537,22 +530,6 @@ class MqttConnection:
         elif not self._dropping:
             self._dropping = True  # said once, until all that waits has been taken
             log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")
-
-    def _on_publish(
-        self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
-    ) -> None:
-        self._answered(mid, reason)
-
-    def _on_subscribe(
-        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
-    ) -> None:
-        self._answered(mid, reasons[0])
-
-    def _on_unsubscribe(
-        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
-    ) -> None:
-        # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
-        self._answered(mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
 
     def _answered(self, mid: int, reason: ReasonCode) -> None:
         waiting = self._waiting.get(mid)

@@ -175,7 +175,8 @@ def _client_context(terms: MqttTerms) -> ssl.SSLContext:
 def _read(terms: MqttTerms) -> _Files:
     certificate = key = None
     if terms.certificate_file is not None:
-        certificate = _read_certificate(terms.certificate_file.path)
+        path = terms.certificate_file.path
+        certificate = _read_pem(path, "certificate file", reason="client_certificate_unusable")
         key = (terms.key_file or terms.certificate_file).read(limit=MAX_PEM)
     ca = None if terms.ca_file is None else _read_pem(terms.ca_file, "CA file", reason="ca_file_unusable")
     return _Files(terms, ca, certificate, key)
@@ -196,10 +197,6 @@ def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
 def _certificates(content: bytes) -> str:
     """Return the certificates of a PEM file. Between them may stand keys, and comments in any encoding."""
     return "\n".join(block.decode("ascii", "replace") for block in blocks(content, "CERTIFICATE"))
-
-
-def _read_certificate(path: Path) -> bytes:
-    return _read_pem(path, "certificate file", reason="client_certificate_unusable")
 
 
 def _context(files: _Files) -> ssl.SSLContext:
