@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import click
 
+from stationkey.config.file import read_file, read_table, settle
 from stationkey.config.options import options_of
-from stationkey.config.settings import Settings
+from stationkey.config.settings import LogFormat, Settings
 
 PREFIX: Final = "STATIONKEY"
 """Of the environment variable of each option that has one."""
+CONFIG_TEXT: Final = "Configuration file (TOML)."
+BROKER: Final = (
+    *("broker", "topic_prefix", "mqtt.ca_file", "mqtt.certificate_file", "mqtt.key_file", "mqtt.server_name"),
+    *("mqtt.username", "mqtt.password_file"),
+)
+"""By which a client of the broker reaches it. There is no option for a password itself, which all could read."""
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+Configured = Callable[[], Settings]
+"""Reads the configuration: a command looks at its own arguments first."""
 # What may not be read is said in our words, and by the same exit status as all that is wrong with a file.
 _path: Final = click.Path(path_type=Path, readable=False)
 _DECLARED: Final = {option.place: option for option in options_of(Settings)}
+_TERMS: Final[dict[str, dict[str, Any]]] = {
+    "state_dir": {"type": _path},
+    "allow_software_keys": {"is_flag": True},
+    "log_format": {"type": click.Choice(get_args(LogFormat))},
+}
+"""What `click.option` has to know of an option that is not text."""
 
 
 def option(name: str, *names: str, **terms: Any) -> Decorator:
@@ -26,41 +43,58 @@ def option(name: str, *names: str, **terms: Any) -> Decorator:
     return click.option(name, *names, envvar=f"{PREFIX}_{variable}", show_envvar=True, **terms)
 
 
-def setting_option(place: str, text: str = "", **terms: Any) -> Decorator:
+def setting_option(place: str, text: str = "") -> Decorator:
     """Return the option ``--TABLE-NAME`` for an option of the configuration. None is what is not given.
 
     Args:
         place: where it is in the file, such as ``mqtt.ca_file``.
         text: what it does for this command, where that is not what is declared.
-        terms: for `click.option`.
     """
     declared = _DECLARED[place]
     default = f"  [default: {declared.default}]" if declared.default else ""
     name = f"--{place.replace('.', '-').replace('_', '-')}"
     help_ = (text or declared.option.help) + default
-    return option(name, metavar=declared.option.metavar or None, help=help_, default=None, **terms)
+    return option(name, metavar=declared.option.metavar or None, help=help_, default=None, **_TERMS.get(place, {}))
 
 
-def keystore_option(text: str = "") -> Decorator:
-    """``--keystore``."""
-    return setting_option("keystore", text)
-
-
-def state_dir_option(text: str = "") -> Decorator:
-    """``--state-dir``."""
-    return setting_option("state_dir", text, type=_path)
-
-
-def config_option(text: str = "Configuration file (TOML).") -> Decorator:
+def config_option(text: str = CONFIG_TEXT) -> Decorator:
     """``--config``, which a command gets as `config_file`."""
     return option("--config", "config_file", metavar="FILE", type=_path, help=text)
 
 
-def allow_software_keys_option(text: str = "") -> Decorator:
-    """``--allow-software-keys``."""
-    return setting_option("allow_software_keys", text, is_flag=True)
+def configured(*places: str, file: str = CONFIG_TEXT, needs_keystore: bool = True, **texts: str) -> Decorator:
+    """Give a command options of the configuration. It gets what they come to as its argument `settings`.
+
+    Args:
+        places: where they are in the file.
+        file: what ``--config`` does for this command; empty for no such option.
+        needs_keystore: see `stationkey.config.file.settle`.
+        texts: more options at the top of the file, and what they do for this command.
+    """
+    places += tuple(texts)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def with_settings(*, config_file: Path | None = None, **others: Any) -> Any:
+            given: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+            for place in places:
+                table, _, name = place.rpartition(".")
+                given[table][name] = others.pop(place.replace(".", "_"))
+
+            def settings() -> Settings:
+                top = given.pop("", {})
+                tables = {table: {name: value or "" for name, value in one.items()} for table, one in given.items()}
+                told = {**read_file(config_file), **read_table(tables, "the command line")}
+                return settle(told, needs_keystore=needs_keystore, **top)
+
+            return command(settings=settings, **others)
+
+        decorated = config_option(file)(with_settings) if file else with_settings
+        for place in reversed(places):
+            decorated = setting_option(place, texts.get(place, ""))(decorated)
+        return decorated
+
+    return decorate
 
 
-broker_option = setting_option("broker")
-topic_prefix_option = setting_option("topic_prefix")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

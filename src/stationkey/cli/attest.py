@@ -22,9 +22,9 @@ from stationkey.attestation.documents import (
 )
 from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
-from stationkey.cli._options import config_option, keystore_option, state_dir_option
+from stationkey.cli._options import Configured, configured
 from stationkey.cli.verify_attestation import nonce_option, public_pem
-from stationkey.config.file import read_file, settle
+from stationkey.config.settings import Settings
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
 from stationkey.keystore import KeyRef, KeyStore, KeyStoreUri, Lending, keystore_opener
 from stationkey.keystore.schemes import SCHEMES
@@ -56,9 +56,7 @@ _READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 @click.option("--json", "as_json", is_flag=True, help="With --ak: print JSON, with the TPM's endorsement keys.")
 @click.option("--out", metavar="FILE", type=_FILE, help="Write to a file instead of printing.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds for the TPM.")
-@keystore_option("The TPM that the keys are in.")
-@state_dir_option("Where the ledger is.")
-@config_option()
+@configured(keystore="The TPM that the keys are in.", state_dir="Where the ledger is.")
 def attest(
     key_id: str | None,
     only_ak: bool,
@@ -67,9 +65,7 @@ def attest(
     as_json: bool,
     out: Path | None,
     timeout: float,
-    keystore: str | None,
-    state_dir: Path | None,
-    config_file: Path | None,
+    settings: Configured,
 ) -> None:
     """Give evidence that KEY was made in this station's TPM and cannot leave it, as one JSON document.
 
@@ -82,7 +78,7 @@ def attest(
         raise click.UsageError("--ak takes neither --nonce nor --challenge: it attests nothing yet")
     if nonce is not None and challenge_file is not None:
         raise click.UsageError("--challenge brings a nonce of its own")
-    station = _Station(config_file, keystore, state_dir, timeout)
+    station = _Station(settings(), timeout)
     if key_id is None:
         text = station.attestation_key(as_json=as_json)
     else:
@@ -97,14 +93,11 @@ class _Station:
     """What the command works on: the ledger, to read in, and the TPM, as a guest.
 
     Args:
-        config_file: the daemon's configuration file.
-        keystore: URI, or None for that of the file or of this machine.
-        state_dir: the daemon's state directory, likewise.
+        settings: where they are.
         timeout: seconds that each use of the TPM may take.
     """
 
-    def __init__(self, config_file: Path | None, keystore: str | None, state_dir: Path | None, timeout: float) -> None:
-        settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
+    def __init__(self, settings: Settings, timeout: float) -> None:
         self._tpm = settings.tpm
         self._keystore = settings.keystore
         self._state_dir = settings.state_dir

@@ -12,21 +12,11 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
-from stationkey.cli._options import (
-    allow_software_keys_option,
-    broker_option,
-    config_option,
-    json_option,
-    keystore_option,
-    option,
-    state_dir_option,
-    topic_prefix_option,
-)
+from stationkey.cli._options import config_option, json_option, option, setting_option
 from stationkey.doctor import AREAS, Finding, Level, Options, Report, examine
 
 _WIDTHS: Final = (60, 120)
@@ -38,11 +28,11 @@ _COLUMN: Final = 10
 
 
 @click.command("doctor")
-@broker_option
-@keystore_option("Key store.")
-@allow_software_keys_option("As for serve.")
-@state_dir_option("Where the ledger is kept.")
-@topic_prefix_option
+@setting_option("broker")
+@setting_option("keystore", "Key store.")
+@setting_option("allow_software_keys", "As for serve.")
+@setting_option("state_dir", "Where the ledger is kept.")
+@setting_option("topic_prefix")
 @option(
     "--log-format",
     metavar="text|json",
@@ -50,16 +40,7 @@ _COLUMN: Final = 10
 )
 @config_option()
 @json_option
-def doctor(
-    broker: str | None,
-    keystore: str | None,
-    allow_software_keys: bool | None,
-    state_dir: Path | None,
-    topic_prefix: str | None,
-    log_format: str | None,
-    config_file: Path | None,
-    as_json: bool,
-) -> None:
+def doctor(as_json: bool, **options: Any) -> None:
     """Look at everything that the station needs, and say what to do.
 
     Takes the options and the environment of serve. It changes nothing, on this machine and in the TPM. It works whether
@@ -71,17 +52,7 @@ def doctor(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter must not end it
     logging.getLogger("stationkey").addHandler(logging.NullHandler())  # what is seen is in the report, and only there
-    report, left_behind = examine(
-        Options(
-            config_file=config_file,
-            broker=broker,
-            topic_prefix=topic_prefix,
-            keystore=keystore,
-            allow_software_keys=allow_software_keys,
-            state_dir=state_dir,
-            log_format=log_format,
-        )
-    )
+    report, left_behind = examine(Options(**options))
     status = _print(report, as_json=as_json)
     if left_behind:
         # A thread is stuck in a system call. To wait for it would be to hang.

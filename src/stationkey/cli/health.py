@@ -5,13 +5,11 @@ from __future__ import annotations
 import http.client
 import socket
 import sys
-from pathlib import Path
 from typing import Final
 
 import click
 
-from stationkey.cli._options import config_option
-from stationkey.config.file import read_file, settle
+from stationkey.cli._options import Configured, configured
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.system.listener import Address
 
@@ -60,8 +58,8 @@ def ask(address: Address) -> tuple[bool, str]:
 
 @click.command()
 @click.argument("address", required=False)
-@config_option("Configuration file (TOML) of the daemon.")
-def health(address: str | None, config_file: Path | None) -> None:
+@configured(file="Configuration file (TOML) of the daemon.", needs_keystore=False)
+def health(address: str | None, settings: Configured) -> None:
     """Ask the daemon how it is, and print what it says.
 
     ADDRESS is what the daemon has as [metrics] listen; without it the configuration file says it.
@@ -70,7 +68,7 @@ def health(address: str | None, config_file: Path | None) -> None:
     Exit status: 0 it is well, 1 it is not or does not answer, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     if address is None:
-        address = settle(read_file(config_file), needs_keystore=False).metrics
+        address = settings().metrics
     if not address:
         raise ConfigurationError(
             "nobody can be asked: no ADDRESS was given, and the configuration names none",

@@ -8,15 +8,18 @@ import ssl
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
-from stationkey.cli._broker_options import Reach, reaches_broker
+from stationkey.cli._options import BROKER, Configured, configured
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.mqtt.url import Broker
 from stationkey.simulators.josev import Station, StationSettings
 from stationkey.simulators.ocpp import OcppVersion
 
+_FILE = click.Path(path_type=Path, exists=True)
 _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 
 
@@ -30,7 +33,7 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
     type=click.Choice(list(_VERSIONS)),
     help="Versions to offer, best first.  [default: 2.1, 2.0.1, 1.6]",
 )
-@reaches_broker
+@configured(*BROKER, file="", needs_keystore=False)
 @click.option("--common-name", required=True, help="CN of the CSRs: SECC ID, or serial number of the station.")
 @click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
 @click.option("--country-name", required=True, help="C: two letters.")
@@ -41,21 +44,10 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 @click.option(
     "--certificate-dir", type=click.Path(path_type=Path), required=True, help="Where certificates are installed."
 )
-@click.option(
-    "--trust-anchors",
-    type=click.Path(path_type=Path, exists=True),
-    required=True,
-    help="Roots (PEM) that certificates must lead to.",
-)
-@click.option(
-    "--password-file", type=click.Path(path_type=Path, exists=True), help="Password for basic authentication."
-)
-@click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="Whom to trust as the CSMS (wss://).")
-@click.option(
-    "--client-certificate",
-    type=click.Path(path_type=Path, exists=True),
-    help="Certificate and key (PEM) for security profile 3.",
-)
+@click.option("--trust-anchors", type=_FILE, required=True, help="Roots (PEM) that certificates must lead to.")
+@click.option("--password-file", type=_FILE, help="Password for basic authentication.")
+@click.option("--ca-file", type=_FILE, help="Whom to trust as the CSMS (wss://).")
+@click.option("--client-certificate", type=_FILE, help="Certificate and key (PEM) for security profile 3.")
 @click.option(
     "--wait-minimum", type=click.FloatRange(min=0, min_open=True), default=30.0, help="CertSigningWaitMinimum, seconds."
 )
@@ -74,50 +66,33 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 @click.option("--once", is_flag=True, help="End when what --renew names is done.")
 def josev(
     csms: str,
-    identity: str,
     versions: tuple[str, ...],
-    common_name: str,
-    organization_name: str,
-    country_name: str,
-    evse_id: str | None,
-    state_dir: Path,
-    certificate_dir: Path,
-    trust_anchors: Path,
     password_file: Path | None,
     ca_file: Path | None,
     client_certificate: Path | None,
-    wait_minimum: float,
-    repeat_times: int,
     algorithm: str | None,
     renew: tuple[str, ...],
     once: bool,
-    reach: Reach,
+    settings: Configured,
+    **others: Any,  # fields of the settings
 ) -> None:
     """Play Josev between a charging station and a CSMS.
 
     Connects to the CSMS over OCPP and to the charging station's side over MQTT. On a trigger of the CSMS, or by
     --renew, it asks for a CSR, has it signed, verifies and installs the certificate, and tells the charging station.
     """
-    settings = StationSettings(
+    settled = settings()
+    station_settings = StationSettings(
         csms=csms,
-        identity=identity,
         versions=tuple(_VERSIONS[name] for name in versions) or (OcppVersion.V21, OcppVersion.V201, OcppVersion.V16),
-        broker=reach.broker,
-        mqtt=reach.terms,
-        topic_prefix=reach.topic_prefix,
-        common_name=common_name,
-        organization_name=organization_name,
-        country_name=country_name,
-        evse_id=evse_id,
-        state_dir=state_dir,
-        certificate_dir=certificate_dir,
-        trust_anchors=trust_anchors,
+        broker=Broker.parse(settled.broker),
+        mqtt=settled.mqtt,
+        topic_prefix=settled.topic_prefix,
         password=None if password_file is None else password_file.read_text().strip(),
         tls=_tls(csms, ca_file, client_certificate),
-        wait_minimum=wait_minimum,
-        repeat_times=repeat_times,
+        **others,
     )
-    station = Station(settings, _tell)
+    station = Station(station_settings, _tell)
     wanted = [CertificateType(name) for name in renew]
     try:
         asyncio.run(_play(station, wanted, None if algorithm is None else Algorithm(algorithm), once=once))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from stationkey.cli._options import config_option, keystore_option, state_dir_option
-from stationkey.config.file import read_file, settle
+from stationkey.cli._options import Configured, configured
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 from stationkey.openssl import check
@@ -16,10 +14,8 @@ from stationkey.openssl import check
 
 @click.command("key-auth")
 @click.argument("named", metavar="TYPE|FILE")
-@keystore_option("The TPM that the keys are in.")
-@state_dir_option("Where active/ is.")
-@config_option()
-def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_file: Path | None) -> None:
+@configured(keystore="The TPM that the keys are in.", state_dir="Where active/ is.")
+def key_auth(named: str, settings: Configured) -> None:
     """Write the authorisation value of a key to a pipe, for a service that uses it.
 
     The key is the active one of a certificate type, or the one in FILE.pem. Where the TPM has sealed the value ([tpm]
@@ -31,9 +27,9 @@ def key_auth(named: str, keystore: str | None, state_dir: Path | None, config_fi
             reason="secret_to_terminal",
             hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
         )
-    settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
-    open_store = keystore_opener(settings.keystore, terms=settings.keystore_terms, state_dir=settings.state_dir)
-    values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, settings.state_dir)}
+    settled = settings()
+    open_store = keystore_opener(settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir)
+    values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, settled.state_dir)}
     if len(values) != 1 or values == {b""}:
         words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"
         raise ConfigurationError(

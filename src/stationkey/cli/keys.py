@@ -11,13 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
 from textwrap import indent
 
 import click
 
-from stationkey.cli._options import config_option, json_option, state_dir_option
-from stationkey.config.file import read_file, settle
+from stationkey.cli._options import Configured, configured, json_option
 from stationkey.errors import StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent
@@ -30,8 +28,7 @@ _HEADINGS = ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "ALGORITHM", "COMMON NA
 _PART = 1000
 """How many keys are lined up with each other: any number of keys is listed in bounded memory."""
 
-_state_dir = state_dir_option("Where the ledger is kept.")
-_config = config_option()
+_configured = configured(state_dir="Where the ledger is kept.", needs_keystore=False)
 
 
 @click.group()
@@ -40,8 +37,8 @@ def keys() -> None:
 
 
 @contextmanager
-def _ledger(state_dir: Path | None, config_file: Path | None, *, write: bool = False) -> Iterator[Ledger]:
-    directory = settle(read_file(config_file), state_dir=state_dir, needs_keystore=False).state_dir
+def _ledger(settings: Configured, *, write: bool = False) -> Iterator[Ledger]:
+    directory = settings().state_dir
     with ExitStack() as stack:
         if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
             directory = stack.enter_context(visit(directory))
@@ -98,12 +95,11 @@ def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None
 
 
 @keys.command("list")
-@_state_dir
-@_config
+@_configured
 @json_option
-def keys_list(state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+def keys_list(settings: Configured, as_json: bool) -> None:
     """List the keys, in the order in which they were made."""
-    with _ledger(state_dir, config_file) as ledger:
+    with _ledger(settings) as ledger:
         found = ledger.keys.stream()
         sys.stdout.writelines(_json_array(map(_key_json, found)) if as_json else _key_table(found))
         sys.stdout.flush()  # here, where click reports a closed pipe
@@ -152,12 +148,11 @@ _key_id = click.argument("key_id", metavar="ID")
 
 @keys.command("show")
 @_key_id
-@_state_dir
-@_config
+@_configured
 @json_option
-def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
     """Show one key. ID is its name, or as much of its beginning as no other key has."""
-    with _ledger(state_dir, config_file) as ledger:
+    with _ledger(settings) as ledger:
         shown = _key_json(ledger.keys.named(key_id))
     if as_json:
         click.echo(json.dumps(shown, indent=2))
@@ -169,12 +164,11 @@ def keys_show(key_id: str, state_dir: Path | None, config_file: Path | None, as_
 
 @keys.command("history")
 @_key_id
-@_state_dir
-@_config
+@_configured
 @json_option
-def keys_history(key_id: str, state_dir: Path | None, config_file: Path | None, as_json: bool) -> None:
+def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
     """Show everything that happened to a key, first to last, with time and reason."""
-    with _ledger(state_dir, config_file) as ledger:
+    with _ledger(settings) as ledger:
         events = ledger.keys.history(ledger.keys.named(key_id).key_id)
     if as_json:
         shown = [
@@ -195,11 +189,9 @@ def keys_history(key_id: str, state_dir: Path | None, config_file: Path | None, 
     )
 
 
-def _order(
-    key_id: str, event: KeyEvent, reason: str, state_dir: Path | None, config_file: Path | None, *, ask: str | None
-) -> None:
+def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, ask: str | None) -> None:
     """Do to a key what the operator orders, in the ledger and under active/."""
-    with _ledger(state_dir, config_file, write=True) as ledger:
+    with _ledger(settings, write=True) as ledger:
         key = ledger.keys.named(key_id)
         if ask is not None:
             named = printable(f"{key.key_id} ({key.certificate_type}, {key.state})")
@@ -223,46 +215,40 @@ _reason = click.option("--reason", default="by the operator", help="For the hist
 @keys.command("retire")
 @_key_id
 @_reason
-@_state_dir
-@_config
-def keys_retire(key_id: str, reason: str, state_dir: Path | None, config_file: Path | None) -> None:
+@_configured
+def keys_retire(key_id: str, reason: str, settings: Configured) -> None:
     """Take an active key out of use. It is kept for the grace period, and then destroyed."""
-    _order(key_id, KeyEvent.RETIRED, reason, state_dir, config_file, ask=None)
+    _order(key_id, KeyEvent.RETIRED, reason, settings, ask=None)
 
 
 @keys.command("destroy")
 @_key_id
 @_yes
 @_reason
-@_state_dir
-@_config
-def keys_destroy(key_id: str, yes: bool, reason: str, state_dir: Path | None, config_file: Path | None) -> None:
+@_configured
+def keys_destroy(key_id: str, yes: bool, reason: str, settings: Configured) -> None:
     """Destroy a key for good: its private part is wiped from the ledger and from active/."""
     ask = None if yes else "Destroy"
-    _order(key_id, KeyEvent.DESTRUCTION_ORDERED, reason, state_dir, config_file, ask=ask)
+    _order(key_id, KeyEvent.DESTRUCTION_ORDERED, reason, settings, ask=ask)
 
 
 @keys.command("mark-compromised")
 @_key_id
 @_yes
 @_reason
-@_state_dir
-@_config
-def keys_mark_compromised(
-    key_id: str, yes: bool, reason: str, state_dir: Path | None, config_file: Path | None
-) -> None:
+@_configured
+def keys_mark_compromised(key_id: str, yes: bool, reason: str, settings: Configured) -> None:
     """Say that a key may be known to others. It is taken out of use at once; have its certificate revoked."""
     ask = None if yes else "Mark as compromised"
-    _order(key_id, KeyEvent.COMPROMISE_REPORTED, reason, state_dir, config_file, ask=ask)
+    _order(key_id, KeyEvent.COMPROMISE_REPORTED, reason, settings, ask=ask)
 
 
 @keys.command("export-public")
 @_key_id
-@_state_dir
-@_config
-def keys_export_public(key_id: str, state_dir: Path | None, config_file: Path | None) -> None:
+@_configured
+def keys_export_public(key_id: str, settings: Configured) -> None:
     """Print the public part of a key, as a PEM PUBLIC KEY."""
-    with _ledger(state_dir, config_file) as ledger:
+    with _ledger(settings) as ledger:
         key = ledger.keys.named(key_id)
     # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
     click.echo(to_pem("PUBLIC KEY", key.public), nl=False)

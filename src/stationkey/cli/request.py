@@ -10,11 +10,11 @@ from typing import Final
 import click
 from msgspec import UNSET
 
-from stationkey.cli._broker_options import Reach, reaches_broker
-from stationkey.cli._options import json_option
+from stationkey.cli._options import BROKER, Configured, configured, json_option
 from stationkey.contract import messages
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import StationKeyError
+from stationkey.mqtt.url import Broker
 
 EXIT_REJECTED: Final = 3
 EXIT_NO_ANSWER: Final = 4
@@ -29,7 +29,7 @@ EXIT_NO_ANSWER: Final = 4
 @click.option("--evse-id", help="EVSE that the key is for.")
 @click.option("--id", "request_id", metavar="UUID", help="Id of the request.  [default: a new one]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds to wait.")
-@reaches_broker
+@configured(*BROKER, file="", needs_keystore=False)
 @json_option
 def request(
     certificate_type: str,
@@ -41,7 +41,7 @@ def request(
     request_id: str | None,
     timeout: float,
     as_json: bool,
-    reach: Reach,
+    settings: Configured,
 ) -> None:
     """Ask for a CSR, as Josev does, and print it.
 
@@ -66,9 +66,9 @@ def request(
             algorithm=UNSET if algorithm is None else Algorithm(algorithm),
         ),
     )
-    response = asyncio.run(
-        ask(reach.broker, asked, topic_prefix=reach.topic_prefix, timeout=timeout, terms=reach.terms)
-    )
+    settled = settings()
+    broker, prefix = Broker.parse(settled.broker), settled.topic_prefix
+    response = asyncio.run(ask(broker, asked, topic_prefix=prefix, timeout=timeout, terms=settled.mqtt))
     if response is None:
         click.echo(f"stationkey: no answer to {asked.id} within {timeout:g} s", err=True)
         click.echo("  is stationkey serve running, on this broker and with this topic prefix?", err=True)

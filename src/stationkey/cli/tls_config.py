@@ -10,16 +10,13 @@ from pathlib import Path
 
 import click
 
-from stationkey.cli._options import config_option, keystore_option, state_dir_option
-from stationkey.config.file import read_file, settle
+from stationkey.cli._options import Configured, configured
 from stationkey.errors import ConfigurationError
 from stationkey.openssl.servers import SERVERS
 
 
 @click.command("tls-config")
-@keystore_option("The TPM that the keys are in.")
-@state_dir_option("Where active/ is.")
-@config_option()
+@configured(keystore="The TPM that the keys are in.", state_dir="Where active/ is.")
 @click.option(
     "--check",
     "checked",
@@ -39,14 +36,7 @@ from stationkey.openssl.servers import SERVERS
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the configuration to a file instead of printing it.",
 )
-def tls_config(
-    keystore: str | None,
-    state_dir: Path | None,
-    config_file: Path | None,
-    checked: str | None,
-    server: str | None,
-    out: Path | None,
-) -> None:
+def tls_config(settings: Configured, checked: str | None, server: str | None, out: Path | None) -> None:
     """Print the OpenSSL configuration that makes a service use the active keys.
 
     The service gets it by OPENSSL_CONF, and the TPM by TPM2OPENSSL_TCTI. The daemon itself needs neither.
@@ -69,8 +59,8 @@ def tls_config(
     from stationkey.keystore import keystore_opener  # noqa: PLC0415 - see the module's docstring
     from stationkey.openssl import check  # noqa: PLC0415 - same
 
-    settings = settle(read_file(config_file), keystore=keystore, state_dir=state_dir)
-    tcti = check.tcti_of(settings.keystore)
+    settled = settings()
+    tcti = check.tcti_of(settled.keystore)
     text = check.openssl_configuration(tcti=tcti) if server is None else SERVERS[server]
     if out is not None:
         try:
@@ -81,8 +71,8 @@ def tls_config(
         if out is None:
             click.echo(text, nl=False)
         return
-    files = check.files_of(checked, settings.state_dir)
-    open_store = keystore_opener(settings.keystore, terms=settings.keystore_terms, state_dir=settings.state_dir)
+    files = check.files_of(checked, settled.state_dir)
+    open_store = keystore_opener(settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir)
     with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
         configuration = Path(directory, "openssl.cnf")
         configuration.write_text(text, encoding="utf-8")

@@ -25,6 +25,10 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 _READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 
+def _file_option(name: str, parameter: str, text: str) -> Callable[[Command], Command]:
+    return click.option(name, parameter, metavar="FILE", type=_FILE, help=text)
+
+
 def _nonce(_context: click.Context, _parameter: click.Parameter, text: str | None) -> bytes | None:
     nonce = None if text is None else documents.read_nonce(text)
     if text is not None and nonce is None:
@@ -45,44 +49,24 @@ def public_pem(spki: bytes) -> str:
 
 @click.command("verify-attestation")
 @click.argument("evidence_file", metavar="EVIDENCE", type=_READ)
-@click.option("--csr", "csr_file", metavar="FILE", type=_FILE, help="The CSR (PEM) whose key it should be.")
-@click.option(
-    "--certificate",
-    "certificate_file",
-    metavar="FILE",
-    type=_FILE,
-    help="The certificate (PEM) whose key it should be.",
-)
+@_file_option("--csr", "csr_file", "The CSR (PEM) whose key it should be.")
+@_file_option("--certificate", "certificate_file", "The certificate (PEM) whose key it should be.")
 @nonce_option
-@click.option(
+@_file_option(
     "--ak",
     "ak_file",
-    metavar="FILE",
-    type=_FILE,
-    help="Believe this attestation key: PEM public key, PEM certificate, or the JSON of attest --ak --json.",
+    "Believe this attestation key: PEM public key, PEM certificate, or the JSON of attest --ak --json.",
 )
-@click.option(
-    "--ak-ca", metavar="FILE", type=_FILE, help="CAs (PEM), one of which must have signed the --ak certificate."
-)
-@click.option(
-    "--secret",
-    "secret_file",
-    metavar="FILE",
-    type=_FILE,
-    help="Believe the attestation key that opened this challenge.",
-)
-@click.option("--ek", "ek_file", metavar="FILE", type=_FILE, help="The endorsement key: PEM public key or certificate.")
-@click.option("--ek-ca", metavar="FILE", type=_FILE, help="CAs (PEM), one of which must have signed its certificate.")
-@click.option(
+@_file_option("--ak-ca", "ak_ca", "CAs (PEM), one of which must have signed the --ak certificate.")
+@_file_option("--secret", "secret_file", "Believe the attestation key that opened this challenge.")
+@_file_option("--ek", "ek_file", "The endorsement key: PEM public key or certificate.")
+@_file_option("--ek-ca", "ek_ca", "CAs (PEM), one of which must have signed its certificate.")
+@_file_option(
     "--make-challenge",
     "challenge_out",
-    metavar="FILE",
-    type=_FILE,
-    help="Instead of a verdict: make a challenge for the attestation key in EVIDENCE, by --ek or --ek-ca.",
+    "Instead of a verdict: make a challenge for the attestation key in EVIDENCE, by --ek or --ek-ca.",
 )
-@click.option(
-    "--secret-out", metavar="FILE", type=_FILE, help="With it: where its secret is kept until the evidence comes."
-)
+@_file_option("--secret-out", "secret_out", "With it: where its secret is kept until the evidence comes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify_attestation(
     evidence_file: Path,
@@ -148,7 +132,6 @@ def _print_verdict(verdict: Verdict, *, as_json: bool) -> None:
 def _judge(
     document: bytes, anchor: Anchor, nonce: bytes | None, csr_file: Path | None, certificate_file: Path | None
 ) -> Verdict:
-
     certificate = None
     if certificate_file is not None:
         _, certificate = read_key(read_bounded(certificate_file))
@@ -159,7 +142,6 @@ def _judge(
 
 
 def _anchor(ak_file: Path | None, ak_ca: Path | None, secret_file: Path | None, ek_file: Path | None) -> Anchor:
-
     if ak_file is not None:
         authorities = [] if ak_ca is None else read_authorities(read_bounded(ak_ca))
         return read_ak(read_bounded(ak_file), authorities=authorities, now=datetime.now(UTC))
