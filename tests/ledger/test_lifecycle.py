@@ -11,7 +11,16 @@ import pytest
 from stationkey.config.file import read_table, settle
 from stationkey.config.options import options_of
 from stationkey.config.settings import DAY, Bounds, Settings, Terms
-from stationkey.ledger.lifecycle import INITIAL, TRANSITIONS, IllegalTransition, KeyEvent, KeyState, mermaid, step
+from stationkey.ledger.lifecycle import (
+    CSR_ANSWERED,
+    INITIAL,
+    MADE_AHEAD,
+    TRANSITIONS,
+    IllegalTransition,
+    KeyEvent,
+    KeyState,
+    step,
+)
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "lifecycle.md").read_text()
 
@@ -83,6 +92,20 @@ def _rows(heading: str) -> list[list[str]]:
     section = DOCUMENT.split(f"## {heading}\n", 1)[1].split("\n#", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def mermaid() -> str:
+    """Return the table as a Mermaid state diagram."""
+    names = {state: state.name.lower() for state in KeyState}
+    lines = ["stateDiagram-v2"]
+    lines += [f'    state "{state}" as {names[state]}' for state in KeyState]
+    lines.append(f"    [*] --> {names[INITIAL]}: {CSR_ANSWERED}, {MADE_AHEAD}")
+    edges: dict[tuple[KeyState, KeyState], list[KeyEvent]] = {}
+    for (state, event), after in TRANSITIONS.items():
+        edges.setdefault((state, after), []).append(event)
+    lines += [f"    {names[a]} --> {names[b]}: {', '.join(events)}" for (a, b), events in edges.items()]
+    lines.append(f"    {names[KeyState.DESTROYED]} --> [*]")
+    return "\n".join(lines) + "\n"
 
 
 def test_the_diagram_of_the_document_is_the_table() -> None:

@@ -15,11 +15,6 @@ def test_each_delay_is_longer_up_to_the_limit() -> None:
     assert backoff.delay == 2
 
 
-def test_the_factor_says_how_much_longer() -> None:
-    backoff = Backoff(1.0, 100.0, factor=3.0)
-    assert [backoff.next() for _ in range(4)] == [1, 3, 9, 27]
-
-
 def test_a_delay_can_be_lowered_and_is_not_raised_by_it() -> None:
     backoff = Backoff(1.0, 10.0)
     backoff.lower(5.0)

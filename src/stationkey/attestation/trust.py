@@ -15,7 +15,6 @@ from typing import Final, TypeVar
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtensionOID
 
 from stationkey.attestation.documents import EndorsementKey, Secret, read_attestation_key
@@ -115,7 +114,7 @@ def read_key(data: bytes) -> tuple[PublicKey, x509.Certificate | None]:
             key = serialization.load_pem_public_key(data)
     except UNREADABLE:
         raise _unreadable("a file should have a public key or a certificate in PEM, and has not") from None
-    if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+    if not isinstance(key, PublicKey):
         raise _unreadable("a file has a key that is neither ECC nor RSA")
     return key, certificate
 
@@ -151,15 +150,14 @@ def choose_ek(
         try:
             certificate = x509.load_der_x509_certificate(ek.certificate)
             key = certificate.public_key()
+            issuer = check_issued(certificate, authorities, EK_CERTIFICATE, now)
         except UNREADABLE:
             failure = _untrusted("the certificate of an endorsement key cannot be read")
             continue
-        try:
-            issuer = check_issued(certificate, authorities, EK_CERTIFICATE, now)
         except NotVerified as error:
             failure = error
             continue
-        if isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+        if isinstance(key, PublicKey):
             return key, f"certified by {issuer} as an endorsement key"
     raise failure
 

@@ -133,14 +133,8 @@ def read_ak_public(key: AttestationKey) -> Public:
         NotVerified: it is not restricted, could have come from outside, or could leave.
     """
     ak = read_public(key.public, "the attestation key")
-    wrong = None
-    if lacking := ak.lacking(AK_NEEDS):
-        wrong = f"is not {lacking}"
-    elif ak.attributes & _AK_MUST_NOT:
-        wrong = f"is {words_of(ak.attributes & _AK_MUST_NOT)}"
-    elif ak.scheme is None:
-        wrong = "has no signing scheme"
-    if wrong is not None:
+    wrong = _unfit(ak, AK_NEEDS, _AK_MUST_NOT) or ("has no signing scheme" if ak.scheme is None else "")
+    if wrong:
         raise NotVerified(f"the attestation key is none: it {wrong}", reason="ak_unfit")
     return ak
 
@@ -151,15 +145,18 @@ def check_key(key: Public) -> None:
     Raises:
         NotVerified: it is not so.
     """
-    wrong = None
-    if lacking := key.lacking(KEY_NEEDS):
-        wrong = f"is not {lacking}"
-    elif key.attributes & _KEY_MUST_NOT:
-        wrong = f"is {words_of(key.attributes & _KEY_MUST_NOT)}"
-    elif Attribute.USER_WITH_AUTH not in key.attributes and not key.policy:
+    wrong = _unfit(key, KEY_NEEDS, _KEY_MUST_NOT)
+    if not wrong and Attribute.USER_WITH_AUTH not in key.attributes and not key.policy:
         wrong = "can be used by nobody: neither by its authorisation value nor by a policy"
-    if wrong is not None:
+    if wrong:
         raise NotVerified(f"the key is not one that stays in the TPM and signs: it {wrong}", reason="key_unfit")
+
+
+def _unfit(public: Public, needed: Attribute, forbidden: Attribute) -> str:
+    """What is wrong with the attributes of a key, in words; empty where nothing is."""
+    if lacking := public.lacking(needed):
+        return f"is not {lacking}"
+    return f"is {words_of(public.attributes & forbidden)}" if public.attributes & forbidden else ""
 
 
 def _believe(ak: Public, attest: Attest, evidence: Evidence, anchor: Anchor) -> list[str]:

@@ -60,6 +60,9 @@ _UUID: Final = re.compile(UUID_PATTERN)
 _WORDS: Final = "words"
 """In the ``extra`` of a field: what is said of a value that breaks the rule, where the type does not say it itself."""
 
+_SHOWN: Final = 120
+"""Characters of a value, or of what a library says, that an error shows."""
+
 GENERATE_CSR: Final = "generate_csr"
 CERTIFICATE_INSTALLATION_STATUS: Final = "certificate_installation_status"
 
@@ -534,5 +537,5 @@ def _quote(value: object) -> str:
     return _short(json.dumps(value, ensure_ascii=True, default=lambda _: "…"))
 
 
-def _short(text: str, limit: int = 120) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -1,7 +1,7 @@
 """The lifecycle of a key as a table.
 
-States are those of NIST SP 800-57 part 1 revision 5, section 7. `docs/lifecycle.md` shows the diagram that `mermaid`
-makes from the table; a test fails where they differ.
+States are those of NIST SP 800-57 part 1 revision 5, section 7. `docs/lifecycle.md` shows the table as a diagram; a
+test fails where they differ.
 """
 
 from __future__ import annotations
@@ -99,17 +99,3 @@ def step(state: KeyState, event: KeyEvent) -> KeyState:
         raise IllegalTransition(
             f"a key that is {state} cannot have the event '{event}'", reason="illegal_transition"
         ) from None
-
-
-def mermaid() -> str:
-    """Return the table as a Mermaid state diagram."""
-    names = {state: state.name.lower() for state in KeyState}
-    lines = ["stateDiagram-v2"]
-    lines += [f'    state "{state}" as {names[state]}' for state in KeyState]
-    lines.append(f"    [*] --> {names[INITIAL]}: {CSR_ANSWERED}, {MADE_AHEAD}")
-    edges: dict[tuple[KeyState, KeyState], list[KeyEvent]] = {}
-    for (state, event), after in TRANSITIONS.items():
-        edges.setdefault((state, after), []).append(event)
-    lines += [f"    {names[a]} --> {names[b]}: {', '.join(events)}" for (a, b), events in edges.items()]
-    lines.append(f"    {names[KeyState.DESTROYED]} --> [*]")
-    return "\n".join(lines) + "\n"

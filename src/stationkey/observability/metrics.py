@@ -11,7 +11,6 @@ import asyncio
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -48,14 +47,6 @@ L = TypeVar("L", bound=tuple[str, ...])
 """The values of labels."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Now:
-    """What is shown of one moment."""
-
-    condition: Condition
-    figures: Figures | None
-
-
 class _Process(ProcessCollector):
     """What the kernel says of this process, also where it shows nothing of others.
 
@@ -76,7 +67,7 @@ class Exposition(Collector):
 
     def __init__(self, health: Health) -> None:
         self._health = health
-        self._now = _Now(health.condition(), None)
+        self._now: tuple[Condition, Figures | None] = health.condition(), None
         self._registry = CollectorRegistry()
         self._registry.register(self)
         _Process(registry=self._registry)
@@ -89,14 +80,14 @@ class Exposition(Collector):
         async with self._one_at_a_time:
             if time.monotonic() - self._made_at >= FRESH:
                 figures = await self._health.figures()
-                self._now = _Now(self._health.condition(), figures)
+                self._now = self._health.condition(), figures
                 self._text = generate_latest(self._registry)
                 self._made_at = time.monotonic()
         return self._text
 
     def collect(self) -> Iterator[Metric]:
         """Every figure; called by the registry."""
-        condition, figures = self._now.condition, self._now.figures
+        condition, figures = self._now
         yield _info(
             "build", "Version of stationkey and of Python.", version=__version__, python=platform.python_version()
         )

@@ -6,19 +6,17 @@ import random
 
 
 class Backoff:
-    """Delays that grow from `first` to `limit`.
+    """Delays that double from `first` to `limit`.
 
     Args:
         first: seconds before the second try.
         limit: seconds before any try, at most.
-        factor: how much longer each delay is than the last one.
         jitter: the share of a delay by which it may be shortened at random, so that many do not try at the same moment.
     """
 
-    def __init__(self, first: float, limit: float, *, factor: float = 2.0, jitter: float = 0.0) -> None:
+    def __init__(self, first: float, limit: float, *, jitter: float = 0.0) -> None:
         self._first = first
         self._limit = limit
-        self._factor = factor
         self._jitter = jitter
         self.delay = first
         """Seconds of the next delay, without jitter."""
@@ -26,7 +24,7 @@ class Backoff:
     def next(self) -> float:
         """Return the seconds to wait now."""
         delay = self.delay
-        self.delay = min(delay * self._factor, self._limit)
+        self.delay = min(2 * delay, self._limit)
         return delay * random.uniform(1.0 - self._jitter, 1.0)  # noqa: S311 - spreads load, guards nothing
 
     def lower(self, delay: float) -> None:
