@@ -387,6 +387,53 @@ def test_a_certificate_of_another_key_is_told(bench: Bench) -> None:
     assert "belong together" in done.stderr  # words: other faults have this reason as well
 
 
+def _with_certificates(file: Path, certificates: str) -> Path:
+    key, mark, _ = file.read_text().partition("-----END TSS2 PRIVATE KEY-----\n")
+    return write(file, key + mark + certificates)
+
+
+def test_a_chain_of_which_a_sub_ca_is_missing_is_told(bench: Bench, tmp_path: Path) -> None:
+    """The root may be left out, and may be there [RFC 8446 4.4.2]."""
+    file = bench.active(V2G)
+    leaf, *subs = (pem([one]) for one in x509.load_pem_x509_certificates(file.read_bytes()))
+    roots = write(tmp_path / "roots.pem", bench.authority.root)
+    anchored = ("--trust-anchors", str(roots))
+    cases: list[tuple[list[str], tuple[str, ...], str | None]] = [
+        ([leaf], (), "tls_chain_incomplete"),
+        ([leaf], anchored, "tls_chain_incomplete"),
+        ([leaf, *subs[:-1]], anchored, "tls_chain_incomplete"),
+        ([leaf, *subs], anchored, None),
+        ([leaf, *subs, bench.authority.root], anchored, None),
+        ([leaf, *subs, bench.authority.root], (), None),
+        ([leaf, *subs], (), None),
+    ]
+    for certificates, options, reason in cases:
+        _with_certificates(file, "".join(certificates))
+        done = command("tls-config", "--check", V2G, *options, *bench.options())
+        assert done.exit_code == (0 if reason is None else check.EXIT_KEY), done.output
+        assert reason is None or done.reason == reason
+
+
+def test_a_leaf_that_a_root_issued_needs_no_other_certificate(bench: Bench, tmp_path: Path) -> None:
+    """Which only the roots can tell from one whose Sub-CA is missing."""
+    file = bench.active(V2G)
+    sub = write(tmp_path / "roots.pem", bench.authority.sub_cas)
+    _with_certificates(file, pem(x509.load_pem_x509_certificates(file.read_bytes())[:1]))
+    done = command("tls-config", "--check", V2G, "--trust-anchors", str(sub), *bench.options())
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("content", [None, "", "no PEM"], ids=["no-file", "empty", "no-PEM"])
+def test_trust_anchors_that_cannot_be_read_are_told(bench: Bench, tmp_path: Path, content: str | None) -> None:
+    bench.active(V2G)
+    roots = tmp_path / "roots.pem"
+    if content is not None:
+        write(roots, content)
+    done = command("tls-config", "--check", V2G, "--trust-anchors", str(roots), *bench.options())
+    assert done.exit_code == (check.EXIT_FILE if content is None else check.EXIT_KEY)
+    assert done.reason == ("tls_file_missing" if content is None else "tls_chain_incomplete")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -25,6 +25,12 @@ from stationkey.openssl.servers import SERVERS
     "FILE.pem.",
 )
 @click.option(
+    "--trust-anchors",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --check: the roots that the other side trusts, PEM; the chain must lead to one.",
+)
+@click.option(
     "--for",
     "server",
     type=click.Choice(sorted(SERVERS)),
@@ -36,7 +42,9 @@ from stationkey.openssl.servers import SERVERS
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the configuration to a file instead of printing it.",
 )
-def tls_config(settings: Configured, checked: str | None, server: str | None, out: Path | None) -> None:
+def tls_config(
+    settings: Configured, checked: str | None, trust_anchors: Path | None, server: str | None, out: Path | None
+) -> None:
     """Print the OpenSSL configuration that makes a service use the active keys.
 
     The service gets it by OPENSSL_CONF, and the TPM by TPM2OPENSSL_TCTI. The daemon itself needs neither.
@@ -50,6 +58,8 @@ def tls_config(settings: Configured, checked: str | None, server: str | None, ou
     """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
     if checked is not None and server is not None:
         raise click.UsageError("--for and --check exclude each other")
+    if checked is None and trust_anchors is not None:
+        raise click.UsageError("--trust-anchors needs --check")
     if checked is not None and "OPENSSL_CONF" in os.environ:
         # This process is the other side, with a key in software, and OpenSSL has read its configuration already.
         variables = {name: value for name, value in os.environ.items() if name != "OPENSSL_CONF"}
@@ -72,11 +82,13 @@ def tls_config(settings: Configured, checked: str | None, server: str | None, ou
             click.echo(text, nl=False)
         return
     files = check.files_of(checked, settled.state_dir)
+    anchors = None if trust_anchors is None else check.key_file(trust_anchors).content
     open_store = keystore_opener(settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir)
     with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
         configuration = Path(directory, "openssl.cnf")
         configuration.write_text(text, encoding="utf-8")
         for one in files:
             password = check.password_of(one, open_store)
-            for handshake in check.check(one, configuration=configuration, tcti=tcti, password=password):
+            made = check.check(one, configuration=configuration, tcti=tcti, password=password, anchors=anchors)
+            for handshake in made:
                 click.echo(f"{one.name}: {handshake}: ok")

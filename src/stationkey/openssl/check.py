@@ -33,7 +33,7 @@ from stationkey.errors import ConfigurationError, Fault, KeyStoreError, Scope, S
 from stationkey.keystore import KeyStore, KeyStoreUri, Protecting
 from stationkey.keystore.tpm2 import keyfile
 from stationkey.system.files import MAX_FILE, read_regular
-from stationkey.x509.certificate import UNREADABLE, Chain, read_chain
+from stationkey.x509.certificate import UNREADABLE, Chain, read_chain, untrusted
 
 TIMEOUT: Final = 30.0
 """Seconds that a hung TPM may keep the check waiting."""
@@ -279,22 +279,26 @@ def password_of(file: KeyFile, open_store: Callable[[], KeyStore]) -> bytes:
         store.close()
 
 
-def check(file: KeyFile, *, configuration: Path, tcti: str, password: bytes = b"") -> list[Handshake]:
+def check(
+    file: KeyFile, *, configuration: Path, tcti: str, password: bytes = b"", anchors: bytes | None = None
+) -> list[Handshake]:
     """Make a TLS handshake on loopback with the key and chain in `file`, for each version that its type needs.
 
     The side with the key runs in a process of its own, as a service would. The other side verifies the chain as far as
-    the file has it, dates included; whom it leads to is for the real other side to say.
+    the file has it, dates included. Without `anchors`, whom it leads to is for the real other side to say.
 
     Args:
         file: key, leaf and chain, such as those under ``active/``.
         configuration: of OpenSSL; see `openssl_configuration`.
         tcti: of the TPM.
         password: of the key; see `password_of`.
+        anchors: the roots that the other side trusts, PEM.
 
     Raises:
-        TlsCheckFailed: no handshake; says why in words.
+        TlsCheckFailed: no handshake, or a chain that the other side cannot verify; says why in words.
     """
     chain = _read(file)
+    _refuse_incomplete(file, chain, anchors)
     use = _use(file, chain)
     variables = {**os.environ, **environment(configuration, tcti=tcti), "TSS2_LOG": "all+WARNING"}
     with contextlib.ExitStack() as stack:
@@ -326,6 +330,30 @@ def _read(file: KeyFile) -> Chain:
     if b"PRIVATE KEY-----" not in file.content:
         raise _no_file(f"{file.name} has no private key")
     return chain
+
+
+def _refuse_incomplete(file: KeyFile, chain: Chain, anchors: bytes | None) -> None:
+    """Refuse a chain without an intermediate: only the root may be left out [RFC 5246 7.4.2, RFC 8446 4.4.2].
+
+    Without `anchors` nothing says whether the issuer of the last certificate is a root. That of a lone leaf is taken
+    for an intermediate, as it is in the PKIs of ISO 15118.
+    """
+    last = chain.certificates[-1]
+    why = ""
+    if anchors is not None:
+        try:
+            why = untrusted(chain, anchors)
+        except ValueError as error:
+            why = f"the trust anchors cannot be read: {error}"
+    elif len(chain.certificates) == 1 and last.issuer != last.subject:
+        why = f"it ends with the leaf; the certificate of its issuer {last.issuer.rfc4514_string()} is missing"
+    if why:
+        raise TlsCheckFailed(
+            f"{file.name}: the chain is incomplete: {why}",
+            reason="tls_chain_incomplete",
+            exit_code=EXIT_KEY,
+            hint="put the certificates of the Sub-CAs into [josev] certificate_dir; --trust-anchors names the roots",
+        )
 
 
 def _use(file: KeyFile, chain: Chain) -> TlsUse:
