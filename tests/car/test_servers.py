@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import ChargingStation
+from charging import COMMON_NAME, ChargingStation
 from cryptography.hazmat.primitives.asymmetric import ec
 from outside import BOUND
 from peers import free_port
@@ -97,28 +100,96 @@ def test_printing_and_checking_exclude_each_other() -> None:
     assert command("tls-config", "--for", "nginx", "--check", "v2g_certificate").exit_code == 2
 
 
+@contextmanager
+def serving(station: ChargingStation, server: str, directory: Path) -> Iterator[int]:
+    """A server as printed, on a port of its own; its log is told where a test in the block fails."""
+    port = free_port()
+    file = directory / "secc.pem"
+    shutil.copy(station.active(V2G), file)
+    text = SERVERS[server].replace(str(PORT), str(port)).replace(CREDENTIAL.format(server), str(file))
+    log = directory / "log"
+    with (
+        log.open("wb") as said,
+        subprocess.Popen(
+            PROGRAMS[server](directory, text), env=station.openssl_environment(), stdout=said, stderr=said
+        ) as running,
+    ):
+        try:
+            assert listens(port, running)
+            yield port
+        except AssertionError as error:
+            error.add_note(log.read_text())
+            raise
+        finally:
+            running.terminate()
+            running.wait(BOUND)
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["TLS1.2", "TLS1.3"])
 @pytest.mark.parametrize("server", SERVERS)
 def test_a_server_as_printed_serves_sixty_handshakes_six_at_a_time(
     secc: tuple[ChargingStation, Path], server: str, version: ssl.TLSVersion, tmp_path: Path
 ) -> None:
     station, root = secc
-    port = free_port()
-    file = tmp_path / "secc.pem"
-    shutil.copy(station.active(V2G), file)
-    text = SERVERS[server].replace(str(PORT), str(port)).replace(CREDENTIAL.format(server), str(file))
-    log = tmp_path / "log"
-    with (
-        log.open("wb") as said,
-        subprocess.Popen(
-            PROGRAMS[server](tmp_path, text), env=station.openssl_environment(), stdout=said, stderr=said
-        ) as running,
-    ):
-        try:
-            assert listens(port, running), log.read_text()
-            with ThreadPoolExecutor(AT_A_TIME) as cars:
-                seen = Counter(cars.map(lambda _: handshake(port, root, version), range(HANDSHAKES)))
-        finally:
-            running.terminate()
-            running.wait(BOUND)
-    assert seen == {"ok": HANDSHAKES}, log.read_text()
+    with serving(station, server, tmp_path) as port, ThreadPoolExecutor(AT_A_TIME) as cars:
+        seen = Counter(cars.map(lambda _: handshake(port, root, version), range(HANDSHAKES)))
+        assert seen == {"ok": HANDSHAKES}
+
+
+def gnutls_car(port: int, root: Path) -> str:
+    """GnuTLS' own client: "ok", or what it says."""
+    names = ("--x509cafile", str(root), "--verify-hostname", COMMON_NAME[V2G])
+    done = subprocess.run(
+        ["gnutls-cli", "--port", str(port), *names, "127.0.0.1"],
+        input="GET / HTTP/1.1\r\nHost: secc\r\nConnection: close\r\n\r\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=BOUND,
+    )
+    trusted = "- Status: The certificate is trusted." in done.stdout and "HTTP/1.1 204" in done.stdout
+    return "ok" if trusted else done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_server_as_printed_serves_gnutls_six_at_a_time(
+    secc: tuple[ChargingStation, Path], server: str, tmp_path: Path
+) -> None:
+    station, root = secc
+    with serving(station, server, tmp_path) as port, ThreadPoolExecutor(AT_A_TIME) as cars:
+        seen = Counter(cars.map(lambda _: gnutls_car(port, root), range(HANDSHAKES)))
+        assert seen == {"ok": HANDSHAKES}
+
+
+NODE_CARS = """
+const [port, ca, version, all, atATime] = process.argv.slice(1);
+const tls = require("node:tls"), fs = require("node:fs"), seen = {};
+const request = "GET / HTTP/1.1\\nHost: secc\\nConnection: close\\n\\n";
+const options = {
+  port, host: "127.0.0.1", ca: fs.readFileSync(ca), minVersion: version, maxVersion: version,
+  checkServerIdentity: () => undefined,
+};
+const drive = () => new Promise((done) => {
+  let answer = "";
+  const end = (what) => { seen[what] = (seen[what] ?? 0) + 1; done(); };
+  const car = tls.connect(options, () => car.write(request.replaceAll("\\n", "\\r\\n")));
+  car.on("data", (data) => { answer += data; }).on("error", ({ message }) => { answer = message; });
+  car.on("close", () => end(answer.startsWith("HTTP/1.1 204") ? "ok" : answer));
+});
+let left = Number(all);
+const lane = async () => { while (left-- > 0) await drive(); };
+Promise.all(Array.from({ length: Number(atATime) }, lane)).then(() => console.log(JSON.stringify(seen)));
+"""
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_server_as_printed_serves_node_six_at_a_time(
+    secc: tuple[ChargingStation, Path], server: str, version: str, tmp_path: Path
+) -> None:
+    station, root = secc
+    node = Path(sys.executable).with_name("node")
+    with serving(station, server, tmp_path) as port:
+        arguments = map(str, (port, root, version, HANDSHAKES, AT_A_TIME))
+        done = subprocess.run([node, "-e", NODE_CARS, *arguments], stdout=subprocess.PIPE, check=True, timeout=BOUND)
+        assert json.loads(done.stdout) == {"ok": HANDSHAKES}
