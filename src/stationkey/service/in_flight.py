@@ -37,6 +37,11 @@ class InFlight:
             return False
         return sum(flight.requests - 1 for flight in self._flights.values()) >= most
 
+    def is_contested(self, request: GenerateCsrRequest) -> bool:
+        """Return whether a request with the same id and other content is in flight."""
+        flight = self._flights.get(request.id.lower())
+        return flight is not None and flight.digest != content_digest(request)
+
     @asynccontextmanager
     async def turn(self, request: GenerateCsrRequest) -> AsyncIterator[None]:
         """Keep requests with the same id apart, so that the second finds the answer to the first on record.

@@ -136,6 +136,9 @@ class StationKeyService:
         begun = time.monotonic() - waited
         until = self._until(request, waited)
         try:
+            # A wrong request with this id, in flight at the moment, keeps nobody from the answer on record.
+            if self._in_flight.is_contested(request) and (answered := await self._on_record(request.id)) is not None:
+                return self._repeat(request, answered)
             async with self._in_flight.turn(request):
                 if (answered := await self._on_record(request.id)) is not None:
                     return self._repeat(request, answered)
