@@ -108,6 +108,11 @@ def refusal(command: Callable[[], object]) -> KeyStoreError:
     return caught.value
 
 
+def reason_of(command: Callable[[], object]) -> str:
+    """Why the store refused."""
+    return refusal(command).reason
+
+
 def sealed_files(directory: Path) -> list[Path]:
     return sorted((directory / "tpm").glob("auth-*"))
 

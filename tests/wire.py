@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from types import TracebackType
 from typing import Final, Self
 
+from between import Between, back, pass_on
 from peers import Swtpm, free_port
 
 HEADER: Final = 10
@@ -46,7 +45,7 @@ def flipped(message: bytes, at: int) -> bytes:
 
 
 @dataclass
-class Wire:
+class Wire(Between):
     """Passes all on, records it, and lets `commands` and `responses` change it.
 
     swtpm is asked by a connection for each command or more, on two ports side by side: the TPM's, and its control.
@@ -58,10 +57,8 @@ class Wire:
     exchanges: list[Exchange] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        super().__init__()
         self.port = free_port(2)
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
 
     @property
     def tcti(self) -> str:
@@ -78,62 +75,16 @@ class Wire:
         return b"".join(exchange.command + exchange.response for exchange in self.exchanges)
 
     def __enter__(self) -> Self:
-        for offset, serve in ((0, self._talk), (1, self._pass_on)):
-            listener = self._remember(socket.create_server(("127.0.0.1", self.port + offset)))
-            self._run(lambda listener=listener, offset=offset, serve=serve: self._accept(listener, offset, serve))  # type: ignore[misc] # mypy infers no lambda with defaults
+        self.listen(self.port, self.tpm.port, self._exchange)
+        self.listen(self.port + 1, self.tpm.port + 1, pass_on, back)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            sockets, self._sockets = self._sockets, []
-        for each in sockets:
-            _end(each)
-        for thread in self._threads:
-            thread.join()
-
-    def _remember(self, new: socket.socket) -> socket.socket:
-        with self._lock:
-            self._sockets.append(new)
-        return new
-
-    def _run(self, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(
-        self, listener: socket.socket, offset: int, serve: Callable[[socket.socket, socket.socket], None]
-    ) -> None:
-        with contextlib.suppress(OSError):  # the end
-            while True:
-                program = self._remember(listener.accept()[0])
-                tpm = self._remember(socket.create_connection(("127.0.0.1", self.tpm.port + offset)))
-                for each in (program, tpm):
-                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._run(lambda program=program, tpm=tpm: serve(program, tpm))  # type: ignore[misc] # as above
-
-    def _talk(self, program: socket.socket, tpm: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while command := _message(program):
-                tpm.sendall(self.commands(command))
-                response = _message(tpm)
-                self.exchanges.append(Exchange(command, response))
-                program.sendall(self.responses(response))
-        _end(program)
-        _end(tpm)
-
-    def _pass_on(self, program: socket.socket, tpm: socket.socket) -> None:
-        def pump(source: socket.socket, sink: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    sink.sendall(data)
-            _end(source)
-            _end(sink)
-
-        self._run(lambda: pump(tpm, program))
-        pump(program, tpm)
+    def _exchange(self, program: socket.socket, tpm: socket.socket) -> None:
+        while command := _message(program):
+            tpm.sendall(self.commands(command))
+            response = _message(tpm)
+            self.exchanges.append(Exchange(command, response))
+            program.sendall(self.responses(response))
 
 
 class Meddler:
@@ -217,9 +168,3 @@ def _exactly(source: socket.socket, count: int) -> bytes:
             return b""
         data += more
     return data
-
-
-def _end(one: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        one.shutdown(socket.SHUT_RDWR)
-    one.close()

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import threading
 import uuid
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from authority import Authority, write
-from outside import Station
+from outside import BOUND, Station
 from peers import Bus, ResourceManager
 from rig import Rig
 
@@ -93,3 +98,33 @@ class ChargingStation(Rig):
         """The environment of a program that uses the active keys, as docs/tls.md has it."""
         configuration = write(self.directory / "openssl.cnf", check.openssl_configuration(tcti=self.tcti))
         return {**os.environ, **self.environment, **check.environment(configuration, tcti=self.tcti)}
+
+
+@contextmanager
+def serving(command: list[str], environment: dict[str, str], *, descriptors: Collection[int] = ()) -> Iterator[int]:
+    """Run a server for one connection; gives its port, and waits for its end."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        pass_fds=descriptors,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as server:
+        guard = threading.Timer(BOUND, server.kill)
+        guard.start()
+        try:
+            assert server.stdout is not None
+            said = []
+            for line in server.stdout:
+                said.append(line)
+                if found := re.fullmatch(r"ACCEPT 127\.0\.0\.1:(\d+)\n", line):
+                    yield int(found[1])
+                    break
+            else:
+                pytest.fail(f"{command} did not serve: {''.join(said)}")
+        finally:
+            guard.cancel()
+            server.terminate()
+            server.communicate(timeout=BOUND)

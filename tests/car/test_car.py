@@ -13,15 +13,13 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import ChargingStation
+from charging import ChargingStation, serving
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from outside import BOUND
@@ -123,30 +121,6 @@ def python_secc(roads: Roads, kind: CertificateType) -> list[str]:
     vehicle_root = [str(roads.vehicle_root)] if kind is V2G20 else []
     program = str(Path(__file__).with_name("secc.py"))
     return [sys.executable, program, str(roads.station.active(kind)), DIALECTS[kind].version, *vehicle_root]
-
-
-@contextmanager
-def serving(command: list[str], environment: dict[str, str]) -> Iterator[int]:
-    """Run a server for one connection; gives its port, and waits for its end."""
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as server:
-        guard = threading.Timer(BOUND, server.kill)
-        guard.start()
-        try:
-            assert server.stdout is not None
-            said = []
-            for line in server.stdout:
-                said.append(line)
-                if found := re.fullmatch(r"ACCEPT 127\.0\.0\.1:(\d+)\n", line):
-                    yield int(found[1])
-                    break
-            else:
-                pytest.fail(f"{command} did not serve: {''.join(said)}")
-        finally:
-            guard.cancel()
-            server.terminate()
-            server.communicate(timeout=BOUND)
 
 
 @dataclass(frozen=True)

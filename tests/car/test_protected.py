@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import ChargingStation
+from charging import ChargingStation, serving
 from cryptography.hazmat.primitives.asymmetric import ec
 from outside import BOUND
 
@@ -93,42 +91,13 @@ def test_openssl_serves_a_car_with_it(protected: Protected) -> None:
     _, mark, rest = active.read_text().partition("-----BEGIN CERTIFICATE-----")
     leaf = write(protected.station.directory / "leaf.pem", mark + rest)
     command = ["openssl", "s_server", "-accept", "127.0.0.1:0", "-naccept", "1", "-rev", "-tls1_2"]
-    command += [
-        "-key",
-        str(active),
-        "-cert",
-        str(leaf),
-        "-cert_chain",
-        str(protected.sub_cas),
-        "-pass",
-        f"fd:{reading}",
-    ]
-    with subprocess.Popen(
-        command,
-        env=protected.station.openssl_environment(),
-        pass_fds=(reading,),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as server:
+    command += ["-key", str(active), "-cert", str(leaf), "-cert_chain", str(protected.sub_cas)]
+    command += ["-pass", f"fd:{reading}"]
+    try:
+        with serving(command, protected.station.openssl_environment(), descriptors=(reading,)) as port:
+            assert "Verification: OK" in drive(port, protected.root)
+    finally:
         os.close(reading)
-        guard = threading.Timer(BOUND, server.kill)
-        guard.start()
-        try:
-            assert server.stdout is not None
-            said = []
-            for line in server.stdout:
-                said.append(line)
-                if found := re.fullmatch(r"ACCEPT 127\.0\.0\.1:(\d+)\n", line):
-                    assert "Verification: OK" in drive(int(found[1]), protected.root)
-                    break
-            else:
-                pytest.fail("".join(said))
-        finally:
-            guard.cancel()
-            server.terminate()
-            server.communicate(timeout=BOUND)
 
 
 def drive(port: int, root: Path) -> str:

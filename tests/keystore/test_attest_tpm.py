@@ -35,6 +35,7 @@ from tpm2_pytss.types import (
     TPMU_SENSITIVE_COMPOSITE,
 )
 
+from protection import reason_of, tool
 from stationkey.attestation import credential, trust, verifier
 from stationkey.attestation.documents import AttestationKey, Challenge, EndorsementKey, Evidence
 from stationkey.attestation.structures import PublicKey, read_public, spki_of
@@ -42,7 +43,7 @@ from stationkey.attestation.trust import RecordedKey, RecordedName
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import Algorithm
-from stationkey.errors import KeyStoreError, NotVerified
+from stationkey.errors import NotVerified
 from stationkey.keystore import KeyRef
 from stationkey.keystore.tpm2 import attest as attestation
 from stationkey.keystore.tpm2 import capabilities
@@ -104,20 +105,6 @@ def ek_of(told: AttestationKey, kind: str) -> PublicKey:
     return found
 
 
-def tool(peer: Swtpm, *command: str) -> None:
-    """Run a program of tpm2-tools, in the TPM's own folder."""
-    done = subprocess.run(
-        command,
-        cwd=peer.directory,
-        env=os.environ | {"TPM2TOOLS_TCTI": peer.tcti},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def new_key(peer: Swtpm, algorithm: Algorithm = Algorithm.ECDSA_SHA256) -> KeyRef:
     with closing(Tpm2KeyStore(peer.tcti)) as store:
         return store.generate(algorithm)
@@ -128,12 +115,6 @@ def loaded(peer: Swtpm) -> str:
     with closing(ESAPI(peer.tcti)) as esapi:
         ranges = [(first << 24, first << 24 | 0xFFFFFF) for first in (0x80, 0x02, 0x03)]
         return " ".join(f"{handle:#x}" for part in ranges for handle in capabilities.handles(esapi, *part))
-
-
-def reason_of(command: Callable[[], object]) -> str:
-    with pytest.raises(KeyStoreError) as caught:
-        command()
-    return caught.value.reason
 
 
 # Evidence of a TPM.

@@ -6,8 +6,6 @@ Where a test asks the TPM itself, it does so on a connection of its own, and by 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -33,6 +31,7 @@ from tpm2_pytss.types import (
     TPMU_PUBLIC_PARMS,
 )
 
+from protection import reason_of, sign, tool
 from stationkey.contract.profiles import RSA_2048, Algorithm
 from stationkey.errors import KeyStoreError, UnsupportedAlgorithm
 from stationkey.keystore import KeyRef
@@ -82,21 +81,8 @@ def store_of(tpm: Swtpm) -> Tpm2KeyStore:
 
 def works(store: Tpm2KeyStore, key: KeyRef | None = None) -> bool:
     """Whether the store signs, with a new key where none is given."""
-    key = key or store.generate(P256)
-    public = store.public_key(key)
-    assert isinstance(public, ec.EllipticCurvePublicKey)
-    with store.signer(key) as private:
-        assert isinstance(private, ec.EllipticCurvePrivateKey)
-        signature = private.sign(b"data", ec.ECDSA(hashes.SHA256()))
-    public.verify(signature, b"data", ec.ECDSA(hashes.SHA256()))
+    sign(store, key)
     return True
-
-
-def reason_of(command: Callable[[], object]) -> str:
-    """Why the store refused."""
-    with pytest.raises(KeyStoreError) as caught:
-        command()
-    return caught.value.reason
 
 
 @contextmanager
@@ -112,21 +98,6 @@ def connected(tpm: Swtpm) -> Iterator[ESAPI]:
 def loaded_objects(tpm: Swtpm) -> list[int]:
     with connected(tpm) as esapi:
         return capabilities.handles(esapi, TRANSIENT, TRANSIENT | 0xFFFFFF)
-
-
-def tool(tpm: Swtpm, *command: str) -> str:
-    """Run a program of tpm2-tools."""
-    done = subprocess.run(
-        command,
-        cwd=tpm.directory,
-        env=os.environ | {"TPM2TOOLS_TCTI": tpm.tcti},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def name_at_srk(tpm: Swtpm) -> bytes:
