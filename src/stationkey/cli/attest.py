@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -23,23 +22,20 @@ from stationkey.attestation.documents import (
 from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
 from stationkey.cli._options import Configured, configured
-from stationkey.cli.verify_attestation import nonce_option, public_pem
+from stationkey.cli.keys import opened_ledger
+from stationkey.cli.verify_attestation import FILE, READ, nonce_option, public_pem
 from stationkey.config.settings import Settings
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
 from stationkey.keystore import KeyRef, KeyStore, KeyStoreUri, Lending, keystore_opener
 from stationkey.keystore.schemes import SCHEMES
 from stationkey.keystore.worker import KeyStoreThread, overdue
-from stationkey.ledger import Ledger
 from stationkey.system.files import read_bounded, write_text
-from stationkey.system.state_dir import DATABASE_NAME, visit, without_daemon
+from stationkey.system.state_dir import without_daemon
 
 if TYPE_CHECKING:
     from stationkey.keystore.tpm2.attest import AttestationTerms
 
 T = TypeVar("T")
-
-_FILE: Final = click.Path(path_type=Path, dir_okay=False)
-_READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 
 @click.command("attest")
@@ -50,11 +46,11 @@ _READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
     "--challenge",
     "challenge_file",
     metavar="FILE",
-    type=_READ,
+    type=READ,
     help="What verify-attestation --make-challenge made for this station.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --ak: print JSON, with the TPM's endorsement keys.")
-@click.option("--out", metavar="FILE", type=_FILE, help="Write to a file instead of printing.")
+@click.option("--out", metavar="FILE", type=FILE, help="Write to a file instead of printing.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds for the TPM.")
 @configured(keystore="The TPM that the keys are in.", state_dir="Where the ledger is.")
 def attest(
@@ -134,12 +130,7 @@ class _Station:
 
     def _on_record(self, key_id: str) -> tuple[KeyRef, dict[str, str]]:
         """A key with its private part, and what is told people of it."""
-        with ExitStack() as stack:
-            directory = self._state_dir
-            if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
-                directory = stack.enter_context(visit(directory))
-            ledger = Ledger(directory / DATABASE_NAME, read_only=True)
-            stack.callback(ledger.close)
+        with opened_ledger(self._state_dir) as ledger:
             record = ledger.keys.named(key_id)
             scheme = SCHEMES.get(record.scheme)
             if scheme is None or not scheme.attests:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from itertools import islice
+from pathlib import Path
 from textwrap import indent
 
 import click
@@ -37,8 +38,8 @@ def keys() -> None:
 
 
 @contextmanager
-def _ledger(settings: Configured, *, write: bool = False) -> Iterator[Ledger]:
-    directory = settings().state_dir
+def opened_ledger(directory: Path, *, write: bool = False) -> Iterator[Ledger]:
+    """Open the ledger of a state directory beside the daemon; a root user becomes its owner meanwhile."""
     with ExitStack() as stack:
         if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
             directory = stack.enter_context(visit(directory))
@@ -99,7 +100,7 @@ def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None
 @json_option
 def keys_list(settings: Configured, as_json: bool) -> None:
     """List the keys, in the order in which they were made."""
-    with _ledger(settings) as ledger:
+    with opened_ledger(settings().state_dir) as ledger:
         found = ledger.keys.stream()
         sys.stdout.writelines(_json_array(map(_key_json, found)) if as_json else _key_table(found))
         sys.stdout.flush()  # here, where click reports a closed pipe
@@ -152,7 +153,7 @@ _key_id = click.argument("key_id", metavar="ID")
 @json_option
 def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
     """Show one key. ID is its name, or as much of its beginning as no other key has."""
-    with _ledger(settings) as ledger:
+    with opened_ledger(settings().state_dir) as ledger:
         shown = _key_json(ledger.keys.named(key_id))
     if as_json:
         click.echo(json.dumps(shown, indent=2))
@@ -168,7 +169,7 @@ def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
 @json_option
 def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
     """Show everything that happened to a key, first to last, with time and reason."""
-    with _ledger(settings) as ledger:
+    with opened_ledger(settings().state_dir) as ledger:
         events = ledger.keys.history(ledger.keys.named(key_id).key_id)
     if as_json:
         shown = [
@@ -191,7 +192,7 @@ def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
 
 def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, ask: str | None) -> None:
     """Do to a key what the operator orders, in the ledger and under active/."""
-    with _ledger(settings, write=True) as ledger:
+    with opened_ledger(settings().state_dir, write=True) as ledger:
         key = ledger.keys.named(key_id)
         if ask is not None:
             named = printable(f"{key.key_id} ({key.certificate_type}, {key.state})")
@@ -248,7 +249,7 @@ def keys_mark_compromised(key_id: str, yes: bool, reason: str, settings: Configu
 @_configured
 def keys_export_public(key_id: str, settings: Configured) -> None:
     """Print the public part of a key, as a PEM PUBLIC KEY."""
-    with _ledger(settings) as ledger:
+    with opened_ledger(settings().state_dir) as ledger:
         key = ledger.keys.named(key_id)
     # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
     click.echo(to_pem("PUBLIC KEY", key.public), nl=False)

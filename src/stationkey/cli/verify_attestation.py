@@ -21,12 +21,12 @@ from stationkey.system.pem import to_pem
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
-_FILE: Final = click.Path(path_type=Path, dir_okay=False)
-_READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+FILE: Final = click.Path(path_type=Path, dir_okay=False)
+READ: Final = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 
 def _file_option(name: str, parameter: str, text: str) -> Callable[[Command], Command]:
-    return click.option(name, parameter, metavar="FILE", type=_FILE, help=text)
+    return click.option(name, parameter, metavar="FILE", type=FILE, help=text)
 
 
 def _nonce(_context: click.Context, _parameter: click.Parameter, text: str | None) -> bytes | None:
@@ -48,7 +48,7 @@ def public_pem(spki: bytes) -> str:
 
 
 @click.command("verify-attestation")
-@click.argument("evidence_file", metavar="EVIDENCE", type=_READ)
+@click.argument("evidence_file", metavar="EVIDENCE", type=READ)
 @_file_option("--csr", "csr_file", "The CSR (PEM) whose key it should be.")
 @_file_option("--certificate", "certificate_file", "The certificate (PEM) whose key it should be.")
 @nonce_option

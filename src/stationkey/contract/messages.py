@@ -289,19 +289,14 @@ class _Field:
 @functools.cache
 def _fields_of(struct: type[Struct]) -> dict[str, _Field]:
     """Return the fields that the ``data`` of a message may have."""
-    data = next(field.type for field in _declared(struct) if field.encode_name == "data")
+    declared = types.type_info(struct)
+    assert isinstance(declared, types.StructType)
+    data = next(field.type for field in declared.fields if field.encode_name == "data")
     assert isinstance(data, types.StructType)
     return {
         field.encode_name: _Field(words=_words(field.type), pattern=_pattern(field.type), optional=not field.required)
         for field in data.fields
     }
-
-
-@functools.cache
-def _declared(struct: type[Struct]) -> tuple[types.Field, ...]:
-    declared = types.type_info(struct)
-    assert isinstance(declared, types.StructType)
-    return declared.fields
 
 
 def _words(declared: types.Type) -> str:
@@ -336,8 +331,7 @@ def _known(document: _Document, struct: type[Struct]) -> dict[str, object]:
     Raises:
         MessageError: ``data`` is not an object, or has a text that no field may have.
     """
-    names = [field.encode_name for field in _declared(struct)]
-    known = {name: document[name] for name in names if name in document}
+    known = {name: document[name] for name in struct.__struct_encode_fields__ if name in document}
     if "data" not in known:
         return known
     data = known["data"]

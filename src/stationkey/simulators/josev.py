@@ -315,7 +315,7 @@ class Station:
         """
         await self._connected.wait()
         async with self._renewing:
-            carried = carriage(certificate_type, await self._current_version())
+            carried = carriage(certificate_type, (await self._connection()).version)
             profile: CertificateProfile = self._settings.profiles[certificate_type]
             evse_id = self._evse_of(certificate_type)
             csr = await self._ask(certificate_type, evse_id, algorithm or profile.preferred_algorithm)
@@ -385,9 +385,7 @@ class Station:
 
     async def _send(self, pending: Pending) -> bool:
         """Send a CSR; whether the CSMS will sign it. Without an answer it may have been taken all the same."""
-        await self._connected.wait()
-        csms = self._csms
-        assert csms is not None
+        csms = await self._connection()
         call = sign_certificate(pending.certificate_type, csms.version, pending.csr, request_id=pending.request_id)
         try:
             answer = await csms.call(*call)
@@ -399,10 +397,10 @@ class Station:
             return error.code in PASSING_ERRORS
         return read_status(call.action, answer, csms.version) == "Accepted"
 
-    async def _current_version(self) -> OcppVersion:
+    async def _connection(self) -> OcppConnection:
         await self._connected.wait()
         assert self._csms is not None
-        return self._csms.version
+        return self._csms
 
     # A certificate.
 

@@ -56,9 +56,15 @@ class StateDirectory:
         try:
             self.path = path = settled(path)
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._take(path)
+            if _refuse_foreign(path, path.stat(), os.geteuid()):
+                path.chmod(0o700)
             refuse_planted(path)
-            self._close_files(path)
+            # What a backup has put back is as open as the copy was. No links: that was just looked at, and nobody else
+            # may write here.
+            for file in (path / name for name in _FILES):
+                status = _lstat(file)
+                if status is not None and status.st_mode & 0o177:
+                    file.chmod(0o600)
             self._lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except (OSError, ValueError) as error:  # ValueError: a path with NUL
             raise _unusable(path, error) from None
@@ -71,24 +77,6 @@ class StateDirectory:
                 reason="state_dir_in_use",
                 hint="stop it first, or name another directory with --state-dir",
             ) from None
-
-    @staticmethod
-    def _take(path: Path) -> None:
-        """Close the directory to others.
-
-        Raises:
-            ConfigurationError: it is not this user's, or has been open and has other things in it than a ledger.
-        """
-        if _refuse_foreign(path, path.stat(), os.geteuid()):
-            path.chmod(0o700)
-
-    @staticmethod
-    def _close_files(path: Path) -> None:
-        """Close the files to others as well: what a backup has put back is as open as the copy was."""
-        for file in (path / name for name in _FILES):
-            status = _lstat(file)
-            if status is not None and status.st_mode & 0o177:
-                file.chmod(0o600)  # no link: that was just looked at, and nobody else may write here
 
     @property
     def database(self) -> Path:
