@@ -17,6 +17,7 @@ from stationkey.errors import KeyStoreError
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.x509.certificate import MAX_CHAIN, Chain, Expected, differences, prove, read_chain
 from stationkey.x509.csr import build_csr, to_pem
+from stationkey.x509.lenient import read_certificate
 
 AUTHORITY = Authority()
 KEYS = {
@@ -38,8 +39,13 @@ def expected(certificate_type: CertificateType = V2G) -> Expected:
     )
 
 
+def chain_of(*certificates: x509.Certificate, position: int = 0) -> Chain:
+    parsed = (read_certificate(each.public_bytes(serialization.Encoding.DER)) for each in certificates)
+    return Chain(tuple(parsed), position)
+
+
 def chain(*certificates: x509.Certificate, position: int = 0) -> Chain:
-    return Chain((*certificates, AUTHORITY.sub, AUTHORITY.root), position)
+    return chain_of(*certificates, AUTHORITY.sub, AUTHORITY.root, position=position)
 
 
 def names(**instead: str | None) -> x509.Name:
@@ -153,13 +159,13 @@ LEAF = AUTHORITY.sign(CSRS[V2G])
 @pytest.mark.parametrize(
     ("found", "in_order"),
     [
-        pytest.param(Chain((LEAF,)), True, id="the leaf alone"),
-        pytest.param(Chain((LEAF, AUTHORITY.sub)), True, id="leaf, sub"),
-        pytest.param(Chain((LEAF, AUTHORITY.sub, AUTHORITY.root)), True, id="leaf, sub, root"),
-        pytest.param(Chain((LEAF, AUTHORITY.root)), False, id="sub left out"),
-        pytest.param(Chain((LEAF, AUTHORITY.root, AUTHORITY.sub)), False, id="root before sub"),
-        pytest.param(Chain((AUTHORITY.root, AUTHORITY.sub, LEAF), 2), False, id="leaf last"),
-        pytest.param(Chain((LEAF, Authority().sub)), False, id="sub of another authority"),
+        pytest.param(chain_of(LEAF), True, id="the leaf alone"),
+        pytest.param(chain_of(LEAF, AUTHORITY.sub), True, id="leaf, sub"),
+        pytest.param(chain_of(LEAF, AUTHORITY.sub, AUTHORITY.root), True, id="leaf, sub, root"),
+        pytest.param(chain_of(LEAF, AUTHORITY.root), False, id="sub left out"),
+        pytest.param(chain_of(LEAF, AUTHORITY.root, AUTHORITY.sub), False, id="root before sub"),
+        pytest.param(chain_of(AUTHORITY.root, AUTHORITY.sub, LEAF, position=2), False, id="leaf last"),
+        pytest.param(chain_of(LEAF, Authority().sub), False, id="sub of another authority"),
     ],
 )
 def test_a_chain_is_in_order_if_each_certificate_is_followed_by_its_issuer(found: Chain, in_order: bool) -> None:
@@ -171,7 +177,7 @@ def test_a_chain_is_in_order_if_each_certificate_is_followed_by_its_issuer(found
 def test_a_chain_that_is_too_long_is_told_and_its_signatures_are_not_verified() -> None:
     """The root is its own issuer, and could follow itself for ever."""
     leaf = chain(AUTHORITY.sign(CSRS[V2G])).certificates
-    found = Chain((*leaf, *(AUTHORITY.root,) * MAX_CHAIN))
+    found = Chain((*leaf, *chain_of(AUTHORITY.root).certificates * MAX_CHAIN))
 
     told = differences(found, expected(V2G), now=NOW.timestamp())
 
@@ -194,13 +200,13 @@ def test_a_chain_in_pem_is_read(content: bytes) -> None:
     found = read_chain(content)
 
     assert found is not None
-    assert found.certificates == (LEAF, AUTHORITY.sub)
+    assert found == chain_of(LEAF, AUTHORITY.sub)
     assert found.public == expected().public
     assert found.not_after == int((NOW + timedelta(days=90)).timestamp())
 
 
 def test_a_certificate_in_der_is_read() -> None:
-    assert read_chain(LEAF.public_bytes(serialization.Encoding.DER)) == Chain((LEAF,))
+    assert read_chain(LEAF.public_bytes(serialization.Encoding.DER)) == chain_of(LEAF)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +235,7 @@ def test_a_certificate_with_a_broken_part_is_none_and_no_fault() -> None:
 
 
 def test_the_leaf_is_written_first_wherever_it_was() -> None:
-    assert Chain((AUTHORITY.sub, LEAF), 1).pem().encode() == pem(LEAF, AUTHORITY.sub)
+    assert chain_of(AUTHORITY.sub, LEAF, position=1).pem().encode() == pem(LEAF, AUTHORITY.sub)
 
 
 # Proof.

@@ -34,6 +34,7 @@ from stationkey.keystore import KeyStore, KeyStoreUri, Protecting
 from stationkey.keystore.tpm2 import keyfile
 from stationkey.system.files import MAX_FILE, read_regular
 from stationkey.x509.certificate import UNREADABLE, Chain, read_chain, untrusted
+from stationkey.x509.lenient import name_text
 
 TIMEOUT: Final = 30.0
 """Seconds that a hung TPM may keep the check waiting."""
@@ -343,10 +344,10 @@ def _refuse_incomplete(file: KeyFile, chain: Chain, anchors: bytes | None) -> No
     if anchors is not None:
         try:
             why = untrusted(chain, anchors)
-        except ValueError as error:
-            why = f"the trust anchors cannot be read: {error}"
-    elif len(chain.certificates) == 1 and last.issuer != last.subject:
-        why = f"it ends with the leaf; the certificate of its issuer {last.issuer.rfc4514_string()} is missing"
+        except ValueError:
+            why = "the trust anchors are not certificates in PEM"
+    elif len(chain.certificates) == 1 and not last.self_issued:
+        why = f"it ends with the leaf; the certificate of its issuer {name_text(last.issuer)} is missing"
     if why:
         raise TlsCheckFailed(
             f"{file.name}: the chain is incomplete: {why}",
@@ -448,7 +449,7 @@ def _shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listen
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
     top = chain.certificates[-1]
-    context.load_verify_locations(cadata=top.public_bytes(serialization.Encoding.DER))
+    context.load_verify_locations(cadata=top.der)
     context.minimum_version = context.maximum_version = version
     if use.suites is not None:
         context.set_ciphers(use.suites)
@@ -463,7 +464,7 @@ def _shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listen
         session.sendall(b"k")
         cipher = session.cipher()
         assert cipher is not None
-        if session.getpeercert(binary_form=True) != chain.leaf.public_bytes(serialization.Encoding.DER):
+        if session.getpeercert(binary_form=True) != chain.own.der:
             raise ValueError("another certificate than the first in the file was presented")
         return Handshake(session.version() or "", cipher[0], use.role)
 

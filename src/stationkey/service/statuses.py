@@ -24,7 +24,7 @@ from stationkey.service.custody import PROOF_DEADLINE, Custody
 from stationkey.service.josev_files import JosevFiles, Look
 from stationkey.service.matching import Found, KeyFinder, Repeated
 from stationkey.system.backoff import Backoff
-from stationkey.x509.certificate import Chain, Expected, differences, prove
+from stationkey.x509.certificate import Chain, Expected, differences, oddities, prove
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +240,8 @@ class Statuses:
             log.warning(
                 "the certificate differs from its profile: %s", difference, extra={**about, "key_id": key.key_id}
             )
+        for oddity in oddities(chain):
+            log.warning("certificate not to RFC 5280: %s", oddity, extra={**about, "key_id": key.key_id})
 
 
 def _refuse_repeat(ledger: Ledger, status: CertificateInstallationStatus) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.x509.verification import Store
 
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.simulators.ocpp import CHAIN_LIMIT
 from stationkey.simulators.pending import Pending
 from stationkey.system.files import read_bounded
-from stationkey.x509.certificate import Chain, Expected, differences, read_chain, untrusted
+from stationkey.x509.certificate import Chain, Expected, differences, oddities, read_chain, untrusted
+from stationkey.x509.lenient import Certificate, comparable, name_text, read_certificate
 
 
 class CertificateInvalid(StationKeyError):
@@ -52,8 +54,8 @@ def read_signed(chain_pem: str) -> Chain:
             f"the chain has {len(chain_pem)} characters, {CHAIN_LIMIT} are allowed", reason="chain_too_long"
         )
     chain = read_chain(chain_pem.encode())
-    if chain is None:
-        raise CertificateInvalid("there is no certificate in it", reason="chain_unreadable")
+    if chain is None or len(chain.certificates) != chain_pem.count("-----BEGIN CERTIFICATE-----"):
+        raise CertificateInvalid("there is no certificate in it, or one that cannot be read", reason="chain_unreadable")
     certificates = chain.certificates
     if len(certificates) > 1 and _is_ca(certificates[0]) and not _is_ca(certificates[-1]):
         raise CertificateInvalid(
@@ -84,12 +86,13 @@ def verify(chain: Chain, expected: Expected, *, anchors: bytes | None, root_perm
                 reason="chain_incomplete",
             )
         raise CertificateInvalid(f"it does not lead to a trust anchor: {why}", reason="chain_untrusted")
-    roots = [certificate for certificate in chain.certificates if certificate.issuer == certificate.subject]
+    roots = [certificate for certificate in chain.certificates if certificate.self_issued]
     if roots and not root_permitted:
         raise CertificateInvalid("the chain has a root in it", reason="root_in_chain")
     if found := differences(chain, expected, now=time.time()):
         raise CertificateInvalid("; ".join(found), reason="certificate_differs")
-    return "the chain has its root in it, which nobody needs [RFC 8446 4.4.2]" if roots else ""
+    warnings = ["the chain has its root in it, which nobody needs [RFC 8446 4.4.2]"] if roots else []
+    return "; ".join(warnings + oddities(chain))
 
 
 def for_which(chain: Chain, candidates: Iterable[Pending]) -> Pending:
@@ -106,15 +109,14 @@ def for_which(chain: Chain, candidates: Iterable[Pending]) -> Pending:
 
 def _missing_issuer(chain: Chain, anchors: list[x509.Certificate]) -> str:
     """The name of the first issuer that is neither in the chain nor a trust anchor; empty where none is missing."""
-    known = {certificate.subject for certificate in (*chain.certificates, *anchors)}
+    roots = [read_certificate(anchor.public_bytes(serialization.Encoding.DER)) for anchor in anchors]
+    known = {comparable(certificate.subject) for certificate in (*chain.certificates, *roots)}
     for certificate in chain.certificates:
-        if certificate.issuer not in known:
-            return certificate.issuer.rfc4514_string()
+        if comparable(certificate.issuer) not in known:
+            return name_text(certificate.issuer)
     return ""
 
 
-def _is_ca(certificate: x509.Certificate) -> bool:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
-        return False
+def _is_ca(certificate: Certificate) -> bool:
+    constraints = certificate.extension(x509.BasicConstraints)
+    return constraints is not None and constraints.ca

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Final
 
 from cryptography import x509
@@ -23,7 +24,9 @@ from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyB
 
 from stationkey.contract.profiles import CertificateProfile
 from stationkey.errors import KeyStoreError, StationKeyError
+from stationkey.system.pem import to_pem
 from stationkey.x509.csr import HASHES, PURPOSES, USAGE_FIELDS, PrivateKey, key_type
+from stationkey.x509.lenient import MALFORMED, Certificate, Link, link, name_text, read_certificate
 
 MAX_CHAIN: Final = 10
 """Certificates of a file whose order is looked at. A chain of ISO 15118 has four at the most, and each signature may
@@ -42,18 +45,24 @@ class Chain:
         position: where the leaf is, for a file that has it elsewhere.
     """
 
-    certificates: tuple[x509.Certificate, ...]
+    certificates: tuple[Certificate, ...]
     position: int = 0
 
     @property
-    def leaf(self) -> x509.Certificate:
-        """The station's own certificate."""
+    def own(self) -> Certificate:
+        """The station's own certificate, as it is in the file."""
         return self.certificates[self.position]
+
+    @property
+    def leaf(self) -> x509.Certificate:
+        """The station's own certificate, as far as it can be read (`Certificate.loaded`)."""
+        assert self.own.loaded is not None
+        return self.own.loaded
 
     @property
     def public(self) -> bytes:
         """SubjectPublicKeyInfo of the leaf, in DER."""
-        return _public(self.leaf)
+        return self.own.public
 
     def seen_from_each(self) -> list[Chain]:
         """The same certificates, with each of them in turn as the leaf: a file may have it in the wrong place.
@@ -79,30 +88,13 @@ class Chain:
     def pem(self) -> str:
         """All certificates in PEM [RFC 7468], the leaf first: what loads a key with its certificate wants it there."""
         others = (certificate for number, certificate in enumerate(self.certificates) if number != self.position)
-        encoded = (certificate.public_bytes(serialization.Encoding.PEM) for certificate in (self.leaf, *others))
-        return b"".join(encoded).decode("ascii")
-
-
-def _public(certificate: x509.Certificate) -> bytes:
-    return certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+        return b"".join(to_pem("CERTIFICATE", certificate.der) for certificate in (self.own, *others)).decode("ascii")
 
 
 def read_chain(content: bytes) -> Chain | None:
-    """The certificates in a file, PEM or DER; None where it holds none that can be read."""
-    try:
-        if b"-----BEGIN CERTIFICATE-----" in content:
-            chain = Chain(tuple(x509.load_pem_x509_certificates(content)))
-        else:
-            chain = Chain((x509.load_der_x509_certificate(content),))
-        for certificate in chain.certificates:
-            # Read here what is read of it later: the parser puts that off, and would only then find it broken.
-            _ = _public(certificate), certificate.subject, certificate.issuer
-            _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    except _MALFORMED:
-        return None
-    return chain
+    """The certificates in a file, PEM or DER; None if the first of them cannot be read, or there is none."""
+    chain, _ = read_certificates(content)
+    return chain if chain is not None and _unreadable(chain.own) is None else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,10 +134,11 @@ def read_certificates(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
             if not _NO_CERTIFICATE.fullmatch(label):
                 unparsed.append(Unparsed(f"PEM block {number} of unknown kind"))
             continue
+        der = _decoded(body)
         try:
-            certificates.append(x509.load_pem_x509_certificate(block[0]))
-        except _MALFORMED:
-            unparsed.append(Unparsed(f"PEM block {number} is an invalid certificate", _decoded(body)))
+            certificates.append(read_certificate(der or b""))
+        except ValueError:
+            unparsed.append(Unparsed(f"PEM block {number} is an invalid certificate", der))
     rest = _BLOCK.sub(b"", content)
     last_line = rest.rstrip().rpartition(b"\n")[2]
     if b"-----" in rest or (last_line and b"-----BEGIN ".startswith(last_line)):
@@ -156,7 +149,6 @@ def read_certificates(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
     return Chain(tuple(certificates)) if certificates else None, unparsed
 
 
-_MALFORMED: Final = (ValueError, TypeError, CryptographyUnsupported, x509.InvalidVersion)
 _BLOCK: Final = re.compile(rb"-----BEGIN ([^\r\n-]+)-----((?:[^-]|-(?!----))*)-----END \1-----")
 _CERTIFICATE: Final = (b"CERTIFICATE", b"X509 CERTIFICATE")
 _NO_CERTIFICATE: Final = re.compile(rb"(.* )?(KEY|PARAMETERS|CRL|CERTIFICATE REQUEST)")
@@ -166,9 +158,9 @@ _BARE_BASE64: Final = re.compile(rb"MI[A-Za-z0-9+/]{40}")
 
 def _read_der(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
     try:
-        certificate = x509.load_der_x509_certificate(content)
+        certificate = read_certificate(content)
         return Chain((certificate,)), list(filter(None, [_unreadable(certificate)]))
-    except _MALFORMED:
+    except ValueError:
         pass
     header = 2 + (content[1] & 0x7F) if len(content) > 1 else len(content)
     if int.from_bytes(content[2:header]) != len(content) - header:
@@ -179,7 +171,7 @@ def _read_der(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
     if not first.startswith(b"0"):  # PKCS #7, PKCS #12: may have certificates in it that are encoded otherwise
         return None, [Unparsed("DER of unknown kind")]
     for load in (x509.load_der_x509_crl, x509.load_der_x509_csr, serialization.load_der_public_key):
-        with suppress(*_MALFORMED):
+        with suppress(*MALFORMED):
             load(content)
             return None, []
     return None, [Unparsed("an invalid certificate", content)]
@@ -192,17 +184,22 @@ def _decoded(body: bytes) -> bytes | None:
         return None
 
 
-def _unreadable(certificate: x509.Certificate) -> Unparsed | None:
+def _unreadable(certificate: Certificate) -> Unparsed | None:
     """Return why a certificate cannot be the leaf of a key of ours, or None.
 
     A key of a kind that is unknown here is somebody else's. One that is damaged may have been any.
     """
     try:
-        _ = _public(certificate), certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        _ = certificate.public
     except CryptographyUnsupported:
-        return Unparsed("a key of unknown kind", certificate.public_bytes(serialization.Encoding.DER))
-    except _MALFORMED:
-        return Unparsed("an unreadable key or validity")
+        return Unparsed("a key of unknown kind", certificate.der)
+    except MALFORMED:
+        return Unparsed("an unreadable key")
+    try:
+        assert certificate.loaded is not None
+        _ = certificate.loaded.not_valid_before_utc, certificate.loaded.not_valid_after_utc
+    except (AssertionError, *MALFORMED):
+        return Unparsed("an invalid certificate", certificate.der)
     return None
 
 
@@ -243,13 +240,11 @@ def differences(chain: Chain, expected: Expected, *, now: float) -> list[str]:
         ("CN", NameOID.COMMON_NAME, expected.common_name),
         ("DC", NameOID.DOMAIN_COMPONENT, expected.profile.domain_component),
     )
-    try:
-        subject = leaf.subject
-    except ValueError as error:
-        found.append(f"subject: it cannot be read: {error}")
+    if "subject" in chain.own.odd:
+        found.append("subject: it cannot be read")
         names = ()
     for label, oid, wanted in names:
-        has = [str(attribute.value) for attribute in subject.get_attributes_for_oid(oid)]
+        has = [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(oid)]
         if has != ([] if wanted is None else [wanted]):
             found.append(f"{label}: the certificate has {', '.join(has) or 'none'}, {wanted or 'none'} was asked for")
     found += _usage_differences(leaf, expected.profile)
@@ -267,8 +262,8 @@ def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> l
             found.append(f"usage: keyUsage lacks {', '.join(missing)}")
     except x509.ExtensionNotFound:
         found.append("usage: no keyUsage")
-    except UNREADABLE as error:
-        return [f"usage: the extensions cannot be read: {error}"]
+    except UNREADABLE:
+        return ["usage: the extensions cannot be read"]
     try:
         if leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
             found.append("usage: CA:true")
@@ -298,17 +293,30 @@ def _validity_differences(leaf: x509.Certificate, now: float) -> list[str]:
 
 
 def _order_differences(chain: Chain) -> list[str]:
-    wrong = ["chain order: the station's certificate should be first, and each followed by the one that issued it"]
     if chain.position != 0:
-        return wrong
+        return ["chain order: the station's certificate should be first, and each followed by the one that issued it"]
     if len(chain.certificates) > MAX_CHAIN:
         return [f"chain order: of {len(chain.certificates)} certificates, more than {MAX_CHAIN}, it is not looked at"]
-    for subject, issuer in zip(chain.certificates, chain.certificates[1:], strict=False):
-        try:
-            subject.verify_directly_issued_by(issuer)
-        except (ValueError, TypeError, InvalidSignature, CryptographyUnsupported):
-            return wrong
-    return []
+    causes = {
+        Link.NAME: "the issuer of certificate {0} is {2}, and certificate {1} is {3}",
+        Link.SIGNATURE: "the signature of certificate {0} does not verify with the key of certificate {1}",
+        Link.UNPROVED: "the signature of certificate {0} is of a kind that cannot be verified here",
+    }
+    pairs = enumerate(pairwise(chain.certificates), 1)
+    return [
+        "chain order: " + causes[found].format(number, number + 1, name_text(subject.issuer), name_text(issuer.subject))
+        for number, (subject, issuer) in pairs
+        if (found := link(subject, issuer)) is not Link.PROVED
+    ][:1]
+
+
+def oddities(chain: Chain) -> list[str]:
+    """What in a chain is not to the standards and hinders nothing here, each in words."""
+    return [
+        f"encoding: certificate {number} has an invalid {' and '.join(certificate.odd) or 'part'}"
+        for number, certificate in enumerate(chain.certificates[:MAX_CHAIN], 1)
+        if certificate.odd or certificate.loaded is None
+    ]
 
 
 def untrusted(chain: Chain, anchors: bytes) -> str:
@@ -316,6 +324,9 @@ def untrusted(chain: Chain, anchors: bytes) -> str:
 
     Names and purposes are the profile's to check (`differences`): a SECC's certificate names no host.
     """
+    unread = [number for number, each in enumerate(chain.certificates, 1) if each.odd or each.loaded is None]
+    if unread:
+        return f"certificate {unread[0]} is not to RFC 5280, and nothing that it says can be relied on"
     ca = ExtensionPolicy.permit_all().require_present(x509.BasicConstraints, Criticality.AGNOSTIC, _is_ca)
     verifier = (
         PolicyBuilder()
@@ -323,10 +334,15 @@ def untrusted(chain: Chain, anchors: bytes) -> str:
         .extension_policies(ca_policy=ca, ee_policy=ExtensionPolicy.permit_all())
         .build_client_verifier()
     )
+    others = [certificate.loaded for certificate in chain.certificates[1:] if certificate.loaded is not None]
     try:
-        verifier.verify(chain.leaf, list(chain.certificates[1:]))
-    except (VerificationError, ValueError) as error:
-        return str(error)
+        verifier.verify(chain.leaf, others)
+    except (VerificationError, ValueError):
+        moment = datetime.now(UTC)
+        for number, certificate in enumerate((chain.leaf, *others), 1):
+            if not certificate.not_valid_before_utc <= moment <= certificate.not_valid_after_utc:
+                return f"certificate {number} is expired, or not valid yet"
+        return "no path of CA certificates leads from it to one of them"
     return ""
 
 
