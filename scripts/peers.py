@@ -68,6 +68,8 @@ class Peer:
     program: str
     environment: Mapping[str, str] = {}
     """Variables that it is given beside those of this process."""
+    start_timeout = START_TIMEOUT
+    """Seconds in which it must listen."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ class Peer:
         """Start it, and wait until it listens."""
         self.launch()
         assert self.process is not None
-        end = time.monotonic() + START_TIMEOUT
+        end = time.monotonic() + self.start_timeout
         while not self.listening():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.kill()

@@ -9,13 +9,13 @@ import signal
 import sqlite3
 import stat
 import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from brokers import Amqtt
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import load_pem_x509_csr
 from outside import Event, Josev, Station, generate_csr, run, software_station
@@ -423,22 +423,6 @@ def test_no_private_part_of_a_key_is_ever_logged(
     middle = private[len(private) // 2 :][:24]
     for spelled in (middle.hex(), base64.b64encode(middle).decode(), repr(middle)[2:-1]):
         assert spelled not in log
-
-
-class Amqtt(Mosquitto):
-    """A broker that speaks MQTT 3.1.1 only, and answers a CONNECT of MQTT 5 with silence."""
-
-    program = str(Path(sys.executable).parent / "amqtt")
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        (directory / "amqtt.yaml").write_text(
-            f"listeners:\n  default:\n    type: tcp\n    bind: 127.0.0.1:{self.port}\n"
-            "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: true\n"
-        )
-
-    def command(self) -> list[str]:
-        return ["-c", str(self.directory / "amqtt.yaml")]
 
 
 def test_a_broker_of_mqtt_3_1_1_alone_is_spoken_to_in_that(tmp_path: Path) -> None:

