@@ -8,7 +8,9 @@ from __future__ import annotations
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import asn1crypto.x509  # type: ignore[import-untyped]  # ships no type information
 import pytest
@@ -18,6 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from parts import Authority, Station, key_id_in, station
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.system.pem import to_pem
+from stationkey.x509.certificate import MAX_CHAIN
+from stationkey.x509.lenient import link
+from stationkey.x509.path import MAX_TRIES
 
 PENDING, ACTIVE = KeyState.PRE_ACTIVATION, KeyState.ACTIVE
 PLAIN = Authority()
@@ -285,3 +290,164 @@ async def test_where_an_issuer_does_not_fit_its_cause_is_named(
     assert here.states(key_id_in(csr)) == [ACTIVE]
     assert here.counts["certificate_differs"] == 1
     assert cause in caplog.text
+
+
+# A chain in pieces.
+
+
+@dataclass
+class Pki:
+    """A root, two Sub-CAs below one another, and what they sign."""
+
+    root: Made = field(default_factory=lambda: Made(named(b"V2G Root")))
+    one: Made = field(default_factory=lambda: Made(named(b"CPO Sub-CA 1")))
+    two: Made = field(default_factory=Made)
+
+    def files(self, csr: str) -> dict[str, bytes]:
+        """Each certificate of a chain by its name."""
+        return {
+            "leaf": self.two.leaf(csr),
+            "two": self.two.below(self.one),
+            "one": self.one.below(self.root),
+            "root": self.root.below(self.root),
+        }
+
+
+PIECES = {
+    "each in a file": (["leaf"], ["two"], ["one"]),
+    "the leaf by itself": (["leaf"], ["two", "one"]),
+    "the upper one by itself": (["leaf", "two"], ["one"]),
+    "the middle one by itself": (["leaf", "one"], ["two"]),
+    "in reverse": (["one", "two", "leaf"],),
+    "the root by itself": (["leaf"], ["root"], ["one", "two"]),
+    "a bundle with the root": (["leaf"], ["root", "one", "two"]),
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+async def test_a_chain_in_pieces_is_put_together_in_order_and_without_its_root(
+    here: Station, directory: Path, pieces: tuple[list[str], ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """[RFC 5246 7.4.2, RFC 8446 4.4.2]."""
+    csr = await here.csr()
+    files = Pki().files(csr)
+    for piece in pieces:
+        (directory / f"{'-'.join(piece)}.pem").write_bytes(pem(*(files[name] for name in piece)))
+
+    await here.told("installed")
+
+    assert shown(here) == pem(files["leaf"], files["two"], files["one"])
+    assert not reasons(caplog)
+
+
+def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.reason for record in caplog.records if hasattr(record, "reason")]
+
+
+async def test_a_root_that_is_in_the_file_stays(here: Station, directory: Path) -> None:
+    csr = await here.csr()
+    files = Pki().files(csr)
+    (directory / "secc.pem").write_bytes(pem(*files.values()))
+
+    await here.told("installed")
+
+    assert shown(here) == pem(*files.values())
+
+
+@pytest.mark.parametrize("others", [[], ["one"], ["one", "root"]], ids=["nothing", "the next one", "all others"])
+async def test_a_leaf_without_its_issuer_is_active_with_a_warning(
+    here: Station, directory: Path, others: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    csr = await here.csr()
+    files = Pki().files(csr)
+    (directory / "secc.pem").write_bytes(pem(files["leaf"]))
+    for name in others:
+        (directory / f"{name}.pem").write_bytes(pem(files[name]))
+
+    await here.told("installed")
+
+    assert here.states(key_id_in(csr)) == [ACTIVE]
+    assert shown(here) == pem(files["leaf"])
+    assert reasons(caplog) == ["issuer_missing"]
+    assert "CN=CPO Sub-CA 2" in caplog.text
+
+
+async def test_a_leaf_that_a_root_signed_is_complete(
+    here: Station, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    csr, root = await here.csr(), Made(named(b"root"))
+    (directory / "secc.pem").write_bytes(pem(root.leaf(csr)))
+    (directory / "root.pem").write_bytes(pem(root.below(root)))
+
+    await here.told("installed")
+
+    assert here.states(key_id_in(csr)) == [ACTIVE]
+    assert not reasons(caplog)
+
+
+async def test_sub_cas_of_an_older_hierarchy_with_the_same_names_are_not_taken(here: Station, directory: Path) -> None:
+    csr, old, new = await here.csr(), Pki(), Pki()
+    files = new.files(csr)
+    (directory / "a.pem").write_bytes(pem(old.two.below(old.one), old.one.below(old.root)))
+    (directory / "b.pem").write_bytes(pem(files["leaf"]))
+    (directory / "c.pem").write_bytes(pem(files["two"], files["one"]))
+
+    await here.told("installed")
+
+    assert shown(here) == pem(files["leaf"], files["two"], files["one"])
+
+
+async def test_of_two_certificates_for_an_issuer_the_one_that_leads_on_is_taken(here: Station, directory: Path) -> None:
+    """Its key has been certified by a CA that is not here, for longer, and by one that is."""
+    csr, pki = await here.csr(), Pki()
+    files = pki.files(csr)
+    gone = Made(named(b"gone"))
+    for_ever = der(0x30, der(0x17, b"250101000000Z"), der(0x17, b"450101000000Z"))
+    (directory / "a.pem").write_bytes(pem(files["leaf"]))
+    (directory / "b.pem").write_bytes(pem(pki.two.below(gone, validity=for_ever), files["two"], files["one"]))
+
+    await here.told("installed")
+
+    assert shown(here) == pem(files["leaf"], files["two"], files["one"])
+
+
+async def test_issuers_in_a_circle_end(here: Station, directory: Path) -> None:
+    csr, one, two = await here.csr(), Made(named(b"one")), Made(named(b"two"))
+    chain = [one.leaf(csr), one.below(two), two.below(one)]
+    for number, certificate in enumerate(chain):
+        (directory / f"{number}.pem").write_bytes(pem(certificate))
+
+    await here.told("installed")
+
+    assert shown(here) == pem(*chain)
+
+
+async def test_an_endless_line_of_issuers_and_many_of_one_name_cost_a_bounded_time(
+    here: Station, directory: Path
+) -> None:
+    csr = await here.csr()
+    makers = [Made(named(b"CA %d" % number)) for number in range(3 * MAX_CHAIN)]
+    line = [lower.below(upper) for lower, upper in pairwise(makers)]
+    impostors = [Made().below(makers[0], name=named(b"CA 0")) for _ in range(3 * MAX_TRIES)]
+    (directory / "secc.pem").write_bytes(pem(makers[0].leaf(csr), line[0]))
+    (directory / "line.pem").write_bytes(pem(*line))
+    (directory / "impostors.pem").write_bytes(pem(*impostors))
+
+    with mock.patch("stationkey.x509.path.link", wraps=link) as verified:
+        await here.told("installed")
+
+    assert verified.call_count <= MAX_TRIES
+    assert shown(here).count(b"BEGIN CERTIFICATE") == MAX_CHAIN
+
+
+async def test_an_issuer_whose_signature_cannot_be_verified_is_not_taken_for_its_name_alone(
+    here: Station, directory: Path
+) -> None:
+    csr, sub = await here.csr(), Made()
+    leaf = sub.leaf(csr)
+    (directory / "secc.pem").write_bytes(pem(leaf))
+    (directory / "sub.pem").write_bytes(pem(sub.below(Made(named(b"root")), spki=SM2_SPKI)))
+
+    await here.told("installed")
+
+    assert shown(here) == pem(leaf)

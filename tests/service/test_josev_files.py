@@ -505,7 +505,7 @@ async def test_a_directory_that_answers_again_is_read_again(
 
 CROSSINGS = [
     pytest.param("installed", None, 3, id="installed, by order"),
-    pytest.param("installed", "secc.pem", 4, id="installed, by certificate"),
+    pytest.param("installed", "secc.pem", 5, id="installed, by certificate"),
     pytest.param("failed_installation", None, 1, id="failed_installation"),
     pytest.param("deleted", None, 1, id="deleted, by order"),
 ]

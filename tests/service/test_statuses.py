@@ -115,12 +115,17 @@ async def test_a_key_becomes_active_with_its_certificate_and_its_chain(seeing: S
     assert seeing.counts["certificate_differs"] == 0
 
 
+SUB = AUTHORITY.sub
 DIFFERENT: list[tuple[str, Callable[[str], bytes], str]] = [
-    ("CN", lambda csr: pem(AUTHORITY.sign(csr, subject=_renamed(csr, NameOID.COMMON_NAME))), "CN: "),
-    ("O", lambda csr: pem(AUTHORITY.sign(csr, subject=_renamed(csr, NameOID.ORGANIZATION_NAME))), "O: "),
-    ("DC", lambda csr: pem(AUTHORITY.sign(csr, subject=_renamed(csr, NameOID.DOMAIN_COMPONENT))), "DC: "),
-    ("usage", lambda csr: pem(AUTHORITY.sign(csr, without=[x509.KeyUsage])), "usage: "),
-    ("validity", lambda csr: pem(AUTHORITY.sign(csr, ends=NOW - timedelta(hours=1))), "validity: "),
+    ("CN", lambda csr: pem(AUTHORITY.sign(csr, subject=_renamed(csr, NameOID.COMMON_NAME)), SUB), "CN: "),
+    ("O", lambda csr: pem(AUTHORITY.sign(csr, subject=_renamed(csr, NameOID.ORGANIZATION_NAME)), SUB), "O: "),
+    (
+        "DC",
+        lambda csr: pem(AUTHORITY.sign(csr, subject=_renamed(csr, NameOID.DOMAIN_COMPONENT)), AUTHORITY.sub),
+        "DC: ",
+    ),
+    ("usage", lambda csr: pem(AUTHORITY.sign(csr, without=[x509.KeyUsage]), SUB), "usage: "),
+    ("validity", lambda csr: pem(AUTHORITY.sign(csr, ends=NOW - timedelta(hours=1)), SUB), "validity: "),
     ("chain order", lambda csr: pem(AUTHORITY.root, AUTHORITY.sub, AUTHORITY.sign(csr)), "chain order: "),
 ]
 

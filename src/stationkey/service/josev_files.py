@@ -12,15 +12,19 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from stationkey.contract.active_names import Owner, owner_of
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.system.threads import Worker
 from stationkey.x509.certificate import Chain, Unparsed, read_certificates
+from stationkey.x509.lenient import Certificate
+from stationkey.x509.path import complete
+
+_Result = TypeVar("_Result")
 
 MAX_CERTIFICATE_FILES: Final = 1024
 MAX_CERTIFICATE_DIRECTORIES: Final = 256
@@ -56,11 +60,13 @@ class Snapshot:
         directory: its path.
         chains: by subjectPublicKeyInfo, the newest certificate for it, with its chain.
         unread: what may hide a certificate; empty where the whole directory was seen.
+        certificates: all that there are, those of CAs among them.
     """
 
     directory: Path
     chains: Mapping[bytes, Chain] = field(default_factory=dict)
     unread: tuple[Unread, ...] = ()
+    certificates: tuple[Certificate, ...] = ()
 
     def doubt(self, public: bytes) -> Unread | None:
         """Return what may hide a certificate for a key; None where one was seen, or where there certainly is none."""
@@ -107,7 +113,7 @@ class JosevFiles:
         self._own = own
         self._deadline = deadline
         self._worker = Worker("josev-files")
-        self._reading: Future[Look] | None = None
+        self._reading: Future[Any] | None = None
 
     async def look(self, status: CertificateInstallationStatus) -> Look:
         """Read what a status needs, on a thread. Never raises: what cannot be read is told by the value."""
@@ -133,7 +139,18 @@ class JosevFiles:
         by_certificate = {"installed": True, "deleted": _path_of(status) is None}
         return self._certificate_dir if by_certificate.get(status.data.status) else None
 
-    async def _on_thread(self, read: Callable[[], Look]) -> Look:
+    async def complete(self, chain: Chain, look: Look) -> tuple[Chain, str]:
+        """Complete a chain from the certificate directory, on the thread: signatures may cost time (`path.complete`).
+
+        One that takes longer than the deadline stays as it is.
+        """
+        known = () if look.certificates is None else look.certificates.certificates
+        try:
+            return await self._on_thread(partial(complete, chain, known))
+        except TimeoutError:
+            return chain, ""
+
+    async def _on_thread(self, read: Callable[[], _Result]) -> _Result:
         """Return the result of a call that may hang. While one hangs no other is begun.
 
         Raises:
@@ -141,9 +158,9 @@ class JosevFiles:
         """
         if self._reading is not None and not self._reading.done():
             raise TimeoutError
-        self._reading = self._worker.submit(read)
+        reading = self._reading = self._worker.submit(read)
         async with asyncio.timeout(self._deadline):
-            return await asyncio.wrap_future(self._reading)
+            return await asyncio.wrap_future(reading)
 
     def close(self) -> None:
         """End the thread as soon as its call returns."""
@@ -186,7 +203,7 @@ def read_directory(directory: Path, own: frozenset[tuple[int, int]] = frozenset(
         snapshot = reading.snapshot()
         if not reading.changed():
             return snapshot
-    return Snapshot(directory, snapshot.chains, (*snapshot.unread, Unread(str(directory), Unparsed("keeps changing"))))
+    return replace(snapshot, unread=(*snapshot.unread, Unread(str(directory), Unparsed("keeps changing"))))
 
 
 class _Reading:
@@ -198,6 +215,7 @@ class _Reading:
         self._unread: list[Unread] = []
         self._folders: set[tuple[int, int]] = set()
         self._files: dict[Path, int] = {}
+        self._certificates: list[Certificate] = []
         self._stable = True
 
     def snapshot(self) -> Snapshot:
@@ -207,7 +225,7 @@ class _Reading:
             self._list()
             for path in sorted(self._files):
                 chains += self._chains(path)
-                if len(chains) > MAX_CERTIFICATES:
+                if len(self._certificates) > MAX_CERTIFICATES:
                     raise _too_much(f"{MAX_CERTIFICATES} certificates")
         except _TooMuchError as error:
             self._doubt(self._directory, Unparsed(str(error)))
@@ -217,7 +235,8 @@ class _Reading:
         unread = self._unread[:MAX_UNREAD]
         if len(self._unread) > MAX_UNREAD:
             unread.append(Unread(str(self._directory), Unparsed(f"more than {MAX_UNREAD} files that cannot be read")))
-        return Snapshot(self._directory, {chain.public: chain for chain in chains}, tuple(unread))
+        by_key = {chain.public: chain for chain in chains}
+        return Snapshot(self._directory, by_key, tuple(unread), tuple(self._certificates))
 
     def changed(self) -> bool:
         """Return whether a file came, went or was written meanwhile."""
@@ -276,7 +295,10 @@ class _Reading:
         chain, unparsed = read_certificates(content)
         for part in unparsed:
             self._doubt(path, part)
-        return [] if chain is None else chain.seen_from_each()
+        if chain is None:
+            return []
+        self._certificates += chain.certificates
+        return chain.seen_from_each()
 
     def _content(self, path: Path) -> bytes | None:
         """Return the content of a regular file; None for a link to a folder that is read anyway.

@@ -166,6 +166,10 @@ class Statuses:
         await self._prove(reference, chain)
         if chain is not None:
             self._compare(key, chain, about)
+            chain, missing = await self._files.complete(chain, look)
+            if missing:
+                told = _incomplete(missing)
+                log.warning("%s", told, extra={**about, "key_id": key.key_id, "reason": told.reason})
         replaced = await self._custody.change(
             lambda ledger: ledger.transitions.activate(
                 key.key_id,
@@ -253,6 +257,14 @@ def _refuse_repeat(ledger: Ledger, status: CertificateInstallationStatus) -> Non
 def _about(status: CertificateInstallationStatus) -> dict[str, object]:
     """What a log line says of a status."""
     return {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
+
+
+def _incomplete(missing: str) -> StationKeyError:
+    return StationKeyError(
+        f"the chain is incomplete: the certificate of its issuer {missing} is missing",
+        reason="issuer_missing",
+        hint="TLS peers need it: have Josev install the Sub-CAs too, in [josev] certificate_dir",
+    )
 
 
 def _crowd() -> StationKeyError:
