@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from judges import NODE, PACKAGES, VENV
-from peers import Mosquitto, Peer, free_port
+from peers import Mosquitto, Peer, free_port, is_listening
 
 
 class Amqtt(Mosquitto):
@@ -54,7 +54,7 @@ class Epmd(Peer):
         return ["-port", str(self.port), "-address", "127.0.0.1"]
 
     def listening(self) -> bool:
-        return Mosquitto.listening(self)  # type: ignore[arg-type] # it asks for the port alone
+        return is_listening(self.port)
 
 
 class RabbitMq(Mosquitto):

