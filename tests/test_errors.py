@@ -57,7 +57,7 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     **dict.fromkeys(
         [
             *("broker_unreachable", "broker_refuses", "broker_untrusted", "broker_tls_failed"),
-            *("connection_lost", "subscription_refused", "publication_quota"),
+            *("connection_lost", "subscription_refused", "publication_quota", "broker_violates_protocol"),
         ],
         (True, Scope.REQUEST),
     ),

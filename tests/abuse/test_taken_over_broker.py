@@ -6,8 +6,8 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -59,7 +59,7 @@ class Broker:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            with connection:
+            with connection, suppress(ConnectionError):  # the daemon may hang up at any moment
                 for head, body in packets(connection):
                     if not self._take(connection, head, body):
                         break
@@ -123,3 +123,89 @@ def test_a_packet_of_256_mib_is_refused_by_its_id_and_fills_no_memory(tmp_path: 
         _, most = memory(daemon)
         assert most - before < MEMORY
         assert broker.connections.empty()  # it was one connection
+
+
+def publish(
+    topic: bytes, *, head: int = 0x32, number: int = 7, properties: bytes = b"\0", payload: bytes = b"{}"
+) -> bytes:
+    """A PUBLISH of MQTT 5, legal or not."""
+    identifier = number.to_bytes(2, "big") if head & 0x06 else b""
+    return packet(head, len(topic).to_bytes(2, "big") + topic + identifier + properties + payload)
+
+
+ILLEGAL: Final = {
+    "no topic": publish(b""),
+    "no topic, QoS 0": publish(b"", head=0x30),
+    "no topic, but an alias that was never given": publish(b"", properties=b"\3\x23\0\1"),
+    "a wildcard in the topic": publish(b"josev/#"),
+    "NUL in the topic": publish(b"josev/cs\0"),
+    "half a character in the topic": publish(b"josev/\xed\xa0\x80"),
+    "packet identifier 0": publish(b"josev/cs", number=0),
+    "QoS 2": publish(b"josev/cs", head=0x34),
+    "QoS 3": publish(b"josev/cs", head=0x36),
+    "DUP at QoS 0": publish(b"josev/cs", head=0x38),
+    "PUBREC": packet(0x50, b"\0\7"),
+    "PUBREL": packet(0x62, b"\0\7"),
+    "PUBCOMP": packet(0x70, b"\0\7"),
+    "CONNECT": packet(0x10, b"\0\4MQTT\5\2\0\0\0\0\0"),
+    "SUBSCRIBE": packet(0x82, b"\0\1\0\0\1a\1"),
+    "PINGREQ": packet(0xC0, b""),
+    "AUTH": packet(0xF0, b""),
+    "a type that there is not": packet(0x00, b""),
+    "flags on a PUBACK": packet(0x4F, b"\0\7"),
+    "a length of five bytes": b"\x32\xff\xff\xff\xff\xff",
+    "properties longer than the packet": b"\x32\x12\0\x08josev/cs\0\1\x05\xff\xff\xff\xff\xff",
+    "an unknown property": publish(b"josev/cs", properties=b"\2\x7f\0"),
+    "a PUBACK with a reason that it cannot have": packet(0x40, b"\0\7\x95"),
+    "a PUBACK of one byte": packet(0x40, b"\0"),
+}
+
+
+def test_no_packet_ends_the_daemon(tmp_path: Path) -> None:
+    """Each ends its connection, and nothing else: the next one serves."""
+    with Broker(5) as broker, serving(tmp_path, broker) as daemon:
+        connection = broker.connections.get(timeout=BOUND)
+        for name, illegal in ILLEGAL.items():
+            broker._send(connection, illegal)  # noqa: SLF001 - raw bytes
+            connection = broker.connections.get(timeout=BOUND)
+            broker.publish(connection, wire(request()), 1)
+            assert broker.answers.get(timeout=BOUND)["data"]["status"] == "accepted", name
+        assert daemon.process is not None
+        assert daemon.process.poll() is None
+        assert not daemon.events(reason="internal_error")
+
+
+@pytest.mark.parametrize(
+    ("flood", "count"),
+    [
+        pytest.param(
+            lambda number: publish(b"josev/cs", head=0x34, number=number, payload=PIECE[:65_000]), 999, id="QoS 2"
+        ),
+        pytest.param(lambda number: publish(b"t" * 60_000, number=number), 999, id="long topics"),
+        pytest.param(lambda number: publish(b"josev/cs", number=number, payload=b""), 10_000, id="small, nothing read"),
+        pytest.param(
+            lambda number: publish(b"josev/cs", number=number, properties=b"\xc0\x46" + b"\x26\0\1k\0\2vv" * 1128),
+            300,
+            id="user properties",
+        ),
+    ],
+)
+def test_a_flood_of_any_kind_of_packet_fills_no_memory(
+    tmp_path: Path, flood: Callable[[int], bytes], count: int
+) -> None:
+    """From a broker that acknowledges nothing, and reads nothing while it sends."""
+    with Broker(5) as broker, serving(tmp_path, broker) as daemon:
+        connection = broker.connections.get(timeout=BOUND)
+        broker.publish(connection, wire(request()), 1)
+        assert broker.answers.get(timeout=BOUND)["data"]["status"] == "accepted"
+        before, _ = memory(daemon)
+        with broker._one_packet, suppress(OSError):  # noqa: SLF001 - what is read meanwhile is answered by nobody
+            for number in range(1, count):
+                connection.sendall(flood(number))
+        connection.close()
+        latest = broker.connections.get(timeout=BOUND)
+        broker.publish(latest, wire(request()), 1)
+        assert broker.answers.get(timeout=BOUND)["data"]["status"] == "accepted"
+        _, most = memory(daemon)
+
+    assert most - before < MEMORY

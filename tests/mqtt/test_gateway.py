@@ -27,10 +27,8 @@ from stationkey.contract.messages import (
 )
 from stationkey.errors import LedgerError, StationKeyError
 from stationkey.mqtt import connection as mqtt
+from stationkey.mqtt.bounds import MAX_IN_HAND, MAX_WAITING, MESSAGE_OVERHEAD, PACKET_MARGIN
 from stationkey.mqtt.connection import (
-    MAX_IN_HAND,
-    MAX_WAITING,
-    PACKET_MARGIN,
     MqttConnection,
     Overrun,
     connect,
@@ -270,12 +268,14 @@ async def test_the_service_is_told_how_long_a_request_has_waited_for_a_free_hand
     assert 0 <= service.waited[0] < service.waited[1]
 
 
-@pytest.mark.parametrize(("bound", "most"), [("MAX_RECEIVED", 10), ("MAX_RECEIVED_BYTES", 10 * len(payload()))])
+SIZE = len(payload()) + 4 * len("josev/cs") + MESSAGE_OVERHEAD
+
+
 async def test_what_a_broker_sends_beyond_all_bounds_is_not_taken_and_comes_again_over_a_new_connection(
-    mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
+    mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its order; of what was acknowledged last, the broker may not have heard."""
-    monkeypatch.setattr(mqtt, bound, most)
+    monkeypatch.setattr(mqtt, "MAX_RECEIVED_BYTES", 10 * SIZE)
     payloads = [payload() for _ in range(25)]
     received: list[bytes] = []
     connections = 0
@@ -298,7 +298,7 @@ async def test_what_a_broker_sends_beyond_all_bounds_is_not_taken_and_comes_agai
 async def test_an_edge_that_was_sent_more_than_it_has_room_for_answers_all_of_it(
     mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt, "MAX_RECEIVED", 30)
+    monkeypatch.setattr(mqtt, "MAX_RECEIVED_BYTES", 30 * SIZE)
     service = Service()
     ids = [str(uuid.uuid4()) for _ in range(200)]
     async with serving(at(mosquitto), service, queue=4) as edge:
@@ -560,6 +560,17 @@ async def test_a_retained_request_is_answered_once_and_not_at_each_reconnect(mos
     assert service.asked == [retained, other]
 
 
+class PassingOver(Service):
+    """Notes why a message was passed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed_over: list[str] = []
+
+    def pass_over(self, error: StationKeyError) -> None:
+        self.passed_over.append(error.reason)
+
+
 MALFORMED = {
     "a SUBACK without a reason": b"\x90\x03MM\0",
     "a PUBLISH whose topic is no UTF-8": b"\x32\x0a\0\x04\xff\xfe\xfd\xfc\0\1\0\0",
@@ -589,11 +600,12 @@ async def test_a_broker_that_sends_what_is_no_mqtt_is_left_and_tried_again(
 
     async with await asyncio.start_server(broker, "127.0.0.1", 0) as server, asyncio.timeout(BOUND):
         stop = asyncio.Event()
-        edge = MqttEdge(Broker("127.0.0.1", server.sockets[0].getsockname()[1]), Service(), client_id="station")
+        service = PassingOver()
+        edge = MqttEdge(Broker("127.0.0.1", server.sockets[0].getsockname()[1]), service, client_id="station")
         running = asyncio.create_task(edge.run(stop, drain=1.0))
         for _ in range(2):
             await met.get()
         stop.set()
         await running
-    assert "Exception" not in caplog.text
+    assert set(service.passed_over) <= {"broker_violates_protocol"}
     assert any("trying again" in record.getMessage() for record in caplog.records)

@@ -14,6 +14,7 @@ import logging
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -23,12 +24,26 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import MAX_PAYLOAD
 from stationkey.errors import BrokerError
+from stationkey.mqtt.bounds import (
+    MAX_IN_HAND,
+    MAX_RECEIVED_BYTES,
+    MAX_UNSENT,
+    MAX_WAITING,
+    MESSAGE_OVERHEAD,
+    PACKET_MARGIN,
+)
 from stationkey.mqtt.packet_limit import PacketBound
+from stationkey.mqtt.paho_client import (
+    MALFORMED_PACKET,
+    PROTOCOL_ERROR,
+    TOPIC_NAME_INVALID,
+    Client,
+    ProtocolViolation,
+)
 from stationkey.mqtt.server_limits import ServerLimits, refused_publication
 from stationkey.mqtt.tls import BrokerSocket, closed_without_a_word, introduction, no_handshake, refused
 from stationkey.mqtt.url import Broker
@@ -43,22 +58,6 @@ MQTT5_TIMEOUT: Final = 3.0
 longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
 SESSION_EXPIRY: Final = 7 * 24 * 3600
 """Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
-MAX_IN_HAND: Final = 64
-"""Messages in hand at a time, by default. The broker holds the rest: an RSA key takes its time."""
-MAX_WAITING: Final = 1024
-"""How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
-broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound, if it counts right. Reading never
-pauses: behind the requests comes what the answers wait for, their acknowledgements."""
-MAX_RECEIVED: Final = 16 * 1024
-MAX_RECEIVED_BYTES: Final = 8 * 1024 * 1024
-"""How many messages may wait whatever their QoS, and how large they may be together. A broker that sends more than it
-may (Mosquitto 2.0.11 to a client that publishes, its issue 2301) must not fill the memory: what comes then is not
-acknowledged, and once the rest is dealt with it is asked for again by a new connection."""
-PACKET_MARGIN: Final = 64 * 1024
-"""Bytes that a packet may be larger than the largest payload that is read; of a larger one no more is kept than that,
-and it is rejected by its id: see `stationkey.mqtt.packet_limit`. The broker is not asked to hold it back by Maximum
-Packet Size [MQTT 5 3.1.2.11.4]: Mosquitto 2.0.21 counts a message of QoS 1 that it drops as in flight for ever, and
-after `ReceiveMaximum` of them delivers nothing more."""
 PLAIN: Final = MqttTerms()
 """No TLS beyond the URL's, and no credentials."""
 ONLINE: Final = b"online"
@@ -68,7 +67,6 @@ _NO_MATCHING_SUBSCRIBERS: Final = 0x10
 """[MQTT 5 3.4.2.1]."""
 _UNSPECIFIED_ERROR: Final = 0x80
 """[MQTT 5 3.14.2.1]."""
-_UNSUBSCRIBED: Final = ReasonCode(PacketTypes.UNSUBACK, "Success")
 _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 """MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
 
@@ -101,21 +99,14 @@ class Message:
     redelivered: bool = False
     """Whether the broker may have sent it before [MQTT 5 3.3.1.1, DUP]."""
 
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes in memory."""
+        return len(self.payload) + 4 * len(self.topic) + MESSAGE_OVERHEAD
+
     def acknowledge(self) -> None:
         """Tell the broker that it need not send this again. Too late on a connection that was lost: then it will."""
         self.connection.acknowledge(self)
-
-
-class _Client(paho.Client):
-    """paho's client, which takes no more of a packet than it is to take.
-
-    paho takes whatever comes, and has no other place to say so than this, between it and the socket.
-    """
-
-    bound: PacketBound
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        return self.bound.read(bufsize, super()._sock_recv)
 
 
 class MqttConnection:
@@ -158,19 +149,17 @@ class MqttConnection:
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
-        self.lost: asyncio.Future[str] = self._loop.create_future()
-        """Done, with the reason, when the connection has ended."""
+        self.lost: asyncio.Future[str] = self._loop.create_future()  # done, with the reason, when it has ended
         self.limits = ServerLimits()  # until the broker has accepted the connection
         self._unacknowledged = asyncio.Semaphore(self.limits.receive_maximum)
-        self.resumed = False
-        """Whether the broker had a session for us. One that goes by user name and not by client id gives another's."""
+        self.violated = False  # whether it ended because the broker sent what it may not send
+        self.resumed = False  # whether the broker had a session for us, or for another of our user name
         self._sock: socket.socket | None = None
-        self._tls: BrokerSocket | None = None
-        """The same, with TLS. It stays when the connection has ended, to say why."""
+        self._tls: BrokerSocket | None = None  # the same, with TLS; it stays at the end, to say why
         self._keeper: asyncio.Task[None] | None = None
         self.is_v5 = protocol is MQTTProtocolVersion.MQTTv5
         """Whether MQTT 5 is spoken, rather than 3.1.1, in which a broker cannot say that it refuses a publication."""
-        self._client = client = _Client(
+        self._client = client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
             protocol=protocol,
@@ -185,10 +174,9 @@ class MqttConnection:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
-        client.on_publish = lambda _client, _data, mid, reason, _properties: self._answered(mid, reason)
-        client.on_subscribe = lambda _client, _data, mid, reasons, _properties: self._answered(mid, reasons[0])
-        # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
-        client.on_unsubscribe = lambda _client, _data, mid, _reasons, _properties: self._answered(mid, _UNSUBSCRIBED)
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
         client.on_socket_register_write = self._on_socket_register_write
@@ -250,11 +238,7 @@ class MqttConnection:
         if self._keeper is not None:
             self._keeper.cancel()
         if not self.lost.done():
-            properties = None
-            if forget and self.is_v5:
-                properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call] # as in `open`
-                properties.SessionExpiryInterval = 0
-            self._client.disconnect(properties=properties)
+            self._client.leave(forget=forget)
             # paho ends the connection once the DISCONNECT is written; a broker that does not read must not hold us.
             await asyncio.wait({self.lost}, timeout=1.0)
         self._drop("closed")
@@ -277,11 +261,7 @@ class MqttConnection:
             BrokerError: the broker refuses, for want of rights perhaps.
             ConnectionLost: it went away.
         """
-        if self.is_v5:
-            once = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB)
-            code, mid = self._client.subscribe(topic, options=once)
-        else:
-            code, mid = self._client.subscribe(topic, qos=1)
+        code, mid = self._client.subscribe_once(topic)
         granted = await self._answer(code, mid)
         if granted.is_failure:
             raise BrokerError(
@@ -349,7 +329,7 @@ class MqttConnection:
         if message is None:
             self._received.put_nowait(None)  # for whoever asks next
             raise self._connection_lost()
-        self._received_bytes -= len(message.payload)
+        self._received_bytes -= message.size
         self._dropping = self._dropping and not self._received.empty()
         return message
 
@@ -357,6 +337,8 @@ class MqttConnection:
         """Send the PUBACK for a message of this connection; see `Message.acknowledge`."""
         if not self.lost.done() and message.qos > 0:
             self._client.ack(message.mid, message.qos)
+            if self._client.unsent > MAX_UNSENT:
+                self._drop("the broker reads nothing")
 
     async def _answer(self, code: MQTTErrorCode, mid: int | None) -> ReasonCode:
         """Wait for the broker's answer to the packet `mid`."""
@@ -375,7 +357,10 @@ class MqttConnection:
 
     def _connection_lost(self) -> ConnectionLost:
         why = self.lost.result() if self.lost.done() else "not connected"
-        return ConnectionLost(f"the connection to {self._broker} ended: {why}", reason="connection_lost")
+        words = f"the connection to {self._broker} ended: {why}"
+        if self.violated:
+            return ConnectionLost(words, reason="broker_violates_protocol")
+        return ConnectionLost(words, reason="connection_lost")
 
     async def _keep_alive(self) -> None:
         while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - it has to be asked
@@ -416,7 +401,6 @@ class MqttConnection:
         )
 
     # paho's callbacks. Those about the socket come, during connect, from a thread of its own.
-
     def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
@@ -436,11 +420,21 @@ class MqttConnection:
             return
         try:
             self._client.loop_read()
-        except Exception:  # noqa: BLE001 - paho raises whatever it stumbles over in a packet that is none
-            self._drop("what came is no MQTT")
+        except ProtocolViolation as error:
+            self._refuse(error.code, str(error))
+            return
+        except Exception as error:  # noqa: BLE001 - paho raises whatever it stumbles over in a packet that is none
+            self._refuse(MALFORMED_PACKET, f"a packet that cannot be read ({type(error).__name__})")
             return
         if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
             self._loop.call_soon(self._read, sock)
+
+    def _refuse(self, code: int, what: str) -> None:
+        """End the connection over what the broker sent, and tell it so in MQTT 5 [4.13.1]."""
+        with suppress(OSError):
+            self._client.leave(code=code)
+        self.violated = True
+        self._drop(f"the broker sent {what}")
 
     def _on_socket_close(self, client: paho.Client, userdata: object, sock: Any) -> None:
         if self._sock is not None and self._sock.fileno() != -1:
@@ -507,29 +501,49 @@ class MqttConnection:
         self._end("it was closed from there, or lost" if closed else str(reason))
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
-        payload = bytes(message.payload)
-        waiting = self._received.qsize()
+        topic = message.topic
+        if not topic:
+            raise ProtocolViolation(PROTOCOL_ERROR, "a PUBLISH without a topic")  # there are no aliases [3.3.2.3.4]
+        if {"+", "#", "\0"} & set(topic):
+            raise ProtocolViolation(TOPIC_NAME_INVALID, "a PUBLISH whose topic has a wildcard")
+        if message.qos > 0 and message.mid == 0:
+            raise ProtocolViolation(PROTOCOL_ERROR, "a packet identifier of 0")  # [MQTT-2.2.1-3]
+        received = Message(
+            bytes(message.payload),
+            self,
+            message.mid,
+            message.qos,
+            self._loop.time(),
+            topic=topic,
+            retained=bool(message.retain),
+            redelivered=bool(message.dup),
+        )
         # Of two messages the first is not passed over for the second: their order may matter.
-        self._overrun |= waiting >= MAX_RECEIVED or self._received_bytes + len(payload) > MAX_RECEIVED_BYTES
+        self._overrun |= self._received_bytes + received.size > MAX_RECEIVED_BYTES
         if self._overrun:
             return
-        if message.qos > 0 or waiting < MAX_WAITING:
-            self._received_bytes += len(payload)
-            self._received.put_nowait(
-                Message(
-                    payload,
-                    self,
-                    message.mid,
-                    message.qos,
-                    self._loop.time(),
-                    topic=message.topic,
-                    retained=bool(message.retain),
-                    redelivered=bool(message.dup),
-                )
-            )
+        if message.qos > 0 or self._received.qsize() < MAX_WAITING:
+            self._received_bytes += received.size
+            self._received.put_nowait(received)
         elif not self._dropping:
             self._dropping = True  # said once, until all that waits has been taken
             log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")
+
+    def _on_publish(
+        self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
+    ) -> None:
+        self._answered(mid, reason)
+
+    def _on_subscribe(
+        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
+    ) -> None:
+        self._answered(mid, reasons[0])
+
+    def _on_unsubscribe(
+        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
+    ) -> None:
+        # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
+        self._answered(mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
 
     def _answered(self, mid: int, reason: ReasonCode) -> None:
         waiting = self._waiting.get(mid)

@@ -26,8 +26,8 @@ from stationkey.contract.messages import (
     encode,
 )
 from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
+from stationkey.mqtt.bounds import MAX_IN_HAND
 from stationkey.mqtt.connection import (
-    MAX_IN_HAND,
     OFFLINE,
     ONLINE,
     PLAIN,
@@ -205,11 +205,11 @@ class MqttEdge:
                     since = now()
                     backoff.lower(UNSTEADY_DELAY)
                     await self._serve(connection, stopping, drain)
-                except (BrokerError, ConfigurationError) as error:  # a secret or a certificate may just be exchanged
+                except Exception as raised:  # noqa: BLE001 - whatever a broker brought about, it ends no more than this
                     self._on_away()
                     if now() - since > STEADY:
                         backoff.reset()
-                    wait = backoff.next()
+                    error, wait = self._judged(raised), backoff.next()
                     log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
                     await asyncio.wait([stopping], timeout=wait)
             await self._drain(drain)  # where there is no connection: what is in hand is written down at least
@@ -218,6 +218,20 @@ class MqttEdge:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _judged(self, error: Exception) -> StationKeyError:
+        """What a connection ended with; counted where it is the broker's fault or ours."""
+        match error:
+            case ConnectionLost(reason="broker_violates_protocol"):
+                self._service.pass_over(error)
+            case BrokerError() | ConfigurationError():  # a secret or a certificate may just be exchanged
+                pass
+            case _:
+                log.error("unexpected error, a fault of stationkey", exc_info=error)
+                words = f"the connection ended by an unexpected {type(error).__name__}"
+                error = MessageError(words, reason="internal_error")
+                self._service.pass_over(error)
+        return error
 
     async def _connect(self) -> MqttConnection:
         """A connection on which the subscription stands."""
