@@ -51,8 +51,9 @@ class Volume:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)  # pytest's are closed to others
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.name.startswith(("pytest-", "popen-")) or directory == tmp_path:
+            directory.chmod(0o755)  # pytest's are closed to others
     volume = tmp_path / "data"
     volume.mkdir()
     return volume
