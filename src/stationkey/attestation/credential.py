@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -28,14 +27,8 @@ _BLOCK: Final = 16
 _PROOF_LABEL: Final = b"stationkey activation v1\0"
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What the templates of endorsement keys have in common for a kind of key [TCG EK Credential Profile 2.5, B.4].
-
-    Attributes:
-        name_alg: hashlib's name of the hash.
-        aes_bits: of the AES key that protects what is sent to the key.
-    """
+class _Kind(NamedTuple):
+    """What the templates of endorsement keys have in common for a kind of key [TCG EK Credential Profile 2.5, B.4]."""
 
     name_alg: str
     aes_bits: int
@@ -64,14 +57,9 @@ def make_challenge(ek: PublicKey, ak_name: bytes, *, believed: str) -> tuple[Cha
     """
     secret, nonce = secrets.token_bytes(SECRET_SIZE), secrets.token_bytes(NONCE_SIZE)
     credential_blob, encrypted_secret = make_credential(ek, ak_name, secret)
-    challenge = Challenge(
-        ak_name=ak_name,
-        ek=spki_of(ek),
-        credential_blob=credential_blob,
-        encrypted_secret=encrypted_secret,
-        nonce=nonce,
-    )
-    return challenge, Secret(secret=secret, ak_name=ak_name, ek=challenge.ek, believed=believed, nonce=nonce)
+    both = {"ak_name": ak_name, "ek": spki_of(ek), "nonce": nonce}
+    challenge = Challenge(credential_blob=credential_blob, encrypted_secret=encrypted_secret, **both)
+    return challenge, Secret(secret=secret, believed=believed, **both)
 
 
 def make_credential(ek: PublicKey, ak_name: bytes, credential: bytes) -> tuple[bytes, bytes]:

@@ -86,12 +86,7 @@ def attest(
 
 
 class _Station:
-    """What the command works on: the ledger, to read in, and the TPM, as a guest.
-
-    Args:
-        settings: where they are.
-        timeout: seconds that each use of the TPM may take.
-    """
+    """What the command works on: the ledger, to read in, and the TPM, as a guest, for `timeout` seconds at a time."""
 
     def __init__(self, settings: Settings, timeout: float) -> None:
         self._tpm = settings.tpm

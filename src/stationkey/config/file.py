@@ -159,12 +159,7 @@ _FIXED: Final = {
 
 
 class _Reading:
-    """What was read of a file so far, and what is wrong with the rest.
-
-    Args:
-        source: where the options are from, for messages.
-        root: the class that declares them.
-    """
+    """What was read of a file so far, and what is wrong with the rest; `root` declares the options."""
 
     def __init__(self, source: str, root: type) -> None:
         self.given: dict[tuple[str, ...], Any] = {}

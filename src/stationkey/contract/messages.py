@@ -273,13 +273,7 @@ def decode_response(payload: bytes) -> GenerateCsrResponse | None:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A field of a message's ``data``, as its struct declares it.
-
-    Attributes:
-        words: what is said of a value that breaks its rule.
-        pattern: what its text matches as a whole, or None.
-        optional: whether it may be absent.
-    """
+    """A field of a message's ``data``, as its struct declares it; `words` are said of a value that breaks its rule."""
 
     words: str
     pattern: re.Pattern[str] | None

@@ -200,12 +200,7 @@ def _certificates(content: bytes) -> str:
 
 
 def _context(files: _Files) -> ssl.SSLContext:
-    """The context of these files.
-
-    Raises:
-        ConfigurationError: a file is not what it should be.
-        ssl.SSLError, OSError: the key cannot be loaded.
-    """
+    """The context of these files."""
     context = BrokerContext()
     terms = files.terms
     context.server_name = terms.server_name
@@ -274,12 +269,7 @@ class _Tpm:
         self._stale = False
 
     def context(self, files: _Files) -> ssl.SSLContext:
-        """The context of these files.
-
-        Raises:
-            ConfigurationError: OpenSSL has no tpm2 provider, or a file is not what it should be.
-            BrokerError: the TPM does not give the key, now.
-        """
+        """The context of these files; the one there is, where nothing has changed since."""
         with self._lock:
             if self._made is not None and self._made[0] == files and not self._stale:
                 return self._made[1]

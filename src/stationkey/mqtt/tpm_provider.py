@@ -201,11 +201,7 @@ def _table(kind: type[Any], rows: Any) -> Any:
 
 
 def _entry(openssl: ctypes.CDLL) -> Any:
-    """The function that starts tpm2-openssl.
-
-    Raises:
-        ConfigurationError: it is not where OpenSSL keeps its modules.
-    """
+    """The function that starts tpm2-openssl."""
     try:
         directory = os.environ.get("OPENSSL_MODULES") or openssl.OPENSSL_info(_MODULES_DIRECTORY).decode()
         return _Init(("OSSL_provider_init", ctypes.CDLL(f"{directory}/tpm2.so")))
@@ -214,11 +210,7 @@ def _entry(openssl: ctypes.CDLL) -> Any:
 
 
 def _openssl() -> ctypes.CDLL:
-    """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)].
-
-    Raises:
-        ConfigurationError: it is older than 3.0, or a part of Python that shows none of its functions.
-    """
+    """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)]."""
     openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
     try:
         openssl.OPENSSL_info.restype = c_char_p

@@ -199,15 +199,13 @@ def _error(call: Any, code: str, description: str) -> str:
     return str(messages.CallError(call.unique_id, code, description[:255], {}).to_json())
 
 
+_CODES: Final = {
+    "type": ("TypeConstraintViolation", "TypeConstraintViolation"),
+    "required": ("OccurenceConstraintViolation", "OccurrenceConstraintViolation"),
+    "additionalProperties": ("FormationViolation", "FormatViolation"),
+}
+"""The error codes for keywords of the schema that are not met, in 1.6 and since."""
+
+
 def _code(keyword: str, version: OcppVersion) -> str:
-    """The error code for a keyword of the schema that is not met; 1.6 spells two of them in its own way."""
-    old = version is OcppVersion.V16
-    match keyword:
-        case "type":
-            return "TypeConstraintViolation"
-        case "required":
-            return "OccurenceConstraintViolation" if old else "OccurrenceConstraintViolation"
-        case "additionalProperties":
-            return "FormationViolation" if old else "FormatViolation"
-        case _:
-            return "PropertyConstraintViolation"
+    return _CODES.get(keyword, ("PropertyConstraintViolation",) * 2)[version is not OcppVersion.V16]

@@ -45,11 +45,7 @@ class Address:
         if text.startswith(_UNIX):
             path = Path(text.removeprefix(_UNIX))
             if not path.is_absolute() or "\0" in text or len(os.fsencode(path)) > _MAX_UNIX:
-                raise ConfigurationError(
-                    f"[metrics] listen: {text!r} must name an absolute path of {_MAX_UNIX} bytes at the most",
-                    reason="metrics_listen_invalid",
-                    hint=_HINT,
-                )
+                raise _invalid(f"{text!r} must name an absolute path of {_MAX_UNIX} bytes at the most")
             return cls(path=path)
         host, _, port = text.rpartition(":")
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
@@ -59,11 +55,7 @@ class Address:
         except ValueError:
             address, number = None, 0
         if address is None or not 0 < number <= _MAX_PORT or (address.version == 6) != (bare != host):  # noqa: PLR2004 - IPv6
-            raise ConfigurationError(
-                f"[metrics] listen: {text!r} is no address with a port, and no unix:PATH",
-                reason="metrics_listen_invalid",
-                hint=_HINT,
-            )
+            raise _invalid(f"{text!r} is no address with a port, and no unix:PATH")
         if not is_loopback(bare):
             raise ConfigurationError(
                 f"[metrics] listen: {text} can be reached from other machines, and there is no TLS and no password",
@@ -137,12 +129,12 @@ class Listener:
         self.close()
 
 
-def _remove_stale(path: Path) -> None:
-    """Make room for a socket: one that nobody listens at any more is left of a run that was killed.
+def _invalid(words: str) -> ConfigurationError:
+    return ConfigurationError(f"[metrics] listen: {words}", reason="metrics_listen_invalid", hint=_HINT)
 
-    Raises:
-        ConfigurationError: something else is there, or somebody listens.
-    """
+
+def _remove_stale(path: Path) -> None:
+    """Make room for a socket: one that nobody listens at any more is left of a run that was killed."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

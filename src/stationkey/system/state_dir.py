@@ -89,11 +89,7 @@ class StateDirectory:
 
 
 def _refuse_foreign(path: Path, status: os.stat_result, user: int) -> bool:
-    """Whether a directory is still to be closed to others, and may be, because nothing but ours can be in it.
-
-    Raises:
-        ConfigurationError: it is not this user's, or has been open and has other things in it than a ledger.
-    """
+    """Whether a directory is still to be closed to others; refuses one that is another's, or may hold others' files."""
     if status.st_uid != user:
         raise ConfigurationError(
             f"the state directory {path} belongs to another user (uid {status.st_uid}; this is {user})",
@@ -226,9 +222,6 @@ def _walked(path: Path) -> tuple[Path, list[tuple[Path, os.stat_result]]]:
     """Where a path leads, and each directory that is looked into and each link that is followed on the way there.
 
     The root directory is not among them: whose that is, his is the machine. What is missing at the end stays missing.
-
-    Raises:
-        OSError: the way there is closed, goes in a circle, or is none.
     """
     ahead = [*reversed(path.absolute().parts[1:])]
     here, links = Path("/"), 0
