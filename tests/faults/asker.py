@@ -9,7 +9,6 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import paho.mqtt.client as paho
@@ -78,9 +77,7 @@ class Asker:
         assert self._subscribed.wait(BOUND)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._client.disconnect()
         self._client.loop_stop()
 

@@ -9,6 +9,8 @@ from typing import Any, Final
 from asker import Asker
 from rig import Rig
 
+from stationkey.contract.messages import GenerateCsrRequest
+
 CONFIG: Final = """\
 [policy]
 requests_per_minute = 0
@@ -32,3 +34,14 @@ class Scene(Rig):
 
     def peers(self) -> list[contextlib.AbstractContextManager[Any]]:
         return [*super().peers(), self.asker]
+
+    def frozen_in_hand(self) -> GenerateCsrRequest:
+        """A request that is in hand while the TPM is frozen; it has all the time that it wants."""
+        self.config.write_text("")
+        self.daemon.start()
+        served, request = self.asker.request(), self.asker.request()
+        self.asker.ask(served)
+        self.tpm.freeze()
+        self.asker.publish(request)
+        self.asker.ask(served)  # needs no key and comes after the other, so that one is in hand
+        return request

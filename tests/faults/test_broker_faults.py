@@ -141,13 +141,7 @@ def test_an_answer_that_was_made_while_the_broker_was_dead_goes_out_when_it_is_b
     tmp_path: Path, restarted: bool
 ) -> None:
     with Scene(tmp_path, tpm=True) as scene:
-        scene.config.write_text("")  # with all the time that it wants
-        asker, daemon = scene.asker, scene.daemon.start()
-        served, request = asker.request(), asker.request()
-        asker.ask(served)
-        scene.tpm.freeze()
-        asker.publish(request)
-        asker.ask(served)  # needs no key and comes after the other, so that one is in hand
+        asker, daemon, request = scene.asker, scene.daemon, scene.frozen_in_hand()
         lose_broker(scene)
         scene.tpm.thaw()
         until(lambda: daemon.events(event="accepted", request_id=request.id), "the request is answered")

@@ -28,13 +28,7 @@ def end(daemon: Daemon, number: signal.Signals) -> None:
 def test_a_signal_ends_it_though_its_tpm_hangs_with_a_request_in_hand(tmp_path: Path, number: signal.Signals) -> None:
     """The request is answered after the next start, as it is when the power fails instead."""
     with Scene(tmp_path, tpm=True) as scene:
-        scene.config.write_text("")  # with all the time that it wants
-        asker, daemon = scene.asker, scene.daemon.start()
-        served, request = asker.request(), asker.request()
-        asker.ask(served)
-        scene.tpm.freeze()
-        asker.publish(request)
-        asker.ask(served)  # needs no key and comes after the other, so that one is in hand
+        asker, daemon, request = scene.asker, scene.daemon, scene.frozen_in_hand()
         end(daemon, number)
         assert [event["request_id"] for event in daemon.events(level="warning")] == [request.id]
         scene.tpm.thaw()
