@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from parts import CN, NOW, STATION, V2G, V2G20, Authority, C, O, pem, request, software_key
@@ -144,6 +145,16 @@ def test_each_difference_is_named_and_nothing_else_is(
     (found,) = differences(chain(certificate()), expected(certificate_type), now=NOW.timestamp())
 
     assert found.startswith(named)
+
+
+def test_an_rsa_key_is_not_missed_key_agreement_and_may_have_it() -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    wanted = dataclasses.replace(expected(V2G), public=public)
+
+    for bits in ({"digital_signature": True}, {"digital_signature": True, "key_agreement": True}):
+        certificate = AUTHORITY.sign(CSRS[V2G], public_key=key.public_key(), instead=[usage(**bits)])
+        assert differences(chain(certificate), wanted, now=NOW.timestamp()) == []
 
 
 def test_a_certificate_of_any_purpose_serves_every_purpose() -> None:

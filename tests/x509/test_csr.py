@@ -120,6 +120,7 @@ def signers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 P256: Final = ec.generate_private_key(ec.SECP256R1())
 P521: Final = ec.generate_private_key(ec.SECP521R1())
+RSA_KEY: Final = rsa.generate_private_key(65537, 2048)
 
 
 def request_for(
@@ -147,7 +148,8 @@ def request_for(
 
 def build(request: GenerateCsrRequest, profile: CertificateProfile | None = None) -> bytes:
     """The CSR in DER, by a key in memory."""
-    key = P521 if request.algorithm is Algorithm.ECDSA_SHA512 else P256
+    keys: dict[Algorithm, PrivateKey] = {Algorithm.ECDSA_SHA512: P521, Algorithm.RSA_SHA256: RSA_KEY}
+    key = keys.get(request.algorithm, P256)
     return build_csr(request, key, profile).public_bytes(serialization.Encoding.DER)
 
 
@@ -196,6 +198,9 @@ def extensions_of(der: bytes) -> dict[str, tuple[Any, bool]]:
     }
 
 
+RSA = {Algorithm.RSA_SHA256, Algorithm.RSA_SHA384}
+
+
 @pytest.mark.parametrize(("certificate_type", "algorithm"), ALLOWED, ids=[f"{kind}-{name}" for kind, name in ALLOWED])
 def test_the_csr_is_what_its_profile_says(
     signers: Signers, certificate_type: CertificateType, algorithm: Algorithm
@@ -226,7 +231,8 @@ def test_the_csr_is_what_its_profile_says(
     assert subject_of(der) == subject
 
     extensions = extensions_of(der)
-    assert extensions.pop("key_usage") == (wanted["key_usage"], True)
+    usages = wanted["key_usage"] - ({"key_agreement"} if algorithm in RSA else set())  # RFC 4055 1.2
+    assert extensions.pop("key_usage") == (usages, True)
     basic, critical = extensions.pop("basic_constraints")
     assert critical
     assert not basic["ca"]
@@ -323,6 +329,18 @@ def test_a_profile_may_have_other_usages() -> None:
     assert extensions["key_usage"] == ({"non_repudiation", "key_encipherment", "data_encipherment"}, True)
     assert extensions["extended_key_usage"] == (["client_auth", "server_auth"], True)
     openssl_text(der)
+
+
+def test_an_rsa_key_is_asked_for_key_agreement_by_no_profile() -> None:
+    """[RFC 3279 2.3.1, RFC 4055 1.2]."""
+    profile = dataclasses.replace(
+        V2G, key_usage=(KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_ENCIPHERMENT, KeyUsage.KEY_AGREEMENT)
+    )
+    request = request_for(CertificateType.V2G_CERTIFICATE, Algorithm.RSA_SHA256)
+
+    der = build(request, profile)
+
+    assert extensions_of(der)["key_usage"] == ({"digital_signature", "key_encipherment"}, True)
 
 
 def test_the_evse_id_goes_into_a_uri_where_the_profile_says_so() -> None:

@@ -159,6 +159,7 @@ class CertificateProfile:
         certificate_type: the type that this is the profile of.
         domain_component: DC of the subject, or None. ``CPO`` in ISO 15118-2 [V2G2-925, V2G2-875]; ``CSO`` in -20.
         key_usage: bits of keyUsage. keyAgreement is disputed in public texts about -2; peers include it, so it is here.
+            An RSA key gets none, whatever is here [RFC 3279 2.3.1, RFC 4055 1.2].
         extended_key_usage: purposes; empty means no such extension.
         extended_key_usage_critical: whether extendedKeyUsage is critical.
         required_algorithm: the only algorithm that a request for this type may name, and which it then must name

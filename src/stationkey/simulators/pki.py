@@ -32,7 +32,7 @@ from stationkey.contract.profiles import (
 )
 from stationkey.errors import ConfigurationError
 from stationkey.simulators.ocpp import CHAIN_LIMIT
-from stationkey.x509.csr import HASHES, PublicKey, extensions_of, key_usage
+from stationkey.x509.csr import HASHES, PublicKey, extensions_of, key_usage, usages_for
 
 LEAF_DAYS: Final = 60
 """Validity of a leaf: public sources about ISO 15118-2 Annex F give two to three months."""
@@ -194,7 +194,7 @@ class Hierarchy:
             case Misbehaviour.WRONG_DC:
                 names = [name for name in subject if name.oid != NameOID.DOMAIN_COMPONENT]
                 subject = x509.Name([*names, x509.NameAttribute(NameOID.DOMAIN_COMPONENT, _WRONG_DC)])
-        extensions = [*extensions_of(profile), *_status(issuer)]
+        extensions = [*extensions_of(profile, usages_for(profile, public_key)), *_status(issuer)]
         assert isinstance(public_key, PublicKey)
         leaf = issuer.issue(subject, public_key, extensions, not_before=not_before)
         root = above.pop()
@@ -222,7 +222,7 @@ class Hierarchy:
         extensions = [
             (x509.SubjectAlternativeName(list(map(_general_name, names))), False),
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
-            *((value, critical) for value, critical in extensions_of(client) if critical),
+            *((value, critical) for value, critical in extensions_of(client, client.key_usage) if critical),
             *_status(issuer),
         ]
         subject = _name(str(organization.value), names[0], None)

@@ -25,7 +25,7 @@ from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyB
 from stationkey.contract.profiles import CertificateProfile
 from stationkey.errors import KeyStoreError, StationKeyError
 from stationkey.system.pem import to_pem
-from stationkey.x509.csr import HASHES, PURPOSES, USAGE_FIELDS, PrivateKey, key_type
+from stationkey.x509.csr import HASHES, PURPOSES, USAGE_FIELDS, PrivateKey, key_type, usages_for
 from stationkey.x509.lenient import MALFORMED, Certificate, Link, link, name_text, read_certificate
 
 MAX_CHAIN: Final = 10
@@ -257,7 +257,8 @@ def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> l
     found = []
     try:
         usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
-        missing = [bit for bit in profile.key_usage if bit in USAGE_FIELDS and not getattr(usage, USAGE_FIELDS[bit])]
+        asked = usages_for(profile, leaf.public_key())
+        missing = [bit for bit in asked if bit in USAGE_FIELDS and not getattr(usage, USAGE_FIELDS[bit])]
         if missing:
             found.append(f"usage: keyUsage lacks {', '.join(missing)}")
     except x509.ExtensionNotFound:

@@ -100,7 +100,7 @@ def sign_csr(
             reason="key_type_wrong",
             scope=Scope.KEY,
         )
-    builder = _begun(profile).subject_name(subject(request, profile))
+    builder = _begun(profile, usages_for(profile, private_key.public_key())).subject_name(subject(request, profile))
     if request.evse_id is not None and profile.evse_id_placement is EvseIdPlacement.SAN_URI:
         uri = x509.UniformResourceIdentifier(f"urn:evse:{request.evse_id}")
         builder = builder.add_extension(x509.SubjectAlternativeName([uri]), critical=False)
@@ -156,18 +156,25 @@ def subject(request: GenerateCsrRequest, profile: CertificateProfile) -> x509.Na
     return x509.Name([x509.NameAttribute(oid, value, _validate=False) for oid, value in attributes])
 
 
+def usages_for(profile: CertificateProfile, public_key: object) -> tuple[KeyUsage, ...]:
+    """The profile's keyUsage for a key: without keyAgreement for RSA [RFC 3279 2.3.1, RFC 4055 1.2]."""
+    if isinstance(public_key, rsa.RSAPublicKey):
+        return tuple(usage for usage in profile.key_usage if usage is not KeyUsage.KEY_AGREEMENT)
+    return profile.key_usage
+
+
 @cache
-def _begun(profile: CertificateProfile) -> x509.CertificateSigningRequestBuilder:
+def _begun(profile: CertificateProfile, usages: tuple[KeyUsage, ...]) -> x509.CertificateSigningRequestBuilder:
     """What the CSRs of a profile have in common. A builder never changes: each step gives another."""
     builder = x509.CertificateSigningRequestBuilder()
-    for extension, critical in extensions_of(profile):
+    for extension, critical in extensions_of(profile, usages):
         builder = builder.add_extension(extension, critical)
     return builder
 
 
-def extensions_of(profile: CertificateProfile) -> list[tuple[x509.ExtensionType, bool]]:
-    """The extensions of the profile, each with its criticality: of the CSR, and of the certificate that a CA makes."""
-    usage = key_usage(*(USAGE_FIELDS[bit] for bit in profile.key_usage))
+def extensions_of(profile: CertificateProfile, usages: tuple[KeyUsage, ...]) -> list[tuple[x509.ExtensionType, bool]]:
+    """The extensions of a profile with keyUsage by `usages_for`, each with its criticality: of CSR and certificate."""
+    usage = key_usage(*(USAGE_FIELDS[bit] for bit in usages))
     extensions: list[tuple[x509.ExtensionType, bool]] = [(usage, True)]
     if profile.extended_key_usage:
         purposes = x509.ExtendedKeyUsage([PURPOSES[purpose] for purpose in profile.extended_key_usage])
