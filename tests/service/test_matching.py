@@ -306,6 +306,66 @@ async def test_of_several_certificates_the_newest_is_meant_and_a_repeat_does_not
     assert seeing.dump() == before
 
 
+@pytest.mark.parametrize("backdated", [timedelta(0), timedelta(minutes=5), timedelta(days=300)], ids=str)
+async def test_a_key_that_was_asked_for_after_the_active_one_was_installed_is_newer_whatever_its_times_say(
+    seeing: Station, josev: Josev, backdated: timedelta
+) -> None:
+    """A CA may backdate."""
+    first = await seeing.csr()
+    josev.install(first, age=timedelta(days=1))
+    await seeing.told("installed")
+    second = await seeing.csr()
+    josev.install(second, age=timedelta(days=1) + backdated)
+
+    await seeing.told("installed")
+    assert seeing.states(key_id_in(first), key_id_in(second)) == [DEACTIVATED, ACTIVE]
+
+    await seeing.told("installed")
+    assert seeing.states(key_id_in(first), key_id_in(second)) == [DEACTIVATED, ACTIVE]
+
+
+async def test_a_backdated_certificate_does_not_bring_back_one_that_was_passed_over(
+    seeing: Station, josev: Josev
+) -> None:
+    """The first one begins after the one in use, and before the one that this has replaced."""
+    csrs = [await seeing.csr(), await seeing.csr()]
+    josev.install(csrs[0], age=timedelta(days=2))
+    josev.install(csrs[1], age=timedelta(days=1))
+    await seeing.told("installed")
+    csrs.append(await seeing.csr())
+    josev.install(csrs[2], age=timedelta(days=3))
+    for _ in range(3):
+        await seeing.told("installed")
+
+        assert seeing.states(*map(key_id_in, csrs)) == [PENDING, DEACTIVATED, ACTIVE]
+
+
+@pytest.mark.parametrize("remedy", ["private_key_path", "the other file removed"])
+async def test_a_certificate_that_may_be_older_is_told_with_its_file_and_times_and_what_to_do(
+    seeing: Station, josev: Josev, caplog: pytest.LogCaptureFixture, remedy: str
+) -> None:
+    """Both keys were asked for before either was installed: which certificate is newer, only its times can say."""
+    csrs = [await seeing.csr(), await seeing.csr()]
+    keys = [key_id_in(csr) for csr in csrs]
+    old = josev.install(csrs[0], age=timedelta(minutes=1))
+    await seeing.told("installed")
+    path = josev.install(csrs[1], age=timedelta(minutes=6))
+
+    await seeing.told("installed")
+
+    assert seeing.states(*keys) == [ACTIVE, PENDING]
+    assert seeing.counts["certificate_older"] == 1
+    for text in (str(path), "11:54:00Z", "11:59:00Z"):
+        assert text in caplog.text
+
+    if remedy == "private_key_path":
+        await seeing.told("installed", private_key_path=f"/keys/{keys[1]}.pem")
+    else:
+        old.unlink()
+        await seeing.told("installed")
+    assert seeing.states(*keys) == [DEACTIVATED, ACTIVE]
+
+
 async def test_the_certificate_says_which_evse_is_meant(seeing: Station, josev: Josev) -> None:
     csrs = [await seeing.csr(V2G, evse_id) for evse_id in (E1, E2)]
     josev.install(csrs[0])

@@ -49,7 +49,7 @@ class Unread:
     part: Unparsed
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.part.cause}"
+        return f"{self.path}, because: {self.part.cause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +298,7 @@ class _Reading:
         if chain is None:
             return []
         self._certificates += chain.certificates
-        return chain.seen_from_each()
+        return replace(chain, path=str(path)).seen_from_each()
 
     def _content(self, path: Path) -> bytes | None:
         """Return the content of a regular file; None for a link to a folder that is read anyway.

@@ -6,8 +6,9 @@ installs to; else the newest. Where that leaves a doubt, nothing is guessed: `St
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from stationkey.contract.active_names import Owner
@@ -17,7 +18,7 @@ from stationkey.keystore import KEY_ID_LENGTH
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.service.josev_files import MAX_PATH, Look, Snapshot, Unread
-from stationkey.x509.certificate import Chain, read_certificates
+from stationkey.x509.certificate import Chain, read_chain
 
 
 class StatusUnfit(StationKeyError):
@@ -77,7 +78,8 @@ class KeyFinder:
         # A key that is named is meant, whatever certificates there are for the active one.
         active = [] if isinstance(named, KeyRecord) else ledger.keys.active(certificate_type, evse_id)
         if look.certificates is not None:
-            return _by_certificate(look.certificates, pending, active)
+            replaced = ledger.keys.deactivated(certificate_type, evse_id)
+            return _by_certificate(look.certificates, pending, active, replaced)
         if isinstance(named, KeyRecord):
             return Found(named)
         return _newest(_one_owner(pending, evse_id), active)
@@ -174,24 +176,41 @@ def _key_named(ledger: Ledger, path: str) -> KeyRecord | None:
     return keys[0] if len(keys) == 1 else None
 
 
-def _by_certificate(seen: Snapshot, pending: list[KeyRecord], active: list[KeyRecord]) -> Found:
+def _by_certificate(
+    seen: Snapshot, pending: list[KeyRecord], active: list[KeyRecord], replaced: list[KeyRecord]
+) -> Found:
     """Return the pending key with the newest certificate [A02.FR.15].
 
-    One that is older than the certificate of the active key of the same owner is not meant: it was passed over when
-    that one was activated, and the message is a repeat.
+    The certificate of a key that was asked for after the active one was installed is newer than that one's, whatever
+    its times say: a CA may backdate. Of other keys, a certificate that begins before that of the active key of the
+    same owner, or of one that the active key replaced, is not meant: most likely it was passed over when that key was
+    activated, and the message is a repeat.
 
     Raises:
         Repeated: only the certificates of active keys are there.
-        StatusUnfit: there is none for a pending key, or something that could not be read may be a newer one.
+        StatusUnfit: there is none for a pending key, or only older ones, or something that could not be read may be a
+            newer one.
     """
-    in_use = {key.owner: since for key in active if (since := _valid_since(seen, key)) is not None}
+    in_use = {key.owner: (key, since) for key in active if (since := _valid_since(seen, key)) is not None}
+    newest = {
+        owner: max([since, *(_recorded_since(key) or since for key in replaced if key.owner == owner)])
+        for owner, (_, since) in in_use.items()
+    }
     chains = [(key, seen.chains[key.public]) for key in pending if key.public in seen.chains]
-    candidates = [(key, chain) for key, chain in chains if chain.not_before >= in_use.get(key.owner, chain.not_before)]
+    candidates = [
+        (key, chain)
+        for key, chain in chains
+        if key.owner not in in_use
+        or key.asked > in_use[key.owner][0].installed
+        or chain.not_before >= newest[key.owner]
+    ]
     for key in pending:
         if (doubt := seen.doubt(key.public)) is not None:
             raise _unreadable(seen, doubt)
     if candidates:
-        return Found(*max(candidates, key=lambda candidate: candidate[1].not_before))
+        return Found(*max(candidates, key=lambda candidate: (candidate[1].not_before, candidate[0].asked)))
+    if chains:
+        raise _older(*max(chains, key=lambda each: each[1].not_before), newest)
     if any(key.public in seen.chains for key in active):
         raise _active_already()
     if seen.unread:
@@ -199,7 +218,7 @@ def _by_certificate(seen: Snapshot, pending: list[KeyRecord], active: list[KeyRe
     raise StatusUnfit(
         f"none of {len(seen.chains)} certificates in {seen.directory} is for one of {len(pending)} pending keys",
         reason="certificate_of_another_key",
-        hint="is it the directory that Josev installs to, and may this user read it?",
+        hint="is it the directory that Josev installs to?",
     )
 
 
@@ -217,10 +236,28 @@ def _valid_since(seen: Snapshot, key: KeyRecord) -> int | None:
     doubt = seen.doubt(key.public)
     if doubt is None:
         return None
-    chain, _ = read_certificates((key.chain or "").encode())
-    if chain is None:
+    since = _recorded_since(key)
+    if since is None:
         raise _unreadable(seen, doubt)
-    return chain.not_before
+    return since
+
+
+def _recorded_since(key: KeyRecord) -> int | None:
+    chain = read_chain((key.chain or "").encode())
+    return None if chain is None else chain.not_before
+
+
+def _older(key: KeyRecord, chain: Chain, newest: Mapping[Owner, int]) -> StatusUnfit:
+    own, other = (
+        f"{datetime.fromtimestamp(begin, UTC):%Y-%m-%dT%H:%M:%SZ}" for begin in (chain.not_before, newest[key.owner])
+    )
+    return StatusUnfit(
+        f"{chain.path}: the certificate for the pending key {key.key_id} begins at {own}, and one that was installed"
+        f" begins at {other}: it may be an older one",
+        reason="certificate_older",
+        hint="if it is the newer one, remove the other's file and have the status sent again, or name the key by"
+        " private_key_path",
+    )
 
 
 def _without_certificate(seen: Snapshot, keys: list[KeyRecord]) -> list[KeyRecord]:
@@ -236,9 +273,10 @@ def _without_certificate(seen: Snapshot, keys: list[KeyRecord]) -> list[KeyRecor
 
 
 def _unreadable(seen: Snapshot, doubt: Unread) -> StatusUnfit:
-    more = len(seen.unread) - 1
+    count = len(seen.unread)
     return StatusUnfit(
-        f"not every certificate could be read: {doubt}" + (f", and {more} more" if more else ""),
+        f"{count} {'file' if count == 1 else 'files'} could not be read: {doubt}"
+        + (f" (and {count - 1} more)" if count > 1 else ""),
         reason="certificate_dir_unreadable",
         hint="certificate_dir must exist, hold what Josev installs and no more, and be readable by this user",
     )

@@ -43,10 +43,12 @@ class Chain:
     Attributes:
         certificates: leaf first, as OCPP's ``certificateChain`` should have them.
         position: where the leaf is, for a file that has it elsewhere.
+        path: the file, if it is known.
     """
 
     certificates: tuple[Certificate, ...]
     position: int = 0
+    path: str = dataclasses.field(default="", compare=False)
 
     @property
     def own(self) -> Certificate:
