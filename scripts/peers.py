@@ -6,6 +6,7 @@ started again on the same port and state, which is how a broker or a TPM dies an
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import json
@@ -26,6 +27,14 @@ START_TIMEOUT = 10.0
 
 
 _reserved: collections.deque[contextlib.ExitStack] = collections.deque()
+
+
+@atexit.register
+def _give_up_ports() -> None:
+    for reservation in _reserved:
+        reservation.close()
+
+
 _RESERVATIONS = 64
 
 
