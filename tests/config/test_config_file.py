@@ -236,6 +236,18 @@ def test_what_no_stations_certificate_may_have_is_refused_at_start(file: Path, t
     assert toml.partition(" ")[0] in message or "[csr]" in message or "csr[...]" in message
 
 
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        pytest.param('[pool]\nrsa = "1"\n', "Expected a whole number, got text", id="text"),
+        pytest.param("[pool]\nrsa = [1]\n", "Expected a whole number, got a list", id="list"),
+        pytest.param("[mqtt]\nca_file = 1.5\n", "Expected text, got a number", id="number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_words_for_a_person(file: Path, toml: str, words: str) -> None:
+    assert words in refused(file, toml)
+
+
 # Files that cannot be.
 
 

@@ -240,6 +240,18 @@ async def test_an_odd_certificate_that_is_there_still_keeps_its_key_from_deleted
     assert here.states(key_id_in(csr)) == [KeyState.DESTROYED]
 
 
+async def test_a_file_that_cannot_be_read_is_told_with_its_cause(
+    here: Station, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await here.csr()
+    (directory / "secc.pem").write_bytes(pem(b"\0\0\0"))
+
+    await here.told("installed")
+
+    assert f"1 file could not be read: {directory}/secc.pem, because: " in caplog.text
+    assert "ParseError" not in caplog.text
+
+
 # Names are compared by value.
 
 SAME = {

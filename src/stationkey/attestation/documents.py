@@ -437,7 +437,8 @@ def _json(document: bytes) -> object:
     except RecursionError:
         raise malformed("the document is nested too deep") from None
     except ValueError as error:  # no UTF-8, no JSON, a number of thousands of digits
-        raise malformed(f"the document is no JSON in UTF-8: {_short(str(error))}") from None
+        where = f", line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise malformed(f"the document is not JSON in UTF-8{where}") from None
 
 
 def _once(members: list[tuple[str, object]]) -> dict[str, object]:

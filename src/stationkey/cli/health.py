@@ -48,7 +48,7 @@ def ask(address: Address) -> tuple[bool, str]:
         return response.status == http.client.OK, response.read(MAX_REPORT).decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
         raise StationKeyError(
-            f"nobody answers at {address}: {error}",
+            f"nobody answers at {address}: {getattr(error, 'strerror', None) or 'what answers does not speak HTTP'}",
             reason="health_unreachable",
             hint="is stationkey serve running, with [metrics] listen set to this?",
         ) from None

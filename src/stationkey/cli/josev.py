@@ -128,8 +128,10 @@ def _tls(csms: str, ca_file: Path | None, client_certificate: Path | None) -> ss
         context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
         if client_certificate is not None:
             context.load_cert_chain(client_certificate)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(f"TLS to the CSMS cannot be set up: {error}", reason="tls_invalid") from None
+    except OSError as error:
+        words = "a certificate is not in PEM, or the key is not that of the certificate"
+        why = words if isinstance(error, ssl.SSLError) else error.strerror
+        raise ConfigurationError(f"TLS to the CSMS cannot be set up: {why}", reason="tls_invalid") from None
     return context
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -143,6 +144,17 @@ def _said(words: object) -> str:
     return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
 
 
+_TYPES: Final = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+"""msgspec's names of types, for a person."""
+_TYPE: Final = re.compile(f"`({'|'.join(_TYPES)})`")
+
 _CSR: Final = "csr"
 _FIXED: Final = {
     **dict.fromkeys(
@@ -213,7 +225,7 @@ class _Reading:
             return option.read(value)
         except ValueError as error:  # msgspec.ValidationError included; it has a path inside the value
             words, _, inside = str(error).partition(" - at `$")
-            self._refuse(option.place + inside.removesuffix("`"), words)
+            self._refuse(option.place + inside.removesuffix("`"), _TYPE.sub(lambda name: _TYPES[name[1]], words))
         except ConfigurationError as error:
             self._complain(error, option.place)
         return UNSET

@@ -513,7 +513,7 @@ def _explain(data: object, fields: dict[str, _Field], error: str) -> tuple[str, 
         return error_in_field.reason, error_in_field.message
     top = re.search(r"\$\.(\w+)", error)
     field = top[1] if top else "message"
-    return f"{field}_invalid", f"the field '{field}' is not valid: {_short(error)}"
+    return f"{field}_invalid", f"the field '{field}' is not valid"
 
 
 def _invalid(name: str, value: object, field: _Field) -> MessageError:

@@ -203,7 +203,7 @@ class MqttConnection:
             raise no_handshake(str(self._broker), error) from None
         except (OSError, ValueError) as error:
             self._drop("not connected")  # where it was the time: the thread goes on; see _watch
-            why = str(error) or f"no connection within {CONNECT_TIMEOUT:g} s"
+            why = getattr(error, "strerror", None) or str(error) or f"no connection within {CONNECT_TIMEOUT:g} s"
             hint = "does it speak TLS there?" if self._broker.tls and isinstance(error, ConnectionResetError) else ""
             raise BrokerError(f"no broker at {self._broker}: {why}", reason="broker_unreachable", hint=hint) from None
         except asyncio.CancelledError:

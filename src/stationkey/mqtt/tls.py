@@ -207,10 +207,8 @@ def _context(files: _Files) -> ssl.SSLContext:
     if terms.server_name is not None:
         try:
             context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=terms.server_name)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"{terms.server_name!r} is no server name: {error}", reason="config_invalid"
-            ) from None
+        except ValueError:
+            raise ConfigurationError(f"{terms.server_name!r} is no server name", reason="config_invalid") from None
     if terms.ca_file is None:
         context.load_default_certs()
     else:

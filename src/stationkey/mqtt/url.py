@@ -39,10 +39,8 @@ class Broker:
             parts = urlsplit(url)
             tls = parts.scheme == "mqtts"
             port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
-        except ValueError as error:
-            raise ConfigurationError(
-                f"{_short(url)} is no broker URL: {_short(str(error))}", reason="broker_invalid", hint=hint
-            ) from None
+        except ValueError:
+            raise ConfigurationError(f"{_short(url)} is no broker URL", reason="broker_invalid", hint=hint) from None
         if (
             parts.scheme not in {"mqtt", "mqtts"}
             or not parts.hostname

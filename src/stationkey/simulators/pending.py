@@ -63,7 +63,7 @@ class PendingFile:
             pass
         except (OSError, ValueError) as error:
             raise ConfigurationError(
-                f"{path} cannot be read: {error}",
+                f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}",
                 reason="pending_unreadable",
                 hint="remove it to begin anew; certificates for the CSRs in it are then refused",
             ) from None

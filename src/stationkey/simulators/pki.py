@@ -256,7 +256,7 @@ class Hierarchy:
         """
         try:
             return cls(**{name: _load(directory, name) for name in _AUTHORITIES})
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             words = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigurationError(
                 f"{directory} holds no hierarchy of authorities that can be read: {words}", reason="pki_unreadable"
@@ -349,8 +349,12 @@ def key_to_pem(private_key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _load(directory: Path, name: str) -> Authority:
-    certificate = x509.load_pem_x509_certificate((directory / f"{name}.crt").read_bytes())
-    private_key = serialization.load_pem_private_key((directory / f"{name}.key").read_bytes(), password=None)
+    content, key = ((directory / f"{name}.{kind}").read_bytes() for kind in ("crt", "key"))
+    try:
+        certificate = x509.load_pem_x509_certificate(content)
+        private_key = serialization.load_pem_private_key(key, password=None)
+    except (ValueError, TypeError):
+        raise ValueError(f"key or certificate of {name} is damaged") from None
     if not isinstance(private_key, ec.EllipticCurvePrivateKey) or private_key.public_key() != certificate.public_key():
         raise ValueError(f"key and certificate of {name} do not belong together")
     return Authority(certificate, private_key)

@@ -330,9 +330,9 @@ def as_owner(owner: os.stat_result) -> Iterator[None]:
         os.setgroups([owner.st_gid])
         os.setegid(owner.st_gid)
         os.seteuid(owner.st_uid)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError):
         raise ConfigurationError(
-            f"root cannot become uid {owner.st_uid}, whom the state directory belongs to: {error}",
+            f"root cannot become uid {owner.st_uid}, whom the state directory belongs to",
             reason="state_dir_foreign",
             hint="run this as that user",
         ) from None

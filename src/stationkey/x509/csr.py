@@ -259,8 +259,8 @@ def inspect_csr(pem: str | bytes) -> CsrSummary:
         kind = key_type(csr.public_key())
         valid = csr.is_signature_valid
         names = ", ".join(f"{attribute.rfc4514_attribute_name}={attribute.value!s}" for attribute in csr.subject)
-    except _UNREADABLE as error:
-        raise StationKeyError(f"not a PKCS#10 request: {error}", reason="csr_unreadable") from None
+    except _UNREADABLE:
+        raise StationKeyError("not a PKCS#10 request in PEM that can be read", reason="csr_unreadable") from None
     oid = csr.signature_algorithm_oid.dotted_string
     return CsrSummary(names, str(kind), _SIGNATURE_NAMES.get(oid, oid), extensions, valid)
 

@@ -60,8 +60,8 @@ def check_csr(pem: str, *, certificate_type: CertificateType, organization: str)
     except x509.UnsupportedGeneralNameType:
         words = "a name in it is of a kind that no certificate here may have (x400Address, ediPartyName)"
         raise refused("csr_unreadable", words) from None
-    except (ValueError, TypeError, IndexError, CryptographyUnsupported, x509.DuplicateExtension) as error:
-        raise refused("csr_unreadable", f"not a PKCS#10 request in PEM that can be read: {error}") from None
+    except (ValueError, TypeError, IndexError, CryptographyUnsupported, x509.DuplicateExtension):
+        raise refused("csr_unreadable", "not a PKCS#10 request in PEM that can be read") from None
     _check_strength(csr, public_key)
     if not csr.is_signature_valid:
         raise refused("csr_signature", "the CSR's signature does not verify: possession of the key is not proven")
