@@ -150,6 +150,10 @@ class TestClockAndMachine:
         ("seen", "level"),
         [
             (software.OpenSsl(version="3.0.2", modules="/m", complaint=""), OK),
+            (software.OpenSsl(version="3.0.2", modules="/m", complaint="", provider="1.1.1"), OK),
+            (software.OpenSsl(version="3.0.2", modules="/m", complaint="", provider="1.1.1", serves=True), WARNING),
+            (software.OpenSsl(version="3.0.2", modules="/m", complaint="", provider="1.3.0", serves=True), OK),
+            (software.OpenSsl(version="3.0.2", modules="/m", complaint="", serves=True), OK),
             (software.OpenSsl(version="3.0.2", modules="/m", complaint="no symbol"), WARNING),
             (software.OpenSsl(version="3.0.2", modules="/m"), WARNING),
             (software.OpenSsl(version="1.1.1"), WARNING),

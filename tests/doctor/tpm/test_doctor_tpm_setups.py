@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -170,3 +171,17 @@ class TestTpm:
     def test_software_keys_are_a_warning_where_they_are_allowed(self, tmp_path: Path) -> None:
         assert look(tmp_path).level("tpm.keystore") is Level.FAILURE
         assert look(tmp_path, allow_software_keys=True).level("tpm.keystore") is Level.WARNING
+
+
+def test_the_version_of_tpm2_openssl_matters_where_a_tls_server_has_an_active_key(tmp_path: Path) -> None:
+    asked = ["dpkg-query", "--show", "--showformat", "${source:Upstream-Version}", "tpm2-openssl"]
+    version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    found = look(tmp_path, keystore="tpm2:device:/dev/null/none")
+    assert found.level("software.openssl") is Level.OK
+    assert version in found.text("software.openssl")
+    (tmp_path / "state" / "active").mkdir(parents=True)
+    (tmp_path / "state" / "active" / "v2g_certificate.pem").touch()
+    found = look(tmp_path, keystore="tpm2:device:/dev/null/none")
+    old = tuple(map(int, version.split("."))) < (1, 3)
+    assert found.level("software.openssl") is (Level.WARNING if old else Level.OK)
+    assert version in found.text("software.openssl")

@@ -6,10 +6,12 @@ import ctypes
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.report import Verdict, failure, not_checked, ok, warning
 from stationkey.doctor.runner import ask
@@ -19,6 +21,10 @@ _LOADING: Final = 4.0
 """Seconds. On a slow board, the libraries under a TPM stack take their time."""
 _OLD_TSS: Final = (3, 0)
 _PROVIDER: Final = "tpm2.so"
+_PROVIDER_VERSION: Final = re.compile(rb"\0(\d+\.\d+\.\d+)\0")
+"""In the file. The provider tells its version only once it has opened the TPM, which a doctor does not have it do."""
+_CONCURRENT: Final = (1, 3, 0)
+"""The first tpm2-openssl that several threads and workers can use at once."""
 
 
 def look_at_tss(context: Context) -> tuple[tuple[int, ...] | None, tuple[str, bool] | None] | Verdict:
@@ -70,25 +76,38 @@ class OpenSsl:
         version: of the command; empty if there is none.
         modules: where its providers are; empty if that is not known.
         complaint: why the tpm2 provider cannot be loaded, empty if it can; None if it is not there.
+        provider: its version; empty if that is not known.
+        serves: whether there is an active key for a TLS server.
     """
 
     version: str = ""
     modules: str = ""
     complaint: str | None = None
+    provider: str = ""
+    serves: bool = False
 
 
-def look_at_openssl(_: Context) -> tuple[OpenSsl]:
+def look_at_openssl(context: Context) -> tuple[OpenSsl]:
     """Ask for the version, and load the provider in a process of its own. The TPM is not asked for that."""
     said = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE).out
     version = said.splitlines()[0].split()[1] if said.startswith("OpenSSL ") else ""
     found = re.search(r'MODULESDIR: "([^"]*)"', said)
     modules = os.environ.get("OPENSSL_MODULES") or (found[1] if found else "")
-    path, complaint = Path(modules, _PROVIDER), None
+    path, complaint, provider = Path(modules, _PROVIDER), None, None
     if modules and path.is_file():
         program = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW).OSSL_provider_init"
         answer = ask([sys.executable, "-I", "-c", program, str(path)], seconds=_PATIENCE)
         complaint = "" if answer.status == 0 else [*answer.error.strip().splitlines(), "no reason given"][-1]
-    return (OpenSsl(version=version, modules=modules, complaint=complaint),)
+        with suppress(OSError):
+            provider = _PROVIDER_VERSION.search(path.read_bytes())
+    seen = OpenSsl(
+        version=version,
+        modules=modules,
+        complaint=complaint,
+        provider=provider[1].decode() if provider else "",
+        serves=any(Path(context.settings.state_dir, DIRECTORY_NAME).glob("v2g*.pem")),
+    )
+    return (seen,)
 
 
 def judge_openssl(seen: OpenSsl) -> Verdict:
@@ -105,6 +124,12 @@ def judge_openssl(seen: OpenSsl) -> Verdict:
         )
     elif seen.complaint:
         told, advice = f"the tpm2 provider cannot be loaded: {seen.complaint}", "reinstall tpm2-openssl"
+    elif seen.serves and seen.provider and _numbers(seen.provider) < _CONCURRENT:
+        told = (
+            f"tpm2-openssl {seen.provider} fails where a TLS server uses the key in several threads or workers at once"
+        )
+        advice = "give the server one thread and one worker (docs/tls.md), or install 1.3.0 or newer"
     else:
-        return ok(f"{what} has the tpm2 provider, and it can be loaded")
+        provider = f"tpm2 provider {seen.provider}".rstrip()
+        return ok(f"{what} has the {provider}, and it can be loaded")
     return warning(told, f"{advice}; only services that use an active key need it, not the daemon")
