@@ -115,3 +115,9 @@ def opened(swtpm: Swtpm, tmp_path: Path) -> Iterator[Openers]:
 
     with closing(Openers(swtpm, tmp_path)) as openers:
         yield openers
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulator taken for a TPM that one program at a time can open, as ``/dev/tpm0`` is."""
+    monkeypatch.setattr("stationkey.keystore.tpm2.device.serves_one_program", lambda _: True)

@@ -226,7 +226,8 @@ def test_a_tpm_that_says_later_from_the_start_on_is_used_once_it_does_not(tmp_pa
         options = scene.options()
         options[options.index(scene.keystore)] = f"tpm2:{wire.tcti}"
         scene.daemon = Daemon(tmp_path / "other", *options)
-        scene.daemon.start()
+        scene.daemon.launch()
+        until(lambda: '"ready"' in scene.daemon.run_log, "it serves")
         [told] = scene.daemon.events(level="error")
         assert told["reason"] == "tpm_busy"
         assert scene.asker.ask().data.status == "rejected"

@@ -18,7 +18,7 @@ from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.x509.certificate import prove
 
-STATE_FILES: Final = frozenset({"lock", "ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "active"})
+STATE_FILES: Final = frozenset({"lock", "ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "active", "tpm"})
 """All that a state directory may hold."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -35,7 +36,7 @@ from protection import reason_of, sign, tool
 from stationkey.contract.profiles import RSA_2048, Algorithm
 from stationkey.errors import KeyStoreError, UnsupportedAlgorithm
 from stationkey.keystore import KeyRef
-from stationkey.keystore.tpm2 import capabilities, signing
+from stationkey.keystore.tpm2 import capabilities, device, signing
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from stationkey.keystore.worker import KeyStoreThread
 
@@ -450,15 +451,16 @@ def clear(store: Tpm2KeyStore) -> None:
     store._esapi.clear(ESYS_TR.RH_LOCKOUT)  # noqa: SLF001 - see above
 
 
-def test_a_store_that_was_abandoned_does_not_disturb_the_one_that_took_over(swtpm: Swtpm, store: Tpm2KeyStore) -> None:
+def test_a_store_that_was_abandoned_does_not_disturb_the_one_that_took_over(swtpm: Swtpm, tmp_path: Path) -> None:
     """The TPM gives the same handles to both: to unload its own key would be to unload the other's."""
-    unsigned = store_of(swtpm)
+    opening = partial(Tpm2KeyStore, swtpm.tcti, state_dir=tmp_path)
+    store, unsigned = opening(), opening()
     unsigned.generate(P256)
-    with closing(store_of(swtpm)) as successor, ExitStack() as late:
-        late.callback(unsigned.close)
+    unsigned.abandon()
+    unsigned.close()
+    with closing(opening()) as successor, ExitStack() as late:
         late.enter_context(store.signer(store.generate(P256)))
         store.abandon()
-        unsigned.abandon()
         key = successor.generate(P256)
         with successor.signer(key) as private:
             assert isinstance(private, ec.EllipticCurvePrivateKey)
@@ -467,6 +469,8 @@ def test_a_store_that_was_abandoned_does_not_disturb_the_one_that_took_over(swtp
             store.close()
             private.sign(b"data", ec.ECDSA(hashes.SHA256()))
         assert works(successor)
+    with closing(opening()) as last:
+        assert works(last), "what the abandoned ones have left is cleared away"
     assert loaded_objects(swtpm) == []
 
 
@@ -495,6 +499,7 @@ def test_a_store_abandoned_in_mid_command_mends_nothing(
 # Slots: a TPM holds three objects or so.
 
 
+@pytest.mark.usefixtures("alone")
 def test_objects_that_a_dead_program_left_in_the_tpm_do_not_keep_the_store_from_working(
     swtpm: Swtpm, store: Tpm2KeyStore
 ) -> None:
@@ -510,6 +515,7 @@ def test_objects_that_a_dead_program_left_in_the_tpm_do_not_keep_the_store_from_
     assert loaded_objects(swtpm) == []
 
 
+@pytest.mark.usefixtures("alone")
 def test_slots_that_are_full_in_mid_life_are_emptied(
     swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,17 +544,22 @@ def test_slots_that_are_full_in_mid_life_are_emptied(
 
 def test_slots_that_stay_full_are_told(store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they may be behind a resource manager, where they are others' to empty."""
+    store.within(0.1)
     with monkeypatch.context() as patch:
         patch.setattr(ESAPI, "create_loaded", refuse_with(0x902))
         assert reason_of(lambda: store.generate(P256)) == "tpm_full"
     assert works(store)
 
 
-def test_behind_a_resource_manager_nothing_of_others_is_unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_behind_a_resource_manager_nothing_of_others_is_unloaded(swtpm: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps the clients apart, and what looks like a stray may be in use."""
-    store = Tpm2KeyStore("device:/dev/tpmrm0")
-    monkeypatch.setattr(store, "_esapi", object())  # whatever is asked of it fails the test
-    assert not store._mend(TSS2_Exception(0x902))  # noqa: SLF001 - there is no resource manager to be had here
+    with connected(swtpm) as esapi:
+        esapi.create_primary(TPM2B_SENSITIVE_CREATE(), "ecc")
+    others = loaded_objects(swtpm)
+    monkeypatch.setattr(device, "is_shared", lambda _: True)
+    with closing(store_of(swtpm)) as store:
+        assert works(store)
+    assert loaded_objects(swtpm) == others
 
 
 def sign_by_an_unknown_hash(store: Tpm2KeyStore) -> None:

@@ -17,7 +17,7 @@ from peers import Swtpm
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 
-from protection import P256, SECRET, Opener, leftovers, refusal, sign, tool
+from protection import P256, SECRET, Opener, Openers, leftovers, refusal, sign, tool
 from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from wire import Meddler, Noise, Wire, flipped, untouched
@@ -83,10 +83,12 @@ def test_behind_a_resource_manager_a_session_lasts_no_longer_than_a_job(
 kinds = pytest.mark.parametrize("kind", [TPM2_SE.HMAC, TPM2_SE.POLICY], ids=["hmac", "policy"])
 
 
+@pytest.mark.usefixtures("alone")
 @kinds
 def test_sessions_that_a_dead_program_left_do_not_keep_the_store_from_working(
     swtpm: Swtpm, opened: Opener, kind: Any
 ) -> None:
+    """On a TPM that one program at a time can open."""
     fill_sessions(swtpm, kind)
     assert len(leftovers(swtpm)) == 3
     store = opened(session="encrypted", pcrs=(0,))
@@ -95,17 +97,20 @@ def test_sessions_that_a_dead_program_left_do_not_keep_the_store_from_working(
     assert leftovers(swtpm) == []
 
 
-def test_sessions_that_a_program_saved_and_forgot_are_ended(swtpm: Swtpm, opened: Opener) -> None:
-    """As tpm2_startauthsession leaves them."""
+@pytest.mark.usefixtures("alone")
+def test_sessions_that_were_saved_are_left_alone(swtpm: Swtpm, opened: Opener) -> None:
+    """As tpm2_startauthsession leaves them, and as the kernel's resource manager keeps those of its clients."""
     for name in ("one", "two"):
         tool(swtpm, "tpm2_startauthsession", "--policy-session", "-S", name)
-    assert len(leftovers(swtpm)) == 2
+    saved = leftovers(swtpm)
+    assert len(saved) == 2
     store = opened(session="hmac")
     sign(store)
     store.close()
-    assert leftovers(swtpm) == []
+    assert leftovers(swtpm) == saved
 
 
+@pytest.mark.usefixtures("alone")
 @kinds
 def test_a_session_table_that_is_full_in_mid_life_is_emptied(swtpm: Swtpm, opened: Opener, kind: Any) -> None:
     store = opened(session="hmac", pcrs=(0,))
@@ -134,6 +139,7 @@ def fill_sessions(tpm: Swtpm, kind: Any) -> None:
 def test_a_session_table_that_stays_full_is_told(opened: Opener, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """As it may be behind a resource manager, where sessions are others' to end."""
     store = opened(session="hmac")
+    store.within(0.1)
 
     def refuse(*_: object, **__: object) -> None:
         raise TSS2_Exception(code)
@@ -163,7 +169,7 @@ def test_a_refused_signature_leaves_nothing_in_the_tpm(
     assert leftovers(swtpm) == []
 
 
-def test_an_abandoned_store_ends_no_session_of_the_one_that_took_over(swtpm: Swtpm, opened: Opener) -> None:
+def test_an_abandoned_store_ends_no_session_of_the_one_that_took_over(swtpm: Swtpm, opened: Openers) -> None:
     """The TPM gives the same handles to both."""
     store = opened(session="hmac")
     sign(store)
@@ -172,6 +178,8 @@ def test_an_abandoned_store_ends_no_session_of_the_one_that_took_over(swtpm: Swt
         key = sign(successor)
         store.close()
         sign(successor, key)
+    sign(opened(session="hmac"))  # clears away what the abandoned one has left
+    opened.close()
     assert leftovers(swtpm) == []
 
 
@@ -283,6 +291,7 @@ def test_a_public_part_that_is_told_otherwise_the_second_time_is_noticed(swtpm: 
 # Somebody on the bus.
 
 
+@pytest.mark.usefixtures("alone")
 def test_on_the_default_path_a_key_and_its_signature_take_two_commands(swtpm: Swtpm, opened: Opener) -> None:
     """And one to unload it. What is not asked for costs nothing."""
     with Wire(swtpm) as wire:
@@ -392,7 +401,7 @@ def test_a_session_whose_beginning_was_altered_is_not_kept(
 
 
 @pytest.mark.parametrize("session", ["hmac", "encrypted"])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_whatever_bit_is_flipped_nothing_wrong_is_signed_and_the_next_request_succeeds(
     swtpm: Swtpm, opened: Opener, session: str, seed: int
 ) -> None:

@@ -182,8 +182,9 @@ def judge_slots(seen: Seen) -> Verdict:
     if strays:
         full = "the slots are full: " if available < _WANTED or refused else ""
         return warning(
-            f"{full}{strays} objects of programs that are gone are loaded in the TPM, {available} slots are free",
-            "the daemon unloads them when it opens the TPM; until then: tpm2_flushcontext -t, or a resource manager",
+            f"{full}{strays} objects of other programs are loaded in the TPM, {available} slots are free",
+            "the daemon unloads only what is certainly its own; programs that run beside it need a resource manager; "
+            "what is left of those that are gone: tpm2_flushcontext -t",
         )
     if available < _WANTED:
         return failure(

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from tpm2_pytss import ESAPI
 from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_PT, TPM2_PT_FIRMWARE, TPM2_PT_VENDOR
-
-from stationkey.keystore.tpm2.context import Context
 
 _PAGE: Final = 64  # entries asked for at a time; the TPM may give fewer
 
 
 def _pages(
-    esapi: Context,
+    esapi: ESAPI,
     capability: Any,
     member: str,
     number: Callable[[Any], int],
@@ -31,42 +30,42 @@ def _pages(
         first = number(entries[-1]) + 1
 
 
-def handles(esapi: Context, first: int, last: int) -> list[int]:
+def handles(esapi: ESAPI, first: int, last: int) -> list[int]:
     """Those in use from `first` to `last`."""
     found = (int(handle) for handle in _pages(esapi, TPM2_CAP.HANDLES, "handles", int, first))
     return [handle for handle in found if handle <= last]
 
 
-def persistent(esapi: Context, handle: int) -> bool:
+def persistent(esapi: ESAPI, handle: int) -> bool:
     """Whether there is an object at a persistent handle."""
     return handle in handles(esapi, handle, handle)
 
 
-def sessions(esapi: Context) -> list[int]:
-    """Every session, loaded or saved.
+def sessions(esapi: ESAPI, *, saved: bool = True) -> list[int]:
+    """Every session that is loaded and, with `saved`, those that were saved.
 
     The first byte of a handle says that it is one of HMAC (0x02) or of a policy (0x03). That of the question says
     loaded (0x02) or saved (0x03) instead, so an answer may begin otherwise than its question [TPM 2.0 part 2, 7.2].
     """
     found: list[int] = []
-    for first in (0x02000000, 0x03000000):
+    for first in (0x02000000, 0x03000000) if saved else (0x02000000,):
         _, page = esapi.get_capability(TPM2_CAP.HANDLES, first, _PAGE)  # a TPM has 64 at the most
         found += [int(handle) for handle in page.data.handles if int(handle) >> 24 in {0x02, 0x03}]
     return list(dict.fromkeys(found))
 
 
-def algorithms(esapi: Context, session: Any = ESYS_TR.NONE) -> set[int]:
+def algorithms(esapi: ESAPI, session: Any = ESYS_TR.NONE) -> set[int]:
     """As TPM_ALG_IDs. The session authenticates the answer."""
     pages = _pages(esapi, TPM2_CAP.ALGS, "algorithms", lambda entry: int(entry.alg), 0, session)
     return {int(entry.alg) for entry in pages}
 
 
-def curves(esapi: Context, session: Any = ESYS_TR.NONE) -> set[int]:
+def curves(esapi: ESAPI, session: Any = ESYS_TR.NONE) -> set[int]:
     """As TPM_ECC_CURVEs. The session authenticates the answer."""
     return {int(curve) for curve in _pages(esapi, TPM2_CAP.ECC_CURVES, "eccCurves", int, 0, session)}
 
 
-def description(esapi: Context) -> str:
+def description(esapi: ESAPI) -> str:
     """Vendor and firmware version, as the fixed properties tell them [TPM 2.0 part 2, 6.13]."""
     first = int(TPM2_PT.FIXED)
     entries = _pages(esapi, TPM2_CAP.TPM_PROPERTIES, "tpmProperties", lambda entry: int(entry.property), first)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from tpm2_pytss import ESAPI, TSS2_Exception
 
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.slots import LOADING, Slots
 from stationkey.system.backoff import Backoff
 
 _FIRST: Final = 0.01
@@ -26,28 +28,72 @@ class Context:
 
     Args:
         tcti: name and configuration of a TCTI.
-        passing: the return codes after which a command is tried again.
         wait: waits for some seconds; False if there is no time for that.
     """
 
-    def __init__(self, tcti: str, passing: frozenset[int], wait: Callable[[float], bool]) -> None:
+    def __init__(self, tcti: str, wait: Callable[[float], bool]) -> None:
         self._esapi = ESAPI(tcti)
-        self._passing = passing
         self._wait = wait
+        self._slots: Slots | None = None
+
+    def keep_slots(self, directory: Path | None, *, alone: bool) -> None:
+        """Unload what the dead have left, and keep account of what is loaded from now on: see `Slots`."""
+        self._slots = Slots(self, directory, alone=alone)
+
+    def close(self) -> None:
+        """Close the context. What is loaded stays loaded."""
+        if self._slots is not None:
+            self._slots.close()
+        self._esapi.close()
 
     def __getattr__(self, name: str) -> Any:
-        return partial(self._submit, getattr(self._esapi, name))
+        return partial(self._submit, name, getattr(self._esapi, name))
 
-    def _submit(self, command: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def _submit(self, name: str, command: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Run a command.
 
         Raises:
             TSS2_Exception: the TPM refused, or said "later" until there was no time left.
         """
+        slots = self._slots
+        if slots is not None and name == "flush_context":
+            handle = self._esapi.tr_get_tpm_handle(arguments[0])
+            self._try(slots, command, *arguments)
+            slots.unloaded(handle)
+            return None
+        if slots is None or name not in LOADING:
+            return self._try(slots, command, *arguments, **named)
+
+        def load() -> Any:
+            slots.before(name, arguments)
+            return command(*arguments, **named)
+
+        try:
+            result = self._try(slots, load)
+        except TSS2_Exception as error:
+            if not rc.is_lost(error):  # else it may be loaded all the same
+                slots.failed()
+            raise
+        match name:
+            case "create_loaded":
+                slots.loaded(self._esapi.tr_get_tpm_handle(result[0]), result[2])
+            case "create_primary":
+                slots.loaded(self._esapi.tr_get_tpm_handle(result[0]), result[1])
+            case "load":
+                slots.loaded(self._esapi.tr_get_tpm_handle(result), arguments[2])
+            case _:
+                slots.loaded(self._esapi.tr_get_tpm_handle(result))
+        return result
+
+    def _try(self, slots: Slots | None, command: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         backoff = Backoff(_FIRST, _LIMIT)
         while True:
             try:
                 return command(*arguments, **named)
             except TSS2_Exception as error:
-                if rc.code(error) not in self._passing or not self._wait(backoff.next()):
+                code = rc.code(error)
+                if code in rc.FULL and slots is not None:
+                    slots.relieve()
+                    slots = None
+                elif code not in rc.PASSING or not self._wait(backoff.next()):
                     raise

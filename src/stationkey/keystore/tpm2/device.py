@@ -6,9 +6,8 @@ What a TPM does when it is lost, cleared or full, by its return codes, and what 
   the context is closed and a new one opened, and the command in hand is tried once more on it.
 - ``0x100`` (TPM_RC_INITIALIZE): the TPM was reset and waits for TPM2_Startup, which is sent.
 - ``0x910`` (TPM_RC_REFERENCE_H0): it was reset and started up again, and what was loaded is gone: it is loaded anew.
-- ``0x902`` (TPM_RC_OBJECT_MEMORY): objects of a dead client fill the slots. On a bare TPM they are flushed; through
-  a resource manager they are somebody else's, and it keeps each client's apart.
-- ``0x903`` and ``0x905`` (TPM_RC_SESSION_MEMORY, TPM_RC_SESSION_HANDLES): the same of sessions.
+- ``0x902``, ``0x903`` and ``0x905`` (TPM_RC_OBJECT_MEMORY, TPM_RC_SESSION_MEMORY, TPM_RC_SESSION_HANDLES): the slots
+  are full. What is certainly of the dead is flushed (`stationkey.keystore.tpm2.slots`); for the rest it is waited.
 - ``0x918`` (TPM_RC_REFERENCE_S0): as ``0x910``, of a session.
 - ``0x128`` (TPM_RC_PCR_CHANGED): a register changed while a policy was being shown: it is shown again.
 - A handle error on the SRK: the TPM was cleared under us; a new context finds or makes the SRK anew.
@@ -45,6 +44,7 @@ from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.pcr import Registers
 from stationkey.keystore.tpm2.sealed import Kept
 from stationkey.keystore.tpm2.sessions import Sessions, before_the_srk
+from stationkey.keystore.tpm2.slots import serves_one_program
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ _FOR_TRIES: Final = 0.9
 """The share of a call's time that tries may take. The rest is for the error to reach the caller before he gives up."""
 
 _RESOURCE_MANAGERS: Final = ("device:/dev/tpmrm", "tabrmd")
-_TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
 _PERSISTENT: Final = range(0x81000000, 0x82000000)
 
 
@@ -174,9 +173,6 @@ class Device:
     def _mend(self, error: TSS2_Exception) -> bool:
         """Put the device in order after `error`; True where the command is worth another try."""
         code = rc.code(error)
-        if code in {rc.OBJECT_MEMORY, *rc.SESSIONS_FULL} and self._esapi is not None and not self._resource_manager:
-            self._flush_strays(self._esapi, sessions=code in rc.SESSIONS_FULL)
-            return True
         if code == rc.PCR_CHANGED:
             return True
         if code == rc.RESPONSE_ALTERED:
@@ -223,9 +219,7 @@ class Device:
 
     def _open(self) -> None:
         self._refuse_file()
-        # What fills a bare TPM can be unloaded, which `_mend` does first.
-        passing = rc.PASSING if self._resource_manager else rc.BUSY
-        esapi = self._esapi = Context(self._tcti, passing, self._wait)
+        esapi = self._esapi = Context(self._tcti, self._wait)
         try:
             self._srk = self._prepare(esapi)
             self._sessions = Sessions(esapi, self._terms.session, self._srk)
@@ -266,7 +260,8 @@ class Device:
             esapi.startup(TPM2_SU.CLEAR)
             present = capabilities.persistent(esapi, handle)
         if not self._resource_manager:
-            self._flush_strays(esapi, sessions=self._terms.session != "none" or self._registers is not None)
+            directory = None if self._kept is None else self._kept.directory()
+            esapi.keep_slots(directory, alone=serves_one_program(self._tcti))
         auth = self._auth_of_parent(handle)
         srk, public = self._find_srk(esapi) if present else self._make_srk(esapi, auth)
         if self._terms.session != "none":
@@ -339,18 +334,6 @@ class Device:
                 hint=f"if you know why, remove {self._kept.srk_file(handle)}, and start again",
                 scope=Scope.STORE,
             )
-
-    def _flush_strays(self, esapi: Context, *, sessions: bool) -> None:
-        """Unload every transient object of a bare TPM: they are of clients that died, for this is its only user now."""
-        self._emptied()
-        strays = capabilities.handles(esapi, *_TRANSIENT)
-        if sessions:
-            strays += capabilities.sessions(esapi)
-            if self._sessions is not None:
-                self._sessions.forget()
-        for handle in strays:
-            self._refuse_if_abandoned()
-            esapi.flush_context(esapi.tr_from_tpmpublic(handle))
 
     # Storage keys, and how they are authorised.
 

@@ -38,6 +38,14 @@ class Kept:
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / DIRECTORY_NAME
 
+    def directory(self) -> Path | None:
+        """Return the directory, made where it is not there yet; None where it cannot be made."""
+        try:
+            self._make_directory()
+        except OSError:
+            return None
+        return self.path
+
     def srk_file(self, handle: int) -> Path:
         """Where the name of the storage root key at a handle is."""
         return self.path / f"srk-{handle:08x}.name"
@@ -99,16 +107,19 @@ class Kept:
 
     def _make(self, path: Path, content: bytes) -> None:
         try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                durable.give(descriptor, self.path.parent)
-            finally:
-                os.close(descriptor)
-            durable.sync_directory(self.path.parent)
+            self._make_directory()
             durable.make(path, content)
         except OSError as error:
             raise _unusable(path, error, Scope.STORE) from None
+
+    def _make_directory(self) -> None:
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            durable.give(descriptor, self.path.parent)
+        finally:
+            os.close(descriptor)
+        durable.sync_directory(self.path.parent)
 
     def _drop_oldest(self) -> None:
         try:
