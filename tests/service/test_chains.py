@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from parts import Authority, Station, key_id_in, station
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.system.pem import to_pem
-from stationkey.x509.certificate import MAX_CHAIN
+from stationkey.x509.certificate import MAX_CHAIN, read_chain, untrusted
 from stationkey.x509.lenient import link
 from stationkey.x509.path import MAX_TRIES
 
@@ -250,6 +250,32 @@ async def test_a_file_that_cannot_be_read_is_told_with_its_cause(
 
     assert f"1 file could not be read: {directory}/secc.pem, because: " in caplog.text
     assert "ParseError" not in caplog.text
+
+
+TRUST = {
+    "sound": ({}, True),
+    "no CA": ({"extensions": b""}, False),
+    "an unknown critical extension": ({"extensions": UNKNOWN_CRITICAL}, False),
+    "expired": ({"validity": der(0x30, der(0x17, b"200101000000Z"), der(0x17, b"210101000000Z"))}, False),
+    "another key": ({"spki": public(Made().key)}, False),
+}
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize(("parts", "sound"), TRUST.values(), ids=TRUST)
+def test_a_chain_with_an_odd_name_is_trusted_if_it_leads_to_an_anchor(
+    parts: dict[str, bytes], sound: bool, anchored: bool
+) -> None:
+    """By its links, since cryptography's verifier does not read such a name."""
+    root, sub = Made(named(b"V2G_Root")), Made(named(b"CPO_Sub_CA_2"))
+    leaf = sub.sign(named(b"leaf", 0x0C), public(Made().key), b"")
+    chain = read_chain(pem(leaf, sub.below(root, **parts)))
+    assert chain is not None
+    other = Made(named(b"V2G_Root"))
+
+    why = untrusted(chain, pem(root.below(root) if anchored else other.below(other)))
+
+    assert (why == "") is (sound and anchored)
 
 
 # Names are compared by value.

@@ -19,12 +19,12 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
 from stationkey.contract.profiles import CertificateProfile
 from stationkey.errors import KeyStoreError, StationKeyError
-from stationkey.system.pem import to_pem
+from stationkey.system.pem import blocks, from_pem, to_pem
 from stationkey.x509.csr import HASHES, PURPOSES, USAGE_FIELDS, PrivateKey, key_type, usages_for
 from stationkey.x509.lenient import MALFORMED, Certificate, Link, link, name_text, read_certificate
 
@@ -327,9 +327,8 @@ def untrusted(chain: Chain, anchors: bytes) -> str:
 
     Names and purposes are the profile's to check (`differences`): a SECC's certificate names no host.
     """
-    unread = [number for number, each in enumerate(chain.certificates, 1) if each.odd or each.loaded is None]
-    if unread:
-        return f"certificate {unread[0]} is not to RFC 5280, and nothing that it says can be relied on"
+    if any(each.odd or each.loaded is None for each in chain.certificates):
+        return _untrusted_by_links(chain, [read_certificate(from_pem(each)) for each in blocks(anchors, "CERTIFICATE")])
     ca = ExtensionPolicy.permit_all().require_present(x509.BasicConstraints, Criticality.AGNOSTIC, _is_ca)
     verifier = (
         PolicyBuilder()
@@ -347,6 +346,39 @@ def untrusted(chain: Chain, anchors: bytes) -> str:
                 return f"certificate {number} is expired, or not valid yet"
         return "no path of CA certificates leads from it to one of them"
     return ""
+
+
+def _untrusted_by_links(chain: Chain, anchors: list[Certificate]) -> str:
+    """The same for a chain in which cryptography's verifier cannot read every name; no name constraints are known."""
+    path = chain.certificates
+    if order := _order_differences(chain):
+        return order[0]
+    if not any(path[-1].der == anchor.der or link(path[-1], anchor) is Link.PROVED for anchor in anchors):
+        return "no path of CA certificates leads from it to one of them"
+    return next(filter(None, (_unfit(number, certificate) for number, certificate in enumerate(path, 1))), "")
+
+
+def _unfit(number: int, certificate: Certificate) -> str:
+    """Why a certificate cannot be at its place in a chain, counted from the leaf; empty where it can."""
+    loaded = certificate.loaded
+    if loaded is None or not loaded.not_valid_before_utc <= datetime.now(UTC) <= loaded.not_valid_after_utc:
+        return f"certificate {number} is expired, or not valid yet"
+    constraints = certificate.extension(x509.BasicConstraints)
+    below = number - 2  # CAs between it and the leaf
+    if below >= 0 and (
+        constraints is None
+        or not constraints.ca
+        or (constraints.path_length is not None and constraints.path_length < below)
+    ):
+        return f"certificate {number} is not that of a CA, or not for so long a chain"
+    try:
+        critical = {extension.oid for extension in loaded.extensions if extension.critical}
+    except UNREADABLE:
+        return f"the extensions of certificate {number} cannot be read"
+    return f"certificate {number} has a critical extension that is not known here" if critical - _JUDGED else ""
+
+
+_JUDGED: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE, ExtensionOID.EXTENDED_KEY_USAGE})
 
 
 def _is_ca(_policy: object, _certificate: object, constraints: x509.BasicConstraints | None) -> None:
