@@ -132,7 +132,8 @@ class Later:
     def __init__(self, wire: Wire, code: int, *, times: int | None, of: int | None = None) -> None:
         self._answer = bytes.fromhex("8001 0000000a") + code.to_bytes(4, "big")
         self._times, self._of = times, of
-        self._current, self._count, self._refusing = 0, 0, False
+        self._counts: dict[int, int] = {}
+        self._refusing = False
         self.refused: set[int] = set()
         self.refusals = 0
         self.began = threading.Event()
@@ -140,10 +141,9 @@ class Later:
 
     def _command(self, message: bytes) -> bytes:
         code = int.from_bytes(message[6:10], "big")
-        if code != self._current:
-            self._current, self._count = code, 0
-        self._refusing = self._of in {None, code} and (self._times is None or self._count < self._times)
-        self._count = self._count + 1 if self._refusing else 0
+        count = self._counts.get(code, 0)
+        self._refusing = self._of in {None, code} and (self._times is None or count < self._times)
+        self._counts[code] = count + 1 if self._refusing else 0
         if not self._refusing:
             return message
         self.refused.add(code)
