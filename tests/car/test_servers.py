@@ -27,6 +27,7 @@ from peers import free_port
 from reasons import command
 
 from stationkey.contract.profiles import Algorithm, CertificateType
+from stationkey.openssl import together
 from stationkey.openssl.servers import PLAIN_PORT, PORT, SERVERS
 
 V2G = CertificateType.V2G_CERTIFICATE
@@ -87,7 +88,8 @@ PROGRAMS = {
 }
 
 ASKED = ["dpkg-query", "--show", "--showformat", "${source:Upstream-Version}", "tpm2-openssl"]
-CONCURRENT = tuple(map(int, subprocess.check_output(ASKED, text=True).split("."))) >= (1, 3)
+PROVIDER = subprocess.check_output(ASKED, text=True)
+CONCURRENT = tuple(map(int, PROVIDER.split("."))) >= (1, 3)
 """Whether tpm2-openssl serves several threads at a time."""
 SERVED = [server for server in SERVERS if CONCURRENT or server != "stunnel"]
 """stunnel aborts with tpm2-openssl 1.1.1; haproxy-tcp serves in its place."""
@@ -256,3 +258,42 @@ def test_a_server_as_printed_serves_node_six_at_a_time(
         arguments = map(str, (port, root, version, HANDSHAKES, AT_A_TIME))
         done = subprocess.run([NODE, "-e", NODE_CARS, *arguments], stdout=subprocess.PIPE, check=True, timeout=BOUND)
         assert json.loads(done.stdout) == {"ok": HANDSHAKES}
+
+
+def check(station: ChargingStation) -> tuple[list[str], str]:
+    """``tls-config --check``: its lines for one handshake at a time, and that for several."""
+    options = ("--keystore", station.keystore, "--state-dir", str(station.state_dir))
+    done = command("tls-config", "--check", V2G, *options, **station.environment)
+    assert done.exit_code == 0, done.output
+    *one_at_a_time, several = done.stdout.splitlines()
+    return one_at_a_time, several
+
+
+SEVERAL = f"{V2G}.pem: {together.HANDSHAKES} handshakes, {together.AT_A_TIME} at a time: "
+
+
+def test_the_check_tells_what_comes_of_several_handshakes_at_a_time(secc: tuple[ChargingStation, Path]) -> None:
+    """What that is cannot be known beforehand with tpm2-openssl 1.1.1."""
+    one_at_a_time, several = check(secc[0])
+    assert len(one_at_a_time) == 1
+    assert re.fullmatch(re.escape(SEVERAL) + "(ok|warning: [0-9]+ failed; .+)", several)
+    if CONCURRENT:
+        assert several == SEVERAL + "ok"
+
+
+@pytest.mark.parametrize("failing", [0, 5, together.HANDSHAKES])
+def test_the_check_counts_what_fails_only_several_at_a_time(
+    secc: tuple[ChargingStation, Path], failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = iter([ssl.SSLError("bad signature")] * failing)
+
+    def shake(_use: object, _version: object, _chain: object, port: int, _listener: None) -> None:
+        socket.create_connection(("127.0.0.1", port), BOUND).close()
+        for fault in faults:
+            raise fault
+
+    monkeypatch.setattr(together, "shake", shake)
+    _, several = check(secc[0])
+    told = several.removeprefix(SEVERAL)
+    assert told.startswith(f"warning: {failing} failed; " if failing else "ok")
+    assert (f"tpm2-openssl {PROVIDER}," in told) is bool(failing)

@@ -49,6 +49,9 @@ def tls_config(
 
     The service gets it by OPENSSL_CONF, and the TPM by TPM2OPENSSL_TCTI. The daemon itself needs neither.
 
+    With --check, a server's key is also tried with six handshakes at a time, behind a resource manager. If only these
+    fail, that is a warning: the server needs one thread and one worker process.
+
     \b
     Exit status: 0 all is well, 2 wrong usage, 1 anything else; and with --check
       3 the key or its chain is not fit for a handshake
@@ -68,6 +71,7 @@ def tls_config(
 
     from stationkey.keystore import keystore_opener  # noqa: PLC0415 - see the module's docstring
     from stationkey.openssl import check  # noqa: PLC0415 - same
+    from stationkey.openssl.together import check_together  # noqa: PLC0415 - same
 
     settled = settings()
     tcti = check.tcti_of(settled.keystore)
@@ -90,5 +94,6 @@ def tls_config(
         for one in files:
             password = check.password_of(one, open_store)
             made = check.check(one, configuration=configuration, tcti=tcti, password=password, anchors=anchors)
-            for handshake in made:
-                click.echo(f"{one.name}: {handshake}: ok")
+            together = check_together(one, configuration=configuration, tcti=tcti, password=password)
+            for found in (*made, *together):
+                click.echo(f"{one.name}: {found}")

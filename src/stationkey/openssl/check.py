@@ -148,7 +148,7 @@ class Handshake:
     role: str
 
     def __str__(self) -> str:
-        return f"{self.version} {self.role}, {self.suite}"
+        return f"{self.version} {self.role}, {self.suite}: ok"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,9 +298,9 @@ def check(
     Raises:
         TlsCheckFailed: no handshake, or a chain that the other side cannot verify; says why in words.
     """
-    chain = _read(file)
+    chain = chain_of(file)
     _refuse_incomplete(file, chain, anchors)
-    use = _use(file, chain)
+    use = use_of(file, chain)
     variables = {**os.environ, **environment(configuration, tcti=tcti), "TSS2_LOG": "all+WARNING"}
     with contextlib.ExitStack() as stack:
         listener = None
@@ -308,12 +308,12 @@ def check(
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             listener.settimeout(TIMEOUT)
         port = 0 if listener is None else listener.getsockname()[1]
-        holder = stack.enter_context(_holder(use, file, port, variables, password))
+        holder = stack.enter_context(holding(use, file, port, variables, password))
         try:
             holder.expect_loaded()
             if listener is None:
                 port = int(holder.line())
-            made = [_shake(use, ssl.TLSVersion[version], chain, port, listener) for version in use.versions]
+            made = [shake(use, ssl.TLSVersion[version], chain, port, listener) for version in use.versions]
             holder.end()
             return made
         except (OSError, ValueError) as error:  # ssl's errors are among them
@@ -321,7 +321,12 @@ def check(
             raise _explained(file, error, said, loaded=holder.loaded, late=holder.late) from None
 
 
-def _read(file: KeyFile) -> Chain:
+def chain_of(file: KeyFile) -> Chain:
+    """Return the chain in `file`.
+
+    Raises:
+        TlsCheckFailed: no certificate, or no private key.
+    """
     chain = read_chain(file.content)
     if chain is None:
         raise _no_file(
@@ -357,8 +362,8 @@ def _refuse_incomplete(file: KeyFile, chain: Chain, anchors: bytes | None) -> No
         )
 
 
-def _use(file: KeyFile, chain: Chain) -> TlsUse:
-    """By the file's name, as the daemon gives it; else by extendedKeyUsage, in both versions."""
+def use_of(file: KeyFile, chain: Chain) -> TlsUse:
+    """Return what TLS the key is for: by the file's name, as the daemon gives it, else by extendedKeyUsage."""
     owner = owner_of(file.name)
     if owner is not None and owner[0] in set(CertificateType):
         return PROFILES[CertificateType(owner[0])].tls_use
@@ -370,7 +375,7 @@ def _use(file: KeyFile, chain: Chain) -> TlsUse:
     return TlsUse("client" if client else "server", ("TLSv1_2", "TLSv1_3"))
 
 
-class _Holder:
+class Holder:
     """The process with the key."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -379,10 +384,16 @@ class _Holder:
         self.late = False
 
     def line(self) -> str:
+        """Read a line that it printed."""
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def expect_loaded(self) -> None:
+        """Wait until the key is loaded.
+
+        Raises:
+            ValueError: it is not.
+        """
         self.loaded = self.line() == "loaded"
         if not self.loaded:
             raise ValueError("the key was not loaded")
@@ -396,6 +407,7 @@ class _Holder:
             return self._process.communicate()[1]
 
     def too_late(self) -> None:
+        """End it, because it took too long."""
         if self._process.poll() is None:
             self.late = True
             self._process.kill()
@@ -411,18 +423,22 @@ def _in_memory(content: bytes) -> Iterator[int]:
 
 
 @contextmanager
-def _holder(use: TlsUse, file: KeyFile, port: int, variables: dict[str, str], password: bytes) -> Iterator[_Holder]:
+def holding(
+    use: TlsUse, file: KeyFile, port: int, variables: dict[str, str], password: bytes, *, threaded: int = 0
+) -> Iterator[Holder]:
+    """Start the process with the key, for a handshake with each version, or for `threaded` ones at any time."""
     # Command line and environment are no places for a password: others can read the one, and children get the other.
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as pipe:
         pipe.write(password)
+    numbers = (threaded or len(use.versions), int(threaded > 0), port, reading)
     command = [sys.executable, "-I", str(Path(__file__).with_name("handshake.py")), use.role]
     with (
         os.fdopen(reading),
         _in_memory(file.content) as content,
         subprocess.Popen(  # noqa: S603 - our own script, and no shell
             # OpenSSL takes a key by a path only: this one leads to what was looked at, and not to what is there by now.
-            [*command, f"/proc/self/fd/{content}", *map(str, (len(use.versions), port, reading))],
+            [*command, f"/proc/self/fd/{content}", *map(str, numbers)],
             env=variables,
             pass_fds=(reading, content),
             stdin=subprocess.DEVNULL,
@@ -432,7 +448,7 @@ def _holder(use: TlsUse, file: KeyFile, port: int, variables: dict[str, str], pa
             errors="replace",
         ) as process,
     ):
-        holder = _Holder(process)
+        holder = Holder(process)
         guard = threading.Timer(TIMEOUT, holder.too_late)
         guard.start()
         try:
@@ -442,8 +458,13 @@ def _holder(use: TlsUse, file: KeyFile, port: int, variables: dict[str, str], pa
             process.kill()  # ended by itself, if all is well
 
 
-def _shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listener: socket.socket | None) -> Handshake:
-    """The side without the key: verifies the certificate, and that it is the one in the file."""
+def shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listener: socket.socket | None) -> Handshake:
+    """Be the side without the key: verify the certificate, and that it is the one in the file.
+
+    Raises:
+        OSError: no handshake.
+        ValueError: the certificate is another one.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if listener is None else ssl.PROTOCOL_TLS_SERVER)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED

@@ -5,8 +5,9 @@
 Run as a script and with the standard library only: ``OPENSSL_CONF`` applies to a whole process, so what is loaded here
 is what a service would load, and nothing more.
 
-Use: handshake.py ROLE FILE TIMES PORT PASSWORD, where ROLE is ``server`` (PORT 0 for a free one; it is printed) or
-``client``, and PASSWORD is a descriptor that the key's password is read from.
+Use: handshake.py ROLE FILE TIMES THREADED PORT PASSWORD, where ROLE is ``server`` (PORT 0 for a free one; it is
+printed) or ``client``, THREADED is 1 for a server with a thread for each connection, else 0, and PASSWORD is a
+descriptor that the key's password is read from.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import os
 import socket
 import ssl
 import sys
+import threading
 
 TIMEOUT = 30.0
 
 
-def main(role: str, file: str, times: int, port: int, password: int) -> None:
-    """Load key and chain from `file`, and make `times` handshakes, one after the other."""
+def main(role: str, file: str, times: int, threaded: int, port: int, password: int) -> None:
+    """Load key and chain from `file`, and make `times` handshakes: one after the other, or `threaded`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "server" else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the key that is checked is this side's
@@ -39,7 +41,15 @@ def main(role: str, file: str, times: int, port: int, password: int) -> None:
         for _ in range(times):
             connection, _ = listener.accept()
             connection.settimeout(TIMEOUT)
-            _greet(context.wrap_socket(connection, server_side=True))
+            if threaded:
+                threading.Thread(target=_serve, args=(context, connection)).start()
+            else:
+                _serve(context, connection)
+
+
+def _serve(context: ssl.SSLContext, connection: socket.socket) -> None:
+    with connection:
+        _greet(context.wrap_socket(connection, server_side=True))
 
 
 def _greet(session: ssl.SSLSocket) -> None:
