@@ -73,8 +73,10 @@ async def test_a_connection_that_is_lost_says_so_to_all_who_wait(mosquitto: Mosq
         waiting = asyncio.create_task(connection.receive())
         mosquitto.kill()
         for wait in (waiting, connection.publish("a", b""), connection.subscribe("a"), connection.receive()):
-            with pytest.raises(ConnectionLost, match="the connection to mqtt:"):
+            with pytest.raises(ConnectionLost) as lost:
                 await wait
+            assert lost.value.reason == "connection_lost"
+            assert str(at(mosquitto)) in lost.value.message  # words: which broker
 
 
 async def test_what_was_received_before_the_loss_comes_first(mosquitto: Mosquitto) -> None:
@@ -92,19 +94,18 @@ async def test_what_was_received_before_the_loss_comes_first(mosquitto: Mosquitt
 
 async def test_no_broker_is_an_error_in_words() -> None:
     port = free_port()
-    with pytest.raises(BrokerError, match=re.escape(f"no broker at mqtt://127.0.0.1:{port}")) as error:
+    with pytest.raises(BrokerError) as error:
         await connect(Broker("127.0.0.1", port), client_id="station", persistent=True)
     assert error.value.reason == "broker_unreachable"
+    assert f"mqtt://127.0.0.1:{port}" in error.value.message  # words: which broker
 
 
 async def test_a_server_that_never_answers_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mqtt, "MQTT5_TIMEOUT", 0.05)
     monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.05)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as server,
-        pytest.raises(BrokerError, match="did not answer as an MQTT broker"),
-    ):
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(BrokerError, match="MQTT") as error:
         await connect(Broker("127.0.0.1", server.getsockname()[1]), client_id="station", persistent=True)
+    assert error.value.reason == "broker_unreachable"  # words: "MQTT" tells it from a broker that is not there
 
 
 async def test_a_broker_that_wants_a_password_is_an_error_in_words(mosquitto: Mosquitto) -> None:
@@ -112,20 +113,24 @@ async def test_a_broker_that_wants_a_password_is_an_error_in_words(mosquitto: Mo
     configuration = mosquitto.directory / "mosquitto.conf"
     configuration.write_text(configuration.read_text().replace("allow_anonymous true", "allow_anonymous false"))
     mosquitto.start()
-    with pytest.raises(BrokerError, match="refuses the connection: Not authorized"):
+    with pytest.raises(BrokerError, match="Not authorized") as error:  # words: MQTT's own
         await connect(at(mosquitto), client_id="station", persistent=True)
+    assert error.value.reason == "broker_refuses"
 
 
 async def test_a_connection_that_the_broker_closes_without_a_word_is_called_that(mosquitto: Mosquitto) -> None:
     async with await connect(at(mosquitto), client_id="c", persistent=False) as connection:
         mosquitto.kill()
-        with pytest.raises(ConnectionLost, match="closed from there, or lost"):
+        with pytest.raises(ConnectionLost, match="closed") as error:  # words: not paho's "Unspecified error"
             await connection.receive()
+    assert error.value.reason == "connection_lost"
+    assert "nspecified" not in error.value.message  # words: same
 
 
 async def test_a_broker_that_hangs_is_given_up(mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
     async with josev(at(mosquitto)) as connection:
         monkeypatch.setattr(mqtt, "CONNECT_TIMEOUT", 0.05)
         mosquitto.freeze()
-        with pytest.raises(ConnectionLost, match=re.escape("no acknowledgement within 0.05 s")):
+        with pytest.raises(ConnectionLost, match=re.escape("0.05 s")) as error:  # words: the limit
             await connection.publish("cs/josev", b"")
+    assert error.value.reason == "connection_lost"

@@ -119,7 +119,8 @@ async def test_an_answer_that_the_broker_does_not_take_stops_no_other(
     assert service.asked[asked:] == [small[5]]
     [record] = said.named(TOO_LARGE)
     assert getattr(record, "request_id", None) == large
-    assert any(str(size) in record.getMessage() for size in range(len(LARGE), len(LARGE) + 300)), "its size is named"
+    sizes = range(len(LARGE), len(LARGE) + 300)
+    assert any(str(size) in record.getMessage() for size in sizes)  # words: its size
 
 
 async def test_a_broker_that_takes_qos_0_only_gets_answers_at_qos_0(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ async def test_a_session_that_is_kept_for_less_is_said_once(
             await edge.ready()
 
     [record] = said.named("broker_grants_less")
-    assert "3600 s" in record.getMessage()
+    assert "3600 s" in record.getMessage()  # words: how long
 
 
 def connack(**values: int) -> Properties:
@@ -210,7 +211,7 @@ def test_the_hint_about_access_belongs_to_not_authorized(code: int, reason: str,
     error = refused_publication("cs/josev", code, "words")
 
     assert (error.reason, error.transient, bool(error.hint)) == (reason, transient, hinted)
-    assert ("access" in error.hint) is (code == 0x87)
+    assert ("access" in error.hint) is (code == 0x87)  # words: what to look at
 
 
 async def test_no_more_is_unacknowledged_than_the_broker_allows(mosquitto: Mosquitto) -> None:

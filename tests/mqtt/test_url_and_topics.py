@@ -42,7 +42,7 @@ def test_a_broker_is_named_by_host_and_port(url: str, broker: Broker, shown: str
     ],
 )
 def test_what_is_no_broker_url_is_refused_with_an_example(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="mqtt://127") as refused:
+    with pytest.raises(ConfigurationError, match="mqtt://127") as refused:  # words: the example
         Broker.parse(url)
     assert refused.value.reason == "broker_invalid"
 
@@ -69,8 +69,9 @@ def test_a_prefix_is_put_before_both_topics(prefix: str, request_topic: str) -> 
 
 @pytest.mark.parametrize("prefix", ["a/+", "#", "a\0b", "$SYS", "\ud800", "x" * 2000])
 def test_a_prefix_that_cannot_begin_a_topic_is_refused(prefix: str) -> None:
-    with pytest.raises(ConfigurationError, match="cannot begin a topic"):
+    with pytest.raises(ConfigurationError) as refused:
         topics(prefix)
+    assert refused.value.reason == "topic_prefix_invalid"
 
 
 @pytest.mark.parametrize(

@@ -100,16 +100,17 @@ def _key_usage(*, cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUs
 CA = x509.BasicConstraints(ca=True, path_length=None)
 REFUSED = {
     # What a CSMS of the field takes, and this one does not: proof of possession, CA:TRUE and RSA-1024 among them.
-    "no_pem": (lambda: "CSR", "csr_unreadable", "not a PKCS#10 request"),
-    "a_certificate": (lambda: csr_for(V2G).replace(" REQUEST", ""), "csr_unreadable", "not a PKCS#10 request"),
-    "cut_off": (lambda: csr_for(V2G)[:200], "csr_unreadable", "not a PKCS#10 request"),
-    "version_2": (lambda: spoiled(_version_2, sign_again=True), "csr_version", "version is not 0"),
+    # words: which value of which field; where it is empty, the reason says it all.
+    "no_pem": (lambda: "CSR", "csr_unreadable", r"PKCS#10"),
+    "a_certificate": (lambda: csr_for(V2G).replace(" REQUEST", ""), "csr_unreadable", r"PKCS#10"),
+    "cut_off": (lambda: csr_for(V2G)[:200], "csr_unreadable", r"PKCS#10"),
+    "version_2": (lambda: spoiled(_version_2, sign_again=True), "csr_version", ""),
     "null_parameters": (
         lambda: spoiled(_null_parameters, sign_again=False),
         "csr_signature_parameters",
-        "AlgorithmIdentifier of the signature has parameters",
+        "",
     ),
-    "no_proof": (lambda: spoiled(_other_subject, sign_again=False), "csr_signature", "possession of the key"),
+    "no_proof": (lambda: spoiled(_other_subject, sign_again=False), "csr_signature", ""),
     "rsa_1024": (lambda: request_of(None, rsa.generate_private_key(65537, 1024)), "csr_key_weak", "RSA-1024"),
     "secp192r1": (lambda: request_of(None, ec.generate_private_key(ec.SECP192R1())), "csr_key_weak", "secp192r1"),
     "ed25519": (lambda: request_of(None, ed25519.Ed25519PrivateKey.generate(), None), "csr_key_kind", "Ed25519"),
@@ -121,8 +122,8 @@ REFUSED = {
     "long_name": (lambda: named(CN="x" * 65), "csr_common_name", "CN has 65 characters"),
     "no_name": (lambda: named(CN=None), "csr_common_name", "0 CN"),
     "other_domain": (lambda: named(DC="CSO"), "csr_domain_component", "DC is CSO"),
-    "no_domain": (lambda: named(DC=None), "csr_domain_component", "DC is none"),
-    "unknown_signature": (lambda: spoiled(_unknown_signature, sign_again=False), "csr_hash_weak", "an unknown hash"),
+    "no_domain": (lambda: named(DC=None), "csr_domain_component", "none"),
+    "unknown_signature": (lambda: spoiled(_unknown_signature, sign_again=False), "csr_hash_weak", "unknown"),
     "ca": (lambda: request_of(None, None, hashes.SHA256(), CA), "csr_wants_ca", "CA:TRUE"),
     "cert_sign": (
         lambda: request_of(None, None, hashes.SHA256(), _key_usage(cert_sign=True)),
@@ -155,7 +156,7 @@ def test_a_csr_signed_with_sha_1_is_refused(tmp_path: Path) -> None:
     key = ("-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem")
     command = ["openssl", "req", "-new", *key, "-sha1", "-utf8", "-subj", subject]
     pem = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    with pytest.raises(CsrRefused, match="signed with sha1") as refusal:
+    with pytest.raises(CsrRefused, match="sha1") as refusal:  # words: which hash
         check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
     assert refusal.value.reason == "csr_hash_weak"
 
@@ -168,15 +169,17 @@ def test_a_subject_in_an_encoding_that_cannot_be_read_is_refused(tmp_path: Path)
     (tmp_path / "c").write_text(config)
     command = ["openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", "k", "-config", "c"]
     pem = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    with pytest.raises(CsrRefused, match="that can be read"):
+    with pytest.raises(CsrRefused) as refusal:
         check_csr(pem, certificate_type=V2G, organization=ORGANIZATION)
+    assert refusal.value.reason == "csr_unreadable"
 
 
 @pytest.mark.parametrize("common_name", ["https://cs.example", "192.0.2.7", "2001:db8::7"])
 def test_a_charging_stations_cn_is_no_url_and_no_address(common_name: str) -> None:
     """A00.FR.511; a SECC's CN is another matter."""
-    with pytest.raises(CsrRefused, match=r"A00\.FR\.511"):
+    with pytest.raises(CsrRefused, match=r"A00\.FR\.511") as refusal:  # words: the rule
         check_csr(named(CN=common_name, DC=None), certificate_type=STATION, organization=ORGANIZATION)
+    assert refusal.value.reason == "csr_common_name"
     check_csr(named(CN=common_name), certificate_type=V2G, organization=ORGANIZATION)
 
 

@@ -197,7 +197,7 @@ def test_trust_anchors_that_cannot_be_read_are_refused_at_the_start(tmp_path: Pa
         Station(settings(tmp_path, "ws://127.0.0.1:1", trust_anchors=path))
 
     assert refusal.value.reason in {"trust_anchors_invalid", "file_unreadable"}
-    assert str(path) in refusal.value.message
+    assert str(path) in refusal.value.message  # words: which file
 
 
 @pytest.mark.parametrize(

@@ -106,10 +106,11 @@ def test_what_a_version_cannot_carry_is_refused_in_words(kind: CertificateType, 
         lambda: ocpp.trigger(kind, version),
         lambda: ocpp.certificate_signed(kind, version, "CHAIN"),
     ):
-        with pytest.raises(NotCarried, match=f"OCPP {version.number} cannot carry a {kind}") as refusal:
+        with pytest.raises(NotCarried) as refusal:
             attempt()
         assert refusal.value.reason == "ocpp_not_carried"
-        assert "OCPP 2.1" in refusal.value.hint
+        assert {version.number, kind} <= set(refusal.value.message.split())  # words: what by what
+        assert "OCPP 2.1" in refusal.value.hint  # words: the version that helps
 
 
 @each_carriage
@@ -127,7 +128,7 @@ def test_a_csr_of_5500_characters_is_carried_and_one_of_5501_is_refused(
     kind: CertificateType, version: OcppVersion
 ) -> None:
     unwrapped(*ocpp.sign_certificate(kind, version, "x" * 5500), version, "SignCertificate")
-    with pytest.raises(NotCarried, match="the CSR has 5501 characters") as refusal:
+    with pytest.raises(NotCarried, match=r"5501.*5500") as refusal:  # words: its length, the limit
         ocpp.sign_certificate(kind, version, "x" * 5501)
     assert refusal.value.reason == "csr_too_long"
 
@@ -139,11 +140,13 @@ def test_a_chain_of_10000_characters_is_carried_and_one_of_10001_is_refused(
     action, payload = ocpp.certificate_signed(kind, version, "x" * 10000)
     unwrapped(action, payload, version, "CertificateSigned")
     assert ocpp.read_certificate_signed(action, payload, version).chain_pem == "x" * 10000
-    with pytest.raises(NotCarried, match="the chain has 10001 characters"):
+    with pytest.raises(NotCarried, match=r"10001.*10000") as refusal:  # words: its length, the limit
         ocpp.certificate_signed(kind, version, "x" * 10001)
+    assert refusal.value.reason == "chain_too_long"
     faulty = ocpp.certificate_signed(kind, version, "x" * 10001, checked=False)
-    with pytest.raises(PayloadInvalid, match=r"certificateChain.* breaks maxLength"):
+    with pytest.raises(PayloadInvalid, match=r"certificateChain.*maxLength") as invalid:  # words: the schema's
         ocpp.read_certificate_signed(*faulty, version)
+    assert invalid.value.keyword == "maxLength"
 
 
 HASH_ROOT = {"hashAlgorithm": "SHA256", "issuerNameHash": "aa", "issuerKeyHash": "bb", "serialNumber": "1"}
@@ -163,17 +166,19 @@ def test_request_id_and_root_are_carried_by_2_1_and_refused_by_what_has_no_field
             *ocpp.certificate_signed(kind, version, "CHAIN", request_id=7), version
         ) == ocpp.Signed(kind, "CHAIN", 7)
         return
-    with pytest.raises(NotCarried, match="has no requestId"):
+    # words: which field; the reason is that of all that a version does not carry
+    with pytest.raises(NotCarried, match="requestId"):
         ocpp.sign_certificate(kind, version, "CSR", request_id=7)
-    with pytest.raises(NotCarried, match="has no hashRootCertificate"):
+    with pytest.raises(NotCarried, match="hashRootCertificate"):
         ocpp.sign_certificate(kind, version, "CSR", hash_root_certificate=HASH_ROOT)
-    with pytest.raises(NotCarried, match="has no requestId"):
+    with pytest.raises(NotCarried, match="requestId"):
         ocpp.certificate_signed(kind, version, "CHAIN", request_id=7)
 
 
 def test_a_root_that_is_none_is_refused_by_the_schema() -> None:
-    with pytest.raises(PayloadInvalid, match="MD5"):
+    with pytest.raises(PayloadInvalid, match="MD5") as invalid:  # words: which value
         ocpp.sign_certificate(STATION, V21, "CSR", hash_root_certificate=HASH_ROOT | {"hashAlgorithm": "MD5"})
+    assert invalid.value.keyword == "enum"
 
 
 @each_carriage
@@ -215,23 +220,25 @@ def test_a_call_that_triggers_no_csr_of_ours_is_read_as_none(
 
 
 @pytest.mark.parametrize(
-    ("payload", "words"),
+    ("payload", "keyword", "words"),
     [
-        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage", "data": "{"}, "data is no JSON", id="no-json"),
-        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage"}, "data is no JSON", id="no-data"),
-        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage", "data": "[" * 99999}, "data is", id="too-deep"),
-        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage", "data": "[]"}, "not of type", id="a-list"),
+        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage", "data": "{"}, "", "data", id="no-json"),
+        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage"}, "", "data", id="no-data"),
+        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage", "data": "[" * 99999}, "", "data", id="too-deep"),
+        pytest.param({"vendorId": PNC, "messageId": "TriggerMessage", "data": "[]"}, "type", "[]", id="a-list"),
         pytest.param(
             {"vendorId": PNC, "messageId": "TriggerMessage", "data": '{"requestedMessage": "SignV2G20Certificate"}'},
-            "is not one of",
+            "enum",
+            "SignV2G20Certificate",
             id="of-2.1",
         ),
-        pytest.param({"messageId": "TriggerMessage"}, "'vendorId' is a required property", id="no-vendor"),
+        pytest.param({"messageId": "TriggerMessage"}, "required", "vendorId", id="no-vendor"),
     ],
 )
-def test_a_data_transfer_that_cannot_be_understood_says_why(payload: Payload, words: str) -> None:
-    with pytest.raises(PayloadInvalid, match=words):
+def test_a_data_transfer_that_cannot_be_understood_says_why(payload: Payload, keyword: str, words: str) -> None:
+    with pytest.raises(PayloadInvalid, match=re.escape(words)) as invalid:  # words: which field or value
         ocpp.read_trigger("DataTransfer", payload, V16)
+    assert invalid.value.keyword == keyword
 
 
 @pytest.mark.parametrize("version", [V201, V21])
@@ -354,7 +361,7 @@ def test_boot_notification_is_as_the_official_schema_has_it(version: OcppVersion
 
 @pytest.mark.parametrize("action", ["NoSuchMessage", "../../v16/schemas/Heartbeat", "", "Heartbeat\x00", "x" * 70000])
 def test_a_message_that_the_version_has_not_is_unknown_whatever_its_name(action: str) -> None:
-    with pytest.raises(UnknownAction, match=r"OCPP 2\.1 has no message"):
+    with pytest.raises(UnknownAction, match=r"OCPP 2\.1"):  # words: which version
         ocpp.validate(action, {}, V21)
 
 

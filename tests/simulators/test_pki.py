@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import ssl
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -270,15 +272,16 @@ def test_what_is_saved_is_loaded_and_its_keys_are_nobody_elses_to_read(
 def test_a_directory_that_is_not_whole_is_refused_in_words(
     hierarchies: dict[EllipticCurve, Hierarchy], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigurationError, match="No such file"):
+    with pytest.raises(ConfigurationError, match=os.strerror(errno.ENOENT)) as missing:  # words: the system's own
         Hierarchy.load(tmp_path)
     hierarchies[SECP256R1].save(tmp_path)
     (tmp_path / "v2g_root.key").write_bytes((tmp_path / "csms_root.key").read_bytes())
-    with pytest.raises(ConfigurationError, match="v2g_root do not belong together"):
+    with pytest.raises(ConfigurationError, match="v2g_root do not belong together") as mixed:  # words: what, of which
         Hierarchy.load(tmp_path)
     (tmp_path / "v2g_root.crt").write_text("nothing")
-    with pytest.raises(ConfigurationError, match="can be read"):
+    with pytest.raises(ConfigurationError, match="v2g_root is damaged") as damaged:  # words: same
         Hierarchy.load(tmp_path)
+    assert {fault.value.reason for fault in (missing, mixed, damaged)} == {"pki_unreadable"}
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
