@@ -74,8 +74,9 @@ def test_a_field_that_is_added_to_a_struct_is_validated(field: str, value: objec
 
 @pytest.mark.usefixtures("newer")
 def test_the_words_of_a_field_are_those_of_its_struct() -> None:
-    with pytest.raises(MessageError, match="must be three letters"):
+    with pytest.raises(MessageError, match="must be three letters") as refused:  # words: those of the struct above
         decode(wire(REQUEST | {"site": "Berlin"}))
+    assert refused.value.reason == "site_invalid"
 
 
 def test_a_field_of_another_message_is_an_unknown_one() -> None:

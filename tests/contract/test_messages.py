@@ -233,21 +233,19 @@ NO_TEXT: list[object] = [None, 7, True, [], {"a": 1}]
 
 ANSWERABLE = [
     # The JSON.
-    pytest.param(wire(a_request() | {"x": "x" * 65_536}), "payload_too_large", "65536 is the most", id="over 64 KiB"),
-    pytest.param(with_member(a_request(), f'"x": {DEEP}'), "nested_too_deep", "nested too deep", id="10,000 deep"),
+    pytest.param(wire(a_request() | {"x": "x" * 65_536}), "payload_too_large", "65536", id="over 64 KiB"),
+    pytest.param(with_member(a_request(), f'"x": {DEEP}'), "nested_too_deep", "", id="10,000 deep"),
+    pytest.param(with_member(a_request(), f'"x": {DEEP[:10_000]}'), "nested_too_deep", "", id="10,000 deep, open"),
     pytest.param(
-        with_member(a_request(), f'"x": {DEEP[:10_000]}'), "nested_too_deep", "nested too deep", id="10,000 deep, open"
+        wire(a_request(country_name="X")).replace(b'"X"', DEEP.encode()), "nested_too_deep", "", id="deep data"
     ),
     pytest.param(
-        wire(a_request(country_name="X")).replace(b'"X"', DEEP.encode()), "nested_too_deep", "too deep", id="deep data"
-    ),
-    pytest.param(
-        with_member(a_request(), '"type": "request"'), "duplicate_name", 'named "type"', id="a name twice at the top"
+        with_member(a_request(), '"type": "request"'), "duplicate_name", '"type"', id="a name twice at the top"
     ),
     pytest.param(
         wire(a_request()).replace(b'"country_name"', b'"common_name": "a", "country_name"'),
         "duplicate_name",
-        'named "common_name"',
+        '"common_name"',
         id="a name twice in data",
     ),
     pytest.param(
@@ -256,22 +254,20 @@ ANSWERABLE = [
         "ud800",
         id="a name twice below",
     ),
-    pytest.param(with_member(a_request(), '"x": NaN'), "not_a_number", "NaN is not JSON", id="NaN"),
-    pytest.param(with_member(a_request(), '"x": [-Infinity]'), "not_a_number", "-Infinity is not", id="-Infinity"),
-    pytest.param(
-        with_member(a_request(), f'"x": {DIGITS}'), "number_too_long", "thousands of digits", id="5,000 digits"
-    ),
+    pytest.param(with_member(a_request(), '"x": NaN'), "not_a_number", "NaN", id="NaN"),
+    pytest.param(with_member(a_request(), '"x": [-Infinity]'), "not_a_number", "-Infinity", id="-Infinity"),
+    pytest.param(with_member(a_request(), f'"x": {DIGITS}'), "number_too_long", "", id="5,000 digits"),
     # The shape.
     pytest.param(wire({k: v for k, v in a_request().items() if k != "type"}), "type_missing", "'type'", id="no type"),
     pytest.param(wire(a_request() | {"type": 1}), "type_invalid", "'type'", id="type a number"),
     pytest.param(wire(a_request() | {"type": None}), "type_invalid", "'type'", id="type null"),
     pytest.param(wire({k: v for k, v in a_request().items() if k != "data"}), "data_missing", "'data'", id="no data"),
     *(
-        pytest.param(wire(a_request() | {"data": data}), "data_invalid", "'data' is not an object", id=f"data {data!a}")
+        pytest.param(wire(a_request() | {"data": data}), "data_invalid", "'data'", id=f"data {data!a}")
         for data in (*NO_TEXT[:-1], "text", "\ud800")
     ),
     *(
-        pytest.param(wire(a_request(**{field: ...})), f"{field}_missing", f"'{field}' is missing", id=f"no {field}")
+        pytest.param(wire(a_request(**{field: ...})), f"{field}_missing", f"'{field}'", id=f"no {field}")
         for field in ("certificate_type", "common_name", "organization_name", "country_name")
     ),
     *(
@@ -280,22 +276,20 @@ ANSWERABLE = [
         for value in NO_TEXT[field in {"algorithm", "evse_id"} :]  # null means that it is absent
     ),
     # The values.
-    pytest.param(wire(a_request(certificate_type="mo_certificate")), "certificate_type_invalid", "none of", id="type"),
-    pytest.param(wire(a_request(certificate_type="V2G_CERTIFICATE")), "certificate_type_invalid", "none of", id="TYPE"),
-    pytest.param(
-        wire(a_request(algorithm="ECDSA_SHA384")), "algorithm_invalid", "none of ECDSA_SHA256", id="algorithm"
-    ),
+    pytest.param(wire(a_request(certificate_type="mo_certificate")), "certificate_type_invalid", "v2g20", id="type"),
+    pytest.param(wire(a_request(certificate_type="V2G_CERTIFICATE")), "certificate_type_invalid", "v2g20", id="TYPE"),
+    pytest.param(wire(a_request(algorithm="ECDSA_SHA384")), "algorithm_invalid", "ECDSA_SHA256", id="algorithm"),
     pytest.param(wire(a_request(algorithm="")), "algorithm_invalid", '""', id="algorithm empty"),
     pytest.param(
         wire(a_request(certificate_type="v2g20_certificate")),
         "algorithm_not_allowed",
-        "v2g20_certificate needs algorithm ECDSA_SHA512; the request names none",
+        "ECDSA_SHA512; the request names none",
         id="v2g20 without algorithm",
     ),
     pytest.param(
         wire(a_request(certificate_type="v2g20_certificate", algorithm="ECDSA_SHA256")),
         "algorithm_not_allowed",
-        "v2g20_certificate needs algorithm ECDSA_SHA512; the request asks for ECDSA_SHA256",
+        "ECDSA_SHA512; the request asks for ECDSA_SHA256",
         id="v2g20 with another algorithm",
     ),
     *(
@@ -305,7 +299,7 @@ ANSWERABLE = [
         for value in ("", "D", "GER", "D1", "DE ", "ÄÖ", "D\N{CYRILLIC CAPITAL LETTER IE}")
     ),
     *(
-        pytest.param(wire(a_request(**{field: value})), f"{field}_invalid", "1 to 64 characters", id=f"{field} {words}")
+        pytest.param(wire(a_request(**{field: value})), f"{field}_invalid", "64", id=f"{field} {words}")
         for field in NAMES
         for words, value in (("empty", ""), ("of 65 characters", "a" * 65), ("of 65 wide characters", "国" * 65))
     ),
@@ -320,13 +314,11 @@ ANSWERABLE = [
         for words, character in CONTROLS.items()
     ),
     *(
-        pytest.param(
-            wire(a_request(**{field: "a\ud800"})), f"{field}_invalid", "lone surrogate U+D800", id=f"{field} half"
-        )
+        pytest.param(wire(a_request(**{field: "a\ud800"})), f"{field}_invalid", "U+D800", id=f"{field} half")
         for field in (*NAMES, "country_name", "evse_id", "algorithm", "certificate_type")
     ),
     *(
-        pytest.param(wire(a_request(evse_id=value)), "evse_id_invalid", "not an EVSE ID", id=f"evse_id {value!a}")
+        pytest.param(wire(a_request(evse_id=value)), "evse_id_invalid", "EVSE ID", id=f"evse_id {value!a}")
         for value in ("", "1", "DE*AB*E1", "DE*ABC*S1", "D3*ABC*E1", "DE*ABC*E", "DE*ABC*E" + "1" * 31, "DE-ABC-E1")
     ),
 ]
@@ -338,7 +330,7 @@ def test_a_wrong_request_is_refused_by_its_id_and_says_why(payload: bytes, reaso
 
     assert error.request_id == REQUEST_ID
     assert error.reason == reason
-    assert words in error.message
+    assert words in error.message  # words: which field or value, what it may be; empty where the reason says it all
     assert error.fault is Fault.REQUEST
 
 
@@ -365,53 +357,51 @@ def test_an_id_that_is_no_uuid_is_refused_and_cannot_be_answered(document: Json,
     error = refusal(wire(document | {"id": request_id}))
 
     assert (error.reason, error.request_id) == ("id_invalid", None)
-    assert "8-4-4-4-12" in error.message
+    assert "8-4-4-4-12" in error.message  # words: what it must be
 
 
 @pytest.mark.parametrize(
     ("payload", "reason", "words"),
     [
         pytest.param(b"\xff\xfe", "not_utf8", "byte 0", id="not UTF-8"),
-        pytest.param(wire(a_request()).replace(b"DE-", b"\xed\xa0\x80"), "not_utf8", "not UTF-8", id="CESU surrogate"),
-        pytest.param(json.dumps(a_request()).encode("utf-16"), "not_utf8", "not UTF-8", id="UTF-16"),
-        pytest.param(b"", "not_json", "not JSON", id="nothing"),
-        pytest.param(b"generate_csr", "not_json", "not JSON", id="no JSON"),
-        pytest.param(b"{'name': 'generate_csr'}", "not_json", "not JSON", id="single quotes"),
-        pytest.param(b"[]", "not_a_message", "no object", id="array"),
-        pytest.param(b"null", "not_a_message", "no object", id="null"),
-        pytest.param(b"NaN", "not_a_message", "no object", id="NaN alone"),
-        pytest.param(b"[" + PAGE_REQUEST + b"]", "not_a_message", "no object", id="a request in an array"),
-        pytest.param(b"{}", "not_a_message", "no text field 'name'", id="empty object"),
-        pytest.param(wire(a_request() | {"name": 7}), "not_a_message", "no text field 'name'", id="name a number"),
-        pytest.param(b"[" * 10_000, "nested_too_deep", "too deep", id="10,000 arrays"),
-        pytest.param(DIGITS.encode(), "number_too_long", "digits", id="5,000 digits alone"),
+        pytest.param(wire(a_request()).replace(b"DE-", b"\xed\xa0\x80"), "not_utf8", "", id="CESU surrogate"),
+        pytest.param(json.dumps(a_request()).encode("utf-16"), "not_utf8", "", id="UTF-16"),
+        pytest.param(b"", "not_json", "", id="nothing"),
+        pytest.param(b"generate_csr", "not_json", "", id="no JSON"),
+        pytest.param(b"{'name': 'generate_csr'}", "not_json", "", id="single quotes"),
+        pytest.param(b"[]", "not_a_message", "object", id="array"),
+        pytest.param(b"null", "not_a_message", "object", id="null"),
+        pytest.param(b"NaN", "not_a_message", "object", id="NaN alone"),
+        pytest.param(b"[" + PAGE_REQUEST + b"]", "not_a_message", "object", id="a request in an array"),
+        pytest.param(b"{}", "not_a_message", "'name'", id="empty object"),
+        pytest.param(wire(a_request() | {"name": 7}), "not_a_message", "'name'", id="name a number"),
+        pytest.param(b"[" * 10_000, "nested_too_deep", "", id="10,000 arrays"),
+        pytest.param(DIGITS.encode(), "number_too_long", "", id="5,000 digits alone"),
         pytest.param(b" " * 65_537, "payload_too_large", "65537 bytes", id="over 64 KiB of nothing"),
         pytest.param(
-            wire({"x": "x" * 65_536} | a_request()), "payload_too_large", "is read", id="over 64 KiB, its id at the end"
+            wire({"x": "x" * 65_536} | a_request()), "payload_too_large", "65536", id="over 64 KiB, its id at the end"
         ),
-        pytest.param(
-            with_member(a_request(), f'"id": "{REQUEST_ID}"'), "duplicate_name", 'named "id"', id="an id twice"
-        ),
+        pytest.param(with_member(a_request(), f'"id": "{REQUEST_ID}"'), "duplicate_name", '"id"', id="an id twice"),
         pytest.param(
             with_member(a_request(), f'"i\\u0064": "{REQUEST_ID}", "x": {DEEP}'),
             "nested_too_deep",
-            "too deep",
+            "",
             id="an id twice, and 10,000 deep",
         ),
         pytest.param(
             with_member(a_request() | {"id": "7"}, '"x": NaN'), "not_a_number", "NaN", id="NaN, and no usable id"
         ),
         # These took seconds each while the outline of a large message was not linear in its length.
-        pytest.param(b'{"' + b'\\"' * 40_000, "payload_too_large", "is read", id="a text that never ends"),
-        pytest.param(b"{" + b":" * 70_000, "payload_too_large", "is read", id="colons"),
-        pytest.param(b"{" + b'"" ' * 30_000, "payload_too_large", "is read", id="texts without commas"),
+        pytest.param(b'{"' + b'\\"' * 40_000, "payload_too_large", "65536", id="a text that never ends"),
+        pytest.param(b"{" + b":" * 70_000, "payload_too_large", "65536", id="colons"),
+        pytest.param(b"{" + b'"" ' * 30_000, "payload_too_large", "65536", id="texts without commas"),
     ],
 )
 def test_what_is_no_message_is_refused_and_cannot_be_answered(payload: bytes, reason: str, words: str) -> None:
     error = refusal(payload)
 
     assert (error.reason, error.request_id) == (reason, None)
-    assert words in error.message
+    assert words in error.message  # words: which field, size or value; empty where the reason says it all
 
 
 @pytest.mark.parametrize(
@@ -588,8 +578,9 @@ def test_a_message_with_half_a_character_cannot_be_sent_and_says_so() -> None:
     request = decoded(a_request())
     half = messages.generate_csr(request.id, msgspec.structs.replace(request.data, common_name="\udcff"))
 
-    with pytest.raises(MessageError, match="not UTF-8"):
+    with pytest.raises(MessageError) as refused:
         encode(half)
+    assert refused.value.reason == "not_utf8"
 
 
 def test_a_message_cannot_be_changed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -39,8 +40,9 @@ def test_a_fifo_a_socket_and_a_directory_keep_nobody_waiting(tmp_path: Path) -> 
             read_regular(tmp_path / name, limit=8, follow=False)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
-        with pytest.raises(OSError, match="No such device"):
+        with pytest.raises(OSError, match=os.strerror(errno.ENXIO)) as refused:
             read_regular(tmp_path / "socket", limit=8, follow=False)
+        assert refused.value.errno == errno.ENXIO
 
 
 def test_a_link_is_followed_only_where_it_may_be(tmp_path: Path) -> None:
@@ -48,8 +50,9 @@ def test_a_link_is_followed_only_where_it_may_be(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
 
     assert read_regular(tmp_path / "link", limit=8, follow=True) == b"1"
-    with pytest.raises(OSError, match="Too many levels"):
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)) as refused:
         read_regular(tmp_path / "link", limit=8, follow=False)
+    assert refused.value.errno == errno.ELOOP
 
 
 def test_a_file_that_vanished_is_said_to_be_missing(tmp_path: Path) -> None:
