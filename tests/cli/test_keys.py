@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import sqlite3
 import subprocess
@@ -381,6 +382,50 @@ def test_a_key_that_changed_while_the_operator_thought_is_left_alone(
     assert f"{key} has become active meanwhile" in result.stderr
     with closing(Ledger(path)) as ledger:
         assert ledger.keys.all()[0].state == "active"
+
+
+@pytest.fixture
+def two_active(tmp_path: Path) -> tuple[str, str]:
+    """Two active keys of different owners on record, no file of theirs written."""
+    from recording import answer  # noqa: PLC0415 - used here alone
+
+    with closing(Ledger(tmp_path / DATABASE_NAME)) as ledger:
+        found = answer(ledger, request(V2G)), answer(ledger, request(STATION))
+        for key in found:
+            ledger.transitions.apply(key, KeyEvent.INSTALLED, reason="", now=0)
+    return found
+
+
+def test_where_no_file_can_be_made_destroy_says_what_was_done_and_what_was_not(
+    tmp_path: Path, two_active: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system without a free inode: the file that cannot be written is another key's."""
+    key, other = two_active
+
+    def full(path: Path, _: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("stationkey.system.files.exchange", full)
+
+    result = invoke("keys", "destroy", key, "--yes", "--state-dir", tmp_path)
+
+    assert (result.exit_code, result.stdout) == (1, f"{key} is destroyed\n")
+    assert f"{key} is destroyed, but active/ is not up to date" in result.stderr
+    with closing(Ledger(tmp_path / DATABASE_NAME)) as ledger:
+        assert {row.key_id: row.state for row in ledger.keys.all()} == {key: "destroyed", other: "active"}
+        assert not ledger.retention.wipe(), "it was wiped all the same"
+
+
+def test_a_reader_that_never_ends_does_not_fail_destroy(tmp_path: Path, two_active: tuple[str, str]) -> None:
+    with closing(sqlite3.connect(tmp_path / DATABASE_NAME, isolation_level=None)) as reader:
+        select = reader.execute("SELECT * FROM key")
+        select.fetchone()
+
+        result = invoke("keys", "destroy", two_active[0], "--yes", "--state-dir", tmp_path)
+        select.close()
+
+    assert (result.exit_code, result.stdout) == (0, f"{two_active[0]} is destroyed\n")
+    assert "write-ahead log" in result.stderr
 
 
 def test_a_long_list_is_written_a_part_at_a_time_and_is_the_same(

@@ -18,7 +18,7 @@ from recording import (
 
 from stationkey.config.settings import Bounds
 from stationkey.errors import LedgerError
-from stationkey.ledger import Ledger
+from stationkey.ledger import Ledger, database
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.ledger.migrations import SCHEMA_VERSION
 
@@ -41,10 +41,28 @@ def test_what_a_flood_has_left_is_taken_off_the_file_in_steps(fast_ledger: Ledge
     assert fast_ledger.database._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
 
 
+def test_a_reader_that_never_ends_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite would wait in the checkpoint, with the write lock held; here that would be an hour."""
+    monkeypatch.setattr(database, "_PATIENCE", 3_600_000)
+    with closing(Ledger(path)) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        first, second = answer(ledger), answer(ledger)
+        select = reader.execute("SELECT * FROM key")
+        select.fetchone()
+        bring(ledger, first, KeyEvent.DESTRUCTION_ORDERED)
+        ledger.retention.wipe()
+        bring(ledger, second, KeyEvent.DESTRUCTION_ORDERED)
+        assert not ledger.database.checkpoint()
+        (patience,) = ledger.database._connection.execute("PRAGMA busy_timeout").fetchone()  # noqa: SLF001 - as set
+        select.close()
+
+        assert ledger.database.checkpoint()
+        assert patience == 3_600_000
+        assert states(ledger) == [KeyState.DESTROYED] * 2
+
+
 def test_a_reader_in_the_way_keeps_no_key_from_being_destroyed(ledger: Ledger, path: Path) -> None:
     key = a_key()
     answer(ledger, key=key)
-    ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - so that nobody waits for what cannot come
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM key").fetchall()

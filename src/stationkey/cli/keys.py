@@ -29,6 +29,9 @@ _HEADINGS = ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "ALGORITHM", "COMMON NA
 _PART = 1000
 """How many keys are lined up with each other: any number of keys is listed in bounded memory."""
 
+_EMPTYING = 0.5
+"""Seconds to wait until the write-ahead log can be emptied; other processes take milliseconds."""
+
 _configured = configured(state_dir="Where the ledger is kept.", needs_keystore=False)
 
 
@@ -204,9 +207,48 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
                     hint="ask anew",
                 )
         state = ledger.transitions.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
-        ActiveDirectory(ledger.database.directory).sync(ledger.keys.active_files)
-        ledger.retention.wipe()
-    click.echo(printable(f"{key.key_id} is {state}"))
+        done = printable(f"{key.key_id} is {state}")
+        try:
+            _clean_up(ledger, done)
+        finally:
+            click.echo(done)  # last: standard output may be closed
+
+
+def _clean_up(ledger: Ledger, done: str) -> None:
+    """Write active/ and wipe what is left of destroyed keys.
+
+    Args:
+        ledger: with the new state of the key.
+        done: what was done, for the beginning of the message.
+
+    Raises:
+        StationKeyError: something was not done; the message says what, after what was.
+    """
+    failed: dict[str, StationKeyError] = {}
+    for what, act in {
+        "active/ is not up to date": lambda: ActiveDirectory(ledger.database.directory).sync(ledger.keys.active_files),
+        "traces of destroyed keys are not wiped": ledger.retention.wipe,
+    }.items():
+        try:
+            act()
+        except StationKeyError as error:
+            failed[what] = error
+    if failed:
+        first = next(iter(failed.values()))
+        words = "; ".join(f"{what}: {error.message}" for what, error in failed.items())
+        raise StationKeyError(f"{done}, but {words}", reason=first.reason, hint=first.hint)
+    if not _emptied(ledger):
+        click.echo("another process reads the ledger: the daemon empties the write-ahead log when it ends", err=True)
+
+
+def _emptied(ledger: Ledger) -> bool:
+    """Empty the write-ahead log in between what other processes read and write; without a lock while it waits."""
+    end = time.monotonic() + _EMPTYING
+    while not ledger.database.checkpoint():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)  # SQLite tells nobody when a reader ends
+    return True
 
 
 _yes = click.option("--yes", is_flag=True, help="Do not ask.")

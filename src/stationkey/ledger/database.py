@@ -192,11 +192,17 @@ class Database:
     def checkpoint(self) -> bool:
         """Move the write-ahead log into the database and empty it, so that it keeps no trace of a wiped private part.
 
+        It does not wait for readers: SQLite would hold the write lock meanwhile.
+
         Returns:
-            Whether the log is empty. A reader may prevent that; try again later.
+            Whether the log is empty. Another process that reads or writes may prevent that; try again later.
         """
         with self._explained("written"):
-            (busy, _, _) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._wait(0)
+            try:
+                (busy, _, _) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._wait(_PATIENCE if self._patient else _IMPATIENCE)
         return not busy
 
     def shrink(self) -> bool:
@@ -296,7 +302,11 @@ class Database:
         """Set how long to wait for other processes; see `_IMPATIENCE`."""
         if patient is not self._patient:
             self._patient = patient
-            self._connection.execute(f"PRAGMA busy_timeout={_PATIENCE if patient else _IMPATIENCE}")
+            self._wait(_PATIENCE if patient else _IMPATIENCE)
+
+    def _wait(self, milliseconds: int) -> None:
+        """Set how long a statement waits for a lock."""
+        self._connection.execute(f"PRAGMA busy_timeout={milliseconds}")
 
     @contextmanager
     def _explained(self, act: str) -> Iterator[None]:
