@@ -441,7 +441,7 @@ def test_a_document_that_is_not_to_the_format_is_refused_in_words(document: byte
     assert reason_of(lambda: documents.read_evidence(document)) == "evidence_malformed"
 
 
-@pytest.mark.parametrize("version", [2, 0, True, "1", 1.5])
+@pytest.mark.parametrize("version", [2, 0, True, "1", 1.5, 1.0])
 def test_another_version_is_refused(version: object) -> None:
     assert reason_of(lambda: documents.read_evidence(changed(version=version))) == "evidence_version"
 

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -301,6 +301,8 @@ def test_a_value_of_another_type_is_refused_in_words_for_a_person(file: Path, to
         pytest.param("csr = 7", "csr", id="csr no table"),
         pytest.param("[csr]\nv2g_certificate = 7", "csr", id="certificate type no table"),
         pytest.param(b'broker = "\xff"', "UTF-8", id="not UTF-8"),
+        pytest.param(".".join(["a"] * 50_000) + " = 1", "line 1 ", id="a key of 50,000 parts"),
+        pytest.param("[" + ".".join(["a"] * 50_000) + "]", "line 1 ", id="a table 50,000 deep"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_and_says_where(file: Path, text: str | bytes, words: str) -> None:
@@ -310,7 +312,7 @@ def test_a_file_that_cannot_be_is_refused_and_says_where(file: Path, text: str |
     assert words in error.message  # words: which option, or which format it breaks
 
 
-def test_a_file_over_1_mib_is_refused(file: Path) -> None:
+def test_a_file_over_256_kib_is_refused(file: Path) -> None:
     assert refused(file, b"#" * (MAX_FILE + 1)).reason == "config_unreadable"
 
 
@@ -330,10 +332,19 @@ def test_of_a_wrong_file_each_mistake_is_told_and_the_rest_is_used(file: Path) -
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    for path, why in ((tmp_path / "none.toml", errno.ENOENT), (tmp_path, errno.EISDIR)):
-        with pytest.raises(ConfigurationError, match=os.strerror(why)) as caught:  # words: the system's own
-            read_file(path)
-        assert caught.value.reason == "config_unreadable"
+    with pytest.raises(ConfigurationError, match=os.strerror(errno.ENOENT)) as caught:  # words: the system's own
+        read_file(tmp_path / "none.toml")
+    assert caught.value.reason == "config_unreadable"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_not_a_regular_file_is_refused_without_waiting(file: Path, make: Callable[[Path], None]) -> None:
+    """Nobody writes to the FIFO, and the device never ends."""
+    make(file)
+    with pytest.raises(ConfigurationError) as caught:
+        read_file(file)
+    assert caught.value.reason == "config_unreadable"
+    assert read_parts(file).lost is None
 
 
 # The key store.

@@ -148,7 +148,7 @@ def _constant(value: object, refuse: Callable[[str], NotVerified]) -> _Form:
     """What says what a document is; `refuse` takes the place where it says something else."""
 
     def read(found: object, where: str) -> object:
-        if isinstance(found, bool) or found != value:
+        if type(found) is not type(value) or found != value:  # neither true nor 1.0 is 1
             raise refuse(where)
         return found
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import os
 import re
 import stat
 import tomllib
@@ -27,10 +26,13 @@ from stationkey.config.options import Declared, options_of
 from stationkey.config.settings import DEFAULT_DEVICE, CsrOverrides, Settings
 from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import ConfigurationError
+from stationkey.system.files import opened_regular
 from stationkey.system.text import printable
 
-MAX_FILE: Final = 1024 * 1024
-"""Bytes."""
+MAX_FILE: Final = 256 * 1024
+"""Bytes; the packaged file, with every option explained, has 15 KB."""
+MAX_DOTS: Final = 250
+"""Dots in one line. An option has two at most, and `tomllib` takes time by the square of the parts of a dotted key."""
 MAX_SAID: Final = 200
 """Characters of what is said of a wrong file."""
 
@@ -115,16 +117,15 @@ def _open_to_all(path: Path) -> ConfigurationError:
 def _content(path: Path) -> tuple[bytes, bool]:
     """Return what is in a file, and whether every user may write to it."""
     try:
-        with path.open("rb") as opened:
-            status = os.fstat(opened.fileno())
-            content = opened.read(MAX_FILE + 1)  # no more than this of a device that never ends
+        with opened_regular(path, follow=True) as (opened, status):
+            content = opened.read(MAX_FILE + 1)
     except OSError as error:
         raise ConfigurationError(
             f"the configuration file {path} cannot be read: {error.strerror}", reason="config_unreadable"
         ) from None
     if len(content) > MAX_FILE:
         raise ConfigurationError(f"the configuration file {path} is too large", reason="config_unreadable")
-    return content, stat.S_ISREG(status.st_mode) and bool(status.st_mode & stat.S_IWOTH)
+    return content, bool(status.st_mode & stat.S_IWOTH)
 
 
 def _table(path: Path, content: bytes) -> dict[str, object]:
@@ -132,6 +133,9 @@ def _table(path: Path, content: bytes) -> dict[str, object]:
         text = content.removeprefix(codecs.BOM_UTF8).decode()  # some editors put that mark there, and nobody sees it
     except UnicodeDecodeError:
         raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > MAX_DOTS:
+            raise ConfigurationError(f"{path}: line {number} has more than {MAX_DOTS} dots", reason="config_invalid")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
