@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import pytest
@@ -33,15 +35,18 @@ ASK = [
     "DE",
 ]
 
+REASONED = Path(__file__).parents[1] / "support/reasoned.py"
 NOWHERE = ["--broker", "mqtt://127.0.0.1:1"]
 """A broker that is not there, for what must not get so far."""
 
 
-def run(*arguments: str | bytes, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str | bytes, program: Sequence[str] = ("-m", "stationkey"), environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The command as a shell would start it."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("STATIONKEY_")}
     return subprocess.run(
-        [sys.executable, "-m", "stationkey", *arguments],
+        [sys.executable, *program, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -165,7 +170,7 @@ def test_a_command_whose_library_is_not_installed_says_so(say_hello: Path) -> No
     result = invoke("say-hello", "--any")
 
     assert result.exit_code == 1
-    assert "no_such_library" in result.stderr
+    assert "no_such_library" in result.stderr  # words: which library
 
 
 # Wrong usage, and other ends.
@@ -174,24 +179,21 @@ def test_a_command_whose_library_is_not_installed_says_so(say_hello: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param(["no-such-command"], "No such command", id="unknown command"),
-        pytest.param(["serve", "--no-such-option"], "No such option", id="unknown option"),
-        pytest.param(["serve", "--log-format", "xml"], "'xml' is not one of", id="unknown log format"),
+        pytest.param(["no-such-command"], "'no-such-command'", id="unknown command"),
+        pytest.param(["serve", "--no-such-option"], "--no-such-option", id="unknown option"),
+        pytest.param(["serve", "--log-format", "xml"], "'xml'", id="unknown log format"),
         pytest.param(["request"], "Missing argument", id="no certificate type"),
-        pytest.param(["request", "mo_certificate"], "'mo_certificate' is not one of", id="unknown certificate type"),
-        *(
-            pytest.param([*ASK[:at], *ASK[at + 2 :]], f"Missing option '{ASK[at]}'", id=f"no {ASK[at]}")
-            for at in (2, 4, 6)
-        ),
-        pytest.param([*ASK, "--algorithm", "MD5"], "'MD5' is not one of", id="unknown algorithm"),
-        pytest.param([*ASK, "--id", "7"], "no UUID of the form 8-4-4-4-12", id="id no UUID"),
-        pytest.param([*ASK, "--id", "{123e4567-e89b-12d3-a456-426614174000}"], "no UUID", id="id in braces"),
-        pytest.param([*ASK, "--id", ""], "no UUID", id="id empty"),
-        pytest.param([*ASK, "--timeout", "0"], "not in the range x>0", id="no time"),
-        pytest.param([*ASK, "--timeout", "soon"], "not a valid float", id="time in words"),
-        pytest.param(["schema", "generate_csr"], "none of generate_csr.request", id="unknown schema"),
-        pytest.param(["completion", "csh"], "'csh' is not one of", id="unknown shell"),
-        pytest.param(["keys", "show"], "Missing argument", id="no key named"),
+        pytest.param(["request", "mo_certificate"], "'mo_certificate'", id="unknown certificate type"),
+        *(pytest.param([*ASK[:at], *ASK[at + 2 :]], f"'{ASK[at]}'", id=f"no {ASK[at]}") for at in (2, 4, 6)),
+        pytest.param([*ASK, "--algorithm", "MD5"], "'MD5'", id="unknown algorithm"),
+        pytest.param([*ASK, "--id", "7"], "8-4-4-4-12", id="id no UUID"),
+        pytest.param([*ASK, "--id", "{123e4567-e89b-12d3-a456-426614174000}"], "UUID", id="id in braces"),
+        pytest.param([*ASK, "--id", ""], "UUID", id="id empty"),
+        pytest.param([*ASK, "--timeout", "0"], "x>0", id="no time"),
+        pytest.param([*ASK, "--timeout", "soon"], "'soon'", id="time in words"),
+        pytest.param(["schema", "generate_csr"], "generate_csr.request", id="unknown schema"),
+        pytest.param(["completion", "csh"], "'csh'", id="unknown shell"),
+        pytest.param(["keys", "show"], "'ID'", id="no key named"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_wrong(arguments: list[str], words: str) -> None:
@@ -199,51 +201,77 @@ def test_wrong_usage_exits_2_and_says_what_is_wrong(arguments: list[str], words:
 
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert words in result.stderr
-    assert "--help" in result.stderr
+    assert words in result.stderr  # words: which command, option or argument, what it may be
+    assert "--help" in result.stderr  # words: the option that helps
 
 
-def failed(*arguments: str | bytes) -> str:
-    """What the command says when it exits 1: in words, on standard error, with no traceback."""
-    ended = run(*arguments)
+class Failure(NamedTuple):
+    """Why a command exits 1."""
+
+    reason: str
+    said: str
+
+
+def failed(*arguments: str | bytes) -> Failure:
+    """Run a command that exits 1: it says why on standard error, with no traceback."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        ended = run(*arguments, program=(str(REASONED),), environment={"REASON_FILE": file.name})
+        reason = file.read()
     assert ended.returncode == 1, ended
     assert ended.stdout == ""
     assert ended.stderr.startswith("stationkey: ")
     assert "Traceback" not in ended.stderr
-    return ended.stderr
+    return Failure(reason, ended.stderr)
 
 
 def test_asking_a_broker_that_is_not_there_exits_1() -> None:
-    port = free_port()
+    url = f"mqtt://127.0.0.1:{free_port()}"
+    failure = failed(*ASK, "--broker", url)
 
-    assert f"no broker at mqtt://127.0.0.1:{port}" in failed(*ASK, "--broker", f"mqtt://127.0.0.1:{port}")
+    assert failure.reason == "broker_unreachable"
+    assert url in failure.said  # words: which broker
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "reason", "words"),
     [
-        pytest.param([*ASK, "--broker", "127.0.0.1"], "no broker URL", id="no URL"),
-        pytest.param([*ASK, "--broker", "mqtt://u:p@127.0.0.1:1"], "password", id="password"),
-        pytest.param([*ASK, *NOWHERE, "--topic-prefix", "a/#"], "cannot begin a topic", id="wildcard"),
-        pytest.param([*ASK, *NOWHERE, "--topic-prefix", b"\xff"], "cannot begin a topic", id="prefix not UTF-8"),
-        pytest.param([*ASK, *NOWHERE, "--evse-id", b"\xff"], "not UTF-8", id="EVSE ID not UTF-8"),
-        pytest.param(["serve", "--keystore", "software:"], "--allow-software-keys", id="software, not allowed"),
-        pytest.param(["serve", "--keystore", "tpm2:"], "names no TPM", id="no TCTI"),
-        pytest.param(["serve", "--keystore", "pkcs11:"], "no key store URI", id="unknown key store"),
-        pytest.param(["serve", "--keystore", "tpm2:x", "--broker", "h"], "no broker URL", id="serve, no URL"),
-        pytest.param(["serve", "--config", "/no/such/file"], "No such file", id="no configuration file"),
-        pytest.param(["keys", "list", "--config", "/no/such/file"], "No such file", id="keys, no configuration file"),
+        pytest.param([*ASK, "--broker", "127.0.0.1"], "broker_invalid", "'127.0.0.1'", id="no URL"),
+        pytest.param([*ASK, "--broker", "mqtt://u:p@127.0.0.1:1"], "broker_invalid", "password", id="password"),
+        pytest.param([*ASK, *NOWHERE, "--topic-prefix", "a/#"], "topic_prefix_invalid", "'a/#'", id="wildcard"),
+        pytest.param([*ASK, *NOWHERE, "--topic-prefix", b"\xff"], "topic_prefix_invalid", "", id="prefix not UTF-8"),
+        pytest.param([*ASK, *NOWHERE, "--evse-id", b"\xff"], "not_utf8", "", id="EVSE ID not UTF-8"),
+        pytest.param(
+            ["serve", "--keystore", "software:"],
+            "software_keys_refused",
+            "--allow-software-keys",
+            id="software, not allowed",
+        ),
+        pytest.param(["serve", "--keystore", "tpm2:"], "keystore_uri_invalid", "names no TPM", id="no TCTI"),
+        pytest.param(["serve", "--keystore", "pkcs11:"], "keystore_uri_invalid", "'pkcs11:'", id="unknown key store"),
+        pytest.param(["serve", "--keystore", "tpm2:x", "--broker", "h"], "broker_invalid", "'h'", id="serve, no URL"),
+        pytest.param(
+            ["serve", "--config", "/no/such/file"], "config_unreadable", "/no/such/file", id="no configuration file"
+        ),
+        pytest.param(
+            ["keys", "list", "--config", "/no/such/file"],
+            "config_unreadable",
+            "/no/such/file",
+            id="keys, no configuration file",
+        ),
     ],
 )
-def test_what_cannot_be_exits_1_and_says_why(arguments: list[str | bytes], words: str) -> None:
-    assert words in failed(*arguments)
+def test_what_cannot_be_exits_1_and_says_why(arguments: list[str | bytes], reason: str, words: str) -> None:
+    failure = failed(*arguments)
+
+    assert failure.reason == reason
+    assert words in failure.said  # words: which value or file, the option that helps, or what the reason leaves open
 
 
 def test_no_answer_in_time_exits_4(mosquitto: Mosquitto) -> None:
     ended = run(*ASK, "--broker", mosquitto.url, "--timeout", "0.2")
 
     assert (ended.returncode, ended.stdout) == (4, "")
-    assert "within 0.2 s" in ended.stderr
+    assert "0.2 s" in ended.stderr  # words: the limit
     assert "Traceback" not in ended.stderr
 
 
@@ -252,14 +280,14 @@ def test_no_answer_in_time_exits_4(mosquitto: Mosquitto) -> None:
 
 def test_a_state_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     for arguments in (["list"], ["show", "00"]):
-        said = failed("keys", *arguments, "--state-dir", str(tmp_path / "none"))
-        assert "there is no ledger" in said
-        assert "--state-dir" in said
+        failure = failed("keys", *arguments, "--state-dir", str(tmp_path / "none"))
+        assert failure.reason == "ledger_missing"
+        assert "--state-dir" in failure.said  # words: the option that helps
     assert not (tmp_path / "none").exists()
 
 
 def test_an_empty_state_directory_is_an_error_and_stays_empty(tmp_path: Path) -> None:
-    assert "there is no ledger" in failed("keys", "list", "--state-dir", str(tmp_path))
+    assert failed("keys", "list", "--state-dir", str(tmp_path)).reason == "ledger_missing"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,7 +307,10 @@ def test_a_station_without_keys_says_so(new_state: Path) -> None:
 
 @pytest.mark.parametrize("key_id", ["00", "", "%", "'; DROP TABLE key"])
 def test_a_key_that_is_not_there_is_an_error(new_state: Path, key_id: str) -> None:
-    assert f"there is no key {key_id}" in failed("keys", "show", key_id, "--state-dir", str(new_state))
+    failure = failed("keys", "show", key_id, "--state-dir", str(new_state))
+
+    assert failure.reason == "key_not_found"
+    assert f"key {key_id}" in failure.said  # words: which key
 
 
 def test_the_state_directory_may_come_from_the_configuration_file(new_state: Path, tmp_path: Path) -> None:

@@ -43,7 +43,11 @@ class Findings:
         return min((finding.level for finding in self[name]), key=order.index)
 
     def text(self, name: str) -> str:
-        """All that is said of something, advice included."""
+        """All that is said of something, advice included.
+
+        A finding has no reason. Beside its name and its level, tests hold the words that tell its fault from the others
+        of that check: a value, a file, an option or a command; no more of the sentence than that.
+        """
         return " ".join(f"{finding.message} {finding.advice}" for finding in self[name])
 
     @property

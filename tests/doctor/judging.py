@@ -34,6 +34,7 @@ def worst(found: Verdict | Iterable[Verdict]) -> Level:
 
 
 def said(found: Verdict | Iterable[Verdict]) -> str:
+    """All that is said, advice included; `doctors.Findings.text` says what tests hold of it."""
     findings = [found] if isinstance(found, Verdict) else found
     return " ".join(f"{finding.message} {finding.advice}" for finding in findings)
 

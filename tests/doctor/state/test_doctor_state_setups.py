@@ -76,7 +76,7 @@ class TestState:
     def test_a_ledger_of_a_newer_version_is_a_failure(self, tmp_path: Path) -> None:
         with closing(sqlite3.connect(used(tmp_path) / DATABASE_NAME)) as database:
             database.execute("PRAGMA user_version=99")
-        assert "a newer stationkey wrote it" in look(tmp_path).text("state.ledger")
+        assert "newer" in look(tmp_path).text("state.ledger")
 
     @pytest.mark.parametrize(
         ("mode", "level"), [(0o700, Level.OK), (0o755, Level.WARNING), (0o777, Level.FAILURE), (0o770, Level.FAILURE)]
@@ -206,7 +206,7 @@ class TestState:
 
         monkeypatch.setattr("stationkey.doctor.state.disk._place", broken)
         found = look(tmp_path)
-        assert "the check itself failed (ZeroDivisionError" in found.text("state.disk")
+        assert "ZeroDivisionError" in found.text("state.disk")
         assert "hunter2" not in found.text("state.disk")
         assert found.level("state.disk") is Level.NOT_CHECKED
         assert found.level("state.directory") is Level.WARNING

@@ -63,14 +63,14 @@ class TestTpm:
             tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "ecc", "-c", str(tmp_path / str(number)))
         found = look(tmp_path, keystore=swtpm.uri)
         assert found.level("tpm.slots") is Level.WARNING
-        assert "are full: 3 objects" in found.text("tpm.slots")
+        assert all(word in found.text("tpm.slots") for word in ("full", "3 objects"))
 
     def test_another_key_in_the_place_of_the_storage_root_key_is_a_failure(self, tmp_path: Path, swtpm: Swtpm) -> None:
         primary = str(tmp_path / "primary")
         tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "rsa2048", "-c", primary)
         tool(swtpm, "tpm2_evictcontrol", "-C", "o", "-c", primary, "0x81000001")
         found = look(tmp_path, keystore=swtpm.uri)
-        assert "a key of type RSA at 0x81000001" in found.text("tpm.srk")
+        assert all(word in found.text("tpm.srk") for word in ("RSA", "0x81000001"))
         config = write_config(tmp_path, "[tpm]\nsrk_handle = 0x81000002\n")
         assert look(tmp_path, keystore=swtpm.uri, config_file=config).level("tpm.srk") is Level.OK
 
@@ -117,7 +117,7 @@ class TestTpm:
         tool(swtpm, "tpm2_flushcontext", "-t")
         tool(swtpm, "tpm2_changeauth", "-c", "owner", "hunter2")
         found = look(tmp_path, keystore=swtpm.uri)
-        assert "the curve P-384" in found.text("tpm.srk")
+        assert "P-384" in found.text("tpm.srk")
         command = found.text("tpm.srk").partition("needs it: ")[2].partition(";")[0]
         tool(swtpm, *command.replace("PASSWORD", "hunter2").split())
         assert "owner_auth" in look(tmp_path, keystore=swtpm.uri).text("tpm.srk")
@@ -166,7 +166,8 @@ class TestTpm:
         exchanged = look(tmp_path, keystore=swtpm.uri)
         with closing(Ledger(state / DATABASE_NAME, read_only=True)) as ledger:
             (key,) = ledger.keys.all()
-        assert f"{key.key_id} (v2g_certificate) was made by another TPM" in exchanged.text("tpm.keys")
+        named = (f"{key.key_id} (v2g_certificate)", "another TPM")
+        assert all(word in exchanged.text("tpm.keys") for word in named)
 
     def test_software_keys_are_a_warning_where_they_are_allowed(self, tmp_path: Path) -> None:
         assert look(tmp_path).level("tpm.keystore") is Level.FAILURE
