@@ -51,7 +51,7 @@ def test_dir_lists_the_public_names() -> None:
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no_such_name"):
+    with pytest.raises(AttributeError, match="no_such_name"):  # words: which name
         _ = stationkey.no_such_name
 
 

@@ -103,7 +103,8 @@ def test_what_is_known_is_named_with_the_version_that_mends_it(
     }
 
     assert audit.main([str(two), "--", *service.options]) == audit.EXIT_KNOWN
-    assert "click 8.5.1: PYSEC-2099-1; fixed in 9.0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(datum in said for datum in ("click 8.5.1", "PYSEC-2099-1", "9.0"))  # words: which, by what, until when
 
 
 def test_a_service_that_fails_is_no_clean_result(
@@ -112,7 +113,7 @@ def test_a_service_that_fails_is_no_clean_result(
     service.failing = True
 
     assert audit.main([str(two), "--", *service.options]) == audit.EXIT_NOT_SAID
-    assert "no clean result" in capsys.readouterr().err
+    assert "no clean result" in capsys.readouterr().err  # words: not to be taken for one
 
 
 def test_a_service_that_is_not_there_is_no_clean_result(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +121,7 @@ def test_a_service_that_is_not_there_is_no_clean_result(two: Path, capsys: pytes
         options = gone.options
 
     assert audit.main([str(two), "--", *options]) == audit.EXIT_NOT_SAID
-    assert "NOT ASKED  pip-audit failed" in capsys.readouterr().out
+    assert "NOT ASKED  pip-audit" in capsys.readouterr().out  # words: who was not, and that it is no clean result
 
 
 @pytest.mark.parametrize(

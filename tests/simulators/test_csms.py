@@ -254,7 +254,7 @@ async def test_a_request_id_belongs_to_one_csr(make: Make) -> None:
         assert await station.sign(V2G, csr, request_id=1) == ("Accepted", "")
         status, words = await station.sign(V2G, csr_for(V2G), request_id=1)
         assert status == "Rejected"
-        assert "requestId 1 was used before with another CSR" in words
+        assert "requestId 1 " in words  # words: which field
         assert [(await station.next())[1]["requestId"] for _ in range(2)] == [1, 1]
 
 
@@ -266,7 +266,7 @@ async def test_a_root_that_is_not_this_csmss_is_refused(make: Make) -> None:
         assert (await station.sign(V2G20, csr_for(V2G20), hash_root_certificate=own))[0] == "Accepted"
         status, words = await station.sign(V2G20, csr_for(V2G20), hash_root_certificate=other)
         assert status == "Rejected"
-        assert "hashRootCertificate" in words
+        assert "hashRootCertificate" in words  # words: which field
 
 
 # --- What it does wrong when told so ---------------------------------------------------------------------------------
@@ -624,8 +624,8 @@ async def test_the_command_goes_on_where_a_trigger_leads_to_nothing(
             "SignV2GCertificate",
         ]
     told = capsys.readouterr().out
-    assert "OCPP 2.0.1 cannot carry a v2g20_certificate" in told
-    assert told.count("CS001: no end to the") == 2
+    assert {"2.0.1", "v2g20_certificate"} <= set(told.replace(":", " ").split())  # words: what by what
+    assert told.count("CS001: no end to the") == 2  # words: what the command prints of each
 
 
 async def test_the_command_keeps_its_authorities_and_asks_for_passwords(tmp_path: Path) -> None:
