@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import ssl
 import subprocess
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import websockets
@@ -36,8 +39,8 @@ from ocpp.exceptions import (  # type: ignore[import-untyped]  # same
     NotSupportedError,
     PropertyConstraintViolationError,
 )
-from websockets.asyncio.client import connect
-from websockets.exceptions import InvalidStatus
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from stationkey import cli
@@ -47,7 +50,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.csms.server import Csms, CsmsError, SecurityProfile
 from stationkey.simulators.ocpp import CARRIAGES, NotCarried, OcppVersion
-from stationkey.simulators.ocpp_connection import NotAnswered, OcppConnection
+from stationkey.simulators.ocpp_connection import MAX_FRAGMENTS, NotAnswered, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem
 from stationkey.simulators.pki import to_pem as chain_to_pem
 
@@ -559,13 +562,37 @@ async def test_a_call_against_the_schema_is_answered_with_the_right_error(
         *("", "{}", "[]", "[2]", "nonsense", "[9, 1, 2, 3]", '[2, 1, "Heartbeat", {}]', '[2, "a", 1, {}]'),
         *('[3, "never asked", {}]', '[4, "never asked", "X", "", {}]', "[3, null, {}]"),
         pytest.param("[" * 99999, id="too-deep"),
+        pytest.param(f'[2, "a", "Heartbeat", {{"x": {"9" * 50_000}}}]', id="a number of 50,000 digits"),
+        pytest.param(b"\xff", id="not UTF-8"),
     ],
 )
-async def test_what_is_no_message_is_passed_over_and_the_next_is_answered(frame: str, make: Make) -> None:
+async def test_what_is_no_message_is_passed_over_and_the_next_is_answered(frame: str | bytes, make: Make) -> None:
     async with make() as csms, connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as websocket:
         await websocket.send(frame)
         await websocket.send('[2, "b", "Heartbeat", {}]')
         assert json.loads(await websocket.recv())[:2] == [3, "b"]
+
+
+async def test_a_message_of_endless_empty_fragments_ends_its_connection_alone(make: Make) -> None:
+    """They have no size that would count, and each takes memory until the last has come."""
+
+    async def fragments(text: str, empty: int) -> AsyncIterator[str]:
+        for _ in range(empty):
+            yield ""
+            await asyncio.sleep(0)  # so that an end is noticed
+        yield text
+
+    async def station() -> ClientConnection:
+        return await connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")])
+
+    async with make() as csms:
+        async with await station() as hostile:
+            with pytest.raises(ConnectionClosed):  # noqa: PT012 - by either
+                await hostile.send(fragments('[2, "a", "Heartbeat", {}]', 10 * MAX_FRAGMENTS))
+                await hostile.recv()
+        async with await station() as good:
+            await good.send(fragments('[2, "b", "Heartbeat", {}]', 100))
+            assert json.loads(await good.recv())[:2] == [3, "b"]
 
 
 async def test_events_are_told_to_each_who_asks_from_the_first_on(make: Make) -> None:
@@ -605,6 +632,22 @@ async def test_the_command_triggers_each_certificate_in_turn_and_ends_with_0(
             await asyncio.wait([listening])
             csms.process.send_signal(number)
             assert await csms.process.wait() == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--tls",)], ids=["ws", "wss"])
+async def test_half_open_handshakes_do_not_keep_the_command_from_ending(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    with ExitStack() as opened:
+        async with command("--pki-dir", str(tmp_path), *options) as csms:
+            assert csms.process.stdout is not None
+            url = urlsplit((await csms.until("listening on")).split()[-1])
+            for _ in range(500):
+                opened.enter_context(socket.create_connection((url.hostname, url.port)))
+            csms.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):  # what a service manager would wait
+                assert await csms.process.wait() == 0
+            assert b"Traceback" not in await csms.process.stdout.read()
 
 
 async def test_the_command_goes_on_where_a_trigger_leads_to_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -156,6 +157,34 @@ async def test_a_boot_that_goes_wrong_is_said_and_tried_again(
         assert not running.done()
 
     assert len(backend.paths) == 2
+
+
+@pytest.mark.parametrize("abort", [True, False], ids=["connection broken", "closed with 4999"])
+async def test_a_connection_that_ends_before_the_boot_answer_leaves_no_error_behind(
+    tmp_path: Path, abort: bool
+) -> None:
+    """An exception that nobody retrieved is told when its future is collected."""
+    unretrieved: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unretrieved.append(context))
+
+    class Breaking(Backend):
+        async def serve(self, socket: ServerConnection) -> None:
+            self.paths.append("")
+            if len(self.paths) > 1:
+                return await super().serve(socket)
+            await socket.recv()
+            if abort:
+                socket.transport.abort()
+                return None
+            return await socket.close(4999)
+
+    async with played(Breaking(accepted()), tmp_path) as (_, told, running):
+        await heard(told, "reconnecting")
+        await heard(told, "connected")
+        assert not running.done()
+    gc.collect()
+
+    assert unretrieved == []
 
 
 async def test_heartbeats_are_sent_at_the_interval_of_the_csms(tmp_path: Path) -> None:

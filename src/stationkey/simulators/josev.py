@@ -49,7 +49,7 @@ from stationkey.simulators.ocpp import (
     sign_certificate,
     trigger_answer,
 )
-from stationkey.simulators.ocpp_connection import CallError, NotAnswered, OcppConnection
+from stationkey.simulators.ocpp_connection import BoundedClient, CallError, NotAnswered, OcppConnection
 from stationkey.simulators.pending import Pending, PendingFile, write_atomically
 from stationkey.simulators.verification import CertificateInvalid, for_which, read_signed, read_trust_anchors, verify
 from stationkey.system.backoff import Backoff
@@ -186,6 +186,7 @@ class Station:
             subprotocols=[websockets.Subprotocol(version) for version in settings.versions],
             additional_headers=headers,
             ssl=settings.tls,
+            create_connection=BoundedClient,
         ) as socket:
             if socket.subprotocol is None:
                 raise OSError("the CSMS speaks none of the OCPP versions offered")

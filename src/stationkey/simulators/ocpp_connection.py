@@ -17,8 +17,12 @@ from typing import Any, Final, NamedTuple
 
 from ocpp import messages  # type: ignore[import-untyped]  # ships no type information
 from ocpp.exceptions import OCPPError  # type: ignore[import-untyped]  # ships no type information
+from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.connection import Connection
+from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import DATA_OPCODES, CloseCode, Frame
+from websockets.protocol import Event
 
 from stationkey.errors import Fault, StationKeyError
 from stationkey.simulators.ocpp import OcppVersion, Payload, PayloadInvalid, UnknownAction, validate
@@ -38,6 +42,9 @@ Answer = Callable[[str, Payload], Awaitable[Payload | Answered]]
 
 Invalid = Callable[[str, Payload, PayloadInvalid], Awaitable[None]]
 """Action, payload, and what is wrong with it."""
+
+MAX_FRAGMENTS: Final = 1024
+"""Fragments of one message; a message of OCPP has a few, or is whole."""
 
 CALL_TIMEOUT: Final = 30.0
 """Seconds to wait for the answer to a call."""
@@ -63,6 +70,33 @@ class NotAnswered(StationKeyError):
     """A call got no answer: the connection is closed, or the other side is silent."""
 
     fault = Fault.REQUEST
+
+
+class Bounded(Connection):
+    """Close a WebSocket on which a message has too many fragments: `max_size` does not count empty ones."""
+
+    _fragments = 0
+
+    def process_event(self, event: Event) -> None:
+        """Count the fragments of a message as they arrive."""
+        if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
+            if self._fragments > MAX_FRAGMENTS:
+                return  # of the same batch as the one that was too many
+            self._fragments = 0 if event.fin else self._fragments + 1
+            if self._fragments > MAX_FRAGMENTS:
+                self.protocol.fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+                self.send_data()
+                self.transport.close()
+                return
+        super().process_event(event)
+
+
+class BoundedServer(Bounded, ServerConnection):
+    """The CSMS's side of a WebSocket."""
+
+
+class BoundedClient(Bounded, ClientConnection):
+    """The station's side of a WebSocket."""
 
 
 class OcppConnection:
@@ -185,7 +219,7 @@ def _read(frame: str | bytes) -> Any:
     """The message in a frame, or None where there is none."""
     try:
         message = messages.unpack(frame)
-    except (OCPPError, RecursionError) as error:
+    except (OCPPError, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         log.warning("a frame that is no OCPP-J: %s", type(error).__name__)
         return None
     if not isinstance(message.unique_id, str) or not isinstance(getattr(message, "action", None), str | None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import http
 import ssl
@@ -40,11 +41,13 @@ from stationkey.simulators import ocpp
 from stationkey.simulators.csms.csr_check import CsrRefused, check_csr, from_pem, refused
 from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.ocpp import OcppVersion, Payload, PayloadInvalid, SignRequest
-from stationkey.simulators.ocpp_connection import Answered, CallError, OcppConnection
+from stationkey.simulators.ocpp_connection import Answered, BoundedServer, CallError, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem, to_pem
 
 EVENT_TIMEOUT: Final = 10.0
 """Seconds that the waiting methods wait."""
+CLOSING_TIMEOUT: Final = 2.0
+"""Seconds to wait for the connections to end. One whose handshake is not finished ends with the event loop."""
 HEARTBEAT_INTERVAL: Final = 300
 """Seconds, as BootNotification's answer says."""
 _THREE: Final = 3
@@ -141,13 +144,16 @@ class Csms:
             process_request=self._let_in,
             ssl=self._tls() if self._security_profile >= SecurityProfile.TLS else None,
             close_timeout=1,
+            create_connection=BoundedServer,
         )
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
-        await self._server.wait_closed()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_TIMEOUT):
+                await self._server.wait_closed()
 
     @property
     def url(self) -> str:
