@@ -349,7 +349,7 @@ def test_no_answer_is_lost_where_a_link_to_the_ledger_lies_in_the_certificate_di
                 "data": {"certificate_type": "charging_station_certificate", "status": "installed"},
             }
         )
-        daemon.wait_for("changes nothing")
+        daemon.wait_for(reason="certificate_dir_unreadable")
         state_dir = ("--state-dir", str(daemon.state_dir))
         assert run("keys", "destroy", first, "--yes", "--reason", "test", *state_dir).returncode == 0
         second = key_id_in(josev.ask(generate_csr()).csr)

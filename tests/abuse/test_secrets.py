@@ -267,7 +267,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_no_secret(soft_scene: Scene) ->
         for name in ("sign", "record"):
             rejected(josev, scene, "internal_error", common_name=name)
         josev.publish(STATUS)
-        station.wait_for("fault of stationkey", count=3)
+        station.wait_for_lines(lambda lines: "\n".join(lines).count("Traceback") >= 3)
         scene.learn_blobs()
         station.stop()
     said = "\n".join(station.lines)

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import reasons
 import websockets
-from click.testing import CliRunner
 from cryptography import x509
 from csms_parts import (
     ORGANIZATION,
@@ -43,7 +43,6 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
-from stationkey import cli
 from stationkey.cli import csms as cli_csms
 from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, CertificateType
 from stationkey.errors import ConfigurationError
@@ -694,23 +693,29 @@ async def test_the_command_keeps_its_authorities_and_asks_for_passwords(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "reason", "words"),
     [
-        pytest.param(["--listen", "9000"], "is not HOST:PORT", id="no-host"),
-        pytest.param(["--listen", "127.0.0.1:99999"], "is not HOST:PORT", id="port-too-large"),
-        pytest.param(["--listen", "192.0.2.1:9000"], "cannot listen", id="not-an-address-of-ours"),
-        pytest.param(["--password-file", "bad"], "line 2 is not STATION-ID:PASSWORD", id="password-file"),
-        pytest.param(["--pki-dir", "."], "holds no hierarchy of authorities", id="pki"),
-        pytest.param(["--client-certificates", "--listen", "192.0.2.1:0"], "cannot listen", id="profile-3-elsewhere"),
-        pytest.param(["--misbehave", "well"], "is not one of", id="misbehave"),
+        pytest.param(["--listen", "9000"], "", "'9000'", id="no-host"),
+        pytest.param(["--listen", "127.0.0.1:99999"], "", "'127.0.0.1:99999'", id="port-too-large"),
+        pytest.param(["--listen", "192.0.2.1:9000"], "csms_cannot_listen", "192.0.2.1", id="not-an-address-of-ours"),
+        pytest.param(["--password-file", "bad"], "csms_password_file", "bad, line 2", id="password-file"),
+        pytest.param(["--pki-dir", "."], "pki_unreadable", "secp256r1", id="pki"),
+        pytest.param(
+            ["--client-certificates", "--listen", "192.0.2.1:0"],
+            "csms_cannot_listen",
+            "192.0.2.1",
+            id="profile-3-elsewhere",
+        ),
+        pytest.param(["--misbehave", "well"], "", "'well'", id="misbehave"),
     ],
 )
 def test_what_the_command_cannot_do_is_said_in_words(
-    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], reason: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Wrong usage is click's, and has no reason."""
     (tmp_path / "bad").write_text("CS001:x\nCS002\n")
     (tmp_path / "secp256r1").mkdir()
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli.main, ["csms", "--organization", "EcoG", *arguments], catch_exceptions=False)
-    assert done.exit_code != 0
-    assert words in " ".join(done.output.split())
+    done = reasons.command("csms", "--organization", "EcoG", *arguments)
+    assert (done.exit_code, done.reason) == (1 if reason else 2, reason)
+    assert words in " ".join(done.output.split())  # words: which value or file

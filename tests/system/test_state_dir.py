@@ -111,4 +111,4 @@ def test_the_volume_itself_is_roots_and_the_hint_names_a_directory_in_it(path: P
     said = Volume(made(path, mode=0o2775, group=USER)).opened(".")
 
     assert said["reason"] == "state_dir_foreign"
-    assert str(path / "stationkey") in said["hint"]
+    assert str(path / "stationkey") in said["hint"]  # words: the directory that helps
