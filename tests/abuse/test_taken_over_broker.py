@@ -199,7 +199,8 @@ def test_a_flood_of_any_kind_of_packet_fills_no_memory(
         with broker._one_packet, suppress(OSError):  # noqa: SLF001 - what is read meanwhile is answered by nobody
             for number in range(1, count):
                 connection.sendall(flood(number))
-        connection.close()
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it, as a close would not
         latest = broker.connections.get(timeout=BOUND)
         broker.publish(latest, wire(request()), 1)
         assert broker.answers.get(timeout=BOUND)["data"]["status"] == "accepted"
