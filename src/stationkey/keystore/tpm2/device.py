@@ -140,6 +140,15 @@ class Device:
         self._refuse_if_abandoned()
         if not self._timed:
             self._until = time.monotonic() + _PATIENCE
+        try:
+            return self._attempt(command)
+        except errors.SessionInDoubtError as doubt:
+            try:
+                return self._attempt(command)
+            except errors.SessionInDoubtError:
+                raise doubt.error from None
+
+    def _attempt(self, command: Callable[[], T]) -> T:
         if self._esapi is not None:
             try:
                 return command()
@@ -274,7 +283,7 @@ class Device:
         handle = self._terms.srk_handle
         srk = esapi.tr_from_tpmpublic(handle)
         found = esapi.read_public(srk)[0]
-        if bytes(esapi.tr_get_name(srk)) != bytes(found.get_name()):
+        if bytes(esapi.tr_get_name(srk)) != _name(found):
             raise errors.altered("two answers differ")
         public = found.publicArea
         attributes = public.objectAttributes
@@ -323,7 +332,7 @@ class Device:
         """
         handle = self._terms.srk_handle
         assert self._kept is not None
-        name = bytes(public.get_name())
+        name = _name(public)
         if bytes(esapi.tr_serialize(srk)) != _serialised(handle, name, public):
             raise errors.altered("two answers differ")
         if self._kept.srk_name(handle, name) != name:
@@ -382,13 +391,18 @@ class Device:
             code = rc.code(error)
             if code not in rc.WRONG_AUTH:
                 raise
-            accepted = handle in self._accepted
+            accepted, with_sessions = handle in self._accepted, self._terms.session != "none"
             self.close()
-            if accepted and self._terms.session != "none":
-                raise errors.altered(f"{error.rc:#x}") from None
-            if code == rc.AUTH_FAIL:  # it counts
+            if code == rc.AUTH_FAIL and not (accepted and with_sessions):  # it counts
                 self._refused[handle] = self._given[handle]
-            raise errors.parent_refused(handle, self._terms, f"{error.rc:#x}") from None
+            failure = (
+                errors.altered(f"{error.rc:#x}")
+                if accepted and with_sessions
+                else errors.parent_refused(handle, self._terms, f"{error.rc:#x}")
+            )
+            if code == rc.BAD_AUTH and with_sessions:  # it does not count
+                raise errors.SessionInDoubtError(failure) from None
+            raise failure from None
         self._accepted.add(handle)
 
     def _parent(self, handle: int) -> Any:
@@ -406,6 +420,18 @@ class Device:
                 )
             self._parents[handle] = self._context.tr_from_tpmpublic(handle)
         return self._parents[handle]
+
+
+def _name(public: TPM2B_PUBLIC) -> bytes:
+    """The name of an object by its public area.
+
+    Raises:
+        KeyStoreError: its name algorithm is none, as no TPM answers.
+    """
+    try:
+        return bytes(public.get_name())
+    except ValueError:
+        raise errors.altered("no hash algorithm") from None
 
 
 def _serialised(handle: int, name: bytes, public: TPM2B_PUBLIC) -> bytes:

@@ -111,6 +111,18 @@ def parent_refused(handle: int, terms: TpmTerms, code: str) -> KeyStoreError:
     )
 
 
+class SessionInDoubtError(Exception):
+    """A command was refused over its session: it may have been altered when it began, and another one may do.
+
+    Args:
+        error: what stands, if another session is refused too.
+    """
+
+    def __init__(self, error: KeyStoreError) -> None:
+        super().__init__(error.reason)
+        self.error = error
+
+
 def altered(code: str) -> KeyStoreError:
     """A session shows that somebody has had a hand in."""
     return KeyStoreError(

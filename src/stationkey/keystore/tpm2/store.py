@@ -362,12 +362,16 @@ class Tpm2KeyStore(Device):
             if code in rc.WRONG_AUTH:
                 with_sessions = self._terms.session != "none"
                 if with_sessions and not auth:
-                    raise errors.altered(f"{error.rc:#x}") from None
-                raise errors.key_auth_wrong(
-                    f"the authorisation value is not the one that the key was made with ({error.rc:#x})",
-                    hint="[tpm] key_auth must name the value of then; otherwise ask for a new certificate"
-                    + ("; or the command was altered on its way to the TPM" if with_sessions else ""),
-                ) from None
+                    failure = errors.altered(f"{error.rc:#x}")
+                else:
+                    failure = errors.key_auth_wrong(
+                        f"the authorisation value is not the one that the key was made with ({error.rc:#x})",
+                        hint="[tpm] key_auth must name the value of then; otherwise ask for a new certificate"
+                        + ("; or the command was altered on its way to the TPM" if with_sessions else ""),
+                    )
+                if code == rc.BAD_AUTH and with_sessions:
+                    raise errors.SessionInDoubtError(failure) from None
+                raise failure from None
             raise
 
     def _shown(self, policy: PcrPolicy, *, auth: bool) -> Any:
