@@ -28,7 +28,9 @@ def key_auth(named: str, settings: Configured) -> None:
             hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
         )
     settled = settings()
-    open_store = keystore_opener(settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir)
+    open_store = keystore_opener(
+        settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir, guest=True
+    )
     values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, settled.state_dir)}
     if len(values) != 1 or values == {b""}:
         words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"

@@ -87,7 +87,9 @@ def tls_config(
         return
     files = check.files_of(checked, settled.state_dir)
     anchors = None if trust_anchors is None else check.key_file(trust_anchors).content
-    open_store = keystore_opener(settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir)
+    open_store = keystore_opener(
+        settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir, guest=True
+    )
     with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
         configuration = Path(directory, "openssl.cnf")
         configuration.write_text(text, encoding="utf-8")
