@@ -11,3 +11,5 @@ const stored = () => require("aedes-persistence-level")(new (require("classic-le
 
 const broker = await Aedes.createBroker(directory === undefined ? {} : { persistence: stored() });
 createServer({ noDelay: true }, broker.handle).listen(Number(port), "127.0.0.1");
+// What it has acknowledged may not be with the database yet.
+process.on("SIGTERM", () => broker.close(() => process.exit(0)));
