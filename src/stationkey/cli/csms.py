@@ -107,7 +107,8 @@ async def _run(server: Csms, anchors: Path, triggers: list[CertificateType]) -> 
     try:
         await server.__aenter__()
     except OSError as error:
-        raise ConfigurationError(f"cannot listen: {error.strerror}", reason="csms_cannot_listen") from None
+        why = error.strerror or str(error)  # asyncio gives no number where it tried several addresses
+        raise ConfigurationError(f"cannot listen: {why}", reason="csms_cannot_listen") from None
     try:
         _say(f"listening on {server.url}/STATION-ID")
         _say(f"trust anchors in {anchors}")
