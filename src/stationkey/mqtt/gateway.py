@@ -438,6 +438,7 @@ class MqttEdge:
                     words = f"each of {GIVE_UP_AFTER} connections ended when an answer of {len(payload)} bytes was sent"
                     log.error("answer not delivered: %s", words, extra=about | {"reason": "publication_too_large"})
                     self._given_up.append(response.id)  # its request could not be acknowledged, and is redelivered
+                    # Noted as handed over below, though it was not: else it would end five connections at every start.
                 except BrokerError as error:
                     if error.transient and self._ending:
                         return False  # the broker sends the request again
