@@ -189,6 +189,7 @@ class _Shift:
         self._jobs = jobs
         self._clock = clock
         self._store: KeyStore | None = None
+        self._timed: Timed | None = None  # the same; to ask a protocol for each job takes longer than the call
         self._turn = threading.Lock()  # a job ends, or its shift is given up: never both at once
         self._abandoned = False
         self._expires: float | None = None  # when the job in hand is overdue; None between jobs
@@ -246,8 +247,8 @@ class _Shift:
         outcome = SUCCESS
         try:
             store = self._open()
-            if isinstance(store, Timed):
-                store.within(job.expires - begun)
+            if self._timed is not None:
+                self._timed.within(job.expires - begun)
             result = job.run(store)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the waiter's, and the thread goes on
             outcome = Outcome.of(error)
@@ -283,6 +284,7 @@ class _Shift:
                 if self._abandoned:
                     raise overdue()
                 self._store = store
+                self._timed = store if isinstance(store, Timed) else None
         return self._store
 
 

@@ -57,9 +57,8 @@ class Context:
         """
         slots = self._slots
         if slots is not None and name == "flush_context":
-            handle = self._esapi.tr_get_tpm_handle(arguments[0])
             self._try(slots, command, *arguments)
-            slots.unloaded(handle)
+            slots.unloaded(arguments[0])
             return None
         if slots is None or name not in LOADING:
             return self._try(slots, command, *arguments, **named)
@@ -76,13 +75,13 @@ class Context:
             raise
         match name:
             case "create_loaded":
-                slots.loaded(self._esapi.tr_get_tpm_handle(result[0]), result[2])
+                slots.loaded(result[0], result[2])
             case "create_primary":
-                slots.loaded(self._esapi.tr_get_tpm_handle(result[0]), result[1])
+                slots.loaded(result[0], result[1])
             case "load":
-                slots.loaded(self._esapi.tr_get_tpm_handle(result), arguments[2])
+                slots.loaded(result, arguments[2])
             case _:
-                slots.loaded(self._esapi.tr_get_tpm_handle(result))
+                slots.loaded(result)
         return result
 
     def _try(self, slots: Slots | None, command: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -24,7 +24,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,7 +107,8 @@ class _Record:
     def write(self, contents: _Contents) -> None:
         """Write in one piece: a program that is killed leaves the whole of it, or what was there."""
         with suppress(OSError):
-            os.pwrite(self._descriptor, json.dumps(asdict(contents)).encode().ljust(_SIZE), 0)
+            told = {"boot": contents.boot, "loaded": contents.loaded, "coming": contents.coming}
+            os.pwrite(self._descriptor, json.dumps(told).encode().ljust(_SIZE), 0)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -128,6 +129,7 @@ class Slots:
         self._alone = alone
         clock = esapi.read_clock().clockInfo
         self._mine = _Contents([int(clock.resetCount), int(clock.restartCount)])
+        self._names: dict[int, tuple[str, ...]] = {}
         self.relieve()
         records = (_Record.open(path, create=True) for path in self._paths())
         self._record = next((record for record in records if record is not None), None)
@@ -169,23 +171,25 @@ class Slots:
         self._mine.coming = None
         self._write()
 
-    def loaded(self, handle: int, public: Any = None) -> None:
+    def loaded(self, resource: Any, public: Any = None) -> None:
         """Write down what a command has loaded.
 
         Args:
-            handle: as the TPM has told it.
+            resource: ESYS_TR of it.
             public: TPM2B_PUBLIC of an object; None for a session.
         """
         digest = "" if public is None else hashlib.sha256(public.marshal()).hexdigest()
-        self._mine.loaded[f"{handle:x}"] = digest
-        if self._mine.coming is not None:  # what is told can be altered on its way
-            self._mine.loaded[self._mine.coming[0]] = digest
-            self._mine.coming = None
+        name = f"{self._esapi.tr_get_tpm_handle(resource):x}"
+        coming = () if self._mine.coming is None else (self._mine.coming[0],)  # what is told can be altered on its way
+        self._names[int(resource)] = (name, *coming)
+        self._mine.loaded.update(dict.fromkeys((name, *coming), digest))
+        self._mine.coming = None
         self._write()
 
-    def unloaded(self, handle: int) -> None:
+    def unloaded(self, resource: Any) -> None:
         """Write down what was unloaded."""
-        self._mine.loaded.pop(f"{handle:x}", None)
+        for name in self._names.pop(int(resource), ()):
+            self._mine.loaded.pop(name, None)
         self._write()
 
     # What the dead have left.
