@@ -133,7 +133,7 @@ class TestTheCommand:
         assert done.returncode == 1
         assert done.stderr == ""
         assert "FAILURE   config.file: " in done.stdout
-        assert done.stdout.splitlines()[-1].startswith("2 failures, ")
+        assert done.stdout.splitlines()[0].startswith("2 failures, ")
         assert max(map(len, done.stdout.splitlines())) <= 80
         assert "\x1b" not in done.stdout
 
@@ -141,7 +141,7 @@ class TestTheCommand:
         options = ["--broker", mosquitto.url, "--keystore", swtpm.uri, "--state-dir", str(tmp_path / "state")]
         done = subprocess.run([*DOCTOR, *options], capture_output=True, text=True, check=False)
         assert done.returncode == 0
-        assert "0 failures" in done.stdout.splitlines()[-1]
+        assert "0 failures" in done.stdout.splitlines()[0]
 
     def test_wrong_usage_is_status_2(self) -> None:
         assert subprocess.run([*DOCTOR, "--bogus"], capture_output=True, check=False).returncode == 2

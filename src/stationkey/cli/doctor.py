@@ -39,12 +39,13 @@ _COLUMN: Final = 10
     help="As for serve: whether it is one is said in the report.",
 )
 @config_option()
+@click.option("--all", "everything", is_flag=True, help="Show every check, not problems only.")
 @json_option
-def doctor(as_json: bool, **options: Any) -> None:
-    """Look at everything that the station needs, and say what to do.
+def doctor(everything: bool, as_json: bool, **options: Any) -> None:
+    """Check everything that the station needs, and say what to do.
 
-    Takes the options and the environment of serve. It changes nothing, on this machine and in the TPM. It works whether
-    the daemon runs or not, and takes some seconds at the most. Run as root it sees most.
+    Takes the options and the environment of serve. Changes nothing, on this machine and in the TPM. Works whether the
+    daemon runs or not, and takes some seconds at most. Run as root, it sees most.
 
     \b
     Exit status: 0 no failure (there may be warnings), 1 at least one failure, 2 wrong usage.
@@ -53,15 +54,15 @@ def doctor(as_json: bool, **options: Any) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter must not end it
     logging.getLogger("stationkey").addHandler(logging.NullHandler())  # what is seen is in the report, and only there
     report, left_behind = examine(Options(**options))
-    status = _print(report, as_json=as_json)
+    status = _print(report, as_json=as_json, everything=everything)
     if left_behind:
         # A thread is stuck in a system call. To wait for it would be to hang.
         os._exit(status)
     sys.exit(status)
 
 
-def _print(report: Report, *, as_json: bool) -> int:
-    """Print a report; gives the exit status."""
+def _print(report: Report, *, as_json: bool, everything: bool) -> int:
+    """Print a report, and return the exit status."""
     if sys.stdout is None:  # closed by whoever started this, and who wants the exit status alone
         return report.exit_code
     try:
@@ -69,7 +70,7 @@ def _print(report: Report, *, as_json: bool) -> int:
             click.echo(json.dumps(report.to_json(), indent=2))
         else:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PLAIN_WIDTH
-            for line in shown(report, width=min(max(columns, _WIDTHS[0]), _WIDTHS[1])):
+            for line in shown(report, width=min(max(columns, _WIDTHS[0]), _WIDTHS[1]), everything=everything):
                 click.echo(line)
     except OSError as error:
         if error.errno == errno.EPIPE:
@@ -80,19 +81,29 @@ def _print(report: Report, *, as_json: bool) -> int:
     return report.exit_code
 
 
-def shown(report: Report, *, width: int) -> Iterator[str]:
-    """The report for people: by area, each finding with its advice below it, and a line with the sum of it all."""
-    for area, group in groupby(report.findings, key=lambda finding: AREAS[finding.id]):
+def shown(report: Report, *, width: int, everything: bool = False) -> Iterator[str]:
+    """Yield the lines of the report for people: the summary, then findings by area, each with its advice below.
+
+    Args:
+        report: all findings.
+        width: columns.
+        everything: also what is as it should be, and what depends on a check that failed.
+    """
+    yield click.style(report.summary, bold=True)
+    findings = [one for one in report.findings if everything or one.matters]
+    for area, group in groupby(findings, key=lambda finding: AREAS[finding.id]):
+        yield ""
         yield click.style(area, bold=True)
-        # Several things that were not checked for one reason are said at once.
+        # What was not checked for the same reason is one line.
         for (level, _), same in groupby(
             group,
             key=lambda finding: (finding.level, finding.message if finding.level is Level.NOT_CHECKED else finding),
         ):
-            findings = list(same)
-            yield from _lines(level, ", ".join(dict.fromkeys(one.id for one in findings)), findings[0], width)
+            alike = list(same)
+            yield from _lines(level, ", ".join(dict.fromkeys(one.id for one in alike)), alike[0], width)
+    if len(findings) < len(report.findings):
         yield ""
-    yield report.summary
+        yield f"{len(report.findings) - len(findings)} more with --all"
 
 
 def _lines(level: Level, names: str, finding: Finding, width: int) -> Iterator[str]:

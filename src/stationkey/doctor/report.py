@@ -85,6 +85,11 @@ class Finding:
     message: str
     advice: str = ""
 
+    @property
+    def matters(self) -> bool:
+        """Whether there is something to do: a problem, or a check that somebody else could make."""
+        return self.level is not Level.OK and bool(self.advice)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", printable(self.message))
         object.__setattr__(self, "advice", printable(self.advice))

@@ -56,7 +56,7 @@ class TestState:
         ("changes", "user", "level", "words"),
         [
             ({}, STATION, OK, ""),
-            ({"uid": 0, "gid": 0}, STATION, FAILURE, "chown -R"),
+            ({"uid": 0, "gid": 0}, STATION, FAILURE, "chown"),
             ({"mode": 0o755}, STATION, WARNING, "look into"),
             ({"mode": 0o777}, STATION, FAILURE, "others may write"),
             ({"mode": 0o500}, STATION, FAILURE, "may not write"),
@@ -77,7 +77,7 @@ class TestState:
         ("changes", "level", "words"),
         [
             ({}, OK, ""),
-            ({"uid": 0, "gid": 0}, FAILURE, "chown -R"),
+            ({"uid": 0, "gid": 0}, FAILURE, "chown"),
             ({"mode": 0o644}, WARNING, "others may read"),
             ({"mode": 0o666}, FAILURE, "others may write"),
             ({"mode": 0o400}, FAILURE, "may not write its own"),

@@ -95,7 +95,7 @@ def judge_directory(
     if facts.kind == "directory" and not permits(facts, user, READ | WRITE | ENTER):
         return failure(
             f"{path} belongs to {owner} (mode {mode}), and the daemon's user {user.name} may not write there",
-            f"chown -R {user.account} {path} && chmod 0700 {path}",
+            f"is it the right directory, and User= in the unit? If so, stop the daemon; chown {user.account} {path}",
             stops=False,
         )
     if facts.kind == "directory" and facts.mode & 0o022:
@@ -150,7 +150,7 @@ def judge_files(inside: list[Facts], owner: int, user: User, refused: StationKey
         names = listed(f"{facts.path.name} ({user_name(facts.uid)})" for facts in foreign)
         yield failure(
             f"not all in the state directory belongs to its owner, {user_name(owner)}: {names}",
-            f"chown -R {account_of(owner)} {foreign[0].path.parent}; was the daemon started by hand, as root?",
+            f"was the daemon started by hand, as root? Stop it, then chown -h {account_of(owner)}, on each of them",
         )
     elif refused is not None:
         yield failure(refused.message, "find out who put it there, and move it away (mv); ls -li shows it")
