@@ -42,6 +42,8 @@ def files_of(directory: Path) -> Iterator[Path]:
 FILES = list(files_of(ROOT))
 DOCUMENTS = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in FILES if path.suffix == ".md"]
 README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs/commands.md").read_text()
+CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 CONTRACT = (ROOT / "docs/contract.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
@@ -116,7 +118,11 @@ def subcommand(words: list[str]) -> tuple[click.Command, list[str]]:
 
 class TestCommands:
     def test_the_readme_shows_commands(self) -> None:
-        assert {words[0] for words in command_lines(README)} >= {"serve", "request", "keys", "schema"}
+        assert {words[0] for words in command_lines(README)} >= {"doctor", "request", "keys"}
+
+    def test_every_command_is_on_the_page_of_commands(self) -> None:
+        named = {words.split()[0] for words in re.findall(r"^\| `stationkey ([a-z][^`]*)`", COMMANDS, re.MULTILINE)}
+        assert set(cli.main.list_commands(click.Context(cli.main))) - {"request", "help"} <= named
 
     @pytest.mark.parametrize("document", DOCUMENTS)
     def test_every_command_shown_is_understood(
@@ -141,7 +147,7 @@ class TestCommands:
             assert {argument for argument in arguments if argument.startswith("-")} <= known, named
 
     def test_the_exit_statuses_are_those_of_the_command(self) -> None:
-        statuses = {cells[0]: cells[1] for cells in rows(README) if cells[0].isdigit()}
+        statuses = {cells[0]: cells[1] for cells in rows(COMMANDS) if cells[0].isdigit()}
         assert statuses["0"].startswith("accepted")
         assert statuses[str(EXIT_REJECTED)].startswith("rejected")
         assert statuses[str(EXIT_NO_ANSWER)].startswith("no answer in time")
@@ -149,7 +155,7 @@ class TestCommands:
         assert set(statuses) == {"0", "1", "2", "3", "4"}
 
 
-OPTION_ROWS = {cells[0].strip("`").split()[0]: cells for cells in rows(README) if cells[0].startswith("`--")}
+OPTION_ROWS = {cells[0].strip("`").split()[0]: cells for cells in rows(CONFIGURATION) if cells[0].startswith("`--")}
 OPTIONS = {option.opts[0]: option for option in serve.params if isinstance(option, click.Option)}
 
 
@@ -168,9 +174,9 @@ class TestOptions:
         assert key == ("" if name == "--config" else f"`{option.name}`")
         assert default.replace("`", "") == said[1] if said else default in {"no", "none"}
 
-    def test_every_name_of_the_file_is_in_the_readme(self) -> None:
+    def test_every_name_of_the_file_is_on_the_page(self) -> None:
         options = [(option.table or option.name) for option in options_of(Settings)]
-        assert [name for name in options if f"`{name}`" not in README and f"[{name}" not in README] == []
+        assert [name for name in options if f"`{name}`" not in CONFIGURATION and f"[{name}" not in CONFIGURATION] == []
 
     def test_the_rules_of_the_policy_have_their_defaults(self) -> None:
         policy, told = PolicyTerms(), dict[str, str]()
