@@ -22,6 +22,7 @@ import click
 import pytest
 
 import stationkey
+from stationkey.cli import _EXTRAS
 
 PACKAGE = Path(stationkey.__file__).parent
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -66,7 +67,7 @@ COMES_WITH = {"jsonschema": "ocpp"}
 """A library that is imported and not named among our dependencies: the one that it belongs to makes use of it."""
 
 FOR_TRYING = {"ocpp", "jsonschema", "websockets"}
-"""What only the extra ``josev`` installs."""
+"""What only the extra ``josev`` installs; paho is installed by ``station``, too."""
 COMMANDS_FOR_TRYING = {"cli.csms", "cli.josev"}
 
 
@@ -251,11 +252,15 @@ def requirements_of(library: str) -> set[str]:
 
 def test_what_is_imported_is_what_the_package_depends_on() -> None:
     project = tomllib.loads(PROJECT.read_text())["project"]
-    extras = {name.partition(">")[0] for name in project["optional-dependencies"]["josev"]}
-    names = {dependency.partition(">")[0].replace("-", "_") for dependency in project["dependencies"]}
+    given = {"core": project["dependencies"], **project["optional-dependencies"]}
+    found = {
+        extra: {dependency.partition(">")[0].replace("-", "_").removesuffix("_mqtt") for dependency in dependencies}
+        for extra, dependencies in given.items()
+    }
 
-    assert extras == FOR_TRYING - COMES_WITH.keys()
-    assert {name.removesuffix("_mqtt") for name in names} == HOMES.keys() - sys.stdlib_module_names - FOR_TRYING
+    assert found["core"] | found["station"] == HOMES.keys() - sys.stdlib_module_names - FOR_TRYING | {"jinja2"}
+    assert found["josev"] == FOR_TRYING - COMES_WITH.keys() | {"paho"}
+    assert {"station": found["station"], "josev": found["josev"] - {"paho"} | COMES_WITH.keys()} == _EXTRAS
 
 
 @pytest.mark.parametrize(("library", "owner"), COMES_WITH.items())

@@ -311,7 +311,10 @@ class TestReasons:
 class TestArchitecture:
     def test_every_dependency_has_its_reason(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        named = list(project["dependencies"])
+        named = [
+            *project["dependencies"],
+            *(name for extra in project["optional-dependencies"].values() for name in extra),
+        ]
         for path in sorted((ROOT / "requirements").glob("*.in")):
             named += [line for line in path.read_text().splitlines() if line[:1].isalpha()]
         names = [re.split(r"[^\w-]", name)[0] for name in named]

@@ -11,7 +11,7 @@ import ast
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -21,6 +21,12 @@ from stationkey.system.text import printable
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+_EXTRAS: Final = {
+    "station": {"jinja2", "paho", "prometheus_client", "rich", "tpm2_pytss"},
+    "josev": {"jsonschema", "ocpp", "websockets"},
+}
+"""The libraries that come with each extra in pyproject.toml; paho comes with both."""
 
 
 class _Commands(click.Group):
@@ -37,9 +43,7 @@ class _Commands(click.Group):
         try:
             command: click.Command = getattr(import_module(f"{__name__}.{name}"), name)
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("stationkey"):
-                raise
-            return _without(cmd_name, error.name)
+            return _without(cmd_name, _missing(error))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -59,7 +63,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except StationKeyError as error:
+        except (StationKeyError, ModuleNotFoundError) as failure:
+            error = failure if isinstance(failure, StationKeyError) else _missing(failure)
             click.echo(f"stationkey: {printable(error.message)}", err=True)
             if error.hint:
                 click.echo(f"  {printable(error.hint)}", err=True)
@@ -73,19 +78,31 @@ def _docstring(module: str) -> str | None:
     return next((ast.get_docstring(node) for node in functions), None)
 
 
-def _without(command: str, library: str) -> click.Command:
-    """Return what stands for a command whose libraries are not installed: a station does not need them."""
+def _missing(error: ModuleNotFoundError) -> StationKeyError:
+    """Return the error for a library that is not installed.
+
+    Raises:
+        ModuleNotFoundError: `error` itself, if a module of ours is missing.
+    """
+    library = (error.name or "stationkey").partition(".")[0]
+    if library == "stationkey":
+        raise error
+    extra = next((f"the extra [{extra}]" for extra, libraries in _EXTRAS.items() if library in libraries), "no extra")
+    return StationKeyError(
+        f"this command needs {library}, which is not installed",
+        reason="extra_missing",
+        hint=f"it belongs to {extra}; docs/install.md says how to add one",
+    )
+
+
+def _without(command: str, missing: StationKeyError) -> click.Command:
+    """Return a command that only says what it is missing."""
 
     @click.command(command, context_settings={"ignore_unknown_options": True}, add_help_option=False)
     @click.argument("anything", nargs=-1)
     def without(anything: tuple[str, ...]) -> None:  # noqa: ARG001 - click gives it
-        raise StationKeyError(
-            f"stationkey {command} needs {library}, which is not installed",
-            reason="extra_missing",
-            hint="pip install 'stationkey[josev]'",
-        )
+        raise missing
 
-    without.help = f"(Needs {library}, which is not installed.)"
     return without
 
 
