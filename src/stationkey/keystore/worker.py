@@ -305,15 +305,22 @@ class KeyStoreThread:
     Args:
         open_store: opens the store; called in the thread that will own it, when the first job comes.
         clock: seconds, from any beginning; never set back.
+        worker: makes the threads.
     """
 
-    def __init__(self, open_store: Callable[[], KeyStore], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        open_store: Callable[[], KeyStore],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        worker: type[Worker] = Worker,
+    ) -> None:
         self._open_store = open_store
         self._clock = clock
         self._jobs = _Jobs(clock)
         self._lock = threading.Lock()
         self._abandoned: list[_Shift] = []
-        self._workers = [Worker(f"keystore-{number}", clock=clock) for number in range(1, 2 + MAX_ABANDONED)]
+        self._workers = [worker(f"keystore-{number}", clock=clock) for number in range(1, 2 + MAX_ABANDONED)]
         self._shift = self._begin(self._workers[0])
 
     def _begin(self, worker: Worker) -> _Shift:

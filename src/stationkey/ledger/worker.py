@@ -24,12 +24,13 @@ class LedgerThread:
 
     Args:
         ledger: the ledger; not closed by this class, and used by nobody else until `close`.
+        worker: makes the thread.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, worker: type[Worker] = Worker) -> None:
         self._ledger = ledger
         self._closed = False
-        self._worker = Worker("ledger")
+        self._worker = worker("ledger")
 
     def __call__(
         self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs

@@ -126,6 +126,7 @@ class MqttEdge:
         payload_bytes: how large a message may be.
         on_ready: called whenever the subscription stands.
         on_away: called whenever there is no connection: it was lost, or could not be made.
+        connect: makes a connection.
 
     Raises:
         ConfigurationError: a topic that cannot be one.
@@ -143,8 +144,10 @@ class MqttEdge:
         payload_bytes: int = MAX_PAYLOAD,
         on_ready: Callable[[], None] = lambda: None,
         on_away: Callable[[], None] = lambda: None,
+        connect: Callable[..., Coroutine[Any, Any, MqttConnection]] = connect,
     ) -> None:
         self._broker = broker
+        self._dial = connect
         self._service = service
         self._client_id = client_id
         self._request_topic, self._response_topic = topics(topic_prefix)
@@ -262,7 +265,7 @@ class MqttEdge:
     async def _open(self) -> MqttConnection:
         """A connection, with a Last Will where there is an availability topic and the broker takes one."""
         open_ = partial(
-            connect,
+            self._dial,
             self._broker,
             client_id=self._client_id,
             persistent=True,

@@ -98,6 +98,7 @@ class JosevFiles:
         certificate_dir: where Josev puts the certificates that it installs, or None.
         own: device and inode of the ledger's files, which are never opened.
         deadline: seconds for one look.
+        worker: makes the thread.
     """
 
     def __init__(
@@ -107,12 +108,13 @@ class JosevFiles:
         own: frozenset[tuple[int, int]] = frozenset(),
         *,
         deadline: float = DEADLINE,
+        worker: type[Worker] = Worker,
     ) -> None:
         self._active_path = active_path
         self._certificate_dir = certificate_dir
         self._own = own
         self._deadline = deadline
-        self._worker = Worker("josev-files")
+        self._worker = worker("josev-files")
         self._reading: Future[Any] | None = None
 
     async def look(self, status: CertificateInstallationStatus) -> Look:

@@ -35,6 +35,7 @@ from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
 from stationkey.service.statuses import Statuses
 from stationkey.system.counters import UNKNOWN, Counters
+from stationkey.system.threads import Worker
 from stationkey.x509.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class StationKeyService:
         certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
         clock: Unix time in seconds.
         on_change: called when keys may have become active, or may have ended.
+        worker: makes the threads for the ledger and for Josev's files.
 
     Attributes:
         custody: shows the keys in use under ``active/``.
@@ -82,9 +84,10 @@ class StationKeyService:
         certificate_dir: Path | None = None,
         clock: Callable[[], float] = time.time,
         on_change: Callable[[], None] = lambda: None,
+        worker: type[Worker] = Worker,
     ) -> None:
         self._keystore = keystore
-        self._ledger = LedgerThread(ledger)
+        self._ledger = LedgerThread(ledger, worker=worker)
         self._terms = terms or Terms()
         self._running = RunningTime(ledger.retention.running)
         self._profiles = profiles
@@ -109,7 +112,7 @@ class StationKeyService:
             on_change=on_change,
         )
         self.expiry = Expiry(self.custody, self._terms)
-        self._josev_files = JosevFiles(active.path, certificate_dir, ledger.database.own_files())
+        self._josev_files = JosevFiles(active.path, certificate_dir, ledger.database.own_files(), worker=worker)
         self._statuses = Statuses(
             self.custody,
             self._josev_files,

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 class Worker:
     """A daemon thread that runs calls one after another, and knows since when the call in hand runs.
 
+    Whoever needs one takes this class as an argument: the simulation of the tests gives its own, which runs the calls
+    in virtual time.
+
     Args:
         name: of the thread.
         clock: seconds, never set back.
