@@ -80,6 +80,7 @@ async def serve(settings: Settings) -> None:
                 rsa_deadline=settings.deadlines.rsa,
                 terms=settings.lifecycle,
                 pool=settings.pool,
+                renewal=settings.renewal,
                 certificate_dir=settings.certificate_dir,
                 on_change=health.keys_changed,
             )
@@ -104,10 +105,12 @@ async def serve(settings: Settings) -> None:
                     telling = tasks.create_task(service.expiry.tell_unusable(), name="tell-unusable")
                     learning = tasks.create_task(service.learn_ids(), name="learn-ids")
                     making = tasks.create_task(service.pool.run(), name="make-ahead")
+                    renewing = tasks.create_task(service.renewal.run(), name="renewal-watch")
                     await edge.run(stop, drain=DRAIN)
                     sweeping.cancel()
                     telling.cancel()
                     making.cancel()
+                    renewing.cancel()
                     learning.cancel()
             finally:
                 await service.aclose()

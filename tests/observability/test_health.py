@@ -44,6 +44,9 @@ WELL = Condition(
     stuck=False,
     last=(3.0, Outcome()),
     ledger="",
+    due=0,
+    expired=0,
+    clock_behind=False,
     watchdog=True,
 )
 THREE = Figures(

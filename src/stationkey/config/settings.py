@@ -142,6 +142,26 @@ class PoolTerms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RenewalTerms:
+    """``[renewal]``: when a certificate is due for renewal, and who is told. Days in the file, milliseconds here."""
+
+    before: Annotated[
+        int, Option("Days before the end of a certificate from which it is due for renewal.", _DAYS, "before_days")
+    ] = 30 * DAY
+    life_divisor: Annotated[
+        int,
+        Meta(ge=1, le=100),
+        Option("The life of a certificate divided by this is the most that before_days may be."),
+    ] = 3
+    repeat: Annotated[
+        int,
+        Option(
+            "Days of running time until a hint is repeated; doubled each time, up to eight times.", _DAYS, "repeat_days"
+        ),
+    ] = 1 * DAY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MqttTerms:
     """``[mqtt]``: how the broker is spoken to, beside its URL.
 
@@ -341,6 +361,7 @@ class Settings:
     deadlines: Deadlines = field(default_factory=Deadlines)
     lifecycle: Terms = field(default_factory=Terms)
     pool: PoolTerms = field(default_factory=PoolTerms)
+    renewal: RenewalTerms = field(default_factory=RenewalTerms)
     certificate_dir: Annotated[
         Path | None, Option("Where Josev puts the certificates that it installs.", _PATH, "josev.certificate_dir")
     ] = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from stationkey.errors import LedgerError
 from stationkey.ledger.answers import Answers
 from stationkey.ledger.database import Database
+from stationkey.ledger.hints import Hints
 from stationkey.ledger.keys import Keys
 from stationkey.ledger.records import Answered, EventRecord, Figures, KeyRecord, content_digest, read_key_type
 from stationkey.ledger.rejections import MAX_REJECTIONS, Rejections
@@ -49,6 +50,7 @@ class Ledger:
         keys: queries of keys.
         transitions: changes of keys.
         retention: running time, expiry, cleaning up.
+        hints: the last hint that a key's certificate is due.
 
     Raises:
         LedgerError: the database cannot be opened, is damaged, or has another version.
@@ -61,6 +63,7 @@ class Ledger:
         self.keys = Keys(self.database)
         self.transitions = Transitions(self.database)
         self.retention = Retention(self.database)
+        self.hints = Hints(self.database)
 
     def client_id(self) -> str:
         """Return the MQTT client identifier of this state directory, which names the broker's session; made once."""

@@ -84,6 +84,17 @@ class Keys:
         """Return the deactivated keys of a certificate type; of all EVSEs if `evse_id` is None."""
         return self._owned(certificate_type, evse_id, KeyState.DEACTIVATED)
 
+    def expiring(self, *, until: int, limit: int) -> list[KeyRecord]:
+        """Return up to `limit` active keys whose certificate ends by `until`, Unix seconds; the first to end first."""
+        where = f"state = ? AND not_after <= ? AND {LIVING}"
+        return self._select(where, KeyState.ACTIVE, until, order=f"not_after, number LIMIT {limit:d}")
+
+    def newest_installed(self) -> KeyRecord | None:
+        """Return the active key with a known certificate that was installed last, or None."""
+        where = f"state = ? AND not_after IS NOT NULL AND {LIVING}"
+        found = self._select(where, KeyState.ACTIVE, order="installed DESC LIMIT 1")
+        return found[0] if found else None
+
     def usable(self) -> list[KeyRecord]:
         """Return the keys that have a private part, oldest first, including those made ahead."""
         return self._select("number IN (SELECT key_number FROM secret)", order="number")

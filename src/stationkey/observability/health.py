@@ -23,6 +23,7 @@ from stationkey.ledger import Figures
 from stationkey.observability.status import Condition
 from stationkey.service.requests import StationKeyService
 from stationkey.system.systemd import ServiceManager
+from stationkey.x509.renewal import Due
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,9 @@ class Health:
 
     def condition(self) -> Condition:
         """How the daemon is now."""
+        renewal = None if self.service is None else self.service.renewal
+        due = () if renewal is None else renewal.due
+        expired = sum(certificate.state is Due.EXPIRED for certificate in due)
         return Condition(
             ready=self._ready,
             stopping=self._stopping,
@@ -154,6 +158,9 @@ class Health:
             stuck=self.keystore.stuck,
             last=self.keystore.last,
             ledger="" if self.service is None else self.service.ledger_trouble or "no_answer" * self._silent,
+            due=len(due) - expired,
+            expired=expired,
+            clock_behind=renewal is not None and renewal.clock_behind,
             watchdog=self._manager.watchdog is not None,
         )
 

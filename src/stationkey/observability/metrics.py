@@ -131,6 +131,9 @@ def _of_condition(condition: Condition) -> Iterator[Metric]:
     )
     yield _gauge("keystore_reachable", "Whether the key store answered the last time.", condition.reachable)
     yield _gauge("keystore_stuck", "Whether a call to the key store hangs.", condition.stuck)
+    due = {("due",): condition.due, ("expired",): condition.expired}
+    yield _gauges("certificates_due", "Certificates of active keys that are due for renewal.", ("state",), due)
+    yield _gauge("clock_behind", "Whether the clock is before the newest certificate.", condition.clock_behind)
     yield _gauge("ledger_writable", "Whether the ledger could be written the last time.", not condition.ledger)
 
 
@@ -169,6 +172,13 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
     yield answers
     yield _counter(
         "certificate_differences", "What in installed certificates differed from their profiles.", counters.differences
+    )
+    yield _counters(
+        "renewal_hints",
+        "Hints that a certificate is due for renewal.",
+        ("certificate_type", "state"),
+        counters.hints,
+        [(certificate_type, state) for certificate_type in types for state in ("due", "expired")],
     )
     yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", counters.unusable)
     yield _counter(

@@ -27,6 +27,9 @@ class Condition:
         stuck: a call to the key store hangs; see `stationkey.observability.health`.
         last: how many seconds ago the key store did something last, and how that ended.
         ledger: reason of the ledger's last failure, or ``no_answer``; an empty text where there is nothing wrong.
+        due: certificates of active keys that are due for renewal, those that are expired left out.
+        expired: certificates of active keys that are expired.
+        clock_behind: the clock is before the newest certificate, so nobody knows which are due.
         watchdog: whether systemd waits for signs of life.
     """
 
@@ -39,6 +42,9 @@ class Condition:
     stuck: bool
     last: tuple[float, Outcome] | None
     ledger: str
+    due: int
+    expired: int
+    clock_behind: bool
     watchdog: bool
 
     @property
@@ -85,6 +91,7 @@ class Condition:
                 "last_result_seconds_ago": None if ago is None else round(ago, 1),
             },
             "ledger": {"writable": not self.ledger, "trouble": self.ledger or None},
+            "renewal": {"due": self.due, "expired": self.expired, "clock_behind": self.clock_behind},
             "watchdog": {"wanted": self.watchdog, "fed": self.watchdog and not self.stuck},
         }
         return json.dumps(report, indent=2).encode() + b"\n"
@@ -100,4 +107,7 @@ class Condition:
             if figures.expiries:
                 expires = datetime.fromtimestamp(figures.expiries[0][2], UTC)
                 parts.append(f"next certificate expires {expires:%Y-%m-%d}")
+        parts.extend(
+            f"{count} {words}" for count, words in ((self.due, "due for renewal"), (self.expired, "expired")) if count
+        )
         return ", ".join(parts)

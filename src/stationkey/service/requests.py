@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from stationkey.config.settings import PolicyTerms, PoolTerms, Terms
+from stationkey.config.settings import PolicyTerms, PoolTerms, RenewalTerms, Terms
 from stationkey.contract import messages
 from stationkey.contract.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
@@ -31,6 +31,7 @@ from stationkey.service.matching import KeyFinder
 from stationkey.service.policy import Policy, is_rsa
 from stationkey.service.pool import KeyPool
 from stationkey.service.rejections import Rejections
+from stationkey.service.renewal import RenewalWatch
 from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
 from stationkey.service.statuses import Statuses
@@ -58,6 +59,7 @@ class StationKeyService:
         rsa_deadline: seconds allowed for a request, RSA.
         terms: how long keys and records last, and how many there may be.
         pool: keys made ahead; by default none.
+        renewal: when a certificate is due for renewal, and how often that is told.
         certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
         clock: Unix time in seconds.
         on_change: called when keys may have become active, or may have ended.
@@ -66,6 +68,7 @@ class StationKeyService:
     Attributes:
         custody: shows the keys in use under ``active/``.
         expiry: ends keys; its `Expiry.run` sweeps.
+        renewal: knows which certificates are due; its `RenewalWatch.run` looks.
         pool: has keys made ahead; filled while its `KeyPool.run` runs.
         counters: what was done in this run, by outcome and reason.
     """
@@ -81,6 +84,7 @@ class StationKeyService:
         rsa_deadline: float = RSA_DEADLINE,
         terms: Terms | None = None,
         pool: PoolTerms | None = None,
+        renewal: RenewalTerms | None = None,
         certificate_dir: Path | None = None,
         clock: Callable[[], float] = time.time,
         on_change: Callable[[], None] = lambda: None,
@@ -112,6 +116,7 @@ class StationKeyService:
             on_change=on_change,
         )
         self.expiry = Expiry(self.custody, self._terms)
+        self.renewal = RenewalWatch(self.custody, renewal or RenewalTerms())
         self._josev_files = JosevFiles(active.path, certificate_dir, ledger.database.own_files(), worker=worker)
         self._statuses = Statuses(
             self.custody,

@@ -81,6 +81,7 @@ class Counters:
         differences: what in installed certificates differed from their profiles.
         unusable: keys that the present key store could not load at the start.
         not_shown: failures to write the files under ``active/``, by reason.
+        hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,7 @@ class Counters:
         self.differences = 0
         self.unusable = 0
         self.not_shown = Counts()
+        self.hints = Counts()
 
     def answered(self, algorithm: str, seconds: float) -> None:
         """Note how long a new CSR took; `algorithm` is one of `stationkey.contract.profiles.Algorithm`."""

@@ -1,0 +1,213 @@
+"""The renewal watch: which certificates are due, and a hint now and then until they are renewed [A03.FR.02].
+
+A hint is a log line, a count, and the operator's command if there is one. Health, metrics and the retained topic show
+`RenewalWatch.due`, the certificates that are due at the moment.
+
+The station's clock may be wrong, and the station may have been off for a month. So the time between two hints is
+running time, the last hint of each key is in the ledger before the hint is given, and a clock that is before the start
+of the newest certificate is not believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final
+
+from stationkey.config.settings import RenewalTerms
+from stationkey.errors import StationKeyError
+from stationkey.ledger import KeyRecord, Ledger
+from stationkey.ledger.hints import Hint
+from stationkey.service.custody import Custody
+from stationkey.x509.certificate import read_chain
+from stationkey.x509.renewal import Due, RenewalRule
+
+log = logging.getLogger(__name__)
+
+LOOK: Final = 60.0
+"""Seconds between two looks."""
+HINTS_AT_ONCE: Final = 8
+"""Hints in one look at most; those that are left get theirs in the next looks, the first to expire first."""
+LONGEST: Final = 8
+"""The longest time between two hints of a key, in multiples of the shortest; doubled in between."""
+WATCHED: Final = 256
+"""Certificates that are looked at, the first to expire first: as many as there are active keys by default."""
+_TOLD: Final = {
+    Due.DUE: ("certificate_due", "certificate due for renewal"),
+    Due.EXPIRED: ("certificate_expired", "certificate expired"),
+}
+_CLOCK_BEHIND: Final = ("clock_behind", "certificates not watched: the clock is before the newest certificate's start")
+"""Reason and words of each log line."""
+
+
+@dataclass(frozen=True, slots=True)
+class DueCertificate:
+    """The certificate of an active key that should be renewed.
+
+    Attributes:
+        key_id: of the key.
+        certificate_type: of the certificate.
+        evse_id: the EVSE, or an empty text.
+        not_after: its end, Unix time in seconds.
+        state: `Due.DUE` or `Due.EXPIRED`.
+    """
+
+    key_id: str
+    certificate_type: str
+    evse_id: str
+    not_after: int
+    state: Due
+
+    @property
+    def end(self) -> str:
+        """Its end as RFC 3339 has it."""
+        return datetime.fromtimestamp(self.not_after, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+Told = Callable[[tuple[DueCertificate, ...]], None]
+"""Told which certificates are due, whenever that may have changed."""
+Act = Callable[[DueCertificate, int], Awaitable[None]]
+"""What is done for a hint beside logging it: the certificate, and how many hints in a row."""
+
+
+async def _nothing(*_: object) -> None:
+    pass
+
+
+def rule(terms: RenewalTerms) -> RenewalRule:
+    """Return the rule that the configuration sets."""
+    return RenewalRule(before=terms.before // 1000, life_divisor=terms.life_divisor)
+
+
+def judge(key: KeyRecord, by: RenewalRule, now: float) -> Due | None:
+    """Return whether the certificate of a key is due, or None if its end is not known."""
+    if key.not_after is None:
+        return None
+    return by.judge(_not_before(key), key.not_after, now)
+
+
+def next_hint(last: Hint | None, certificate: DueCertificate, *, running: int, repeat: int) -> Hint | None:
+    """Return the hint that is to be given now, or None if the last one is not old enough.
+
+    Two hints of a key are at least `repeat` milliseconds of running time apart, doubled up to `LONGEST` times that. One
+    exception: the first hint that a certificate has expired is given at once.
+    """
+    expired = certificate.state is Due.EXPIRED
+    hint = partial(Hint, not_after=certificate.not_after, expired=expired, running=running)
+    if last is None:
+        return hint(count=1)
+    if last.not_after == certificate.not_after and expired and not last.expired:
+        return hint(count=1)
+    same = last.not_after == certificate.not_after
+    wait = repeat * min(LONGEST, 2 ** min(last.count - 1, LONGEST)) if same else repeat
+    if running - last.running < wait:
+        return None
+    return hint(count=last.count + 1 if same else 1, expired=expired or (same and last.expired))
+
+
+class RenewalWatch:
+    """Watches the certificates of the active keys.
+
+    Args:
+        custody: the keys.
+        terms: when a certificate is due, how often that is told.
+        act: done for each hint, one after the other.
+
+    Attributes:
+        due: the certificates that were due at the last look, the first to expire first.
+        clock_behind: whether the clock was before the newest certificate at the last look; `due` is then an older one.
+    """
+
+    def __init__(self, custody: Custody, terms: RenewalTerms, *, act: Act = _nothing) -> None:
+        self.due: tuple[DueCertificate, ...] = ()
+        self.clock_behind = False
+        self._custody = custody
+        self._terms = terms
+        self._rule = rule(terms)
+        self._act = act
+
+    async def run(self, told: Told = lambda _: None) -> None:
+        """Look once a minute until cancelled.
+
+        Args:
+            told: told of the certificates that are due after each look, before the hints are given.
+        """
+        while True:
+            try:
+                await self.look(told)
+            except StationKeyError as error:
+                log.error("certificates not watched: %s", error, extra={"reason": error.reason})
+            await asyncio.sleep(LOOK)
+
+    async def look(self, told: Told = lambda _: None) -> None:
+        """See what is due, and give the hints whose time has come.
+
+        Raises:
+            LedgerError: it cannot be read or written. A hint that cannot be written down is not given.
+        """
+        now = self._custody.now() / 1000
+        behind, due, hints = await self._custody.ledger(partial(_look, by=self._rule, now=now))
+        if behind and not self.clock_behind:
+            reason, words = _CLOCK_BEHIND
+            log.warning("%s", words, extra={"reason": reason})
+        self.clock_behind = behind
+        if behind:
+            return
+        self.due = due
+        told(due)
+        running = self._custody.running.now()
+        given = 0
+        for certificate in due:
+            hint = next_hint(hints.get(certificate.key_id), certificate, running=running, repeat=self._terms.repeat)
+            if hint is None:
+                continue
+            if given == HINTS_AT_ONCE:
+                break
+            given += 1
+            # Written first: a daemon that is ended at this moment again and again must not give it each time.
+            await self._custody.ledger(partial(_write, key_id=certificate.key_id, hint=hint))
+            self._log(certificate, hint)
+            await self._act(certificate, hint.count)
+
+    def _log(self, certificate: DueCertificate, hint: Hint) -> None:
+        self._custody.counters.hints.add(certificate.certificate_type, str(certificate.state))
+        reason, words = _TOLD[certificate.state]
+        log.log(
+            logging.ERROR if certificate.state is Due.EXPIRED else logging.WARNING,
+            "%s",
+            words,
+            extra={
+                "reason": reason,
+                "key_id": certificate.key_id,
+                "certificate_type": certificate.certificate_type,
+                "evse_id": certificate.evse_id or None,
+                "not_after": certificate.end,
+                "hint": hint.count,
+            },
+        )
+
+
+def _look(ledger: Ledger, *, by: RenewalRule, now: float) -> tuple[bool, tuple[DueCertificate, ...], dict[str, Hint]]:
+    """Return whether the clock is behind, which certificates are due, and the last hint of each key."""
+    newest = ledger.keys.newest_installed()
+    if newest is not None and judge(newest, by, now) is Due.UNKNOWN:
+        return True, (), {}
+    due = []
+    for key in ledger.keys.expiring(until=int(now) + by.before, limit=WATCHED):
+        state = judge(key, by, now)
+        if key.not_after is not None and (state is Due.DUE or state is Due.EXPIRED):
+            due.append(DueCertificate(key.key_id, *key.owner, key.not_after, state))
+    return False, tuple(due), ledger.hints.all() if due else {}
+
+
+def _write(ledger: Ledger, *, key_id: str, hint: Hint) -> None:
+    ledger.hints.write(key_id, hint)
+
+
+def _not_before(key: KeyRecord) -> int | None:
+    chain = None if key.chain is None else read_chain(key.chain.encode())
+    return None if chain is None else chain.not_before

@@ -1,0 +1,47 @@
+"""When a certificate is due for renewal [OCPP 2.0.1 A03.FR.02: one month before it expires]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+CLOCK_MARGIN: Final = 86_400
+"""Seconds by which a clock may be behind the start of a certificate and still be believed."""
+
+
+class Due(StrEnum):
+    """What the clock says of a certificate."""
+
+    NO = "no"
+    DUE = "due"
+    EXPIRED = "expired"
+    UNKNOWN = "unknown"
+    """The clock is before the certificate's start: it is not set, and says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalRule:
+    """The rule by which a certificate becomes due.
+
+    Attributes:
+        before: seconds before the end of the certificate.
+        life_divisor: the certificate's whole life, divided by this, is the most that `before` may be.
+    """
+
+    before: int
+    life_divisor: int
+
+    def due_at(self, not_before: int | None, not_after: int) -> int:
+        """Return when a certificate becomes due, in Unix seconds; `not_before` is None if not known."""
+        if not_before is None:
+            return not_after - self.before
+        return not_after - min(self.before, max(0, not_after - not_before) // self.life_divisor)
+
+    def judge(self, not_before: int | None, not_after: int, now: float) -> Due:
+        """Return whether a certificate is due at a moment; all in Unix seconds."""
+        if not_before is not None and now < not_before - CLOCK_MARGIN:
+            return Due.UNKNOWN
+        if now >= not_after:
+            return Due.EXPIRED
+        return Due.DUE if now >= self.due_at(not_before, not_after) else Due.NO
