@@ -28,7 +28,7 @@ from stationkey.cli import schema as schema_documents
 from stationkey.config.file import read_file, settle
 from stationkey.config.options import options_of
 from stationkey.config.settings import CsrOverrides, Settings
-from stationkey.contract.active_names import file_name, owner_of
+from stationkey.contract.active_names import file_name, read_name
 from stationkey.contract.messages import (
     MAX_DEPTH,
     MAX_PAYLOAD,
@@ -298,17 +298,17 @@ def _check_certificate(content: bytes) -> None:
 
 
 def check_file_name(content: bytes) -> None:
-    """`owner_of`, for any name that a directory can hold; and `file_name`, for any EVSE ID whatever."""
+    """`read_name`, for any name that a directory can hold; and `file_name`, for any EVSE ID whatever."""
     name = content.decode("utf-8", "surrogateescape")
-    owner = owner_of(name)
-    assert owner is None or file_name(owner) == name
+    read = read_name(name)
+    assert read is None or file_name(*read) == name
     text = content.decode("utf-8", "replace")
     made = file_name(("v2g_certificate", text))
     assert made.isascii()
     assert made == Path(made).name
     assert not made.startswith((".", "-"))
     assert made.endswith(".pem")
-    assert owner_of(made) == ("v2g_certificate", text)
+    assert read_name(made) == (("v2g_certificate", text), "", False)
 
 
 # private_key_path.

@@ -18,7 +18,7 @@ import pytest
 from a_message import REQUEST_ID, wire
 from test_messages import a_request
 
-from stationkey.contract.active_names import owner_of
+from stationkey.contract.active_names import read_name
 from stationkey.contract.messages import MAX_PAYLOAD, decode, decode_response
 from stationkey.errors import MessageError
 from stationkey.x509.certificate import read_chain
@@ -119,4 +119,4 @@ def test_a_file_of_certificates_costs_in_proportion_to_its_size() -> None:
     armour = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 
     assert memory(lambda: read_chain(armour * 1000)) <= 100 * len(armour * 1000)
-    assert owner_of("%" * 65_536) is None
+    assert read_name("%" * 65_536) is None

@@ -277,7 +277,7 @@ def test_a_path_with_nul_is_refused_in_words() -> None:
 
 # The directory active/.
 
-OWNER, NAME = ("v2g_certificate", ""), "v2g_certificate.pem"
+NAME = "v2g_certificate.pem"
 
 
 @pytest.mark.parametrize("plant", PLANTED)
@@ -288,11 +288,11 @@ def test_whatever_is_planted_under_active_goes_or_is_named_and_nothing_outside_i
     directory = ActiveDirectory(tmp_path)
     directory.sync(dict)
     plant(directory.path / name, elsewhere)
-    other = ("v2g20_certificate", "")
+    other = "v2g20_certificate.pem"
 
     refusals: list[LedgerError] = []
     try:
-        directory.sync(lambda: {OWNER: b"right", other: b"right, too"})
+        directory.sync(lambda: {NAME: b"right", other: b"right, too"})
     except LedgerError as refusal:
         refusals.append(refusal)
 
@@ -319,7 +319,7 @@ def test_a_link_to_a_file_with_the_right_content_is_not_taken_for_the_right_file
     copy.write_bytes(b"right")
     plant(directory.path / NAME, copy)
 
-    directory.sync(lambda: {OWNER: b"right"})
+    directory.sync(lambda: {NAME: b"right"})
 
     assert not (directory.path / NAME).is_symlink()
     assert not (directory.path / NAME).samefile(copy)
@@ -335,7 +335,7 @@ def test_what_is_planted_in_the_place_of_active_is_refused(tmp_path: Path, elsew
         assert stat.S_IMODE((tmp_path / "active").stat().st_mode) == 0o700
     else:
         with pytest.raises(LedgerError) as refusal:
-            ActiveDirectory(tmp_path).sync(lambda: {OWNER: b"right"})
+            ActiveDirectory(tmp_path).sync(lambda: {NAME: b"right"})
         assert refusal.value.reason == "active_unwritable"
     assert elsewhere.untouched
 
@@ -346,7 +346,7 @@ def test_a_file_that_never_ends_in_the_place_of_a_key_is_not_read(tmp_path: Path
     with (directory.path / NAME).open("wb") as file:
         file.truncate(2**40)  # sparse: a TiB that takes no room
 
-    directory.sync(lambda: {OWNER: b"right"})
+    directory.sync(lambda: {NAME: b"right"})
 
     assert (directory.path / NAME).read_bytes() == b"right"
 

@@ -44,6 +44,8 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "tables of version 2 written, not committed": (AFTER, "sql", "PRAGMA user_version=2"),
     "tables of version 2 made": (BEFORE, "sql", "ALTER TABLE key RENAME TO key_2"),
     "tables of version 3 written, not committed": (AFTER, "sql", "PRAGMA user_version=3"),
+    "tables of version 3 made": (BEFORE, "sql", "ALTER TABLE key ADD COLUMN root"),
+    "tables of version 4 written, not committed": (AFTER, "sql", "PRAGMA user_version=4"),
     "client identifier written": (AFTER, Ledger, "client_id"),
     # A request.
     "request received": (BEFORE, requests.StationKeyService, "answer"),

@@ -11,7 +11,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import load_pem_x509_csr
 from peers import Daemon
 
-from stationkey.contract.active_names import file_name
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.keystore import key_id_of, keystore_opener
 from stationkey.ledger import Ledger
@@ -69,7 +68,7 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
                 assert key.request_ids == ()
             assert history[-1].state == key.state
             assert (ledger.keys.ref(key.key_id) is None) == (key.state is KeyState.DESTROYED)
-        wanted = {file_name(owner): content for owner, content in ledger.keys.active_files().items()}
+        wanted = ledger.keys.active_files()
     finally:
         ledger.close()
         store.close()

@@ -40,7 +40,7 @@ def with_history(ledger: Ledger, destroyed: int) -> str:
     for _ in range(destroyed):
         key_id = answer(ledger, request(*OWNER))
         ledger.transitions.activate(
-            key_id, chain="c", not_after=0, reason="", now=0, grace_due=5000, message_id=new_id()
+            key_id, chain="c", not_after=0, reason="", now=0, grace_due=5000, useful_until=5000, message_id=new_id()
         )
         if before is not None:
             bring(ledger, before, KeyEvent.EXPIRED)
@@ -107,6 +107,7 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
         reason="",
         now=0,
         grace_due=0,
+        useful_until=0,
         message_id=INSTALLED,
     ),
     "destruction": lambda ledger, key_id: ledger.transitions.apply(key_id, KeyEvent.DELETED, reason="", now=0),

@@ -26,7 +26,7 @@ def test_the_figures_are_those_of_the_keys_on_record(ledger: Ledger) -> None:
     ahead(ledger)
     for key_id, not_after in ((later, 20), (sooner, 10), (unknown, None)):
         ledger.transitions.activate(
-            key_id, chain=None, not_after=not_after, reason="", now=0, grace_due=0, message_id=None
+            key_id, chain=None, not_after=not_after, reason="", now=0, grace_due=0, useful_until=0, message_id=None
         )
     for key_id in gone:
         bring(ledger, key_id, KeyEvent.EXPIRED)

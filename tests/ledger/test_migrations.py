@@ -300,3 +300,41 @@ def test_a_command_does_not_migrate_under_a_daemon_of_the_older_version(path: Pa
 
     assert refusal.value.reason == "ledger_older"
     assert path.read_bytes() == before
+
+
+def test_the_key_that_was_replaced_last_is_the_one_to_go_back_to_after_the_migration(path: Path) -> None:
+    """Its end stays as it was; the next renewal is the first whose key before waits for a confirmation."""
+    keys = make_version_2(path)
+
+    with closing(Ledger(path)) as ledger:
+        marked = {key.key_id: (key.previous, key.confirmed, key.due) for key in ledger.keys.all()}
+        assert marked.pop(keys[KeyState.DEACTIVATED].key_id) == (True, True, 2)
+        assert {(previous, confirmed) for previous, confirmed, _ in marked.values()} == {(False, False)}
+        assert len(ledger.keys.active_files()) == 2
+        assert ledger.transitions.restore(keys[KeyState.DEACTIVATED].key_id, reason="", now=0) == [
+            keys[KeyState.ACTIVE].key_id
+        ]
+
+
+@pytest.mark.parametrize("at", range(1, MIGRATIONS[3].count(";\n") + 1))
+def test_the_migration_of_version_3_is_done_whole_or_not_at_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    make_version_2(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("stationkey.ledger.database.MIGRATIONS", MIGRATIONS[:3])
+        patch.setattr("stationkey.ledger.database.SCHEMA_VERSION", 3)
+        Ledger(path).close()
+    assert _schema(path)[0] == (3,)
+    before = dump(path)
+    statements = MIGRATIONS[3].split(";\n")
+    broken = ";\n".join([*statements[:at], "SELECT * FROM power_is_lost_here"])
+    with monkeypatch.context() as patch:
+        patch.setattr("stationkey.ledger.database.MIGRATIONS", (*MIGRATIONS[:3], broken))
+        with pytest.raises(LedgerError):
+            Ledger(path)
+    assert dump(path) == before
+
+    Ledger(path).close()
+
+    assert _schema(path)[0] == (SCHEMA_VERSION,)

@@ -143,7 +143,7 @@ class Eventful:
         if self.ledger.keys.all(key_id)[0].state is KeyState.PRE_ACTIVATION:
             chain = "z" * self.chance.randint(500, 6000)
             self.ledger.transitions.activate(
-                key_id, chain=chain, not_after=0, reason="", now=0, grace_due=1, message_id=None
+                key_id, chain=chain, not_after=0, reason="", now=0, grace_due=1, useful_until=1, message_id=None
             )
 
     def destroyed(self) -> None:

@@ -57,7 +57,9 @@ def test_an_activation_that_fails_deactivates_nothing(ledger: Ledger, path: Path
     before = dump(path)
 
     with pytest.raises(IllegalTransition):
-        ledger.transitions.activate(gone, chain=None, not_after=None, reason="", now=0, grace_due=0, message_id=None)
+        ledger.transitions.activate(
+            gone, chain=None, not_after=None, reason="", now=0, grace_due=0, useful_until=0, message_id=None
+        )
 
     assert dump(path) == before
 

@@ -259,7 +259,14 @@ class TestExpiries:
         for number, evse_id in enumerate(evse_ids, 1):
             key_id = await here.key(V2G, f"DE*ABC*E{number}")
             here.ledger.transitions.activate(
-                key_id, chain="", not_after=2_000_000_000 + number, reason="", now=0, grace_due=0, message_id=None
+                key_id,
+                chain="",
+                not_after=2_000_000_000 + number,
+                reason="",
+                now=0,
+                grace_due=0,
+                useful_until=0,
+                message_id=None,
             )
             here.ledger.database._connection.execute("UPDATE key SET evse_id = ? WHERE key_id = ?", (evse_id, key_id))  # noqa: SLF001
         return evse_ids

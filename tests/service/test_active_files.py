@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parts import V2G, Authority, pem, request
-from stationkey.contract.active_names import Owner, file_name, owner_of
+from stationkey.contract.active_names import ActiveName, Owner, file_name, read_name
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import LedgerError
 from stationkey.keystore.software import SoftwareKeyStore
@@ -24,8 +24,8 @@ from stationkey.service import active_files
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.x509.csr import build_csr, to_pem
 
-OWNER: Owner = ("v2g_certificate", "")
 NAME = "v2g_certificate.pem"
+OTHER = "v2g_certificate.DE%2AABC%2AE1.pem"
 AUTHORITY = Authority()
 
 
@@ -66,25 +66,53 @@ def names(directory: ActiveDirectory) -> set[str]:
 )
 def test_a_name_is_the_type_and_the_evse_id(owner: Owner, name: str) -> None:
     assert file_name(owner) == name
-    assert owner_of(name) == owner
+    assert read_name(name) == ActiveName(owner)
 
 
-@given(st.sampled_from([str(name) for name in CertificateType]), st.text())
-def test_a_name_stays_in_its_folder_and_can_be_read_back(certificate_type: str, evse_id: str) -> None:
-    name = file_name((certificate_type, evse_id))
+@given(
+    st.sampled_from([str(name) for name in CertificateType]),
+    st.text() | st.sampled_from(["previous", "root-0123456789abcdef", "root-", "previous.previous"]),
+    st.sampled_from(["", "0123456789abcdef"]),
+    st.booleans(),
+)
+def test_a_name_stays_in_its_folder_and_can_be_read_back(
+    certificate_type: str, evse_id: str, root: str, previous: bool
+) -> None:
+    name = file_name((certificate_type, evse_id), root, previous)
 
-    assert owner_of(name) == (certificate_type, evse_id)
+    assert read_name(name) == ActiveName((certificate_type, evse_id), root, previous)
     assert name == Path(name).name
     assert name.isascii()
     assert "\0" not in name
-    assert name.count(".") == (2 if evse_id else 1)
+    assert name.count(".") == 1 + sum(map(bool, (evse_id, root, previous)))
+
+
+@pytest.mark.parametrize(
+    ("evse_id", "root", "previous", "name"),
+    [
+        ("", "", True, "v2g_certificate.previous.pem"),
+        ("previous", "", False, "v2g_certificate.%70revious.pem"),
+        ("root-0123456789abcdef", "", True, "v2g_certificate.%72oot-0123456789abcdef.previous.pem"),
+        ("DE*ABC*E1", "0123456789abcdef", True, "v2g_certificate.DE%2AABC%2AE1.root-0123456789abcdef.previous.pem"),
+    ],
+)
+def test_the_parts_of_a_name_cannot_be_taken_for_each_other(evse_id: str, root: str, previous: bool, name: str) -> None:
+    assert file_name(("v2g_certificate", evse_id), root, previous) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v2g_certificate.root-01.pem", "v2g_certificate.previous.previous.pem", "v2g_certificate.a.b.c.d.e.pem", ".pem.x"],
+)
+def test_a_name_that_is_never_given_says_nothing(name: str) -> None:
+    assert read_name(name) is None
 
 
 @given(st.text())
 def test_no_two_names_have_one_owner(name: str) -> None:
-    owner = owner_of(name)
+    read = read_name(name)
 
-    assert owner is None or file_name(owner) == name
+    assert read is None or file_name(*read) == name
 
 
 # Files.
@@ -93,7 +121,7 @@ def test_no_two_names_have_one_owner(name: str) -> None:
 def test_a_file_has_key_and_chain_and_is_for_us_alone(directory: ActiveDirectory) -> None:
     content = pair()
 
-    assert directory.sync(lambda: {OWNER: content}) == [directory.path / NAME]
+    assert directory.sync(lambda: {NAME: content}) == [directory.path / NAME]
 
     file = directory.path / NAME
     assert file.read_bytes() == content
@@ -102,24 +130,24 @@ def test_a_file_has_key_and_chain_and_is_for_us_alone(directory: ActiveDirectory
 
 
 def test_a_file_is_what_a_tls_server_loads(directory: ActiveDirectory) -> None:
-    directory.sync(lambda: {OWNER: pair()})
+    directory.sync(lambda: {NAME: pair()})
 
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(directory.path / NAME)
 
 
 def test_a_file_that_is_right_is_left_alone(directory: ActiveDirectory) -> None:
     content = pair()
-    directory.sync(lambda: {OWNER: content})
+    directory.sync(lambda: {NAME: content})
     before = (directory.path / NAME).stat()
 
-    assert directory.sync(lambda: {OWNER: content}) == []
+    assert directory.sync(lambda: {NAME: content}) == []
     assert (directory.path / NAME).stat() == before
 
 
 def test_what_no_key_is_active_for_goes(directory: ActiveDirectory) -> None:
-    directory.sync(lambda: {OWNER: b"one", ("v2g_certificate", "DE*ABC*E1"): b"two"})
+    directory.sync(lambda: {NAME: b"one", OTHER: b"two"})
 
-    directory.sync(lambda: {("v2g_certificate", "DE*ABC*E1"): b"two"})
+    directory.sync(lambda: {OTHER: b"two"})
 
     assert names(directory) == {"v2g_certificate.DE%2AABC%2AE1.pem"}
 
@@ -129,7 +157,7 @@ def test_what_a_loss_of_power_or_a_hand_left_behind_goes(directory: ActiveDirect
     directory.sync(dict)
     (directory.path / stray).write_text("half a k")
 
-    directory.sync(lambda: {OWNER: b"whole"})
+    directory.sync(lambda: {NAME: b"whole"})
 
     assert names(directory) == {NAME}
     assert (directory.path / NAME).read_bytes() == b"whole"
@@ -137,7 +165,7 @@ def test_what_a_loss_of_power_or_a_hand_left_behind_goes(directory: ActiveDirect
 
 @pytest.mark.parametrize("change", ["content", "mode", "gone"])
 def test_a_file_that_was_tampered_with_is_made_right(directory: ActiveDirectory, change: str) -> None:
-    directory.sync(lambda: {OWNER: b"right"})
+    directory.sync(lambda: {NAME: b"right"})
     file = directory.path / NAME
     match change:
         case "content":
@@ -147,7 +175,7 @@ def test_a_file_that_was_tampered_with_is_made_right(directory: ActiveDirectory,
         case _:
             file.unlink()
 
-    directory.sync(lambda: {OWNER: b"right"})
+    directory.sync(lambda: {NAME: b"right"})
 
     assert file.read_bytes() == b"right"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -163,7 +191,7 @@ def test_a_planted_link_is_exchanged_and_never_followed(
     target.write_bytes(content)
     (directory.path / planted).symlink_to(target)
 
-    directory.sync(lambda: {OWNER: b"right"})
+    directory.sync(lambda: {NAME: b"right"})
 
     assert target.read_bytes() == content
     assert names(directory) == {NAME}
@@ -180,7 +208,7 @@ def test_a_link_in_the_place_of_the_directory_is_refused_and_nothing_behind_it_t
     directory.path.symlink_to(elsewhere)
 
     with pytest.raises(LedgerError) as refusal:
-        directory.sync(lambda: {OWNER: b"right"})
+        directory.sync(lambda: {NAME: b"right"})
 
     assert refusal.value.reason == "active_unwritable"
     assert [path.name for path in elsewhere.iterdir()] == ["precious"]
@@ -190,7 +218,7 @@ def test_a_fifo_in_the_place_of_a_file_is_exchanged_and_waited_for_by_nobody(dir
     directory.sync(dict)
     os.mkfifo(directory.path / NAME, 0o600)
 
-    directory.sync(lambda: {OWNER: b"right"})
+    directory.sync(lambda: {NAME: b"right"})
 
     assert (directory.path / NAME).read_bytes() == b"right"
 
@@ -207,14 +235,14 @@ def test_a_directory_that_is_open_to_others_is_closed(directory: ActiveDirectory
 def test_the_file_of_a_destroyed_key_goes_although_another_cannot_be_written(
     directory: ActiveDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory.sync(lambda: {OWNER: b"destroyed since"})
+    directory.sync(lambda: {NAME: b"destroyed since"})
 
     def no_room(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(LedgerError) as refusal:
-        directory.sync(lambda: {("v2g_certificate", "DE*ABC*E1"): b"new"})
+        directory.sync(lambda: {OTHER: b"new"})
 
     assert "No space left on device" in str(refusal.value)
     assert NAME not in names(directory)
@@ -224,7 +252,7 @@ def test_who_cannot_get_the_lock_gives_up_in_words(directory: ActiveDirectory, m
     monkeypatch.setattr(active_files, "LOCK_TIMEOUT", 0.0)
     refusals: list[LedgerError] = []
 
-    def while_locked() -> dict[Owner, bytes]:
+    def while_locked() -> dict[str, bytes]:
         with pytest.raises(LedgerError) as refusal:
             ActiveDirectory(directory.path.parent).sync(dict)
         refusals.append(refusal.value)
@@ -241,7 +269,7 @@ def test_who_cannot_get_the_lock_gives_up_in_words(directory: ActiveDirectory, m
 
 def test_a_reader_sees_the_old_pair_or_the_new_pair_and_never_a_mix(directory: ActiveDirectory) -> None:
     pairs = [pair() for _ in range(4)]
-    directory.sync(lambda: {OWNER: pairs[0]})
+    directory.sync(lambda: {NAME: pairs[0]})
     done = threading.Event()
     seen: set[bytes] = set()
     reads = 0
@@ -256,7 +284,7 @@ def test_a_reader_sees_the_old_pair_or_the_new_pair_and_never_a_mix(directory: A
     reader.start()
     try:
         for number in range(1, 201):
-            directory.sync(lambda number=number: {OWNER: pairs[number % 4]})  # type: ignore[misc] # a default binds it
+            directory.sync(lambda number=number: {NAME: pairs[number % 4]})  # type: ignore[misc] # a default binds it
     finally:
         done.set()
         reader.join()
@@ -277,7 +305,7 @@ def test_two_writers_leave_the_last_state_of_the_ledger(tmp_path: Path) -> None:
         for _ in range(25):
             with lock:
                 written.append(next(states))
-            directory.sync(lambda: {OWNER: str(written[-1]).encode()})
+            directory.sync(lambda: {NAME: str(written[-1]).encode()})
 
     writers = [threading.Thread(target=write) for _ in range(3)]
     for writer in writers:

@@ -84,7 +84,7 @@ async def test_installed_deactivates_the_key_before(here: Station) -> None:
     await here.told("installed")
 
     assert here.states(old, new) == [DEACTIVATED, ACTIVE]
-    assert here.events(old) == ["CSR answered", "installed", "replaced"]
+    assert here.events(old) == ["CSR answered", "installed", "confirmed", "replaced"]
     assert here.ledger.keys.history(old)[-1].reason == f"by {new}"
 
 
@@ -249,9 +249,10 @@ async def test_a_path_and_an_evse_that_contradict_each_other_change_nothing(here
     assert here.dump() == before
 
 
-async def test_a_key_that_was_replaced_is_not_activated_again(here: Station) -> None:
+async def test_a_key_that_was_retired_is_not_restored_by_josev(here: Station) -> None:
     old = await here.key()
     await here.told("installed")
+    here.ledger.transitions.apply(old, KeyEvent.RETIRED, reason="", now=0)
     new = await here.key()
     await here.told("installed")
     before = here.dump()
@@ -260,6 +261,7 @@ async def test_a_key_that_was_replaced_is_not_activated_again(here: Station) -> 
 
     assert here.dump() == before
     assert here.states(new) == [ACTIVE]
+    assert here.counts["status_fits_no_key"] == 1
 
 
 # By certificate.
@@ -572,6 +574,8 @@ async def test_deleted_never_means_the_new_key_even_if_the_old_one_is_gone_alrea
     elif end == "destroyed":
         here.ledger.transitions.apply(old, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
     else:
+        here.ledger.transitions.confirm(new, reason="", now=0)
+        await here.pass_by(0)
         await here.pass_by(8 * DAY)
         assert here.states(old) == [DESTROYED]
 

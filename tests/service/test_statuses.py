@@ -442,11 +442,14 @@ async def test_a_key_whose_installation_failed_ends_after_a_day(here: Station) -
     assert here.states(key) == [DESTROYED]
 
 
-async def test_a_replaced_key_ends_after_the_grace_period(here: Station) -> None:
+async def test_a_replaced_key_ends_a_grace_period_after_the_new_one_was_confirmed(here: Station) -> None:
     old = await here.key()
     await here.told("installed")
     new = await here.key()
     await here.told("installed")
+    await here.pass_by(30 * DAY)
+    here.ledger.transitions.confirm(new, reason="", now=0)
+    await here.pass_by(0)
 
     await here.pass_by(7 * DAY - 1000)
     assert here.states(old, new) == [DEACTIVATED, ACTIVE]
@@ -782,7 +785,7 @@ async def test_the_document_lists_every_file_that_there_is(
     monkeypatch.setattr(os, "link", looking(os.link))
     tpm = TpmTerms(key_auth="generated", session="hmac")
     async with station(directory.path, keystore=swtpm.uri, tpm=tpm, certificate_dir=certificate_dir) as here:
-        for _ in range(2):
+        for _ in range(3):
             csr = await here.csr()
             (certificate_dir / "secc.pem").write_bytes(pem(AUTHORITY.sign(csr)))
             await here.told("installed")
@@ -797,7 +800,7 @@ async def test_the_document_lists_every_file_that_there_is(
     }
     for pattern, name in variable.items():
         seen = {re.sub(pattern, name, each) for each in seen}
-    assert seen == {name.replace("<certificate_type>[.<evse_id>]", V2G) for name in listed}
+    assert seen == {name.replace("<certificate_type>[.<evse_id>][.root-<root>]", V2G) for name in listed}
 
 
 @pytest.mark.parametrize("line", _first_cells("What to look for in the log"))

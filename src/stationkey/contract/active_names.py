@@ -1,35 +1,65 @@
-"""The names of the files under ``active/``: one for each certificate type and EVSE."""
+"""The names of the files under ``active/``: one for each active key, and one for the key before it."""
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
 DIRECTORY_NAME: Final = "active"
 _SUFFIX: Final = ".pem"
+_PREVIOUS: Final = "previous"
+_ROOT: Final = "root-"
+_ROOT_PART: Final = re.compile(rf"{_ROOT}([0-9a-f]{{16}})")
+_RESERVED: Final = re.compile(rf"{_PREVIOUS}\Z|{_ROOT}")
+"""What an EVSE ID does not begin with in a file name."""
 
 Owner = tuple[str, str]
-"""Certificate type and EVSE ID, the latter empty where there is none: what there is one active key for."""
+"""Certificate type and EVSE ID, the latter empty where there is none."""
 
 
-def file_name(owner: Owner) -> str:
-    """``<certificate_type>[.<evse_id>].pem``.
+class ActiveName(NamedTuple):
+    """What the name of a file under ``active/`` says.
 
-    In the EVSE ID, all but letters, digits, ``_``, ``-`` and ``~`` is percent-encoded, so that it has neither dot nor
-    slash and can be read back (`owner_of`).
+    Attributes:
+        owner: whose key it is.
+        root: which root its certificate leads to, 16 hexadecimal digits; empty where roots are not told apart.
+        previous: whether it is the key before the active one.
+    """
+
+    owner: Owner
+    root: str = ""
+    previous: bool = False
+
+
+def file_name(owner: Owner, root: str = "", previous: bool = False) -> str:
+    """Return ``<certificate_type>[.<evse_id>][.root-<root>][.previous].pem``.
+
+    In the EVSE ID, all but letters, digits, ``_``, ``-`` and ``~`` is percent-encoded, and so is the first character of
+    one that looks like another part of the name. So it has neither dot nor slash and can be read back (`read_name`).
     """
     certificate_type, evse_id = owner
-    encoded = "." + quote(evse_id, safe="").replace(".", "%2E") if evse_id else ""
-    return f"{certificate_type}{encoded}{_SUFFIX}"
+    encoded = quote(evse_id, safe="").replace(".", "%2E")
+    if _RESERVED.match(encoded):
+        encoded = f"%{ord(encoded[0]):02X}{encoded[1:]}"
+    parts = (certificate_type, encoded, root and _ROOT + root, _PREVIOUS if previous else "")
+    return ".".join(filter(None, parts)) + _SUFFIX
 
 
-def owner_of(name: str) -> Owner | None:
-    """Whose file `name` is; None where it is no name that `file_name` gives."""
+def read_name(name: str) -> ActiveName | None:
+    """Return what a file name says; None if `file_name` never gives it."""
     if not name.endswith(_SUFFIX):
         return None
-    certificate_type, _, encoded = name.removesuffix(_SUFFIX).partition(".")
+    certificate_type, *parts = name.removesuffix(_SUFFIX).split(".", 4)
+    previous = parts[-1:] == [_PREVIOUS]
+    if previous:
+        parts.pop()
+    root = _ROOT_PART.fullmatch(parts[-1]) if parts else None
+    if root:
+        parts.pop()
     try:
-        owner = (certificate_type, unquote(encoded, errors="strict"))
-        return owner if file_name(owner) == name else None
-    except UnicodeError:  # half characters, and bytes that are no UTF-8
+        owner = (certificate_type, unquote("".join(parts), errors="strict"))
+        read = ActiveName(owner, root.group(1) if root else "", previous)
+        return read if file_name(*read) == name else None
+    except UnicodeError:  # surrogates, and bytes that are not UTF-8
         return None

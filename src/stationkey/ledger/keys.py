@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from stationkey.contract.active_names import file_name
 from stationkey.errors import Scope, StationKeyError
 from stationkey.ledger.database import Database
 from stationkey.ledger.lifecycle import INITIAL, KeyState
@@ -140,12 +141,17 @@ class Keys:
             ).fetchall()
         return [EventRecord(seq, read_time(at, milliseconds=True), *rest) for seq, at, *rest in rows]
 
-    def active_files(self) -> dict[tuple[str, str], bytes]:
-        """Return the content of the file under ``active/`` for each owner: key, then leaf and chain if known."""
+    def active_files(self) -> dict[str, bytes]:
+        """Return the content of each file under ``active/`` by its name: key, then leaf and chain if known.
+
+        Active keys come first, so that what is in use is written first.
+        """
         files = {}
-        for key in self._select(f"state = ? AND {LIVING}", KeyState.ACTIVE):
+        active = self._select(f"state = ? AND {LIVING}", KeyState.ACTIVE)
+        for key in active + self._select(f"state = ? AND previous = 1 AND {LIVING}", KeyState.DEACTIVATED):
             if (reference := self.ref(key.key_id)) is not None:
-                files[key.owner] = reference.pem() + (key.chain or "").encode()
+                name = file_name(key.owner, key.root, key.previous)
+                files[name] = reference.pem() + (key.chain or "").encode()
         return files
 
     def others_installed(self, key: KeyRecord) -> bool:
@@ -214,7 +220,7 @@ class Keys:
             return sql.execute(
                 "SELECT key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name,"  # noqa: S608 - `where` and `order` are this module's own text
                 " organization_name, country_name, state, created_at, public, due, failed, chain, not_after, asked,"
-                " installed, request_id, number"
+                " installed, request_id, root, previous, confirmed, number"
                 f" FROM key LEFT JOIN answer ON answer.key_number = key.number WHERE {where} ORDER BY {order}",
                 arguments,
             ).fetchall()

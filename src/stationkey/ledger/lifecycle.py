@@ -20,9 +20,10 @@ class KeyState(StrEnum):
     PRE_ACTIVATION = "pre-activation"
     """Made ahead, or its CSR was answered; no certificate is installed. Used only for proofs of possession."""
     ACTIVE = "active"
-    """Its certificate is installed. At most one key for each certificate type and EVSE."""
+    """Its certificate is installed. At most one key for each certificate type, EVSE and, where told apart, root."""
     DEACTIVATED = "deactivated"
-    """Replaced, or retired by the operator. Kept for a grace period because sessions may still use it."""
+    """Replaced, or retired by the operator. Kept for a while because sessions may still use it, or the station may have
+    to go back to it."""
     COMPROMISED = "compromised"
     """Reported as compromised by the operator. Kept as evidence until the operator destroys it."""
     DESTROYED = "destroyed"
@@ -36,8 +37,12 @@ class KeyEvent(StrEnum):
     """Josev installed its certificate."""
     INSTALLATION_FAILED = "installation failed"
     """Josev failed to install it. A retry may succeed; otherwise the key expires soon."""
+    CONFIRMED = "confirmed"
+    """The station is known to have connected with its certificate [A02.FR.10]."""
     REPLACED = "replaced"
     """Another key became active for the same certificate type and EVSE [A02.FR.08]."""
+    RESTORED = "restored"
+    """The station went back to its certificate [A02.FR.28]."""
     RETIRED = "retired"
     """Taken out of use by the operator."""
     EXPIRED = "expired"
@@ -58,11 +63,13 @@ TRANSITIONS: Final[Mapping[tuple[KeyState, KeyEvent], KeyState]] = MappingProxyT
         (KeyState.PRE_ACTIVATION, KeyEvent.DELETED): KeyState.DESTROYED,
         (KeyState.PRE_ACTIVATION, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,
         (KeyState.PRE_ACTIVATION, KeyEvent.COMPROMISE_REPORTED): KeyState.COMPROMISED,
+        (KeyState.ACTIVE, KeyEvent.CONFIRMED): KeyState.ACTIVE,
         (KeyState.ACTIVE, KeyEvent.REPLACED): KeyState.DEACTIVATED,
         (KeyState.ACTIVE, KeyEvent.RETIRED): KeyState.DEACTIVATED,
         (KeyState.ACTIVE, KeyEvent.DELETED): KeyState.DESTROYED,
         (KeyState.ACTIVE, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,
         (KeyState.ACTIVE, KeyEvent.COMPROMISE_REPORTED): KeyState.COMPROMISED,
+        (KeyState.DEACTIVATED, KeyEvent.RESTORED): KeyState.ACTIVE,
         (KeyState.DEACTIVATED, KeyEvent.EXPIRED): KeyState.DESTROYED,
         (KeyState.DEACTIVATED, KeyEvent.DELETED): KeyState.DESTROYED,
         (KeyState.DEACTIVATED, KeyEvent.DESTRUCTION_ORDERED): KeyState.DESTROYED,

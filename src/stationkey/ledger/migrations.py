@@ -152,7 +152,28 @@ Other tables refer to a key by `number`, in order of creation, so that new rows 
 are deleted. `secret` has no foreign key, so that SQLite empties it page by page for `Retention.wipe`.
 """
 
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3)
+_VERSION_4: Final = """
+ALTER TABLE key ADD COLUMN root TEXT NOT NULL DEFAULT '';
+ALTER TABLE key ADD COLUMN previous INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE key ADD COLUMN confirmed INTEGER;
+ALTER TABLE key ADD COLUMN useful_until INTEGER;
+UPDATE key SET useful_until = 31536000000
+    + coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'running'), 0)
+    WHERE state IN ('active', 'deactivated');
+UPDATE key SET previous = 1, confirmed = installed WHERE number IN (
+    SELECT number FROM (
+        SELECT number, row_number() OVER (PARTITION BY certificate_type, evse_id ORDER BY max(seq) DESC) AS place
+        FROM key JOIN event ON key_number = number
+        WHERE key.state = 'deactivated' AND event = 'replaced' GROUP BY number
+    ) WHERE place = 1
+);
+CREATE UNIQUE INDEX key_previous ON key (certificate_type, evse_id, root) WHERE previous = 1;
+"""
+"""`previous` marks the key that an owner can go back to. `confirmed` is a sequence number of an event. `useful_until`
+is the running time in milliseconds at which the certificate has certainly expired; a year for those of older versions.
+"""
+
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 """Entry n takes a database from version n to n + 1; version 0 is empty."""
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 """The ``user_version`` that this code reads and writes."""

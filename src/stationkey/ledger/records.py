@@ -66,7 +66,10 @@ class KeyRecord:
         chain: the installed certificate and its chain in PEM, or None if not known.
         not_after: expiry of the certificate, Unix time in seconds, or None if not known.
         asked: sequence number of the event that gave it to its owner; 0 if it was made ahead and has none.
-        installed: sequence number of the event that made it active, or 0.
+        installed: sequence number of the event that first made it active, or 0.
+        root: which root its certificate leads to; empty where roots are not told apart.
+        previous: whether it is the deactivated key that its owner can go back to.
+        confirmed: whether the station is known to have connected with its certificate.
         request_ids: ids of the requests answered with this key, in their original letter case.
     """
 
@@ -89,10 +92,13 @@ class KeyRecord:
     asked: int
     installed: int
     request_ids: tuple[str, ...]
+    root: str = ""
+    previous: bool = False
+    confirmed: bool = False
 
     @property
     def owner(self) -> tuple[str, str]:
-        """Certificate type and EVSE ID or an empty text; each owner has one active key at most."""
+        """Certificate type and EVSE ID or an empty text; each owner has one active key at most, or one a root."""
         return self.certificate_type, self.evse_id or ""
 
     @property
@@ -221,4 +227,7 @@ def read_key(row: tuple[Any, ...]) -> KeyRecord:
         asked=row[16] or 0,
         installed=row[17] or 0,
         request_ids=() if row[18] is None else (row[18],),
+        root=row[19],
+        previous=bool(row[20]),
+        confirmed=row[21] is not None,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.errors import LedgerError, Scope
@@ -39,6 +39,7 @@ _NEW_OWNER: Final = (
 
 _ALSO: Final = {
     KeyEvent.INSTALLED: ", installed = :seq",
+    KeyEvent.CONFIRMED: ", confirmed = :seq",
     KeyEvent.DELETED: ", deleted = :seq",
     KeyEvent.INSTALLATION_FAILED: ", failed = 1",
 }
@@ -105,6 +106,8 @@ class Transitions:
             LedgerError: nothing was written.
         """
         with self._database.transaction() as sql:
+            if event is KeyEvent.DELETED:
+                _confirm_successor(sql, key_id, now=now)
             state = advance(sql, key_id, event, reason=reason, now=now, due=due, message_id=message_id)
         if state is KeyState.DESTROYED:
             # The key is destroyed even if this fails; the daemon retries with every sweep.
@@ -118,22 +121,26 @@ class Transitions:
         *,
         chain: str | None,
         not_after: int | None,
+        useful_until: int,
         reason: str,
         now: int,
         grace_due: int,
         message_id: str | None,
+        root: str = "",
         limit: int | None = None,
     ) -> list[str]:
-        """Make a key the active one of its owner and deactivate the previous one, in one transaction.
+        """Make a pending key the active one of its owner and deactivate the one before, in one transaction.
 
         Args:
             key_id: the key whose certificate was installed.
             chain: certificate and chain in PEM, if known.
             not_after: expiry of the certificate, Unix time in seconds, if known.
+            useful_until: when the certificate has certainly expired, in milliseconds of running time.
             reason: why, for the history.
             now: Unix time in milliseconds.
-            grace_due: end of the previous key's grace period, in milliseconds of running time.
+            grace_due: end of a grace period that begins now, in milliseconds of running time.
             message_id: id of the message that caused it.
+            root: which root the certificate leads to; empty where roots are not told apart.
             limit: how many keys may be active if this one replaces none; None for no limit.
 
         Returns:
@@ -145,21 +152,65 @@ class Transitions:
         """
         with self._database.transaction() as sql:
             advance(sql, key_id, KeyEvent.INSTALLED, reason=reason, now=now, message_id=message_id)
-            sql.execute("UPDATE key SET chain = ?, not_after = ? WHERE key_id = ?", (chain, not_after, key_id))
-            replaced = [
-                row[0]
-                for row in sql.execute(
-                    "SELECT key_id FROM key WHERE (certificate_type, evse_id) ="  # noqa: S608 - `LIVING` is this package's own text
-                    " (SELECT certificate_type, evse_id FROM key WHERE key_id = :key_id)"
-                    f" AND state = :active AND {LIVING} AND key_id != :key_id",
-                    {"key_id": key_id, "active": KeyState.ACTIVE},
-                )
-            ]
-            if limit is not None and not replaced:
-                _refuse_beyond(sql, limit)
-            for other in replaced:
-                advance(sql, other, KeyEvent.REPLACED, reason=f"by {key_id}", now=now, due=grace_due)
-        return replaced
+            sql.execute(
+                "UPDATE key SET chain = ?, not_after = ?, useful_until = ?, root = ? WHERE key_id = ?",
+                (chain, not_after, useful_until, root, key_id),
+            )
+            return _displace(sql, key_id, KeyEvent.INSTALLED, now=now, grace_due=grace_due, limit=limit)
+
+    def restore(
+        self,
+        key_id: str,
+        *,
+        reason: str,
+        now: int,
+        grace_due: int | None = None,
+        message_id: str | None = None,
+        limit: int | None = None,
+    ) -> list[str]:
+        """Make a deactivated key the active one of its owner again [A02.FR.28], in one transaction.
+
+        Certificate and chain are those on record. The key that it replaces becomes the one to go back to.
+
+        Args:
+            key_id: the key.
+            reason: why, for the history.
+            now: Unix time in milliseconds.
+            grace_due: end of a grace period that begins now, in milliseconds of running time; None to let the daemon
+                set it (`Retention.adopt`).
+            message_id: id of the message that caused it.
+            limit: as for `activate`.
+
+        Returns:
+            The ids of the replaced keys.
+
+        Raises:
+            IllegalTransition: the key is not deactivated; nothing was written.
+            LedgerError: nothing was written.
+        """
+        with self._database.transaction() as sql:
+            back = _is_previous(sql, key_id)
+            advance(sql, key_id, KeyEvent.RESTORED, reason=reason, now=now, message_id=message_id)
+            return _displace(sql, key_id, KeyEvent.RESTORED, now=now, grace_due=grace_due, limit=limit, back=back)
+
+    def confirm(self, key_id: str, *, reason: str, now: int, grace_due: int | None = None) -> None:
+        """Record that the station connected with an active key; the grace period of the one before begins.
+
+        Args:
+            key_id: the key.
+            reason: why, for the history.
+            now: Unix time in milliseconds.
+            grace_due: as for `restore`.
+
+        Raises:
+            IllegalTransition: the key is not active; nothing was written.
+            LedgerError: nothing was written.
+        """
+        with self._database.transaction() as sql:
+            advance(sql, key_id, KeyEvent.CONFIRMED, reason=reason, now=now)
+            for rival in _rivals(sql, key_id):
+                if not rival.active:
+                    sql.execute("UPDATE key SET due = ? WHERE key_id = ?", (grace_due, rival.key_id))
 
     def seen(self, message_id: str) -> bool:
         """Return whether a message has caused an event before: it was redelivered or repeated."""
@@ -259,7 +310,7 @@ def advance(
     seq = note(sql, number, event, state, reason=reason, now=now, message_id=message_id)
     also = _ALSO.get(event, "") + (_ENDED if state is KeyState.DESTROYED else "")
     sql.execute(
-        f"UPDATE key SET state = :state, due = :due{also} WHERE number = :number",  # noqa: S608 - `also` is this module's own text
+        f"UPDATE key SET state = :state, due = :due, previous = 0{also} WHERE number = :number",  # noqa: S608 - `also` is this module's own text
         {"state": state, "due": due, "seq": seq, "number": number},
     )
     return state
@@ -273,6 +324,102 @@ def note(
         "INSERT INTO event (key_number, at, event, state, reason, message_id) VALUES (?, ?, ?, ?, ?, ?)",
         (number, now, event, state, reason, message_id),
     ).lastrowid
+
+
+class _Rival(NamedTuple):
+    """Another key of the same owner and root that is active, or that the owner can go back to."""
+
+    key_id: str
+    active: bool
+    confirmed: bool
+    useful_until: int
+
+
+_RIVALS: Final = (
+    "SELECT other.key_id, other.state = :active, other.confirmed IS NOT NULL, coalesce(other.useful_until, 0)"
+    " FROM key AS one JOIN key AS other USING (certificate_type, evse_id)"
+    " WHERE one.key_id = :key_id AND other.key_id != :key_id"
+    " AND (other.root = one.root OR '' IN (other.root, one.root))"
+    " AND other.state IN (:active, :deactivated) AND other.state != 'destroyed'"
+    " AND (other.state = :active OR other.previous = 1) ORDER BY other.installed"
+)
+"""A key whose root is not known may be of any root. The condition of the index `key_living` is there once more."""
+
+
+def _rivals(sql: sqlite3.Connection, key_id: str) -> list[_Rival]:
+    """Return the rivals of a key, the first installed first."""
+    states = {"active": KeyState.ACTIVE, "deactivated": KeyState.DEACTIVATED}
+    rows = sql.execute(_RIVALS, {"key_id": key_id, **states})
+    return [_Rival(key_id, bool(active), bool(confirmed), until) for key_id, active, confirmed, until in rows]
+
+
+def _displace(
+    sql: sqlite3.Connection,
+    key_id: str,
+    event: KeyEvent,
+    *,
+    now: int,
+    grace_due: int | None,
+    limit: int | None,
+    back: bool = False,
+) -> list[str]:
+    """Deactivate what a key that has just become active replaces, and mark the one to go back to.
+
+    Args:
+        sql: in a transaction.
+        key_id: the key.
+        event: what made it active.
+        now: Unix time in milliseconds.
+        grace_due: see `Transitions.restore`.
+        limit: see `Transitions.activate`.
+        back: whether it was the key to go back to.
+
+    Returns:
+        The ids of the replaced keys.
+    """
+    rivals = _rivals(sql, key_id)
+    replaced = [rival for rival in rivals if rival.active]
+    if limit is not None and not replaced:
+        _refuse_beyond(sql, limit)
+    kept = _to_go_back_to(rivals, back=back)
+    for rival in replaced:
+        if rival is kept and not rival.confirmed and event is KeyEvent.INSTALLED:
+            # No better one is known: there was no other, or its certificate has expired.
+            advance(sql, rival.key_id, KeyEvent.CONFIRMED, reason=f"renewed by {key_id} while in use", now=now)
+        advance(sql, rival.key_id, KeyEvent.REPLACED, reason=f"by {key_id}", now=now, due=grace_due)
+    for rival in rivals:
+        if not rival.active and rival is not kept:
+            sql.execute("UPDATE key SET previous = 0, due = ? WHERE key_id = ?", (grace_due, rival.key_id))
+    if kept is not None:
+        (root, confirmed) = sql.execute("SELECT root, confirmed FROM key WHERE key_id = ?", (key_id,)).fetchone()
+        due = max(grace_due or 0, kept.useful_until) if confirmed is None else grace_due
+        sql.execute("UPDATE key SET previous = 1, due = ?, root = ? WHERE key_id = ?", (due, root, kept.key_id))
+    return [rival.key_id for rival in replaced]
+
+
+def _to_go_back_to(rivals: list[_Rival], *, back: bool) -> _Rival | None:
+    """Return the key that an owner can go back to from now on.
+
+    An unconfirmed key does not take the place of the one before it, unless the owner has just gone back.
+    """
+    replaced = [rival for rival in rivals if rival.active]
+    before = [rival for rival in rivals if not rival.active]
+    confirmed = [rival for rival in replaced if rival.confirmed]
+    candidates = replaced if back else confirmed or before or replaced
+    return candidates[-1] if candidates else None
+
+
+def _is_previous(sql: sqlite3.Connection, key_id: str) -> bool:
+    return sql.execute("SELECT 1 FROM key WHERE key_id = ? AND previous = 1", (key_id,)).fetchone() is not None
+
+
+def _confirm_successor(sql: sqlite3.Connection, key_id: str, *, now: int) -> None:
+    """Confirm the active key if `key_id`, whose certificate Josev deletes, is the one before it [A02.FR.10]."""
+    if not _is_previous(sql, key_id):
+        return
+    for rival in _rivals(sql, key_id):
+        if rival.active and not rival.confirmed:
+            advance(sql, rival.key_id, KeyEvent.CONFIRMED, reason=f"Josev deleted the one before, {key_id}", now=now)
 
 
 def _refuse_beyond(sql: sqlite3.Connection, limit: int) -> None:

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from stationkey.contract.active_names import DIRECTORY_NAME, owner_of
+from stationkey.contract.active_names import DIRECTORY_NAME, read_name
 from stationkey.contract.profiles import PROFILES, CertificateType, TlsUse
 from stationkey.errors import ConfigurationError, Fault, KeyStoreError, Scope, StationKeyError
 from stationkey.keystore import KeyStore, KeyStoreUri, Protecting
@@ -193,8 +193,8 @@ def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Key
     try:
         with _directory(directory) as opened:
             for name in sorted(os.listdir(opened)):  # noqa: PTH208 - of a directory that stays the same one
-                owner = owner_of(name)
-                if owner is None or owner[0] != certificate_type:
+                read = read_name(name)
+                if read is None or read.previous or read.owner[0] != certificate_type:
                     continue
                 path = directory / name
                 with contextlib.suppress(FileNotFoundError):  # deactivated meanwhile
@@ -364,9 +364,9 @@ def _refuse_incomplete(file: KeyFile, chain: Chain, anchors: bytes | None) -> No
 
 def use_of(file: KeyFile, chain: Chain) -> TlsUse:
     """Return what TLS the key is for: by the file's name, as the daemon gives it, else by extendedKeyUsage."""
-    owner = owner_of(file.name)
-    if owner is not None and owner[0] in set(CertificateType):
-        return PROFILES[CertificateType(owner[0])].tls_use
+    read = read_name(file.name)
+    if read is not None and read.owner[0] in set(CertificateType):
+        return PROFILES[CertificateType(read.owner[0])].tls_use
     try:
         usage = set(chain.leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except (x509.ExtensionNotFound, *UNREADABLE):

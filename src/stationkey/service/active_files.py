@@ -1,5 +1,7 @@
 """The directory ``active/``: for each certificate type and EVSE, the key in use and its chain, in one PEM file.
 
+And in another, the key before it, where the station may have to go back to that.
+
 Key and chain are in one file because a file is what can be exchanged atomically: whoever opens it reads the old pair
 or the new pair. The directory only shows what the ledger says; `ActiveDirectory.sync` makes it so after every change
 and at every start, which also repairs what a loss of power left behind.
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from stationkey.contract.active_names import DIRECTORY_NAME, Owner, file_name
+from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.errors import LedgerError
 from stationkey.system import files
 from stationkey.system.files import opened_regular
@@ -41,12 +43,12 @@ class ActiveDirectory:
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / DIRECTORY_NAME
 
-    def sync(self, wanted: Callable[[], Mapping[Owner, bytes]]) -> list[Path]:
+    def sync(self, wanted: Callable[[], Mapping[str, bytes]]) -> list[Path]:
         """Make the directory show what `wanted` says, and nothing else.
 
         Args:
-            wanted: gives for each owner the content of his file. Called with the directory locked, so that the last of
-                two writers shows the last state of the ledger.
+            wanted: gives the content of each file by its name, in the order in which they are written. Called with the
+                directory locked, so that the last of two writers shows the last state of the ledger.
 
         Returns:
             The files that were written.
@@ -57,7 +59,7 @@ class ActiveDirectory:
         try:
             self._make()
             with self._locked():
-                contents = {file_name(owner): content for owner, content in wanted().items()}
+                contents = wanted()
                 troubles: list[OSError] = []
                 # First what must not be there: it goes on a full disk, too, and makes room.
                 gone = [file for file in self.path.iterdir() if file.name not in contents and file.name != _LOCK]

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from stationkey.contract.active_names import Owner, owner_of
+from stationkey.contract.active_names import ActiveName, read_name
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.system.threads import Worker
 from stationkey.x509.certificate import Chain, Unparsed, read_certificates
@@ -80,12 +80,12 @@ class Look:
     """What was read for one status.
 
     Attributes:
-        owner: whose file under ``active/`` the ``private_key_path`` leads to; None if it leads to none.
+        name: of the file under ``active/`` that the ``private_key_path`` leads to; None if it leads to none.
         not_followed: why the path could not be followed; else empty.
         certificates: the certificate directory; None where it is not known, or not needed.
     """
 
-    owner: Owner | None = None
+    name: ActiveName | None = None
     not_followed: str = ""
     certificates: Snapshot | None = None
 
@@ -133,8 +133,8 @@ class JosevFiles:
     def read(self, status: CertificateInstallationStatus) -> Look:
         """Read what a status needs; may block."""
         path, directory = _path_of(status), self._needed(status)
-        owner = None if path is None else self._owner(path)
-        return Look(owner, "", None if directory is None else read_directory(directory, self._own))
+        name = None if path is None else self._name(path)
+        return Look(name, "", None if directory is None else read_directory(directory, self._own))
 
     def _needed(self, status: CertificateInstallationStatus) -> Path | None:
         """Return the certificate directory if it decides which key is meant."""
@@ -168,8 +168,8 @@ class JosevFiles:
         """End the thread as soon as its call returns."""
         self._worker.close(0)
 
-    def _owner(self, text: str) -> Owner | None:
-        """Return whose file under ``active/`` a path leads to."""
+    def _name(self, text: str) -> ActiveName | None:
+        """Return the name of the file under ``active/`` that a path leads to."""
         if len(text) > MAX_PATH:
             return None
         path = Path(text)
@@ -177,10 +177,10 @@ class JosevFiles:
             # Compared by realpath: Josev may know the file by a symbolic link.
             active_path = os.path.realpath(self._active_path)
             if os.path.realpath(path.parent) == active_path:
-                return owner_of(path.name)
+                return read_name(path.name)
             if path.is_symlink():
                 target = Path(os.path.realpath(path))
-                return owner_of(target.name) if str(target.parent) == active_path else None
+                return read_name(target.name) if str(target.parent) == active_path else None
         except (OSError, ValueError):  # a path with NUL, too long, or in a folder that is closed to us
             pass
         return None

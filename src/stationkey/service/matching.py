@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stationkey.contract.active_names import Owner
+from stationkey.contract.active_names import ActiveName, Owner
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.errors import StationKeyError
 from stationkey.keystore import KEY_ID_LENGTH
 from stationkey.ledger import KeyRecord, Ledger
-from stationkey.ledger.lifecycle import KeyState
+from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.service.josev_files import MAX_PATH, Look, Snapshot, Unread
 from stationkey.x509.certificate import Chain, read_chain
 
@@ -57,7 +57,7 @@ class KeyFinder:
         self._active_path = active_path
 
     def installed(self, ledger: Ledger, status: CertificateInstallationStatus, look: Look) -> Found:
-        """Return the pending key whose certificate was installed.
+        """Return the pending key whose certificate was installed, or the deactivated key that the station went back to.
 
         Raises:
             Repeated: the certificate's key is active already.
@@ -68,18 +68,21 @@ class KeyFinder:
         if isinstance(named, KeyRecord):
             if named.state is KeyState.ACTIVE:
                 raise _active_already()
+            if named.state is KeyState.DEACTIVATED:
+                return Found(_not_retired(ledger, named))
             if named.state is not KeyState.PRE_ACTIVATION:
                 raise StatusUnfit(f"key {named.key_id} is {named.state}, not pending", reason="status_fits_no_key")
             pending, evse_id = [named], named.owner[1]
         else:
             if named is not None:
-                evse_id = named[1]
+                evse_id = named.owner[1]
             pending = ledger.keys.pending(certificate_type, evse_id)
         # A key that is named is meant, whatever certificates there are for the active one.
         active = [] if isinstance(named, KeyRecord) else ledger.keys.active(certificate_type, evse_id)
         if look.certificates is not None:
-            replaced = ledger.keys.deactivated(certificate_type, evse_id)
-            return _by_certificate(look.certificates, pending, active, replaced)
+            replaced = [] if isinstance(named, KeyRecord) else ledger.keys.deactivated(certificate_type, evse_id)
+            found = _by_certificate(look.certificates, pending, active, replaced)
+            return found if found.key in pending else Found(_not_retired(ledger, found.key), found.chain)
         if isinstance(named, KeyRecord):
             return Found(named)
         return _newest(_one_owner(pending, evse_id), active)
@@ -99,7 +102,7 @@ class KeyFinder:
             pending = [named]
         else:
             if named is not None:
-                evse_id = named[1]
+                evse_id = named.owner[1]
             pending = _one_owner(ledger.keys.pending(certificate_type, evse_id), evse_id)
         if not pending:
             raise StatusUnfit("no key of this kind is pending", reason="status_fits_no_key")
@@ -125,7 +128,7 @@ class KeyFinder:
                 raise StatusUnfit(f"key {named.key_id} is destroyed already", reason="status_fits_no_key")
             return named
         if named is not None:
-            evse_id = named[1]
+            evse_id = named.owner[1]
         active = _one_owner(ledger.keys.active(certificate_type, evse_id), evse_id)
         deactivated = _one_owner(ledger.keys.deactivated(certificate_type, evse_id), evse_id)
         if named is not None:
@@ -144,8 +147,12 @@ class KeyFinder:
             hint="private_key_path in the message, or [josev] certificate_dir, say exactly which is meant",
         )
 
-    def _named(self, ledger: Ledger, status: CertificateInstallationStatus, look: Look) -> KeyRecord | Owner | None:
-        """Return whom ``private_key_path`` names: a key by its name, or an owner by its file; None if absent.
+    def _named(
+        self, ledger: Ledger, status: CertificateInstallationStatus, look: Look
+    ) -> KeyRecord | ActiveName | None:
+        """Return what ``private_key_path`` names; None if it is absent.
+
+        That is a key, by its name or by the file of the key before; or an owner, by the file of the active key.
 
         Raises:
             StatusUnfit: it names neither.
@@ -153,8 +160,10 @@ class KeyFinder:
         path = status.data.private_key_path
         if not isinstance(path, str):
             return None
-        named = _key_named(ledger, path) or look.owner
-        certificate_type, evse_id = named.owner if isinstance(named, KeyRecord) else named or ("", "")
+        named = _key_named(ledger, path) or look.name
+        if isinstance(named, ActiveName) and named.previous:
+            named = next((key for key in ledger.keys.deactivated(*named.owner) if key.previous), None)
+        certificate_type, evse_id = ("", "") if named is None else named.owner
         if certificate_type == status.data.certificate_type and _evse_id(status) in {None, evse_id}:
             return named
         raise StatusUnfit(
@@ -162,7 +171,7 @@ class KeyFinder:
             if look.not_followed
             else "private_key_path names no key of this kind",
             reason="status_fits_no_key",
-            hint=f"it is {self._active_path}/<certificate_type>[.<evse_id>].pem, or ends in the name of a key",
+            hint=f"it is {self._active_path}/<certificate_type>[.<evse_id>][.previous].pem, or ends in a key ID",
         )
 
 
@@ -179,12 +188,14 @@ def _key_named(ledger: Ledger, path: str) -> KeyRecord | None:
 def _by_certificate(
     seen: Snapshot, pending: list[KeyRecord], active: list[KeyRecord], replaced: list[KeyRecord]
 ) -> Found:
-    """Return the pending key with the newest certificate [A02.FR.15].
+    """Return the pending key with the newest certificate [A02.FR.15], or the replaced key that Josev went back to.
 
     The certificate of a key that was asked for after the active one was installed is newer than that one's, whatever
     its times say: a CA may backdate. Of other keys, a certificate that begins before that of the active key of the
     same owner, or of one that the active key replaced, is not meant: most likely it was passed over when that key was
     activated, and the message is a repeat.
+
+    The station went back to a replaced key whose certificate is there, if that of the active key is certainly gone.
 
     Raises:
         Repeated: only the certificates of active keys are there.
@@ -211,6 +222,15 @@ def _by_certificate(
         return Found(*max(candidates, key=lambda candidate: (candidate[1].not_before, candidate[0].asked)))
     if chains:
         raise _older(*max(chains, key=lambda each: each[1].not_before), newest)
+    back = [key for key in replaced if key.public in seen.chains and key.owner not in in_use]
+    if len(back) == 1:
+        return Found(back[0], seen.chains[back[0].public])
+    if back:
+        raise StatusUnfit(
+            f"the certificate of the active key is gone, and those of {len(back)} replaced keys are there",
+            reason="status_fits_no_key",
+            hint="private_key_path in the message says which is meant",
+        )
     if any(key.public in seen.chains for key in active):
         raise _active_already()
     if seen.unread:
@@ -280,6 +300,21 @@ def _unreadable(seen: Snapshot, doubt: Unread) -> StatusUnfit:
         reason="certificate_dir_unreadable",
         hint="certificate_dir must exist, hold what Josev installs and no more, and be readable by this user",
     )
+
+
+def _not_retired(ledger: Ledger, key: KeyRecord) -> KeyRecord:
+    """Return a deactivated key.
+
+    Raises:
+        StatusUnfit: the operator retired it, so only the operator restores it.
+    """
+    if ledger.keys.history(key.key_id)[-1].event == KeyEvent.RETIRED:
+        raise StatusUnfit(
+            f"key {key.key_id} was retired by the operator",
+            reason="status_fits_no_key",
+            hint=f"to use it again: stationkey keys restore {key.key_id}",
+        )
+    return key
 
 
 def _active_already() -> Repeated:

@@ -12,19 +12,19 @@ import secrets
 from collections.abc import Mapping
 from typing import Final
 
-from stationkey.config.settings import Terms
+from stationkey.config.settings import DAY, Terms
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.worker import Task, on_keystore
 from stationkey.ledger import KeyRecord, Ledger
-from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.service.custody import PROOF_DEADLINE, Custody
 from stationkey.service.josev_files import JosevFiles, Look
 from stationkey.service.matching import Found, KeyFinder, Repeated
 from stationkey.system.backoff import Backoff
-from stationkey.x509.certificate import Chain, Expected, differences, oddities, prove
+from stationkey.x509.certificate import Chain, Expected, differences, oddities, prove, read_chain
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ MAX_WAITING: Final = 16
 PATIENCE: Final = 20.0
 """Seconds that more than those wait where nothing is away, but each takes long: a certificate directory filled to its
 bounds, a slow TPM. A burst of statuses that is honest is through by then."""
+
+UNKNOWN_LIFE: Final = 365 * DAY
+"""Milliseconds that a certificate is taken to be valid for that cannot be read."""
 
 
 class Statuses:
@@ -132,11 +135,11 @@ class Statuses:
         log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        look = await self._files.look(status)
+        look, outcome = await self._files.look(status), "applied"
         try:
             match status.data.status:
                 case "installed":
-                    await self._installed(status, look, about)
+                    outcome = await self._installed(status, look, about)
                 case "failed_installation":
                     await self._failed(status, look, about)
                 case "deleted":
@@ -145,12 +148,14 @@ class Statuses:
             log.info("%s", repeated, extra={**about, **({"key_id": repeated.key_id} if repeated.key_id else {})})
             self._count(status, "repeated")
         else:
-            self._count(status, "applied")
+            self._count(status, outcome)
 
     def _count(self, status: CertificateInstallationStatus, outcome: str, reason: str = "") -> None:
         self._custody.counters.statuses.add(status.data.status, outcome, reason)
 
-    async def _installed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
+    async def _installed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> str:
+        """Activate or restore the key that is meant; return the outcome to count."""
+
         def find(ledger: Ledger) -> tuple[Found, KeyRef]:
             _refuse_repeat(ledger, status)
             found = self._finder.installed(ledger, status, look)
@@ -163,6 +168,10 @@ class Statuses:
 
         found, reference = await self._custody.ledger(find)
         key, chain = found.key, found.chain
+        if key.state is KeyState.DEACTIVATED:
+            await self._prove(reference, chain or read_chain((key.chain or "").encode()))
+            await self._restore(key, status, about)
+            return "restored"
         await self._prove(reference, chain)
         if chain is not None:
             self._compare(key, chain, about)
@@ -175,6 +184,7 @@ class Statuses:
                 key.key_id,
                 chain=None if chain is None else chain.pem(),
                 not_after=None if chain is None else chain.not_after,
+                useful_until=self._custody.running.now() + _life(chain),
                 reason="Josev installed its certificate",
                 now=self._custody.now(),
                 grace_due=self._custody.running.now() + self._terms.grace,
@@ -183,6 +193,22 @@ class Statuses:
             )
         )
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
+        return "applied"
+
+    async def _restore(
+        self, key: KeyRecord, status: CertificateInstallationStatus, about: Mapping[str, object]
+    ) -> None:
+        replaced = await self._custody.change(
+            lambda ledger: ledger.transitions.restore(
+                key.key_id,
+                reason="Josev went back to its certificate",
+                now=self._custody.now(),
+                grace_due=self._custody.running.now() + self._terms.grace,
+                message_id=status.id,
+                limit=self._terms.bounds.active_limit,
+            )
+        )
+        log.warning("key restored", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
 
     async def _failed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
         def shorten(ledger: Ledger) -> KeyRecord:
@@ -246,6 +272,14 @@ class Statuses:
             )
         for oddity in oddities(chain):
             log.warning("certificate not to RFC 5280: %s", oddity, extra={**about, "key_id": key.key_id})
+
+
+def _life(chain: Chain | None) -> int:
+    """Return how long a certificate is valid in all, in milliseconds.
+
+    Once the daemon has run for so long since it was installed, it has expired, whatever the clock says.
+    """
+    return UNKNOWN_LIFE if chain is None else max(0, chain.not_after - chain.not_before) * 1000
 
 
 def _refuse_repeat(ledger: Ledger, status: CertificateInstallationStatus) -> None:

@@ -75,7 +75,7 @@ class Counters:
 
     Attributes:
         requests: by certificate type, outcome (``accepted``, ``repeated``, ``rejected``) and reason of the rejection.
-        statuses: by status, outcome (``applied``, ``repeated``, ``refused``) and reason of the refusal.
+        statuses: by status, outcome (``applied``, ``restored``, ``repeated``, ``refused``) and reason of the refusal.
         unanswerable: messages that carry no usable id, by reason.
         answers: how long a new CSR took, by algorithm.
         differences: what in installed certificates differed from their profiles.

@@ -25,13 +25,13 @@ class Contents:
 
     Attributes:
         keys: all on record.
-        active_files: what each file under ``active/`` should hold, by its owner.
+        active_files: what each file under ``active/`` should hold, by its name.
         running: milliseconds of running time.
         wrapped: the private part of each active key in a TPM, wrapped by that, by the key's name.
     """
 
     keys: tuple[KeyRecord, ...]
-    active_files: dict[tuple[str, str], bytes] = field(repr=False)
+    active_files: dict[str, bytes] = field(repr=False)
     running: int
     wrapped: dict[str, bytes] = field(repr=False)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from stationkey.config.settings import DAY
-from stationkey.contract.active_names import DIRECTORY_NAME, file_name
+from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.contract.profiles import CertificateType
 from stationkey.doctor.config.certificates import MONTH
 from stationkey.doctor.host.context import Context
@@ -153,7 +153,7 @@ def look_at_active(context: Context) -> tuple[Facts, Mapping[str, bytes | None],
     if isinstance(contents, str):
         return not_checked(contents)
     facts = look_at(directory)
-    expected = {file_name(owner): content for owner, content in contents.active_files.items()}
+    expected = contents.active_files
     try:
         present = _files_in(directory) if facts.kind == "directory" else {}
     except OSError:
