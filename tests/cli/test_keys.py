@@ -99,6 +99,11 @@ class Beside:
     def file(self, certificate_type: CertificateType = V2G) -> Path:
         return self.state_dir / "active" / f"{certificate_type}.pem"
 
+    def files(self) -> list[bytes]:
+        """The files of the active key and of the one before."""
+        active = self.file()
+        return [active.read_bytes(), active.with_suffix(".previous.pem").read_bytes()]
+
     def until(self, done: Callable[[], bool]) -> None:
         end = time.monotonic() + BOUND
         while not done():
@@ -214,6 +219,47 @@ def test_retire_takes_an_active_key_out_of_use_at_once(beside: Beside) -> None:
     assert beside.private(key)
 
 
+def renewed(beside: Beside) -> tuple[str, str]:
+    """Two keys of which the first can be gone back to."""
+    old = beside.active_key()
+    beside.keys("confirm", old)
+    return old, beside.active_key()
+
+
+def test_restore_goes_back_and_confirm_begins_the_grace_period(beside: Beside) -> None:
+    old, new = renewed(beside)
+
+    result = beside.keys("restore", old, "--reason", "the CSMS refuses it")
+
+    assert (result.exit_code, result.stdout) == (0, f"{old} is active\n")
+    files = beside.files()
+    assert beside.json("history", old)[-1]["reason"] == "the CSMS refuses it"
+    shown = {key_id: beside.json("show", key_id) for key_id in (old, new)}
+    assert [(shown[key]["state"], shown[key]["previous"], shown[key]["confirmed"]) for key in (old, new)] == [
+        ("active", False, True),
+        ("deactivated", True, False),
+    ]
+    assert "deactivated, previous" in beside.keys("list").stdout  # words: which key can be gone back to
+    assert beside.keys("restore", new).stdout == f"{new} is active\n"
+    assert beside.files() == files[::-1]
+    assert beside.keys("confirm", new).stdout == f"{new} is active\n"
+    assert beside.json("show", new)["confirmed"]
+
+
+def test_restore_and_confirm_need_no_daemon(beside: Beside) -> None:
+    old, new = renewed(beside)
+    beside.daemon.terminate()
+    try:
+        assert [beside.keys("restore", key).exit_code for key in (old, new)] == [0, 0]
+        assert beside.keys("confirm", new).exit_code == 0
+        files = beside.files()
+    finally:
+        beside.daemon.start()
+
+    assert beside.files() == files
+    assert beside.json("show", new)["state"] == "active"
+
+
 def test_destroy_leaves_nothing_of_the_key_on_disk_though_the_daemon_has_the_database_open(beside: Beside) -> None:
     key, kept = beside.active_key(), beside.key(STATION)
     private = beside.private(key)
@@ -288,7 +334,7 @@ def test_commands_and_requests_can_come_at_once(beside: Beside) -> None:
 # Refusals.
 
 
-@pytest.mark.parametrize("command", ["show", "history", "retire", "export-public"])
+@pytest.mark.parametrize("command", ["show", "history", "retire", "restore", "confirm", "export-public"])
 def test_a_key_that_is_not_on_record_is_told_in_words(beside: Beside, command: str) -> None:
     for unknown in ("f" * 20, "no-hex", ""):
         with failing("key_not_found"):
@@ -339,7 +385,7 @@ def test_a_destroyed_key_stays_destroyed(beside: Beside, command: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("list",), ("show", "0"), ("history", "0"), ("retire", "0"), ("destroy", "0", "--yes"), ("export-public", "0")],
+    [("list",), ("show", "0"), ("history", "0"), ("retire", "0"), ("restore", "0"), ("destroy", "0", "--yes")],
     ids=lambda command: command[0],
 )
 def test_a_ledger_that_is_missing_is_told_in_words_and_not_made(tmp_path: Path, command: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ import click
 from stationkey.cli._options import Configured, configured, json_option
 from stationkey.errors import StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
-from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.system.pem import to_pem
 from stationkey.system.state_dir import DATABASE_NAME, visit
@@ -56,6 +56,9 @@ def _key_json(key: KeyRecord) -> dict[str, object]:
         "key_id": key.key_id,
         "state": str(key.state),
         "installation_failed": key.failed,
+        "confirmed": key.confirmed,
+        "previous": key.previous,
+        "root": key.root or None,
         "certificate_type": key.certificate_type or None,
         "evse_id": key.evse_id,
         "algorithm": key.algorithm or None,
@@ -133,10 +136,16 @@ def _key_table(found: Iterator[KeyRecord]) -> Iterator[str]:
         part = list(islice(rows, _PART))
 
 
+def _state_text(key: KeyRecord) -> str:
+    if key.failed and key.state is KeyState.PRE_ACTIVATION:
+        return f"{key.state}, failed"
+    return f"{key.state}, previous" if key.previous else str(key.state)
+
+
 def _key_row(key: KeyRecord) -> tuple[str, ...]:
     cells = (
         key.key_id,
-        f"{key.state}, failed" if key.failed and key.state == "pre-activation" else str(key.state),
+        _state_text(key),
         key.certificate_type or "(made ahead)",
         key.evse_id or "-",
         key.algorithm or key.key_type,
@@ -193,7 +202,7 @@ def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
     )
 
 
-def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, ask: str | None) -> None:
+def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, ask: str | None = None) -> None:
     """Do to a key what the operator orders, in the ledger and under active/."""
     with opened_ledger(settings().state_dir, write=True) as ledger:
         key = ledger.keys.named(key_id)
@@ -206,7 +215,15 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
                     reason="key_changed",
                     hint="ask anew",
                 )
-        state = ledger.transitions.apply(key.key_id, event, reason=reason, now=int(time.time() * 1000))
+        at, state = int(time.time() * 1000), KeyState.ACTIVE
+        match event:
+            case KeyEvent.RESTORED:
+                limit = settings().lifecycle.bounds.active_limit
+                ledger.transitions.restore(key.key_id, reason=reason, now=at, limit=limit)
+            case KeyEvent.CONFIRMED:
+                ledger.transitions.confirm(key.key_id, reason=reason, now=at)
+            case _:
+                state = ledger.transitions.apply(key.key_id, event, reason=reason, now=at)
         done = printable(f"{key.key_id} is {state}")
         try:
             _clean_up(ledger, done)
@@ -261,7 +278,25 @@ _reason = click.option("--reason", default="by the operator", help="For the hist
 @_configured
 def keys_retire(key_id: str, reason: str, settings: Configured) -> None:
     """Take an active key out of use. It is kept for the grace period, and then destroyed."""
-    _order(key_id, KeyEvent.RETIRED, reason, settings, ask=None)
+    _order(key_id, KeyEvent.RETIRED, reason, settings)
+
+
+@keys.command("restore")
+@_key_id
+@_reason
+@_configured
+def keys_restore(key_id: str, reason: str, settings: Configured) -> None:
+    """Go back to a deactivated key: it becomes active again, and the key in its place the one to go back to."""
+    _order(key_id, KeyEvent.RESTORED, reason, settings)
+
+
+@keys.command("confirm")
+@_key_id
+@_reason
+@_configured
+def keys_confirm(key_id: str, reason: str, settings: Configured) -> None:
+    """Say that the station connected with an active key. The grace period of the key before begins."""
+    _order(key_id, KeyEvent.CONFIRMED, reason, settings)
 
 
 @keys.command("destroy")

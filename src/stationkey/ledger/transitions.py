@@ -90,6 +90,8 @@ class Transitions:
     ) -> KeyState:
         """Record an event and the state after it; wipe the private part if that is destroyed.
 
+        Other keys of the owner stay as they are: see `activate`, `restore` and `confirm` for events that change them.
+
         Args:
             key_id: the key.
             event: what happened.
