@@ -143,6 +143,24 @@ class TestServing:
         assert "pre-activation" in {key["state"] for key in json.loads(listed.stdout)}
 
 
+HOOK = """
+import asyncio
+from stationkey.system.bounded_command import BoundedCommand
+script = "sleep 100 & mosquitto_pub --help | head -n 1; echo $STATIONKEY_STATE"
+command = BoundedCommand(("/bin/sh", "-c", script), timeout=30)
+print(asyncio.run(command.run({"STATIONKEY_STATE": "due"})))
+command.close()
+"""
+"""What the daemon does for ``[renewal] command``: a shell with a child, a program, and the end of them all."""
+
+
+def test_the_renewal_command_runs_under_the_same_confinement(confined: Confined) -> None:
+    ran = confined.run(sys.executable, "-c", HOOK)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("mosquitto_pub")
+    assert ran.stdout.rstrip().endswith("due")
+
+
 WRITE = """
 import json, os, shutil
 found = {}

@@ -51,12 +51,25 @@ def test_a_clock_before_the_start_of_a_certificate_says_nothing_of_it() -> None:
     assert RULE.judge(None, end, 0) is Due.NO
 
 
+class _Hints(logging.Handler):
+    """Keeps the hints that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[str, int]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "hint"):
+            self.given.append((record.key_id, record.hint))  # type: ignore[attr-defined]
+
+
 @dataclass
 class _Scene:
     """A station with an active key, and a watch on it that can be started again."""
 
     station: Station
-    acted: list[tuple[str, int]] = field(default_factory=list)
+    hints: _Hints
+    terms: RenewalTerms = field(default_factory=RenewalTerms)
     watch: RenewalWatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,10 +77,12 @@ class _Scene:
 
     def restart(self) -> None:
         """Begin with a new watch that remembers nothing but the ledger."""
-        self.watch = RenewalWatch(self.station.service.custody, RenewalTerms(), act=self._act)
+        self.watch = RenewalWatch(self.station.service.custody, self.terms)
 
-    async def _act(self, certificate: DueCertificate, count: int) -> None:
-        self.acted.append((certificate.key_id, count))
+    @property
+    def acted(self) -> list[tuple[str, int]]:
+        """The key of each hint so far, and how many in a row."""
+        return self.hints.given
 
     async def install(self, folder: Path, evse_id: str, *, life: timedelta) -> str:
         csr = await self.station.csr(V2G, evse_id)
@@ -83,7 +98,12 @@ async def scene(folder: Path) -> AsyncIterator[tuple[_Scene, Path]]:
     certificates = folder / "certificates"
     certificates.mkdir()
     async with station(folder / "state", certificate_dir=certificates) as opened:
-        yield _Scene(opened), certificates
+        hints = _Hints()
+        logging.getLogger("stationkey.service.renewal").addHandler(hints)
+        try:
+            yield _Scene(opened, hints), certificates
+        finally:
+            logging.getLogger("stationkey.service.renewal").removeHandler(hints)
 
 
 async def test_a_certificate_that_comes_due_is_told_once_and_a_restart_does_not_repeat_it(

@@ -56,6 +56,12 @@ def _attestation_handle(handle: int) -> Any:
     return handle or UNSET
 
 
+def _command(words: tuple[str, ...]) -> tuple[str, ...]:
+    if words and not words[0].startswith("/"):
+        raise ValueError(f"{words[0]!r} is not an absolute path")
+    return words
+
+
 def _key_usage(usages: tuple[KeyUsage, ...]) -> tuple[KeyUsage, ...]:
     if KeyUsage.DIGITAL_SIGNATURE not in usages:  # no TLS handshake could be signed with the key
         raise ValueError("must have digitalSignature")
@@ -159,6 +165,16 @@ class RenewalTerms:
             "Days of running time until a hint is repeated; doubled each time, up to eight times.", _DAYS, "repeat_days"
         ),
     ] = 1 * DAY
+    command: Annotated[
+        tuple[str, ...],
+        Option(
+            "Program to run for each hint: its absolute path, then its arguments; no shell. Empty for none.",
+            Form(Annotated[tuple[_Text, ...], Meta(max_length=64)], _command),
+        ),
+    ] = ()
+    timeout: Annotated[
+        Seconds, Option("Seconds for that program; then it is killed with its process group.", place="command_timeout")
+    ] = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,8 @@ UNANSWERABLE: Final = (
     "topic_foreign",
 )
 """Reasons why a message cannot be answered, shown at 0 from the start; one that is not here begins with its first."""
+COMMAND_FAILURES: Final = ("command_failed", "command_hangs", "command_timeout", "command_unstartable")
+"""Reasons why ``[renewal] command`` fails."""
 _PREFIX: Final = "stationkey_"
 
 L = TypeVar("L", bound=tuple[str, ...])
@@ -179,6 +181,13 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
         ("certificate_type", "state"),
         counters.hints,
         [(certificate_type, state) for certificate_type in types for state in ("due", "expired")],
+    )
+    yield _counters(
+        "renewal_commands",
+        "Runs of [renewal] command, by what became of them.",
+        ("outcome",),
+        counters.renewal_commands,
+        [(outcome,) for outcome in ("ok", *COMMAND_FAILURES)],
     )
     yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", counters.unusable)
     yield _counter(

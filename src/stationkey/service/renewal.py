@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +23,7 @@ from stationkey.errors import StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.hints import Hint
 from stationkey.service.custody import Custody
+from stationkey.system.bounded_command import BoundedCommand
 from stationkey.x509.certificate import read_chain
 from stationkey.x509.renewal import Due, RenewalRule
 
@@ -70,12 +71,6 @@ class DueCertificate:
 
 Told = Callable[[tuple[DueCertificate, ...]], None]
 """Told which certificates are due, whenever that may have changed."""
-Act = Callable[[DueCertificate, int], Awaitable[None]]
-"""What is done for a hint beside logging it: the certificate, and how many hints in a row."""
-
-
-async def _nothing(*_: object) -> None:
-    pass
 
 
 def rule(terms: RenewalTerms) -> RenewalRule:
@@ -115,20 +110,24 @@ class RenewalWatch:
     Args:
         custody: the keys.
         terms: when a certificate is due, how often that is told.
-        act: done for each hint, one after the other.
 
     Attributes:
         due: the certificates that were due at the last look, the first to expire first.
         clock_behind: whether the clock was before the newest certificate at the last look; `due` is then an older one.
     """
 
-    def __init__(self, custody: Custody, terms: RenewalTerms, *, act: Act = _nothing) -> None:
+    def __init__(self, custody: Custody, terms: RenewalTerms) -> None:
         self.due: tuple[DueCertificate, ...] = ()
         self.clock_behind = False
         self._custody = custody
         self._terms = terms
         self._rule = rule(terms)
-        self._act = act
+        self._command = BoundedCommand(terms.command, timeout=terms.timeout) if terms.command else None
+
+    def close(self) -> None:
+        """Kill the operator's command if it runs."""
+        if self._command is not None:
+            self._command.close()
 
     async def run(self, told: Told = lambda _: None) -> None:
         """Look once a minute until cancelled.
@@ -171,7 +170,7 @@ class RenewalWatch:
             # Written first: a daemon that is ended at this moment again and again must not give it each time.
             await self._custody.ledger(partial(_write, key_id=certificate.key_id, hint=hint))
             self._log(certificate, hint)
-            await self._act(certificate, hint.count)
+            await self._run_command(certificate, hint)
 
     def _log(self, certificate: DueCertificate, hint: Hint) -> None:
         self._custody.counters.hints.add(certificate.certificate_type, str(certificate.state))
@@ -189,6 +188,33 @@ class RenewalWatch:
                 "hint": hint.count,
             },
         )
+
+    async def _run_command(self, certificate: DueCertificate, hint: Hint) -> None:
+        """Run the operator's command and wait for its end. Whatever it does is logged and counted, no more."""
+        if self._command is None:
+            return
+        counts = self._custody.counters.renewal_commands
+        about = {"key_id": certificate.key_id, "certificate_type": certificate.certificate_type}
+        try:
+            output = await self._command.run(_environment(certificate, hint))
+        except StationKeyError as error:
+            counts.add(error.reason)
+            log.error("renewal command failed: %s", error, extra={**about, "reason": error.reason})
+        else:
+            counts.add("ok")
+            log.info("renewal command ended", extra={**about, "output": output})
+
+
+def _environment(certificate: DueCertificate, hint: Hint) -> dict[str, str]:
+    """Return the environment variables by which the operator's command knows what is due."""
+    return {
+        "STATIONKEY_CERTIFICATE_TYPE": certificate.certificate_type,
+        "STATIONKEY_EVSE_ID": certificate.evse_id,
+        "STATIONKEY_KEY_ID": certificate.key_id,
+        "STATIONKEY_NOT_AFTER": certificate.end,
+        "STATIONKEY_STATE": str(certificate.state),
+        "STATIONKEY_HINT": str(hint.count),
+    }
 
 
 def _look(ledger: Ledger, *, by: RenewalRule, now: float) -> tuple[bool, tuple[DueCertificate, ...], dict[str, Hint]]:

@@ -280,6 +280,7 @@ class StationKeyService:
             await self._rejections.aclose()
         except StationKeyError as error:
             log.error("%s", error, extra={"reason": error.reason})
+        self.renewal.close()
         self._josev_files.close()
         self._ledger.close()
 

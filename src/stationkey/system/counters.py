@@ -82,6 +82,7 @@ class Counters:
         unusable: keys that the present key store could not load at the start.
         not_shown: failures to write the files under ``active/``, by reason.
         hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
+        renewal_commands: runs of ``[renewal] command``, by ``ok`` or the reason of the failure.
     """
 
     def __init__(self) -> None:
@@ -93,6 +94,7 @@ class Counters:
         self.unusable = 0
         self.not_shown = Counts()
         self.hints = Counts()
+        self.renewal_commands = Counts()
 
     def answered(self, algorithm: str, seconds: float) -> None:
         """Note how long a new CSR took; `algorithm` is one of `stationkey.contract.profiles.Algorithm`."""

@@ -1,0 +1,138 @@
+"""Run an operator's program: no shell, a time limit, bounded output, nothing of it left behind.
+
+The program runs on a thread of its own: to start it may block for ever, if its file is on a mount that hangs, and the
+event loop must not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Final
+
+from stationkey.errors import StationKeyError
+from stationkey.system.text import printable
+from stationkey.system.threads import Worker
+
+ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
+"""All that a program finds in its environment, beside what its caller adds."""
+OUTPUT: Final = 512
+"""Characters of its output that are kept; the rest is read and dropped."""
+_GRACE: Final = 5.0
+"""Seconds after SIGKILL until a program, or its start, counts as hung."""
+_LOOK: Final = 0.05
+"""Seconds between two looks at whether the program has ended: no file tells it where a child of it has the output."""
+_PART: Final = 65_536
+
+# vfork, the default, keeps every thread waiting until the program is started. This is its documented switch.
+subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - see above
+
+
+class CommandFailed(StationKeyError):
+    """The program could not be started, failed, or took too long."""
+
+
+class BoundedCommand:
+    """A program with its arguments, run as often as wanted, one run at a time.
+
+    Args:
+        arguments: the program's absolute path, then its arguments.
+        timeout: seconds for a run. Then the program is killed, with all of its process group.
+
+    Raises:
+        RuntimeError: this machine has no room for another thread.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, timeout: float) -> None:
+        self._arguments = tuple(arguments)
+        self._timeout = timeout
+        self._worker = Worker("command")
+        self._stopping = threading.Event()
+
+    async def run(self, environment: Mapping[str, str]) -> str:
+        """Run the program to its end.
+
+        Args:
+            environment: added to `ENVIRONMENT`.
+
+        Returns:
+            The beginning of its output, standard error included, as one printable line.
+
+        Raises:
+            CommandFailed: it could not be started, failed, or took too long.
+        """
+        if not self._worker.idle:
+            raise CommandFailed("the command of the last time still hangs", reason="command_hangs")
+        done = self._worker.submit(lambda: self._run({**ENVIRONMENT, **environment}))
+        try:
+            async with asyncio.timeout(self._timeout + _GRACE):
+                return await asyncio.wrap_future(done)
+        except TimeoutError:
+            raise CommandFailed(
+                f"{self._arguments[0]} can be neither started nor killed", reason="command_hangs"
+            ) from None
+
+    def close(self) -> None:
+        """Kill a program that runs, and end the thread."""
+        self._stopping.set()
+        self._worker.close(1.0)
+
+    def _run(self, environment: Mapping[str, str]) -> str:
+        name = self._arguments[0]
+        try:
+            program = subprocess.Popen(  # noqa: S603 - the operator's own list, without a shell
+                self._arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise CommandFailed(
+                f"{name} cannot be started: {error.strerror}",
+                reason="command_unstartable",
+                hint="is the path right, and may the daemon's user execute it, under its unit's sandbox?",
+            ) from None
+        output = bytearray()
+        ended = self._watch(program, output)
+        # Before the program is reaped: its group's number cannot belong to another process yet.
+        with suppress(OSError):
+            os.killpg(program.pid, signal.SIGKILL)
+        assert program.stdout is not None
+        program.stdout.close()
+        with suppress(subprocess.TimeoutExpired):
+            program.wait(_GRACE)
+        said = printable(output.decode("utf-8", "replace").strip())[:OUTPUT]
+        if not ended:
+            raise CommandFailed(f"{name} took longer than {self._timeout:g} s: {said}", reason="command_timeout")
+        if program.returncode != 0:
+            raise CommandFailed(f"{name} ended with {program.returncode}: {said}", reason="command_failed")
+        return said
+
+    def _watch(self, program: subprocess.Popen[bytes], output: bytearray) -> bool:
+        """Read what the program writes until it ends; False if its time is over first."""
+        assert program.stdout is not None
+        descriptor = program.stdout.fileno()
+        os.set_blocking(descriptor, False)
+        end = time.monotonic() + self._timeout
+        open_ = True
+        while time.monotonic() < end and not self._stopping.is_set():
+            if open_ and select.select([descriptor], [], [], _LOOK)[0]:
+                part = os.read(descriptor, _PART)
+                open_ = bool(part)
+                output += part[: max(0, 4 * OUTPUT - len(output))]
+            elif not open_:
+                time.sleep(_LOOK)
+            # Seen, and not reaped yet.
+            if os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return True
+        return False
