@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Final
 from stationkey._version import __version__
 from stationkey.config.settings import Settings
 from stationkey.contract.profiles import Algorithm
+from stationkey.contract.renewal import renewal_update
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyStore, KeyStoreUri, keystore_opener
 from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
 from stationkey.ledger import Ledger
 from stationkey.mqtt.gateway import MqttEdge
+from stationkey.mqtt.retained import RetainedTopic
 from stationkey.mqtt.tls import check
+from stationkey.mqtt.topics import renewal
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import unless
 from stationkey.observability.health import Health
 from stationkey.service.policy import Policy
+from stationkey.service.renewal import DueCertificate
 from stationkey.service.requests import StationKeyService
 from stationkey.system.hardening import close_to_others
 from stationkey.system.state_dir import StateDirectory
@@ -87,6 +91,7 @@ async def serve(settings: Settings) -> None:
             await service.custody.show_active()
             # What has been made so far stays: the garbage collector need not look at it again and again.
             gc.freeze()
+            due = _renewal_topic(settings)
             edge = MqttEdge(
                 broker,
                 service,
@@ -95,6 +100,7 @@ async def serve(settings: Settings) -> None:
                 terms=settings.mqtt,
                 queue=settings.policy.queue,
                 payload_bytes=settings.policy.payload_bytes,
+                retained=due,
                 on_ready=partial(_ready, health),
                 on_away=health.away,
             )
@@ -105,7 +111,7 @@ async def serve(settings: Settings) -> None:
                     telling = tasks.create_task(service.expiry.tell_unusable(), name="tell-unusable")
                     learning = tasks.create_task(service.learn_ids(), name="learn-ids")
                     making = tasks.create_task(service.pool.run(), name="make-ahead")
-                    renewing = tasks.create_task(service.renewal.run(), name="renewal-watch")
+                    renewing = tasks.create_task(service.renewal.run(partial(_show_due, due)), name="renewal-watch")
                     await edge.run(stop, drain=DRAIN)
                     sweeping.cancel()
                     telling.cancel()
@@ -143,6 +149,19 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
         return
     level = logging.INFO if where.scheme.protected else logging.WARNING
     log.log(level, "key store: %s", description, extra={str(name): words for name, words in algorithms.items()})
+
+
+def _renewal_topic(settings: Settings) -> RetainedTopic | None:
+    """Return the topic of what is due for renewal, if there is one."""
+    topic = settings.renewal.topic
+    if topic is None:
+        return None
+    return RetainedTopic(renewal(settings.topic_prefix, topic, availability_topic=settings.mqtt.availability_topic))
+
+
+def _show_due(topic: RetainedTopic | None, due: tuple[DueCertificate, ...]) -> None:
+    if topic is not None:
+        topic.set(renewal_update(tuple(certificate.told() for certificate in due)))
 
 
 def _ready(health: Health) -> None:

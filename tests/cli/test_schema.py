@@ -20,10 +20,11 @@ from stationkey.cli import schema as schema_documents
 from stationkey.contract import messages
 from stationkey.contract.messages import GenerateCsrRequest, decode, encode
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
+from stationkey.contract.renewal import MAX_DUE, DueState, renewal_update
 
 Json = dict[str, Any]
 VALIDATORS = {name: Draft202012Validator(schema_documents.json_schema(name)) for name in schema_documents.MESSAGES}
-REQUEST, RESPONSE, STATUS = VALIDATORS.values()
+REQUEST, RESPONSE, STATUS, RENEWAL = VALIDATORS.values()
 CHECK = Path(__file__).parents[1] / "asyncapi" / "check.mjs"
 
 
@@ -123,6 +124,18 @@ def test_what_the_station_answers_validates() -> None:
     RESPONSE.validate(json.loads(encode(messages.rejected(REQUEST_ID.upper()))))
 
 
+@pytest.mark.parametrize("count", [0, 1, MAX_DUE, 10_000])
+def test_what_the_renewal_topic_says_validates_and_is_bounded(count: int) -> None:
+    longest = "DE*ABC*E" + 30 * "1"
+    state: DueState = "expired"
+    due = (CertificateType.CHARGING_STATION_CERTIFICATE, longest, "2026-05-30T12:00:00Z", state)
+    update = renewal_update((due,) * count)
+    RENEWAL.validate(json.loads(update))
+    assert json.loads(update)["data"]["more"] == max(0, count - MAX_DUE)
+    assert len(update) < 8192
+    assert decode(update) is None  # somebody else's, if it comes back on josev/cs
+
+
 def test_the_asyncapi_projects_own_parser_has_nothing_against_the_document() -> None:
     """Severity 0 is an error and 1 a warning; 2 and 3 are hints of taste."""
     environment = Path(sys.executable).parent
@@ -151,8 +164,9 @@ def test_the_asyncapi_document_has_every_message_on_its_topic() -> None:
     assert topics == {
         "josev/cs": {"GenerateCsrRequest", "CertificateInstallationStatus"},
         "cs/josev": {"GenerateCsrResponse"},
+        "cs/stationkey/renewal": {"RenewalUpdate"},
     }
-    assert set(document["components"]["messages"]) == topics["josev/cs"] | topics["cs/josev"]
+    assert set(document["components"]["messages"]) == set().union(*topics.values())
 
 
 def test_the_asyncapi_document_and_the_schemas_say_the_same() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final
 
 from peers import Mosquitto
 
@@ -13,6 +15,9 @@ from stationkey.mqtt.connection import (
     connect,
 )
 from stationkey.mqtt.url import Broker
+
+BOUND: Final = 30.0
+"""Seconds after which a test that waits for something has failed."""
 
 
 @asynccontextmanager
@@ -25,6 +30,38 @@ async def josev(broker: Broker) -> AsyncIterator[MqttConnection]:
 
 def at(mosquitto: Mosquitto) -> Broker:
     return Broker("127.0.0.1", mosquitto.port)
+
+
+class Reasons(logging.Handler):
+    """The reasons that the edge, or a part of it, logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self._news = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        self._news.set()
+
+    def named(self, reason: str) -> list[logging.LogRecord]:
+        return [record for record in self.records if getattr(record, "reason", None) == reason]
+
+    async def until(self, reason: str) -> None:
+        async with asyncio.timeout(BOUND):
+            while not self.named(reason):
+                self._news.clear()
+                await self._news.wait()
+
+
+@contextmanager
+def reasons() -> Iterator[Reasons]:
+    logger, handler = logging.getLogger("stationkey.mqtt"), Reasons()
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
 
 
 class Front:

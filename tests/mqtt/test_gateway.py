@@ -33,6 +33,7 @@ from stationkey.mqtt.connection import (
     connect,
 )
 from stationkey.mqtt.gateway import FIRST_DELAY, MqttEdge
+from stationkey.mqtt.retained import RetainedTopic
 from stationkey.mqtt.url import Broker
 
 BOUND = 30.0
@@ -136,6 +137,7 @@ class Edge:
         terms: MqttTerms = mqtt.PLAIN,
         queue: int = MAX_IN_HAND,
         payload_bytes: int = 65536,
+        retained: RetainedTopic | None = None,
     ) -> None:
         self.service = service
         self.stop = asyncio.Event()
@@ -147,6 +149,7 @@ class Edge:
             terms=terms,
             queue=queue,
             payload_bytes=payload_bytes,
+            retained=retained,
             on_ready=lambda: self._ready.put_nowait(None),
         )
         self.task = asyncio.create_task(edge.run(self.stop, drain=drain))

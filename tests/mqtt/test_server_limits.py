@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mqtt_sides import at, josev
+from mqtt_sides import at, josev, reasons
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from peers import Mosquitto
-from test_gateway import BOUND, Service, answers, payload, serving
+from test_gateway import Service, answers, payload, serving
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import GenerateCsrRequest, GenerateCsrResponse, accepted
@@ -36,38 +33,6 @@ class Answers(Service):
     async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
         await super().answer(request, waited=waited)
         return accepted(request, LARGE if request.id in self.large else "a CSR")
-
-
-class Reasons(logging.Handler):
-    """The reasons that the edge logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-        self._news = asyncio.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-        self._news.set()
-
-    def named(self, reason: str) -> list[logging.LogRecord]:
-        return [record for record in self.records if getattr(record, "reason", None) == reason]
-
-    async def until(self, reason: str) -> None:
-        async with asyncio.timeout(BOUND):
-            while not self.named(reason):
-                self._news.clear()
-                await self._news.wait()
-
-
-@contextmanager
-def reasons() -> Iterator[Reasons]:
-    logger, handler = logging.getLogger("stationkey.mqtt.gateway"), Reasons()
-    logger.addHandler(handler)
-    try:
-        yield handler
-    finally:
-        logger.removeHandler(handler)
 
 
 async def ask(mosquitto: Mosquitto, *ids: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stationkey.errors import ConfigurationError
-from stationkey.mqtt.topics import availability, topics
+from stationkey.mqtt.topics import availability, renewal, topics
 from stationkey.mqtt.url import Broker
 
 # Names.
@@ -90,3 +90,11 @@ def test_an_availability_topic_that_cannot_be_one_is_refused(topic: str) -> None
     with pytest.raises(ConfigurationError) as refused:
         availability("", topic)
     assert refused.value.reason == "availability_topic_invalid"
+
+
+@pytest.mark.parametrize("topic", ["", "a/#", "+", "cs/josev", "josev/cs", "cs/stationkey/availability"])
+def test_a_renewal_topic_that_cannot_be_one_is_refused(topic: str) -> None:
+    assert renewal("site/7", "cs/stationkey/renewal") == "site/7/cs/stationkey/renewal"
+    with pytest.raises(ConfigurationError) as refused:
+        renewal("", topic, availability_topic="cs/stationkey/availability")
+    assert refused.value.reason == "renewal_topic_invalid"

@@ -1,6 +1,6 @@
 """``stationkey schema``: JSON Schema (2020-12) of each message, and one AsyncAPI 3.0 document.
 
-Both are made from `stationkey.contract.messages`.
+Both are made from `stationkey.contract`.
 
 The documents of attestation are no messages, and on no wire; their schemas are those of `stationkey.attestation`.
 
@@ -18,13 +18,14 @@ import msgspec
 
 from stationkey._version import __version__
 from stationkey.attestation import documents
-from stationkey.contract import messages
+from stationkey.contract import messages, renewal
 from stationkey.contract.profiles import DEFAULT_ALGORITHM, PROFILES
 
 MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
     "generate_csr.request": messages.GenerateCsrRequest,
     "generate_csr.response": messages.GenerateCsrResponse,
     "certificate_installation_status.update": messages.CertificateInstallationStatus,
+    "renewal.update": renewal.RenewalUpdate,
 }
 """Every message of the contract, by the name that the command knows it by."""
 
@@ -97,7 +98,7 @@ def asyncapi() -> Json:
     def carried(channel_id: str, name: str) -> list[Json]:
         return [{"$ref": f"#/channels/{channel_id}/messages/{name}"}]
 
-    request, response, status = names
+    request, response, status, due = names
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -113,6 +114,9 @@ def asyncapi() -> Json:
         "channels": {
             "josevToStation": channel(messages.REQUEST_TOPIC, "From Josev to the charging station.", request, status),
             "stationToJosev": channel(messages.RESPONSE_TOPIC, "From the charging station to Josev.", response),
+            "renewal": channel(
+                renewal.EXAMPLE_TOPIC, "What [renewal] topic names, for example this; off by default. Retained.", due
+            ),
         },
         "operations": {
             "answerGenerateCsr": {
@@ -132,6 +136,13 @@ def asyncapi() -> Json:
                 "summary": "Takes note of what became of a certificate.",
                 "messages": carried("josevToStation", status),
                 "bindings": mqtt,
+            },
+            "tellRenewal": {
+                "action": "send",
+                "channel": {"$ref": "#/channels/renewal"},
+                "summary": "Tells which certificates are due for renewal.",
+                "messages": carried("renewal", due),
+                "bindings": {"mqtt": {**mqtt["mqtt"], "retain": True}},
             },
         },
         "components": {
@@ -160,6 +171,7 @@ def schema(name: str | None) -> None:
       generate_csr.request
       generate_csr.response
       certificate_installation_status.update
+      renewal.update
       asyncapi
       attestation.evidence
       attestation.attestation_key

@@ -175,6 +175,10 @@ class RenewalTerms:
     timeout: Annotated[
         Seconds, Option("Seconds for that program; then it is killed with its process group.", place="command_timeout")
     ] = 30.0
+    topic: Annotated[
+        str | None,
+        Option("Topic on which the broker keeps what is due for renewal; topic_prefix goes before it.", _TEXT),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from stationkey.mqtt.connection import (
     Overrun,
     connect,
 )
+from stationkey.mqtt.retained import RetainedTopic
 from stationkey.mqtt.topics import availability, topics
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, unless
@@ -124,6 +125,7 @@ class MqttEdge:
         terms: TLS, credentials and availability topic.
         queue: how many messages are in hand at a time; the broker holds the rest.
         payload_bytes: how large a message may be.
+        retained: a message that the broker is to retain, or None.
         on_ready: called whenever the subscription stands.
         on_away: called whenever there is no connection: it was lost, or could not be made.
         connect: makes a connection.
@@ -142,6 +144,7 @@ class MqttEdge:
         terms: MqttTerms = PLAIN,
         queue: int = MAX_IN_HAND,
         payload_bytes: int = MAX_PAYLOAD,
+        retained: RetainedTopic | None = None,
         on_ready: Callable[[], None] = lambda: None,
         on_away: Callable[[], None] = lambda: None,
         connect: Callable[..., Coroutine[Any, Any, MqttConnection]] = connect,
@@ -156,6 +159,7 @@ class MqttEdge:
         self._availability = None if topic is None else availability(topic_prefix, topic)
         self._announces = False
         self._told_unavailable = False
+        self._retained = retained
         self._on_ready = on_ready
         self._on_away = on_away
         self._connection: MqttConnection | None = None
@@ -317,11 +321,14 @@ class MqttEdge:
             self._connection = connection
             self._connected.set()
             self._on_ready()
+            keeping = self._retained and asyncio.create_task(self._retained.keep(connection), name="retained")
             try:
                 await unless(stopping, self._receive(connection))
                 await self._drain(drain)
                 await self._sign_off(connection)
             finally:
+                if keeping:
+                    keeping.cancel()
                 self._disconnected(connection)
 
     def _disconnected(self, connection: MqttConnection) -> None:

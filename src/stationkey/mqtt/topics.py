@@ -1,4 +1,4 @@
-"""The topics of requests, responses and availability, with a prefix before them."""
+"""The topics of requests, responses, availability and renewal, with a prefix before them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,24 @@ def availability(prefix: str, topic: str) -> str:
     Raises:
         ConfigurationError: it cannot be a topic, or is one of the others.
     """
+    return _of_ours(prefix, topic, ("availability_topic_invalid", "the availability topic"))
+
+
+def renewal(prefix: str, topic: str, *, availability_topic: str | None = None) -> str:
+    """The topic of certificates that are due for renewal, with `prefix` put before it as before the others.
+
+    Raises:
+        ConfigurationError: it cannot be a topic, or is one of the others.
+    """
+    return _of_ours(prefix, topic, ("renewal_topic_invalid", "the renewal topic"), taken=availability_topic)
+
+
+def _of_ours(prefix: str, topic: str, kind: tuple[str, str], *, taken: str | None = None) -> str:
     request, response = topics(prefix)
     whole = request.removesuffix(REQUEST_TOPIC) + topic
-    if not topic or not _is_topic(whole) or whole in {request, response}:
-        raise ConfigurationError(
-            f"{topic[:80]!r} cannot be the availability topic", reason="availability_topic_invalid"
-        )
+    if not topic or not _is_topic(whole) or whole in {request, response} or topic == taken:
+        reason, words = kind
+        raise ConfigurationError(f"{topic[:80]!r} cannot be {words}", reason=reason)
     return whole
 
 

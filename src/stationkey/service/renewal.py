@@ -19,6 +19,8 @@ from functools import partial
 from typing import Final
 
 from stationkey.config.settings import RenewalTerms
+from stationkey.contract.profiles import CertificateType
+from stationkey.contract.renewal import DueState
 from stationkey.errors import StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.hints import Hint
@@ -67,6 +69,11 @@ class DueCertificate:
     def end(self) -> str:
         """Its end as RFC 3339 has it."""
         return datetime.fromtimestamp(self.not_after, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def told(self) -> tuple[CertificateType, str, str, DueState]:
+        """Return what the renewal topic says of it."""
+        state: DueState = "expired" if self.state is Due.EXPIRED else "due"
+        return CertificateType(self.certificate_type), self.evse_id, self.end, state
 
 
 Told = Callable[[tuple[DueCertificate, ...]], None]

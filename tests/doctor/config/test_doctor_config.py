@@ -63,6 +63,7 @@ class TestConfiguration:
             ('broker = "mqtts://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', OK, ""),
             ('[mqtt]\nusername = "u"', WARNING, "neither password nor certificate"),
             ('[mqtt]\navailability_topic = "a/#"', FAILURE, "'a/#'"),
+            ('[renewal]\ntopic = "cs/josev"', FAILURE, "'cs/josev'"),
             ('[tpm]\nkey_auth = "generated"', WARNING, "listens on the bus"),
             ('[tpm]\npcrs = [7]\npcr_bank = "sha1"', WARNING, "SHA-1"),
             ("allow_software_keys = true", WARNING, "allow_software_keys"),

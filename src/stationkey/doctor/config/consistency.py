@@ -17,7 +17,7 @@ from stationkey.doctor.host.sockets import listeners_on
 from stationkey.doctor.report import Verdict, failure, listed, ok, warning
 from stationkey.errors import ConfigurationError
 from stationkey.mqtt.tls import introduction
-from stationkey.mqtt.topics import availability
+from stationkey.mqtt.topics import availability, renewal
 from stationkey.system.addresses import is_loopback
 from stationkey.system.listener import Address
 
@@ -93,13 +93,19 @@ def _broker(settings: Settings) -> Iterator[Verdict]:
         )
     if mqtt.username is not None and mqtt.password is None and mqtt.certificate_file is None:
         yield warning("[mqtt] has a user name and neither password nor certificate", "set password_file")
-    if mqtt.availability_topic is not None:
+    topics = {
+        "[mqtt] availability_topic": (availability, mqtt.availability_topic),
+        "[renewal] topic": (renewal, settings.renewal.topic),
+    }
+    for option, (whole, topic) in topics.items():
+        if topic is None:
+            continue
         try:
-            availability(settings.topic_prefix, mqtt.availability_topic)
+            whole(settings.topic_prefix, topic)
         except ConfigurationError as error:
-            if error.reason == "availability_topic_invalid":  # else it is the prefix, and broker.url says it
+            if error.reason != "topic_prefix_invalid":  # of that, broker.url says it
                 yield failure(
-                    f"[mqtt] availability_topic: {error.message}",
+                    f"{option}: {error.message}",
                     "name a topic of its own, without + and #: not josev/cs, and not cs/josev",
                 )
 

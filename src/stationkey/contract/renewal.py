@@ -1,0 +1,60 @@
+"""The message on the retained renewal topic: which certificates are due for renewal at the moment.
+
+No part of the Josev API. It is off by default, goes to a topic of the operator's choice, and asks nobody for an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from stationkey.contract.messages import EvseId
+from stationkey.contract.profiles import CertificateType
+
+MAX_DUE: Final = 32
+"""Certificates that a message names, the first to expire first; of the others it has the number."""
+EXAMPLE_TOPIC: Final = "cs/stationkey/renewal"
+
+DueState = Literal["due", "expired"]
+
+
+class DueCertificateData(Struct, frozen=True, kw_only=True):
+    """A certificate that is due for renewal."""
+
+    certificate_type: CertificateType
+    evse_id: EvseId | UnsetType = UNSET
+    not_after: Annotated[
+        str, Meta(description="End of the certificate (RFC 3339, UTC).", extra_json_schema={"format": "date-time"})
+    ]
+    state: Annotated[DueState, Meta(description="'expired' after its end.")]
+
+
+class RenewalData(Struct, frozen=True, kw_only=True):
+    """``data`` of a ``renewal`` update."""
+
+    due: Annotated[tuple[DueCertificateData, ...], Meta(max_length=MAX_DUE, description="The first to expire first.")]
+    more: Annotated[int, Meta(ge=0, description="How many are due beside these.")]
+
+
+class RenewalUpdate(Struct, frozen=True, kw_only=True):
+    """Tells whoever subscribes which certificates are due for renewal; retained by the broker."""
+
+    name: Literal["renewal"]
+    type: Literal["update"]
+    data: RenewalData
+
+
+def renewal_update(due: tuple[tuple[CertificateType, str, str, DueState], ...]) -> bytes:
+    """Return the message as JSON.
+
+    Args:
+        due: certificate type, EVSE ID or an empty text, end and state of each certificate, the first to expire first.
+    """
+    named = tuple(
+        DueCertificateData(certificate_type=kind, evse_id=evse_id or UNSET, not_after=end, state=state)
+        for kind, evse_id, end, state in due[:MAX_DUE]
+    )
+    data = RenewalData(due=named, more=len(due) - len(named))
+    return msgspec.json.encode(RenewalUpdate(name="renewal", type="update", data=data))
