@@ -42,12 +42,12 @@ class Findings:
         order = [Level.FAILURE, Level.WARNING, Level.OK, Level.NOT_CHECKED]
         return min((finding.level for finding in self[name]), key=order.index)
 
-    def text(self, name: str) -> str:
-        """All that is said of something, advice included.
+    def reasons(self, name: str) -> set[str]:
+        """The reasons of what is not as it should be."""
+        return {finding.reason for finding in self[name]} - {"ok"}
 
-        A finding has no reason. Beside its name and its level, tests hold the words that tell its fault from the others
-        of that check: a value, a file, an option or a command; no more of the sentence than that.
-        """
+    def text(self, name: str) -> str:
+        """All that is said of something, advice included: for values, files, options and commands in it."""
         return " ".join(f"{finding.message} {finding.advice}" for finding in self[name])
 
     @property
@@ -96,9 +96,8 @@ def command_output(command: list[str], environment: Mapping[str, str] = os.envir
 
 def read(text: str) -> Findings:
     """A report, from its JSON."""
-    found = json.loads(text)["findings"]
     return Findings(
-        Report(tuple(Finding(one["id"], Level(one["level"]), one["message"], one["advice"]) for one in found))
+        Report(tuple(Finding(**one | {"level": Level(one["level"])}) for one in json.loads(text)["findings"]))
     )
 
 

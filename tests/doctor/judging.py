@@ -11,7 +11,7 @@ from stationkey.config.file import Given, read_file, settle
 from stationkey.config.settings import Settings
 from stationkey.doctor import Level
 from stationkey.doctor.host.files import Facts, User
-from stationkey.doctor.report import Verdict
+from stationkey.doctor.report import Finding
 
 OK, WARNING, FAILURE, NOT_CHECKED = Level.OK, Level.WARNING, Level.FAILURE, Level.NOT_CHECKED
 
@@ -27,16 +27,16 @@ def settings(text: str = "", tmp_path: Path | None = None) -> Settings:
     return settle(file, keystore="tpm2:device:/dev/tpmrm0")
 
 
-def worst(found: Verdict | Iterable[Verdict]) -> Level:
-    findings = [found] if isinstance(found, Verdict) else found
+def worst(found: Finding | Iterable[Finding]) -> Level:
+    findings = [found] if isinstance(found, Finding) else found
     order = [FAILURE, WARNING, OK, NOT_CHECKED]
     return min((finding.level for finding in findings), key=order.index)
 
 
-def said(found: Verdict | Iterable[Verdict]) -> str:
-    """All that is said, advice included; `doctors.Findings.text` says what tests hold of it."""
-    findings = [found] if isinstance(found, Verdict) else found
-    return " ".join(f"{finding.message} {finding.advice}" for finding in findings)
+def reasons(found: Finding | Iterable[Finding]) -> set[str]:
+    """The reasons of what is not as it should be."""
+    findings = [found] if isinstance(found, Finding) else found
+    return {finding.reason for finding in findings} - {"ok"}
 
 
 def facts(**changes: Any) -> Facts:

@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+from doctor_reasons import LEVELS, reasons_of
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # ships none
 from judging import FAILURE, NOT_CHECKED, OK
 
 from stationkey.config.options import options_of
 from stationkey.config.settings import Settings
-from stationkey.doctor import AREAS, Finding, Level, Report
-from stationkey.doctor.checks import CHECKS
-from stationkey.doctor.report import Verdict, failure, ok, printable
-from stationkey.doctor.runner import DEADLINE, Answer, Check, ask, run
+from stationkey.doctor import AREAS, CHECKS, Finding, Level, Report
+from stationkey.doctor.report import failure, ok, printable
+from stationkey.doctor.runner import DEADLINE, Answer, AnyCheck, Check, ask, run
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/doctor.md").read_text()
 
@@ -29,6 +29,13 @@ class TestReport:
             area, _, rows = part.partition("\n")
             listed |= dict.fromkeys(re.findall(r"^\| `([a-z_.]+)` \|", rows, re.MULTILINE), area)
         assert list(listed.items()) == list(AREAS.items())
+
+    @pytest.mark.parametrize("check", [check for rows in CHECKS.values() for check in rows], ids=lambda check: check.id)
+    def test_the_document_has_every_reason_of_a_check_and_no_other(self, check: AnyCheck) -> None:
+        (row,) = re.findall(rf"^\| `{re.escape(check.id)}` \| .*? \| ?(.*?) \| ?(.*?) \|$", DOCUMENT, re.MULTILINE)
+        listed = [re.search(r"\(((?:`\w+`(?:, )?)+)\)$", cell) for cell in row]
+        found = [set(re.findall(r"\w+", cell[1])) if cell else set[str]() for cell in listed]
+        assert dict(zip(LEVELS, found, strict=True)) == reasons_of(check)
 
     def test_no_name_is_in_two_checks_and_each_comes_after_what_it_depends_on(self) -> None:
         seen: set[str] = set()
@@ -44,7 +51,9 @@ class TestReport:
     def test_the_schema_in_the_document_is_that_of_the_report(self) -> None:
         (schema,) = re.findall(r"^```json\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
         Draft202012Validator.check_schema(json.loads(schema))
-        report = Report((Finding("tpm.srk", OK, "there"), Finding("tpm.lockout", FAILURE, "locked", "wait")))
+        report = Report(
+            (Finding(OK, "ok", "there", id="tpm.srk"), Finding(FAILURE, "locked", "yes", "wait", id="tpm.lockout"))
+        )
         Draft202012Validator(json.loads(schema)).validate(report.to_json())
         assert report.exit_code == 1
         assert report.summary == "1 failure, 0 warnings, 1 ok"
@@ -55,13 +64,13 @@ class TestReport:
     @pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\u202eevil", "\udcff", "\x00"])
     def test_what_is_said_is_printable(self, text: str) -> None:
         assert printable(text).isprintable()
-        assert Finding("tpm.srk", OK, text, text).message.isprintable()
+        assert Finding(OK, "ok", text, text).message.isprintable()
 
     def test_what_is_said_is_of_bounded_length(self) -> None:
         assert len(printable("x" * 10_000)) < 1000
 
 
-def well(_: str) -> Verdict:
+def well(_: str) -> Finding:
     return ok("well")
 
 
@@ -104,12 +113,12 @@ class TestRunning:
         [
             (ok("well"), OK),
             (ok("nothing more to see", stops=True), NOT_CHECKED),
-            (failure("broken", "mend it"), NOT_CHECKED),
-            (failure("weak", "mend it", stops=False), OK),
+            (failure("broken", "it is broken", "mend it"), NOT_CHECKED),
+            (failure("weak", "it is weak", "mend it", stops=False), OK),
         ],
     )
     def test_what_depends_on_a_check_that_stops_is_not_checked_because_of_it(
-        self, before: Verdict, level: Level
+        self, before: Finding, level: Level
     ) -> None:
         checks = [
             Check("a.a", lambda _: before, well),

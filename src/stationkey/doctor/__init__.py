@@ -1,19 +1,33 @@
 """``stationkey doctor``: looks at everything that a station needs, changes nothing, and says what to do.
 
-A check is a row of `stationkey.doctor.checks`. It looks, then judges. Looking takes files, sockets, devices and
-programs, with a deadline for each; functions called ``judge_…`` take what was seen and nothing else.
+A check is a row: its id, what it looks at, who judges, what it depends on. The rows of an area stand at the end of its
+module. Looking takes files, sockets, devices and programs, with a deadline for each; functions called ``judge_…`` take
+what was seen and nothing else.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from stationkey.doctor.checks import CHECKS
-from stationkey.doctor.host.context import Context, Options, survey
+from stationkey.doctor.broker.checks import CHECKS as BROKER
+from stationkey.doctor.config.checks import CHECKS as CONFIGURATION
+from stationkey.doctor.host.context import Options, survey
+from stationkey.doctor.host.machine import CHECKS as MACHINE
 from stationkey.doctor.report import Finding, Level, Report
 from stationkey.doctor.runner import AnyCheck, run
+from stationkey.doctor.state.checks import CHECKS as STATE
+from stationkey.doctor.tpm.checks import CHECKS as KEY_STORE
 
 __all__ = ["AREAS", "CHECKS", "Finding", "Level", "Options", "Report", "examine"]
+
+CHECKS: Final[dict[str, tuple[AnyCheck, ...]]] = {
+    "Configuration": CONFIGURATION,
+    "Key store": KEY_STORE,
+    "State": STATE,
+    "Broker": BROKER,
+    "Machine": MACHINE,
+}
+"""The checks of each area; an area is a heading of the report."""
 AREAS: Final = {check.id: area for area, checks in CHECKS.items() for check in checks}
 """The heading that each check stands under, in the order of the report."""
 
@@ -29,6 +43,6 @@ def examine(options: Options) -> tuple[Report, bool]:
         without waiting for it.
     """
     context = survey(options)
-    checks: list[AnyCheck[Context]] = [check for rows in CHECKS.values() for check in rows]
+    checks = [check for rows in CHECKS.values() for check in rows]
     findings, left_behind = run(checks, context, unread=context.configured.unread)
     return Report(tuple(findings)), left_behind

@@ -1,4 +1,4 @@
-"""What the doctor reports: verdicts of judges, and findings, which are verdicts with the id of their check."""
+"""What the doctor reports: findings, each with its level, a reason for programs, and words for people."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ MAX_TEXT: Final = 600
 """Characters of a message or an advice: a broker or a file name may add long text."""
 
 
-RUN_AS: Final = "run it as root, or as the daemon's user"
-"""The advice where this user sees too little."""
-
-
 class Level(StrEnum):
     """How bad it is."""
 
@@ -33,66 +29,62 @@ class Level(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a judge says of what was seen.
-
-    Attributes:
-        level: how bad it is.
-        message: what was seen.
-        advice: what to do; empty where there is nothing to do.
-        stops: whether the checks that depend on this one cannot be made.
-    """
-
-    level: Level
-    message: str
-    advice: str = ""
-    stops: bool = False
-
-
-def ok(message: str, *, stops: bool = False) -> Verdict:
-    """As it should be."""
-    return Verdict(Level.OK, message, stops=stops)
-
-
-def warning(message: str, advice: str, *, stops: bool = False) -> Verdict:
-    """It works, and somebody should look at it."""
-    return Verdict(Level.WARNING, message, advice, stops)
-
-
-def failure(message: str, advice: str, *, stops: bool = True) -> Verdict:
-    """It does not work, or is not safe."""
-    return Verdict(Level.FAILURE, message, advice, stops)
-
-
-def not_checked(because: str, advice: str = "", *, stops: bool = True) -> Verdict:
-    """It could not be looked at, `because`."""
-    return Verdict(Level.NOT_CHECKED, f"not checked, because {because}", advice, stops)
-
-
-@dataclass(frozen=True, slots=True)
 class Finding:
     """One line of the report: printable and of bounded length, whatever texts are put in.
 
     Attributes:
-        id: stable name of the check, ``tpm.lockout`` for example; docs/doctor.md lists them all.
         level: how bad it is.
+        reason: stable word for it; docs/doctor.md lists them all.
         message: what was seen.
         advice: what to do; empty where there is nothing to do.
+        stops: whether the checks that depend on this one cannot be made.
+        id: stable name of the check, such as ``tpm.lockout``; the runner sets it.
     """
 
-    id: str
     level: Level
+    reason: str
     message: str
     advice: str = ""
-
-    @property
-    def matters(self) -> bool:
-        """Whether there is something to do: a problem, or a check that somebody else could make."""
-        return self.level is not Level.OK and bool(self.advice)
+    stops: bool = False
+    id: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", printable(self.message))
         object.__setattr__(self, "advice", printable(self.advice))
+
+    @property
+    def matters(self) -> bool:
+        """Whether there is something to do: a problem, or a check that another user could make."""
+        return self.level is not Level.OK and bool(self.advice)
+
+    def to_json(self) -> dict[str, str]:
+        """Return the finding for programs."""
+        return {name: str(getattr(self, name)) for name in ("id", "level", "reason", "message", "advice")}
+
+
+def ok(message: str, *, stops: bool = False) -> Finding:
+    """As it should be."""
+    return Finding(Level.OK, "ok", message, stops=stops)
+
+
+def warning(reason: str, message: str, advice: str, *, stops: bool = False) -> Finding:
+    """It works, and somebody should look at it."""
+    return Finding(Level.WARNING, reason, message, advice, stops)
+
+
+def failure(reason: str, message: str, advice: str, *, stops: bool = True) -> Finding:
+    """It does not work, or is not safe."""
+    return Finding(Level.FAILURE, reason, message, advice, stops)
+
+
+def unknown(because: str, advice: str = "", reason: str = "unknown", *, stops: bool = True) -> Finding:
+    """It could not be looked at, `because`."""
+    return Finding(Level.NOT_CHECKED, reason, f"not checked: {because}", advice, stops)
+
+
+def hidden(what: object) -> Finding:
+    """It could not be looked at by the user who runs the doctor."""
+    return unknown(f"this user may not look at {what}", "run it as root, or as the daemon's user", "hidden")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +117,7 @@ class Report:
         return {
             "version": REPORT_VERSION,
             "summary": {str(level): self.count(level) for level in Level},
-            "findings": [
-                {"id": found.id, "level": str(found.level), "message": found.message, "advice": found.advice}
-                for found in self.findings
-            ],
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
 

@@ -8,16 +8,15 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar, TypeVarTuple
 
-from stationkey.doctor.report import Finding, Verdict, failure, not_checked
+from stationkey.doctor.report import Finding, failure, unknown
 from stationkey.system.threads import Worker
 
-C = TypeVar("C")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 DEADLINE: Final = 9.5
@@ -25,79 +24,78 @@ DEADLINE: Final = 9.5
 
 
 @dataclass(frozen=True, slots=True)
-class Check(Generic[C, *Ts]):
+class Check(Generic[*Ts]):
     """One row of the table.
 
     Attributes:
         id: stable name, in every report.
-        look: takes what there is to see, from the context; or gives the verdict itself if there is nothing to judge.
-        judge: pure function from what was seen to one verdict or several.
+        look: takes what there is to see, from the context; or gives the finding itself if there is nothing to judge.
+        judge: pure function from what was seen to one finding or several.
         after: ids of earlier checks that it depends on. If one of them stops, it is not checked, because of that one.
         reads: top-level names of the configuration file that say where to look. If one of them cannot be read, it is
             not checked, because of ``config.file``.
     """
 
     id: str
-    look: Callable[[C], tuple[*Ts] | Verdict]
-    judge: Callable[[*Ts], Verdict | Iterable[Verdict]]
+    look: Callable[[Any], tuple[*Ts] | Finding]
+    judge: Callable[[*Ts], Finding | Iterable[Finding]]
     after: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
 
-AnyCheck: TypeAlias = Check[C, *tuple[Any, ...]]
+AnyCheck: TypeAlias = Check[*tuple[Any, ...]]
 
 
-class _Running(Generic[C]):
+class _Running:
     """A check on its own thread, which is left behind if it does not end."""
 
-    def __init__(self, check: AnyCheck[C], context: C, before: Sequence[_Running[C]], unread: Collection[str]) -> None:
+    def __init__(
+        self, check: AnyCheck, context: object, earlier: Mapping[str, _Running], unread: Collection[str]
+    ) -> None:
         self.check = check
         self.because = check.id
         """The check that those after this one are not checked because of."""
-        self.verdicts: list[Verdict] = []
+        self.found: list[Finding] = []
         self._context = context
-        self._before = before
+        self._before = [earlier[name] for name in check.after]
         self._unread = unread
         self.thread = threading.Thread(target=self._run, name=f"doctor-{check.id}", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         if any(name in self._unread for name in self.check.reads):
-            self.blocked_by("config.file")
+            self._blocked_by("config.file")
             return
         for before in self._before:
             before.thread.join()
-            if any(verdict.stops for verdict in before.verdicts):
-                self.blocked_by(before.because)
+            if any(finding.stops for finding in before.found):
+                self._blocked_by(before.because)
                 return
         try:
             seen = self.check.look(self._context)
-            verdicts = seen if isinstance(seen, Verdict) else self.check.judge(*seen)
-            self.verdicts = [verdicts] if isinstance(verdicts, Verdict) else list(verdicts)
+            found = seen if isinstance(seen, Finding) else self.check.judge(*seen)
+            self.found = [found] if isinstance(found, Finding) else list(found)
         except BaseException as error:  # noqa: BLE001 - a fault of one check must not affect the others
             # Not the message: that of an unforeseen exception may contain a secret.
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
-            self.verdicts = [not_checked(f"the check itself failed ({where}); please report it")]
+            self.found = [unknown(f"the check itself failed ({where})", "please report it", "check_failed")]
 
-    def blocked_by(self, name: str) -> None:
-        """Report that it is not checked, because of another check."""
-        self.because, self.verdicts = name, [not_checked(f"of {name}")]
+    def _blocked_by(self, name: str) -> None:
+        self.because, self.found = name, [unknown(f"it depends on {name}", "", "depends")]
 
     def findings(self, end: float) -> list[Finding]:
         """Wait until `end` at most, then return what was found."""
         self.thread.join(max(0.0, end - time.monotonic()))
         if self.thread.is_alive():
-            self.verdicts = [
-                failure("no result before the deadline", "something it asks does not answer: a disk, a name server")
-            ]
+            self.found = [failure("deadline", "no result in time", "a disk or a name server that does not answer?")]
             if hung := [before.because for before in self._before if before.thread.is_alive()]:
-                self.blocked_by(hung[0])
-        return [Finding(self.check.id, one.level, one.message, one.advice) for one in self.verdicts]
+                self._blocked_by(hung[0])
+        return [replace(finding, id=self.check.id) for finding in self.found]
 
 
 def run(
-    checks: Iterable[AnyCheck[C]], context: C, *, unread: Collection[str] = (), deadline: float = DEADLINE
+    checks: Iterable[AnyCheck], context: object, *, unread: Collection[str] = (), deadline: float = DEADLINE
 ) -> tuple[list[Finding], bool]:
     """Run all checks.
 
@@ -110,33 +108,11 @@ def run(
     Returns:
         The findings, in the order of the checks; and whether a thread that never ended was left behind.
     """
-    end, running = time.monotonic() + deadline, dict[str, _Running[C]]()
+    end, running = time.monotonic() + deadline, dict[str, _Running]()
     for check in checks:
-        running[check.id] = _Running(check, context, [running[name] for name in check.after], unread)
+        running[check.id] = _Running(check, context, running, unread)
     found = [finding for one in running.values() for finding in one.findings(end)]
     return found, any(one.thread.is_alive() for one in running.values())
-
-
-class Once(Generic[T]):
-    """A look that is taken once, by the first who asks; the others get the same value, or the same error."""
-
-    def __init__(self, look: Callable[[], T]) -> None:
-        self._look = look
-        self._lock = threading.Lock()
-        self._values: list[T] = []
-        self._errors: list[Exception] = []
-
-    def __call__(self) -> T:
-        """Take the look, or return what was seen before."""
-        with self._lock:
-            if not self._values and not self._errors:
-                try:
-                    self._values.append(self._look())
-                except Exception as error:  # noqa: BLE001 - raised below, to each who asks
-                    self._errors.append(error)
-            if self._errors:
-                raise self._errors[0]
-            return self._values[0]
 
 
 def within(seconds: float, call: Callable[[], T], otherwise: T) -> T:

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, said, settings, worst
+from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, reasons, settings, worst
 
 from stationkey.config.secrets import SecretReference
 from stationkey.doctor import Level
-from stationkey.doctor.config import consistency
-from stationkey.doctor.config import file as configuration
-from stationkey.doctor.config import secrets as named
+from stationkey.doctor.config import checks, consistency
 from stationkey.doctor.host.context import Configured, Unit
 
 
@@ -30,15 +28,17 @@ class TestConfiguration:
         ],
     )
     def test_rights(self, changes: dict[str, Any], level: Level) -> None:
-        assert worst(configuration.judge_rights(facts(**changes), STATION)) is level
+        assert worst(checks.judge_rights(facts(**changes), STATION)) is level
 
     def test_a_directory_on_the_way_that_is_closed_is_named(self) -> None:
-        assert "/x is" in said(configuration.judge_rights(facts(closed=Path("/x")), STATION))
+        (found,) = checks.judge_rights(facts(closed=Path("/x")), STATION)
+        assert found.reason == "unreadable"
+        assert "/x;" in found.advice
 
     def test_a_file_that_is_not_named_and_there_is_told(self) -> None:
         configured = Configured(file=None, complaints=(), settings=settings(), keystore=None)
-        assert configuration.judge_file(configured, Path("/x")).level is WARNING
-        assert configuration.judge_file(configured, None).level is OK
+        assert checks.judge_file(configured, Path("/x")).level is WARNING
+        assert checks.judge_file(configured, None).level is OK
 
     @pytest.mark.parametrize(
         ("environment", "level"),
@@ -50,36 +50,38 @@ class TestConfiguration:
         ],
     )
     def test_variables(self, environment: dict[str, str], level: Level) -> None:
-        assert worst(configuration.judge_environment(environment, None)) is level
+        assert worst(checks.judge_environment(environment, None)) is level
 
     def test_a_log_format_that_is_none_is_a_failure(self) -> None:
-        assert worst(configuration.judge_environment({}, "xml")) is FAILURE
+        assert worst(checks.judge_environment({}, "xml")) is FAILURE
 
     @pytest.mark.parametrize(
-        ("text", "level", "words"),
+        ("text", "level", "expected"),
         [
-            ('broker = "mqtt://a"\n[mqtt]\nca_file = "/x"', FAILURE, "mqtts://"),
-            ('broker = "mqtt://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', FAILURE, "in the clear"),
-            ('broker = "mqtts://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', OK, ""),
-            ('[mqtt]\nusername = "u"', WARNING, "neither password nor certificate"),
-            ('[mqtt]\navailability_topic = "a/#"', FAILURE, "'a/#'"),
-            ('[renewal]\ntopic = "cs/josev"', FAILURE, "'cs/josev'"),
-            ('[tpm]\nkey_auth = "generated"', WARNING, "listens on the bus"),
-            ('[tpm]\npcrs = [7]\npcr_bank = "sha1"', WARNING, "SHA-1"),
-            ("allow_software_keys = true", WARNING, "allow_software_keys"),
-            ('[policy]\nalgorithms = ["ECDSA_SHA256", "RSA_SHA256"]', FAILURE, "v2g20_certificate"),
-            ('[policy]\nalgorithms = ["ECDSA_SHA256", "ECDSA_SHA512"]', WARNING, "[pool]"),
-            ("[policy]\ncertificate_types = []", FAILURE, "[policy]"),
-            ("[deadlines]\nec = 0.5", WARNING, "busy"),
-            ('[metrics]\nlisten = "0.0.0.0:9100"', FAILURE, "0.0.0.0:9100"),
-            ('[metrics]\nlisten = "[::1]:9100"', OK, ""),
-            ('[metrics]\nlisten = "unix:/run/x"', OK, ""),
+            ('broker = "mqtt://a"\n[mqtt]\nca_file = "/x"', FAILURE, {"tls_options_unused"}),
+            ('broker = "mqtt://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', FAILURE, {"password_clear"}),
+            ('broker = "mqtts://a"\n[mqtt]\nusername = "u"\npassword_file = "/x"', OK, set()),
+            ('[mqtt]\nusername = "u"', WARNING, {"password_missing"}),
+            ('[mqtt]\navailability_topic = "a/#"', FAILURE, {"availability_topic_invalid"}),
+            ('[renewal]\ntopic = "cs/josev"', FAILURE, {"renewal_topic_invalid"}),
+            ('[tpm]\nkey_auth = "generated"', WARNING, {"key_auth_clear"}),
+            ('[tpm]\npcrs = [7]\npcr_bank = "sha1"', WARNING, {"sha1"}),
+            ("allow_software_keys = true", WARNING, {"software_allowed"}),
+            ('[policy]\nalgorithms = ["ECDSA_SHA256", "RSA_SHA256"]', FAILURE, {"algorithm_missing"}),
+            ('[policy]\nalgorithms = ["ECDSA_SHA256", "ECDSA_SHA512"]', WARNING, {"pool_unused"}),
+            ("[policy]\ncertificate_types = []", FAILURE, {"policy_empty"}),
+            ("[deadlines]\nec = 0.5", WARNING, {"deadline_short"}),
+            ('[metrics]\nlisten = "0.0.0.0:9100"', FAILURE, {"metrics_not_loopback"}),
+            ('[metrics]\nlisten = "[::1]:9100"', OK, set()),
+            ('[metrics]\nlisten = "unix:/run/x"', OK, set()),
         ],
     )
-    def test_settings_that_contradict_each_other(self, tmp_path: Path, text: str, level: Level, words: str) -> None:
+    def test_settings_that_contradict_each_other(
+        self, tmp_path: Path, text: str, level: Level, expected: set[str]
+    ) -> None:
         found = list(consistency.judge_settings(settings(text, tmp_path)))
         assert worst(found) is level
-        assert words in said(found)
+        assert expected <= reasons(found)
 
     @pytest.mark.parametrize(
         ("properties", "level"),
@@ -91,9 +93,9 @@ class TestConfiguration:
         ],
     )
     def test_a_credential_is_looked_for_in_the_unit(self, properties: dict[str, str] | None, level: Level) -> None:
-        seen = named.SecretSeen(where="[mqtt] password_file", source="credential:pw", facts=None)
+        seen = checks.SecretSeen(where="[mqtt] password_file", source="credential:pw", facts=None)
         unit = None if properties is None else Unit(properties)
-        assert worst(named.judge_secrets([seen], STATION, unit)) is level
+        assert worst(checks.judge_secrets([seen], STATION, unit)) is level
 
     def test_every_secret_that_can_be_named_is_looked_at(self, tmp_path: Path) -> None:
         text = '[mqtt]\nusername_file = "/a"\npassword_file = "/b"\n[tpm]\n' + "\n".join(

@@ -17,7 +17,7 @@ def test_a_full_disk_and_one_in_memory_are_told(tmp_path: Path) -> None:
         command = [*disk.enter, sys.executable, "-m", "stationkey", "doctor", "--json", "--state-dir", str(disk.path)]
         found = read(command_output(command))
         assert found.level("state.disk") is Level.FAILURE
-        assert "memory" in found.text("state.filesystem")
+        assert found.reasons("state.filesystem") == {"memory"}
         disk.run(f"mount -o remount,ro '{disk.path}'")
-        assert "read-only" in read(command_output(command)).text("state.filesystem")
+        assert read(command_output(command)).reasons("state.filesystem") == {"read_only"}
         disk.run(f"mount -o remount,rw '{disk.path}'")

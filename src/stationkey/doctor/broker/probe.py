@@ -13,11 +13,11 @@ lost.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
 from typing import Final
 
 from stationkey.config.settings import MqttTerms
@@ -37,14 +37,14 @@ _SLOW_START: Final = 6
 """Rounds in which a Linux kernel still acknowledges at once [tcp(7), TCP_QUICKACK]."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Rights:
-    """What an identity may do at the broker.
+    """What an identity may do at the broker; None where that was not found out.
 
     Attributes:
-        asks: it may publish on the topic of requests; None where that was not found out.
-        answers: it may publish on the topic of responses; None likewise.
-        listens: it was brought what another published on the topic of responses; None likewise.
+        asks: it may publish on the topic of requests.
+        answers: it may publish on the topic of responses.
+        listens: it was brought what another published on the topic of responses.
     """
 
     asks: bool | None = None
@@ -52,9 +52,9 @@ class Rights:
     listens: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Visit:
-    """What was seen at a broker.
+    """What was seen at a broker so far.
 
     Attributes:
         requests: the topic that we read.
@@ -85,7 +85,7 @@ class Visit:
     named: bool = False
     mqtt5: bool = True
     maximum_qos: int = 2
-    own: Rights = Rights()
+    own: Rights = field(default_factory=Rights)
     why: str = ""
     too_large: str = ""
     subscribed: bool | None = None
@@ -97,12 +97,6 @@ class Visit:
     anonymous_why: str = ""
     in_its_place: bool = False
     cut: str = ""
-
-
-def _usual(seconds: list[float]) -> float:
-    """What three of four rounds take at the least: a busy machine adds to some of them, Nagle's algorithm to all."""
-    settled = sorted(seconds[_SLOW_START:])
-    return settled[len(settled) // 4]
 
 
 _OURS: Final = "stationkey_doctor"
@@ -121,125 +115,110 @@ def _client_id() -> str:
 
 async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running: bool) -> Visit:
     """Look around at the broker, with the daemon's identity and without any."""
-    client_id, at = _client_id(), f"-h {broker.host} -p {broker.port}"
-    requests, responses = topics(prefix)
-    nothing = Visit(requests=requests, responses=responses, at=at)
+    (requests, responses), client_id = topics(prefix), _client_id()
     named = terms.username is not None or terms.certificate_file is not None
-    stranger = asyncio.create_task(_as_a_stranger(broker, terms), name="stranger") if named else None
-    try:
-        async with asyncio.timeout(_LOGIN):
-            connection = await connect(broker, client_id=client_id, persistent=named, terms=terms)
-    except TimeoutError:
-        silent = BrokerError(
-            f"{broker} takes the connection and says nothing", reason="broker_unreachable", hint="is it an MQTT broker?"
-        )
-        return dataclasses.replace(nothing, refused=silent, named=named, anonymous=await _let_in(stranger))
-    except StationKeyError as error:
-        return dataclasses.replace(nothing, refused=error, named=named, anonymous=await _let_in(stranger))
-    if connection.resumed and daemon_running:
-        await connection.close()
-        anonymous = await _let_in(stranger)
-        return dataclasses.replace(nothing, named=True, mqtt5=connection.is_v5, in_its_place=True, anonymous=anonymous)
-    cut = False
-    try:
-        begin = dataclasses.replace(
-            nothing, named=named, mqtt5=connection.is_v5, maximum_qos=connection.limits.maximum_qos
-        )
-        look = _Round(connection, begin)
-        try:
-            async with asyncio.timeout(_TALK):
-                await look.look_around()
-        except (TimeoutError, ConnectionLost) as error:
-            look.note(cut=str(error) or "the broker stopped answering")
-        if stranger is not None:
-            await _take_the_stranger_round(stranger, look)
-        await look.weigh()
-    finally:
-        cut = connection.lost.done()
-        await connection.close(forget=named and not connection.resumed)
-    if named and not connection.resumed and (cut or not connection.is_v5):
-        await _forget(broker, terms, client_id)
-    return look.seen
-
-
-async def _forget(broker: Broker, terms: MqttTerms, client_id: str) -> None:
-    """End a session that no DISCONNECT of ours ended: a clean one takes its place, and ends with its connection."""
-    try:
-        async with asyncio.timeout(_LOGIN):
-            await (await connect(broker, client_id=client_id, persistent=False, terms=terms)).close()
-    except (TimeoutError, StationKeyError):
-        pass  # the broker ends it by its own rules
-
-
-async def _as_a_stranger(broker: Broker, terms: MqttTerms) -> MqttConnection | str:
-    """A connection without a name; or why there is none, where that says nothing. An empty text: not let in."""
+    seen = Visit(requests=requests, responses=responses, at=f"-h {broker.host} -p {broker.port}", named=named)
     nobody = MqttTerms(ca_file=terms.ca_file, server_name=terms.server_name)
+    connection, stranger = await asyncio.gather(
+        _enter(broker, terms, client_id, persistent=named, goes_if_resumed=daemon_running),
+        _enter(broker, nobody, _client_id()) if named else asyncio.sleep(0),
+    )
+    if isinstance(stranger, MqttConnection):
+        seen.anonymous = Rights()
+    elif stranger is not None and stranger.reason != "broker_refuses":
+        seen.anonymous_why = stranger.message
+    if isinstance(connection, StationKeyError):
+        seen.refused = connection
+    else:
+        begun = named and not connection.resumed
+        seen.mqtt5, seen.maximum_qos = connection.is_v5, connection.limits.maximum_qos
+        seen.in_its_place = connection.resumed and daemon_running
+        try:
+            if not seen.in_its_place:
+                await _Round(connection, seen).look(stranger if isinstance(stranger, MqttConnection) else None)
+        finally:
+            cut = connection.lost.done()
+            await connection.close(forget=begun)
+        if begun and (cut or not connection.is_v5):
+            # No DISCONNECT of ours ended the session: a clean one takes its place, and ends with its connection.
+            clean = await _enter(broker, terms, client_id)
+            if isinstance(clean, MqttConnection):
+                await clean.close()
+    if isinstance(stranger, MqttConnection):
+        await stranger.close()
+    return seen
+
+
+async def _enter(
+    broker: Broker, terms: MqttTerms, client_id: str, *, persistent: bool = False, goes_if_resumed: bool = False
+) -> MqttConnection | StationKeyError:
+    """Connect, or return why there is no connection."""
     try:
         async with asyncio.timeout(_LOGIN):
-            return await connect(broker, client_id=_client_id(), persistent=False, terms=nobody)
+            connection = await connect(broker, client_id=client_id, persistent=persistent, terms=terms)
     except TimeoutError:
-        return "the broker does not answer"
+        hint = "is it an MQTT broker?"
+        return BrokerError(f"{broker} accepts the connection and is silent", reason="broker_unreachable", hint=hint)
     except StationKeyError as error:
-        return "" if error.reason == "broker_refuses" else error.message
+        return error
+    if goes_if_resumed and connection.resumed:
+        await connection.close()
+    return connection
 
 
-async def _let_in(stranger: asyncio.Task[MqttConnection | str] | None) -> Rights | None:
-    """Whether somebody without a name is let in where we are not; then sent away again."""
-    there = "" if stranger is None else await stranger
-    if isinstance(there, str):
-        return None
-    await there.close()
-    return Rights()
+async def _until_lost(look: Awaitable[None]) -> str:
+    """Look for some seconds; return why that ended before its end, or an empty text."""
+    try:
+        async with asyncio.timeout(_TALK):
+            await look
+    except (TimeoutError, ConnectionLost) as error:
+        return str(error) or "the broker stopped answering"
+    return ""
 
 
-async def _take_the_stranger_round(stranger: asyncio.Task[MqttConnection | str], look: _Round) -> None:
-    """See what somebody without a name may do, while we are there to be listened to."""
-    there = await stranger
-    if isinstance(there, str):
-        look.note(anonymous_why=there)
-        return
-    async with there:
-        try:
-            async with asyncio.timeout(_TALK):
-                look.note(anonymous=await look.rights_of(there))
-        except (TimeoutError, ConnectionLost):
-            look.note(anonymous=Rights())
+def _usual(seconds: list[float]) -> float:
+    """What three of four rounds take at the least: a busy machine adds to some of them, Nagle's algorithm to all."""
+    settled = sorted(seconds[_SLOW_START:])
+    return settled[len(settled) // 4]
 
 
 class _Round:
     """A look around on one connection; what was seen so far is in `seen`, whatever comes."""
 
-    def __init__(self, connection: MqttConnection, begin: Visit) -> None:
+    def __init__(self, connection: MqttConnection, seen: Visit) -> None:
         self._connection = connection
-        self._requests = begin.requests
-        self._responses = begin.responses
-        self.seen = begin
+        self._seen = seen
 
-    def note(self, **what: object) -> None:
-        self.seen = dataclasses.replace(self.seen, **what)  # type: ignore[arg-type] # names and types are those of Visit
+    async def look(self, stranger: MqttConnection | None) -> None:
+        """Look with our identity, then without any; last with what may end the connection."""
+        self._seen.cut = await _until_lost(self._look_around())
+        if stranger is not None:
+            await _until_lost(self._try_as(stranger))
+        if self._seen.own.answers and not self._connection.lost.done():
+            self._seen.too_large = await _until_lost(self._weigh()) or self._seen.too_large
 
-    async def look_around(self) -> None:
+    async def _look_around(self) -> None:
         """What we must be allowed to, then what we must not, then how quick it is."""
-        answers, josev, why = await self._publish(self._connection, self._responses, _harmless())
-        self.note(own=Rights(answers=answers), josev=josev, why=why)
-        asks, _, _ = await self._publish(self._connection, self._requests, _harmless())
-        self.note(own=Rights(answers=answers, asks=asks))
+        seen, own = self._seen, self._seen.own
+        own.answers, seen.josev, seen.why = await self._publish(self._connection, seen.responses, _harmless())
+        own.asks, _, _ = await self._publish(self._connection, seen.requests, _harmless())
         try:
-            await self._connection.subscribe(self._requests)
+            await self._connection.subscribe(seen.requests)
         except ConnectionLost:
             raise
         except BrokerError as error:
-            self.note(subscribed=False, why=error.message)
+            seen.subscribed, seen.why = False, error.message
             return
-        self.note(subscribed=True)
-        if asks:  # acknowledged; a broker may do so and pass nothing on
-            probe = _harmless()
-            await self._publish(self._connection, self._requests, probe)
-            brought = await self._brought(self._connection, self._requests, probe)
-            self.note(own=Rights(answers=answers, asks=brought))
-        else:
-            await self._brought(self._connection, self._requests, None)
+        seen.subscribed = True
+        own.asks = await self._passes_on(own.asks, self._connection)
         await self._measure()
+
+    async def _passes_on(self, acknowledged: bool, sender: MqttConnection) -> bool:
+        """Whether the broker brings us a request of `sender`: it may acknowledge one, and pass nothing on."""
+        probe = _harmless()
+        if acknowledged:
+            await self._publish(sender, self._seen.requests, probe)
+        return await self._brought(self._connection, self._seen.requests, probe)
 
     async def _publish(self, connection: MqttConnection, topic: str, payload: bytes) -> tuple[bool, bool | None, str]:
         """Whether the broker takes it, whether anybody gets it (where it says so), and what it said."""
@@ -251,7 +230,7 @@ class _Round:
             return False, None, error.message
         return True, heard if connection.is_v5 else None, ""
 
-    async def _brought(self, connection: MqttConnection, topic: str, probe: bytes | None) -> bool:
+    async def _brought(self, connection: MqttConnection, topic: str, probe: bytes) -> bool:
         """Whether the broker brings a message on `topic`; what lies there is noted by the way.
 
         A subscription is answered after what was published before it, so hardly anything is waited for besides.
@@ -264,7 +243,7 @@ class _Round:
                     if _OURS.encode() in message.payload:  # else it may be a request that waits for the daemon
                         message.acknowledge()
                     if message.retained:
-                        self.note(retained=(*dict.fromkeys((*self.seen.retained, message.topic)),))
+                        self._seen.retained = (*dict.fromkeys((*self._seen.retained, message.topic)),)
                     if message.payload == probe:
                         return True
         except TimeoutError:
@@ -275,44 +254,31 @@ class _Round:
         singles, pairs = [], []
         for _ in range(_ROUNDS):
             begin = time.perf_counter()
-            await self._connection.subscribe(self._requests)
+            await self._connection.subscribe(self._seen.requests)
             middle = time.perf_counter()
-            await asyncio.gather(*(self._connection.subscribe(self._requests) for _ in range(2)))
+            await asyncio.gather(*(self._connection.subscribe(self._seen.requests) for _ in range(2)))
             singles.append(middle - begin)
             pairs.append(time.perf_counter() - middle)
-        self.note(single=_usual(singles), pair=_usual(pairs))
+        self._seen.single, self._seen.pair = _usual(singles), _usual(pairs)
 
-    async def weigh(self) -> None:
-        """Whether the broker takes a message as large as an answer; the last of all, for it may end the connection."""
-        if not self.seen.own.answers or self._connection.lost.done():
-            return
-        try:
-            async with asyncio.timeout(_TALK):
-                taken, _, why = await self._publish(self._connection, self._responses, _harmless(LARGE))
-        except TimeoutError:
-            taken, why = False, "no answer to it"
-        except ConnectionLost as error:
-            taken, why = False, str(error)
-        if not taken:
-            self.note(too_large=why)
+    async def _weigh(self) -> None:
+        """Whether the broker takes a message as large as an answer."""
+        _, _, self._seen.too_large = await self._publish(self._connection, self._seen.responses, _harmless(LARGE))
 
-    async def rights_of(self, stranger: MqttConnection) -> Rights:
-        """What somebody else may do, with our help to be listened to."""
-        listens: bool | None = None
+    async def _try_as(self, stranger: MqttConnection) -> None:
+        """What somebody without a name may do, with our help to be listened to."""
+        seen, rights, probe = self._seen, Rights(), _harmless()
         try:
-            await stranger.subscribe(self._responses)
-            probe = _harmless()
-            taken, _, _ = await self._publish(self._connection, self._responses, probe)
-            listens = await self._brought(stranger, self._responses, probe) if taken else None
+            await stranger.subscribe(seen.responses)
+            taken, _, _ = await self._publish(self._connection, seen.responses, probe)
+            rights.listens = await self._brought(stranger, seen.responses, probe) if taken else None
         except ConnectionLost:
             raise
         except BrokerError:
-            listens = False
-        answers, _, _ = await self._publish(stranger, self._responses, _harmless())
-        probe = _harmless()
-        asks, _, _ = await self._publish(stranger, self._requests, probe)
-        if asks and self.seen.subscribed:
-            asks = await self._brought(self._connection, self._requests, probe)
-        if answers and not stranger.is_v5:
-            return Rights(asks=asks, answers=None, listens=listens)
-        return Rights(asks=asks, answers=answers, listens=listens)
+            rights.listens = False
+        answers, _, _ = await self._publish(stranger, seen.responses, _harmless())
+        rights.answers = answers if stranger.is_v5 or not answers else None
+        rights.asks, _, _ = await self._publish(stranger, seen.requests, _harmless())
+        if rights.asks and seen.subscribed:
+            rights.asks = await self._passes_on(True, stranger)
+        seen.anonymous = rights

@@ -15,9 +15,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
+from stationkey.doctor.config.access import judge_access
 from stationkey.doctor.host.context import Context, path_of
-from stationkey.doctor.host.files import READ, Facts, User, look_at, octal
-from stationkey.doctor.report import RUN_AS, Verdict, failure, not_checked, ok, warning
+from stationkey.doctor.host.files import Facts, User, look_at, octal
+from stationkey.doctor.report import Finding, failure, hidden, ok, unknown, warning
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.tls import introduction
 from stationkey.system.files import read_regular
@@ -49,13 +50,13 @@ class TlsFile:
     certificates: tuple[x509.Certificate, ...] = ()
 
 
-def look_at_tls(context: Context) -> tuple[list[TlsFile], ConfigurationError | None, User, datetime] | Verdict:
+def look_at_tls(context: Context) -> tuple[list[TlsFile], ConfigurationError | None, User, datetime] | Finding:
     """Look at each file, and ask the daemon's own rules whether they can be used together. The TPM is not asked."""
     mqtt, user = context.settings.mqtt, context.daemon.user
     certificate = None if mqtt.certificate_file is None else path_of(mqtt.certificate_file)
     key = certificate if mqtt.key_file is None else path_of(mqtt.key_file)
     if mqtt.certificate_file is not None and (certificate is None or key is None):
-        return not_checked("the client's certificate or key comes from systemd, and is not at hand")
+        return unknown("the client's certificate or key comes from systemd, and is not at hand")
     named = (("ca_file", mqtt.ca_file), ("certificate_file", certificate), ("key_file", key))
     files = [_open(role, path, user) for role, path in named if path is not None]
     if not files:
@@ -103,80 +104,57 @@ def _is_ca(certificate: x509.Certificate) -> bool:
         return False
 
 
-def judge_tls(files: list[TlsFile], refused: ConfigurationError | None, user: User, now: datetime) -> Iterator[Verdict]:
+def judge_tls(files: list[TlsFile], refused: ConfigurationError | None, user: User, now: datetime) -> Iterator[Finding]:
     """Judge the files, one by one and together. `refused`: why the daemon would not take them, or None."""
-    found = [verdict for file in files for verdict in _judge_access(file, user)]
+    found = [finding for file in files if (finding := _judge_file(file, user)) is not None]
     if refused is not None and not found:
         der = [file.facts.path for file in files if file.der]
         advice = "put valid PEM files there that belong together"
         if der:
             pem = der[0].with_suffix(".pem")
             advice = f"PEM is needed: openssl x509 -inform DER -in {der[0]} -out {pem}, or openssl pkcs12"
-        found.append(failure(refused.message, refused.hint or advice))
-    if not found:
-        found.append(ok("the files of the connection to the broker can be used together"))
-    yield from found
+        found.append(failure(refused.reason, refused.message, refused.hint or advice))
+    yield from found or [ok("the files of the connection to the broker can be used together")]
     for file in files:
         yield from _judge_content(file, now)
 
 
-def _judge_access(file: TlsFile, user: User) -> Iterator[Verdict]:
-    facts, path = file.facts, file.facts.path
-    if facts.kind == "unseen":
-        yield not_checked(f"[mqtt] {file.role}: {path} is not visible from here", RUN_AS)
-    elif facts.kind != "file":
-        what = "is missing" if facts.kind == "missing" else "is not a file"
-        yield failure(f"[mqtt] {file.role}: {path} {what}", "put it there, or correct the name under [mqtt]")
-    elif (barred := facts.barred(user, READ)) is not None:
-        yield failure(
-            f"[mqtt] {file.role}: the daemon's user {user.name} may not read {barred}",
-            f"chgrp {user.gid} {path} && chmod g+r {path}, and see that it may enter the directories on the way",
+def _judge_file(file: TlsFile, user: User) -> Finding | None:
+    path, found = file.facts.path, judge_access(f"[mqtt] {file.role}", file.facts, user)
+    if found is None and file.role == "key_file" and file.facts.mode & 0o007:
+        told = f"every user may read the client's private key {path} (mode {octal(file.facts.mode)})"
+        return failure(
+            "key_open", told, f"chmod o= {path}; then a new key and certificate: others may have read this one"
         )
-    elif facts.mode & 0o002 or facts.exposed:
-        yield failure(
-            f"[mqtt] {file.role}: every user may replace {path}",
-            f"chmod o-w {facts.exposed or path}, and put the right file there again",
-        )
-    elif file.role == "key_file" and facts.mode & 0o007:
-        yield failure(
-            f"every user may read the client's private key {path} (mode {octal(facts.mode)})",
-            f"chmod o= {path}, and have a new certificate made for a new key: others may have read this one",
-        )
-    elif not file.readable:
-        yield not_checked(f"[mqtt] {file.role}: {path} may not be read by this user", RUN_AS)
+    return found if found is not None or file.readable else hidden(path)
 
 
-def _judge_content(file: TlsFile, now: datetime) -> Iterator[Verdict]:
+def _judge_content(file: TlsFile, now: datetime) -> Iterator[Finding]:
     if file.role == "key_file":
         return
     certificates, path = file.certificates, file.facts.path
     for one in certificates:
-        yield from judge_dates(
-            f"[mqtt] {file.role}: {one.subject.rfc4514_string()}",
-            one.not_valid_before_utc,
-            one.not_valid_after_utc,
-            now,
-        )
+        what = f"[mqtt] {file.role}: {one.subject.rfc4514_string()}"
+        yield from judge_dates(what, one.not_valid_before_utc, one.not_valid_after_utc, now)
     valid = [one for one in certificates if one.not_valid_before_utc <= now < one.not_valid_after_utc]
     if file.role == "ca_file" and valid and not any(map(_is_ca, valid)):
-        yield warning(
+        told, advice = (
             f"[mqtt] ca_file: no certificate in {path} is a CA's",
-            "name the CA's certificate, not the broker's: that one ends soon, and nobody looks at it until then",
+            "name the CA's certificate, not the broker's",
         )
+        yield warning("no_ca", told, advice)
     if file.role == "certificate_file" and certificates and _is_ca(certificates[0]):
-        yield warning(
-            f"the first certificate in {path} is a CA's", "the client's own comes first, then those it leads to"
-        )
+        told = f"the first certificate in {path} is a CA's"
+        yield warning("order", told, "put the client's own first, then those that it leads to")
 
 
-def judge_dates(what: str, begins: datetime, ends: datetime, now: datetime) -> Iterator[Verdict]:
+def judge_dates(what: str, begins: datetime, ends: datetime, now: datetime) -> Iterator[Finding]:
     """Judge whether a certificate is valid now, and for how long; nothing if all is well."""
+    renew = "have a new one made; is the clock right?"
     if now < begins:
-        yield failure(f"{what} is valid only from {begins:%Y-%m-%d %H:%M}, and it is {now:%Y-%m-%d %H:%M}", _RENEW)
+        yield failure("not_yet_valid", f"{what} is valid only from {begins:%Y-%m-%d %H:%M}", renew)
     elif now >= ends:
-        yield failure(f"{what} expired on {ends:%Y-%m-%d %H:%M}", _RENEW)
+        yield failure("expired", f"{what} expired on {ends:%Y-%m-%d %H:%M}", renew)
     elif ends - now < MONTH:
-        yield warning(f"{what} expires in {(ends - now).days} days, on {ends:%Y-%m-%d}", "have a new one made in time")
-
-
-_RENEW: Final = "have a new one made; is the clock right?"
+        told = f"{what} expires in {(ends - now).days} days, on {ends:%Y-%m-%d}"
+        yield warning("expires", told, "have a new one made in time")

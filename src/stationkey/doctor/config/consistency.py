@@ -14,7 +14,7 @@ from stationkey.contract.profiles import ALGORITHMS, PROFILES, RsaModulus
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import look_at
 from stationkey.doctor.host.sockets import listeners_on
-from stationkey.doctor.report import Verdict, failure, listed, ok, warning
+from stationkey.doctor.report import Finding, failure, listed, ok, warning
 from stationkey.errors import ConfigurationError
 from stationkey.mqtt.tls import introduction
 from stationkey.mqtt.topics import availability, renewal
@@ -23,7 +23,6 @@ from stationkey.system.listener import Address
 
 _SHORT: Final = 5.0
 """Seconds. A busy TPM takes that long now and then."""
-
 _TPM_SECRETS: Final = ("owner_auth", "srk_auth", "endorsement_auth", "key_auth")
 
 
@@ -42,39 +41,32 @@ def look_at_settings(context: Context) -> tuple[Settings, Path | None, int | Non
     return settings, parent if look_at(parent, follow=True).kind in {"missing", "file"} else None, None
 
 
-def judge_settings(settings: Settings, missing: Path | None = None, taken: int | None = None) -> list[Verdict]:
-    """Judge settings that contradict each other, or this machine."""
+def judge_settings(settings: Settings, missing: Path | None = None, taken: int | None = None) -> list[Finding]:
+    """Judge settings that contradict each other, or this machine.
+
+    Args:
+        settings: all.
+        missing: directory of the socket that the daemon should listen on, if it is missing.
+        taken: port that the daemon should listen on, if another program does.
+    """
     found = [*_broker(settings), *_tpm(settings), *_policy(settings), *_paths(settings)]
-    if settings.deadlines.ec < _SHORT or settings.deadlines.rsa < _SHORT:
-        found.append(
-            warning(
-                f"[deadlines] ec = {settings.deadlines.ec:g} and rsa = {settings.deadlines.rsa:g}: a busy hardware TPM "
-                "takes some seconds, and a request that takes longer is rejected",
-                "use the defaults, 30 and 60",
-            )
-        )
+    if min(settings.deadlines.ec, settings.deadlines.rsa) < _SHORT:
+        told = f"[deadlines] below {_SHORT:g} s: a busy TPM takes longer, and the request is rejected"
+        found.append(warning("deadline_short", told, "use the defaults, 30 and 60"))
     try:
         Address.parse(settings.metrics or "127.0.0.1:1")
     except ConfigurationError as error:
-        found.append(failure(error.message, error.hint))
+        found.append(failure(error.reason, error.message, error.hint))
     if missing is not None:
-        found.append(
-            failure(
-                f"[metrics] listen: there is no directory {missing}, and the daemon does not start without",
-                "RuntimeDirectory= in the unit makes one below /run; or name another path",
-            )
-        )
+        told = f"[metrics] listen: the directory {missing} is missing, and the daemon does not start"
+        found.append(failure("listen_missing", told, "add RuntimeDirectory= to the unit, or name another path"))
     if taken is not None:
-        found.append(
-            failure(
-                f"[metrics] listen: another program listens on port {taken}, and the daemon would not start",
-                f"which one is it (ss -ltnp sport = :{taken})? Name another port",
-            )
-        )
+        told = f"[metrics] listen: another program listens on port {taken}, and the daemon does not start"
+        found.append(failure("listen_taken", told, f"name another port; ss -ltnp sport = :{taken} shows who has it"))
     return found or [ok("no contradictions")]
 
 
-def _broker(settings: Settings) -> Iterator[Verdict]:
+def _broker(settings: Settings) -> Iterator[Finding]:
     mqtt = settings.mqtt
     try:
         parts = urlsplit(settings.broker)
@@ -85,14 +77,13 @@ def _broker(settings: Settings) -> Iterator[Verdict]:
         try:
             introduction(dataclasses.replace(mqtt, username=None, password=None), tls=False)
         except ConfigurationError as error:
-            yield failure(error.message, error.hint)
+            yield failure(error.reason, error.message, error.hint)
     if plain and mqtt.password is not None and not is_loopback(host):
-        yield failure(
-            "the password crosses the network in the clear: the broker's URL begins with mqtt://",
-            'broker = "mqtts://HOST[:8883]", or a broker on 127.0.0.1',
-        )
+        told = "the password crosses the network in the clear: the broker's URL begins with mqtt://"
+        yield failure("password_clear", told, 'broker = "mqtts://HOST[:8883]", or a broker on 127.0.0.1')
     if mqtt.username is not None and mqtt.password is None and mqtt.certificate_file is None:
-        yield warning("[mqtt] has a user name and neither password nor certificate", "set password_file")
+        told = "[mqtt] has a user name, and neither password nor certificate"
+        yield warning("password_missing", told, "set password_file")
     topics = {
         "[mqtt] availability_topic": (availability, mqtt.availability_topic),
         "[renewal] topic": (renewal, settings.renewal.topic),
@@ -104,49 +95,41 @@ def _broker(settings: Settings) -> Iterator[Verdict]:
             whole(settings.topic_prefix, topic)
         except ConfigurationError as error:
             if error.reason != "topic_prefix_invalid":  # of that, broker.url says it
-                yield failure(
-                    f"{option}: {error.message}",
-                    "name a topic of its own, without + and #: not josev/cs, and not cs/josev",
-                )
+                advice = "name a topic of its own, without + and #: not josev/cs, and not cs/josev"
+                yield failure(error.reason, f"{option}: {error.message}", advice)
 
 
-def _tpm(settings: Settings) -> Iterator[Verdict]:
+def _tpm(settings: Settings) -> Iterator[Finding]:
     tpm = settings.tpm
     if settings.keystore == "software:" and (tpm.key_auth or tpm.pcrs or tpm.session != "none"):
-        yield warning("[tpm] protects nothing: the key store is software:", "name a TPM as keystore")
+        told = "[tpm] protects nothing: the keys are in software"
+        yield warning("tpm_unused", told, "name a TPM as keystore")
     if tpm.key_auth is not None and tpm.session == "none":
-        yield warning(
-            "[tpm] key_auth is set and session is none: whoever listens on the bus to the TPM reads the value",
-            'session = "encrypted", if the TPM is a discrete chip',
-        )
+        told = "[tpm] key_auth without session: who listens on the bus to the TPM reads the value"
+        yield warning("key_auth_clear", told, 'session = "encrypted", if the TPM is a discrete chip')
     if tpm.pcrs and tpm.pcr_bank == "sha1":
-        yield warning('[tpm] pcr_bank = "sha1": SHA-1 is broken', 'pcr_bank = "sha256"')
+        yield warning("sha1", '[tpm] pcr_bank = "sha1": SHA-1 is broken', 'pcr_bank = "sha256"')
     if settings.allow_software_keys and settings.keystore != "software:":
-        yield warning(
-            "software keys are allowed, and not used",
-            "remove allow_software_keys: a typo in keystore would then leave the keys unprotected",
-        )
+        told = "software keys are allowed, and not used: a typo in keystore would leave the keys unprotected"
+        yield warning("software_allowed", told, "remove allow_software_keys")
 
 
-def _policy(settings: Settings) -> Iterator[Verdict]:
+def _policy(settings: Settings) -> Iterator[Finding]:
     policy = settings.policy
     for certificate_type in policy.certificate_types:
         required = PROFILES[certificate_type].required_algorithm
         if required is not None and required not in policy.algorithms:
-            yield failure(
-                f"[policy] serves {certificate_type} without {required}, the only algorithm that it may have",
-                f"add {required} to algorithms, or remove {certificate_type} from certificate_types",
-            )
+            told = f"[policy] serves {certificate_type} without {required}, its only algorithm"
+            yield failure("algorithm_missing", told, f"add {required} to algorithms, or remove {certificate_type}")
     if not policy.certificate_types or not policy.algorithms:
-        yield failure("[policy] lets no request through: a list is empty", "name what is to be served")
+        yield failure("policy_empty", "[policy] lets no request through: a list is empty", "name what is to be served")
     rsa = any(isinstance(ALGORITHMS[algorithm].key_types[0], RsaModulus) for algorithm in policy.algorithms)
     if settings.pool.rsa and not rsa:
-        yield warning(
-            f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA", "[pool] rsa = 0"
-        )
+        told = f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA"
+        yield warning("pool_unused", told, "[pool] rsa = 0")
 
 
-def _paths(settings: Settings) -> Iterator[Verdict]:
+def _paths(settings: Settings) -> Iterator[Finding]:
     """Find relative paths: they lead elsewhere for a service than for the shell that they were tried in."""
     mqtt = settings.mqtt
     sources = [reference.source for _, reference in named_secrets(settings)]
@@ -155,11 +138,8 @@ def _paths(settings: Settings) -> Iterator[Verdict]:
     named = [source for source in sources if "/" in source and not source.startswith("credential:")]
     named += [str(path) for path in (settings.state_dir, settings.certificate_dir, mqtt.ca_file) if path is not None]
     if relative := [path for path in named if not path.startswith("/")]:
-        yield warning(
-            f"{listed(relative)} is relative: it is looked for in the directory that the daemon is started in. ~ is "
-            "not expanded",
-            "write the whole path",
-        )
+        told = f"{listed(relative)} is relative to where the daemon is started; ~ is not expanded"
+        yield warning("path_relative", told, "write the whole path")
 
 
 def named_secrets(settings: Settings) -> Iterator[tuple[str, SecretReference]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -15,7 +16,7 @@ from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import DEFAULT_DEVICE, Settings
 from stationkey.doctor.host.files import Facts, User, look_at
 from stationkey.doctor.host.ledger_reader import Contents, read_ledger
-from stationkey.doctor.runner import Once, ask, within
+from stationkey.doctor.runner import ask, within
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.system.state_dir import DATABASE_NAME, LOCK_NAME
 
@@ -103,27 +104,42 @@ class Context:
     Attributes:
         options: as they were given.
         configured: the settings, as far as they can be read.
+        settings: the same, with defaults for the rest.
         daemon: the daemon, as far as it is known.
         unit: its systemd unit; None if there is no systemd, or it does not answer.
         me: who runs the doctor.
-        ledger: what is in the ledger; see `read_ledger`.
     """
 
     def __init__(self, options: Options, configured: Configured, daemon: Daemon, unit: Unit | None) -> None:
         self.options = options
         self.configured = configured
+        self.settings = configured.settings
         self.daemon = daemon
         self.unit = unit
         self.me = User.present()
-        path, running = configured.settings.state_dir / DATABASE_NAME, daemon.running
-        self.ledger = Once(lambda: read_ledger(path, running=running))
-        self._shared: dict[Callable[[Context], Any], Once[Any]] = {}
+        self._shared: dict[Callable[[Context], Any], Future[Any]] = {}
         self._lock = threading.Lock()
 
     @property
-    def settings(self) -> Settings:
-        """See `Configured`."""
-        return self.configured.settings
+    def sees_all(self) -> bool:
+        """Whether what is closed to this user is closed to the daemon, too."""
+        return self.me.uid in {0, self.daemon.user.uid}
+
+    def once(self, look: Callable[[Context], T]) -> T:
+        """Take a look that several checks share, once; each gets the same value, or the same error."""
+        with self._lock:
+            first = look not in self._shared
+            shared: Future[T] = self._shared.setdefault(look, Future())
+        if first:
+            try:
+                shared.set_result(look(self))
+            except Exception as error:  # noqa: BLE001 - raised below, to each who asks
+                shared.set_exception(error)
+        return shared.result()
+
+    def ledger(self) -> Contents | str:
+        """Return what is in the ledger; see `read_ledger`."""
+        return self.once(_ledger)
 
     def ledger_soon(self) -> Contents | None:
         """Read the ledger for a check that can do without; None if it cannot be read, or not within 2 s."""
@@ -134,17 +150,15 @@ class Context:
             return None  # the check of the ledger says why
         return None if isinstance(contents, str) else contents
 
-    def once(self, look: Callable[[Context], T]) -> T:
-        """Take a look that several checks share, once."""
-        with self._lock:
-            shared: Once[T] = self._shared.setdefault(look, Once(lambda: look(self)))
-        return shared()
+
+def _ledger(context: Context) -> Contents | str:
+    return read_ledger(context.settings.state_dir / DATABASE_NAME, running=context.daemon.running)
 
 
 def survey(options: Options) -> Context:
     """Find out what is to be examined. Takes some seconds at most. Never raises."""
-    configured = _default(options, ("it cannot be read: the disk that it is on does not answer",))
-    configured = within(_PATIENCE, lambda: read_configuration(options), configured)
+    unread = _settle(options, Parts({}, ("the disk that the configuration file is on does not answer",), None))
+    configured = within(_PATIENCE, lambda: read_configuration(options), unread)
     unit = look_at_unit()
     unknown = Daemon(running=False, pid=None, user=User.present(), known_by="nothing else is known")
     daemon = within(_PATIENCE, lambda: find_daemon(configured.settings.state_dir, unit), unknown)
@@ -157,21 +171,14 @@ def read_configuration(options: Options) -> Configured:
     if path is None:
         return _settle(options, Parts({}, (), frozenset()))
     facts = look_at(path, follow=True)
-    if facts.there and facts.kind != "file":
-        what = "directory" if facts.kind == "directory" else "device, pipe or socket"
-        return _default(
-            options, (f"{path} is no file, but a {what}",), facts
-        )  # to open a pipe would be to wait for ever
+    if facts.there and facts.kind != "file":  # to open a pipe would be to wait for ever
+        return _settle(options, Parts({}, (f"{path} is not a file: {facts.kind}",), None), facts)
     try:
         return _settle(options, Parts(read_file(path), (), frozenset()), facts)
     except ConfigurationError:
         return _settle(options, read_parts(path), facts)
     except (OSError, ValueError):  # a name with a NUL in it, for example
-        return _default(options, (f"{path} cannot be read",), facts)
-
-
-def _default(options: Options, complaints: tuple[str, ...], facts: Facts | None = None) -> Configured:
-    return _settle(options, Parts({}, complaints, None), facts)
+        return _settle(options, Parts({}, (f"{path} cannot be read",), None), facts)
 
 
 def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Configured:
@@ -184,14 +191,14 @@ def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Confi
         state_dir=options.state_dir,
         needs_keystore=Path(DEFAULT_DEVICE).exists(),
     )
-    keystore = settings.keystore or None
-    settings = replace(settings, keystore=keystore or _NONE)
-    unread = (
-        frozenset(option.table or option.name for option in options_of(Settings)) if parts.lost is None else parts.lost
-    )
+    everything = frozenset(option.table or option.name for option in options_of(Settings))
     given = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
     return Configured(
-        file=facts, complaints=parts.complaints, settings=settings, keystore=keystore, unread=unread - given
+        file=facts,
+        complaints=parts.complaints,
+        settings=replace(settings, keystore=settings.keystore or _NONE),
+        keystore=settings.keystore or None,
+        unread=(everything if parts.lost is None else parts.lost) - given,
     )
 
 
@@ -204,17 +211,11 @@ def path_of(reference: SecretReference) -> Path | None:
         return path if look_at(path).there else None
 
 
-_SHOWN: Final = (
-    ""
-    "LoadState,ActiveState,SubState,Result,UnitFileState,NRestarts,User,LimitCORE,ExecStart,LoadCredential,LoadCredentialEncrypted,SetCredential,SetCredentialEncrypted,ImportCredential,FragmentPath,Environment,DevicePolicy,DeviceAllow,PrivateDevices,ProtectSystem,ProtectHome,StateDirectory,ReadWritePaths,PrivateNetwork,PrivateTmp,IPAddressDeny,IPAddressAllow"
-)
-
-
 def look_at_unit() -> Unit | None:
     """Ask systemd for the daemon's unit."""
     if not _SYSTEMD.is_dir():
         return None
-    answer = ask(["systemctl", "show", "--no-pager", f"--property={_SHOWN}", UNIT], seconds=_PATIENCE)
+    answer = ask(["systemctl", "show", "--no-pager", UNIT], seconds=_PATIENCE)
     if answer.status != 0:
         return None
     unit = Unit()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 Kind = Literal["file", "directory", "link", "character device", "other", "missing", "unseen"]
-_NUMBER: Final = "number "
 READ: Final = 4
 WRITE: Final = 2
 ENTER: Final = 1
@@ -39,13 +38,8 @@ class User:
 
     @property
     def name(self) -> str:
-        """As people know it."""
+        """Name, or number where there is none: as a command takes it."""
         return user_name(self.uid)
-
-    @property
-    def account(self) -> str:
-        """As a command takes it."""
-        return account_of(self.uid)
 
     @classmethod
     def present(cls) -> User:
@@ -67,17 +61,12 @@ class User:
         return cls.named(str(uid)) or cls(uid, uid)
 
 
-def account_of(uid: int) -> str:
-    """A user as a command takes it: by name, or by number."""
-    return user_name(uid).removeprefix(_NUMBER)
-
-
 def user_name(uid: int) -> str:
-    """The name of a user, or its number where it has none."""
+    """Return the name of a user, or its number where there is none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
-        return f"{_NUMBER}{uid}"
+        return str(uid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +77,7 @@ class Facts:
         kind: ``unseen`` where this user may not look.
         mode: permission bits.
         special: number of the device that a device file stands for.
+        acl: whether it has an access control list, which is not read: it is taken to permit what it may.
         exposed: the first directory on the way in which other users could exchange what is there, or None.
         closed: the first directory on the way that the user asked about may not enter, or None.
     """
@@ -102,6 +92,7 @@ class Facts:
     device: int = 0
     inode: int = 0
     special: int = 0
+    acl: bool = False
     exposed: Path | None = None
     closed: Path | None = None
 
@@ -109,6 +100,11 @@ class Facts:
     def there(self) -> bool:
         """Whether something was seen."""
         return self.kind not in {"missing", "unseen"}
+
+    @property
+    def replaceable(self) -> Path | None:
+        """Where every user may write, and so exchange what is there: this, or a directory on the way, or None."""
+        return self.exposed or (self.path if self.mode & 0o002 else None)
 
     def barred(self, user: User, wanted: int) -> Path | None:
         """Return what keeps a user from what is `wanted`: a directory on the way, this, or nothing (None)."""
@@ -137,9 +133,17 @@ def look_at(path: Path, *, follow: bool = False, user: User | None = None) -> Fa
         device=seen.st_dev,
         inode=seen.st_ino,
         special=seen.st_rdev,
+        acl=_has_acl(path),
         exposed=_exposed(path),
         closed=closed,
     )
+
+
+def _has_acl(path: Path) -> bool:
+    try:
+        return "system.posix_acl_access" in os.listxattr(path)
+    except OSError:  # of another user, or a file system without
+        return False
 
 
 def _exposed(path: Path) -> Path | None:
@@ -154,8 +158,8 @@ def _exposed(path: Path) -> Path | None:
 
 
 def permits(facts: Facts, user: User, wanted: int) -> bool:
-    """Whether the mode lets a user do what is `wanted`, the way to it aside. Access control lists are not read."""
-    if user.uid == 0:
+    """Whether the mode lets a user do what is `wanted`, the way to it aside."""
+    if user.uid == 0 or facts.acl:
         return True
     if facts.uid == user.uid:
         given = facts.mode >> 6

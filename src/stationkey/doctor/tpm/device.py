@@ -5,15 +5,15 @@ from __future__ import annotations
 import grp
 import os
 import re
-import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import READ, WRITE, Facts, User, look_at, octal, permits
 from stationkey.doctor.host.sockets import connections_to
-from stationkey.doctor.report import Verdict, failure, not_checked, ok, warning
+from stationkey.doctor.report import Finding, failure, hidden, ok, warning
 from stationkey.system.addresses import is_loopback
 
 _SYS: Final = Path("/sys/class/tpm")
@@ -22,8 +22,6 @@ _BARE: Final = re.compile(r"/dev/tpm\d+")
 _CLASSES: Final = frozenset({"tpm", "tpmrm"})
 CHOICE: Final = 'keystore = "tpm2:device:/dev/tpmrm0"'
 """The usual key store, for advice."""
-_GET_CAPABILITY: Final = b"\x00\x00\x00\x01"
-"""A question to swtpm's control port that changes nothing [swtpm_ioctls(3)]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +78,7 @@ class Way:
         return self.name == "tabrmd" or (self.path is not None and _MANAGED.fullmatch(str(self.path)) is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chip:
+class Chip(NamedTuple):
     """What the kernel says of the first TPM.
 
     Attributes:
@@ -97,23 +94,14 @@ class Chip:
     is_tpm: bool = True
 
 
-def look_at_chip(facts: Facts | None) -> Chip:
+def _chip(facts: Facts | None) -> Chip:
     """Ask the kernel. `facts`: of the device file that is named, or None."""
-    try:
-        names = sorted(entry.name for entry in _SYS.iterdir())
-    except OSError:
-        names = []
+    found = sorted(_SYS.glob("*"))
     major = ""
-    for name in names[:1]:
-        try:
-            major = (_SYS / name / "tpm_version_major").read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            continue
-    try:
-        devices = tuple(sorted(str(path) for path in Path("/dev").glob("tpm*")))
-    except OSError:
-        devices = ()
-    return Chip(known=bool(names), major=major, devices=devices, is_tpm=facts is None or _is_tpm(facts))
+    with suppress(IndexError, OSError, ValueError):
+        major = (found[0] / "tpm_version_major").read_text(encoding="ascii").strip()
+    devices = tuple(sorted(map(str, Path("/dev").glob("tpm*"))))
+    return Chip(bool(found), major, devices, facts is None or _is_tpm(facts))
 
 
 def _is_tpm(facts: Facts) -> bool:
@@ -138,68 +126,55 @@ def look_at_device(context: Context) -> tuple[Way, Facts | None, Chip, User]:
     """Look at the device file or the socket on the way to the TPM, and at what the kernel says."""
     way, user = way_of(context), context.daemon.user
     facts = None if way.path is None else look_at(way.path, follow=True, user=user)
-    return way, facts, look_at_chip(facts), user
+    return way, facts, _chip(facts), user
 
 
-def judge_device(way: Way, facts: Facts | None, chip: Chip, user: User) -> Verdict:
+def judge_device(way: Way, facts: Facts | None, chip: Chip, user: User) -> Finding:
     """Judge what is on the way: there, a TPM, and open to the daemon's user. `facts`: of its path, or None."""
+    if facts is None and way.host and not way.is_local:
+        told = f"the TPM is asked over the network, at {way.host}: nothing protects what goes there"
+        return warning("network", told, "use the TPM of this machine")
     if facts is None:
-        if way.host and not way.is_local:
-            return warning(
-                f"the TPM is asked over the network, at {way.host}, and nothing protects what goes there",
-                "use the TPM of this machine",
-            )
         return ok("tpm2-tss chooses the device" if way.name == "device" else f"the TPM is reached by {way.name}")
     path, mode = facts.path, octal(facts.mode)
     if facts.closed is not None:
-        return failure(
-            f"the daemon's user {user.name} may not enter {facts.closed}", f"chmod o+x {facts.closed}", stops=False
-        )
+        advice = f"let it: setfacl -m u:{user.name}:x {facts.closed}"
+        return failure("closed", f"the daemon's user {user.name} may not enter {facts.closed}", advice, stops=False)
     if facts.kind == "unseen":
-        return not_checked(f"{path} is not visible from here")
+        return hidden(path)
     if way.name != "device":
         if facts.kind in {"missing", "file", "directory"}:
             what = "is missing" if facts.kind == "missing" else f"is a {facts.kind}, not a socket"
-            return failure(f"{path} {what}", "start what makes it, or correct the path")
+            return failure("no_socket", f"{path} {what}", "start what makes it, or correct the path")
         return ok(f"the TPM is reached by {way.name}")
     if chip.major == "1":
-        return failure(
-            "the TPM of this machine is a TPM 1.2, which has no elliptic curves",
-            "stationkey needs a TPM 2.0; some chips can be converted in the firmware's set-up",
-        )
+        advice = "stationkey needs a TPM 2.0; some chips can be converted in the firmware's set-up"
+        return failure("tpm_1", "the TPM of this machine is a TPM 1.2, which has no elliptic curves", advice)
     if facts.kind == "missing":
         return _judge_missing(path, chip)
     if not chip.is_tpm:
-        return failure(f"{path} is a {facts.kind}, not a TPM", f"name the TPM as keystore: {CHOICE}")
+        return failure("not_a_tpm", f"{path} is a {facts.kind}, not a TPM", f"name the TPM as keystore: {CHOICE}")
     if not permits(facts, user, READ | WRITE):
         group = group_name(facts.gid)
-        advice = f"usermod -a -G {group} {user.account}, then restart the daemon"
+        told = f"the daemon's user {user.name} may not open {path} (mode {mode}, group {group})"
         if facts.gid == 0 or not permits(facts, User(-1, facts.gid), READ | WRITE):
             advice = "install tpm-udev (Debian), which gives the device to the group tss, and restart the machine"
-        told = f"the daemon's user {user.name} may not open {path} (mode {mode}, group {group})"
-        return failure(told, advice, stops=False)
+            return failure("no_udev", told, advice, stops=False)
+        return failure("no_rights", told, f"usermod -a -G {group} {user.name}, then restart the daemon", stops=False)
     if facts.mode & 0o006:
-        return warning(
-            f"every user may use the TPM: {path} has mode {mode}",
-            f"chmod o= {path}, and find the udev rule that opens it",
-        )
+        told = f"every user may use the TPM: {path} has mode {mode}"
+        return warning("open", told, f"chmod o= {path}, and find the udev rule that opens it")
     return ok(f"{path} is a device that {user.name} may open (mode {mode})")
 
 
-def _judge_missing(path: Path, chip: Chip) -> Verdict:
+def _judge_missing(path: Path, chip: Chip) -> Finding:
     if path.is_symlink():
-        return failure(f"{path} is a link that leads nowhere", f"ls -l {path} shows where to; name the TPM itself")
+        return failure("dangling", f"{path} is a link that leads nowhere", f"name the TPM itself: {CHOICE}")
     if chip.known or chip.devices:
-        others = ", ".join(chip.devices) or "none under /dev"
-        return failure(
-            f"{path} is missing, and the kernel has found a TPM ({others})",
-            f"name one that is there, best {CHOICE} (since kernel 4.12)",
-        )
-    return failure(
-        f"{path} is missing, and the kernel has found no TPM",
-        "is it enabled in the firmware's set-up or the device tree, is its driver loaded (tpm_tis, tpm_crb, "
-        "tpm_tis_spi)? dmesg | grep -i tpm says more",
-    )
+        there = ", ".join(chip.devices) or "none under /dev"
+        return failure("missing", f"{path} is missing, and the kernel has found a TPM ({there})", f"name it: {CHOICE}")
+    advice = "is it enabled in the firmware's set-up or the device tree, its driver loaded? dmesg | grep -i tpm"
+    return failure("no_tpm", f"{path} is missing, and the kernel has found no TPM", advice)
 
 
 def group_name(gid: int) -> str:
@@ -228,16 +203,3 @@ def holders(way: Way) -> list[str]:
         if not wanted.isdisjoint(targets):
             found.append(f"{name} (process {process.name})")
     return found
-
-
-def simulator_lives(way: Way, *, seconds: float = 1.5) -> bool | None:
-    """Whether swtpm answers on its control port, which it does beside other work; None where it has none."""
-    try:
-        with socket.create_connection((way.host, way.port + 1), seconds) as control:
-            control.settimeout(seconds)
-            control.sendall(_GET_CAPABILITY)
-            return bool(control.recv(1))
-    except TimeoutError:
-        return False
-    except (OSError, OverflowError):
-        return None

@@ -12,6 +12,7 @@ from stationkey.config.settings import Settings, TpmTerms
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType
 from stationkey.doctor.runner import Answer
 from stationkey.doctor.tpm.device import Way
+from stationkey.keystore.tpm2 import return_codes as rc
 
 # TPM_PT [TPM 2.0 part 2, 6.13].
 PT_FAMILY: Final = 0x100
@@ -63,14 +64,8 @@ RESTRICTED: Final = 1 << 16
 DECRYPT: Final = 1 << 17
 SIGN: Final = 1 << 18
 SRK_NEEDED: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | RESTRICTED | DECRYPT
-RC_BAD_AUTH: Final = 0x9A2
-RC_AUTH_FAIL: Final = 0x98E
-RC_INITIALIZE: Final = 0x100
-RC_FAILURE: Final = 0x101
-RC_NEEDS_TEST: Final = 0x153
-RC_TESTING: Final = 0x90A
-RC_INTEGRITY: Final = 0x1DF
-RC_OBJECT_MEMORY: Final = 0x902
+FAILURE_MODE: Final = 0x101
+NEEDS_TEST: Final = 0x153
 MANAGER_ADVICE: Final = 'keystore = "tpm2:device:/dev/tpmrm0", or tpm2-abrmd and "tpm2:tabrmd"'
 
 
@@ -114,7 +109,7 @@ class Probe:
         if not lacking:
             there = all(str(one) in known for one in wanted if isinstance(one, int))
             return "" if there else "the TPM did not tell"
-        if self.errors.get("properties") == RC_INITIALIZE:
+        if self.errors.get("properties") == rc.INITIALIZE:
             return "the TPM waits for TPM2_Startup"
         code = next((self.errors[part] for part in lacking if part in self.errors), None)
         return "the TPM did not tell" if code is None else f"the TPM refuses to tell ({code:#x})"

@@ -8,7 +8,7 @@ Argument: the number of the process that waits for it, with which it ends. Stand
 ``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null, "try_srk": BOOLEAN,
 "keys": {NAME: base64 of the wrapped key}}``. Output: lines of
 ``{"part": NAME, "value": ...}`` or ``{"part": NAME, "error": RETURN CODE}``.
-Judged in `stationkey.doctor.tpm.reachability`.
+Judged in `stationkey.doctor.tpm.checks`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 os.environ.setdefault("TSS2_LOG", "all+none")  # what goes wrong is told by return code; see keystore/tpm2.py
 
@@ -38,11 +38,10 @@ from tpm2_pytss.types import (
     TPMU_PUBLIC_PARMS,
 )
 
-_PAGE: Final = 64
-_FIXED: Final = 0x100
-_VARIABLE: Final = 0x200
+from stationkey.keystore.tpm2 import capabilities
+
 _RSA: Final = (2048, 3072)
-_RANGES: Final = {"loaded_sessions": 0x02000000, "transient": 0x80000000, "persistent": 0x81000000}
+_TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
 _RC_SUCCESS: Final = 0
 _PR_SET_PDEATHSIG: Final = 1
 _NODA: Final = 1 << 10
@@ -73,33 +72,6 @@ def look(part: str, question: Callable[[], object]) -> bool:
     return True
 
 
-def pages(esapi: ESAPI, capability: Any, member: str, number: Callable[[Any], int], first: int) -> Iterable[Any]:
-    """Every entry of a capability; a TPM may give it in parts [TPM 2.0 part 3, 30.2]."""
-    more = True
-    while more:
-        more, page = esapi.get_capability(capability, first, _PAGE)
-        entries = list(getattr(page.data, member))
-        yield from entries
-        if not entries:
-            return
-        first = number(entries[-1]) + 1
-
-
-def properties(esapi: ESAPI) -> dict[str, int]:
-    """Fixed and variable properties [TPM 2.0 part 2, 6.13]."""
-    found = {}
-    for first in (_FIXED, _VARIABLE):
-        for entry in pages(esapi, TPM2_CAP.TPM_PROPERTIES, "tpmProperties", lambda entry: int(entry.property), first):
-            found[str(int(entry.property))] = int(entry.value)
-    return found
-
-
-def handles(esapi: ESAPI, first: int) -> list[int]:
-    """The handles of a kind."""
-    found = (int(handle) for handle in pages(esapi, TPM2_CAP.HANDLES, "handles", int, first))
-    return [handle for handle in found if handle >> 24 == first >> 24]
-
-
 def banks(esapi: ESAPI) -> dict[str, list[int]]:
     """The registers of each bank, by the bank's hash."""
     _, page = esapi.get_capability(TPM2_CAP.PCRS, 0, 1)
@@ -128,7 +100,7 @@ def rsa_sizes(esapi: ESAPI) -> list[int]:
 
 def object_at(esapi: ESAPI, handle: int) -> dict[str, int] | None:
     """What there is at a persistent handle; None where nothing is."""
-    if handle not in handles(esapi, handle):
+    if not capabilities.persistent(esapi, handle):
         return None
     public = esapi.read_public(esapi.tr_from_tpmpublic(handle))[0].publicArea
     found = {"type": int(public.type), "attributes": int(public.objectAttributes)}
@@ -204,8 +176,7 @@ def end_with(parent: int) -> None:
 
 def main() -> None:
     """Ask all of it."""
-    if len(sys.argv) > 1:
-        end_with(int(sys.argv[1]))
+    end_with(int(sys.argv[1]))
     asked = json.load(sys.stdin)
     name, _, path = asked["tcti"].partition(":")
     if name == "device" and path and not opens(path):
@@ -215,17 +186,14 @@ def main() -> None:
         return
     esapi = opened[0]
     # The failure mode lets only these through, and the first command tells whether the TPM was started.
-    started = look("properties", lambda: properties(esapi))
+    started = look("properties", lambda: capabilities.properties(esapi))
     look("test_result", lambda: int(esapi.get_test_result()[1]))
     if not started:
         return
-    for part, first in _RANGES.items():
-        look(part, lambda first=first: handles(esapi, first))  # type: ignore[misc] # mypy does not infer a lambda's default
-    look(
-        "algorithms",
-        lambda: [int(one.alg) for one in pages(esapi, TPM2_CAP.ALGS, "algorithms", lambda a: int(a.alg), 0)],
-    )
-    look("curves", lambda: [int(curve) for curve in pages(esapi, TPM2_CAP.ECC_CURVES, "eccCurves", int, 0)])
+    look("loaded_sessions", lambda: capabilities.sessions(esapi, saved=False))
+    look("transient", lambda: capabilities.handles(esapi, *_TRANSIENT))
+    look("algorithms", lambda: sorted(capabilities.algorithms(esapi)))
+    look("curves", lambda: sorted(capabilities.curves(esapi)))
     look("rsa", lambda: rsa_sizes(esapi))
     look("banks", lambda: banks(esapi))
     look("srk", lambda: object_at(esapi, asked["srk"]))

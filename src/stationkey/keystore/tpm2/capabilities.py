@@ -65,15 +65,22 @@ def curves(esapi: ESAPI, session: Any = ESYS_TR.NONE) -> set[int]:
     return {int(curve) for curve in _pages(esapi, TPM2_CAP.ECC_CURVES, "eccCurves", int, 0, session)}
 
 
+def properties(esapi: ESAPI) -> dict[int, int]:
+    """Fixed and variable properties, by number [TPM 2.0 part 2, 6.13]."""
+    found: dict[int, int] = {}
+    for first in (TPM2_PT.FIXED, TPM2_PT.VAR):
+        pages = _pages(esapi, TPM2_CAP.TPM_PROPERTIES, "tpmProperties", lambda entry: int(entry.property), int(first))
+        found |= {int(entry.property): int(entry.value) for entry in pages}
+    return found
+
+
 def description(esapi: ESAPI) -> str:
-    """Vendor and firmware version, as the fixed properties tell them [TPM 2.0 part 2, 6.13]."""
-    first = int(TPM2_PT.FIXED)
-    entries = _pages(esapi, TPM2_CAP.TPM_PROPERTIES, "tpmProperties", lambda entry: int(entry.property), first)
-    properties = {int(entry.property): int(entry.value) for entry in entries}
+    """Vendor and firmware version, as the fixed properties tell them."""
+    told = properties(esapi)
     names = (TPM2_PT_VENDOR.STRING_1, TPM2_PT_VENDOR.STRING_2, TPM2_PT_VENDOR.STRING_3, TPM2_PT_VENDOR.STRING_4)
-    vendor = b"".join(properties.get(int(name), 0).to_bytes(4, "big") for name in names)
-    manufacturer = properties.get(int(TPM2_PT.MANUFACTURER), 0).to_bytes(4, "big")
-    firmware = properties.get(int(TPM2_PT_FIRMWARE.VERSION_1), 0)
+    vendor = b"".join(told.get(int(name), 0).to_bytes(4, "big") for name in names)
+    manufacturer = told.get(int(TPM2_PT.MANUFACTURER), 0).to_bytes(4, "big")
+    firmware = told.get(int(TPM2_PT_FIRMWARE.VERSION_1), 0)
     return f"TPM 2.0 {_printable(manufacturer)} {_printable(vendor)} firmware {firmware >> 16}.{firmware & 0xFFFF}"
 
 

@@ -1,0 +1,394 @@
+"""The broker: the way to it, and what it lets through."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+import ssl
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import MqttTerms
+from stationkey.doctor.broker.probe import LARGE, Visit, visit
+from stationkey.doctor.config.certificates import MONTH
+from stationkey.doctor.host.context import Context, path_of
+from stationkey.doctor.host.files import look_at
+from stationkey.doctor.host.sockets import listeners_on
+from stationkey.doctor.report import Finding, failure, hidden, listed, ok, unknown, warning
+from stationkey.doctor.runner import Check, within
+from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.mqtt.connection import ProtocolRefused
+from stationkey.mqtt.tls import introduction, no_handshake
+from stationkey.mqtt.topics import MAX_PREFIX, topics
+from stationkey.mqtt.url import DEFAULT_TLS_PORT, Broker
+from stationkey.system.addresses import is_loopback
+
+Addresses = list[tuple[int, tuple[object, ...]]]
+"""Family and address of each, as `socket` has them."""
+_PATIENCE: Final = 2.0
+"""Seconds for a name, and for a connection."""
+_PLAIN_PORT: Final = "is it a port without TLS (1883)?"
+_NAGLE: Final = 0.020
+"""Seconds that nothing but a delayed acknowledgement adds; it is 40 ms on Linux."""
+_SHIPPED: Final = "(/usr/share/doc/stationkey/examples/mosquitto)"
+_HINTS: Final = {
+    "broker_refuses": "does the broker know user name and password? Its log says more; an access control list by "
+    "client id must let in stationkey-doctor-*, too",
+    "broker_unreachable": "is it an MQTT broker, and does its log say anything?",
+}
+
+
+def judge_url(url: str, prefix: str) -> Finding:
+    """Judge the URL and the topic prefix, by the daemon's own rules."""
+    try:
+        broker = Broker.parse(url)
+        topics(prefix)
+    except ConfigurationError as error:
+        hint = error.hint or "correct it in the configuration"
+        if error.reason == "topic_prefix_invalid":
+            hint = f"correct topic_prefix: no + and #, no $ at its beginning, {MAX_PREFIX} bytes at most"
+        return failure(error.reason, error.message, hint)
+    if not broker.tls and broker.port == DEFAULT_TLS_PORT:
+        return warning("tls_port", f"{broker} has the port that is for TLS, and no TLS", f"mqtts://{broker.host}")
+    return ok(f"the broker is {broker}" + (", on this machine" if is_loopback(broker.host) else ""))
+
+
+def broker_of(context: Context) -> Broker:
+    """Return the broker that is configured; `judge_url` says whether there is one."""
+    return Broker.parse(context.settings.broker)
+
+
+def resolve(context: Context) -> Addresses | str:
+    """Return the addresses of the broker, or why there are none."""
+    broker = broker_of(context)
+
+    def ask() -> Addresses | str:
+        try:
+            found = socket.getaddrinfo(broker.host, broker.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            return getattr(error, "strerror", None) or str(error)
+        return [(int(family), address) for family, _, _, _, address in found]
+
+    otherwise: Addresses | str = f"no answer within {_PATIENCE:g} s"
+    return within(_PATIENCE, ask, otherwise)
+
+
+def judge_name(broker: Broker, addresses: Addresses | str) -> Finding:
+    """Judge what the name resolves to. `addresses`: or why there are none."""
+    if isinstance(addresses, str):
+        advice = "correct the name, or name an address; does the name server answer (resolvectl query)?"
+        return failure("unresolved", f"{broker.host} does not resolve: {addresses}", advice)
+    return ok(f"{broker.host} is {listed(dict.fromkeys(str(address[0]) for _, address in addresses))}")
+
+
+def look_at_port(context: Context) -> tuple[Broker, str]:
+    """Connect to each address until one accepts; the text says why none does."""
+    addresses = context.once(resolve)
+    why, end = "it has no address", time.monotonic() + _PATIENCE
+    for family, address in addresses if isinstance(addresses, list) else ():
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as connection:
+                connection.settimeout(max(0.01, end - time.monotonic()))
+                connection.connect(address)
+                return broker_of(context), ""
+        except TimeoutError:
+            why = f"no answer within {_PATIENCE:g} s"
+        except OSError as error:
+            why = error.strerror or str(error)
+    return broker_of(context), why
+
+
+def judge_port(broker: Broker, why: str) -> Finding:
+    """Judge whether anything listens. `why`: it does not, or an empty text."""
+    if why:
+        advice = (
+            "is the broker running (systemctl status mosquitto), on this address and port, and is no firewall between?"
+        )
+        return failure("closed", f"nothing accepts a connection at {broker}: {why}", advice)
+    return ok(f"something listens at {broker}")
+
+
+def look_at_tls(context: Context) -> tuple[Broker, str, str, Exception | None, datetime] | Finding:
+    """Shake hands with the broker, without the client's own certificate: its key may be in the TPM."""
+    broker, mqtt, now = broker_of(context), context.settings.mqtt, datetime.now(UTC)
+    if not broker.tls:
+        return broker, "", "", None, now
+    if mqtt.ca_file is not None and mqtt.ca_file.exists() and not os.access(mqtt.ca_file, os.R_OK):
+        return hidden(mqtt.ca_file)
+    bare = dataclasses.replace(mqtt, certificate_file=None, key_file=None, username=None, password=None)
+    try:
+        tls = introduction(bare, tls=True).tls
+        assert tls is not None
+        with (
+            socket.create_connection((broker.host, broker.port), _PATIENCE) as connection,
+            tls.wrap_socket(connection, server_hostname=broker.host) as session,
+        ):
+            certificate = session.getpeercert() or {}
+            return broker, session.version() or "", str(certificate.get("notAfter", "")), None, now
+    except (OSError, StationKeyError) as error:
+        return broker, "", "", error, now
+
+
+def judge_tls(broker: Broker, version: str, ends: str, error: Exception | None, now: datetime) -> Finding:
+    """Judge the broker's certificate.
+
+    Args:
+        broker: where it is.
+        version: of TLS that was agreed on.
+        ends: when the broker's certificate expires, as `ssl` gives it.
+        error: why there is no TLS, or None.
+        now: the time.
+    """
+    if error is not None:
+        return _judge_handshake(broker, error)
+    if not broker.tls and is_loopback(broker.host):
+        return ok("no TLS, which does not matter on this machine itself")
+    if not broker.tls:
+        told = f"no TLS: what goes to and from {broker.host} can be read and changed on the way"
+        return warning("no_tls", told, 'broker = "mqtts://HOST[:8883]" and [mqtt] ca_file, and a TLS listener there')
+    try:
+        end = datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC)
+    except ValueError:
+        return ok(f"{version}, and the broker's certificate is verified")
+    if end - now < MONTH:
+        told = f"the broker's certificate expires in {(end - now).days} days, on {end:%Y-%m-%d}"
+        return warning("expires", told, "have a new one made for the broker in time")
+    return ok(f"{version}, and the broker's certificate is verified (until {end:%Y-%m-%d})")
+
+
+def _judge_handshake(broker: Broker, error: Exception) -> Finding:
+    match error:
+        case ssl.SSLError() if "_ALERT_" in (error.reason or ""):  # the login tells whether it takes ours
+            return ok("TLS is spoken, and a certificate of the client is wanted")
+        case ssl.SSLError():
+            hint = "TLS 1.2 is the least that is accepted; see the broker's log"
+            if error.reason == "WRONG_VERSION_NUMBER":
+                hint = "that port has no TLS: name the port that has, or begin the URL with mqtt://"
+            said = no_handshake(str(broker), error)
+            return failure(said.reason, said.message, said.hint or hint)
+        case StationKeyError():
+            return failure(error.reason, error.message, error.hint or "correct it under [mqtt]")
+    why = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
+    return failure("tls_failed", f"no TLS with {broker}: {why}", _PLAIN_PORT)
+
+
+def _speaks_tls(broker: Broker) -> bool:
+    """Whether a port that refuses plain MQTT has TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # nothing is said to it; it is asked what it speaks
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        with socket.create_connection((broker.host, broker.port), 1.0) as connection:
+            connection.settimeout(1.0)
+            with context.wrap_socket(connection):
+                return True
+    except ssl.SSLError as error:
+        return "_ALERT_" in (error.reason or "")
+    except OSError:
+        return False
+
+
+def look_at_visit(context: Context) -> tuple[Visit] | Finding:
+    """Visit the broker, once for all checks."""
+    seen = context.once(_visit)
+    return seen if isinstance(seen, Finding) else (seen,)
+
+
+def _visit(context: Context) -> Visit | Finding:
+    terms = _at_hand(context)
+    if isinstance(terms, Finding):
+        return terms
+    prefix, running = context.settings.topic_prefix, context.daemon.running
+    return asyncio.run(visit(broker_of(context), terms, prefix, daemon_running=running))
+
+
+def _at_hand(context: Context) -> MqttTerms | Finding:
+    """Return the terms, with systemd's credentials where they are; or what of them this user may not read.
+
+    What is missing or wrong for the daemon too, other checks say.
+    """
+    terms, found = context.settings.mqtt, dict[str, SecretReference]()
+    for name in ("certificate_file", "key_file", "username", "password"):
+        reference = getattr(terms, name)
+        if not isinstance(reference, SecretReference):
+            continue
+        path = path_of(reference)
+        if path is None:
+            return unknown(f"{reference.source} is there for root alone, and while the unit runs", "", "credential")
+        found[name] = SecretReference(str(path))
+    paths = [Path(one.source) for one in found.values()] + ([terms.ca_file] if terms.ca_file is not None else [])
+    for path in () if context.sees_all else paths:
+        if look_at(path, follow=True).kind in {"file", "unseen"} and not os.access(path, os.R_OK):
+            return hidden(path)
+    return dataclasses.replace(terms, **found)  # type: ignore[arg-type] # each is a field that had a reference before
+
+
+def look_at_login(context: Context) -> tuple[Broker, Visit, bool] | Finding:
+    """Visit the broker, and see whether a port that does not let us in has TLS."""
+    seen, broker = context.once(_visit), broker_of(context)
+    if isinstance(seen, Finding):
+        return seen
+    return broker, seen, seen.refused is not None and not broker.tls and _speaks_tls(broker)
+
+
+def judge_login(broker: Broker, seen: Visit, tls: bool) -> Finding:
+    """Judge whether the broker lets us in. `tls`: whether its port has TLS, and the URL has not."""
+    error = seen.refused
+    if error is not None and tls:
+        told = f"{broker} has TLS, and the URL says mqtt://"
+        return failure("tls_needed", told, f"mqtts://{broker.host}:{broker.port}")
+    if isinstance(error, ProtocolRefused):
+        return failure("no_mqtt", error.message, error.hint or "is it an MQTT broker? If it is, its log says why")
+    if error is not None:
+        ours = "correct it under [mqtt]" if isinstance(error, ConfigurationError) else "see the broker's log"
+        return failure(error.reason, error.message, error.hint or _HINTS.get(error.reason, ours))
+    if seen.in_its_place:
+        told = "one session for each user: the broker took the doctor for the running daemon, and it left at once"
+        return warning("shared_session", told, "stop the daemon to have its rights examined", stops=True)
+    return ok(f"the broker lets us in, {'with our identity' if seen.named else 'without a name'}")
+
+
+def judge_version(seen: Visit) -> Finding:
+    """Judge which MQTT is spoken."""
+    if seen.refused is not None:
+        return unknown("it depends on broker.login", "", "depends")
+    if seen.mqtt5:
+        return ok("MQTT 5 is spoken")
+    told = "MQTT 3.1.1 only: the broker cannot say that it refuses a message, and an answer may be lost unseen"
+    return warning("mqtt_3", told, "use a broker with MQTT 5, such as Mosquitto 2")
+
+
+def judge_publish(seen: Visit) -> Finding:
+    """Judge whether we may answer."""
+    if seen.own.answers is None and seen.cut:
+        advice = "see the broker's log: does it limit messages (Mosquitto: max_qos, message_size_limit)?"
+        return failure("no_acknowledgement", f"the broker did not acknowledge a message: {seen.cut}", advice)
+    if not seen.own.answers:
+        told = f"answers do not get through: {seen.why or 'the broker refuses them'}"
+        advice = f"let stationkey's identity write to {seen.responses} {_SHIPPED}"
+        return failure("refused", told, advice, stops=False)
+    if seen.too_large:
+        told = f"the broker takes a short message, and none of {LARGE} bytes: {seen.too_large}"
+        advice = "remove the limit, or raise it (Mosquitto: message_size_limit and max_packet_size)"
+        return failure("too_large", told, advice, stops=False)
+    if seen.maximum_qos < 1:
+        told = "the broker takes QoS 0 only: an answer that is lost on the way is not sent again"
+        return warning("qos_0", told, "allow QoS 1 (Mosquitto: max_qos)")
+    if not seen.mqtt5:
+        return unknown("with MQTT 3.1.1 the broker acknowledges what it refuses, too", stops=False)
+    return ok(f"the broker takes our messages on {seen.responses}")
+
+
+def judge_subscribe(seen: Visit) -> Finding:
+    """Judge whether we may read requests."""
+    if seen.subscribed is None:
+        advice = "see the broker's log"
+        return failure("no_acknowledgement", f"no answer to a subscription: {seen.cut}", advice, stops=False)
+    if not seen.subscribed:
+        advice = f"let stationkey's identity read {seen.requests} {_SHIPPED}"
+        return failure("refused", f"requests do not get through: {seen.why}", advice)
+    return ok(f"a subscription to {seen.requests} is granted")
+
+
+def look_at_reach(context: Context) -> tuple[Visit, str | None] | Finding:
+    """Visit the broker, and find out who else reaches it: in words, or None for programs of this machine only."""
+    seen, broker = context.once(_visit), broker_of(context)
+    if isinstance(seen, Finding):
+        return seen
+    if not is_loopback(broker.host):
+        return seen, f"every machine that reaches {broker.host}"
+    beyond = not all(map(is_loopback, listeners_on(broker.port)))
+    return seen, f"every machine that reaches port {broker.port} of this one" if beyond else None
+
+
+def judge_own_rights(seen: Visit, reach: str | None) -> Finding:
+    """Judge whether our own identity may ask: who steals it should not have keys made."""
+    if not seen.named:
+        return unknown("we have no name at the broker that rights could be given to")
+    if seen.own.asks is None:
+        return unknown(seen.cut or "the broker did not answer")
+    if not seen.own.asks:
+        return ok(f"our own identity may not publish on {seen.requests}")
+    told = f"our own identity may publish on {seen.requests}, as if it were Josev" + (
+        f"; so may {reach}" if reach else ""
+    )
+    return failure("may_ask", told, f"let only Josev write to {seen.requests}, by an access control list {_SHIPPED}")
+
+
+def judge_anonymous(seen: Visit, reach: str | None) -> Finding:
+    """Judge what somebody without a name may do. `reach`: who else reaches the broker, or None."""
+    whom, rights = reach or "every program of this machine", seen.anonymous
+    if rights is None and (seen.refused is not None or seen.in_its_place):
+        return unknown("it depends on broker.login", "", "depends")
+    if not seen.named:
+        told = f"the broker takes anybody: {whom} can have keys made, and answer in our place"
+        advice = f"give Josev and stationkey a name or a certificate each, and an access control list {_SHIPPED}"
+        return failure("no_names", told, advice) if reach is not None else warning("no_names", told, advice)
+    if rights is None:
+        return unknown(seen.anonymous_why) if seen.anonymous_why else ok("nobody is let in without a name")
+    may = {
+        f"ask for keys ({seen.requests})": rights.asks,
+        f"answer in our place ({seen.responses})": rights.answers,
+        f"read the answers ({seen.responses})": rights.listens,
+    }
+    can = [words for words, granted in may.items() if granted]
+    advice = f"allow_anonymous false, or an access control list that gives nobody any of it {_SHIPPED}"
+    if can:
+        return failure("anonymous_rights", f"the broker lets in anybody: {whom} can {' and '.join(can)}", advice)
+    told = "the broker lets in anybody, though not to our topics"
+    return ok(told) if reach is None else warning("anonymous", f"{told}: {reach} can", advice)
+
+
+def judge_josev(seen: Visit) -> Finding:
+    """Judge whether anybody waits for answers."""
+    if seen.josev is None:
+        return unknown(f"the broker does not say who is subscribed to {seen.responses}")
+    if seen.josev:
+        return ok(f"somebody is subscribed to {seen.responses}")
+    told = f"nobody is subscribed to {seen.responses}: answers are not heard"
+    return warning("nobody_listens", told, "is Josev running, at this broker and with this topic prefix?")
+
+
+def judge_retained(seen: Visit) -> Finding:
+    """Judge whether an old message is retained on a topic, which every new subscriber gets."""
+    if not seen.retained:
+        return ok(f"no message is retained on {seen.requests}")
+    told = f"a message is retained on {listed(seen.retained)}: the broker sends it at every subscription, as if new"
+    clear = f"mosquitto_pub {seen.at} -t {seen.retained[0]} -r -n"
+    return warning("retained", told, f"remove it, as who may write there: {clear}; and find out who sets retain")
+
+
+def judge_delay(seen: Visit) -> Finding:
+    """Judge whether the broker holds small packets back."""
+    if seen.single is None or seen.pair is None:
+        return unknown(seen.cut or "there is no subscription to measure it by")
+    took = f"one exchange takes {seen.single * 1000:.1f} ms, two at once {seen.pair * 1000:.1f} ms"
+    if seen.pair - seen.single > _NAGLE:
+        told = f"the broker holds small packets back (Nagle's algorithm): {took}"
+        return warning("nagle", told, f"set_tcp_nodelay true in Mosquitto's configuration {_SHIPPED}, and restart it")
+    return ok(took)
+
+
+_TLS: Final = ("broker.tls",)
+_TALKS: Final = ("broker.publish",)
+_TOPICS: Final = ("topic_prefix",)
+CHECKS: Final = (
+    Check("broker.url", lambda at: (at.settings.broker, at.settings.topic_prefix), judge_url, reads=("broker",)),
+    Check("broker.name", lambda at: (broker_of(at), at.once(resolve)), judge_name, ("broker.url",)),
+    Check("broker.port", look_at_port, judge_port, ("broker.name",)),
+    Check("broker.tls", look_at_tls, judge_tls, ("broker.port",), ("mqtt",)),
+    Check("broker.login", look_at_login, judge_login, _TLS, _TOPICS),
+    Check("broker.version", look_at_visit, judge_version, _TLS, _TOPICS),
+    Check("broker.publish", look_at_visit, judge_publish, ("broker.login",)),
+    Check("broker.subscribe", look_at_visit, judge_subscribe, _TALKS),
+    Check("broker.own_rights", look_at_reach, judge_own_rights, _TALKS),
+    Check("broker.anonymous", look_at_reach, judge_anonymous, _TLS, _TOPICS),
+    Check("broker.josev", look_at_visit, judge_josev, _TALKS),
+    Check("broker.retained", look_at_visit, judge_retained, ("broker.subscribe",)),
+    Check("broker.delay", look_at_visit, judge_delay, _TALKS),
+)

@@ -1,0 +1,214 @@
+"""The configuration: what the file says, who may read and write it, and the files that it names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, get_args
+
+from stationkey.config.options import options_of
+from stationkey.config.secrets import SecretReference
+from stationkey.config.settings import LogFormat, Settings
+from stationkey.doctor.config import certificates, consistency
+from stationkey.doctor.config.access import judge_access
+from stationkey.doctor.config.consistency import named_secrets
+from stationkey.doctor.host.context import UNIT, Configured, Context, Unit, path_of
+from stationkey.doctor.host.files import ENTER, READ, Facts, User, look_at, octal
+from stationkey.doctor.report import Finding, Level, failure, hidden, listed, ok, unknown, warning
+from stationkey.doctor.runner import Check
+from stationkey.errors import ConfigurationError
+
+_SHOWN: Final = 4
+"""Mistakes that are told one by one."""
+_USUAL: Final = Path("/etc/stationkey/stationkey.toml")
+_PREFIX: Final = "STATIONKEY_"
+_VARIABLES: Final = frozenset(
+    f"{_PREFIX}{name}"
+    for name in ("BROKER", "KEYSTORE", "ALLOW_SOFTWARE_KEYS", "STATE_DIR", "TOPIC_PREFIX", "LOG_FORMAT", "CONFIG")
+)
+_OTHERS: Final = frozenset(
+    f"{_PREFIX}MQTT_{option.name.upper()}" for option in options_of(Settings) if option.table == "mqtt"
+)
+"""Read by the commands that are clients of the broker."""
+_MAX_LISTED: Final = 1024
+"""Files in a certificate directory, beyond which the daemon does not look."""
+_LOADING: Final = ("LoadCredential", "LoadCredentialEncrypted", "SetCredential", "SetCredentialEncrypted")
+
+
+def look_at_file(context: Context) -> tuple[Configured, Path | None] | Finding:
+    """Look at what came of the file, and at the usual one if none is named."""
+    facts = context.configured.file
+    if facts is not None and facts.kind in {"file", "unseen"} and not os.access(facts.path, os.R_OK):
+        return hidden(facts.path)
+    unnamed = context.options.config_file is None and look_at(_USUAL).kind == "file"
+    return context.configured, _USUAL if unnamed else None
+
+
+def judge_file(configured: Configured, usual: Path | None) -> Finding:
+    """Judge whether the file can be read and is valid. `usual`: the file of the package, if none is named."""
+    facts = configured.file
+    if facts is not None and facts.kind == "missing":
+        return failure("missing", f"{facts.path} is missing: the daemon does not start", "correct the path")
+    if configured.complaints:
+        more = len(configured.complaints) - _SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        return failure(
+            "invalid",
+            f"{'; '.join(configured.complaints[:_SHOWN])}{rest}",
+            "correct it: the daemon does not start. What needs an invalid option is not checked",
+        )
+    if usual is not None:
+        advice = f"if the daemon uses it: stationkey doctor --config {usual}"
+        return warning("not_named", f"no configuration file is named, and there is {usual}", advice)
+    return ok("no configuration file is named: the defaults apply" if facts is None else f"{facts.path} is valid")
+
+
+def look_at_rights(context: Context) -> tuple[Facts, User] | Finding:
+    """Look at the file itself."""
+    facts, user = context.configured.file, context.daemon.user
+    if facts is None or facts.kind != "file":
+        return unknown("no file is named") if facts is None else unknown(f"{facts.path} is not a file to look at")
+    return look_at(facts.path, follow=True, user=user), user
+
+
+def judge_rights(facts: Facts, user: User) -> list[Finding]:
+    """Judge who may read and write the file."""
+    path, mode = facts.path, octal(facts.mode)
+    found = [one for one in (judge_access("the configuration file", facts, user),) if one is not None]
+    if facts.mode & 0o020 and facts.gid != 0:
+        told = f"group {facts.gid} may write {path} (mode {mode})"
+        found.append(warning("group_writable", told, f"chmod g-w {path}"))
+    if facts.uid not in {0, user.uid}:
+        told = f"{path} belongs to uid {facts.uid}, not to root or {user.name}"
+        found.append(warning("foreign", told, f"chown root {path}"))
+    return found or [ok(f"{path} can be changed by its owner alone (mode {mode})")]
+
+
+def judge_environment(environment: Mapping[str, str], log_format: str | None) -> Finding:
+    """Judge the variables of this shell. A service has its own."""
+    ours = sorted(variable for variable in environment if variable.startswith(_PREFIX))
+    strange = [variable for variable in ours if variable not in _VARIABLES | _OTHERS]
+    if log_format is not None and log_format not in get_args(LogFormat):
+        told = f"invalid log format {log_format!r}: the daemon does not start"
+        return failure("log_format", told, "STATIONKEY_LOG_FORMAT, or --log-format, is text or json")
+    if "OPENSSL_CONF" in environment:
+        told = "OPENSSL_CONF is set: it is for services that use keys in the TPM, not for the daemon"
+        return warning("openssl_conf", told, "set it for those services alone")
+    if strange:
+        known = listed(sorted(_VARIABLES), most=9)
+        return warning("unknown_variable", f"unknown variable {listed(strange)}; typo?", f"known: {known}")
+    return ok(f"{listed(ours)} of this shell override the file" if ours else "no variable changes the settings")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretSeen:
+    """A secret that the settings name, and what was seen of it.
+
+    Attributes:
+        where: the setting, ``[mqtt] password_file`` for example.
+        source: as it stands there.
+        facts: of the file; None if it is a credential that is not at hand.
+        refused: why the daemon would not take it; None if it would, or if this user cannot read it.
+        padded: whether it begins or ends with white space.
+    """
+
+    where: str
+    source: str
+    facts: Facts | None
+    refused: ConfigurationError | None = None
+    padded: bool = False
+
+
+def look_at_secrets(context: Context) -> tuple[list[SecretSeen], User, Unit | None] | Finding:
+    """Look at every secret that is named."""
+    user = context.daemon.user
+    seen = [_look_at(where, reference, user) for where, reference in named_secrets(context.settings)]
+    return (seen, user, context.unit) if seen else ok("no secret is named")
+
+
+def _look_at(where: str, reference: SecretReference, user: User) -> SecretSeen:
+    source, path = reference.source, path_of(reference)
+    if path is None:
+        return SecretSeen(where=where, source=source, facts=None)
+    facts, refused, padded = look_at(path, follow=True, user=user), None, False
+    if facts.there and os.access(path, os.R_OK):
+        try:
+            content = SecretReference(str(path)).read()
+            padded = content != content.strip()
+        except ConfigurationError as error:
+            refused = error
+    return SecretSeen(where=where, source=source, facts=facts, refused=refused, padded=padded)
+
+
+def judge_secrets(secrets: list[SecretSeen], user: User, unit: Unit | None) -> Iterator[Finding]:
+    """Judge each secret: there, accepted by the daemon, and closed to others. Never show what is in it."""
+    for secret in secrets:
+        yield _judge_credential(secret, unit) if secret.facts is None else _judge_secret(secret, secret.facts, user)
+
+
+def _judge_secret(secret: SecretSeen, facts: Facts, user: User) -> Finding:
+    where, path = secret.where, facts.path
+    if facts.kind == "missing" and "/" not in secret.source:
+        advice = "name the path of a file. What stands there is not shown: it may be the secret itself"
+        return failure("missing", f"{where} names a file that is missing", advice)
+    if secret.refused is not None:
+        exposed = ", and replace the secret: others may have read it" if facts.mode & 0o007 else ""
+        advice = secret.refused.hint or "write the secret into a file, and nothing else"
+        return failure(secret.refused.reason, f"{where}: {secret.refused.message}", advice + exposed)
+    found = judge_access(where, facts, user)
+    if found is not None:
+        return found
+    if secret.padded:
+        advice = "remove it, if it is not meant: only one line feed at the end does not count"
+        return warning("padded", f"{where}: {path} begins or ends with white space, which counts", advice)
+    return ok(f"{where}: {path} is closed to others (mode {octal(facts.mode)})")
+
+
+def _judge_credential(secret: SecretSeen, unit: Unit | None) -> Finding:
+    credential = secret.source.partition(":")[2]
+    if unit is None or not unit.installed:
+        return unknown(f"{secret.where} comes from systemd, and {UNIT} is not visible")
+    loaded = " ".join(unit[field] for field in _LOADING)
+    if credential in loaded.replace(":", " ").split() or unit["ImportCredential"]:
+        return ok(f"{secret.where}: {UNIT} loads the credential {credential}")
+    told = f"{secret.where} needs the credential {credential}, and {UNIT} does not load it"
+    return failure("credential", told, f"add LoadCredential={credential}:PATH to the unit; systemctl daemon-reload")
+
+
+def look_at_certificate_dir(context: Context) -> tuple[Facts, User, int] | Finding:
+    """Look at the directory that Josev installs certificates to, and count what is in it."""
+    path, user, number = context.settings.certificate_dir, context.daemon.user, 0
+    if path is None:
+        told = "[josev] certificate_dir is not set: a status is matched to a key by the order of messages alone"
+        return warning("not_set", told, "set it to the directory that Josev installs to, if it is on this machine")
+    facts = look_at(path, follow=True, user=user)
+    if facts.kind == "directory" and os.access(path, os.R_OK | os.X_OK):
+        for number, _ in enumerate(path.rglob("*")):
+            if number > _MAX_LISTED:
+                break
+    return facts, user, number
+
+
+def judge_certificate_dir(facts: Facts, user: User, number: int) -> Finding:
+    """Judge whether the daemon can read it, and how many files there are."""
+    path = facts.path
+    found = judge_access("[josev] certificate_dir", facts, user, kind="directory", wanted=READ | ENTER)
+    if found is not None:  # who puts a certificate there chooses between keys, and gets none
+        return replace(found, level=Level.WARNING) if found.reason == "replaceable" else found
+    if number > _MAX_LISTED:
+        told = f"{path} has more than {_MAX_LISTED} files: the daemon does not look through so many"
+        return failure("too_many", told, "name the directory of the certificates alone")
+    return ok(f"{path} can be read")
+
+
+CHECKS: Final = (
+    Check("config.file", look_at_file, judge_file),
+    Check("config.rights", look_at_rights, judge_rights),
+    Check("config.environment", lambda context: (os.environ, context.options.log_format), judge_environment),
+    Check("config.sense", consistency.look_at_settings, consistency.judge_settings),
+    Check("config.secrets", look_at_secrets, judge_secrets),
+    Check("config.tls", certificates.look_at_tls, certificates.judge_tls),
+    Check("config.certificate_dir", look_at_certificate_dir, judge_certificate_dir),
+)
