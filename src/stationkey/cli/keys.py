@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import indent
@@ -17,6 +18,7 @@ from textwrap import indent
 import click
 
 from stationkey.cli._options import Configured, configured, json_option
+from stationkey.config.settings import RenewalTerms
 from stationkey.errors import StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
@@ -51,7 +53,17 @@ def opened_ledger(directory: Path, *, write: bool = False) -> Iterator[Ledger]:
         yield ledger
 
 
-def _key_json(key: KeyRecord) -> dict[str, object]:
+def _renewal(terms: RenewalTerms, key: KeyRecord) -> str | None:
+    """Return whether the certificate of an active key is due for renewal (`Due`), or None if that is not asked."""
+    if key.state is not KeyState.ACTIVE or key.not_after is None:
+        return None
+    from stationkey.x509.renewal import RenewalRule  # noqa: PLC0415 - a ledger without active keys needs no X.509
+
+    rule = RenewalRule(before=terms.before // 1000, life_divisor=terms.life_divisor)
+    return str(rule.judge_chain(key.chain, key.not_after, time.time()))
+
+
+def _key_json(key: KeyRecord, renewal: Callable[[KeyRecord], str | None]) -> dict[str, object]:
     return {
         "key_id": key.key_id,
         "state": str(key.state),
@@ -69,6 +81,7 @@ def _key_json(key: KeyRecord) -> dict[str, object]:
         "country_name": key.country_name or None,
         "created_at": _time(key.created_at),
         "certificate_expires_at": None if key.not_after is None else _time(key.not_after * 1000),
+        "renewal_due": renewal(key),
         "request_ids": list(key.request_ids),
         "subject_public_key_info": b64encode(key.public).decode(),
     }
@@ -108,7 +121,9 @@ def keys_list(settings: Configured, as_json: bool) -> None:
     """List the keys, in the order in which they were made."""
     with opened_ledger(settings().state_dir) as ledger:
         found = ledger.keys.stream()
-        sys.stdout.writelines(_json_array(map(_key_json, found)) if as_json else _key_table(found))
+        renewal = partial(_renewal, settings().renewal)
+        shown = _json_array(_key_json(key, renewal) for key in found) if as_json else _key_table(found, renewal)
+        sys.stdout.writelines(shown)
         sys.stdout.flush()  # here, where click reports a closed pipe
 
 
@@ -121,9 +136,9 @@ def _json_array(items: Iterable[object]) -> Iterator[str]:
     yield "[]\n" if before == "[" else "\n]\n"
 
 
-def _key_table(found: Iterator[KeyRecord]) -> Iterator[str]:
+def _key_table(found: Iterator[KeyRecord], renewal: Callable[[KeyRecord], str | None]) -> Iterator[str]:
     """Write the table of keys, a part at a time. Columns are as wide as the part, or an earlier one, needs."""
-    rows = map(_key_row, found)
+    rows = (_key_row(key, renewal(key)) for key in found)
     part = [_HEADINGS, *islice(rows, _PART)]
     if len(part) == 1:
         yield "no keys yet\n"
@@ -142,7 +157,8 @@ def _state_text(key: KeyRecord) -> str:
     return f"{key.state}, previous" if key.previous else str(key.state)
 
 
-def _key_row(key: KeyRecord) -> tuple[str, ...]:
+def _key_row(key: KeyRecord, renewal: str | None) -> tuple[str, ...]:
+    remark = f", {renewal}" if renewal in {"due", "expired"} else ""
     cells = (
         key.key_id,
         _state_text(key),
@@ -151,7 +167,7 @@ def _key_row(key: KeyRecord) -> tuple[str, ...]:
         key.algorithm or key.key_type,
         key.common_name or "-",
         _age(key.created_at),
-        "-" if key.not_after is None else _time(key.not_after * 1000),
+        "-" if key.not_after is None else _time(key.not_after * 1000) + remark,
     )
     return tuple(map(printable, cells))
 
@@ -166,7 +182,7 @@ _key_id = click.argument("key_id", metavar="ID")
 def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
     """Show one key. ID is its name, or as much of its beginning as no other key has."""
     with opened_ledger(settings().state_dir) as ledger:
-        shown = _key_json(ledger.keys.named(key_id))
+        shown = _key_json(ledger.keys.named(key_id), partial(_renewal, settings().renewal))
     if as_json:
         click.echo(json.dumps(shown, indent=2))
         return

@@ -26,7 +26,6 @@ from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.hints import Hint
 from stationkey.service.custody import Custody
 from stationkey.system.bounded_command import BoundedCommand
-from stationkey.x509.certificate import read_chain
 from stationkey.x509.renewal import Due, RenewalRule
 
 log = logging.getLogger(__name__)
@@ -80,18 +79,6 @@ Told = Callable[[tuple[DueCertificate, ...]], None]
 """Told which certificates are due, whenever that may have changed."""
 
 
-def rule(terms: RenewalTerms) -> RenewalRule:
-    """Return the rule that the configuration sets."""
-    return RenewalRule(before=terms.before // 1000, life_divisor=terms.life_divisor)
-
-
-def judge(key: KeyRecord, by: RenewalRule, now: float) -> Due | None:
-    """Return whether the certificate of a key is due, or None if its end is not known."""
-    if key.not_after is None:
-        return None
-    return by.judge(_not_before(key), key.not_after, now)
-
-
 def next_hint(last: Hint | None, certificate: DueCertificate, *, running: int, repeat: int) -> Hint | None:
     """Return the hint that is to be given now, or None if the last one is not old enough.
 
@@ -128,7 +115,7 @@ class RenewalWatch:
         self.clock_behind = False
         self._custody = custody
         self._terms = terms
-        self._rule = rule(terms)
+        self._rule = RenewalRule(before=terms.before // 1000, life_divisor=terms.life_divisor)
         self._command = BoundedCommand(terms.command, timeout=terms.timeout) if terms.command else None
 
     def close(self) -> None:
@@ -227,20 +214,19 @@ def _environment(certificate: DueCertificate, hint: Hint) -> dict[str, str]:
 def _look(ledger: Ledger, *, by: RenewalRule, now: float) -> tuple[bool, tuple[DueCertificate, ...], dict[str, Hint]]:
     """Return whether the clock is behind, which certificates are due, and the last hint of each key."""
     newest = ledger.keys.newest_installed()
-    if newest is not None and judge(newest, by, now) is Due.UNKNOWN:
+    if newest is not None and _judge(newest, by, now) is Due.UNKNOWN:
         return True, (), {}
     due = []
     for key in ledger.keys.expiring(until=int(now) + by.before, limit=WATCHED):
-        state = judge(key, by, now)
-        if key.not_after is not None and (state is Due.DUE or state is Due.EXPIRED):
-            due.append(DueCertificate(key.key_id, *key.owner, key.not_after, state))
+        state = _judge(key, by, now)
+        if state in _TOLD:
+            due.append(DueCertificate(key.key_id, *key.owner, key.not_after or 0, state))
     return False, tuple(due), ledger.hints.all() if due else {}
+
+
+def _judge(key: KeyRecord, by: RenewalRule, now: float) -> Due:
+    return by.judge_chain(key.chain, key.not_after or 0, now)
 
 
 def _write(ledger: Ledger, *, key_id: str, hint: Hint) -> None:
     ledger.hints.write(key_id, hint)
-
-
-def _not_before(key: KeyRecord) -> int | None:
-    chain = None if key.chain is None else read_chain(key.chain.encode())
-    return None if chain is None else chain.not_before

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from stationkey.x509.certificate import read_chain
+
 CLOCK_MARGIN: Final = 86_400
 """Seconds by which a clock may be behind the start of a certificate and still be believed."""
 
@@ -45,3 +47,8 @@ class RenewalRule:
         if now >= not_after:
             return Due.EXPIRED
         return Due.DUE if now >= self.due_at(not_before, not_after) else Due.NO
+
+    def judge_chain(self, chain: str | None, not_after: int, now: float) -> Due:
+        """Do the same for the leaf of a chain in PEM, or None if not known; `not_after` is its end."""
+        read = None if chain is None else read_chain(chain.encode())
+        return self.judge(None if read is None else read.not_before, not_after, now)
