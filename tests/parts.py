@@ -107,11 +107,11 @@ def key_id_in(csr: str) -> str:
 class Authority:
     """A certificate authority with one certificate between its root and what it signs."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
         self._root_key = ec.generate_private_key(ec.SECP256R1())
         self._sub_key = ec.generate_private_key(ec.SECP256R1())
-        self.root = _ca("root", self._root_key, "root", self._root_key)
-        self.sub = _ca("sub", self._sub_key, "root", self._root_key)
+        self.root = _ca(f"{name}root", self._root_key, f"{name}root", self._root_key)
+        self.sub = _ca(f"{name}sub", self._sub_key, f"{name}root", self._root_key)
 
     def sign(
         self,

@@ -329,7 +329,10 @@ def _world() -> _World:
     folder = Path(tempfile.mkdtemp(prefix="stationkey-fuzz-"))
     (folder / "active").mkdir()
     return _World(
-        folder, Ledger(folder / "ledger.sqlite3"), KeyFinder(folder / "active"), JosevFiles(folder / "active", None)
+        folder,
+        Ledger(folder / "ledger.sqlite3"),
+        KeyFinder(folder / "active", roots=False),
+        JosevFiles(folder / "active", None),
     )
 
 

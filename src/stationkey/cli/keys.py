@@ -234,8 +234,8 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
         at, state = int(time.time() * 1000), KeyState.ACTIVE
         match event:
             case KeyEvent.RESTORED:
-                limit = settings().lifecycle.bounds.active_limit
-                ledger.transitions.restore(key.key_id, reason=reason, now=at, limit=limit)
+                bounds = settings().lifecycle.bounds
+                ledger.transitions.restore(key.key_id, reason=reason, now=at, bounds=bounds)
             case KeyEvent.CONFIRMED:
                 ledger.transitions.confirm(key.key_id, reason=reason, now=at)
             case _:

@@ -107,6 +107,11 @@ class Bounds:
     ] = 8
     pending_total: Annotated[int, Meta(ge=1, le=10_000), Option("Pending keys in all. Keys made ahead are none.")] = 256
     active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Active keys in all.")] = 256
+    root_limit: Annotated[
+        int,
+        Meta(ge=1, le=8),
+        Option("Roots with an active key each, for one certificate type and EVSE; 1 to not tell roots apart."),
+    ] = 1
     history_limit: Annotated[
         int, Meta(ge=0, le=100_000), Option("Destroyed keys that stay on record: years of renewals, in a MiB or two.")
     ] = 1000

@@ -196,9 +196,12 @@ class Keys:
             ).fetchone()
         keys = {(state, certificate_type): count for state, certificate_type, count in counted}
         active = sum(count for (state, _), count in keys.items() if state == KeyState.ACTIVE)
+        earliest: dict[tuple[str, str], int] = {}
+        for kind, evse_id, not_after in first:
+            earliest.setdefault((kind, evse_id), not_after)
         return Figures(
             keys=keys,
-            expiries=tuple((kind, evse_id, not_after) for kind, evse_id, not_after in first),
+            expiries=tuple((*owner, not_after) for owner, not_after in earliest.items()),
             unknown=active - len(first),
             destroyed=destroyed,
             size=self._database.size(),

@@ -135,7 +135,7 @@ class Figures:
     Attributes:
         keys: number of living keys with an owner, by state and certificate type.
         expiries: certificate type, EVSE ID or an empty text, and certificate expiry in Unix seconds, of active keys
-            whose certificate is known; the first to expire first.
+            whose certificate is known; the first to expire first, and of several roots the first alone.
         unknown: number of active keys that are not in `expiries`.
         destroyed: number of destroyed keys on record.
         size: of the database and its write-ahead log, in bytes.

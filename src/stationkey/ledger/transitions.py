@@ -9,6 +9,7 @@ import sqlite3
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from stationkey.config.settings import Bounds
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.errors import LedgerError, Scope
 from stationkey.ledger.database import Database
@@ -129,7 +130,7 @@ class Transitions:
         grace_due: int,
         message_id: str | None,
         root: str = "",
-        limit: int | None = None,
+        bounds: Bounds | None = None,
     ) -> list[str]:
         """Make a pending key the active one of its owner and deactivate the one before, in one transaction.
 
@@ -143,14 +144,14 @@ class Transitions:
             grace_due: end of a grace period that begins now, in milliseconds of running time.
             message_id: id of the message that caused it.
             root: which root the certificate leads to; empty where roots are not told apart.
-            limit: how many keys may be active if this one replaces none; None for no limit.
+            bounds: how many keys may be active if this one replaces none; None for no limit.
 
         Returns:
             The ids of the replaced keys.
 
         Raises:
             IllegalTransition: the key cannot be activated in its state; nothing was written.
-            LedgerError: nothing was written. With reason ``too_many_active``, `limit` is reached.
+            LedgerError: nothing was written. With reason ``too_many_active`` or ``too_many_roots``, a bound is reached.
         """
         with self._database.transaction() as sql:
             advance(sql, key_id, KeyEvent.INSTALLED, reason=reason, now=now, message_id=message_id)
@@ -158,7 +159,7 @@ class Transitions:
                 "UPDATE key SET chain = ?, not_after = ?, useful_until = ?, root = ? WHERE key_id = ?",
                 (chain, not_after, useful_until, root, key_id),
             )
-            return _displace(sql, key_id, KeyEvent.INSTALLED, now=now, grace_due=grace_due, limit=limit)
+            return _displace(sql, key_id, KeyEvent.INSTALLED, now=now, grace_due=grace_due, bounds=bounds)
 
     def restore(
         self,
@@ -168,7 +169,7 @@ class Transitions:
         now: int,
         grace_due: int | None = None,
         message_id: str | None = None,
-        limit: int | None = None,
+        bounds: Bounds | None = None,
     ) -> list[str]:
         """Make a deactivated key the active one of its owner again [A02.FR.28], in one transaction.
 
@@ -181,7 +182,7 @@ class Transitions:
             grace_due: end of a grace period that begins now, in milliseconds of running time; None to let the daemon
                 set it (`Retention.adopt`).
             message_id: id of the message that caused it.
-            limit: as for `activate`.
+            bounds: as for `activate`.
 
         Returns:
             The ids of the replaced keys.
@@ -193,7 +194,7 @@ class Transitions:
         with self._database.transaction() as sql:
             back = _is_previous(sql, key_id)
             advance(sql, key_id, KeyEvent.RESTORED, reason=reason, now=now, message_id=message_id)
-            return _displace(sql, key_id, KeyEvent.RESTORED, now=now, grace_due=grace_due, limit=limit, back=back)
+            return _displace(sql, key_id, KeyEvent.RESTORED, now=now, grace_due=grace_due, bounds=bounds, back=back)
 
     def confirm(self, key_id: str, *, reason: str, now: int, grace_due: int | None = None) -> None:
         """Record that the station connected with an active key; the grace period of the one before begins.
@@ -362,7 +363,7 @@ def _displace(
     *,
     now: int,
     grace_due: int | None,
-    limit: int | None,
+    bounds: Bounds | None,
     back: bool = False,
 ) -> list[str]:
     """Deactivate what a key that has just become active replaces, and mark the one to go back to.
@@ -373,7 +374,7 @@ def _displace(
         event: what made it active.
         now: Unix time in milliseconds.
         grace_due: see `Transitions.restore`.
-        limit: see `Transitions.activate`.
+        bounds: see `Transitions.activate`.
         back: whether it was the key to go back to.
 
     Returns:
@@ -381,8 +382,8 @@ def _displace(
     """
     rivals = _rivals(sql, key_id)
     replaced = [rival for rival in rivals if rival.active]
-    if limit is not None and not replaced:
-        _refuse_beyond(sql, limit)
+    if bounds is not None and not replaced:
+        _refuse_beyond(sql, key_id, bounds)
     kept = _to_go_back_to(rivals, back=back)
     for rival in replaced:
         if rival is kept and not rival.confirmed and event is KeyEvent.INSTALLED:
@@ -424,15 +425,24 @@ def _confirm_successor(sql: sqlite3.Connection, key_id: str, *, now: int) -> Non
             advance(sql, rival.key_id, KeyEvent.CONFIRMED, reason=f"Josev deleted the one before, {key_id}", now=now)
 
 
-def _refuse_beyond(sql: sqlite3.Connection, limit: int) -> None:
-    (active,) = sql.execute(
-        f"SELECT count(*) FROM key WHERE state = ? AND {LIVING}",  # noqa: S608 - `LIVING` is this package's own text
-        (KeyState.ACTIVE,),
+def _refuse_beyond(sql: sqlite3.Connection, key_id: str, bounds: Bounds) -> None:
+    active, own = sql.execute(
+        "SELECT count(*), sum((certificate_type, evse_id) ="  # noqa: S608 - `LIVING` is this package's own text
+        " (SELECT certificate_type, evse_id FROM key WHERE key_id = ?))"
+        f" FROM key WHERE state = ? AND {LIVING}",
+        (key_id, KeyState.ACTIVE),
     ).fetchone()
-    if active > limit:
+    if active > bounds.active_limit:
         raise LedgerError(
-            f"{limit} keys are active, each for another certificate type or EVSE, and more are not allowed",
+            f"{bounds.active_limit} keys are active, each for another certificate type or EVSE, and no more may be",
             reason="too_many_active",
             hint="retire those that are not needed, or see [lifecycle] active_limit",
+            scope=Scope.REQUEST,
+        )
+    if own > bounds.root_limit:
+        raise LedgerError(
+            f"keys of {bounds.root_limit} roots are active for this certificate type and EVSE, and no more may be",
+            reason="too_many_roots",
+            hint="retire the key of a root that is not needed, or see [lifecycle] root_limit",
             scope=Scope.REQUEST,
         )

@@ -6,12 +6,12 @@ installs to; else the newest. Where that leaves a doubt, nothing is guessed: `St
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stationkey.contract.active_names import ActiveName, Owner
+from stationkey.contract.active_names import ActiveName
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.errors import StationKeyError
 from stationkey.keystore import KEY_ID_LENGTH
@@ -19,6 +19,7 @@ from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.service.josev_files import MAX_PATH, Look, Snapshot, Unread
 from stationkey.x509.certificate import Chain, read_chain
+from stationkey.x509.path import complete, root_of
 
 
 class StatusUnfit(StationKeyError):
@@ -51,10 +52,12 @@ class KeyFinder:
 
     Args:
         active_path: the directory ``active/``, to be named in hints.
+        roots: whether keys of several roots can be active side by side.
     """
 
-    def __init__(self, active_path: Path) -> None:
+    def __init__(self, active_path: Path, *, roots: bool) -> None:
         self._active_path = active_path
+        self._roots = roots
 
     def installed(self, ledger: Ledger, status: CertificateInstallationStatus, look: Look) -> Found:
         """Return the pending key whose certificate was installed, or the deactivated key that the station went back to.
@@ -81,7 +84,7 @@ class KeyFinder:
         active = [] if isinstance(named, KeyRecord) else ledger.keys.active(certificate_type, evse_id)
         if look.certificates is not None:
             replaced = [] if isinstance(named, KeyRecord) else ledger.keys.deactivated(certificate_type, evse_id)
-            found = _by_certificate(look.certificates, pending, active, replaced)
+            found = _by_certificate(look.certificates, pending, active, replaced, roots=self._roots)
             return found if found.key in pending else Found(_not_retired(ledger, found.key), found.chain)
         if isinstance(named, KeyRecord):
             return Found(named)
@@ -130,6 +133,8 @@ class KeyFinder:
         if named is not None:
             evse_id = named.owner[1]
         active = _one_owner(ledger.keys.active(certificate_type, evse_id), evse_id)
+        if named is not None:
+            active = [key for key in active if key.root == named.root]
         deactivated = _one_owner(ledger.keys.deactivated(certificate_type, evse_id), evse_id)
         if named is not None:
             deactivated = []  # the file under active/ is the active key's
@@ -162,7 +167,8 @@ class KeyFinder:
             return None
         named = _key_named(ledger, path) or look.name
         if isinstance(named, ActiveName) and named.previous:
-            named = next((key for key in ledger.keys.deactivated(*named.owner) if key.previous), None)
+            deactivated = ledger.keys.deactivated(*named.owner)
+            named = next((key for key in deactivated if key.previous and key.root == named.root), None)
         certificate_type, evse_id = ("", "") if named is None else named.owner
         if certificate_type == status.data.certificate_type and _evse_id(status) in {None, evse_id}:
             return named
@@ -185,15 +191,28 @@ def _key_named(ledger: Ledger, path: str) -> KeyRecord | None:
     return keys[0] if len(keys) == 1 else None
 
 
+@dataclass(frozen=True, slots=True)
+class _InUse:
+    """An active key whose certificate is there, or may be.
+
+    Attributes:
+        key: the key.
+        newest: when the newest certificate begins that it or a key that it replaced had, Unix time in seconds.
+    """
+
+    key: KeyRecord
+    newest: int
+
+
 def _by_certificate(
-    seen: Snapshot, pending: list[KeyRecord], active: list[KeyRecord], replaced: list[KeyRecord]
+    seen: Snapshot, pending: list[KeyRecord], active: list[KeyRecord], replaced: list[KeyRecord], *, roots: bool
 ) -> Found:
     """Return the pending key with the newest certificate [A02.FR.15], or the replaced key that Josev went back to.
 
     The certificate of a key that was asked for after the active one was installed is newer than that one's, whatever
     its times say: a CA may backdate. Of other keys, a certificate that begins before that of the active key of the
-    same owner, or of one that the active key replaced, is not meant: most likely it was passed over when that key was
-    activated, and the message is a repeat.
+    same owner and root, or of one that the active key replaced, is not meant: most likely it was passed over when that
+    key was activated, and the message is a repeat.
 
     The station went back to a replaced key whose certificate is there, if that of the active key is certainly gone.
 
@@ -202,35 +221,30 @@ def _by_certificate(
         StatusUnfit: there is none for a pending key, or only older ones, or something that could not be read may be a
             newer one.
     """
-    in_use = {key.owner: (key, since) for key in active if (since := _valid_since(seen, key)) is not None}
-    newest = {
-        owner: max([since, *(_recorded_since(key) or since for key in replaced if key.owner == owner)])
-        for owner, (_, since) in in_use.items()
-    }
+    in_use = _in_use(seen, active, replaced)
     chains = [(key, seen.chains[key.public]) for key in pending if key.public in seen.chains]
-    candidates = [
-        (key, chain)
-        for key, chain in chains
-        if key.owner not in in_use
-        or key.asked > in_use[key.owner][0].installed
-        or chain.not_before >= newest[key.owner]
-    ]
-    for key in pending:
-        if (doubt := seen.doubt(key.public)) is not None:
-            raise _unreadable(seen, doubt)
+    candidates, older = [], []
+    for key, chain in chains:
+        root = root_of(complete(chain, seen.certificates)[0]) if roots else ""
+        later = [one.newest for one in in_use if _rivals(one.key, key, root) and key.asked <= one.key.installed]
+        if chain.not_before >= max(later, default=chain.not_before):
+            candidates.append((key, chain))
+        else:
+            older.append((key, chain, max(later)))
+    _refuse_doubt(seen, pending)
     if candidates:
         return Found(*max(candidates, key=lambda candidate: (candidate[1].not_before, candidate[0].asked)))
-    if chains:
-        raise _older(*max(chains, key=lambda each: each[1].not_before), newest)
-    back = [key for key in replaced if key.public in seen.chains and key.owner not in in_use]
-    if len(back) == 1:
-        return Found(back[0], seen.chains[back[0].public])
-    if back:
+    if older:
+        raise _older(*max(older, key=lambda each: each[1].not_before))
+    back = [key for key in replaced if key.public in seen.chains and not any(_rivals(one.key, key) for one in in_use)]
+    if len(back) > 1:
         raise StatusUnfit(
             f"the certificate of the active key is gone, and those of {len(back)} replaced keys are there",
             reason="status_fits_no_key",
             hint="private_key_path in the message says which is meant",
         )
+    if back:
+        return Found(back[0], seen.chains[back[0].public])
     if any(key.public in seen.chains for key in active):
         raise _active_already()
     if seen.unread:
@@ -240,6 +254,31 @@ def _by_certificate(
         reason="certificate_of_another_key",
         hint="is it the directory that Josev installs to?",
     )
+
+
+def _in_use(seen: Snapshot, active: list[KeyRecord], replaced: list[KeyRecord]) -> list[_InUse]:
+    """Return the active keys whose certificate is not certainly gone.
+
+    Raises:
+        StatusUnfit: see `_valid_since`.
+    """
+    return [
+        _InUse(key, max([since, *(_recorded_since(other) or since for other in replaced if _rivals(key, other))]))
+        for key in active
+        if (since := _valid_since(seen, key)) is not None
+    ]
+
+
+def _rivals(one: KeyRecord, other: KeyRecord, root: str | None = None) -> bool:
+    """Whether two keys cannot be active side by side: of one owner, and of one root or one that is not known.
+
+    Args:
+        one: a key.
+        other: the other.
+        root: the root of the other, if not the one on record.
+    """
+    other_root = other.root if root is None else root
+    return one.owner == other.owner and (one.root == other_root or "" in {one.root, other_root})
 
 
 def _valid_since(seen: Snapshot, key: KeyRecord) -> int | None:
@@ -267,10 +306,8 @@ def _recorded_since(key: KeyRecord) -> int | None:
     return None if chain is None else chain.not_before
 
 
-def _older(key: KeyRecord, chain: Chain, newest: Mapping[Owner, int]) -> StatusUnfit:
-    own, other = (
-        f"{datetime.fromtimestamp(begin, UTC):%Y-%m-%dT%H:%M:%SZ}" for begin in (chain.not_before, newest[key.owner])
-    )
+def _older(key: KeyRecord, chain: Chain, newest: int) -> StatusUnfit:
+    own, other = (f"{datetime.fromtimestamp(begin, UTC):%Y-%m-%dT%H:%M:%SZ}" for begin in (chain.not_before, newest))
     return StatusUnfit(
         f"{chain.path}: the certificate for the pending key {key.key_id} begins at {own}, and one that was installed"
         f" begins at {other}: it may be an older one",
@@ -286,10 +323,15 @@ def _without_certificate(seen: Snapshot, keys: list[KeyRecord]) -> list[KeyRecor
     Raises:
         StatusUnfit: of one of them, it may be there although it was not seen.
     """
+    _refuse_doubt(seen, keys)
+    return [key for key in keys if key.public not in seen.chains]
+
+
+def _refuse_doubt(seen: Snapshot, keys: list[KeyRecord]) -> None:
+    """Raise `StatusUnfit` if the certificate of one of the keys may be there although it was not seen."""
     for key in keys:
         if (doubt := seen.doubt(key.public)) is not None:
             raise _unreadable(seen, doubt)
-    return [key for key in keys if key.public not in seen.chains]
 
 
 def _unreadable(seen: Snapshot, doubt: Unread) -> StatusUnfit:

@@ -121,7 +121,7 @@ class StationKeyService:
         self._statuses = Statuses(
             self.custody,
             self._josev_files,
-            KeyFinder(active.path),
+            KeyFinder(active.path, roots=self._terms.bounds.root_limit > 1),
             terms=self._terms,
             profiles=profiles,
         )

@@ -25,6 +25,7 @@ from stationkey.service.josev_files import JosevFiles, Look
 from stationkey.service.matching import Found, KeyFinder, Repeated
 from stationkey.system.backoff import Backoff
 from stationkey.x509.certificate import Chain, Expected, differences, oddities, prove, read_chain
+from stationkey.x509.path import root_of
 
 log = logging.getLogger(__name__)
 
@@ -184,12 +185,13 @@ class Statuses:
                 key.key_id,
                 chain=None if chain is None else chain.pem(),
                 not_after=None if chain is None else chain.not_after,
+                root=root_of(chain) if chain is not None and self._terms.bounds.root_limit > 1 else "",
                 useful_until=self._custody.running.now() + _life(chain),
                 reason="Josev installed its certificate",
                 now=self._custody.now(),
                 grace_due=self._custody.running.now() + self._terms.grace,
                 message_id=status.id,
-                limit=self._terms.bounds.active_limit,
+                bounds=self._terms.bounds,
             )
         )
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
@@ -205,7 +207,7 @@ class Statuses:
                 now=self._custody.now(),
                 grace_due=self._custody.running.now() + self._terms.grace,
                 message_id=status.id,
-                limit=self._terms.bounds.active_limit,
+                bounds=self._terms.bounds,
             )
         )
         log.warning("key restored", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})

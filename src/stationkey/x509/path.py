@@ -6,6 +6,7 @@ Josev may leave them in files of their own.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Final
@@ -13,7 +14,7 @@ from typing import Final
 from cryptography import x509
 
 from stationkey.x509.certificate import MAX_CHAIN, Chain
-from stationkey.x509.lenient import Certificate, Link, comparable, link, name_text
+from stationkey.x509.lenient import Certificate, Link, comparable, link, name_text, same_name
 
 MAX_TRIES: Final = 32
 """Signatures that are verified for one chain: there may be many certificates of one name."""
@@ -59,6 +60,24 @@ def complete(chain: Chain, known: Iterable[Certificate]) -> tuple[Chain, str]:
     if path[-1].self_issued and path[-1].der not in in_file:
         del path[-1]
     return Chain((*path, *(each for each in chain.certificates if each not in path))), missing
+
+
+def root_of(chain: Chain) -> str:
+    """Return a short text that is the same for all complete chains below one root: 16 hexadecimal digits.
+
+    It is made from what the topmost certificate below the root says of its issuer: the name, and the key's identifier
+    where there is one [RFC 5280 4.2.1.1]. So it is the same whether or not the root is in the chain.
+
+    Args:
+        chain: in order, as `complete` returns it.
+    """
+    top = chain.own
+    for certificate in chain.certificates:
+        if not certificate.self_issued and same_name(certificate.subject, top.issuer):
+            top = certificate
+    authority = top.extension(x509.AuthorityKeyIdentifier)
+    identifier = b"" if authority is None else authority.key_identifier or b""
+    return hashlib.sha256(top.issuer + identifier).hexdigest()[:16]
 
 
 def _identifies(certificate: Certificate, issuer: Certificate) -> bool:
