@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import pty
 import select
 import shutil
 import socket
 import sqlite3
+import stat
 import subprocess
 from contextlib import closing
 from pathlib import Path
@@ -170,6 +172,35 @@ class TestTheCommand:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 1
         assert done.stderr == "stationkey: the report cannot be written: No space left on device\n"
+
+    def test_a_page_holds_every_finding_as_text_and_needs_nothing_else(self, tmp_path: Path) -> None:
+        (tmp_path / "hostile").write_text("\"<script>alert(1)</script>\" = 1\n[mqtt]\n'<img src=x>' = 1\n")
+        page = tmp_path / "page.html"
+        command = [*DOCTOR, "--config", str(tmp_path / "hostile"), "--state-dir", str(tmp_path / "state")]
+        done = subprocess.run([*command, "--json", "--html", str(page)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, "")
+        html, found = page.read_text(), json.loads(done.stdout)["findings"]
+        assert all(f"<code>{one['id']} {one['reason']}</code>" in html for one in found)
+        assert "&lt;script&gt;" in html
+        assert [word for word in ("<script", "<img", "<link", "https://") if word in html] == []
+        assert stat.S_IMODE(page.stat().st_mode) == 0o600
+        done = subprocess.run([*command, "--html", "/none/page.html"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("stationkey: /none/page.html ")
+
+    @pytest.mark.parametrize(("variable", "coloured"), [("NO_COLOR=", True), ("NO_COLOR=1", False)])
+    def test_colours_are_for_a_terminal_that_wants_them(self, tmp_path: Path, variable: str, coloured: bool) -> None:
+        command = ["env", variable, "TERM=xterm", *DOCTOR, "--state-dir", str(tmp_path / "state")]
+        reader, writer = pty.openpty()
+        with subprocess.Popen(command, stdout=writer, stderr=writer) as doctor:
+            os.close(writer)
+            shown = b""
+            with contextlib.suppress(OSError):  # EIO: its other end is closed
+                while part := os.read(reader, 4096):
+                    shown += part
+        os.close(reader)
+        assert doctor.returncode in {0, 1}
+        assert (b"\x1b[" in shown) is coloured
 
     def test_without_a_standard_output_the_exit_status_tells(
         self, tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm

@@ -12,12 +12,16 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from stationkey.cli._options import config_option, json_option, option, setting_option
 from stationkey.doctor import AREAS, Finding, Level, Options, Report, examine
+from stationkey.errors import ConfigurationError
+from stationkey.system.files import write_text
+from stationkey.system.text import printable
 
 _WIDTHS: Final = (60, 120)
 _PLAIN_WIDTH: Final = 80
@@ -40,8 +44,11 @@ _COLUMN: Final = 10
 )
 @config_option()
 @click.option("--all", "everything", is_flag=True, help="Show every check, not problems only.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write every check to a page."
+)
 @json_option
-def doctor(everything: bool, as_json: bool, **options: Any) -> None:
+def doctor(everything: bool, html: Path | None, as_json: bool, **options: Any) -> None:
     """Check everything that the station needs, and say what to do.
 
     Takes the options and the environment of serve. Changes nothing, on this machine and in the TPM. Works whether the
@@ -54,11 +61,24 @@ def doctor(everything: bool, as_json: bool, **options: Any) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter must not end it
     logging.getLogger("stationkey").addHandler(logging.NullHandler())  # what is seen is in the report, and only there
     report, left_behind = examine(Options(**options))
-    status = _print(report, as_json=as_json, everything=everything)
+    written = 0 if html is None else _write(report, html)
+    status = max(written, _print(report, as_json=as_json, everything=everything))
     if left_behind:
         # A thread is stuck in a system call. To wait for it would be to hang.
         os._exit(status)
     sys.exit(status)
+
+
+def _write(report: Report, file: Path) -> int:
+    """Write the report as a page, and return the exit status."""
+    from stationkey.doctor.page import page  # noqa: PLC0415 - loaded only by who asks for a page
+
+    try:
+        write_text(file, page(report), private=True)
+    except ConfigurationError as error:
+        click.echo(f"stationkey: {printable(error.message)}", err=True)
+        return 1
+    return 0
 
 
 def _print(report: Report, *, as_json: bool, everything: bool) -> int:
@@ -71,7 +91,7 @@ def _print(report: Report, *, as_json: bool, everything: bool) -> int:
         else:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PLAIN_WIDTH
             for line in shown(report, width=min(max(columns, _WIDTHS[0]), _WIDTHS[1]), everything=everything):
-                click.echo(line)
+                click.echo(line, color=False if os.environ.get("NO_COLOR") else None)
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise  # whoever reads has read enough; click ends quietly
