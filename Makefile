@@ -6,9 +6,10 @@
 # make fuzz   fuzz what reads messages, files and names: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse/corpus
 # make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
 # make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
+# make docs   the documents as a site: build/site/README.html
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo check test coverage bench fuzz deb deb-check sbom audit lint pin clean
+.PHONY: help setup demo check test coverage bench fuzz deb deb-check docs sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -53,6 +54,10 @@ deb-check: deb
 	@scripts/setup deb-check
 	@scripts/deb-check
 
+docs:
+	@scripts/setup docs
+	@scripts/site
+
 sbom:
 	@scripts/setup deb
 	@.venv/bin/python scripts/sbom.py dist/stationkey.cdx.json
@@ -71,4 +76,4 @@ pin:
 	scripts/pin
 
 clean:
-	rm -rf --one-file-system .venv .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf --one-file-system .venv .venv-docs .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
