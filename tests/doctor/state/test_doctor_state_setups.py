@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -192,16 +193,21 @@ class TestState:
         assert found.reasons("state.active") == {reason}
         assert harm != "added" or "\\u001b[31mstray" in found.text("state.active")
 
-    def test_another_user_sees_less_and_says_so(self, tmp_path: Path) -> None:
-        state = used(tmp_path)
-        for directory in (tmp_path, *tmp_path.parents):
-            if directory.owner() == state.owner() and len(directory.parts) > 3:
-                directory.chmod(0o711)
-        state.chmod(0)
-        found = as_nobody(tmp_path)
-        state.chmod(0o700)
-        assert {found.level("state.ledger"), found.level("state.directory")} <= {Level.NOT_CHECKED, Level.FAILURE}
+    @pytest.mark.skipif(os.geteuid() != 0, reason="to be another user takes root")
+    @pytest.mark.parametrize(("above", "mode"), [(0o755, 0o700), (0o755, 0o755), (0o700, 0o700)])
+    def test_another_user_sees_less_and_gets_no_advice_that_would_harm(self, above: int, mode: int) -> None:
+        """What the state directory of a daemon needs is not known to a user who may not look into it."""
+        with tempfile.TemporaryDirectory(prefix="stationkey-") as name:  # where others may go, too
+            used(Path(name)).chmod(mode)
+            Path(name).chmod(above)
+            found = as_nobody(Path(name))
+        assert found.reasons("machine.user") == found.reasons("state.ledger") == {"hidden"}
+        assert found.reasons("state.directory") <= {"hidden", "others_read"}
         assert found.level("clock.time") is Level.OK
+        said = " ".join(
+            finding.advice for name in ("directory", "files", "active") for finding in found[f"state.{name}"]
+        )
+        assert "chown" not in said
 
     def test_no_check_that_fails_takes_another_with_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: object) -> object:

@@ -210,5 +210,5 @@ CHECKS: Final = (
     Check("config.sense", consistency.look_at_settings, consistency.judge_settings),
     Check("config.secrets", look_at_secrets, judge_secrets),
     Check("config.tls", certificates.look_at_tls, certificates.judge_tls),
-    Check("config.certificate_dir", look_at_certificate_dir, judge_certificate_dir),
+    Check("config.certificate_dir", look_at_certificate_dir, judge_certificate_dir, reads=("josev",)),
 )

@@ -236,8 +236,8 @@ def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
         user, known_by = named, f"{UNIT} says so"
     elif (made := User.named(USER)) is not None:
         user, known_by = made, "that is the user which the package makes for it"
-    elif directory.there and directory.uid not in {0, me.uid}:
-        user, known_by = User.numbered(directory.uid), f"{state_dir} belongs to it"
+    elif directory.kind != "missing" and directory.uid != me.uid:  # one that is not seen is not this user's, either
+        user, known_by = User.numbered(directory.uid), f"by the owner of {state_dir}"
     else:
         user, known_by = me, "that is who runs this"
     return Daemon(running=running, pid=pid, user=user, known_by=known_by)
