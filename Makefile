@@ -6,10 +6,11 @@
 # make fuzz   fuzz what reads messages, files and names: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse/corpus
 # make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
 # make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
+# make screenshot  docs/status-page.png, of a real daemon
 # make docs   the documents as a site: build/site/README.html
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo check test coverage bench fuzz deb deb-check docs sbom audit lint pin clean
+.PHONY: help setup demo check test coverage bench fuzz screenshot deb deb-check docs sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -45,6 +46,10 @@ bench:
 fuzz:
 	@scripts/setup test
 	@PYTHONPATH=tests .venv/bin/python tests/abuse/fuzz.py $(if $(SECONDS),--seconds $(SECONDS))
+
+screenshot:
+	@scripts/setup test
+	@.venv/bin/python scripts/screenshot.py
 
 deb:
 	@scripts/setup deb

@@ -61,7 +61,7 @@ HOMES: dict[str, set[str]] = {
     # Loaded only where somebody wants figures.
     "prometheus_client": {"observability"},
     # Loaded only where somebody wants a page.
-    "jinja2": {"doctor"},
+    "jinja2": {"doctor", "observability"},
 }
 """Where each library that is not ours is imported. sqlite3 is the standard library's, and a part like any other."""
 

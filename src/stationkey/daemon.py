@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Final
 
 from stationkey._version import __version__
@@ -36,6 +36,7 @@ from stationkey.system.systemd import ServiceManager
 
 if TYPE_CHECKING:
     from stationkey.observability.http import Page
+    from stationkey.observability.page import StatusPage
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ async def serve(settings: Settings) -> None:
             # A TPM that hangs must not keep a signal waiting.
             stopped = asyncio.create_task(stop.wait(), name="stop")
             await unless(stopped, check(broker, settings.mqtt))
-            await unless(stopped, _introduce(settings, keystore))
+            await unless(stopped, _introduce(settings, keystore, health))
             service = StationKeyService(
                 keystore,
                 ledger,
@@ -129,7 +130,7 @@ async def serve(settings: Settings) -> None:
         state.close()
 
 
-async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
+async def _introduce(settings: Settings, keystore: KeyStoreThread, health: Health) -> None:
     """Log which key store this is and what it can do; refuse to start with one that will never do."""
     where = KeyStoreUri.parse(settings.keystore)
     log.info("stationkey %s", __version__, extra={"keystore": str(where), "state_dir": str(settings.state_dir)})
@@ -147,6 +148,7 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread) -> None:
             raise
         log.error("requests will be rejected until this is over: %s", failure, extra={"reason": failure.reason})
         return
+    health.description = description
     level = logging.INFO if where.scheme.protected else logging.WARNING
     log.log(level, "key store: %s", description, extra={str(name): words for name, words in algorithms.items()})
 
@@ -190,18 +192,31 @@ async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -
             from stationkey.system.listener import Address, Listener  # noqa: PLC0415 - same
 
             listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
-            await stack.enter_async_context(Endpoint(listener, _pages(health)))
-            log.info("metrics and health can be asked for at %s", listener.address)
+            pages = _pages(settings, health, names=listener.address.path is not None)
+            await stack.enter_async_context(Endpoint(listener, pages, for_machines=("/metrics", "/health")))
+            log.info("page, metrics and health can be asked for at %s", listener.address)
         yield health
 
 
-def _pages(health: Health) -> Mapping[str, Page]:
+def _pages(settings: Settings, health: Health, *, names: bool) -> Mapping[str, Page]:
     from http import HTTPStatus  # noqa: PLC0415 - nobody pays for these who does not want them
 
     from stationkey.observability.http import Reply  # noqa: PLC0415 - same
     from stationkey.observability.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415 - same
 
     exposition = Exposition(health)
+
+    @cache
+    def page() -> StatusPage:
+        from stationkey.observability.page import StatusPage  # noqa: PLC0415 - nobody pays for it who does not ask
+
+        return StatusPage(health, keystore=KeyStoreUri.parse(settings.keystore), names=names)
+
+    async def once() -> Reply:
+        return await page().once()
+
+    async def live() -> Reply:
+        return await page().live()
 
     async def metrics() -> Reply:
         return Reply(await exposition.text(), CONTENT_TYPE)
@@ -212,7 +227,7 @@ def _pages(health: Health) -> Mapping[str, Page]:
         status = HTTPStatus.OK if condition.healthy else HTTPStatus.SERVICE_UNAVAILABLE
         return Reply(condition.report(), "application/json", status)
 
-    return {"/metrics": metrics, "/health": how}
+    return {"/": once, "/live": live, "/metrics": metrics, "/health": how}
 
 
 def run(settings: Settings) -> None:

@@ -37,6 +37,7 @@ SOURCES = sorted(Path(stationkey.__file__).parent.rglob("*.py"))
         pytest.param(
             CertificateProfile(
                 certificate_type=CertificateType.CHARGING_STATION_CERTIFICATE,
+                title="Charging station",
                 domain_component=None,
                 key_usage=(KeyUsage.DIGITAL_SIGNATURE,),
                 extended_key_usage=(ExtendedKeyUsage.CLIENT_AUTH,),
@@ -52,6 +53,7 @@ SOURCES = sorted(Path(stationkey.__file__).parent.rglob("*.py"))
         pytest.param(
             CertificateProfile(
                 certificate_type=CertificateType.V2G_CERTIFICATE,
+                title="V2G (ISO 15118-2)",
                 domain_component="CPO",
                 key_usage=(KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_AGREEMENT),
                 extended_key_usage=(),
@@ -67,6 +69,7 @@ SOURCES = sorted(Path(stationkey.__file__).parent.rglob("*.py"))
         pytest.param(
             CertificateProfile(
                 certificate_type=CertificateType.V2G20_CERTIFICATE,
+                title="V2G (ISO 15118-20)",
                 domain_component="CSO",
                 key_usage=(KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_AGREEMENT),
                 extended_key_usage=(ExtendedKeyUsage.SERVER_AUTH,),

@@ -393,6 +393,7 @@ NOTED = """
 import atexit, sys
 atexit.register(lambda: print("loaded", "prometheus_client" in sys.modules,
                               "stationkey.observability.http" in sys.modules,
+                              *(name in sys.modules for name in ("jinja2", "stationkey.observability.page")),
                               file=sys.stderr))
 from stationkey.cli import main
 main()
@@ -412,7 +413,27 @@ def test_where_nobody_wants_figures_nothing_listens_and_nothing_is_loaded(
         assert station.process is not None
         assert listening(station.process.pid) == ({f"tcp:{port}"} if on else set())
         assert station.stop() == 0
-        assert f"loaded {on} {on}" in station.lines
+        assert f"loaded {on} {on} False False" in station.lines
+
+
+def test_the_page_shows_names_over_a_socket_and_not_on_a_port(tmp_path: Path, broker: Mosquitto) -> None:
+    """And its template engine is loaded only then."""
+    port, path = free_port(), tmp_path / "metrics.sock"
+    request = generate_csr(common_name="Erika Mustermann")
+    shows = {}
+    for listen in (f"127.0.0.1:{port}", f"unix:{path}"):
+        prefix = "socket" if listen.startswith("unix:") else "port"
+        options = ("--broker", broker.url, "--topic-prefix", prefix, *SOFTWARE, *shown(tmp_path, listen))
+        station = Station(tmp_path, *options)
+        station.run_by(sys.executable, "-c", NOTED)
+        with station, Josev(broker, f"{prefix}/") as josev:
+            josev.ask(request)
+            status, text = get(listen, "/")
+            assert (status, "secp256r1" in text) == (200, True)
+            shows[prefix] = {name for name in ("Mustermann", request["id"][:13]) if name in text}
+            assert station.stop() == 0
+            assert "loaded True True True True" in station.lines
+    assert shows == {"port": set(), "socket": {"Mustermann", request["id"][:13]}}
 
 
 def test_a_socket_in_the_file_system_does_as_well_and_is_gone_afterwards(tmp_path: Path, broker: Mosquitto) -> None:

@@ -234,7 +234,7 @@ class TestAsking:
     async def test_a_thousand_expositions_leave_nothing_behind(
         self, here: Station, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stationkey.observability.metrics.FRESH", 0.0)
+        monkeypatch.setattr("stationkey.observability.kept.FRESH", 0.0)
         exposition = Exposition(watching(here))
         await here.key()
         for _ in range(20):

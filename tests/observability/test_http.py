@@ -44,7 +44,7 @@ async def broken() -> Reply:
 async def serving(address: Address | None = None) -> AsyncIterator[Address]:
     address = address or Address.parse(f"127.0.0.1:{free_port()}")
     with Listener(address) as listener:
-        async with Endpoint(listener, {"/page": page, "/ill": ill, "/broken": broken}):
+        async with Endpoint(listener, {"/page": page, "/ill": ill, "/broken": broken}, for_machines=["/page"]):
             yield address
 
 
@@ -233,6 +233,15 @@ class TestRequests:
         async with serving(Address(path=tmp_path / "socket")) as address:
             received = await exchange(address, b"GET /page HTTP/1.1\r\nHost: station-7.example\r\n\r\n")
         assert received.startswith(b"HTTP/1.1 200 ")
+
+    @pytest.mark.parametrize(("host", "status"), [("localhost:9464", 200), ("evil.example", 421)])
+    async def test_a_page_for_people_is_guarded_there_too(self, tmp_path: Path, host: str, status: int) -> None:
+        """A browser reaches it by a port that ssh forwards, and there a name may be rebound."""
+        address = Address(path=tmp_path / "socket")
+        with Listener(address) as listener:
+            async with Endpoint(listener, {"/page": page}):
+                received = await exchange(address, f"GET /page?x HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert received.startswith(f"HTTP/1.1 {status} ".encode())
 
     async def test_it_listens_on_ipv6_too(self) -> None:
         async with serving(Address.parse(f"[::1]:{free_port()}")) as address:

@@ -157,6 +157,7 @@ class CertificateProfile:
 
     Attributes:
         certificate_type: the type that this is the profile of.
+        title: what people call it.
         domain_component: DC of the subject, or None. ``CPO`` in ISO 15118-2 [V2G2-925, V2G2-875]; ``CSO`` in -20.
         key_usage: bits of keyUsage. keyAgreement is disputed in public texts about -2; peers include it, so it is here.
             An RSA key gets none, whatever is here [RFC 3279 2.3.1, RFC 4055 1.2].
@@ -171,6 +172,7 @@ class CertificateProfile:
     """
 
     certificate_type: CertificateType
+    title: str
     domain_component: str | None
     key_usage: tuple[KeyUsage, ...]
     extended_key_usage: tuple[ExtendedKeyUsage, ...]
@@ -184,6 +186,7 @@ class CertificateProfile:
 
 CHARGING_STATION: Final = CertificateProfile(
     certificate_type=CertificateType.CHARGING_STATION_CERTIFICATE,
+    title="Charging station",
     domain_component=None,
     key_usage=(KeyUsage.DIGITAL_SIGNATURE,),
     extended_key_usage=(ExtendedKeyUsage.CLIENT_AUTH,),
@@ -196,6 +199,7 @@ CHARGING_STATION: Final = CertificateProfile(
 
 V2G: Final = CertificateProfile(
     certificate_type=CertificateType.V2G_CERTIFICATE,
+    title="V2G (ISO 15118-2)",
     domain_component="CPO",  # [V2G2-925], [V2G2-875]
     key_usage=(KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_AGREEMENT),
     extended_key_usage=(),
@@ -209,6 +213,7 @@ V2G: Final = CertificateProfile(
 
 V2G20: Final = CertificateProfile(
     certificate_type=CertificateType.V2G20_CERTIFICATE,
+    title="V2G (ISO 15118-20)",
     domain_component="CSO",  # ISO 15118-20 Annex B, by its public descriptions
     key_usage=(KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_AGREEMENT),
     extended_key_usage=(ExtendedKeyUsage.SERVER_AUTH,),

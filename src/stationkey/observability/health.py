@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Protocol
 
@@ -76,6 +77,7 @@ class Health:
         service: the service, as soon as there is one.
         edge: the edge to the broker, likewise.
         connections: how often the broker's subscription has stood.
+        description: what the key store is, in words; empty until it has said so.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Health:
         self.service: StationKeyService | None = None
         self.edge: Connecting | None = None
         self.connections = 0
+        self.description = ""
         self._manager = manager
         self._broker = broker
         self._patience = patience
@@ -242,9 +245,15 @@ class Health:
         last = self.keystore.last
         fresh = last is not None and last[0] < min(interval, PROBE_INTERVAL) / 2
         if not fresh and not self.keystore.busy and not any(self.keystore.waiting.values()):
-            self.keystore.submit(
+            probe = self.keystore.submit(
                 lambda store: store.description, timeout=self._patience, turn=Turn.SPARE, task=Task.PROBE
             )
+            probe.add_done_callback(self._probed)
+
+    def _probed(self, probe: Future[str]) -> None:
+        """Keep what the key store says it is; called on its thread."""
+        if not probe.cancelled() and probe.exception() is None:
+            self.description = probe.result()
 
     async def _tell(self) -> None:
         """Keep the line of status true, from the first try at the broker on."""

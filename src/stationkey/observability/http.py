@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final, Self
@@ -38,11 +38,12 @@ _REQUEST_LINE: Final = re.compile(r"([!-~]+) ([!-~]+) HTTP/(\d)\.(\d)")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a page says."""
+    """What a page says, with header fields of its own."""
 
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
     status: HTTPStatus = HTTPStatus.OK
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 Page = Callable[[], Awaitable[Reply]]
@@ -69,12 +70,14 @@ class Endpoint:
     Args:
         listener: where; closed by its owner.
         pages: by path, such as ``/metrics``.
+        for_machines: the paths that any Host may be used for over a UNIX socket, as a proxy passes it on. The others
+            are for browsers, which may reach a socket by a port that ssh forwards.
     """
 
-    def __init__(self, listener: Listener, pages: Mapping[str, Page]) -> None:
+    def __init__(self, listener: Listener, pages: Mapping[str, Page], *, for_machines: Collection[str] = ()) -> None:
         self._listener = listener
         self._pages = pages
-        # Whoever reaches a UNIX socket is no browser, and a proxy may pass on any Host.
+        self._for_machines = for_machines
         self._any_host = listener.address.path is not None
         self._open: dict[_Connection, None] = {}  # in the order of their coming
         self._server: asyncio.Server | None = None
@@ -153,14 +156,16 @@ class Endpoint:
         hosts = [value.strip() for name, _, value in fields if name.lower() == "host"]
         if len(hosts) > 1 or (not hosts and minor != "0"):
             raise _Refused(HTTPStatus.BAD_REQUEST)
-        if hosts and not self._any_host and not is_loopback_host(hosts[0]):
+        try:
+            path = urlsplit(target).path
+        except ValueError:
+            raise _Refused(HTTPStatus.BAD_REQUEST) from None
+        any_host = self._any_host and path in self._for_machines
+        if hosts and not any_host and not is_loopback_host(hosts[0]):
             raise _Refused(HTTPStatus.MISDIRECTED_REQUEST)
         if method not in {"GET", "HEAD"}:
             raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED)
-        try:
-            page = self._pages.get(urlsplit(target).path)
-        except ValueError:
-            raise _Refused(HTTPStatus.BAD_REQUEST) from None
+        page = self._pages.get(path)
         if page is None:
             raise _Refused(HTTPStatus.NOT_FOUND)
         return method, page
@@ -187,6 +192,7 @@ def _response(reply: Reply, *, with_body: bool) -> bytes:
         "Cache-Control: no-store",
         "X-Content-Type-Options: nosniff",
         "Connection: close",
+        *(f"{name}: {value}" for name, value in reply.fields.items()),
     ]
     if reply.status is HTTPStatus.METHOD_NOT_ALLOWED:
         fields.append("Allow: GET, HEAD")

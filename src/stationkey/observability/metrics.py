@@ -7,7 +7,6 @@ first, which are bounded in number and in form. No name of a person, an operator
 
 from __future__ import annotations
 
-import asyncio
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,8 @@ from stationkey._version import __version__
 from stationkey.contract.profiles import CertificateType
 from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState
-from stationkey.observability.health import FRESH, Health
+from stationkey.observability.health import Health
+from stationkey.observability.kept import Kept
 from stationkey.observability.status import Condition
 from stationkey.service.requests import StationKeyService
 from stationkey.system.counters import BUCKETS, Counts
@@ -65,6 +65,9 @@ class Exposition(Collector):
 
     Args:
         health: knows the parts.
+
+    Attributes:
+        text: gives all figures, at most a second old.
     """
 
     def __init__(self, health: Health) -> None:
@@ -73,19 +76,12 @@ class Exposition(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
         _Process(registry=self._registry)
-        self._one_at_a_time = asyncio.Lock()
-        self._made_at = -FRESH
-        self._text = b""
+        self.text = Kept(self._make).text
 
-    async def text(self) -> bytes:
-        """All figures, as they were `FRESH` seconds ago at the most: no flood of questions makes more work."""
-        async with self._one_at_a_time:
-            if time.monotonic() - self._made_at >= FRESH:
-                figures = await self._health.figures()
-                self._now = self._health.condition(), figures
-                self._text = generate_latest(self._registry)
-                self._made_at = time.monotonic()
-        return self._text
+    async def _make(self) -> bytes:
+        figures = await self._health.figures()
+        self._now = self._health.condition(), figures
+        return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """Every figure; called by the registry."""

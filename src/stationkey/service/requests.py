@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from stationkey.config.settings import PolicyTerms, PoolTerms, RenewalTerms, Terms
 from stationkey.contract import messages
@@ -38,6 +38,9 @@ from stationkey.service.statuses import Statuses
 from stationkey.system.counters import UNKNOWN, Counters
 from stationkey.system.threads import Worker
 from stationkey.x509.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
+
+if TYPE_CHECKING:
+    from stationkey.ledger.overview import Overview
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +252,16 @@ class StationKeyService:
             LedgerError: it cannot be read.
         """
         return await self._ledger(lambda ledger: ledger.keys.figures(expiries=expiries))
+
+    async def overview(self, *, keys: int, happenings: int) -> Overview:
+        """What a person is shown of the ledger; see `stationkey.ledger.overview.look`.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        from stationkey.ledger.overview import look  # noqa: PLC0415 - only the status page needs it
+
+        return await self._ledger(lambda ledger: look(ledger.database, keys=keys, happenings=happenings))
 
     @property
     def ledger_trouble(self) -> str:

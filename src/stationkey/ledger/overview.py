@@ -1,0 +1,146 @@
+"""What a person is shown of the ledger at a glance: the living keys and what happened last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from stationkey.ledger.database import Database
+from stationkey.ledger.lifecycle import MADE_AHEAD, KeyState
+from stationkey.ledger.migrations import LIVING
+from stationkey.ledger.records import read_state, read_time
+
+REJECTED: Final = "rejected"
+
+_SCANNED: Final = 10
+"""How many events are read for each that is wanted: those of keys made ahead are passed over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyGlance:
+    """A living key with an owner.
+
+    Attributes:
+        key_type: such as ``secp256r1`` or ``RSA-3072``.
+        evse_id: the EVSE of the key, or an empty text.
+        asked_at: when its CSR was answered; Unix time in milliseconds.
+        installed_at: when it became active, or None; the same.
+        not_after: expiry of the certificate, Unix time in seconds, or None if not known.
+        due: when its time is over, in milliseconds of running time; None where it has no end.
+        failed: whether an installation of its certificate failed.
+    """
+
+    key_id: str
+    certificate_type: str
+    evse_id: str
+    key_type: str
+    common_name: str
+    state: KeyState
+    asked_at: int
+    installed_at: int | None
+    not_after: int | None
+    due: int | None
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Happening:
+    """A rejected request, or an event of a key.
+
+    Attributes:
+        at: Unix time in milliseconds by the station's clock, which may have been wrong.
+        event: a `KeyEvent`, ``CSR answered`` or `REJECTED`.
+        reason: stable reason of a rejection, else empty.
+        words: why, in words; may name what was asked for.
+        certificate_type: of the key; empty for a rejection.
+        key_id: of the key; empty for a rejection.
+        message_id: id of the message that caused it, or an empty text.
+    """
+
+    at: int
+    event: str
+    reason: str
+    words: str
+    certificate_type: str
+    evse_id: str
+    common_name: str
+    key_id: str
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """The keys of the ledger, those in use first, and what happened last, newest first."""
+
+    keys: tuple[KeyGlance, ...]
+    happenings: tuple[Happening, ...]
+
+
+def look(database: Database, *, keys: int, happenings: int) -> Overview:
+    """Return an overview.
+
+    Args:
+        database: the ledger's.
+        keys: how many keys to return at most: active ones first, the first to expire first.
+        happenings: how many happenings to return at most.
+
+    Raises:
+        LedgerError: the ledger cannot be read.
+    """
+    with database.reading() as sql:
+        living = sql.execute(
+            "SELECT key_id, certificate_type, evse_id, key_type, common_name, key.state,"  # noqa: S608 - `LIVING` is this package's own text
+            " coalesce(asking.at, created_at), installing.at, not_after, due, failed FROM (SELECT number FROM key"
+            f"  WHERE {LIVING} AND certificate_type > ''"
+            "   ORDER BY state != ?, not_after IS NULL, not_after, asked DESC LIMIT ?) JOIN key USING (number)"
+            " LEFT JOIN event AS asking ON asking.seq = key.asked"
+            " LEFT JOIN event AS installing ON installing.seq = key.installed"
+            " ORDER BY key.state != ?, not_after IS NULL, not_after, asked DESC",
+            (KeyState.ACTIVE, keys, KeyState.ACTIVE),
+        ).fetchall()
+        events = sql.execute(
+            "SELECT at, event, '', reason, certificate_type, evse_id, common_name, key_id, coalesce(message_id, '')"
+            " FROM (SELECT * FROM event ORDER BY seq DESC LIMIT ?) AS event"
+            " JOIN key ON key.number = event.key_number WHERE event != ? ORDER BY seq DESC LIMIT ?",
+            (happenings * _SCANNED, MADE_AHEAD, happenings),
+        ).fetchall()
+        rejections = sql.execute(
+            "SELECT at, ?, reason, message, '', '', '', '', request_id FROM rejection ORDER BY seq DESC LIMIT ?",
+            (REJECTED, happenings),
+        ).fetchall()
+    newest = sorted((*events, *rejections), key=lambda row: -row[0])[:happenings]
+    return Overview(tuple(map(_read_key, living)), tuple(map(_read_happening, newest)))
+
+
+def _read_key(row: tuple[str, str, str, str, str, str, int, int | None, int | None, int | None, int]) -> KeyGlance:
+    key_id, certificate_type, evse_id, key_type, common_name, state, asked_at, installed_at, not_after, due, failed = (
+        row
+    )
+    return KeyGlance(
+        key_id=key_id,
+        certificate_type=certificate_type,
+        evse_id=evse_id,
+        key_type=key_type,
+        common_name=common_name,
+        state=read_state(state),
+        asked_at=read_time(asked_at, milliseconds=True),
+        installed_at=None if installed_at is None else read_time(installed_at, milliseconds=True),
+        not_after=None if not_after is None else read_time(not_after),
+        due=due,
+        failed=bool(failed),
+    )
+
+
+def _read_happening(row: tuple[int, str, str, str, str, str, str, str, str]) -> Happening:
+    at, event, reason, words, certificate_type, evse_id, common_name, key_id, message_id = row
+    return Happening(
+        at=read_time(at, milliseconds=True),
+        event=event,
+        reason=reason,
+        words=words,
+        certificate_type=certificate_type,
+        evse_id=evse_id,
+        common_name=common_name,
+        key_id=key_id,
+        message_id=message_id,
+    )

@@ -1,0 +1,82 @@
+"""What the daemon itself knows of that an operator should: the part of ``stationkey doctor`` that costs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from stationkey.ledger import Figures
+from stationkey.ledger.overview import KeyGlance
+from stationkey.observability.health import Health
+
+_DOCTOR: Final = "run stationkey doctor on the station; the log has the reason"
+_RENEW: Final = "have Josev renew them; stationkey request asks for a CSR by hand"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that an operator should know.
+
+    Attributes:
+        words: what is wrong.
+        advice: what to do.
+        serious: whether requests fail now; else it is a notice.
+    """
+
+    words: str
+    advice: str
+    serious: bool = False
+
+
+def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...], *, protected: bool) -> list[Problem]:
+    """Return what is wrong, the serious first.
+
+    Args:
+        health: knows the parts.
+        figures: what the ledger has on record, if it can be read.
+        keys: the living keys.
+        protected: whether the key store protects its keys.
+    """
+    condition, service, abandoned = health.condition(), health.service, health.keystore.abandoned
+    unusable = 0 if service is None else service.counters.unusable
+    not_shown = [] if service is None else service.counters.not_shown.items()
+    unknown = 0 if figures is None else figures.unknown
+    failed = sum(key.failed for key in keys)
+    rows: list[tuple[object, Problem]] = [
+        (condition.stopping, Problem("stopping: requests in hand are finished first", "", serious=True)),
+        (not condition.connected, Problem(f"no connection to the broker {condition.broker}", _DOCTOR, serious=True)),
+        (condition.last is None, Problem("the key store has not answered yet", "", serious=True)),
+        *((True, Problem(trouble, _DOCTOR, serious=True)) for trouble in condition.troubles),
+        (service is not None and service.ledger_stuck, Problem("the ledger's disk hangs", _DOCTOR, serious=True)),
+        (
+            not protected,
+            Problem("software keys: whoever reads the state directory has them", "use a TPM on a station in service"),
+        ),
+        (abandoned, Problem(f"calls to the TPM that do not return: {abandoned}", _DOCTOR)),
+        (
+            unusable,
+            Problem(
+                f"keys that this TPM cannot use: {unusable}",
+                "is it another TPM, or was it cleared? docs/operations.md says what to do",
+            ),
+        ),
+        *(
+            (count, Problem(f"active/ could not be written {count} times ({reason})", _DOCTOR))
+            for (reason,), count in not_shown
+        ),
+        (condition.expired, Problem(f"expired certificates of active keys: {condition.expired}", _RENEW)),
+        (condition.due, Problem(f"certificates due for renewal: {condition.due}", _RENEW)),
+        (
+            condition.clock_behind,
+            Problem("the clock is before the newest certificate: nobody knows which are due", "set the clock"),
+        ),
+        (
+            unknown,
+            Problem(
+                f"active keys whose expiry is not shown: {unknown}",
+                "set [josev] certificate_dir, so that their certificates can be read",
+            ),
+        ),
+        (failed, Problem(f"keys whose certificate could not be installed: {failed}", "the log of Josev says why")),
+    ]
+    return sorted((problem for there, problem in rows if there), key=lambda problem: not problem.serious)
