@@ -48,6 +48,7 @@ HOMES: dict[str, set[str]] = {
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {"keystore.tpm2", "doctor.tpm"},  # the doctor asks, and changes nothing: the key store may not
+    "pkcs11": {"keystore.pkcs11"},
     "sqlite3": {"ledger"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
     # authorities of a trial and the other side of a handshake are X.509 too. The judge of evidence has its own eyes.
@@ -70,6 +71,8 @@ COMES_WITH = {"jsonschema": "ocpp"}
 
 FOR_TRYING = {"ocpp", "jsonschema", "websockets"}
 """What only the extra ``josev`` installs; paho is installed by ``station``, too."""
+FOR_TOKENS = {"pkcs11"}
+"""What only the extra ``pkcs11`` installs; the library is called python-pkcs11."""
 COMMANDS_FOR_TRYING = {"cli.csms", "cli.josev"}
 
 
@@ -260,7 +263,8 @@ def test_what_is_imported_is_what_the_package_depends_on() -> None:
         for extra, dependencies in given.items()
     }
 
-    assert found["core"] | found["station"] == HOMES.keys() - sys.stdlib_module_names - FOR_TRYING
+    assert found["core"] | found["station"] | FOR_TOKENS == (HOMES.keys() - sys.stdlib_module_names - FOR_TRYING)
+    assert found["pkcs11"] == {f"python_{library}" for library in FOR_TOKENS}
     assert found["josev"] == FOR_TRYING - COMES_WITH.keys() | {"paho"}
     assert {"station": found["station"], "josev": found["josev"] - {"paho"} | COMES_WITH.keys()} == _EXTRAS
 

@@ -28,6 +28,12 @@ DEFAULT: Final = (False, Scope.REQUEST)
 NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     # The key store's device.
     **dict.fromkeys(["tpm_unreachable", "keystore_timeout"], (True, Scope.DEVICE)),
+    **dict.fromkeys(["pkcs11_failed", "pkcs11_token_missing"], (True, Scope.DEVICE)),
+    **dict.fromkeys(["pkcs11_token_full", "pkcs11_session_lost"], (True, Scope.STORE)),
+    **dict.fromkeys(
+        ["pkcs11_pin_wrong", "pkcs11_pin_locked", "pkcs11_token_ambiguous", "pkcs11_key_unprotected"],
+        (False, Scope.STORE),
+    ),
     "tcti_invalid": (False, Scope.DEVICE),
     **dict.fromkeys(["tpm_reset", "tpm_lockout", "tpm_full", "tpm_busy"], (True, Scope.STORE)),
     **dict.fromkeys(
@@ -37,7 +43,15 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     # A key.
     **dict.fromkeys(
         [
-            *("key_of_another_tpm", "key_of_another_store", "key_damaged", "key_type_wrong", "tpm_error"),
+            *(
+                "key_of_another_tpm",
+                "key_of_another_token",
+                "pkcs11_refused",
+                "key_of_another_store",
+                "key_damaged",
+                "key_type_wrong",
+                "tpm_error",
+            ),
             *("key_auth_wrong", "key_protection_differs", "parent_missing", "pcr_changed"),
             *("key_taken", "key_not_found", "key_destroyed", "illegal_transition"),
         ],

@@ -1,6 +1,6 @@
-"""What every key store does, shown on each of them: ``software:``, and ``tpm2:`` in a real TPM simulator.
+"""What every key store does, shown on each: ``software:``, ``pkcs11:`` in SoftHSM, ``tpm2:`` in a TPM simulator.
 
-The latter also with each protection that keys can have, and with all at once.
+The last one also with each protection that keys can have, and with all at once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from peers import Swtpm
+from softhsm import PIN, SOFTHSM, Token
 
 from protection import terms
 from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import RSA_3072, SECP256R1, SECP521R1, Algorithm, KeyType
 from stationkey.errors import ConfigurationError, KeyStoreError
 from stationkey.keystore import KeyRef, KeyStore, Protecting, check_key, keystore_opener
+from stationkey.keystore.schemes import SCHEMES
+from stationkey.system.pem import from_pem
 from stationkey.x509.csr import PrivateKey, PublicKey, key_type
 
 DATA = b"to be signed"
@@ -92,10 +95,14 @@ PROTECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["software", *PROTECTIONS])
+@pytest.fixture(scope="module", params=["software", "pkcs11", *PROTECTIONS])
 def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     if request.param == "software":
         yield Device("software:", None)
+        return
+    if request.param == "pkcs11":
+        directory = tmp_path_factory.mktemp("token")
+        yield Device(Token.make("suite", directory).uri, None, state_dir=directory)
         return
     with Swtpm(tmp_path_factory.mktemp("swtpm")) as tpm:
         yield Device(tpm.uri, tpm, terms(tpm.directory, **PROTECTIONS[request.param]), tpm.directory)
@@ -210,13 +217,13 @@ def test_a_destroyed_key_takes_no_other_with_it(store: KeyStore) -> None:
 
 
 def test_a_key_of_another_store_is_refused_in_words(store: KeyStore) -> None:
-    key = dataclasses.replace(store.generate(Algorithm.ECDSA_SHA256), scheme="pkcs11")
-    with (
-        pytest.raises(KeyStoreError, match=rf"{key.key_id} was made by a pkcs11: key store") as signing,
-        store.signer(key),
-    ):
-        pass
-    assert signing.value.reason == "key_of_another_store"
+    made = store.generate(Algorithm.ECDSA_SHA256)
+    for scheme in SCHEMES.keys() - {made.scheme}:
+        key = dataclasses.replace(made, scheme=scheme)
+        with pytest.raises(KeyStoreError) as signing, store.signer(key):
+            pass
+        assert signing.value.reason == "key_of_another_store"
+        assert key.key_id in str(signing.value)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +270,7 @@ def test_openssl_signs_with_the_pem_file_of_a_key(
 ) -> None:
     """Where the key is in a TPM, through the tpm2 provider; it can give a value, and show no policy.
 
-    Plain OpenSSL verifies.
+    Where it is in a token, through the pkcs11 engine, which takes the URI that is in the file. Plain OpenSSL verifies.
     """
     key = device.key(store, algorithm)
     (tmp_path / "key.pem").write_bytes(key.pem())
@@ -285,7 +292,13 @@ def test_openssl_signs_with_the_pem_file_of_a_key(
         (tmp_path / "value").write_bytes(store.auth_value(key.private))
         store.close()
         providers += ["-passin", "file:value"]
-    command = ("dgst", *providers, digest, "-sign", "key.pem", "-out", "signature", "data")
+    file = "key.pem"
+    if device.scheme == "pkcs11":
+        der = from_pem(key.pem())
+        file = der[der.index(b"pkcs11:") :].decode()
+        providers = ["-engine", "pkcs11", "-keyform", "engine", "-passin", f"pass:{PIN}"]
+        environment["PKCS11_MODULE_PATH"] = str(SOFTHSM)
+    command = ("dgst", *providers, digest, "-sign", file, "-out", "signature", "data")
     if device.terms.pcrs:
         # tpm2-openssl, 1.1.1 and 1.3.0, does not know a key file with a policy.
         assert "private key from key.pem" in openssl(tmp_path, environment, *command, fails=True)
@@ -322,7 +335,8 @@ def openssl(directory: Path, environment: dict[str, str], *arguments: str, fails
         pytest.param("software:", False, "software_keys_refused", id="software-not-allowed"),
         pytest.param("software:here", True, "keystore_uri_invalid", id="software-with-more"),
         pytest.param("software", True, "keystore_uri_invalid", id="software-no-colon"),
-        pytest.param("pkcs11:token=x", True, "keystore_uri_invalid", id="unknown-scheme"),
+        pytest.param("pkcs15:token=x", True, "keystore_uri_invalid", id="unknown-scheme"),
+        pytest.param("pkcs11:token=x", True, "keystore_uri_invalid", id="no-module"),
         pytest.param("", True, "keystore_uri_invalid", id="empty"),
         pytest.param("TPM2:device:/dev/tpmrm0", False, "keystore_uri_invalid", id="upper-case"),
     ],

@@ -4,6 +4,7 @@ A store makes a key, signs with it, tells its public part and destroys it; and s
 make one of that kind. Stores are named by URI, see `stationkey.keystore.registry`:
 
 - ``tpm2:<TCTI>``, for example ``tpm2:device:/dev/tpmrm0`` or ``tpm2:swtpm:host=127.0.0.1,port=2321``;
+- ``pkcs11:<token>?module-path=<module>`` [RFC 7512], a token: a secure element, an HSM;
 - ``software:``, keys in plain memory and on disk. For trying only; never a fallback.
 """
 
@@ -17,6 +18,7 @@ from stationkey.keystore.protocol import (
     Lending,
     Protecting,
     Support,
+    Sweeping,
     Timed,
     check_key,
     key_id_of,
@@ -32,6 +34,7 @@ __all__ = [
     "Lending",
     "Protecting",
     "Support",
+    "Sweeping",
     "Timed",
     "check_key",
     "key_id_of",

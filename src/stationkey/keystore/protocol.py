@@ -6,7 +6,7 @@ Stores are synchronous and belong to one thread, `KeyStoreThread`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
@@ -35,12 +35,13 @@ class KeyRef:
     """All that is needed to use a key again, if its store is at hand.
 
     Attributes:
-        scheme: URI scheme of the store that made it: ``tpm2`` or ``software``.
+        scheme: URI scheme of the store that made it: ``tpm2``, ``pkcs11`` or ``software``.
         key_type: curve or RSA size.
         public: subjectPublicKeyInfo in DER [RFC 5280 4.1.2.7].
         private: what the store needs to load the private part. From ``tpm2:`` the wrapped blob as the DER of a
-            ``TSS2 PRIVATE KEY``, which opens only in the TPM that made it; from ``software:`` a PKCS#8 in the clear.
-            Never shown by repr.
+            ``TSS2 PRIVATE KEY``, which opens only in the TPM that made it; from ``pkcs11:`` the URI of the key in its
+            token, as the DER of a ``PKCS#11 PROVIDER URI``; from ``software:`` a PKCS#8 in the clear. Never shown by
+            repr.
     """
 
     scheme: str
@@ -193,6 +194,25 @@ class Lending(Protocol):
 
         Raises:
             KeyStoreError: the key is not of this store or of this device, or the device failed.
+        """
+        ...
+
+
+@runtime_checkable
+class Sweeping(Protocol):
+    """A store whose keys are in its device, where a crash can leave one that the ledger does not know."""
+
+    def sweep(self, living: Collection[KeyRef]) -> int:
+        """Destroy the keys of this station in the device that are certainly not in the ledger any more.
+
+        Args:
+            living: the keys in the ledger that have a private part.
+
+        Returns:
+            How many were destroyed.
+
+        Raises:
+            KeyStoreError: the device failed; the rest is left to the next call.
         """
         ...
 

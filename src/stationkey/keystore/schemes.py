@@ -19,6 +19,8 @@ class Scheme:
         located: whether the URI says where the store is.
         secret_query: whether what follows ``?`` in its URI may hold a secret, and is not shown.
         protected: whether its keys are protected. One without protection is for trying only, and never a fallback.
+        resident: whether its keys stay in the device, so that a crash can leave one there: see
+            `stationkey.keystore.Sweeping`.
         attests: whether it can prove that it made a key.
         pem_label: of the PEM file with a key.
         openssl_provider: what OpenSSL needs to use such a file, or None if it needs nothing.
@@ -30,6 +32,7 @@ class Scheme:
     located: bool
     secret_query: bool = False
     protected: bool
+    resident: bool = False
     attests: bool
     pem_label: str
     openssl_provider: str | None
@@ -45,6 +48,17 @@ _SCHEMES: Final = (
         attests=True,
         pem_label="TSS2 PRIVATE KEY",
         openssl_provider="tpm2",
+    ),
+    Scheme(
+        name="pkcs11",
+        opener="stationkey.keystore.pkcs11:opener",
+        example="pkcs11:token=station?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/stationkey/pin",
+        located=True,
+        protected=True,
+        resident=True,
+        attests=False,
+        pem_label="PKCS#11 PROVIDER URI",
+        openssl_provider="pkcs11",
     ),
     Scheme(
         name="software",

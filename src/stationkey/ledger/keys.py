@@ -110,6 +110,20 @@ class Keys:
             ).fetchone()
         return None if row is None else read_key_ref(*row)
 
+    def refs(self, scheme: str) -> list[KeyRef]:
+        """Return the keys of a kind of key store that have a private part.
+
+        Args:
+            scheme: of the key store's URI.
+        """
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT scheme, key_type, public, private FROM key JOIN secret ON secret.key_number = key.number"
+                " WHERE scheme = ?",
+                (scheme,),
+            ).fetchall()
+        return [read_key_ref(*row) for row in rows]
+
     def made_ahead(self) -> list[tuple[KeyRef, int]]:
         """Return the keys made ahead that have no owner yet, oldest first.
 

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final
 
 from stationkey.config.settings import TpmTerms
 from stationkey.errors import KeyStoreError, Scope
+from stationkey.keystore.refusal import Refusal
 from stationkey.keystore.tpm2 import return_codes as rc
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Refusal:
-    """What a return code means; the fields of `KeyStoreError`."""
-
-    reason: str
-    words: str
-    hint: str = ""
-    transient: bool = False
-    scope: Scope
-
-
-_RESET: Final = _Refusal(
+_RESET: Final = Refusal(
     reason="tpm_reset",
     words="the TPM was reset while it was in use",
     hint="ask again",
     transient=True,
     scope=Scope.STORE,
 )
-_BUSY: Final = _Refusal(
+_BUSY: Final = Refusal(
     reason="tpm_busy",
     words="the TPM asked to be tried again later, and did so until the time was over",
     hint="each request tries again; if it lasts, reset the TPM",
     transient=True,
     scope=Scope.STORE,
 )
-_NO_SLOT: Final = _Refusal(
+_NO_SLOT: Final = Refusal(
     reason="tpm_full",
     words="the TPM has no free slot",
     hint="another program holds keys loaded",
     transient=True,
     scope=Scope.STORE,
 )
-_NO_SESSION: Final = _Refusal(
+_NO_SESSION: Final = Refusal(
     reason="tpm_full",
     words="the TPM has no room for another session",
     hint="other programs hold them all",
@@ -50,7 +38,7 @@ _NO_SESSION: Final = _Refusal(
     scope=Scope.STORE,
 )
 _REFUSALS: Final = {
-    rc.LOCKOUT: _Refusal(
+    rc.LOCKOUT: Refusal(
         reason="tpm_lockout",
         words="the TPM is in lockout",
         hint="it ends by itself after the TPM's lockout interval, or with tpm2_dictionarylockout --clear-lockout",
@@ -65,7 +53,7 @@ _REFUSALS: Final = {
     rc.OBJECT_HANDLES: _NO_SLOT,
     rc.SESSION_MEMORY: _NO_SESSION,
     rc.SESSION_HANDLES: _NO_SESSION,
-    rc.INTEGRITY: _Refusal(
+    rc.INTEGRITY: Refusal(
         reason="key_of_another_tpm",
         words="the key was made by another TPM, or before this one was cleared, or its blob is damaged",
         hint="it cannot be used again; ask for a new certificate",
@@ -76,16 +64,10 @@ _REFUSALS: Final = {
 
 def of_code(error: Any) -> KeyStoreError:
     """By the return code of a ``TSS2_Exception``."""
-    refusal = _REFUSALS.get(rc.code(error)) or _Refusal(
+    refusal = _REFUSALS.get(rc.code(error)) or Refusal(
         reason="tpm_error", words=f"the TPM refused: {error}", scope=Scope.KEY
     )
-    return KeyStoreError(
-        f"{refusal.words} ({error.rc:#x})",
-        reason=refusal.reason,
-        hint=refusal.hint,
-        transient=refusal.transient,
-        scope=refusal.scope,
-    )
+    return refusal.error(f"{error.rc:#x}")
 
 
 def auth_refused(whose: str, option: str, configured: object, code: str) -> KeyStoreError:

@@ -1,0 +1,57 @@
+"""The key store in a PKCS#11 token: a secure element, an HSM, OP-TEE. Opening a store loads python-pkcs11."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stationkey.config.settings import TpmTerms
+from stationkey.errors import ConfigurationError
+from stationkey.keystore.pkcs11.inventory import Inventory
+from stationkey.keystore.pkcs11.uri import TokenUri
+
+if TYPE_CHECKING:
+    from stationkey.keystore.protocol import KeyStore
+
+__all__ = ["opener"]
+
+
+def opener(
+    location: str,
+    *,
+    terms: TpmTerms | None,
+    state_dir: Path | None,
+    guest: bool,  # noqa: ARG001 - a token is not cleared of what others have in it
+) -> Callable[[], KeyStore]:
+    """See `stationkey.keystore.keystore_opener`; the location is a PKCS#11 URI without its scheme [RFC 7512].
+
+    Raises:
+        ConfigurationError: invalid URI, unsafe module, no state directory, python-pkcs11 is missing, or TPM options.
+    """
+    token = TokenUri.parse(location)
+    given, default = terms or TpmTerms(), TpmTerms()
+    if names := [one.name for one in fields(TpmTerms) if getattr(given, one.name) != getattr(default, one.name)]:
+        raise ConfigurationError(
+            f"[tpm] {', '.join(names)} does not apply to a pkcs11 key store",
+            reason="tpm_terms_without_tpm",
+            hint="remove these options, or name a TPM as the key store",
+        )
+    if state_dir is None:
+        raise ConfigurationError("a pkcs11 key store needs a state directory", reason="state_dir_unnamed")
+    if find_spec("pkcs11") is None:
+        raise ConfigurationError(
+            "a pkcs11 key store needs python-pkcs11, which is not installed",
+            reason="extra_missing",
+            hint="it belongs to the extra [pkcs11]; docs/install.md says how to add one",
+        )
+    inventory = Inventory(state_dir / "pkcs11")
+
+    def open_store() -> KeyStore:
+        from stationkey.keystore.pkcs11.store import Pkcs11KeyStore  # noqa: PLC0415 - only who needs it pays for it
+
+        return Pkcs11KeyStore(f"pkcs11:{location}", token, inventory)
+
+    return open_store

@@ -1,0 +1,74 @@
+"""The record of what this station has in a token: a file for each key, named by its CKA_ID, in the state directory.
+
+The file is there, durably, before the token makes the key, and goes after the key is destroyed. So whatever a crash
+leaves in the token has a file, and an object without one is somebody else's.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from stationkey.errors import KeyStoreError
+from stationkey.system.files import make, sync_directory
+
+_NAME: Final = re.compile(r"[0-9a-f]{32}")
+LABEL: Final = "stationkey {}"
+"""CKA_LABEL of a key, by its CKA_ID in hexadecimal."""
+
+
+class Inventory:
+    """The files.
+
+    Args:
+        directory: of the files; made where it is missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._known = {bytes.fromhex(name) for name in self._names()}  # by earlier processes, or once in the ledger
+
+    def new(self) -> bytes:
+        """Record a key that is about to be made, durably, and return its CKA_ID.
+
+        Raises:
+            KeyStoreError: the file cannot be written.
+        """
+        identifier = secrets.token_bytes(16)
+        try:
+            if not self.directory.exists():
+                self.directory.mkdir(mode=0o700)
+                sync_directory(self.directory.parent)
+            make(self.directory / identifier.hex(), b"")
+        except OSError as error:
+            raise KeyStoreError(
+                f"cannot record a key in {self.directory}: {error.strerror}", reason="state_dir_unusable"
+            ) from None
+        return identifier
+
+    def drop(self, identifier: bytes) -> None:
+        """Forget a key that the token does not have any more."""
+        with suppress(OSError):  # it is looked for again at the next start
+            (self.directory / identifier.hex()).unlink(missing_ok=True)
+
+    def ended(self, living: Collection[bytes]) -> list[bytes]:
+        """Return the keys on record here that are certainly none of the ledger's any more.
+
+        A key of this process that was never in the ledger may be on its way there; one of an earlier process is not.
+
+        Args:
+            living: CKA_IDs of the keys whose private part the ledger has.
+        """
+        names = {bytes.fromhex(name) for name in self._names()}
+        self._known |= names & set(living)
+        return sorted((names & self._known) - set(living))
+
+    def _names(self) -> list[str]:
+        try:
+            return [path.name for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        except FileNotFoundError:
+            return []

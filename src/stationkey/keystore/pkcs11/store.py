@@ -1,0 +1,269 @@
+"""Keys in a PKCS#11 token: made there, never extractable, and used there.
+
+A token keeps its keys by itself, and a crash does not undo what it has made. So each key is recorded before it is made
+(`stationkey.keystore.pkcs11.inventory`), and `Pkcs11KeyStore.sweep` destroys what the ledger knows no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Final
+
+from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
+from cryptography.hazmat import asn1
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, NoSuchKey, ObjectClass
+from pkcs11.util.ec import encode_named_curve_parameters
+
+from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
+from stationkey.contract.profiles import KeyType as Kind
+from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
+from stationkey.keystore.pkcs11.inventory import LABEL, Inventory
+from stationkey.keystore.pkcs11.signing import EccPrivateKey, RsaPrivateKey
+from stationkey.keystore.pkcs11.token import Connection
+from stationkey.keystore.pkcs11.uri import TokenUri, identifier_of, object_uri
+from stationkey.keystore.protocol import KeyRef, Support
+from stationkey.x509.csr import PrivateKey, PublicKey
+
+_SCHEME: Final = "pkcs11"
+_VERSION: Final = "PKCS#11 Provider URI v1.0"
+_CURVES: Final[dict[Kind, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
+_OCTET_STRING: Final = 0x04
+_BORN_INSIDE: Final = {
+    Attribute.SENSITIVE: True,
+    Attribute.EXTRACTABLE: False,
+    Attribute.LOCAL: True,
+    Attribute.ALWAYS_SENSITIVE: True,
+    Attribute.NEVER_EXTRACTABLE: True,
+}
+"""What a key has to say of itself [PKCS #11 4.9]."""
+
+
+@asn1.sequence
+class _KeyFile:
+    """What OpenSSL's pkcs11-provider reads from a ``PKCS#11 PROVIDER URI``."""
+
+    version: str
+    uri: str
+
+
+class Pkcs11KeyStore:
+    """A key store in a token.
+
+    Args:
+        uri: of the key store.
+        token: what that says.
+        inventory: record of what is in it.
+    """
+
+    def __init__(self, uri: str, token: TokenUri, inventory: Inventory) -> None:
+        self.uri = uri
+        self._connection = Connection(token, inventory.directory / "pin-refused")
+        self._inventory = inventory
+
+    @property
+    def description(self) -> str:
+        """Label, maker and model of the token."""
+        self._connection.call("C_GetTokenInfo", lambda _: None)
+        names = self._connection.names()
+        return f"PKCS#11 token {names['token']}: {names['manufacturer']} {names['model']} {names['serial']}"
+
+    def supports(self, algorithm: Algorithm) -> Support:
+        return self._connection.call("C_GetMechanismInfo", lambda _: self._supports(algorithm))
+
+    def _supports(self, algorithm: Algorithm) -> Support:
+        slot = self._connection.token.slot
+        present = slot.get_mechanisms()
+        missing = []
+        for kind in ALGORITHMS[algorithm].key_types:
+            if isinstance(kind, EllipticCurve):
+                make, sign, bits = Mechanism.EC_KEY_PAIR_GEN, Mechanism.ECDSA, _CURVES[kind].key_size
+            else:
+                make, sign, bits = Mechanism.RSA_PKCS_KEY_PAIR_GEN, Mechanism.RSA_PKCS, kind.bits
+            if {make, sign} <= present:
+                sizes = [slot.get_mechanism_info(mechanism) for mechanism in (make, sign)]
+                if all(size.min_key_length <= bits <= (size.max_key_length or bits) for size in sizes):
+                    return Support(kind)
+            missing.append(str(kind))
+        return Support(None, f"this token has no {' and no '.join(missing)}")
+
+    def generate(self, algorithm: Algorithm) -> KeyRef:
+        support = self.supports(algorithm)
+        if support.key_type is None:
+            raise UnsupportedAlgorithm(
+                f"{algorithm} cannot be served: {support.missing}", reason="algorithm_unsupported_by_token"
+            )
+        identifier = self._inventory.new()
+        try:
+            public = self._connection.call(
+                "C_GenerateKeyPair", partial(_generate, kind=support.key_type, identifier=identifier), again=False
+            )
+        except BaseException:
+            with suppress(KeyStoreError):  # else the next sweep destroys it
+                self._end(identifier)
+            raise
+        uri = object_uri(self._connection.names(), identifier)
+        return KeyRef(
+            scheme=_SCHEME,
+            key_type=support.key_type,
+            public=public,
+            private=asn1.encode_der(_KeyFile(version=_VERSION, uri=uri)),
+        )
+
+    @contextmanager
+    def signer(self, key: KeyRef) -> Iterator[PrivateKey]:
+        identifier = _identifier(key)
+        self._connection.call("C_FindObjects", partial(_private, identifier=identifier))
+        public_key = self.public_key(key)
+        if isinstance(public_key, ec.EllipticCurvePublicKey):
+            yield EccPrivateKey(partial(self._sign, identifier, Mechanism.ECDSA), public_key)
+        else:
+            yield RsaPrivateKey(partial(self._sign, identifier, Mechanism.RSA_PKCS), public_key)
+
+    def _sign(self, identifier: bytes, mechanism: Mechanism, data: bytes) -> bytes:
+        def sign(session: Any) -> bytes:
+            return bytes(_private(session, identifier=identifier).sign(data, mechanism=mechanism))
+
+        return self._connection.call("C_Sign", sign)
+
+    def public_key(self, key: KeyRef) -> PublicKey:
+        try:
+            return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
+        except (ValueError, CryptographyUnsupported):
+            raise _damaged(key) from None
+
+    def destroy(self, key: KeyRef) -> None:
+        self._end(_identifier(key))
+
+    def sweep(self, living: Collection[KeyRef]) -> int:
+        """Destroy what the ledger knows no more: see `stationkey.keystore.Sweeping`."""
+        kept = {_identifier(key) for key in living if key.scheme == _SCHEME}
+        ended = self._inventory.ended(kept)
+        for identifier in ended:
+            self._end(identifier)
+        return len(ended)
+
+    def unload(self) -> None:
+        """Nothing to do: a token has no slots to clear."""
+
+    def abandon(self) -> None:
+        self._connection.give_up()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _end(self, identifier: bytes) -> None:
+        self._connection.call("C_DestroyObject", partial(_destroy, identifier=identifier))
+        self._inventory.drop(identifier)
+
+
+def _identifier(key: KeyRef) -> bytes:
+    if key.scheme != _SCHEME:
+        raise KeyStoreError(
+            f"key {key.key_id} is in a {key.scheme} key store, and this one is pkcs11",
+            reason="key_of_another_store",
+            scope=Scope.KEY,
+        )
+    try:
+        return identifier_of(asn1.decode_der(_KeyFile, key.private).uri)
+    except ValueError:
+        raise _damaged(key) from None
+
+
+def _damaged(key: KeyRef) -> KeyStoreError:
+    return KeyStoreError(f"key {key.key_id} is corrupt in the ledger", reason="key_damaged", scope=Scope.KEY)
+
+
+# With an open session.
+
+
+def _objects(session: Any, identifier: bytes, kind: ObjectClass | None = None) -> list[Any]:
+    """Return our objects with a CKA_ID. The label is asked for too: no other program's object is touched."""
+    wanted: dict[Attribute, Any] = {Attribute.ID: identifier, Attribute.LABEL: LABEL.format(identifier.hex())}
+    if kind is not None:
+        wanted[Attribute.CLASS] = kind
+    return list(session.get_objects(wanted))
+
+
+def _private(session: Any, *, identifier: bytes) -> Any:
+    found = _objects(session, identifier, ObjectClass.PRIVATE_KEY)
+    if len(found) != 1:
+        raise NoSuchKey
+    return found[0]
+
+
+def _generate(session: Any, *, kind: Kind, identifier: bytes) -> bytes:
+    """Make a key and return its subjectPublicKeyInfo.
+
+    Raises:
+        KeyStoreError: the key could have left the token, or cannot be shown not to have.
+    """
+    label = LABEL.format(identifier.hex())
+    named = {"id": identifier, "label": label, "store": True, "capabilities": MechanismFlag.SIGN}
+    private_template = {
+        Attribute.SENSITIVE: True,
+        Attribute.EXTRACTABLE: False,
+        Attribute.PRIVATE: True,
+        Attribute.SIGN: True,
+        Attribute.DECRYPT: False,
+        Attribute.UNWRAP: False,
+        Attribute.DERIVE: False,
+    }
+    public_template = {Attribute.VERIFY: True, Attribute.ENCRYPT: False, Attribute.WRAP: False}
+    templates = {"public_template": public_template, "private_template": private_template}
+    if isinstance(kind, EllipticCurve):
+        curve = session.create_domain_parameters(
+            KeyType.EC, {Attribute.EC_PARAMS: encode_named_curve_parameters(kind.name)}, local=True
+        )
+        public, private = curve.generate_keypair(**named, **templates)
+        der = _ec_public(bytes(public[Attribute.EC_POINT]), _CURVES[kind])
+    else:
+        public, private = session.generate_keypair(KeyType.RSA, kind.bits, **named, **templates)
+        numbers = rsa.RSAPublicNumbers(
+            int.from_bytes(public[Attribute.PUBLIC_EXPONENT]), int.from_bytes(public[Attribute.MODULUS])
+        )
+        der = _der(numbers.public_key())
+    told = {attribute: private[attribute] for attribute in _BORN_INSIDE}
+    if told != _BORN_INSIDE:
+        wrong = next(attribute for attribute, value in _BORN_INSIDE.items() if told[attribute] != value)
+        raise KeyStoreError(
+            f"the token made a key whose CKA_{wrong.name} is {told[wrong]}, so it may leave the token",
+            reason="pkcs11_key_unprotected",
+            hint="such a key is not used; is the token in a mode for tests?",
+            scope=Scope.STORE,
+        )
+    _private(session, identifier=identifier)  # some modules choose CKA_ID by themselves
+    return der
+
+
+def _ec_public(point: bytes, curve: ec.EllipticCurve) -> bytes:
+    """Return the subjectPublicKeyInfo of CKA_EC_POINT: a point in an OCTET STRING [PKCS #11 6.3.3], or bare."""
+    bare = 1 + 2 * ((curve.key_size + 7) // 8)
+    if len(point) > bare and point[0] == _OCTET_STRING:
+        point = point[-bare:]
+    try:
+        return _der(ec.EllipticCurvePublicKey.from_encoded_point(curve, point))
+    except ValueError:
+        raise KeyStoreError(
+            f"the token made a key that is not on {curve.name}", reason="pkcs11_refused", scope=Scope.KEY
+        ) from None
+
+
+def _der(public_key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> bytes:
+    return public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _destroy(session: Any, *, identifier: bytes) -> None:
+    """Destroy a key, and make sure that it is gone."""
+    for item in _objects(session, identifier):
+        item.destroy()
+    if left := _objects(session, identifier):
+        raise KeyStoreError(
+            f"the token still has {len(left)} objects of a key that it destroyed",
+            reason="pkcs11_failed",
+            transient=True,
+            scope=Scope.DEVICE,
+        )

@@ -1,0 +1,170 @@
+"""PKCS#11 URIs [RFC 7512]: which token, by which module, with which PIN; and which object in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from stationkey.config.secrets import MAX_SECRET, SecretReference
+from stationkey.errors import ConfigurationError
+
+_TOKEN: Final = ("token", "manufacturer", "serial", "model")
+_QUERY: Final = ("module-path", "pin-source")
+_ENCODED: Final = re.compile(r"(?:[A-Za-z0-9\-._~:\[\]@!$'()*+,=&/?|]|%[0-9A-Fa-f]{2})*")
+"""pk11-pchar and pk11-qchar, and the bar of a pin-source that is a command [RFC 7512 2.3, 2.4]."""
+_UNESCAPED: Final = ":[]@!$'()*+,=&"
+_COMMAND_TIMEOUT: Final = 10.0
+
+
+def _invalid(words: str, hint: str = "") -> ConfigurationError:
+    return ConfigurationError(f"invalid PKCS#11 URI: {words}", reason="keystore_uri_invalid", hint=hint)
+
+
+def _attributes(text: str, separator: str) -> dict[str, bytes]:
+    """Split attributes and decode their values.
+
+    Raises:
+        ConfigurationError: malformed, or an attribute is there twice.
+    """
+    found: dict[str, bytes] = {}
+    for part in filter(None, text.split(separator)):
+        name, equals, value = part.partition("=")
+        if not equals or _ENCODED.fullmatch(value) is None:
+            raise _invalid(f"attribute {name[:40]!r} is malformed", "percent-encode reserved characters [RFC 7512 2.3]")
+        if name in found:
+            raise _invalid(f"attribute {name[:40]!r} is given twice")
+        found[name] = unquote_to_bytes(value)
+    return found
+
+
+def object_uri(token: Mapping[str, str], identifier: bytes) -> str:
+    """Return the URI of a private key.
+
+    Args:
+        token: what names the token, by attribute.
+        identifier: CKA_ID of the key.
+    """
+    named = [f"{name}={quote_from_bytes(token[name].encode(), _UNESCAPED)}" for name in _TOKEN if token.get(name)]
+    return "pkcs11:" + ";".join([*named, "id=" + "".join(f"%{byte:02x}" for byte in identifier), "type=private"])
+
+
+def identifier_of(uri: str) -> bytes:
+    """Return the CKA_ID in the URI of a key.
+
+    Raises:
+        ValueError: no such URI.
+    """
+    try:
+        return _attributes(uri.removeprefix("pkcs11:"), ";")["id"]
+    except (ConfigurationError, KeyError):
+        raise ValueError("not the URI of a key") from None
+
+
+@dataclass(frozen=True, slots=True)
+class PinSource:
+    """Where the PIN of a token is: a file, a systemd credential, or a command that prints it.
+
+    Args:
+        source: ``file:/path``, ``credential:NAME``, or ``|/path`` of a program [RFC 7512 2.4].
+
+    Raises:
+        ConfigurationError: none of these.
+    """
+
+    source: str
+
+    def __post_init__(self) -> None:
+        kind, _, path = self.source.partition(":" if self.source.startswith("file:") else "|")
+        if self.source.startswith("credential:"):
+            SecretReference(self.source)
+        elif kind not in {"file", ""} or not path.startswith("/") or "\0" in path:
+            raise _invalid(
+                "pin-source names no PIN",
+                "give file:/path, credential:NAME for one of systemd's, or |/path of a program that prints it",
+            )
+
+    def read(self) -> str:
+        """Return the PIN.
+
+        Raises:
+            ConfigurationError: it cannot be read, is empty, too long or not UTF-8; the message does not tell it.
+        """
+        if self.source.startswith("|"):
+            pin = self._printed()
+        else:
+            pin = SecretReference(self.source.removeprefix("file:")).read()
+        try:
+            return pin.decode()
+        except UnicodeDecodeError:
+            raise ConfigurationError(
+                "the PIN of the PKCS#11 token is not UTF-8", reason="secret_unreadable", hint="PKCS#11 wants UTF-8"
+            ) from None
+
+    def _printed(self) -> bytes:
+        program = self.source[1:]
+        try:
+            done = subprocess.run(  # noqa: S603 - the operator's own program, by its absolute path, without a shell
+                [program],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=_COMMAND_TIMEOUT,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            why = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise ConfigurationError(f"the program {program} gave no PIN: {why}", reason="secret_unreadable") from None
+        pin = done.stdout.removesuffix(b"\n")
+        if not pin or len(pin) > MAX_SECRET:
+            raise ConfigurationError(
+                f"the program {program} printed nothing, or more than a PIN", reason="secret_unreadable"
+            )
+        return pin
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUri:
+    """A token, and how to get at it.
+
+    Attributes:
+        wanted: what the token's label, manufacturer, serial number and model have to be, as far as they are given.
+        module: path of the PKCS#11 module.
+        pin: where the PIN is, or None for a token that wants none.
+    """
+
+    wanted: Mapping[str, str]
+    module: Path
+    pin: PinSource | None
+
+    @classmethod
+    def parse(cls, location: str) -> TokenUri:
+        """Read a URI without its scheme.
+
+        Raises:
+            ConfigurationError: malformed, an attribute that does not name a token, no module, or a PIN in it.
+        """
+        path, _, query = location.partition("?")
+        token, how = _attributes(path, ";"), _attributes(query, "&")
+        if "pin-value" in {*token, *how}:
+            raise _invalid("it contains the PIN", "use pin-source=file:/path; pin-value is refused")
+        if unknown := [name for name in token if name not in _TOKEN] + [name for name in how if name not in _QUERY]:
+            raise _invalid(
+                f"attribute {unknown[0][:40]!r} is not supported",
+                f"a token is named by {', '.join(_TOKEN)}, and found by {' and '.join(_QUERY)}",
+            )
+        if not token:
+            raise _invalid("it names no token", "give its label: pkcs11:token=station?module-path=/usr/lib/…")
+        try:
+            wanted = {name: value.decode() for name, value in token.items()}
+            module = Path(how.get("module-path", b"").decode())
+            pin = PinSource(how["pin-source"].decode()) if "pin-source" in how else None
+        except UnicodeDecodeError:
+            raise _invalid("a value is not UTF-8") from None
+        if not module.is_absolute() or "\0" in str(module):
+            raise _invalid("module-path is missing or not absolute", "give the path of the token's PKCS#11 module")
+        return cls(wanted, module, pin)

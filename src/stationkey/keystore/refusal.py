@@ -1,0 +1,24 @@
+"""What an answer of a device means: the table of each store is made of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stationkey.errors import KeyStoreError, Scope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """What a return code means; the fields of `KeyStoreError`."""
+
+    reason: str
+    words: str
+    hint: str = ""
+    transient: bool = False
+    scope: Scope
+
+    def error(self, code: str) -> KeyStoreError:
+        """Return the error, with the device's own code for it."""
+        return KeyStoreError(
+            f"{self.words} ({code})", reason=self.reason, hint=self.hint, transient=self.transient, scope=self.scope
+        )

@@ -1,0 +1,52 @@
+"""Keys that a crash left in the device of a key store that keeps its keys there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from stationkey.errors import StationKeyError
+from stationkey.keystore import KeyStore, Sweeping
+from stationkey.keystore.worker import Task, Turn, on_keystore
+from stationkey.service.custody import PROOF_DEADLINE, Custody
+
+log = logging.getLogger(__name__)
+
+_SWEEP: Final = 60.0
+"""Seconds between two looks."""
+
+
+class Strays:
+    """Destroys in the device what the ledger knows no more.
+
+    Args:
+        custody: the keys.
+        scheme: of the key store.
+    """
+
+    def __init__(self, custody: Custody, scheme: str) -> None:
+        self._custody = custody
+        self._scheme = scheme
+
+    async def sweep(self) -> None:
+        """Compare the ledger with the device once."""
+        living = await self._custody.ledger(lambda ledger: ledger.keys.refs(self._scheme))
+
+        def sweep(store: KeyStore) -> int:
+            return store.sweep(living) if isinstance(store, Sweeping) else 0
+
+        destroyed = await on_keystore(
+            self._custody.keystore, sweep, timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
+        )
+        if destroyed:
+            log.warning("destroyed keys that a crash left in the key store", extra={"keys": destroyed})
+
+    async def run(self) -> None:
+        """Sweep now and then until cancelled. A device that is away is logged, and tried again."""
+        while True:
+            try:
+                await self.sweep()
+            except StationKeyError as error:
+                log.error("the key store was not swept: %s", error, extra={"reason": error.reason})
+            await asyncio.sleep(_SWEEP)
