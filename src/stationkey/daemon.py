@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Final
@@ -30,9 +30,11 @@ from stationkey.observability.health import Health
 from stationkey.service.policy import Policy
 from stationkey.service.renewal import DueCertificate
 from stationkey.service.requests import StationKeyService
+from stationkey.service.strays import Strays
 from stationkey.system.hardening import close_to_others
 from stationkey.system.state_dir import StateDirectory
 from stationkey.system.systemd import ServiceManager
+from stationkey.system.tasks import kept_running
 
 if TYPE_CHECKING:
     from stationkey.observability.http import Page
@@ -106,19 +108,18 @@ async def serve(settings: Settings) -> None:
                 on_away=health.away,
             )
             health.watch(service, edge)
+            tasks: dict[str, Callable[[], Awaitable[None]]] = {
+                "sweep": service.expiry.run,
+                "tell-unusable": service.expiry.tell_unusable,
+                "learn-ids": service.learn_ids,
+                "make-ahead": service.pool.run,
+                "renewal-watch": partial(service.renewal.run, partial(_show_due, due)),
+            }
+            if (scheme := KeyStoreUri.parse(settings.keystore).scheme).resident:
+                tasks["strays"] = Strays(service.custody, scheme.name).run
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    sweeping = tasks.create_task(service.expiry.run(), name="sweep")
-                    telling = tasks.create_task(service.expiry.tell_unusable(), name="tell-unusable")
-                    learning = tasks.create_task(service.learn_ids(), name="learn-ids")
-                    making = tasks.create_task(service.pool.run(), name="make-ahead")
-                    renewing = tasks.create_task(service.renewal.run(partial(_show_due, due)), name="renewal-watch")
+                async with kept_running(tasks, failed=service.counters.task_failures.add):
                     await edge.run(stop, drain=DRAIN)
-                    sweeping.cancel()
-                    telling.cancel()
-                    making.cancel()
-                    renewing.cancel()
-                    learning.cancel()
             finally:
                 await service.aclose()
             log.info("stopped", extra=dict(service.counters.outcomes()))

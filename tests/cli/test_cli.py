@@ -247,7 +247,7 @@ def test_asking_a_broker_that_is_not_there_exits_1() -> None:
             id="software, not allowed",
         ),
         pytest.param(["serve", "--keystore", "tpm2:"], "keystore_uri_invalid", "names no TPM", id="no TCTI"),
-        pytest.param(["serve", "--keystore", "pkcs11:"], "keystore_uri_invalid", "'pkcs11:'", id="unknown key store"),
+        pytest.param(["serve", "--keystore", "pkcs15:"], "keystore_uri_invalid", "'pkcs15:'", id="unknown key store"),
         pytest.param(["serve", "--keystore", "tpm2:x", "--broker", "h"], "broker_invalid", "'h'", id="serve, no URL"),
         pytest.param(
             ["serve", "--config", "/no/such/file"], "config_unreadable", "/no/such/file", id="no configuration file"

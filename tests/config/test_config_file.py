@@ -376,8 +376,9 @@ def test_the_default_key_store_is_the_machines_tpm(monkeypatch: pytest.MonkeyPat
         pytest.param("tpm2:", "tpm2:device:/dev/tpmrm0", id="tpm2 without a TCTI"),
         pytest.param("tpm2", "tpm2:device:/dev/tpmrm0", id="no colon"),
         pytest.param("/dev/tpmrm0", "tpm2:device:/dev/tpmrm0", id="a path"),
-        pytest.param("pkcs11:token=x", "tpm2: or software:", id="unknown scheme"),
-        pytest.param("", "tpm2: or software:", id="empty"),
+        pytest.param("pkcs15:token=x", "tpm2: or pkcs11: or software:", id="unknown scheme"),
+        pytest.param("pkcs11:token=x", "module", id="a token without its module"),
+        pytest.param("", "tpm2: or pkcs11: or software:", id="empty"),
     ],
 )
 def test_a_key_store_uri_that_cannot_be_is_refused_with_a_hint(uri: str, words: str) -> None:

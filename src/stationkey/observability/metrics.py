@@ -185,6 +185,13 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
         counters.renewal_commands,
         [(outcome,) for outcome in ("ok", *COMMAND_FAILURES)],
     )
+    yield _counters(
+        "task_failures",
+        "Runs of the daemon's own tasks that an unexpected exception ended.",
+        ("task",),
+        counters.task_failures,
+        [],
+    )
     yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", counters.unusable)
     yield _counter(
         "running_seconds", "How long the daemon has run with this ledger, all runs together.", service.running / 1000

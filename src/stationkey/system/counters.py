@@ -83,6 +83,7 @@ class Counters:
         not_shown: failures to write the files under ``active/``, by reason.
         hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
         renewal_commands: runs of ``[renewal] command``, by ``ok`` or the reason of the failure.
+        task_failures: runs of the daemon's own tasks that ended by an unexpected exception, by task.
     """
 
     def __init__(self) -> None:
@@ -95,6 +96,7 @@ class Counters:
         self.not_shown = Counts()
         self.hints = Counts()
         self.renewal_commands = Counts()
+        self.task_failures = Counts()
 
     def answered(self, algorithm: str, seconds: float) -> None:
         """Note how long a new CSR took; `algorithm` is one of `stationkey.contract.profiles.Algorithm`."""
