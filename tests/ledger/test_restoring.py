@@ -102,6 +102,18 @@ def test_no_other_end_of_the_key_before_confirms_the_new_one(ledger: Ledger, end
     assert previous(ledger) == {}
 
 
+def test_an_active_key_counts_as_unconfirmed_while_there_is_one_to_go_back_to(ledger: Ledger) -> None:
+    old = install(ledger)
+    assert ledger.keys.figures(expiries=1).unconfirmed == 0
+    new = install(ledger)
+    assert ledger.keys.figures(expiries=1).unconfirmed == 1
+    restore(ledger, old)
+    assert ledger.keys.figures(expiries=1).unconfirmed == 0
+    restore(ledger, new)
+    ledger.transitions.confirm(new, reason="", now=0)
+    assert ledger.keys.figures(expiries=1).unconfirmed == 0
+
+
 def test_going_back_exchanges_the_two_keys(ledger: Ledger) -> None:
     old, new = install(ledger), install(ledger)
 

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from stationkey.keystore import KeyRef
 
 
+_UNCONFIRMED: Final = (
+    "SELECT count(*) FROM key JOIN key AS before USING (certificate_type, evse_id, root)"
+    " WHERE key.state = ? AND key.state != 'destroyed' AND key.confirmed IS NULL"
+    " AND before.state = ? AND before.state != 'destroyed' AND before.previous = 1"
+)
+"""How many keys are active and not confirmed, with a key to go back to. For the index, see `LIVING`."""
+
 _LAST: Final = "\U0010ffff"
 """Sorts after every other character."""
 
@@ -208,6 +215,7 @@ class Keys:
                 "SELECT coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL)"
                 " - (SELECT min(ended) FROM key WHERE ended IS NOT NULL) + 1, 0)"
             ).fetchone()
+            (unconfirmed,) = sql.execute(_UNCONFIRMED, (KeyState.ACTIVE, KeyState.DEACTIVATED)).fetchone()
         keys = {(state, certificate_type): count for state, certificate_type, count in counted}
         active = sum(count for (state, _), count in keys.items() if state == KeyState.ACTIVE)
         earliest: dict[tuple[str, str], int] = {}
@@ -219,6 +227,7 @@ class Keys:
             unknown=active - len(first),
             destroyed=destroyed,
             size=self._database.size(),
+            unconfirmed=unconfirmed,
         )
 
     def _owned(self, certificate_type: str, evse_id: str | None, state: KeyState) -> list[KeyRecord]:

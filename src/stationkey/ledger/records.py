@@ -139,6 +139,7 @@ class Figures:
         unknown: number of active keys that are not in `expiries`.
         destroyed: number of destroyed keys on record.
         size: of the database and its write-ahead log, in bytes.
+        unconfirmed: number of active keys that are not confirmed, while the key before is kept.
     """
 
     keys: Mapping[tuple[str, str], int]
@@ -146,6 +147,7 @@ class Figures:
     unknown: int
     destroyed: int
     size: int
+    unconfirmed: int = 0
 
 
 def read_key_type(text: str) -> KeyType:

@@ -171,6 +171,7 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
     yield _counter(
         "certificate_differences", "What in installed certificates differed from their profiles.", counters.differences
     )
+    yield _counter("restorations", "Keys that Josev went back to.", counters.restorations)
     yield _counters(
         "renewal_hints",
         "Hints that a certificate is due for renewal.",
@@ -217,6 +218,9 @@ def _of_ledger(figures: Figures) -> Iterator[Metric]:
         {(kind, evse_id): expires for kind, evse_id, expires in figures.expiries},
     )
     yield _gauge("certificates_expiry_unknown", "Active keys of which no expiry is shown.", figures.unknown)
+    yield _gauge(
+        "unconfirmed_keys", "Active keys that are not confirmed, while the key before is kept.", figures.unconfirmed
+    )
     yield _gauge("destroyed_keys", "Destroyed keys that are on record.", figures.destroyed)
     yield _gauge("ledger_size_bytes", "Size of the ledger, its write-ahead log included.", figures.size)
 

@@ -136,11 +136,11 @@ class Statuses:
         log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        look, outcome = await self._files.look(status), "applied"
+        look = await self._files.look(status)
         try:
             match status.data.status:
                 case "installed":
-                    outcome = await self._installed(status, look, about)
+                    await self._installed(status, look, about)
                 case "failed_installation":
                     await self._failed(status, look, about)
                 case "deleted":
@@ -149,14 +149,12 @@ class Statuses:
             log.info("%s", repeated, extra={**about, **({"key_id": repeated.key_id} if repeated.key_id else {})})
             self._count(status, "repeated")
         else:
-            self._count(status, outcome)
+            self._count(status, "applied")
 
     def _count(self, status: CertificateInstallationStatus, outcome: str, reason: str = "") -> None:
         self._custody.counters.statuses.add(status.data.status, outcome, reason)
 
-    async def _installed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> str:
-        """Activate or restore the key that is meant; return the outcome to count."""
-
+    async def _installed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
         def find(ledger: Ledger) -> tuple[Found, KeyRef]:
             _refuse_repeat(ledger, status)
             found = self._finder.installed(ledger, status, look)
@@ -172,7 +170,7 @@ class Statuses:
         if key.state is KeyState.DEACTIVATED:
             await self._prove(reference, chain or read_chain((key.chain or "").encode()))
             await self._restore(key, status, about)
-            return "restored"
+            return
         await self._prove(reference, chain)
         if chain is not None:
             self._compare(key, chain, about)
@@ -195,7 +193,6 @@ class Statuses:
             )
         )
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
-        return "applied"
 
     async def _restore(
         self, key: KeyRecord, status: CertificateInstallationStatus, about: Mapping[str, object]
@@ -210,6 +207,7 @@ class Statuses:
                 bounds=self._terms.bounds,
             )
         )
+        self._custody.counters.restorations += 1
         log.warning("key restored", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
 
     async def _failed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:

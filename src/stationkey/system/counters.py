@@ -75,10 +75,11 @@ class Counters:
 
     Attributes:
         requests: by certificate type, outcome (``accepted``, ``repeated``, ``rejected``) and reason of the rejection.
-        statuses: by status, outcome (``applied``, ``restored``, ``repeated``, ``refused``) and reason of the refusal.
+        statuses: by status, outcome (``applied``, ``repeated``, ``refused``) and reason of the refusal.
         unanswerable: messages that carry no usable id, by reason.
         answers: how long a new CSR took, by algorithm.
         differences: what in installed certificates differed from their profiles.
+        restorations: keys that Josev went back to.
         unusable: keys that the present key store could not load at the start.
         not_shown: failures to write the files under ``active/``, by reason.
         hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
@@ -92,6 +93,7 @@ class Counters:
         self.unanswerable = Counts()
         self.answers: dict[str, Durations] = {}
         self.differences = 0
+        self.restorations = 0
         self.unusable = 0
         self.not_shown = Counts()
         self.hints = Counts()
