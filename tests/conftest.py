@@ -16,6 +16,10 @@ from peers import Mosquitto, Swtpm
 if TYPE_CHECKING:
     from protection import Openers
 
+# Modules that test modules take fixtures from, as a plugin, and other names, by an import before that.
+pytest.register_assert_rewrite("attested_tpms", "config_files", "csmss", "gateways", "josevs", "pools")
+pytest.register_assert_rewrite("store_threads", "tls_brokers", "tpm2_stores")
+
 
 class _Patient:
     """`sys` for `threading`, which sets the trace function of coverage in each new thread.

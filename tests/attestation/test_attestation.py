@@ -11,49 +11,29 @@ import dataclasses
 import json
 import struct
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import forgery
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from evidence_parts import CA, NONCE, a_certificate, by_key, pem_of, reason_of, refused, rsa_key
 from forgery import Object, an_ak, attest, evidence, p256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it ships no types
 
-from stationkey.attestation import credential, documents, trust, verifier
-from stationkey.attestation.documents import AttestationKey, EndorsementKey, Evidence, Secret
-from stationkey.attestation.trust import Anchor, RecordedKey, RecordedName
-from stationkey.errors import ConfigurationError, NotVerified
-
-NONCE = bytes(range(32))
-NOW = datetime(2026, 3, 1, tzinfo=UTC)
-
-
-@cache
-def rsa_key(bits: int = 2048) -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(65537, bits)
-
-
-def by_key(ak: Object) -> RecordedKey:
-    return RecordedKey(ak.spki, "recorded")
+from stationkey.attestation import credential, documents, verifier
+from stationkey.attestation.documents import AttestationKey, EndorsementKey, Evidence
+from stationkey.attestation.trust import Anchor, RecordedName
+from stationkey.errors import NotVerified
 
 
 def by_name(ak: Object) -> RecordedName:
     return RecordedName(ak.name, "recorded")
-
-
-def reason_of(judge: Callable[[], object]) -> str:
-    """Why the evidence was refused; anything but a refusal fails the test."""
-    with pytest.raises(NotVerified) as refused:
-        judge()
-    assert refused.value.exit_code == 3
-    return refused.value.reason
 
 
 # What is right.
@@ -96,15 +76,6 @@ def test_what_was_not_asked_for_is_named_as_not_proved() -> None:
     assert "which CSR or certificate" in text
     assert "not_attested" in text
     assert "\x1b" not in "\n".join((*verdict.proved, *verdict.not_proved))
-
-
-# What is wrong, one thing at a time.
-
-
-def refused(**changes: Any) -> Callable[[], object]:
-    """Evidence with something wrong in it, its attestation key believed."""
-    ak: Object = changes.pop("ak", None) or an_ak()
-    return lambda: verifier.verify(evidence(ak=ak, **changes), by_key(ak), nonce=None)
 
 
 def a_key(attributes: int, **others: Any) -> Object:
@@ -259,10 +230,6 @@ def a_csr(private: Any) -> x509.CertificateSigningRequest:
     return x509.CertificateSigningRequestBuilder().subject_name(name).sign(private, hashes.SHA256())
 
 
-def pem_of(document: x509.CertificateSigningRequest | x509.Certificate) -> bytes:
-    return document.public_bytes(serialization.Encoding.PEM)
-
-
 def test_the_csr_and_the_certificate_must_be_for_the_attested_key() -> None:
     key, ak = Object(), an_ak()
     judge = partial(verifier.verify, evidence(key, ak), by_key(ak))
@@ -377,9 +344,13 @@ def test_any_bytes_in_place_of_a_structure_are_refused_in_words(junk: bytes, fie
 # The document.
 
 DOCUMENT_AK = an_ak()
+
+
 DOCUMENT = documents.write_evidence(
     evidence(ak=DOCUMENT_AK, attestation=partial(attest, nonce=NONCE), about={"key_id": "00", "common_name": "Ü"})
 ).encode()
+
+
 SCHEMA = Draft202012Validator(documents.json_schema("attestation.evidence"))
 
 
@@ -494,213 +465,3 @@ def test_the_secret_shows_in_no_repr() -> None:
 
     assert secret.secret.hex() not in repr(secret)
     assert repr(secret.secret) not in repr(secret)
-
-
-# Certificates.
-
-
-def a_certificate(
-    public_key: Any,
-    issuer: tuple[Any, x509.Name],
-    *,
-    subject: str = "leaf",
-    usages: tuple[x509.ObjectIdentifier, ...] = (trust.AK_CERTIFICATE,),
-    ca: bool = False,
-    key_cert_sign: bool = False,
-    starts: datetime = NOW - timedelta(days=1),
-    ends: datetime = NOW + timedelta(days=1),
-    extra: tuple[x509.ExtensionType, ...] = (),
-) -> x509.Certificate:
-    usage = dict.fromkeys(
-        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"), False
-    )
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(name_of(subject))
-        .issuer_name(issuer[1])
-        .public_key(public_key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(starts)
-        .not_valid_after(ends)
-        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=True,
-                key_cert_sign=key_cert_sign,
-                encipher_only=False,
-                decipher_only=False,
-                **usage,
-            ),
-            critical=True,
-        )
-    )
-    if usages:
-        builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-    for extension in extra:
-        builder = builder.add_extension(extension, critical=True)
-    return builder.sign(issuer[0], hashes.SHA256())
-
-
-def name_of(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-CA = (p256(), name_of("factory CA"))
-CA_CERTIFICATE = a_certificate(CA[0].public_key(), CA, subject="factory CA", usages=(), ca=True, key_cert_sign=True)
-
-
-def test_an_attestation_key_is_believed_that_a_ca_has_certified() -> None:
-    ak = an_ak()
-    anchor = trust.read_ak(pem_of(a_certificate(ak.private.public_key(), CA)), authorities=[CA_CERTIFICATE], now=NOW)
-
-    verdict = verifier.verify(evidence(ak=ak), anchor)
-
-    assert any("certified by CN=factory CA as an attestation key" in line for line in verdict.proved)
-
-
-IMPOSTOR = (p256(), name_of("factory CA"))
-NO_CA = a_certificate(CA[0].public_key(), CA, subject="factory CA", usages=())
-NO_CERT_SIGN = a_certificate(CA[0].public_key(), CA, subject="factory CA", usages=(), ca=True)
-OLD_CA = a_certificate(
-    CA[0].public_key(), CA, subject="factory CA", usages=(), ca=True, key_cert_sign=True, ends=NOW - timedelta(hours=1)
-)
-CRITICAL = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
-
-
-@pytest.mark.parametrize(
-    ("issuer", "options", "authority"),
-    [
-        pytest.param(IMPOSTOR, {}, CA_CERTIFICATE, id="by somebody of the CA's name"),
-        pytest.param((p256(), name_of("other CA")), {}, CA_CERTIFICATE, id="by another CA"),
-        pytest.param(CA, {"usages": ()}, CA_CERTIFICATE, id="for no use"),
-        pytest.param(CA, {"usages": (ExtendedKeyUsageOID.CLIENT_AUTH,)}, CA_CERTIFICATE, id="for TLS"),
-        pytest.param(CA, {"usages": (trust.EK_CERTIFICATE,)}, CA_CERTIFICATE, id="for an endorsement key"),
-        pytest.param(CA, {"ends": NOW - timedelta(seconds=1)}, CA_CERTIFICATE, id="that is over"),
-        pytest.param(CA, {"starts": NOW + timedelta(seconds=1)}, CA_CERTIFICATE, id="that has not begun"),
-        pytest.param(CA, {"ca": True}, CA_CERTIFICATE, id="of a CA"),
-        pytest.param(CA, {"extra": (CRITICAL,)}, CA_CERTIFICATE, id="with an unknown critical extension"),
-        pytest.param(CA, {}, NO_CA, id="by what is no CA"),
-        pytest.param(CA, {}, NO_CERT_SIGN, id="by a CA without keyCertSign"),
-        pytest.param(CA, {}, OLD_CA, id="by a CA that is over"),
-    ],
-)
-def test_a_certificate_is_not_believed(
-    issuer: tuple[Any, x509.Name], options: dict[str, Any], authority: x509.Certificate
-) -> None:
-    """A CA signs certificates for software keys as well: it has to have signed this one, and for this use."""
-    certificate = pem_of(a_certificate(p256().public_key(), issuer, **options))
-
-    assert reason_of(lambda: trust.read_ak(certificate, authorities=[authority], now=NOW)) == "certificate_untrusted"
-
-
-def test_a_certificate_without_a_ca_to_ask_stands_for_its_key() -> None:
-    ak = an_ak()
-    anchor = trust.read_ak(pem_of(a_certificate(ak.private.public_key(), CA, usages=())), now=NOW)
-
-    verifier.verify(evidence(ak=ak), anchor)
-
-
-def test_the_station_s_document_pins_the_attestation_key_by_its_name() -> None:
-    ak = an_ak()
-    document = documents.write_attestation_key(AttestationKey(public=ak.public)).encode()
-
-    assert trust.read_ak(document, now=NOW) == RecordedName(ak.name, "recorded before, by its name")
-
-
-@pytest.mark.parametrize(
-    ("data", "authorities"),
-    [
-        pytest.param(b"", [], id="nothing"),
-        pytest.param(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", [], id="no certificate"),
-        pytest.param(b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", [], id="no public key"),
-        pytest.param(an_ak().pem, [CA_CERTIFICATE], id="a CA, and a key without a certificate"),
-        pytest.param(
-            documents.write_attestation_key(AttestationKey(public=an_ak().public)).encode(),
-            [CA_CERTIFICATE],
-            id="a CA, and a document",
-        ),
-    ],
-)
-def test_a_file_that_says_no_attestation_key_is_the_operator_s_to_mend(
-    data: bytes, authorities: list[x509.Certificate]
-) -> None:
-    with pytest.raises(ConfigurationError) as mistaken:
-        trust.read_ak(data, authorities=authorities, now=NOW)
-    assert mistaken.value.reason == "anchor_unreadable"
-
-
-def test_the_endorsement_key_is_the_first_that_a_ca_has_certified() -> None:
-    def told(*certificates: bytes | None) -> list[EndorsementKey]:
-        return [EndorsementKey(public=None, certificate=certificate) for certificate in certificates]
-
-    def der(certificate: x509.Certificate) -> bytes:
-        return certificate.public_bytes(serialization.Encoding.DER)
-
-    right, wrong = p256(), p256()
-    good = der(a_certificate(right.public_key(), CA, usages=(trust.EK_CERTIFICATE,)))
-    bad = der(a_certificate(wrong.public_key(), IMPOSTOR, usages=(trust.EK_CERTIFICATE,)))
-
-    key, words = trust.choose_ek(told(None, b"junk", bad, good), [CA_CERTIFICATE], NOW)
-
-    assert key == right.public_key()
-    assert words == "certified by CN=factory CA as an endorsement key"
-    for found in (told(), told(None), told(bad), told(b"junk")):
-        assert reason_of(partial(trust.choose_ek, found, [CA_CERTIFICATE], NOW)) == "certificate_untrusted"
-
-
-# The challenge.
-
-
-def answered(secret: Secret, ak: Object) -> Evidence:
-    plain = evidence(ak=ak, attestation=partial(attest, nonce=secret.nonce))
-    return dataclasses.replace(plain, activation=credential.activation(secret.secret, plain.attestation))
-
-
-def test_an_attestation_key_is_believed_that_opened_the_challenge() -> None:
-    ak = an_ak()
-    _, secret = credential.make_challenge(p256().public_key(), ak.name, believed="the one that was given")
-
-    verdict = verifier.verify(answered(secret, ak), secret)
-
-    assert any("it is in the TPM that opened the challenge" in line for line in verdict.proved)
-    assert "the attestation was made after the nonce was" in verdict.proved
-
-
-def test_a_challenge_that_was_not_opened_proves_nothing() -> None:
-    ak = an_ak()
-    ek = p256().public_key()
-    _, secret = credential.make_challenge(ek, ak.name, believed="given")
-    _, other = credential.make_challenge(ek, ak.name, believed="given")
-    right = answered(secret, ak)
-    earlier = dataclasses.replace(right, activation=answered(other, ak).activation)
-    none = dataclasses.replace(right, activation=None)
-    moved = dataclasses.replace(evidence(ak=ak, attestation=partial(attest, nonce=NONCE)), activation=right.activation)
-    old = evidence(ak=ak)
-    old = dataclasses.replace(old, activation=credential.activation(secret.secret, old.attestation))
-
-    assert reason_of(lambda: verifier.verify(earlier, secret)) == "challenge_unanswered"
-    assert reason_of(lambda: verifier.verify(none, secret)) == "challenge_unanswered"
-    assert reason_of(lambda: verifier.verify(moved, secret)) == "challenge_unanswered"
-    assert reason_of(lambda: verifier.verify(old, secret)) == "nonce_differs"
-
-
-def test_another_attestation_key_than_the_challenged_one_is_not_believed() -> None:
-    """The TPM has opened the challenge for its own key; the evidence comes from a key in software."""
-    _, secret = credential.make_challenge(p256().public_key(), an_ak().name, believed="given")
-
-    assert reason_of(lambda: verifier.verify(answered(secret, an_ak()), secret)) == "ak_untrusted"
-
-
-def test_no_challenge_is_made_for_what_is_no_attestation_key() -> None:
-    unrestricted = AttestationKey(public=an_ak(attributes=forgery.KEY_ATTRIBUTES).public)
-
-    assert reason_of(lambda: verifier.read_ak_public(unrestricted)) == "ak_unfit"
-
-
-@pytest.mark.parametrize("ek", [rsa_key(1024), ec.generate_private_key(ec.SECP224R1())], ids=["RSA-1024", "P-224"])
-def test_no_challenge_is_made_for_a_key_of_no_template(ek: Any) -> None:
-    ak_name = an_ak().name
-
-    assert reason_of(lambda: credential.make_challenge(ek.public_key(), ak_name, believed="given")) == (
-        "evidence_unsupported"
-    )

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from outside import BOUND, Done, Josev, Station, generate_csr, run
 from peers import Bus, Mosquitto, ResourceManager, Swtpm
-from test_attest_tpm import ca_certificate, certify_ek
+from test_attest_endorsement import ca_certificate, certify_ek
 
 from parts import Authority, key_id_in, new_id, pem
 from stationkey.attestation.trust import read_key

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import partial
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Swtpm
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CC, TPM2_ECC, TPM2_SE, TPMA_OBJECT
@@ -31,26 +30,40 @@ from tpm2_pytss.types import (
     TPMT_SYM_DEF_OBJECT,
     TPMU_PUBLIC_PARMS,
 )
+from tpm2_stores import P256, connected, loaded_objects, refuse_with, store_of, works
 
-from protection import reason_of, sign, tool
-from stationkey.contract.profiles import RSA_2048, Algorithm
-from stationkey.errors import KeyStoreError, UnsupportedAlgorithm
+from protection import reason_of, tool
+from stationkey.contract.profiles import Algorithm
+from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef
-from stationkey.keystore.tpm2 import capabilities, device, signing
+from stationkey.keystore.tpm2 import device, signing
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from stationkey.keystore.worker import KeyStoreThread
 
-P256 = Algorithm.ECDSA_SHA256
+pytest_plugins = ["tpm2_stores"]
+
+
 SRK = 0x81000001
-TRANSIENT = 0x80000000
+
 
 # [TPM 2.0 part 2, 8.3.2]
 FIXED_TPM = 1 << 1
+
+
 FIXED_PARENT = 1 << 4
+
+
 SENSITIVE_DATA_ORIGIN = 1 << 5
+
+
 USER_WITH_AUTH = 1 << 6
+
+
 NO_DA = 1 << 10
+
+
 SIGN = 1 << 18
+
 
 SRK_ATTRIBUTES = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt"
 
@@ -69,38 +82,6 @@ def keys(module_swtpm: Swtpm) -> dict[Algorithm, KeyRef]:
         return {algorithm: store.generate(algorithm) for algorithm in Algorithm}
 
 
-@pytest.fixture
-def store(swtpm: Swtpm) -> Iterator[Tpm2KeyStore]:
-    """A store in this test's own TPM."""
-    with closing(store_of(swtpm)) as store:
-        yield store
-
-
-def store_of(tpm: Swtpm) -> Tpm2KeyStore:
-    return Tpm2KeyStore(tpm.tcti)
-
-
-def works(store: Tpm2KeyStore, key: KeyRef | None = None) -> bool:
-    """Whether the store signs, with a new key where none is given."""
-    sign(store, key)
-    return True
-
-
-@contextmanager
-def connected(tpm: Swtpm) -> Iterator[ESAPI]:
-    """A connection of the test's own; the TPM serves one at a time, so the store has to be closed."""
-    esapi = ESAPI(tpm.tcti)
-    try:
-        yield esapi
-    finally:
-        esapi.close()
-
-
-def loaded_objects(tpm: Swtpm) -> list[int]:
-    with connected(tpm) as esapi:
-        return capabilities.handles(esapi, TRANSIENT, TRANSIENT | 0xFFFFFF)
-
-
 def name_at_srk(tpm: Swtpm) -> bytes:
     """The name of what is at the SRK's handle: a hash of its public area, so no two keys share it."""
     tool(tpm, "tpm2_readpublic", "-c", f"{SRK:#x}", "-n", "name")
@@ -114,15 +95,6 @@ def occupy_srk(tpm: Swtpm, *arguments: str) -> bytes:
     tool(tpm, "tpm2_evictcontrol", "-C", "o", "-c", "primary.ctx", f"{SRK:#x}")
     tool(tpm, "tpm2_flushcontext", "-t")
     return name_at_srk(tpm)
-
-
-def refuse_with(code: int) -> Callable[..., NoReturn]:
-    """A TPM command that fails with a return code."""
-
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise TSS2_Exception(code)
-
-    return refuse
 
 
 # What a key is.
@@ -311,191 +283,6 @@ def test_an_authorisation_value_where_there_should_be_none_is_told(
     assert loaded_objects(swtpm) == []
 
 
-# A TPM that goes away and comes back.
-
-uses = pytest.mark.parametrize(
-    "use",
-    [
-        pytest.param(lambda store, _: store.supports(P256), id="supports"),
-        pytest.param(lambda store, _: store.description, id="description"),
-        pytest.param(lambda store, _: works(store), id="generate"),
-        pytest.param(works, id="signer"),
-    ],
-)
-Use = Callable[[Tpm2KeyStore, KeyRef], object]
-
-
-@uses
-@pytest.mark.parametrize("signed", [True, False], ids=["key-used", "key-unused"])
-def test_a_lost_tpm_is_told_and_the_first_use_after_its_return_succeeds(
-    swtpm: Swtpm,
-    store: Tpm2KeyStore,
-    use: Use,
-    signed: bool,
-) -> None:
-    """Whether or not a key just made was still loaded when it was lost."""
-    key = store.generate(P256)
-    if signed:
-        assert works(store, key)
-    swtpm.kill()
-    assert reason_of(lambda: store.generate(P256)) == "tpm_unreachable"
-    assert reason_of(lambda: use(store, key)) == "tpm_unreachable"
-    swtpm.start()
-    assert use(store, key)
-
-
-@uses
-@pytest.mark.parametrize("signed", [True, False], ids=["key-used", "key-unused"])
-@pytest.mark.parametrize("startup", [True, False], ids=["started-up", "not-started-up"])
-def test_a_tpm_that_was_restarted_between_two_uses_is_not_noticed(
-    swtpm: Swtpm,
-    store: Tpm2KeyStore,
-    use: Use,
-    signed: bool,
-    startup: bool,
-) -> None:
-    """Nor is one that still waits for TPM2_Startup (0x100), as a chip does after a reset."""
-    key = store.generate(P256)
-    if signed:
-        assert works(store, key)
-    swtpm.kill()
-    swtpm.startup = startup
-    swtpm.start()
-    assert use(store, key)
-    assert works(store, key)
-
-
-def test_a_tpm_that_was_never_started_up_is_started_up(tmp_path: Path) -> None:
-    with Swtpm(tmp_path / "swtpm", startup=False) as tpm, closing(store_of(tpm)) as store:
-        assert works(store)
-
-
-@pytest.mark.parametrize("back", [True, False], ids=["back-at-once", "gone"])
-def test_a_tpm_lost_in_the_middle_of_a_request_costs_only_that_request(
-    swtpm: Swtpm,
-    store: Tpm2KeyStore,
-    back: bool,
-) -> None:
-    key = store.generate(P256)
-
-    def lose_it_and_sign() -> None:
-        with store.signer(key) as private:
-            assert isinstance(private, ec.EllipticCurvePrivateKey)
-            swtpm.kill()
-            if back:
-                swtpm.start()
-            private.sign(b"data", ec.ECDSA(hashes.SHA256()))
-
-    if back:
-        lose_it_and_sign()  # it is loaded again
-    else:
-        assert reason_of(lose_it_and_sign) == "tpm_unreachable"
-        swtpm.start()
-    assert works(store, key)
-    assert works(store)
-
-
-def test_what_was_loaded_before_a_loss_is_not_confused_with_what_is_loaded_after(
-    swtpm: Swtpm, store: Tpm2KeyStore
-) -> None:
-    """A handle of the lost context may stand for another object on the new one."""
-    before = store.generate(P256)
-    with store.signer(before):
-        swtpm.kill()
-        swtpm.start()
-        after = store.generate(P256)
-    assert works(store, after)
-
-
-def test_losses_of_power_while_a_key_is_in_use_never_lock_the_tpm(swtpm: Swtpm, store: Tpm2KeyStore) -> None:
-    """A key without noda is locked out by the third (0x921), though nobody gave a wrong password."""
-    key = store.generate(P256)
-    for _ in range(5):
-        with store.signer(key) as private:
-            assert isinstance(private, ec.EllipticCurvePrivateKey)
-            private.sign(b"data", ec.ECDSA(hashes.SHA256()))
-            swtpm.kill()
-            swtpm.start()
-    assert works(store, key)
-
-
-def test_a_key_of_a_replaced_tpm_is_refused_and_new_ones_can_be_made(swtpm: Swtpm, store: Tpm2KeyStore) -> None:
-    key = store.generate(P256)
-    assert works(store, key)
-    swtpm.kill()
-    swtpm.new_chip()
-    swtpm.start()
-    assert reason_of(lambda: works(store, key)) == "key_of_another_tpm"
-    assert works(store)
-    store.close()
-    assert loaded_objects(swtpm) == []
-
-
-def test_a_tpm_cleared_under_an_open_store_makes_new_keys_and_refuses_old_ones(
-    swtpm: Swtpm, store: Tpm2KeyStore
-) -> None:
-    old = store.generate(P256)
-    assert works(store, old)
-    clear(store)
-    assert works(store)
-    clear(store)
-    assert reason_of(lambda: works(store, old)) == "key_of_another_tpm"
-    assert works(store)
-    store.close()
-    assert loaded_objects(swtpm) == []
-
-
-def clear(store: Tpm2KeyStore) -> None:
-    """TPM2_Clear on the store's own connection: a bare TPM serves no second one."""
-    assert store._esapi is not None  # noqa: SLF001 - see above
-    store._esapi.clear(ESYS_TR.RH_LOCKOUT)  # noqa: SLF001 - see above
-
-
-def test_a_store_that_was_abandoned_does_not_disturb_the_one_that_took_over(swtpm: Swtpm, tmp_path: Path) -> None:
-    """The TPM gives the same handles to both: to unload its own key would be to unload the other's."""
-    opening = partial(Tpm2KeyStore, swtpm.tcti, state_dir=tmp_path)
-    store, unsigned = opening(), opening()
-    unsigned.generate(P256)
-    unsigned.abandon()
-    unsigned.close()
-    with closing(opening()) as successor, ExitStack() as late:
-        late.enter_context(store.signer(store.generate(P256)))
-        store.abandon()
-        key = successor.generate(P256)
-        with successor.signer(key) as private:
-            assert isinstance(private, ec.EllipticCurvePrivateKey)
-            late.close()
-            assert reason_of(lambda: store.generate(P256)) == "keystore_timeout"
-            store.close()
-            private.sign(b"data", ec.ECDSA(hashes.SHA256()))
-        assert works(successor)
-    with closing(opening()) as last:
-        assert works(last), "what the abandoned ones have left is cleared away"
-    assert loaded_objects(swtpm) == []
-
-
-@pytest.mark.parametrize("code", [pytest.param(0x902, id="full"), pytest.param(0x910, id="reset")])
-def test_a_store_abandoned_in_mid_command_mends_nothing(
-    swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    """Were it to clear the slots, it would clear its successor's."""
-    assert works(store)
-    store.unload()
-    fail = refuse_with(code)
-
-    def create_loaded(*_: object) -> NoReturn:
-        store.abandon()
-        fail()
-
-    with closing(store_of(swtpm)) as successor:
-        key = successor.generate(P256)
-        with successor.signer(key) as private, monkeypatch.context() as patch:
-            patch.setattr(ESAPI, "create_loaded", create_loaded)
-            assert reason_of(lambda: store.generate(P256)) == "keystore_timeout"
-            assert isinstance(private, ec.EllipticCurvePrivateKey)
-            private.sign(b"data", ec.ECDSA(hashes.SHA256()))
-
-
 # Slots: a TPM holds three objects or so.
 
 
@@ -610,127 +397,6 @@ def test_a_signature_that_the_tpm_refuses_is_an_error_in_words(store: Tpm2KeySto
         sign_by_an_unknown_hash(store)
     assert caught.value.reason == "tpm_error"
     assert works(store)
-
-
-# What a TPM has not got. The simulator has it all, so the lack is put in.
-
-
-@pytest.mark.parametrize("code", [pytest.param(0x143, id="bare"), pytest.param(0xB0143, id="by-/dev/tpmrm0")])
-def test_a_tpm_without_create_loaded_serves_all_the_same(
-    swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    """The command came with revision 1.38; the kernel's resource manager says so in the TPM's place, in a layer."""
-    monkeypatch.setattr(ESAPI, "create_loaded", refuse_with(code))
-    key = store.generate(P256)
-    assert works(store, key)
-    assert works(store, key)
-    assert works(store)
-    store.close()
-    assert loaded_objects(swtpm) == []
-
-
-def lack_of(function: str, *missing: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    real: Callable[..., set[int]] = getattr(capabilities, function)
-
-    def inject(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(capabilities, function, lambda *given: real(*given) - set(map(int, missing)))
-
-    return inject
-
-
-def lack_of_rsa(*sizes: int, code: int = 0x2C4) -> Callable[[pytest.MonkeyPatch], None]:
-    """TPM2_TestParms refuses these sizes, with TPM_RC_VALUE of the first parameter."""
-    real = ESAPI.test_parms
-
-    def test_parms(esapi: ESAPI, parameters: Any, *sessions: Any) -> None:
-        if int(parameters.parameters.rsaDetail.keyBits) in sizes:
-            raise TSS2_Exception(code)
-        real(esapi, parameters, *sessions)
-
-    return lambda patch: patch.setattr(ESAPI, "test_parms", test_parms)
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "lack", "words"),
-    [
-        pytest.param(
-            Algorithm.ECDSA_SHA512, lack_of("curves", TPM2_ECC.NIST_P521), "this TPM has no secp521r1", id="P-521"
-        ),
-        pytest.param(P256, lack_of("curves", TPM2_ECC.NIST_P256), "this TPM has no secp256r1", id="P-256"),
-        pytest.param(
-            Algorithm.ECDSA_SHA512, lack_of("algorithms", TPM2_ALG.SHA512), "this TPM has no SHA-512", id="SHA-512"
-        ),
-        pytest.param(
-            Algorithm.RSA_SHA384, lack_of("algorithms", TPM2_ALG.SHA384), "this TPM has no SHA-384", id="SHA-384"
-        ),
-        pytest.param(P256, lack_of("algorithms", TPM2_ALG.ECDSA), "this TPM has no ECDSA", id="ECDSA"),
-        pytest.param(
-            Algorithm.RSA_SHA256, lack_of("algorithms", TPM2_ALG.RSASSA), "this TPM has no RSASSA", id="RSASSA"
-        ),
-        pytest.param(Algorithm.RSA_SHA384, lack_of_rsa(3072), "this TPM has no RSA-3072", id="RSA-3072"),
-        pytest.param(
-            Algorithm.RSA_SHA256, lack_of_rsa(3072, 2048), "this TPM has no RSA-3072 and no RSA-2048", id="RSA"
-        ),
-    ],
-)
-def test_what_the_tpm_cannot_do_is_refused_in_words_before_a_key_is_made(
-    swtpm: Swtpm,
-    store: Tpm2KeyStore,
-    monkeypatch: pytest.MonkeyPatch,
-    algorithm: Algorithm,
-    lack: Callable[[pytest.MonkeyPatch], None],
-    words: str,
-) -> None:
-    lack(monkeypatch)
-    support = store.supports(algorithm)
-    assert not support
-    assert (support.key_type, support.missing) == (None, words)
-    for command in ("create_loaded", "create"):
-        monkeypatch.setattr(ESAPI, command, None)  # to call it would fail the test
-    with pytest.raises(UnsupportedAlgorithm, match=f"^{algorithm} cannot be served: {words}$") as caught:
-        store.generate(algorithm)
-    assert caught.value.reason == "algorithm_unsupported_by_tpm"
-    store.close()
-    assert loaded_objects(swtpm) == []
-
-
-def test_rsa_sha256_falls_to_2048_bits_where_the_tpm_can_do_no_more(
-    store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lack_of_rsa(3072)(monkeypatch)
-    assert store.supports(Algorithm.RSA_SHA256).key_type == RSA_2048
-    key = store.generate(Algorithm.RSA_SHA256)
-    public = store.public_key(key)
-    assert isinstance(public, rsa.RSAPublicKey)
-    assert public.key_size == 2048
-    assert key.key_type == RSA_2048
-    with store.signer(key) as private:
-        assert isinstance(private, rsa.RSAPrivateKey)
-        public.verify(
-            private.sign(b"data", padding.PKCS1v15(), hashes.SHA256()), b"data", padding.PKCS1v15(), hashes.SHA256()
-        )
-
-
-def test_a_tpm_that_fails_when_asked_is_not_said_to_lack_anything(
-    store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        lack_of_rsa(3072, code=0x101)(patch)  # TPM_RC_FAILURE
-        assert reason_of(lambda: store.supports(Algorithm.RSA_SHA384)) == "tpm_error"
-    assert store.supports(Algorithm.RSA_SHA384)
-
-
-def test_what_a_replaced_tpm_can_do_is_asked_anew(
-    swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        lack_of("curves", TPM2_ECC.NIST_P521)(patch)
-        assert not store.supports(Algorithm.ECDSA_SHA512)
-    swtpm.kill()
-    swtpm.new_chip()
-    swtpm.start()
-    assert works(store)
-    assert store.supports(Algorithm.ECDSA_SHA512)
 
 
 # The words for what goes wrong.

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from gateways import Edge, Service, answers, payload, serving
 from mqtt_sides import BOUND, Front, at, josev, reasons
 from peers import Mosquitto
-from test_gateway import Edge, Service, answers, payload, serving
 
 from stationkey.mqtt.connection import MqttConnection, connect
 from stationkey.mqtt.retained import GIVE_UP_AFTER, RetainedTopic

@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from gateways import Service, answers, payload, serving
 from mqtt_sides import at, josev, reasons
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from peers import Mosquitto
-from test_gateway import Service, answers, payload, serving
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import GenerateCsrRequest, GenerateCsrResponse, accepted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,56 +11,13 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from josevs import ACTIVE, DEACTIVATED, DESTROYED, PENDING, Josev
 
-from parts import E1, E2, NOW, STATION, V2G, Authority, Station, Verb, key_id_in, new_id, pem, station
-from stationkey.config.settings import DAY
-from stationkey.ledger.lifecycle import KeyEvent, KeyState
+from parts import E1, E2, STATION, V2G, Station, Verb, key_id_in, new_id, pem
+from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.service import josev_files
 
-PENDING, ACTIVE, DEACTIVATED, DESTROYED = (
-    KeyState.PRE_ACTIVATION,
-    KeyState.ACTIVE,
-    KeyState.DEACTIVATED,
-    KeyState.DESTROYED,
-)
-
-
-@pytest.fixture
-async def here(tmp_path: Path) -> AsyncIterator[Station]:
-    """A station that cannot see Josev's certificates."""
-    async with station(tmp_path / "state") as made:
-        yield made
-
-
-class Josev:
-    """What installs certificates into a directory, as Josev does."""
-
-    def __init__(self, path: Path) -> None:
-        path.mkdir()
-        self.path = path
-        self.authority = Authority()
-
-    def install(self, csr: str, *, name: str | None = None, age: timedelta = timedelta(days=1)) -> Path:
-        certificate = self.authority.sign(csr, begins=NOW - age)
-        return self.put(name or f"{key_id_in(csr)}.pem", pem(certificate, self.authority.sub))
-
-    def put(self, name: str, content: bytes) -> Path:
-        path = self.path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-        return path
-
-
-@pytest.fixture
-def josev(tmp_path: Path) -> Josev:
-    return Josev(tmp_path / "certificates")
-
-
-@pytest.fixture
-async def seeing(tmp_path: Path, josev: Josev) -> AsyncIterator[Station]:
-    """A station that can."""
-    async with station(tmp_path / "state", certificate_dir=josev.path) as made:
-        yield made
+pytest_plugins = ["josevs"]
 
 
 # installed, by order.
@@ -490,135 +446,3 @@ async def test_a_file_that_cannot_be_read_is_passed_over_unless_it_could_be_what
     await seeing.told(verb)
 
     assert seeing.states(key_id_in(csr)) == [ACTIVE]
-
-
-# failed_installation.
-
-
-async def test_a_failure_ends_the_newest_pending_key_soon_and_only_once(here: Station) -> None:
-    older, newest = await here.key(), await here.key()
-    long = here.record(newest).due
-    assert long is not None
-
-    await here.told("failed_installation")
-    soon = here.record(newest).due
-    await here.pass_by(1000)
-    await here.told("failed_installation")
-
-    assert soon is not None
-    assert soon < long
-    assert here.record(newest).due == soon
-    assert here.record(newest).failed
-    assert here.events(newest) == ["CSR answered", "installation failed"]
-    assert here.record(older).due == long
-    assert here.states(older, newest) == [PENDING, PENDING]
-
-
-async def test_a_key_whose_installation_failed_can_still_be_installed(here: Station) -> None:
-    key = await here.key()
-    await here.told("failed_installation")
-
-    await here.told("installed")
-
-    assert here.states(key) == [ACTIVE]
-    assert here.record(key).due is None
-
-
-async def test_a_failure_does_not_lengthen_a_life_that_is_nearly_over(here: Station) -> None:
-    key = await here.key()
-    due = here.record(key).due
-    assert due is not None
-    await here.pass_by(due - 1000)
-
-    await here.told("failed_installation")
-
-    assert here.record(key).due == due
-
-
-# deleted.
-
-
-async def test_deleted_destroys_the_active_key(here: Station) -> None:
-    key = await here.key()
-    await here.told("installed")
-
-    await here.told("deleted")
-
-    assert here.states(key) == [DESTROYED]
-    assert not (here.active_dir / "v2g_certificate.pem").exists()
-
-
-async def test_deleted_after_a_renewal_destroys_the_old_key_and_never_the_new(here: Station) -> None:
-    old = await here.key()
-    await here.told("installed")
-    new = await here.key()
-    await here.told("installed")
-
-    for _ in range(3):
-        await here.told("deleted")
-
-    assert here.states(old, new) == [DESTROYED, ACTIVE]
-
-
-@pytest.mark.parametrize("end", ["expired", "compromised", "retired and expired", "destroyed"])
-async def test_deleted_never_means_the_new_key_even_if_the_old_one_is_gone_already(here: Station, end: str) -> None:
-    old = await here.key()
-    await here.told("installed")
-    if end == "retired and expired":
-        here.ledger.transitions.apply(old, KeyEvent.RETIRED, reason="", now=0)
-        await here.pass_by(0)
-    new = await here.key()
-    await here.told("installed")
-    if end == "compromised":
-        here.ledger.transitions.apply(old, KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
-    elif end == "destroyed":
-        here.ledger.transitions.apply(old, KeyEvent.DESTRUCTION_ORDERED, reason="", now=0)
-    else:
-        here.ledger.transitions.confirm(new, reason="", now=0)
-        await here.pass_by(0)
-        await here.pass_by(8 * DAY)
-        assert here.states(old) == [DESTROYED]
-
-    await here.told("deleted")
-
-    assert here.states(new) == [ACTIVE]
-    assert here.counts["status_fits_no_key"] == 1
-
-
-async def test_a_certificate_after_one_that_was_deleted_can_be_deleted_too(here: Station) -> None:
-    keys = []
-    for _ in range(2):
-        keys.append(await here.key())
-        await here.told("installed")
-        await here.told("deleted")
-
-    assert here.states(*keys) == [DESTROYED, DESTROYED]
-
-
-async def test_deleted_never_means_a_pending_key_unless_it_is_named(here: Station) -> None:
-    key = await here.key()
-
-    await here.told("deleted")
-    assert here.states(key) == [PENDING]
-    await here.told("deleted", private_key_path=f"/keys/{key}.pem")
-    assert here.states(key) == [DESTROYED]
-
-
-async def test_deleted_means_the_key_whose_certificate_is_there_no_more(seeing: Station, josev: Josev) -> None:
-    old, new = await seeing.csr(), await seeing.csr()
-    file = josev.install(old, age=timedelta(days=2))
-    await seeing.told("installed")
-    josev.install(new)
-    await seeing.told("installed")
-
-    await seeing.told("deleted")
-    assert seeing.states(key_id_in(old), key_id_in(new)) == [DEACTIVATED, ACTIVE]  # both are still there
-    file.unlink()
-    await seeing.told("deleted")
-    assert seeing.states(key_id_in(old), key_id_in(new)) == [DESTROYED, ACTIVE]
-    await seeing.told("deleted")
-    assert seeing.states(key_id_in(new)) == [ACTIVE]
-    for file in josev.path.iterdir():
-        file.unlink()
-    await seeing.told("deleted")
-    assert seeing.states(key_id_in(new)) == [DESTROYED]

@@ -13,11 +13,10 @@ from typing import Any, Final
 import pytest
 from asn1crypto import core  # type: ignore[import-untyped] # it ships no types
 from asn1crypto import csr as asn1_csr
-from asn1crypto import pem as asn1_pem
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.x509.oid import NameOID
+from csrs import P256, P521, REQUEST_ID, build, request_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import Swtpm
@@ -42,11 +41,11 @@ from stationkey.contract.profiles import (
 )
 from stationkey.errors import KeyStoreError, MessageError, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, keystore_opener
-from stationkey.x509.csr import CsrSummary, PrivateKey, build_csr, inspect_csr, key_type, to_pem
+from stationkey.x509.csr import PrivateKey, build_csr, key_type, to_pem
 
-REQUEST_ID: Final = "123e4567-e89b-12d3-a456-426614174000"
 OCPP_CSR_MAX: Final = 5500
 """Length of the field ``csr`` of OCPP's SignCertificate, in every version."""
+
 
 KEY_TYPES: Final[dict[Algorithm, KeyType]] = {
     Algorithm.ECDSA_SHA256: SECP256R1,
@@ -55,8 +54,11 @@ KEY_TYPES: Final[dict[Algorithm, KeyType]] = {
     Algorithm.RSA_SHA384: RSA_3072,
 }
 
+
 # What the standards' profiles ask for, written down here a second time: in asn1crypto's words.
 CPO_USAGE: Final = {"digital_signature", "key_agreement"}
+
+
 TYPES: Final[dict[CertificateType, dict[str, Any]]] = {
     CertificateType.CHARGING_STATION_CERTIFICATE: {
         "domain_component": None,
@@ -74,17 +76,22 @@ TYPES: Final[dict[CertificateType, dict[str, Any]]] = {
         "extended_key_usage": (["server_auth"], True),
     },
 }
+
+
 SIGNATURES: Final = {
     Algorithm.ECDSA_SHA256: ("1.2.840.10045.4.3.2", "ecdsa-with-SHA256"),
     Algorithm.ECDSA_SHA512: ("1.2.840.10045.4.3.4", "ecdsa-with-SHA512"),
     Algorithm.RSA_SHA256: ("1.2.840.113549.1.1.11", "sha256WithRSAEncryption"),
     Algorithm.RSA_SHA384: ("1.2.840.113549.1.1.12", "sha384WithRSAEncryption"),
 }
+
+
 PUBLIC_KEYS: Final = {
     SECP256R1: "ASN1 OID: prime256v1",
     SECP521R1: "ASN1 OID: secp521r1",
     RSA_3072: "Public-Key: (3072 bit)",
 }
+
 
 ALLOWED: Final = [
     (certificate_type, algorithm)
@@ -116,41 +123,6 @@ def signers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if request.param == "tpm2":
             uri = stack.enter_context(Swtpm(tmp_path_factory.mktemp("swtpm"))).uri
         yield Signers(stack.enter_context(closing(keystore_opener(uri, allow_software_keys=True)())))
-
-
-P256: Final = ec.generate_private_key(ec.SECP256R1())
-P521: Final = ec.generate_private_key(ec.SECP521R1())
-RSA_KEY: Final = rsa.generate_private_key(65537, 2048)
-
-
-def request_for(
-    certificate_type: CertificateType = CertificateType.CHARGING_STATION_CERTIFICATE,
-    algorithm: Algorithm = Algorithm.ECDSA_SHA256,
-    **data: Any,
-) -> GenerateCsrRequest:
-    """A request as it is after decoding."""
-    given_data = {
-        "common_name": "9783161484100",
-        "organization_name": "EcoG",
-        "country_name": "DE",
-        "evse_id": "DE*SEV*E123456789",
-    } | data
-    decoded = messages.decode(
-        messages.encode(
-            messages.generate_csr(
-                REQUEST_ID, GenerateCsrData(certificate_type=certificate_type, algorithm=algorithm, **given_data)
-            )
-        )
-    )
-    assert isinstance(decoded, GenerateCsrRequest)
-    return decoded
-
-
-def build(request: GenerateCsrRequest, profile: CertificateProfile | None = None) -> bytes:
-    """The CSR in DER, by a key in memory."""
-    keys: dict[Algorithm, PrivateKey] = {Algorithm.ECDSA_SHA512: P521, Algorithm.RSA_SHA256: RSA_KEY}
-    key = keys.get(request.algorithm, P256)
-    return build_csr(request, key, profile).public_bytes(serialization.Encoding.DER)
 
 
 def openssl_text(der: bytes) -> str:
@@ -385,7 +357,11 @@ def test_without_an_evse_id_there_is_nothing_to_place(placement: EvseIdPlacement
 # Any request.
 
 evse_ids = st.from_regex(r"[A-Za-z]{2}\*?[A-Za-z0-9]{3}\*?[Ee][A-Za-z0-9*]{1,30}", fullmatch=True)
+
+
 names = st.text(st.characters(codec="utf-8"), max_size=70) | st.text("🔌電Ωß ", min_size=60, max_size=64)
+
+
 profiles = st.builds(
     dataclasses.replace,
     st.sampled_from(list(PROFILES.values())),
@@ -541,105 +517,3 @@ def test_rsa_2048_is_good_enough_for_sha256_where_a_tpm_can_do_no_more() -> None
     csr = build_csr(request_for(algorithm=Algorithm.RSA_SHA256), key)
     assert key_type(csr.public_key()) == RSA_2048
     assert isinstance(csr.signature_algorithm_parameters, padding.PKCS1v15)
-
-
-# Reading a CSR.
-
-
-def test_a_csr_is_told_to_a_person() -> None:
-    profile = dataclasses.replace(
-        PROFILES[CertificateType.V2G20_CERTIFICATE], evse_id_placement=EvseIdPlacement.SAN_URI
-    )
-    request = request_for(
-        CertificateType.V2G20_CERTIFICATE, Algorithm.ECDSA_SHA512, organization_name="Über Strom GmbH"
-    )
-    summary = inspect_csr(to_pem(build_csr(request, P521, profile)))
-    assert summary == CsrSummary(
-        subject="C=DE, O=Über Strom GmbH, CN=9783161484100, DC=CSO",
-        key="secp521r1",
-        signature="ecdsa-with-SHA512",
-        extensions=(
-            "keyUsage digitalSignature+keyAgreement (critical)",
-            "extendedKeyUsage serverAuth (critical)",
-            "basicConstraints CA:false (critical)",
-            "subjectAltName urn:evse:DE*SEV*E123456789",
-        ),
-        signature_valid=True,
-    )
-
-
-def test_a_csr_of_others_is_told_as_it_is() -> None:
-    """SHA-384, another curve, an authority's constraints, an extension that this program does not know."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    csr = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")]))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=False)
-        .add_extension(x509.OCSPNoCheck(), critical=False)
-        .sign(key, hashes.SHA384())
-    )
-    summary = inspect_csr(to_pem(csr).encode())
-    assert (summary.key, summary.signature) == ("secp384r1", "ecdsa-with-SHA384")
-    assert summary.extensions == ("basicConstraints CA:true", "1.3.6.1.5.5.7.48.1.5")
-
-
-def test_a_csr_whose_signature_is_wrong_is_told_so() -> None:
-    der = bytearray(build(request_for()))
-    der[der.index(b"EcoG")] ^= 1
-    pem = to_pem(x509.load_der_x509_csr(bytes(der)))
-    assert not inspect_csr(pem).signature_valid
-
-
-def pem_of(der: bytes, label: str = "CERTIFICATE REQUEST") -> bytes:
-    pem: bytes = asn1_pem.armor(label, der)
-    return pem
-
-
-def changed(before: bytes, after: bytes) -> bytes:
-    """A CSR with a few bytes changed, in PEM."""
-    der = build(request_for())
-    assert before in der
-    return pem_of(der.replace(before, after, 1))
-
-
-@pytest.mark.parametrize(
-    "pem",
-    [
-        pytest.param("", id="empty"),
-        pytest.param("no CSR", id="text"),
-        pytest.param("\udc80", id="lone-surrogate"),
-        pytest.param(b"\xff\xfe", id="bytes"),
-        pytest.param("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n", id="no-DER"),
-        pytest.param("-----BEGIN CERTIFICATE REQUEST-----\n?\n-----END CERTIFICATE REQUEST-----\n", id="no-base64"),
-        pytest.param(pem_of(build(request_for()))[:200], id="cut-short"),
-        pytest.param(pem_of(build(request_for())[:-1]), id="DER-cut-short"),
-        pytest.param(pem_of(build(request_for()) + b"\x00"), id="DER-with-more"),
-        pytest.param(pem_of(build(request_for()), "CERTIFICATE"), id="called-a-certificate"),
-        pytest.param(changed(b"\x02\x01\x00", b"\x02\x01\x02"), id="version-3"),
-        pytest.param(changed(b"EcoG", b"\xff\xfe\xfd\xfc"), id="subject-not-UTF-8"),
-        pytest.param(changed(bytes.fromhex("551d13"), bytes.fromhex("551d0f")), id="extension-twice"),
-        pytest.param(changed(bytes.fromhex("551d0f"), bytes.fromhex("551d11")), id="extension-of-another-form"),
-        pytest.param(changed(bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d030102")), id="unknown-curve"),
-        pytest.param(changed(bytes.fromhex("2a8648ce3d0201"), bytes.fromhex("2a8648ce3d0209")), id="unknown-key"),
-        pytest.param(changed(bytes.fromhex("06035504030c"), bytes.fromhex("060355040303")), id="cn-bit-string"),
-    ],
-)
-def test_what_is_no_csr_is_refused_in_words(pem: str | bytes) -> None:
-    with pytest.raises(StationKeyError, match="not a PKCS#10 request") as caught:
-        inspect_csr(pem)
-    assert caught.value.reason == "csr_unreadable"
-    assert "ParseError" not in str(caught.value)  # the parser's own words
-
-
-@settings(deadline=None, max_examples=300)
-@given(at=st.integers(0, len(build(request_for())) - 1), value=st.integers(0, 255))
-def test_a_csr_with_any_byte_changed_is_read_or_refused(at: int, value: int) -> None:
-    """And is not said to be signed unless nothing was changed."""
-    original = build(request_for())
-    der = original[:at] + bytes([value]) + original[at + 1 :]
-    try:
-        summary = inspect_csr(pem_of(der))
-    except StationKeyError:
-        assert der != original
-    else:
-        assert summary.signature_valid == (der == original)

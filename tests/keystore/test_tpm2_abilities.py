@@ -1,0 +1,143 @@
+"""The key store in a TPM that lacks something, or has no room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from peers import Swtpm
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import TPM2_ALG, TPM2_ECC
+from tpm2_stores import P256, loaded_objects, refuse_with, works
+
+from protection import reason_of
+from stationkey.contract.profiles import RSA_2048, Algorithm
+from stationkey.errors import UnsupportedAlgorithm
+from stationkey.keystore.tpm2 import capabilities
+from stationkey.keystore.tpm2.store import Tpm2KeyStore
+
+pytest_plugins = ["tpm2_stores"]
+
+
+# What a TPM has not got. The simulator has it all, so the lack is put in.
+
+
+@pytest.mark.parametrize("code", [pytest.param(0x143, id="bare"), pytest.param(0xB0143, id="by-/dev/tpmrm0")])
+def test_a_tpm_without_create_loaded_serves_all_the_same(
+    swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The command came with revision 1.38; the kernel's resource manager says so in the TPM's place, in a layer."""
+    monkeypatch.setattr(ESAPI, "create_loaded", refuse_with(code))
+    key = store.generate(P256)
+    assert works(store, key)
+    assert works(store, key)
+    assert works(store)
+    store.close()
+    assert loaded_objects(swtpm) == []
+
+
+def lack_of(function: str, *missing: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    real: Callable[..., set[int]] = getattr(capabilities, function)
+
+    def inject(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(capabilities, function, lambda *given: real(*given) - set(map(int, missing)))
+
+    return inject
+
+
+def lack_of_rsa(*sizes: int, code: int = 0x2C4) -> Callable[[pytest.MonkeyPatch], None]:
+    """TPM2_TestParms refuses these sizes, with TPM_RC_VALUE of the first parameter."""
+    real = ESAPI.test_parms
+
+    def test_parms(esapi: ESAPI, parameters: Any, *sessions: Any) -> None:
+        if int(parameters.parameters.rsaDetail.keyBits) in sizes:
+            raise TSS2_Exception(code)
+        real(esapi, parameters, *sessions)
+
+    return lambda patch: patch.setattr(ESAPI, "test_parms", test_parms)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "lack", "words"),
+    [
+        pytest.param(
+            Algorithm.ECDSA_SHA512, lack_of("curves", TPM2_ECC.NIST_P521), "this TPM has no secp521r1", id="P-521"
+        ),
+        pytest.param(P256, lack_of("curves", TPM2_ECC.NIST_P256), "this TPM has no secp256r1", id="P-256"),
+        pytest.param(
+            Algorithm.ECDSA_SHA512, lack_of("algorithms", TPM2_ALG.SHA512), "this TPM has no SHA-512", id="SHA-512"
+        ),
+        pytest.param(
+            Algorithm.RSA_SHA384, lack_of("algorithms", TPM2_ALG.SHA384), "this TPM has no SHA-384", id="SHA-384"
+        ),
+        pytest.param(P256, lack_of("algorithms", TPM2_ALG.ECDSA), "this TPM has no ECDSA", id="ECDSA"),
+        pytest.param(
+            Algorithm.RSA_SHA256, lack_of("algorithms", TPM2_ALG.RSASSA), "this TPM has no RSASSA", id="RSASSA"
+        ),
+        pytest.param(Algorithm.RSA_SHA384, lack_of_rsa(3072), "this TPM has no RSA-3072", id="RSA-3072"),
+        pytest.param(
+            Algorithm.RSA_SHA256, lack_of_rsa(3072, 2048), "this TPM has no RSA-3072 and no RSA-2048", id="RSA"
+        ),
+    ],
+)
+def test_what_the_tpm_cannot_do_is_refused_in_words_before_a_key_is_made(
+    swtpm: Swtpm,
+    store: Tpm2KeyStore,
+    monkeypatch: pytest.MonkeyPatch,
+    algorithm: Algorithm,
+    lack: Callable[[pytest.MonkeyPatch], None],
+    words: str,
+) -> None:
+    lack(monkeypatch)
+    support = store.supports(algorithm)
+    assert not support
+    assert (support.key_type, support.missing) == (None, words)
+    for command in ("create_loaded", "create"):
+        monkeypatch.setattr(ESAPI, command, None)  # to call it would fail the test
+    with pytest.raises(UnsupportedAlgorithm, match=f"^{algorithm} cannot be served: {words}$") as caught:
+        store.generate(algorithm)
+    assert caught.value.reason == "algorithm_unsupported_by_tpm"
+    store.close()
+    assert loaded_objects(swtpm) == []
+
+
+def test_rsa_sha256_falls_to_2048_bits_where_the_tpm_can_do_no_more(
+    store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lack_of_rsa(3072)(monkeypatch)
+    assert store.supports(Algorithm.RSA_SHA256).key_type == RSA_2048
+    key = store.generate(Algorithm.RSA_SHA256)
+    public = store.public_key(key)
+    assert isinstance(public, rsa.RSAPublicKey)
+    assert public.key_size == 2048
+    assert key.key_type == RSA_2048
+    with store.signer(key) as private:
+        assert isinstance(private, rsa.RSAPrivateKey)
+        public.verify(
+            private.sign(b"data", padding.PKCS1v15(), hashes.SHA256()), b"data", padding.PKCS1v15(), hashes.SHA256()
+        )
+
+
+def test_a_tpm_that_fails_when_asked_is_not_said_to_lack_anything(
+    store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        lack_of_rsa(3072, code=0x101)(patch)  # TPM_RC_FAILURE
+        assert reason_of(lambda: store.supports(Algorithm.RSA_SHA384)) == "tpm_error"
+    assert store.supports(Algorithm.RSA_SHA384)
+
+
+def test_what_a_replaced_tpm_can_do_is_asked_anew(
+    swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        lack_of("curves", TPM2_ECC.NIST_P521)(patch)
+        assert not store.supports(Algorithm.ECDSA_SHA512)
+    swtpm.kill()
+    swtpm.new_chip()
+    swtpm.start()
+    assert works(store)
+    assert store.supports(Algorithm.ECDSA_SHA512)
