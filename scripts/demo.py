@@ -22,8 +22,9 @@ from rich.table import Table
 from stationkey import ALGORITHMS, PROFILES, Algorithm, Broker, CertificateType, inspect_csr
 from stationkey.simulators.csms.events import EventKind
 from stationkey.simulators.csms.server import Csms
-from stationkey.simulators.josev import Station, StationSettings
+from stationkey.simulators.josev import Station
 from stationkey.simulators.ocpp import OcppVersion
+from stationkey.simulators.station_settings import StationSettings
 
 STATIONKEY = [sys.executable, "-m", "stationkey"]
 SECC_ID = "DE-ABC-S-STATION42"

@@ -19,9 +19,10 @@ from peers import Daemon, Mosquitto
 from stationkey.contract.active_names import file_name
 from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, CertificateType
 from stationkey.mqtt.url import Broker
-from stationkey.simulators.josev import Station, StationSettings
+from stationkey.simulators.josev import Station
 from stationkey.simulators.ocpp import OcppVersion
 from stationkey.simulators.pki import Hierarchy, to_pem
+from stationkey.simulators.station_settings import StationSettings
 
 CHARGING_STATION = CertificateType.CHARGING_STATION_CERTIFICATE
 V2G20 = CertificateType.V2G20_CERTIFICATE

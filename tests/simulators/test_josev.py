@@ -20,10 +20,11 @@ from stationkey.ledger import KeyRecord, Ledger
 from stationkey.mqtt.url import Broker
 from stationkey.simulators.csms.events import EventKind
 from stationkey.simulators.csms.server import Csms, SecurityProfile
-from stationkey.simulators.josev import SigningRefused, Station, StationSettings, waits
+from stationkey.simulators.josev import SigningRefused, Station, waits
 from stationkey.simulators.ocpp import NotCarried, OcppVersion
 from stationkey.simulators.pending import Pending, PendingFile
 from stationkey.simulators.pki import Misbehaviour
+from stationkey.simulators.station_settings import StationSettings
 from stationkey.x509.certificate import read_chain
 
 ORGANIZATION = "Über Strom GmbH"

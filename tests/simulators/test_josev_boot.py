@@ -20,8 +20,9 @@ from websockets.asyncio.server import ServerConnection, serve
 from stationkey.contract.profiles import CertificateType
 from stationkey.errors import ConfigurationError
 from stationkey.mqtt.url import Broker
-from stationkey.simulators.josev import Station, StationSettings
+from stationkey.simulators.josev import Station
 from stationkey.simulators.ocpp import OcppVersion
+from stationkey.simulators.station_settings import StationSettings
 
 CALL, RESULT, ERROR = 2, 3, 4
 NOW = "2026-03-01T12:00:00Z"

@@ -16,8 +16,9 @@ from stationkey.cli._options import BROKER, Configured, configured
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.url import Broker
-from stationkey.simulators.josev import Station, StationSettings
+from stationkey.simulators.josev import Station
 from stationkey.simulators.ocpp import OcppVersion
+from stationkey.simulators.station_settings import StationSettings
 
 _FILE = click.Path(path_type=Path, exists=True)
 _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}

@@ -12,10 +12,8 @@ import asyncio
 import base64
 import contextlib
 import logging
-import ssl
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -24,14 +22,11 @@ from urllib.parse import quote
 import websockets
 from msgspec import UNSET
 
-from stationkey.config.settings import MqttTerms
 from stationkey.contract import messages
 from stationkey.contract.active_names import file_name
-from stationkey.contract.profiles import PROFILES, Algorithm, CertificateProfile, CertificateType
+from stationkey.contract.profiles import Algorithm, CertificateProfile, CertificateType
 from stationkey.errors import StationKeyError
 from stationkey.mqtt.client import ask, report_status
-from stationkey.mqtt.connection import PLAIN
-from stationkey.mqtt.url import Broker
 from stationkey.simulators.ocpp import (
     INVALID_CERTIFICATE_EVENT,
     NotCarried,
@@ -51,6 +46,7 @@ from stationkey.simulators.ocpp import (
 )
 from stationkey.simulators.ocpp_connection import BoundedClient, CallError, NotAnswered, OcppConnection
 from stationkey.simulators.pending import Pending, PendingFile, write_atomically
+from stationkey.simulators.station_settings import StationSettings
 from stationkey.simulators.verification import CertificateInvalid, for_which, read_signed, read_trust_anchors, verify
 from stationkey.system.backoff import Backoff
 from stationkey.x509.certificate import Chain, Expected, read_chain
@@ -70,50 +66,6 @@ RECONNECT_LAST: Final = 60.0
 
 class SigningRefused(StationKeyError):
     """The CSMS will not sign, or the charging station made no CSR. Not tried again [A02.FR.20]."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StationSettings:
-    """Who the station is, and whom it talks to.
-
-    Attributes:
-        csms: URL of the CSMS without the station's identity, ``ws://`` or ``wss://``.
-        identity: the station's identity, the last part of the URL.
-        versions: OCPP versions to offer, best first.
-        broker: where the charging station's side listens.
-        mqtt: TLS and credentials for it.
-        topic_prefix: see `stationkey.mqtt.topics.topics`.
-        common_name: CN of the CSRs.
-        organization_name: O, as the CSMS has it configured [A00.FR.509].
-        country_name: C.
-        evse_id: EVSE that the V2G keys are for, or None.
-        state_dir: where pending CSRs are written down.
-        certificate_dir: where installed certificates go.
-        trust_anchors: PEM file of the roots that a signed certificate must lead to; None to trust what the CSMS sends.
-        wait_minimum: ``CertSigningWaitMinimum``, seconds before the same CSR is sent again; doubled each time.
-        repeat_times: ``CertSigningRepeatTimes``, how often it is sent again at the most.
-        password: for HTTP basic authentication (security profiles 1 and 2), or None.
-        tls: for ``wss://``: whom to trust, and with security profile 3 the client's certificate.
-    """
-
-    csms: str
-    identity: str
-    broker: Broker
-    common_name: str
-    organization_name: str
-    country_name: str
-    state_dir: Path
-    certificate_dir: Path
-    versions: tuple[OcppVersion, ...] = (OcppVersion.V201,)
-    topic_prefix: str = ""
-    mqtt: MqttTerms = PLAIN
-    evse_id: str | None = None
-    trust_anchors: Path | None = None
-    wait_minimum: float = 30.0
-    repeat_times: int = 3
-    password: str | None = None
-    tls: ssl.SSLContext | None = None
-    profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)
 
 
 def waits(minimum: float, repeats: int) -> list[float]:
