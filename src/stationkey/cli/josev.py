@@ -7,6 +7,7 @@ import contextlib
 import ssl
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stationkey.cli._options import BROKER, Configured, configured
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.url import Broker
+from stationkey.simulators.client_certificate import ClientCertificate
 from stationkey.simulators.josev import Station
 from stationkey.simulators.ocpp import OcppVersion
 from stationkey.simulators.station_settings import StationSettings
@@ -48,7 +50,24 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 @click.option("--trust-anchors", type=_FILE, required=True, help="Roots (PEM) that certificates must lead to.")
 @click.option("--password-file", type=_FILE, help="Password for basic authentication.")
 @click.option("--ca-file", type=_FILE, help="Whom to trust as the CSMS (wss://).")
-@click.option("--client-certificate", type=_FILE, help="Certificate and key (PEM) for security profile 3.")
+@click.option(
+    "--client-certificate",
+    type=_FILE,
+    help="Key and certificate (PEM) for security profile 3, read again at each connection: "
+    "active/charging_station_certificate.pem, say.",
+)
+@click.option(
+    "--renewed-attempts",
+    type=click.IntRange(min=1, max=100),
+    default=3,
+    help="Connections with a renewed certificate before the one before it is tried, then in turn.",
+)
+@click.option(
+    "--renew-before",
+    type=click.FloatRange(min=0, max=36_500),
+    default=30.0,
+    help="Days before its end from which a certificate is renewed; 0 for never.",
+)
 @click.option(
     "--wait-minimum", type=click.FloatRange(min=0, min_open=True), default=30.0, help="CertSigningWaitMinimum, seconds."
 )
@@ -71,6 +90,8 @@ def josev(
     password_file: Path | None,
     ca_file: Path | None,
     client_certificate: Path | None,
+    renewed_attempts: int,
+    renew_before: float,
     algorithm: str | None,
     renew: tuple[str, ...],
     once: bool,
@@ -79,8 +100,9 @@ def josev(
 ) -> None:
     """Play Josev between a charging station and a CSMS.
 
-    Connects to the CSMS over OCPP and to the charging station's side over MQTT. On a trigger of the CSMS, or by
-    --renew, it asks for a CSR, has it signed, verifies and installs the certificate, and tells the charging station.
+    Connects to the CSMS over OCPP and to the charging station's side over MQTT. On a trigger of the CSMS, by --renew,
+    or when a certificate is due, it asks for a CSR, has it signed, verifies and installs the certificate, and tells the
+    charging station. A renewed client certificate that the CSMS refuses is discarded, and the one before restored.
     """
     settled = settings()
     station_settings = StationSettings(
@@ -90,7 +112,9 @@ def josev(
         mqtt=settled.mqtt,
         topic_prefix=settled.topic_prefix,
         password=None if password_file is None else password_file.read_text().strip(),
-        tls=_tls(csms, ca_file, client_certificate),
+        tls=_tls(csms, ca_file),
+        client=_client(csms, ca_file, client_certificate, renewed_attempts),
+        renew_before=0.0 if once else renew_before,
         **others,
     )
     station = Station(station_settings, _tell)
@@ -122,18 +146,24 @@ async def _play(station: Station, wanted: list[CertificateType], algorithm: Algo
             await running
 
 
-def _tls(csms: str, ca_file: Path | None, client_certificate: Path | None) -> ssl.SSLContext | None:
+def _client(csms: str, ca_file: Path | None, certificate: Path | None, attempts: int) -> ClientCertificate | None:
+    if certificate is None or not csms.startswith("wss:"):
+        return None
+    return ClientCertificate(certificate, partial(_context, ca_file), attempts=attempts)
+
+
+def _tls(csms: str, ca_file: Path | None) -> ssl.SSLContext | None:
     if not csms.startswith("wss:"):
         return None
     try:
-        context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
-        if client_certificate is not None:
-            context.load_cert_chain(client_certificate)
+        return _context(ca_file)
     except OSError as error:
-        words = "a certificate is not in PEM, or the key is not that of the certificate"
-        why = words if isinstance(error, ssl.SSLError) else error.strerror
+        why = "the certificate is not in PEM" if isinstance(error, ssl.SSLError) else error.strerror
         raise ConfigurationError(f"TLS to the CSMS cannot be set up: {why}", reason="tls_invalid") from None
-    return context
+
+
+def _context(ca_file: Path | None) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
 
 
 def _tell(words: str, certificate_type: CertificateType | None) -> None:

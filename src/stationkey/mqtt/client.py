@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from pathlib import Path
 
 from msgspec import UNSET
 
@@ -73,6 +74,7 @@ async def report_status(
     status: InstallationStatus,
     *,
     evse_id: str | None = None,
+    private_key_path: Path | None = None,
     topic_prefix: str = "",
     terms: MqttTerms = PLAIN,
 ) -> None:
@@ -83,6 +85,7 @@ async def report_status(
         certificate_type: of which certificate.
         status: what became of it.
         evse_id: EVSE that its key is for, or None.
+        private_key_path: its key, or None.
         topic_prefix: see `stationkey.mqtt.topics.topics`.
         terms: TLS and credentials for the broker.
 
@@ -95,7 +98,10 @@ async def report_status(
         name=CERTIFICATE_INSTALLATION_STATUS,
         type="update",
         data=CertificateInstallationStatusData(
-            certificate_type=certificate_type, status=status, evse_id=UNSET if evse_id is None else evse_id
+            certificate_type=certificate_type,
+            status=status,
+            evse_id=UNSET if evse_id is None else evse_id,
+            private_key_path=UNSET if private_key_path is None else str(private_key_path),
         ),
     )
     topic, _ = topics(topic_prefix)

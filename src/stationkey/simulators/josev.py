@@ -12,6 +12,8 @@ import asyncio
 import base64
 import contextlib
 import logging
+import ssl
+import time
 import uuid
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -27,7 +29,9 @@ from stationkey.contract.active_names import file_name
 from stationkey.contract.profiles import Algorithm, CertificateProfile, CertificateType
 from stationkey.errors import StationKeyError
 from stationkey.mqtt.client import ask, report_status
+from stationkey.simulators.client_certificate import ClientCertificate, Outcome
 from stationkey.simulators.ocpp import (
+    DISCARDED_CERTIFICATE_EVENT,
     INVALID_CERTIFICATE_EVENT,
     NotCarried,
     OcppVersion,
@@ -46,10 +50,19 @@ from stationkey.simulators.ocpp import (
 )
 from stationkey.simulators.ocpp_connection import BoundedClient, CallError, NotAnswered, OcppConnection
 from stationkey.simulators.pending import Pending, PendingFile, write_atomically
+from stationkey.simulators.pki import certificate_hash
 from stationkey.simulators.station_settings import StationSettings
-from stationkey.simulators.verification import CertificateInvalid, for_which, read_signed, read_trust_anchors, verify
+from stationkey.simulators.verification import (
+    CertificateInvalid,
+    for_which,
+    read_signed,
+    read_trust_anchors,
+    root_of,
+    verify,
+)
 from stationkey.system.backoff import Backoff
 from stationkey.x509.certificate import Chain, Expected, read_chain
+from stationkey.x509.renewal import Due, RenewalRule
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +75,17 @@ PASSING_ERRORS: Final = frozenset({"InternalError", "GenericError", "SecurityErr
 RECONNECT_FIRST: Final = 0.5
 RECONNECT_LAST: Final = 60.0
 """Seconds between tries to reach the CSMS; doubled in between."""
+WATCH: Final = 60.0
+"""Seconds between two looks at which certificates are due for renewal."""
+ASK_AGAIN: Final = 86_400.0
+"""Seconds before the renewal of one certificate is tried again."""
+_CLIENT: Final = CertificateType.CHARGING_STATION_CERTIFICATE
+"""The certificate that the station connects to the CSMS with."""
+SWITCH_LOOK: Final = 0.1
+SWITCH_TIMEOUT: Final = 30.0
+"""Seconds for the charging station to put the key of a renewed client certificate in place."""
+_REFUSALS: Final = (ssl.SSLError, websockets.InvalidHandshake, ConnectionResetError, BrokenPipeError)
+"""How a connection ends that a CSMS does not want. A CSMS that cannot be reached refuses no certificate."""
 
 
 class SigningRefused(StationKeyError):
@@ -101,18 +125,23 @@ class Station:
         self._boot_status = ""
         self._renewing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asked: dict[CertificateType, float] = {}
+        """When the renewal of a certificate that is due was tried, by the loop's clock."""
 
     # The connection to the CSMS.
 
     async def run(self) -> None:
         """Stay connected to the CSMS and do what it triggers, until cancelled."""
         backoff = Backoff(RECONNECT_FIRST, RECONNECT_LAST)
+        watching = asyncio.create_task(self._watch(), name="josev-watch")
         try:
             while True:
                 try:
                     await self._session()
-                    self._tell("connection closed by the CSMS", None)
+                    self._tell("connection closed", None)
                 except (OSError, TimeoutError, websockets.WebSocketException) as error:
+                    if self._settings.client is not None and isinstance(error, _REFUSALS):
+                        self._settings.client.refused()
                     self._tell(f"no CSMS at {self._settings.csms}: {error}; trying again in {backoff.delay:g} s", None)
                 except StationKeyError as error:
                     self._tell(f"BootNotification failed: {error}; reconnecting in {backoff.delay:g} s", None)
@@ -123,9 +152,9 @@ class Station:
                     self._csms = None
                 await asyncio.sleep(backoff.next())
         finally:
-            for task in self._tasks:
+            for task in (watching, *self._tasks):
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(watching, *self._tasks, return_exceptions=True)
 
     async def _session(self) -> None:
         settings = self._settings
@@ -137,7 +166,7 @@ class Station:
             f"{settings.csms.rstrip('/')}/{quote(settings.identity, safe='')}",  # [OCPP-J 3.1.1]
             subprotocols=[websockets.Subprotocol(version) for version in settings.versions],
             additional_headers=headers,
-            ssl=settings.tls,
+            ssl=settings.tls if settings.client is None else settings.client.next(),
             create_connection=BoundedClient,
         ) as socket:
             if socket.subprotocol is None:
@@ -175,6 +204,8 @@ class Station:
             await asyncio.sleep(wait)
         self._connected.set()
         self._tell(f"connected to {self._settings.csms}, OCPP {csms.version.number}", None)
+        if self._settings.client is not None:
+            self._spawn(self._settle(csms, self._settings.client, self._settings.client.connected()))
         self._resume()
         while interval > 0:
             await asyncio.sleep(interval)
@@ -247,18 +278,43 @@ class Station:
         self._spawn(self._renew_quietly(certificate_type))
         return TriggerStatus.ACCEPTED
 
-    async def _renew_quietly(self, certificate_type: CertificateType) -> None:
+    async def _renew_quietly(self, certificate_type: CertificateType, *, triggered: bool = True) -> None:
         try:
-            await self.renew(certificate_type)
+            await self.renew(certificate_type, triggered=triggered)
         except StationKeyError as error:
             log.debug("%s", error)  # told already
 
-    async def renew(self, certificate_type: CertificateType, algorithm: Algorithm | None = None) -> None:
+    async def _watch(self) -> None:
+        """Renew each certificate that is due, while the CSMS is connected [A03.FR.02]."""
+        while self._settings.renew_before:
+            await self._connected.wait()
+            for certificate_type in CertificateType:
+                if self._is_due(certificate_type):
+                    self._asked[certificate_type] = asyncio.get_running_loop().time()
+                    self._tell("the certificate is due for renewal", certificate_type)
+                    await self._renew_quietly(certificate_type, triggered=False)
+            await asyncio.sleep(WATCH)
+
+    def _is_due(self, certificate_type: CertificateType) -> bool:
+        chain = self._installed_chain(certificate_type)
+        if chain is None or any(pending.certificate_type is certificate_type for pending in self._file.pending):
+            return False
+        asked = self._asked.get(certificate_type)
+        if asked is not None and asyncio.get_running_loop().time() - asked < ASK_AGAIN:
+            return False
+        rule = RenewalRule(before=int(self._settings.renew_before * 86_400), life_divisor=3)
+        return rule.judge(chain.not_before, chain.not_after, time.time()) in {Due.DUE, Due.EXPIRED}
+
+    async def renew(
+        self, certificate_type: CertificateType, algorithm: Algorithm | None = None, *, triggered: bool = False
+    ) -> None:
         """Renew a certificate: a new CSR [A02.FR.02], signed by the CSMS, verified, installed and reported.
 
         Args:
             certificate_type: which.
             algorithm: what to ask for; by default what its profile prefers.
+            triggered: whether the CSMS wants it. Otherwise the CSR names the root of the present certificate, where
+                the version can [A03.FR.23].
 
         Raises:
             NotCarried: the CSMS's OCPP version cannot carry it; nothing was asked or sent.
@@ -272,13 +328,26 @@ class Station:
             profile: CertificateProfile = self._settings.profiles[certificate_type]
             evse_id = self._evse_of(certificate_type)
             csr = await self._ask(certificate_type, evse_id, algorithm or profile.preferred_algorithm)
-            request_id = None
+            request_id = root = None
             if carried.carries_request_id:
                 self._file.last_request_id += 1
                 request_id = self._file.last_request_id
-            pending = Pending(certificate_type=certificate_type, evse_id=evse_id, csr=csr, request_id=request_id)
+                root = None if triggered else self._hash_of_root(certificate_type)
+            pending = Pending(
+                certificate_type=certificate_type,
+                evse_id=evse_id,
+                csr=csr,
+                request_id=request_id,
+                hash_root_certificate=root,
+            )
             self._file.add(pending)
             await self._carry_and_tell(pending)
+
+    def _hash_of_root(self, certificate_type: CertificateType) -> dict[str, str] | None:
+        """Return the CertificateHashDataType of the root of the installed certificate, or None if not known."""
+        chain = self._installed_chain(certificate_type)
+        root = None if chain is None or self._anchors is None else root_of(chain, self._anchors)
+        return None if root is None else certificate_hash(root)
 
     async def _carry_and_tell(self, pending: Pending) -> None:
         """Carry a CSR; where the CSMS refuses for good, tell the charging station that its key will not be used."""
@@ -339,7 +408,13 @@ class Station:
     async def _send(self, pending: Pending) -> bool:
         """Send a CSR; whether the CSMS will sign it. Without an answer it may have been taken all the same."""
         csms = await self._connection()
-        call = sign_certificate(pending.certificate_type, csms.version, pending.csr, request_id=pending.request_id)
+        call = sign_certificate(
+            pending.certificate_type,
+            csms.version,
+            pending.csr,
+            request_id=pending.request_id,
+            hash_root_certificate=pending.hash_root_certificate,
+        )
         try:
             answer = await csms.call(*call)
         except NotAnswered as error:
@@ -392,13 +467,16 @@ class Station:
         for kind in CertificateType:
             if certificate_type not in {None, kind}:
                 continue
-            try:
-                installed = read_chain(self._place(kind, self._evse_of(kind)).read_bytes())
-            except OSError:
-                continue
+            installed = self._installed_chain(kind)
             if installed is not None and installed.leaf == chain.leaf:
                 return True
         return False
+
+    def _installed_chain(self, certificate_type: CertificateType) -> Chain | None:
+        try:
+            return read_chain(self._place(certificate_type, self._evse_of(certificate_type)).read_bytes())
+        except OSError:
+            return None
 
     def _evse_of(self, certificate_type: CertificateType) -> str | None:
         return self._settings.evse_id if self._settings.profiles[certificate_type].secc_id else None
@@ -419,36 +497,80 @@ class Station:
 
     def _install(self, pending: Pending, chain: Chain) -> None:
         self._settings.certificate_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._place(pending.certificate_type, pending.evse_id), chain.pem().encode())
+        place = self._place(pending.certificate_type, pending.evse_id)
+        if place.exists():  # to go back to, until the new one has connected
+            write_atomically(self._before(place), place.read_bytes())
+        write_atomically(place, chain.pem().encode())
         pending.answered.set()
         self._file.remove(pending)
 
     async def _installed(self, pending: Pending) -> None:
         self._tell("the certificate is verified and installed", pending.certificate_type)
         await self._report(pending.certificate_type, pending.evse_id, "installed")
+        client, csms = self._settings.client, self._csms
+        if pending.certificate_type is not _CLIENT or client is None or csms is None:
+            return
+        try:
+            async with asyncio.timeout(SWITCH_TIMEOUT):
+                while not client.refresh():  # noqa: ASYNC110 - another program writes the file
+                    await asyncio.sleep(SWITCH_LOOK)
+        except TimeoutError:
+            self._tell("the renewed key is not in place: staying with the certificate in use", _CLIENT)
+            return
+        self._tell("reconnecting with the renewed certificate", _CLIENT)
+        await csms.close()  # [A02.FR.08]
+
+    async def _settle(self, csms: OcppConnection, client: ClientCertificate, outcome: Outcome) -> None:
+        """Discard the certificate that did not connect, and tell the charging station which one did."""
+        if outcome is Outcome.NOTHING:
+            return
+        place = self._place(_CLIENT, None)
+        before = self._before(place)
+        if outcome is Outcome.CONFIRMED:
+            self._tell("connected with the renewed certificate; the one before is discarded", _CLIENT)  # [A02.FR.10]
+            before.unlink(missing_ok=True)
+            if client.previous is not None:
+                await self._report(_CLIENT, None, "deleted", client.previous)
+            return
+        self._tell("connected with the certificate before; the renewed one is discarded", _CLIENT)  # [A02.FR.28]
+        await self._event(csms, DISCARDED_CERTIFICATE_EVENT, "the CSMS does not let it in", _CLIENT)  # [A02.FR.29]
+        if before.exists():
+            before.replace(place)
+        await self._report(_CLIENT, None, "installed", client.previous)
+
+    def _before(self, place: Path) -> Path:
+        """Where the certificate before the one that is installed is kept."""
+        return self._settings.state_dir / f"before-{place.name}"
 
     async def _refuse(
         self, csms: OcppConnection, certificate_type: CertificateType | None, error: CertificateInvalid
     ) -> None:
         """Tell the CSMS by a security event, and the charging station that nothing was installed [A02.FR.06/07]."""
-        event = security_event(
-            csms.version, INVALID_CERTIFICATE_EVENT, timestamp=datetime.now(UTC), tech_info=str(error)
-        )
-        try:
-            await csms.call(*event)
-        except StationKeyError as failure:
-            self._tell(f"the security event was not taken: {failure}", certificate_type)
+        await self._event(csms, INVALID_CERTIFICATE_EVENT, str(error), certificate_type)
         if certificate_type is not None:
             await self._report(certificate_type, self._settings.evse_id, "failed_installation")
 
+    async def _event(
+        self, csms: OcppConnection, event: str, words: str, certificate_type: CertificateType | None
+    ) -> None:
+        try:
+            await csms.call(*security_event(csms.version, event, timestamp=datetime.now(UTC), tech_info=words))
+        except StationKeyError as failure:
+            self._tell(f"the security event was not taken: {failure}", certificate_type)
+
     async def _report(
-        self, certificate_type: CertificateType, evse_id: str | None, status: messages.InstallationStatus
+        self,
+        certificate_type: CertificateType,
+        evse_id: str | None,
+        status: messages.InstallationStatus,
+        private_key_path: Path | None = None,
     ) -> None:
         await report_status(
             self._settings.broker,
             certificate_type,
             status,
             evse_id=evse_id if self._settings.profiles[certificate_type].secc_id else None,
+            private_key_path=private_key_path,
             topic_prefix=self._settings.topic_prefix,
             terms=self._settings.mqtt,
         )

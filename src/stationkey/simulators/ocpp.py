@@ -36,6 +36,8 @@ PNC_VENDOR_ID: Final = "org.openchargealliance.iso15118pnc"
 
 INVALID_CERTIFICATE_EVENT: Final = "InvalidChargingStationCertificate"
 """The security event of A02.FR.07, by its name in 2.x; see `security_event`."""
+DISCARDED_CERTIFICATE_EVENT: Final = "DiscardedRenewedClientCertificate"
+"""The security event of A02.FR.29 (errata 2025-01 of 2.0.1)."""
 _EVENTS_OF_16: Final = MappingProxyType({INVALID_CERTIFICATE_EVENT: "InvalidChargePointCertificate"})
 """What the 1.6 security whitepaper calls the same event."""
 

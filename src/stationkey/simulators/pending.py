@@ -26,6 +26,7 @@ class Pending(msgspec.Struct, kw_only=True, eq=False, dict=True):
     evse_id: str | None
     csr: str
     request_id: int | None
+    hash_root_certificate: dict[str, str] | None = None
 
     @cached_property
     def answered(self) -> asyncio.Event:

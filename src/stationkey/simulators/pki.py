@@ -59,6 +59,10 @@ class Misbehaviour(StrEnum):
     """SignCertificate is rejected whatever it brings."""
     UNKNOWN_REQUEST_ID = "unknown_request_id"
     """CertificateSigned carries a requestId that was never used (2.1; in other versions it has none to carry)."""
+    REFUSE_RENEWED = "refuse_renewed"
+    """A certificate that it has signed in this run lets no station in (security profile 3)."""
+    ACCEPT_RENEWED_LATE = "accept_renewed_late"
+    """The same, for the first two connections with that certificate."""
 
 
 _CURVES: Final = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}

@@ -11,6 +11,7 @@ from stationkey.config.settings import MqttTerms
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.mqtt.connection import PLAIN
 from stationkey.mqtt.url import Broker
+from stationkey.simulators.client_certificate import ClientCertificate
 from stationkey.simulators.ocpp import OcppVersion
 
 
@@ -35,7 +36,10 @@ class StationSettings:
         wait_minimum: ``CertSigningWaitMinimum``, seconds before the same CSR is sent again; doubled each time.
         repeat_times: ``CertSigningRepeatTimes``, how often it is sent again at the most.
         password: for HTTP basic authentication (security profiles 1 and 2), or None.
-        tls: for ``wss://``: whom to trust, and with security profile 3 the client's certificate.
+        tls: for ``wss://``: whom to trust.
+        client: with security profile 3, instead of `tls`: the certificates to connect with.
+        renew_before: days before its end from which a certificate is renewed [A03.FR.02], or for the last third of its
+            life if that is shorter; 0 for never.
     """
 
     csms: str
@@ -55,4 +59,6 @@ class StationSettings:
     repeat_times: int = 3
     password: str | None = None
     tls: ssl.SSLContext | None = None
+    client: ClientCertificate | None = None
+    renew_before: float = 0.0
     profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)

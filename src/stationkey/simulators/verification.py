@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.verification import Store
 
@@ -93,6 +94,19 @@ def verify(chain: Chain, expected: Expected, *, anchors: bytes | None, root_perm
         raise CertificateInvalid("; ".join(found), reason="certificate_differs")
     warnings = ["the chain has its root in it, which nobody needs [RFC 8446 4.4.2]"] if roots else []
     return "; ".join(warnings + oddities(chain))
+
+
+def root_of(chain: Chain, anchors: bytes) -> x509.Certificate | None:
+    """Return the trust anchor that a chain leads to, or None: it issued the last certificate, or is it."""
+    last = chain.certificates[-1].loaded
+    for anchor in x509.load_pem_x509_certificates(anchors):
+        if last is not None and last != anchor:
+            try:
+                last.verify_directly_issued_by(anchor)
+            except (ValueError, TypeError, InvalidSignature):
+                continue
+        return anchor if last is not None else None
+    return None
 
 
 def for_which(chain: Chain, candidates: Iterable[Pending]) -> Pending:

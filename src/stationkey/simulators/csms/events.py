@@ -22,7 +22,7 @@ class EventKind(StrEnum):
     CONNECTION_REFUSED = "connection_refused"  # words
     BOOTED = "booted"  # vendor, model; BootNotification, which was accepted
     TRIGGERED = "triggered"  # certificate_type; status: the station's answer
-    CSR_ACCEPTED = "csr_accepted"  # certificate_type, csr, request_id
+    CSR_ACCEPTED = "csr_accepted"  # certificate_type, csr, request_id, hash_root_certificate
     CSR_REJECTED = "csr_rejected"  # the same, reason, words
     CERTIFICATE_SENT = "certificate_sent"  # certificate_type, chain_pem, request_id; it is about to be sent
     CERTIFICATE_ANSWERED = "certificate_answered"  # certificate_type, status (or an error's code), words
@@ -69,6 +69,7 @@ class Event:
         csr: the PEM as it came.
         chain_pem: the chain that is sent.
         request_id: the message's ``requestId``, or None.
+        hash_root_certificate: the message's ``hashRootCertificate``, or None.
         status: what was answered or reported.
         type: of a security event.
         reason: stable word for why a CSR was rejected.
@@ -85,6 +86,7 @@ class Event:
     csr: str = ""
     chain_pem: str = ""
     request_id: int | None = None
+    hash_root_certificate: Mapping[str, str] | None = None
     status: str = ""
     type: str = ""
     reason: str = ""

@@ -51,6 +51,8 @@ CLOSING_TIMEOUT: Final = 2.0
 HEARTBEAT_INTERVAL: Final = 300
 """Seconds, as BootNotification's answer says."""
 _THREE: Final = 3
+_LATE: Final = 2
+"""Connections with a renewed certificate that `Misbehaviour.ACCEPT_RENEWED_LATE` refuses."""
 
 
 class SecurityProfile(IntEnum):
@@ -130,6 +132,7 @@ class Csms:
         self._stations: dict[str, OcppConnection] = {}
         self._held: defaultdict[tuple[str, CertificateType], list[SignRequest]] = defaultdict(list)
         self._request_ids: dict[tuple[str, int], str] = {}
+        self._signed: dict[x509.Certificate, int] = {}
         self._happened = asyncio.Event()
         self._cursors: dict[EventKind, int] = {}
 
@@ -279,6 +282,8 @@ class Csms:
             names = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
             if [name.value for name in names] != [self.organization]:
                 return f"O of the station's certificate is not {self.organization!r} [A00.FR.509]"
+            if certificate in self._signed and self._refuses(certificate):
+                return "this CSMS was told to refuse the renewed certificate"
         elif self._security_profile is not SecurityProfile.NONE and self._passwords is not None:
             credentials = _credentials(request)
             if credentials is None:
@@ -288,6 +293,12 @@ class Csms:
             if password is None or not hmac.compare_digest(credentials, f"{station_id}:{password}".encode()):
                 return "wrong user name or password [A00.FR.204]"
         return None
+
+    def _refuses(self, renewed: x509.Certificate) -> bool:
+        """Whether a certificate that was signed in this run is refused; counts how often it came."""
+        self._signed[renewed] += 1
+        late = self.misbehaviour is Misbehaviour.ACCEPT_RENEWED_LATE and self._signed[renewed] <= _LATE
+        return late or self.misbehaviour is Misbehaviour.REFUSE_RENEWED
 
     def _select_subprotocol(self, _: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
         return next((name for name in offered if name in {version.value for version in self._versions}), None)
@@ -371,6 +382,7 @@ class Csms:
             "certificate_type": request.certificate_type,
             "csr": request.csr,
             "request_id": request.request_id,
+            "hash_root_certificate": request.hash_root_certificate,
         }
         try:
             csr = self._check(station_id, request)
@@ -418,6 +430,7 @@ class Csms:
         chain = self.hierarchy(kind).issue(csr, profile, now=self._clock(), misbehaviour=self.misbehaviour)
         if request_id is not None and self.misbehaviour is Misbehaviour.UNKNOWN_REQUEST_ID:
             request_id = 1 + max(known for _, known in self._request_ids)
+        self._signed[chain[0]] = 0
         chain_pem = to_pem(chain)
         checked = self.misbehaviour is not Misbehaviour.CHAIN_TOO_LONG
         call = ocpp.certificate_signed(kind, connection.version, chain_pem, request_id=request_id, checked=checked)
