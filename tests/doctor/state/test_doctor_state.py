@@ -179,3 +179,12 @@ class TestState:
         found = records.judge_keys([key(**changes)], time.time(), 0, tuple(CertificateType))
         assert worst(found) is level
         assert reasons(found) == expected
+
+    @pytest.mark.parametrize(
+        ("changes", "told"), [({}, True), ({"confirmed": True}, False), ({"root": "0123456789abcdef"}, False)]
+    )
+    def test_a_renewed_key_that_is_not_confirmed_is_named(self, changes: dict[str, Any], told: bool) -> None:
+        before = key(key_id="cd" * 10, state=KeyState.DEACTIVATED, previous=True, confirmed=True)
+        found = records.judge_keys([before, key(**changes)], time.time(), 0, tuple(CertificateType))
+        assert worst(found) is OK
+        assert any("ab" * 10 in finding.message for finding in found) is told

@@ -92,6 +92,9 @@ def judge_keys(
     failed = [_called(key) for key in pending if key.failed]
     overdue = [key for key in living if key.due is not None and key.due < running - DAY]
     owners = {key.owner for key in living if key.state is KeyState.ACTIVE}
+    kept = {(key.owner, key.root) for key in living if key.previous}
+    renewed = [key for key in living if key.state is KeyState.ACTIVE and (key.owner, key.root) in kept]
+    unconfirmed = [_called(key) for key in renewed if not key.confirmed]
     found = [finding for key in keys for finding in _judge_key(key, now)]
     if not owners:
         told = "no key is active: no certificate was installed, or it was not reported as installed"
@@ -106,6 +109,8 @@ def judge_keys(
         found.append(warning("overdue", f"{len(overdue)} keys are overdue", "does the daemon run, and may it write?"))
     if not any(finding.advice for finding in found):
         found.append(ok(f"{len(owners)} keys are active, {len(waiting)} are pending; none needs attention"))
+    if unconfirmed:
+        found.append(ok(f"the key before is kept until the renewed one is confirmed: {listed(unconfirmed)}"))
     if owners and (missing := [one for one in served if all(owner[0] != one for owner in owners)]):
         found.append(ok(f"no key is active for {listed(missing)}, which may be right"))
     return found
