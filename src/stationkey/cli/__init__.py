@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _EXTRAS: Final = {
     "station": {"jinja2", "paho", "prometheus_client", "rich", "tpm2_pytss"},
+    "pkcs11": {"pkcs11"},
     "josev": {"jsonschema", "ocpp", "websockets"},
 }
 """The libraries that come with each extra in pyproject.toml; paho comes with both."""

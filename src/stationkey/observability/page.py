@@ -174,7 +174,7 @@ class StatusPage:
             level = "good" if condition.reachable else "bad"
             last = f"{outcome.reason or 'ok'}, {_span(ago)} ago"
         return {
-            "name": "TPM" if self._keystore.scheme.protected else "Key store",
+            "name": "TPM" if self._keystore.scheme.name == "tpm2" else "Key store",
             "uri": str(self._keystore),
             "description": printable(self._health.description),
             "state": state,

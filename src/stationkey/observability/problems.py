@@ -52,11 +52,11 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
             not protected,
             Problem("software keys: whoever reads the state directory has them", "use a TPM on a station in service"),
         ),
-        (abandoned, Problem(f"calls to the TPM that do not return: {abandoned}", _DOCTOR)),
+        (abandoned, Problem(f"calls to the key store that do not return: {abandoned}", _DOCTOR)),
         (
             unusable,
             Problem(
-                f"keys that this TPM cannot use: {unusable}",
+                f"keys that this key store cannot use: {unusable}",
                 "is it another TPM, or was it cleared? docs/operations.md says what to do",
             ),
         ),
