@@ -9,7 +9,7 @@ from typing import Final
 
 from stationkey.system.text import printable as on_one_line
 
-REPORT_VERSION: Final = 1
+_REPORT_VERSION: Final = 1
 """Of the JSON report. Changes only where a program that reads the old one would be misled."""
 MAX_TEXT: Final = 600
 """Characters of a message or an advice: a broker or a file name may add long text."""
@@ -115,7 +115,7 @@ class Report:
     def to_json(self) -> dict[str, object]:
         """Return the report for programs; docs/doctor.md has its schema."""
         return {
-            "version": REPORT_VERSION,
+            "version": _REPORT_VERSION,
             "summary": {str(level): self.count(level) for level in Level},
             "findings": [finding.to_json() for finding in self.findings],
         }

@@ -108,7 +108,7 @@ class Outcome:
         return cls("internal_error", Scope.REQUEST)
 
 
-SUCCESS: Final = Outcome()
+_SUCCESS: Final = Outcome()
 
 
 class _Jobs:
@@ -244,7 +244,7 @@ class _Shift:
     def _do(self, job: _Job, begun: float) -> None:
         self._stuck_from = begun + job.timeout
         self._expires = job.expires
-        outcome = SUCCESS
+        outcome = _SUCCESS
         try:
             store = self._open()
             if self._timed is not None:

@@ -67,7 +67,7 @@ class TestState:
     def test_the_directory(self, changes: dict[str, Any], user: User, level: Level, expected: set[str]) -> None:
         seen = dataclasses.replace(self.DIRECTORY, **changes)
         nearest = facts(path=Path("/"), kind="directory", mode=0o755, uid=0, gid=0)
-        found = checks.judge_directory(seen, user, nearest, None, False)
+        found = checks.judge_directory(seen, user, nearest, None, True)
         assert worst(found) is level
         assert reasons(found) == expected
 
@@ -89,10 +89,10 @@ class TestState:
     def test_what_the_daemon_says_of_the_directory_is_passed_on(self) -> None:
         refused = ConfigurationError("another's", reason="state_dir_foreign", hint="give it back")
         nearest = facts(path=Path("/"), kind="directory", mode=0o755, uid=0, gid=0)
-        found = checks.judge_directory(self.DIRECTORY, ROOT, nearest, refused, False)
+        found = checks.judge_directory(self.DIRECTORY, ROOT, nearest, refused, True)
         assert (found.level, found.message, found.advice) == (FAILURE, refused.message, refused.hint)
         assert worst(checks.judge_files([], STATION, refused)) is FAILURE
-        assert checks.judge_directory(self.DIRECTORY, STATION, nearest, None, True).level is FAILURE
+        assert checks.judge_directory(self.DIRECTORY, STATION, nearest, None, False).level is FAILURE
 
     @pytest.mark.parametrize(
         ("words", "variables", "named"),

@@ -28,7 +28,7 @@ from stationkey.mqtt.topics import MAX_PREFIX, topics
 from stationkey.mqtt.url import DEFAULT_TLS_PORT, Broker
 from stationkey.system.addresses import is_loopback
 
-Addresses = list[tuple[int, tuple[object, ...]]]
+_Addresses = list[tuple[int, tuple[object, ...]]]
 """Family and address of each, as `socket` has them."""
 _PATIENCE: Final = 2.0
 """Seconds for a name, and for a connection."""
@@ -58,27 +58,27 @@ def judge_url(url: str, prefix: str) -> Finding:
     return ok(f"the broker is {broker}" + (", on this machine" if is_loopback(broker.host) else ""))
 
 
-def broker_of(context: Context) -> Broker:
+def _broker_of(context: Context) -> Broker:
     """Return the broker that is configured; `judge_url` says whether there is one."""
     return Broker.parse(context.settings.broker)
 
 
-def resolve(context: Context) -> Addresses | str:
+def resolve(context: Context) -> _Addresses | str:
     """Return the addresses of the broker, or why there are none."""
-    broker = broker_of(context)
+    broker = _broker_of(context)
 
-    def ask() -> Addresses | str:
+    def ask() -> _Addresses | str:
         try:
             found = socket.getaddrinfo(broker.host, broker.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             return getattr(error, "strerror", None) or str(error)
         return [(int(family), address) for family, _, _, _, address in found]
 
-    otherwise: Addresses | str = f"no answer within {_PATIENCE:g} s"
+    otherwise: _Addresses | str = f"no answer within {_PATIENCE:g} s"
     return within(_PATIENCE, ask, otherwise)
 
 
-def judge_name(broker: Broker, addresses: Addresses | str) -> Finding:
+def judge_name(broker: Broker, addresses: _Addresses | str) -> Finding:
     """Judge what the name resolves to. `addresses`: or why there are none."""
     if isinstance(addresses, str):
         advice = "correct the name, or name an address; does the name server answer (resolvectl query)?"
@@ -95,12 +95,12 @@ def look_at_port(context: Context) -> tuple[Broker, str]:
             with socket.socket(family, socket.SOCK_STREAM) as connection:
                 connection.settimeout(max(0.01, end - time.monotonic()))
                 connection.connect(address)
-                return broker_of(context), ""
+                return _broker_of(context), ""
         except TimeoutError:
             why = f"no answer within {_PATIENCE:g} s"
         except OSError as error:
             why = error.strerror or str(error)
-    return broker_of(context), why
+    return _broker_of(context), why
 
 
 def judge_port(broker: Broker, why: str) -> Finding:
@@ -115,7 +115,7 @@ def judge_port(broker: Broker, why: str) -> Finding:
 
 def look_at_tls(context: Context) -> tuple[Broker, str, str, Exception | None, datetime] | Finding:
     """Shake hands with the broker, without the client's own certificate: its key may be in the TPM."""
-    broker, mqtt, now = broker_of(context), context.settings.mqtt, datetime.now(UTC)
+    broker, mqtt, now = _broker_of(context), context.settings.mqtt, datetime.now(UTC)
     if not broker.tls:
         return broker, "", "", None, now
     if mqtt.ca_file is not None and mqtt.ca_file.exists() and not os.access(mqtt.ca_file, os.R_OK):
@@ -204,7 +204,7 @@ def _visit(context: Context) -> Visit | Finding:
     if isinstance(terms, Finding):
         return terms
     prefix, running = context.settings.topic_prefix, context.daemon.running
-    return asyncio.run(visit(broker_of(context), terms, prefix, daemon_running=running))
+    return asyncio.run(visit(_broker_of(context), terms, prefix, daemon_running=running))
 
 
 def _at_hand(context: Context) -> MqttTerms | Finding:
@@ -230,7 +230,7 @@ def _at_hand(context: Context) -> MqttTerms | Finding:
 
 def look_at_login(context: Context) -> tuple[Broker, Visit, bool] | Finding:
     """Visit the broker, and see whether a port that does not let us in has TLS."""
-    seen, broker = context.once(_visit), broker_of(context)
+    seen, broker = context.once(_visit), _broker_of(context)
     if isinstance(seen, Finding):
         return seen
     return broker, seen, seen.refused is not None and not broker.tls and _speaks_tls(broker)
@@ -297,7 +297,7 @@ def judge_subscribe(seen: Visit) -> Finding:
 
 def look_at_reach(context: Context) -> tuple[Visit, str | None] | Finding:
     """Visit the broker, and find out who else reaches it: in words, or None for programs of this machine only."""
-    seen, broker = context.once(_visit), broker_of(context)
+    seen, broker = context.once(_visit), _broker_of(context)
     if isinstance(seen, Finding):
         return seen
     if not is_loopback(broker.host):
@@ -379,7 +379,7 @@ _TALKS: Final = ("broker.publish",)
 _TOPICS: Final = ("topic_prefix",)
 CHECKS: Final = (
     Check("broker.url", lambda at: (at.settings.broker, at.settings.topic_prefix), judge_url, reads=("broker",)),
-    Check("broker.name", lambda at: (broker_of(at), at.once(resolve)), judge_name, ("broker.url",)),
+    Check("broker.name", lambda at: (_broker_of(at), at.once(resolve)), judge_name, ("broker.url",)),
     Check("broker.port", look_at_port, judge_port, ("broker.name",)),
     Check("broker.tls", look_at_tls, judge_tls, ("broker.port",), ("mqtt",)),
     Check("broker.login", look_at_login, judge_login, _TLS, _TOPICS),

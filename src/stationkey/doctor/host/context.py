@@ -158,14 +158,14 @@ def _ledger(context: Context) -> Contents | str:
 def survey(options: Options) -> Context:
     """Find out what is to be examined. Takes some seconds at most. Never raises."""
     unread = _settle(options, Parts({}, ("the disk that the configuration file is on does not answer",), None))
-    configured = within(_PATIENCE, lambda: read_configuration(options), unread)
+    configured = within(_PATIENCE, lambda: _read_configuration(options), unread)
     unit = look_at_unit()
     unknown = Daemon(running=False, pid=None, user=User.present(), known_by="nothing else is known")
-    daemon = within(_PATIENCE, lambda: find_daemon(configured.settings.state_dir, unit), unknown)
+    daemon = within(_PATIENCE, lambda: _find_daemon(configured.settings.state_dir, unit), unknown)
     return Context(options, configured, daemon, unit)
 
 
-def read_configuration(options: Options) -> Configured:
+def _read_configuration(options: Options) -> Configured:
     """Read the configuration file, and of a wrong one what can be used."""
     path = options.config_file
     if path is None:
@@ -225,10 +225,10 @@ def look_at_unit() -> Unit | None:
     return unit
 
 
-def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
+def _find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
     """Whom the daemon runs as, or would: by what runs, its unit, the user that the package makes, the directory."""
-    running, pid = holder_of(look_at(state_dir / LOCK_NAME))
-    if pid is not None and (runs := user_of(pid)) is not None:
+    running, pid = _holder_of(look_at(state_dir / LOCK_NAME))
+    if pid is not None and (runs := _user_of(pid)) is not None:
         return Daemon(running=running, pid=pid, user=runs, known_by="it runs as that")
     directory = look_at(state_dir, follow=True)
     me = User.present()
@@ -243,7 +243,7 @@ def find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
     return Daemon(running=running, pid=pid, user=user, known_by=known_by)
 
 
-def holder_of(lock: Facts) -> tuple[bool, int | None]:
+def _holder_of(lock: Facts) -> tuple[bool, int | None]:
     """Whether a lock is held, and by whom. By the kernel's list: to try would be to hold it for a moment [proc(5)]."""
     if lock.kind != "file":
         return False, None
@@ -267,7 +267,7 @@ def find_lock(lines: list[str], *, device: int, inode: int) -> tuple[bool, int |
     return False, None
 
 
-def user_of(pid: int) -> User | None:
+def _user_of(pid: int) -> User | None:
     """Whom a process runs as."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")

@@ -113,7 +113,7 @@ class Facts:
 
 def look_at(path: Path, *, follow: bool = False, user: User | None = None) -> Facts:
     """Look at what there is at a path, and for a `user` at the way there. Never raises."""
-    closed = None if user is None else closed_on_the_way(path, user)
+    closed = None if user is None else _closed_on_the_way(path, user)
     try:
         seen = path.stat() if follow else path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -170,7 +170,7 @@ def permits(facts: Facts, user: User, wanted: int) -> bool:
     return given & wanted == wanted
 
 
-def closed_on_the_way(path: Path, user: User) -> Path | None:
+def _closed_on_the_way(path: Path, user: User) -> Path | None:
     """The first directory on the way to `path` that a user may not enter, or None."""
     if user.uid == 0:
         return None

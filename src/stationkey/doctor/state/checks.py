@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +17,6 @@ from stationkey.doctor.state import keys
 from stationkey.errors import StationKeyError
 from stationkey.system.state_dir import DATABASE_NAME, LOCK_NAME, refuse_planted, refuse_unfit
 
-_GET_FLAGS: Final = 0x80006601 | struct.calcsize("l") << 16
-"""FS_IOC_GETFLAGS, as most machines number it; another one refuses it, and nothing is said."""
-_FIXED: Final = 0x10 | 0x20
-"""FS_IMMUTABLE_FL, FS_APPEND_FL."""
 _OURS: Final = frozenset(
     {LOCK_NAME, DIRECTORY_NAME, *(f"{DATABASE_NAME}{end}" for end in ("", "-wal", "-shm", "-journal"))}
 )
@@ -45,31 +38,16 @@ _REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "
 def look_at_directory(context: Context) -> tuple[Facts, User, Facts, StationKeyError | None, bool]:
     """Look at the directory, and ask what the daemon would say of it at its start."""
     path, user = context.settings.state_dir, context.daemon.user
-    facts, refused, immutable = look_at(path, follow=True, user=user), None, False
+    facts, refused = look_at(path, follow=True, user=user), None
     try:
-        immutable = _is_immutable(refuse_unfit(path, user=user.uid))
+        refuse_unfit(path, user=user.uid)
     except StationKeyError as error:
         # The way there may be closed to another user alone.
         refused = error if context.sees_all or error.reason != "state_dir_unusable" else None
     except OSError:
         pass  # it is gone since it was looked at, or closed to this user
-    return facts, user, _nearest(path), refused, immutable
-
-
-def _is_immutable(path: Path) -> bool:
-    """Whether a directory has a mark by which not even root makes a file in it [ioctl_iflags(2)]."""
-    flags = bytearray(8)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.ioctl(descriptor, _GET_FLAGS, flags)
-    except OSError:  # not every file system has such marks
-        return False
-    finally:
-        os.close(descriptor)
-    return bool(int.from_bytes(flags[:4], sys.byteorder) & _FIXED)
+    # Not even root writes in an immutable directory, whatever its mode.
+    return facts, user, _nearest(path), refused, not context.sees_all or os.access(path, os.W_OK)
 
 
 def _nearest(path: Path) -> Facts:
@@ -81,7 +59,7 @@ def _nearest(path: Path) -> Facts:
 
 
 def judge_directory(
-    facts: Facts, user: User, nearest: Facts, refused: StationKeyError | None, immutable: bool
+    facts: Facts, user: User, nearest: Facts, refused: StationKeyError | None, writable: bool
 ) -> Finding:
     """Judge the directory itself.
 
@@ -90,7 +68,7 @@ def judge_directory(
         user: the daemon's.
         nearest: the directory in which it would be made.
         refused: what the daemon would say of it at its start, or None.
-        immutable: whether the file system lets nobody write there.
+        writable: whether the kernel lets the user who runs this write there, if that is root or the daemon's.
     """
     path, mode, owner = facts.path, octal(facts.mode), user_name(facts.uid)
     if facts.closed is not None:
@@ -114,9 +92,9 @@ def judge_directory(
     if facts.mode & 0o022:
         told = f"others may write in {path} (mode {mode}): they can replace the ledger and the active keys"
         return failure("others_write", told, f"chmod 0700 {path}, and see that all in it is the daemon's", stops=False)
-    if immutable:
-        told, advice = f"{path} is immutable, or append-only", f"chattr -i -a {path}; see who set it (lsattr -d)"
-        return failure("immutable", told, advice, stops=False)
+    if not writable:
+        told = f"nothing can be written in {path}: it is immutable, or its disk is read-only"
+        return failure("immutable", told, f"lsattr -d {path}; chattr -i {path}; see who set it", stops=False)
     if facts.mode & 0o077:
         return warning("others_read", f"others may look into {path} (mode {mode})", f"chmod 0700 {path}")
     return ok(f"{path} belongs to {owner} and is closed to others")

@@ -155,7 +155,7 @@ def judge_device(way: Way, facts: Facts | None, chip: Chip, user: User) -> Findi
     if not chip.is_tpm:
         return failure("not_a_tpm", f"{path} is a {facts.kind}, not a TPM", f"name the TPM as keystore: {CHOICE}")
     if not permits(facts, user, READ | WRITE):
-        group = group_name(facts.gid)
+        group = _group_name(facts.gid)
         told = f"the daemon's user {user.name} may not open {path} (mode {mode}, group {group})"
         if facts.gid == 0 or not permits(facts, User(-1, facts.gid), READ | WRITE):
             advice = "install tpm-udev (Debian), which gives the device to the group tss, and restart the machine"
@@ -177,7 +177,7 @@ def _judge_missing(path: Path, chip: Chip) -> Finding:
     return failure("no_tpm", f"{path} is missing, and the kernel has found no TPM", advice)
 
 
-def group_name(gid: int) -> str:
+def _group_name(gid: int) -> str:
     """Return the name of a group, or its number."""
     try:
         return grp.getgrgid(gid).gr_name

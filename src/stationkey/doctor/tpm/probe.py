@@ -84,7 +84,7 @@ def banks(esapi: ESAPI) -> dict[str, list[int]]:
     return found
 
 
-def rsa_sizes(esapi: ESAPI) -> list[int]:
+def _rsa_sizes(esapi: ESAPI) -> list[int]:
     """The RSA sizes that it makes, of those that matter here."""
     sizes = []
     for bits in _RSA:
@@ -98,7 +98,7 @@ def rsa_sizes(esapi: ESAPI) -> list[int]:
     return sizes
 
 
-def object_at(esapi: ESAPI, handle: int) -> dict[str, int] | None:
+def _object_at(esapi: ESAPI, handle: int) -> dict[str, int] | None:
     """What there is at a persistent handle; None where nothing is."""
     if not capabilities.persistent(esapi, handle):
         return None
@@ -123,13 +123,13 @@ def loads(esapi: ESAPI, parent: int, wrapped: str) -> int:
     return _RC_SUCCESS
 
 
-def srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
+def _srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
     """Whether the storage root key can be used without a password: by a key that it cannot but refuse.
 
     A TPM looks at the authorisation before it looks at what is to be loaded [TPM 2.0 part 3, 5.6 and 5.7]. Where wrong
     tries are counted this would be one; so only a key that is exempt from that is tried.
     """
-    there = object_at(esapi, handle)
+    there = _object_at(esapi, handle)
     if there is None or not there["attributes"] & _NODA:
         raise LookupError
     public = TPM2B_PUBLIC(publicArea=TPMT_PUBLIC.parse("ecc256:ecdsa", objectAttributes=_A_KEY))
@@ -144,7 +144,7 @@ def srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
     raise LookupError  # which cannot be
 
 
-def owner_takes(esapi: ESAPI, value: bytes) -> bool:
+def _owner_takes(esapi: ESAPI, value: bytes) -> bool:
     """Whether this is the authorisation value of the owner hierarchy: by a command that changes nothing with it.
 
     Wrong tries are not counted for this hierarchy [TPM 2.0 part 1, 19.8.2].
@@ -164,7 +164,7 @@ def opens(path: str) -> bool:
     return True
 
 
-def end_with(parent: int) -> None:
+def _end_with(parent: int) -> None:
     """Have the kernel end this process with the one that started it: a TPM that hangs would hold it for ever.
 
     Also where that was ended before it could be asked for [prctl(2), PR_SET_PDEATHSIG].
@@ -176,7 +176,7 @@ def end_with(parent: int) -> None:
 
 def main() -> None:
     """Ask all of it."""
-    end_with(int(sys.argv[1]))
+    _end_with(int(sys.argv[1]))
     asked = json.load(sys.stdin)
     name, _, path = asked["tcti"].partition(":")
     if name == "device" and path and not opens(path):
@@ -194,15 +194,15 @@ def main() -> None:
     look("transient", lambda: capabilities.handles(esapi, *_TRANSIENT))
     look("algorithms", lambda: sorted(capabilities.algorithms(esapi)))
     look("curves", lambda: sorted(capabilities.curves(esapi)))
-    look("rsa", lambda: rsa_sizes(esapi))
+    look("rsa", lambda: _rsa_sizes(esapi))
     look("banks", lambda: banks(esapi))
-    look("srk", lambda: object_at(esapi, asked["srk"]))
+    look("srk", lambda: _object_at(esapi, asked["srk"]))
     if asked["try_srk"]:
-        look("srk_open", lambda: srk_takes_no_password(esapi, asked["srk"]))
+        look("srk_open", lambda: _srk_takes_no_password(esapi, asked["srk"]))
     if asked["ak"]:
-        look("ak", lambda: object_at(esapi, asked["ak"]))
+        look("ak", lambda: _object_at(esapi, asked["ak"]))
     if asked["owner_auth"]:
-        look("owner_auth", lambda: owner_takes(esapi, base64.b64decode(asked["owner_auth"])))
+        look("owner_auth", lambda: _owner_takes(esapi, base64.b64decode(asked["owner_auth"])))
     look("keys", lambda: {name: loads(esapi, asked["srk"], key) for name, key in asked["keys"].items()})
     esapi.close()
 

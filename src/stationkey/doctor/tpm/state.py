@@ -19,7 +19,7 @@ _WANTED: Final = 2
 _NEW_CERTIFICATES: Final = "request new certificates (/usr/share/doc/stationkey/docs/operations.md, Another TPM)"
 
 
-class Weakness(NamedTuple):
+class _Weakness(NamedTuple):
     """Firmware that is known to be weak.
 
     Attributes:
@@ -35,15 +35,15 @@ class Weakness(NamedTuple):
     versions: str
 
 
-WEAKNESSES: Final = (
-    Weakness(
+_WEAKNESSES: Final = (
+    _Weakness(
         "IFX",
         "CVE-2017-15361, ROCA",
         "RSA keys that it makes can be computed from the public key; elliptic-curve keys are not affected",
         # Infineon and Microsoft, ADV170012; the ranges that both give.
         "4.0-4.33 4.40-4.42 5.0-5.61 6.0-6.42 7.0-7.61 133.0-133.32",
     ),
-    Weakness(
+    _Weakness(
         "STM",
         "CVE-2019-16863, TPM-Fail",
         "its ECDSA keys can be computed from the time that many signatures take",
@@ -90,7 +90,7 @@ def judge_firmware(seen: Seen) -> Finding:
     maker, *vendor, first, second = seen.probe.numbers(*facts.MAKER, *facts.PT_FIRMWARE)
     version = (first >> 16, first & 0xFFFF)
     what = f"{text_of(maker)} {text_of(*vendor)}, firmware {version[0]}.{version[1]}.{second >> 16}.{second & 0xFFFF}"
-    for weakness in WEAKNESSES:
+    for weakness in _WEAKNESSES:
         if text_of(maker) == weakness.manufacturer and _in_ranges(version, weakness.versions):
             told = f"{what}: known to be weak ({weakness.name}): {weakness.means}"
             advice = "get the update from the maker of the board; then make new keys, and revoke the old certificates"

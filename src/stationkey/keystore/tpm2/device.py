@@ -49,7 +49,7 @@ from stationkey.keystore.tpm2.slots import serves_one_program
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-MAX_AUTH: Final = 32
+_MAX_AUTH: Final = 32
 """Bytes of an authorisation value: as many as the name algorithm, SHA-256, has [TPM 2.0 part 1, 13.3]."""
 
 _PATIENCE: Final = 5.0
@@ -361,8 +361,8 @@ class Device:
             raise KeyStoreError(
                 f"[tpm] {option}: {error.message}", reason="secret_unreadable", hint=error.hint, scope=Scope.STORE
             ) from None
-        if len(value) > MAX_AUTH:
-            wrong = f"is longer than {MAX_AUTH} bytes, which is as much as the TPM takes"
+        if len(value) > _MAX_AUTH:
+            wrong = f"is longer than {_MAX_AUTH} bytes, which is as much as the TPM takes"
         elif value.endswith(b"\0"):
             wrong = "ends in a zero byte, which the TPM takes off"
         elif option == "key_auth" and (b"\0" in value or b"\n" in value):

@@ -22,7 +22,7 @@ POLICY_AUTH_VALUE: Final = 0x16B
 POLICY_PCR: Final = 0x17F
 """Command codes [TPM 2.0 part 2, 6.5.2]."""
 
-NO_DIGEST: Final = bytes(32)
+_NO_DIGEST: Final = bytes(32)
 """Where every policy begins."""
 
 
@@ -129,7 +129,7 @@ def policy_digest(policy: tuple[Command, ...]) -> bytes:
 
     Each of the two commands adds its code and its policy [TPM 2.0 part 3, 23.7 and 23.17].
     """
-    digest = NO_DIGEST
+    digest = _NO_DIGEST
     for command in policy:
         digest = hashlib.sha256(digest + command.code.to_bytes(4, "big") + command.policy).digest()
     return digest if policy else b""

@@ -39,8 +39,8 @@ POLICY_FAIL: Final = 0x99D
 BAD_AUTH: Final = 0x9A2  # the same, and it does not count
 
 WRONG_AUTH: Final = frozenset({AUTH_FAIL, BAD_AUTH})
-SESSIONS_FULL: Final = frozenset({SESSION_MEMORY, SESSION_HANDLES})
-FULL: Final = SESSIONS_FULL | {OBJECT_MEMORY, OBJECT_HANDLES}
+_SESSIONS_FULL: Final = frozenset({SESSION_MEMORY, SESSION_HANDLES})
+FULL: Final = _SESSIONS_FULL | {OBJECT_MEMORY, OBJECT_HANDLES}
 BUSY: Final = frozenset({CONTEXT_GAP, MEMORY, YIELDED, CANCELED, TESTING, NV_RATE, RETRY, NV_UNAVAILABLE})
 PASSING: Final = FULL | BUSY
 """The command was not done, and the same may succeed soon. A lockout may take hours, and is not among them."""
