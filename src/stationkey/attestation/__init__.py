@@ -7,7 +7,7 @@ station.
 - `refusals`: its errors;
 - `structures`: the TPM's own structures, read strictly;
 - `documents`: the JSON documents that go between station and verifier, and their JSON Schemas;
-- `trust`: whom the verifier believes, and why;
+- `trust`: what the verifier trusts, and why;
 - `credential`: a challenge that only one TPM can open [TPM 2.0 part 1, 24];
 - `verifier`: the verdict.
 """

@@ -50,7 +50,7 @@ def make_challenge(ek: PublicKey, ak_name: bytes, *, believed: str) -> tuple[Cha
     Args:
         ek: the endorsement key; its template is taken to be the TCG's for a key of its kind.
         ak_name: name of an attestation key whose public area was found to be that of one.
-        believed: why `ek` is believed to be an endorsement key, in words, for the verdict.
+        believed: why `ek` is believed to be an endorsement key, for the verdict.
 
     Raises:
         NotVerified: no template of the TCG has a key of this kind.

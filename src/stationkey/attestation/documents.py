@@ -1,4 +1,4 @@
-"""The JSON documents that go between a station and whoever wants to know where its keys are.
+"""The JSON documents between a station and a verifier of its keys.
 
 Each says what it is (``format``) and by which rules (``version``), and is read to the letter: a member that is not
 known, twice there, missing or of another type is refused, since nothing in a proof may be passed over. What a document
@@ -47,7 +47,7 @@ class EndorsementKey:
 
     Attributes:
         public: TPM2B_PUBLIC, or None where the TPM was not asked for it.
-        certificate: its maker's certificate in DER, as it is in the TPM, or None where there is none.
+        certificate: its maker's certificate in DER, as in the TPM, or None.
     """
 
     public: bytes | None
@@ -109,13 +109,13 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Secret:
-    """What the verifier keeps of a challenge until the evidence comes; for one use.
+    """The verifier's part of a challenge, kept until the evidence comes; for one use.
 
     Attributes:
-        secret: what the challenge hides.
+        secret: the secret in the challenge.
         ak_name: the attestation key that was challenged.
         ek: subjectPublicKeyInfo of the endorsement key in DER.
-        believed: why the endorsement key is believed to be one, in words.
+        believed: why the endorsement key is trusted.
         nonce: that the evidence must answer.
     """
 
@@ -131,7 +131,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How a value stands in a document.
+    """How a value is represented in a document.
 
     Attributes:
         schema: in JSON Schema.
@@ -165,7 +165,7 @@ def _text(description: str, most: int = MAX_TEXT) -> _Form:
 
 
 def _bytes(description: str, most: int = MAX_STRUCTURE) -> _Form:
-    """Bytes in base64 [RFC 4648 4], in the one way that there is to write them."""
+    """Bytes in canonical base64 [RFC 4648 4]."""
     text = _text(description, 4 * ((most + 2) // 3))
 
     def read(value: object, where: str) -> bytes:
@@ -209,11 +209,11 @@ def _array(item: _Form, most: int) -> _Form:
 
 
 def _object(members: Mapping[str, _Form], *, optional: Collection[str] = ()) -> _Form:
-    """An object with these members and no others; an optional one may be absent, which is None for the writer."""
+    """An object with exactly these members; an optional one may be absent (None)."""
 
     def read(value: object, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise malformed(f"{where} is no JSON object")
+            raise malformed(f"{where} is not a JSON object")
         found = {}
         for name, form in members.items():
             if name in value:
@@ -288,7 +288,7 @@ _DOCUMENTS: Final = {
     SECRET: _document(
         SECRET,
         {
-            "secret": _hexadecimal("What the challenge hides.", {SECRET_SIZE}),
+            "secret": _hexadecimal("The secret in the challenge.", {SECRET_SIZE}),
             "ak_name": _AK_NAME,
             "ek": _EK_SPKI,
             "believed": _text("Why the endorsement key is believed to be one."),
@@ -314,13 +314,13 @@ def json_schema(name: str) -> Json:
 
 
 def read_nonce(text: str) -> bytes | None:
-    """A nonce from hexadecimal; None where it is none, or not of a size that is allowed."""
+    """Parse a nonce in hexadecimal; None if it is invalid, or not of an allowed size."""
     nonce = read_hexadecimal(text)
     return nonce if nonce is not None and len(nonce) in NONCE_SIZES else None
 
 
 def read_hexadecimal(text: str) -> bytes | None:
-    """Bytes from hexadecimal of either case; None where it is none."""
+    """Parse hexadecimal of either case; None if it is invalid."""
     return bytes.fromhex(text) if re.fullmatch(r"(?:[0-9A-Fa-f]{2})*", text) else None
 
 
@@ -405,7 +405,7 @@ def write_challenge(challenge: Challenge) -> str:
 
 
 def write_secret(secret: Secret) -> str:
-    """The JSON of `secret`; for a file that nobody else may read."""
+    """Return the JSON of `secret`, for a private file."""
     return _write(SECRET, asdict(secret))
 
 

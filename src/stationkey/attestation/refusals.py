@@ -1,4 +1,4 @@
-"""How evidence is refused, in words."""
+"""The refusals of evidence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_STRUCTURE: Final = 2048
 
 
 def malformed(message: str) -> NotVerified:
-    """The refusal of what is not to the format."""
+    """Return the refusal of an invalid format."""
     return NotVerified(message, reason="evidence_malformed")
 
 

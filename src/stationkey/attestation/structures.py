@@ -124,7 +124,7 @@ class Public:
         return self.marshalled[2:4] + hashlib.new(self.name_alg, parent + self.name).digest()
 
     def lacking(self, needed: Attribute) -> str:
-        """Which of the attributes it has not, in words; an empty text where it has them all."""
+        """Return the missing attributes, as text; empty if none is missing."""
         return words_of(needed & ~self.attributes)
 
 
@@ -134,7 +134,7 @@ class Attest:
 
     Attributes:
         qualified_signer: qualified name of the attestation key.
-        extra_data: what the asking side gave.
+        extra_data: the verifier's data.
         name: name of the certified key.
     """
 
@@ -154,7 +154,7 @@ def spki_of(key: PublicKey) -> bytes:
 
 
 def kind_of(spki: bytes) -> str | None:
-    """See `describe_key`; of a subjectPublicKeyInfo, None where it is none, or of another kind."""
+    """Describe a subjectPublicKeyInfo as `describe_key` does; None if it is invalid or of another type."""
     try:
         key: object = serialization.load_der_public_key(spki)
     except (ValueError, UnsupportedAlgorithm):
@@ -172,7 +172,7 @@ class Reader:
 
     Args:
         data: the bytes.
-        what: what they should be, for the words of a refusal.
+        what: their name in a refusal.
     """
 
     def __init__(self, data: bytes, what: str) -> None:
@@ -205,11 +205,11 @@ class Reader:
         """A hash of the SHA-2 family, by its identifier."""
         identifier = self.number(2)
         if identifier not in _HASH_NAMES:
-            raise unsupported(f"{self._what} names the hash {identifier:#06x}, which is none of the SHA-2 family")
+            raise unsupported(f"{self._what} names the hash {identifier:#06x}, which is not SHA-2")
         return _HASH_NAMES[identifier]
 
     def end(self) -> None:
-        """Refuse what is left over."""
+        """Refuse trailing bytes."""
         if self._at != len(self._data):
             raise malformed(f"{self._what} has {len(self._data) - self._at} bytes too many")
 
@@ -230,7 +230,7 @@ def read_public(buffer: bytes, what: str) -> Public:
     """Read a TPM2B_PUBLIC.
 
     Raises:
-        NotVerified: it is none, or of a key that is not judged here.
+        NotVerified: it is invalid, or of an unsupported key.
     """
     marshalled = unwrap(buffer, what)
     reader = Reader(marshalled, what)
@@ -243,7 +243,7 @@ def read_public(buffer: bytes, what: str) -> Public:
         raise unsupported(f"{what} has attributes {bits:#010x} with bits that are not known here")
     policy = reader.sized(64)
     if policy and len(policy) != hashlib.new(name_alg).digest_size:
-        raise malformed(f"{what} has a policy of {len(policy)} bytes, which is no {name_alg} digest")
+        raise malformed(f"{what} has a policy of {len(policy)} bytes, which is not a {name_alg} digest")
     symmetric_bits = _read_symmetric(reader, what)
     scheme = _read_scheme(reader, what)
     key = _read_rsa(reader, what) if kind == _RSA else _read_ecc(reader, what)
@@ -268,7 +268,7 @@ def _read_scheme(reader: Reader, what: str) -> Scheme | None:
     if scheme == _NULL:
         return None
     if scheme not in _SCHEMES:
-        raise unsupported(f"{what} has the scheme {scheme:#06x}, which is none of ECDSA, RSASSA and RSAPSS")
+        raise unsupported(f"{what} has the scheme {scheme:#06x}, which is not ECDSA, RSASSA or RSAPSS")
     return Scheme(_SCHEMES[scheme], reader.hash_name())
 
 
@@ -283,13 +283,13 @@ def _read_rsa(reader: Reader, what: str) -> rsa.RSAPublicKey:
     try:
         return rsa.RSAPublicNumbers(exponent, number).public_key()
     except ValueError:
-        raise malformed(f"{what} is no RSA key") from None
+        raise malformed(f"{what} is not an RSA key") from None
 
 
 def _read_ecc(reader: Reader, what: str) -> ec.EllipticCurvePublicKey:
     curve_id = reader.number(2)
     if curve_id not in _CURVES:
-        raise unsupported(f"{what} is on the curve {curve_id:#06x}, which is none of P-256, P-384 and P-521")
+        raise unsupported(f"{what} is on the curve {curve_id:#06x}, which is not P-256, P-384 or P-521")
     curve = _CURVES[curve_id]
     if reader.number(2) != _NULL:
         raise unsupported(f"{what} has a key derivation scheme")
@@ -298,14 +298,14 @@ def _read_ecc(reader: Reader, what: str) -> ec.EllipticCurvePublicKey:
     try:
         return ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
     except ValueError:
-        raise malformed(f"{what} is no point on {curve.name}") from None
+        raise malformed(f"{what} is not a point on {curve.name}") from None
 
 
 def read_attest(data: bytes) -> Attest:
     """Read a TPMS_ATTEST of TPM2_Certify.
 
     Raises:
-        NotVerified: it is none.
+        NotVerified: it is invalid.
     """
     reader = Reader(data, "the attestation")
     if reader.number(4) != GENERATED:

@@ -1,6 +1,6 @@
-"""Whom the verifier believes: an attestation key that was recorded or certified before, or a challenge that was opened.
+"""The verifier's trust: in an attestation key that was recorded or certified, or in a challenge that was answered.
 
-Certificates are held against the certificates of their issuers, each of which is believed because the operator gave it.
+Certificates are verified with their issuers' certificates, each of which the operator gave and so trusts.
 What is checked is said by `check_issued`; that is less than a TLS client does, and docs/attestation.md names what is
 left out.
 """
@@ -26,13 +26,13 @@ T = TypeVar("T", bound=x509.ExtensionType)
 AK_CERTIFICATE: Final = x509.ObjectIdentifier("2.23.133.8.3")
 """tcg-kp-AIKCertificate: the extended key usage of an attestation key's certificate [TCG OID Registry]."""
 EK_CERTIFICATE: Final = x509.ObjectIdentifier("2.23.133.8.1")
-"""tcg-kp-EKCertificate, likewise [TCG EK Credential Profile 2.5, 3.5.16]."""
+"""tcg-kp-EKCertificate [TCG EK Credential Profile 2.5, 3.5.16]."""
 
 UNREADABLE: Final = (
     *(ValueError, TypeError, UnsupportedAlgorithm),
     *(x509.DuplicateExtension, x509.UnsupportedGeneralNameType, x509.InvalidVersion),
 )
-"""What cryptography raises of a certificate or key that is none, or is not to be read."""
+"""The exceptions of cryptography for an invalid or unreadable certificate or key."""
 
 _KNOWN_EXTENSIONS: Final = {
     ExtensionOID.BASIC_CONSTRAINTS,
@@ -78,11 +78,11 @@ def read_ak(data: bytes, *, authorities: Sequence[x509.Certificate] = (), now: d
 
     Args:
         data: content of the file.
-        authorities: issuers, one of which must have signed the certificate; empty where the file itself is believed.
+        authorities: issuers, one of which must have signed the certificate; empty if the file itself is trusted.
         now: when the certificate must be valid, if it has to be signed.
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: it is not one of these.
         NotVerified: it is a certificate that none of the issuers has signed for an attestation key.
     """
     if data.lstrip()[:1] == b"{":
@@ -123,7 +123,7 @@ def read_authorities(data: bytes) -> list[x509.Certificate]:
     """Read the certificates of issuers in PEM.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the file has none.
     """
     try:
         return x509.load_pem_x509_certificates(data)
@@ -134,10 +134,10 @@ def read_authorities(data: bytes) -> list[x509.Certificate]:
 def choose_ek(
     told: Iterable[EndorsementKey], authorities: Sequence[x509.Certificate], now: datetime
 ) -> tuple[PublicKey, str]:
-    """The first endorsement key that a station tells of whose certificate one of the issuers has signed; and by whom.
+    """Return the station's first endorsement key whose certificate is from one of the issuers, and that issuer.
 
     Raises:
-        NotVerified: there is none; the words are those of the last that was tried.
+        NotVerified: there is none; the message is that of the last key.
     """
     failure = NotVerified(
         "the station tells of no endorsement key with a certificate",
@@ -163,7 +163,7 @@ def choose_ek(
 
 
 def certified_key(certificate: bytes) -> PublicKey | None:
-    """The key in a certificate in DER; None where it is none, or the key is not of a kind that is known here."""
+    """Return the key of a DER certificate; None if it is invalid, or the key of an unknown type."""
     try:
         key: object = x509.load_der_x509_certificate(certificate).public_key()
     except UNREADABLE:
@@ -195,7 +195,7 @@ def check_issued(
     except UNREADABLE:
         raise _untrusted("a certificate cannot be read") from None
     raise _untrusted(
-        f"the certificate was signed by {issuer}, which is none of the given CAs",
+        f"the certificate was signed by {issuer}, which is not one of the given CAs",
         hint="the file of CAs must have the one that signed it, an intermediate one as a rule",
     )
 
@@ -247,7 +247,7 @@ def _extension(certificate: x509.Certificate, kind: type[T]) -> T | None:
 
 
 def shown(text: str) -> str:
-    """Somebody else's text, fit for a terminal and for one line."""
+    """Return foreign text, safe for a terminal and in one line."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:200])
 
 

@@ -36,7 +36,7 @@ from stationkey.errors import NotVerified
 _NONCE_LABEL: Final = b"stationkey attestation v1\0"
 
 BORN_INSIDE: Final = Attribute.FIXED_TPM | Attribute.FIXED_PARENT | Attribute.SENSITIVE_DATA_ORIGIN
-"""Made in the TPM, not brought in; not to be duplicated to another TPM, nor to another parent."""
+"""Created in the TPM, not imported; not duplicable to another TPM or parent."""
 AK_NEEDS: Final = BORN_INSIDE | Attribute.RESTRICTED | Attribute.SIGN
 KEY_NEEDS: Final = BORN_INSIDE | Attribute.SIGN
 _AK_MUST_NOT: Final = Attribute.DECRYPT | Attribute.ENCRYPTED_DUPLICATION | Attribute.X509_SIGN
@@ -56,7 +56,7 @@ class Verdict:
 
     Attributes:
         proved: a sentence each.
-        not_proved: likewise: what a reader might take for proved, and is not.
+        not_proved: what is not proved, although a reader might assume it; one line each.
         spki: subjectPublicKeyInfo of the attested key in DER.
     """
 
@@ -66,7 +66,7 @@ class Verdict:
 
 
 def qualifying_data(nonce: bytes | None) -> bytes:
-    """What a nonce becomes in TPMS_ATTEST.extraData: its SHA-256 behind a label; empty where there is none.
+    """Return the TPMS_ATTEST.extraData of a nonce: its SHA-256 behind a label; empty without a nonce.
 
     A digest, because a TPM takes no more there than its largest hash has; a label, so that nobody else's protocol can
     ask for the same.
@@ -85,14 +85,14 @@ def verify(
     """Judge evidence.
 
     Args:
-        evidence: what the station gave.
+        evidence: the station's evidence.
         anchor: why its attestation key is believed.
-        nonce: what the station was asked with; by default that of the challenge, if there was one.
+        nonce: the verifier's nonce; by default that of the challenge, if any.
         csr: the CSR whose key it should be.
         certificate: the certificate whose key it should be.
 
     Raises:
-        NotVerified: it does not prove what it should; the message says what is wrong.
+        NotVerified: the evidence is invalid; the message says why.
     """
     ak = read_ak_public(evidence.attestation_key)
     attest = read_attest(evidence.attestation)
@@ -102,7 +102,7 @@ def verify(
     check_key(key)
     if not hmac.compare_digest(attest.name, key.name):
         raise NotVerified(
-            "what the TPM attests is another object than the key in this evidence", reason="attest_of_another_key"
+            "the TPM attests another object than the key in this evidence", reason="attest_of_another_key"
         )
     if nonce is None and isinstance(anchor, Secret):
         nonce = anchor.nonce
@@ -125,7 +125,7 @@ def verify(
 
 
 def read_ak_public(key: AttestationKey) -> Public:
-    """The public area of an attestation key that is one: the TPM then signs with it only what it states itself.
+    """Return the public area of a valid attestation key: the TPM signs only its own statements with it.
 
     An unrestricted key would sign whatever it is given, an attestation of a software key too.
 
@@ -135,7 +135,7 @@ def read_ak_public(key: AttestationKey) -> Public:
     ak = read_public(key.public, "the attestation key")
     wrong = _unfit(ak, AK_NEEDS, _AK_MUST_NOT) or ("has no signing scheme" if ak.scheme is None else "")
     if wrong:
-        raise NotVerified(f"the attestation key is none: it {wrong}", reason="ak_unfit")
+        raise NotVerified(f"not an attestation key: it {wrong}", reason="ak_unfit")
     return ak
 
 
@@ -153,14 +153,14 @@ def check_key(key: Public) -> None:
 
 
 def _unfit(public: Public, needed: Attribute, forbidden: Attribute) -> str:
-    """What is wrong with the attributes of a key, in words; empty where nothing is."""
+    """Return what is wrong with the attributes of a key, as text; empty if nothing is."""
     if lacking := public.lacking(needed):
         return f"is not {lacking}"
     return f"is {words_of(public.attributes & forbidden)}" if public.attributes & forbidden else ""
 
 
 def _believe(ak: Public, attest: Attest, evidence: Evidence, anchor: Anchor) -> list[str]:
-    """Why the attestation key is believed, in words."""
+    """Return why the attestation key is trusted, as text."""
     place = _place(ak, attest, evidence.attestation_key)
     words = [f"the attestation key is {describe_key(ak.key)}, name {ak.name.hex()}"]
     if isinstance(anchor, Secret):
@@ -177,7 +177,7 @@ def _believe(ak: Public, attest: Attest, evidence: Evidence, anchor: Anchor) -> 
         if not hmac.compare_digest(ak.spki, anchor.spki):
             raise _another_ak()
         if place is None:
-            # By its public key alone, what it is would rest on the evidence's own word.
+            # With the public key alone, its attributes would be the evidence's own claim.
             raise NotVerified(
                 "the attestation does not say that this attestation key made it: its qualified name is another",
                 reason="ak_not_bound",
@@ -215,7 +215,7 @@ def _check_activation(ak: Public, evidence: Evidence, secret: Secret) -> None:
 
 
 def _place(ak: Public, attest: Attest, told: AttestationKey) -> str | None:
-    """Where the attestation key hangs, if its qualified name in the attestation says so; None where that is not known.
+    """Return the parent of the attestation key by its qualified name in the attestation; None if unknown.
 
     The qualified name is a hash over the attestation key's whole public area, and the TPM puts it there.
     """
@@ -243,12 +243,12 @@ def read_csr(data: bytes, what: str) -> x509.CertificateSigningRequest:
     """Read a CSR in PEM.
 
     Raises:
-        NotVerified: it is none.
+        NotVerified: it is invalid.
     """
     try:
         return x509.load_pem_x509_csr(data)
     except UNREADABLE:
-        raise malformed(f"{what} is no PKCS#10 in PEM") from None
+        raise malformed(f"{what} is not a PKCS#10 in PEM") from None
 
 
 def _check_csr(csr: x509.CertificateSigningRequest, key: Public, what: str) -> None:
@@ -303,11 +303,11 @@ def _not_proved(
     evidence: Evidence,
 ) -> Iterator[str]:
     if isinstance(anchor, RecordedKey):
-        yield "that the attestation key is in a TPM, restricted: whoever recorded or certified it vouches for that"
+        yield "that the attestation key is in a TPM and restricted: this rests on its record or certificate"
     elif isinstance(anchor, RecordedName):
-        yield "that the attestation key is in a TPM: whoever recorded it vouches for that"
+        yield "that the attestation key is in a TPM: this rests on its record"
     else:
-        yield "that the endorsement key is a TPM's, beyond what is said of it above"
+        yield "that the endorsement key is a TPM's, beyond the above"
     if nonce is None:
         yield "when the attestation was made: no nonce was asked for"
     if csr is None and certificate is None:
@@ -318,4 +318,4 @@ def _not_proved(
         yield "what its TPM policy asks for: only the digest is known"
     if set(evidence.about) - {"csr"}:
         yield "what the evidence says about the key for people (not_attested)"
-    yield "that the station is whole: whoever runs programs on it can have its TPM sign"
+    yield "that the station is intact: programs on it can have its TPM sign"

@@ -34,7 +34,7 @@ MAX_FILE: Final = 256 * 1024
 MAX_DOTS: Final = 250
 """Dots in one line. An option has two at most, and `tomllib` takes time by the square of the parts of a dotted key."""
 MAX_SAID: Final = 200
-"""Characters of what is said of a wrong file."""
+"""Characters of a message about an invalid file."""
 
 T = TypeVar("T")
 Given = Mapping[tuple[str, ...], Any]
@@ -46,8 +46,8 @@ class Parts(NamedTuple):
 
     Attributes:
         given: all that is right in it.
-        complaints: what is wrong with the rest.
-        lost: names at the top of the file of which something could not be used; None where that is all of it.
+        complaints: the errors in the rest.
+        lost: top-level names with unusable values; None if all of it is unusable.
     """
 
     given: Given
@@ -89,7 +89,7 @@ def read_table(table: Mapping[str, object], source: str, declared: type = Settin
 
 
 def read_parts(path: Path) -> Parts:
-    """Read what can be used of a file that `read_file` refuses, and what is wrong with the rest.
+    """Read the valid part of a file that `read_file` refuses, and the errors in the rest.
 
     For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises.
     """
@@ -110,12 +110,12 @@ def _open_to_all(path: Path) -> ConfigurationError:
     return ConfigurationError(
         f"every user of this machine can write to the configuration file {path}",
         reason="config_open",
-        hint=f"chmod o-w {path}, and look at what is in it",
+        hint=f"chmod o-w {path}, and check its content",
     )
 
 
 def _content(path: Path) -> tuple[bytes, bool]:
-    """Return what is in a file, and whether every user may write to it."""
+    """Return the content of a file, and whether every user may write to it."""
     try:
         with opened_regular(path, follow=True) as (opened, status):
             content = opened.read(MAX_FILE + 1)
@@ -130,7 +130,7 @@ def _content(path: Path) -> tuple[bytes, bool]:
 
 def _table(path: Path, content: bytes) -> dict[str, object]:
     try:
-        text = content.removeprefix(codecs.BOM_UTF8).decode()  # some editors put that mark there, and nobody sees it
+        text = content.removeprefix(codecs.BOM_UTF8).decode()  # a byte order mark, invisible in editors
     except UnicodeDecodeError:
         raise ConfigurationError(f"the configuration file {path} is not UTF-8", reason="config_invalid") from None
     for number, line in enumerate(text.split("\n"), 1):
@@ -139,7 +139,7 @@ def _table(path: Path, content: bytes) -> dict[str, object]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
-        raise ConfigurationError(f"{path} is no TOML: {_said(error)}", reason="config_invalid") from None
+        raise ConfigurationError(f"{path} is not valid TOML: {_said(error)}", reason="config_invalid") from None
 
 
 def _said(words: object) -> str:
@@ -175,7 +175,7 @@ _FIXED: Final = {
 
 
 class _Reading:
-    """What was read of a file so far, and what is wrong with the rest; `root` declares the options."""
+    """The values read so far, and the errors in the rest; `root` declares the options."""
 
     def __init__(self, source: str, root: type) -> None:
         self.given: dict[tuple[str, ...], Any] = {}
@@ -261,7 +261,7 @@ class _Reading:
 
 
 def build(declared: type[T], given: Given) -> T:
-    """Return an instance with what is given, and its defaults for the rest."""
+    """Return an instance with the given values, and defaults for the rest."""
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(declared).items():
         inner = {path[1:]: value for path, value in given.items() if path[0] == name}
@@ -271,10 +271,10 @@ def build(declared: type[T], given: Given) -> T:
 
 
 def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> Settings:
-    """Put what the command line or the environment says over the file, and the file over the defaults.
+    """Merge command line and environment over the file, and the file over the defaults.
 
     Args:
-        given: what the file sets.
+        given: the values of the file.
         needs_keystore: whether a key store must be there; without, `Settings.keystore` may be empty.
         options: fields of `Settings`; None, and an empty text where that is not a value, for those not given.
 
@@ -298,7 +298,7 @@ def default_keystore() -> str:
     """The URI of this machine's TPM behind the kernel's resource manager.
 
     Raises:
-        ConfigurationError: it has none. Nothing else is ever chosen in its place.
+        ConfigurationError: it has none. No other is ever chosen.
     """
     if Path(DEFAULT_DEVICE).exists():
         return f"tpm2:device:{DEFAULT_DEVICE}"

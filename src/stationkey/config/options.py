@@ -16,7 +16,7 @@ class Form:
 
     Attributes:
         written: its type in the file, bounds included, as msgspec takes it.
-        read: makes the value of what is written. It returns UNSET where the option is not set by that, and raises
+        read: parses the written value. It returns UNSET if that does not set the option, and raises
             ValueError, or an error of ours, where it is invalid.
     """
 
@@ -33,7 +33,7 @@ class Option:
         form: see `Form`; None where it is written as its field's type says.
         place: where it is in the file, where that is not the field's own name in the table of its class: a name, or
             ``table.name``.
-        metavar: what stands for its value in ``--help``, where there is such an option.
+        metavar: the placeholder of its value in ``--help``, if it is an option there.
         default: words for the default, where the field's own does not say it.
     """
 
@@ -54,7 +54,7 @@ class Declared:
         name: its name there.
         path: the field that it sets, by the names of the fields that lead to it.
         written: its type in the file.
-        default: words for its default; empty where it has none, or an empty one.
+        default: its default as text; empty if it has none, or an empty one.
     """
 
     option: Option
@@ -70,7 +70,7 @@ class Declared:
         return f"{self.table}.{self.name}".removeprefix(".")
 
     def read(self, value: object) -> Any:
-        """Return the value for what is written in the file; UNSET where that leaves it unset.
+        """Parse the value in the file; UNSET if that leaves it unset.
 
         Raises:
             ValueError: it is invalid.

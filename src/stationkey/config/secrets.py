@@ -1,4 +1,4 @@
-"""Secrets by reference: the configuration says where one is, and never what it is.
+"""Secrets by reference: the configuration says where a secret is, never its value.
 
 A reference is the path of a file, or ``credential:NAME`` for one that systemd hands over (``LoadCredential=`` and its
 encrypted kin, [systemd.exec(5)]). What is read goes to whoever asked and into no message, log line or repr.
@@ -20,7 +20,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.system.files import opened_regular
 
 MAX_SECRET: Final = 4096
-"""Bytes. A longer file is none that was meant."""
+"""Bytes. A longer file is not a secret."""
 
 _CREDENTIAL: Final = "credential:"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")

@@ -105,7 +105,7 @@ class Bounds:
     pending_limit: Annotated[
         int, Meta(ge=1, le=100), Option("Pending keys for one certificate type and EVSE at most.")
     ] = 8
-    pending_total: Annotated[int, Meta(ge=1, le=10_000), Option("Pending keys in all. Keys made ahead are none.")] = 256
+    pending_total: Annotated[int, Meta(ge=1, le=10_000), Option("Pending keys in all, without keys made ahead.")] = 256
     active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Active keys in all.")] = 256
     root_limit: Annotated[
         int,
@@ -144,7 +144,7 @@ class PoolTerms:
     idle: Annotated[
         float,
         Option(
-            "Seconds that nobody must have wanted anything of the TPM.",
+            "Seconds that the TPM must have been idle.",
             Form(Annotated[float, Meta(ge=0, le=3600)], lambda seconds: seconds),
             "idle_seconds",
         ),
@@ -182,7 +182,9 @@ class RenewalTerms:
     ] = 30.0
     topic: Annotated[
         str | None,
-        Option("Topic on which the broker keeps what is due for renewal; topic_prefix goes before it.", _TEXT),
+        Option(
+            "Topic on which the broker retains the certificates due for renewal; topic_prefix goes before it.", _TEXT
+        ),
     ] = None
 
 
@@ -235,7 +237,7 @@ class MqttTerms:
     ] = None
 
     def contradiction(self) -> str:
-        """Return what is wrong with options that are each valid; empty where nothing is."""
+        """Return the contradiction between valid options; empty if there is none."""
         if self.password and not self.username:
             return "there is a password_file and no username"
         if self.key_file and not self.certificate_file:
@@ -351,7 +353,7 @@ class CsrOverrides:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the daemon runs by: the options at the top of the file, and its tables.
+    """The daemon's settings: the options at the top of the file, and its tables.
 
     Attributes:
         profiles: the profile of each certificate type, with what ``[csr]`` overrides.

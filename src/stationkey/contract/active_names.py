@@ -15,11 +15,11 @@ _RESERVED: Final = re.compile(rf"{_PREVIOUS}\Z|{_ROOT}")
 """What an EVSE ID does not begin with in a file name."""
 
 Owner = tuple[str, str]
-"""Certificate type and EVSE ID, the latter empty where there is none."""
+"""Certificate type and EVSE ID; the latter is empty if there is none."""
 
 
 class ActiveName(NamedTuple):
-    """What the name of a file under ``active/`` says.
+    """The parts of the name of a file under ``active/``.
 
     Attributes:
         owner: whose key it is.

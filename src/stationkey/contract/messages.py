@@ -4,7 +4,7 @@ Source: the Josev API page "Generate CSR" (v3.16.0 of that API) and, for ``certi
 the numbered decisions are those of ``docs/contract.md``. Topics are named sender/receiver, in lower case: MQTT topics
 are case-sensitive, and the page's one ``cs/Josev`` is a slip.
 
-A field's rule, and what is said of a value that breaks it, stand at the field in its struct; `decode` reads them there.
+A field's rule, and the message for an invalid value, are at the field in its struct, where `decode` reads them.
 A new message is its struct, and its row in `_INBOUND`.
 
 `decode` trusts nothing because it came over MQTT: it says of each payload whether it is ours, and if it is ours and
@@ -58,7 +58,7 @@ UUID_PATTERN: Final = r"^[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f
 
 _UUID: Final = re.compile(UUID_PATTERN)
 _WORDS: Final = "words"
-"""In the ``extra`` of a field: what is said of a value that breaks the rule, where the type does not say it itself."""
+"""In the ``extra`` of a field: the message for an invalid value, if the type does not imply it."""
 
 _SHOWN: Final = 120
 """Characters of a value, or of what a library says, that an error shows."""
@@ -260,7 +260,7 @@ def decode(payload: bytes, *, max_payload: int = MAX_PAYLOAD) -> Inbound | None:
 
 
 def decode_response(payload: bytes) -> GenerateCsrResponse | None:
-    """Read one payload of ``cs/josev``; None where it is no ``generate_csr`` response, whatever else it may be."""
+    """Read one payload of ``cs/josev``; None if it is not a ``generate_csr`` response."""
     try:
         text = payload.decode("utf-8")
         if _nested_too_deep(text):
@@ -300,7 +300,7 @@ def _words(declared: types.Type) -> str:
         case types.Metadata(type=inner) | types.UnionType(types=(inner, *_)):  # the union's other is UNSET
             return _words(inner)
         case types.EnumType(cls=values) | types.LiteralType(values=values):
-            return f"is none of {', '.join(map(str, values))}"
+            return f"is not one of {', '.join(map(str, values))}"
         case types.StrType(min_length=int(least), max_length=int(most)):
             return f"must be text of {least} to {most} characters"
         case types.StrType():
@@ -345,7 +345,7 @@ def _known(document: _Document, struct: type[Struct]) -> dict[str, object]:
 
 @functools.cache
 def _say_null_is_absent() -> None:
-    """Log, once per run, that the sender writes null for what it did not set."""
+    """Log, once per run, that the sender writes null for unset fields."""
     log.info("null in an optional field taken as absent")
 
 
@@ -357,7 +357,7 @@ class _Document(dict[str, object]):
 
     def usable_id(self) -> str | None:
         value = self.get("id")
-        # Two ids are none: nobody can know which of them the sender waits for.
+        # Two ids count as none: it is unknown which of them the sender waits for.
         return value if isinstance(value, str) and is_usable_id(value) and "id" not in self.repeated else None
 
 
@@ -371,7 +371,7 @@ def _parse(payload: bytes, max_payload: int) -> _Document:
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MessageError(f"not UTF-8: byte {error.start} is no part of a character", reason="not_utf8") from None
+        raise MessageError(f"not UTF-8: byte {error.start} is not part of a character", reason="not_utf8") from None
 
     if _nested_too_deep(text):
         return _outline(text, ("nested_too_deep", f"the JSON is nested too deep: more than {MAX_DEPTH} levels"))
@@ -384,13 +384,13 @@ def _parse(payload: bytes, max_payload: int) -> _Document:
     except ValueError:  # Python reads no integer of more than 4300 digits
         return _outline(text, ("number_too_long", "the JSON has a number of thousands of digits"))
     if not isinstance(document, _Document):
-        raise MessageError("not a message: the JSON is no object", reason="not_a_message")
+        raise MessageError("not a message: the JSON is not an object", reason="not_a_message")
     document.wrong = strict.wrong
     return document
 
 
 class _Strict:
-    """Hooks for `json.loads` that note what it would pass over."""
+    """Hooks for `json.loads` that record what it would ignore."""
 
     wrong: tuple[str, str] | None = None
 

@@ -165,9 +165,9 @@ class CertificateProfile:
         extended_key_usage_critical: whether extendedKeyUsage is critical.
         required_algorithm: the only algorithm that a request for this type may name, and which it then must name
             [the API page's note on ``v2g20_certificate``]; None where all are allowed.
-        preferred_algorithm: what the profile wants; another one is served, with a warning.
-        tls_use: what the certificate is for.
-        secc_id: whether CN should be a SECC ID; one that is not gets a warning (the API page's own example is none).
+        preferred_algorithm: the profile's algorithm; another one is served, with a warning.
+        tls_use: the use of the certificate in TLS.
+        secc_id: whether CN should be a SECC ID; another CN gets a warning (the API page's example is not a SECC ID).
         evse_id_placement: where ``evse_id`` goes.
     """
 

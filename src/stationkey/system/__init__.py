@@ -1,1 +1,1 @@
-"""What the operating system is asked: files, logs, sockets, systemd, hardening."""
+"""The operating system: files, logs, sockets, systemd, hardening."""

@@ -119,7 +119,7 @@ class BoundedCommand:
         return said
 
     def _watch(self, program: subprocess.Popen[bytes], output: bytearray) -> bool:
-        """Read what the program writes until it ends; False if its time is over first."""
+        """Read the program's output until it ends; False if its time is over first."""
         assert program.stdout is not None
         descriptor = program.stdout.fileno()
         os.set_blocking(descriptor, False)

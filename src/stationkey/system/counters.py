@@ -14,7 +14,7 @@ BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 """Upper bounds in seconds: from a signature in a fast TPM to the search for an RSA key's primes in a slow one."""
 
 MAX_SERIES: Final = 256
-"""How many combinations of labels are counted apart; what comes then is counted as `OTHER`. There are dozens."""
+"""The most combinations of labels; further ones are counted as `OTHER`. There are dozens."""
 OTHER: Final = "other"
 UNKNOWN: Final = "unknown"
 """The certificate type of a message that does not tell one that we know."""
@@ -71,7 +71,7 @@ class Durations:
 
 
 class Counters:
-    """What the service has done in this run: the one bookkeeping that log, health and metrics are made from.
+    """The counters of this run, from which log, health and metrics are made.
 
     Attributes:
         requests: by certificate type, outcome (``accepted``, ``repeated``, ``rejected``) and reason of the rejection.

@@ -26,7 +26,7 @@ UNFINISHED: Final = ".new"
 
 
 class NotRegular(OSError):
-    """What is at a path is no regular file."""
+    """The path is not a regular file."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(errno.EINVAL, "not a regular file", str(path))
@@ -103,7 +103,7 @@ def read_bounded(path: Path) -> bytes:
             with path.open("rb") as file:
                 data = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as error:
-        words = error.strerror if isinstance(error, OSError) else "that is no path"
+        words = error.strerror if isinstance(error, OSError) else "not a path"
         raise ConfigurationError(f"{path} cannot be read: {words}", reason="file_unreadable") from None
     if len(data) > MAX_FILE:
         raise ConfigurationError(f"{path} has more than {MAX_FILE} bytes", reason="file_unreadable")
@@ -111,12 +111,12 @@ def read_bounded(path: Path) -> bytes:
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Write a file anew.
+    """Write a file, or replace it atomically.
 
     Args:
         path: where.
         text: what.
-        private: nobody else may read it, also where a file was there that others could read.
+        private: only the owner may read it, also if others could read the old file.
 
     Raises:
         ConfigurationError: it cannot be written.
@@ -141,7 +141,7 @@ def exchange(path: Path, content: bytes) -> None:
 
 
 def make(path: Path, content: bytes) -> bool:
-    """Make a file with mode 0600, durably; False, and nothing changed, where there is one.
+    """Create a file with mode 0600, durably; False, and nothing changed, if it exists.
 
     Raises:
         OSError: it cannot be written.
@@ -158,7 +158,7 @@ def make(path: Path, content: bytes) -> bool:
 
 
 def give(descriptor: int, owner: Path) -> None:
-    """Where root makes something, let it belong to whom `owner` belongs to.
+    """Give a file that root creates the owner of `owner`.
 
     As SQLite does with its files: an operator's ``sudo stationkey`` must not lock the daemon out.
     """

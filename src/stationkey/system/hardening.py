@@ -1,4 +1,4 @@
-"""What the process is to the rest of the machine: nothing to be looked into.
+"""Protect the process's memory from the rest of the machine.
 
 Private parts that no TPM wraps, authorisation values and passwords are in the memory of the daemon. A core file would
 put them on the disk, and a debugger would show them to every program of the same user.

@@ -18,7 +18,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.system.addresses import is_loopback
 
 BACKLOG: Final = 128
-"""How many the kernel holds until they are looked at. What it has no place for comes again a second later."""
+"""Connections that the kernel queues; further ones are retried by the client after a second."""
 SOCKET_MODE: Final = 0o660
 _UNIX: Final = "unix:"
 _MAX_UNIX: Final = 107
@@ -40,7 +40,7 @@ class Address:
         """Read ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:PATH``.
 
         Raises:
-            ConfigurationError: it is none of these, or would be reached from another machine.
+            ConfigurationError: it is invalid, or reachable from another machine.
         """
         if text.startswith(_UNIX):
             path = Path(text.removeprefix(_UNIX))
@@ -55,10 +55,10 @@ class Address:
         except ValueError:
             address, number = None, 0
         if address is None or not 0 < number <= _MAX_PORT or (address.version == 6) != (bare != host):  # noqa: PLR2004 - IPv6
-            raise _invalid(f"{text!r} is no address with a port, and no unix:PATH")
+            raise _invalid(f"{text!r} is neither an address with a port nor unix:PATH")
         if not is_loopback(bare):
             raise ConfigurationError(
-                f"[metrics] listen: {text} can be reached from other machines, and there is no TLS and no password",
+                f"[metrics] listen: other machines can reach {text}, and there is no TLS and no password",
                 reason="metrics_not_loopback",
                 hint=f"listen on a loopback address and put a reverse proxy or an agent in front; {_HINT}",
             )
@@ -99,7 +99,7 @@ class Listener:
     def _in_file(self, path: Path) -> socket.socket:
         _remove_stale(path)
         listening = socket.socket(socket.AF_UNIX)
-        # Made with its mode: to change that afterwards would be to follow a link that somebody has put there since.
+        # Created with its mode: chmod afterwards could follow a link that was planted meanwhile.
         mask = os.umask(0o777 & ~SOCKET_MODE)
         try:
             listening.bind(str(path))
@@ -134,14 +134,14 @@ def _invalid(words: str) -> ConfigurationError:
 
 
 def _remove_stale(path: Path) -> None:
-    """Make room for a socket: one that nobody listens at any more is left of a run that was killed."""
+    """Remove the socket of a killed run, at which nobody listens."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
         raise ConfigurationError(
-            f"[metrics] listen: {path} is there, and is no socket",
+            f"[metrics] listen: {path} exists, and is not a socket",
             reason="metrics_cannot_listen",
             hint="nothing was removed; name another path",
         )

@@ -32,9 +32,9 @@ LINES_A_MINUTE: Final[Mapping[int, int]] = {logging.DEBUG: 600, logging.INFO: 60
 """How many lines of one kind are written in a minute, by their level; above these as many as at the highest. What is
 served, or comes again, is worth more lines than what is refused."""
 MAX_KINDS: Final = 256
-"""How many kinds are told apart in a minute; the others are taken together."""
+"""Kinds that are distinguished in a minute; the others count as one."""
 PATIENCE: Final = 0.5
-"""Seconds that whoever reads standard error has, once, to make room."""
+"""Seconds that the reader of standard error has, once, to make room."""
 
 _ATOMIC: Final = select.PIPE_BUF
 """Bytes that a pipe or socket which is ready to be written to takes at once [poll(2), pipe(7)]: 4,096 on Linux."""
@@ -61,7 +61,7 @@ class TextFormatter(logging.Formatter):
     """``2026-11-23T10:00:00.000Z INFO accepted request_id=… key_id=…``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; a traceback, which only a fault of ours has, follows on indented lines of its own."""
+        """One line; the traceback of an internal error follows on indented lines."""
         pairs = "".join(f" {name}={_value(value)}" for name, value in fields_of(record).items())
         line = f"{_timestamp(record)} {record.levelname:<7} {printable(record.getMessage())}{pairs}"
         if not record.exc_info:
@@ -97,15 +97,15 @@ class _Kind:
 
 
 class Outlet(io.TextIOBase):
-    """Standard error, by which nobody is kept waiting.
+    """Standard error, without blocking.
 
     A pipe that nobody reads, a terminal that was stopped (Ctrl-S) or a journal that hangs would stop the event loop,
     and all requests, with the first line that has no room. Here that line is lost, and so are those that come until
     there is room again; how many they are is counted.
 
     Args:
-        descriptor: what is written to; it is not closed.
-        encoding: of the text; what it has not is written as its number.
+        descriptor: the file descriptor; it is not closed.
+        encoding: of the text; characters outside it are escaped.
         patience: seconds that the first line is kept for, so that a burst before a slow reader is not lost.
     """
 
@@ -129,7 +129,7 @@ class Outlet(io.TextIOBase):
                 self._torn = self._torn or begin > 0
                 break
             piece = data[begin : begin + _ATOMIC]
-            with suppress(OSError):  # nobody is there to read, or ever will be: no reason to end
+            with suppress(OSError):  # closed by the reader: no reason to end
                 os.write(self._descriptor, piece)
         else:
             self._torn = False
@@ -170,7 +170,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
             self._write(record)
             return
         kind.withheld += 1
-        # As text: what it was made of, an error with all that led to it, is not to be kept for a minute.
+        # As text, so that the error and its causes are not kept for a minute.
         kind.last = copy(record)
         kind.last.msg, kind.last.args, kind.last.exc_info = record.getMessage(), (), None
         if self._teller is None:  # a thread that waits for the minute's end: there may be no later line to tell at
@@ -188,7 +188,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         return self._kinds.setdefault(key, _Kind())
 
     def tell(self) -> None:
-        """End the minute: write what the lines withheld come to."""
+        """End the minute: write the number of withheld lines."""
         assert self.lock is not None
         with self.lock:
             if self._teller is not None:
@@ -204,7 +204,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         outlet = self.stream
         if isinstance(outlet, Outlet) and outlet.lost and outlet.has_room():
             lost, outlet.lost = outlet.lost, 0
-            words = "nobody took what was written here, and some lines are lost"
+            words = "standard error was not read: lines lost"
             told = logging.LogRecord(__name__, logging.WARNING, "", 0, words, (), None)
             told.unwritten = lost
             super().emit(told)
@@ -231,7 +231,7 @@ def set_up(log_format: str, *, stream: TextIO | None = None, level: int = loggin
 
 
 def _standard_error() -> TextIO:
-    """Standard error as an `Outlet`, where it is one that can be waited for; else as it is."""
+    """Return standard error as an `Outlet` if it can be polled; else unchanged."""
     try:
         return cast("TextIO", Outlet(sys.stderr.fileno(), encoding=sys.stderr.encoding))
     except (AttributeError, OSError, ValueError):  # closed at the start; or in memory, and no descriptor

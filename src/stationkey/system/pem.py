@@ -26,7 +26,7 @@ def from_pem(block: bytes) -> bytes:
     """Decode one block of `blocks`.
 
     Raises:
-        ValueError: what is between its lines is not base64.
+        ValueError: the body is not base64.
     """
     inside = block.split(b"-----", 2)[2].rsplit(b"-----", 2)[0]
     return base64.b64decode(b"".join(inside.split()), validate=True)

@@ -26,7 +26,7 @@ DATABASE_NAME: Final = "ledger.sqlite3"
 _FILES: Final = (LOCK_NAME, *(f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")))
 """The files that are opened; the suffixes are SQLite's."""
 _DIRECTORIES: Final = ("active", "tpm")
-"""The directories. What is in them is opened without following a link; one in their own place would be followed."""
+"""The directories. Files in them are opened without following links; a link in place of a directory is followed."""
 
 _MAX_LINKS: Final = 40
 """As many as the kernel follows [path_resolution(7)]."""
@@ -106,7 +106,7 @@ def _refuse_foreign(path: Path, status: os.stat_result, user: int) -> bool:
         raise ConfigurationError(
             f"the state directory {path} is open to others (mode {mode:04o}) and has other files in it",
             reason="state_dir_open",
-            hint=f"name a directory of its own; or, if all in it is the daemon's, chmod 0700 {path}",
+            hint=f"use a separate directory; or, if everything in it is the daemon's, chmod 0700 {path}",
         )
     return True
 
@@ -142,7 +142,7 @@ def _unusable(path: Path, error: OSError | ValueError) -> ConfigurationError:
 
 
 def settled(path: Path) -> Path:
-    """Where `path` leads, if nobody else can make it lead elsewhere.
+    """Resolve `path`, if nobody else can redirect it.
 
     That is the case where each directory and each link on the way belongs to root or to whom the state directory
     belongs, and no others may write in these directories [unlink(2), rename(2): the right to write in a directory is
@@ -183,7 +183,7 @@ def _settled(path: Path, *, user: int) -> tuple[Path, os.stat_result | None]:
 
 
 def _others_may_write(directory: os.stat_result, user: int) -> bool:
-    """Whether anyone but root, the directory's owner and `user` can exchange what is in a directory."""
+    """Whether anyone but root, the directory's owner and `user` can exchange files in a directory."""
     mode = directory.st_mode
     if mode & stat.S_ISVTX:
         return False
@@ -193,7 +193,7 @@ def _others_may_write(directory: os.stat_result, user: int) -> bool:
 
 
 def _own(group: int, user: int) -> bool:
-    """Whether `user` is in a group, and the machine's user database names nobody else who is.
+    """Whether `user` is the only member of a group, by the machine's user database.
 
     A container's volume belongs to such a group: its processes have it (``runAsGroup``, ``fsGroup``), and no user by
     name.
@@ -286,7 +286,7 @@ def refuse_planted(directory: Path) -> None:
 
 
 def _lstat(path: Path) -> os.stat_result | None:
-    """What is there, links not followed; None for nothing: SQLite takes its log away as soon as nobody needs it."""
+    """Stat a path without following links; None if missing: SQLite removes its log when it is unused."""
     try:
         return path.lstat()
     except FileNotFoundError:
@@ -299,7 +299,7 @@ def visit(directory: Path) -> Iterator[Path]:
 
     Raises:
         ConfigurationError: it is closed to this user, or others can put another in its place.
-        LedgerError: something in it is not what the daemon put there.
+        LedgerError: a file in it is not the daemon's.
     """
     real, owner = _settled(directory, user=os.geteuid())
     if owner is None:
@@ -311,7 +311,7 @@ def visit(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def as_owner(owner: os.stat_result) -> Iterator[None]:
-    """For root: be the user whom a directory belongs to, for what is done within.
+    """For root: act as the owner of a directory within the block.
 
     Whatever that user has put there, links above all, then leads root no further than he can go himself; and what is
     made belongs to him, so that ``sudo stationkey keys`` does not lock the daemon out. For other users nothing changes.
@@ -332,7 +332,7 @@ def as_owner(owner: os.stat_result) -> Iterator[None]:
         os.seteuid(owner.st_uid)
     except (OSError, ValueError):
         raise ConfigurationError(
-            f"root cannot become uid {owner.st_uid}, whom the state directory belongs to",
+            f"root cannot become uid {owner.st_uid}, the owner of the state directory",
             reason="state_dir_foreign",
             hint="run this as that user",
         ) from None
@@ -351,7 +351,7 @@ def without_daemon(path: Path) -> Iterator[bool]:
     Changes nothing in the directory: where no daemon has ever been, there is none to be kept away.
     """
     lock = None
-    with suppress(OSError):  # not there, or not ours to open: what is done in the block will tell
+    with suppress(OSError):  # missing or not ours: the block reports it
         lock = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if lock is not None:

@@ -1,4 +1,4 @@
-"""What systemd is told: ready, stopping, a line of status, and the watchdog's signs of life [sd_notify(3)].
+"""Notifications to systemd: ready, stopping, a status line, and watchdog keep-alives [sd_notify(3)].
 
 One datagram each; the packages for it have not been kept since 2017. Without ``NOTIFY_SOCKET`` nothing is sent.
 """
@@ -32,7 +32,7 @@ class ServiceManager:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
-        """The one that the environment names. A watchdog that is meant for another process is none of ours."""
+        """Return the one that the environment names. A watchdog for another process is ignored."""
         microseconds, process = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
         wanted = microseconds.isdecimal() and int(microseconds) > 0 and process in {"", str(os.getpid())}
         return cls(environment.get("NOTIFY_SOCKET", ""), watchdog=int(microseconds) / 1e6 if wanted else None)
@@ -65,4 +65,4 @@ class ServiceManager:
                 notification.settimeout(patience)
                 notification.sendto(state.encode(), self._address)
         except OSError as error:
-            log.warning("the service manager cannot be told %s: %s", state.partition("=")[0], error)
+            log.warning("notification to systemd failed: %s: %s", state.partition("=")[0], error)

@@ -1,4 +1,4 @@
-"""Threads for calls that may block for ever: a device, a disk, a name server.
+"""Threads for calls that may block forever: a device, a disk, a name server.
 
 A call that hangs costs its thread. Nobody waits for it longer than they want to, and the process ends without it.
 

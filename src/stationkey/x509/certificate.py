@@ -52,7 +52,7 @@ class Chain:
 
     @property
     def own(self) -> Certificate:
-        """The station's own certificate, as it is in the file."""
+        """The station's own certificate, as in the file."""
         return self.certificates[self.position]
 
     @property
@@ -69,7 +69,7 @@ class Chain:
     def seen_from_each(self) -> list[Chain]:
         """The same certificates, with each of them in turn as the leaf: a file may have it in the wrong place.
 
-        A certificate whose key or validity cannot be read is no leaf of ours, and only follows another.
+        A certificate with an unreadable key or validity is not a leaf of ours, and only follows another.
         """
         return [
             dataclasses.replace(self, position=position)
@@ -94,7 +94,7 @@ class Chain:
 
 
 def read_chain(content: bytes) -> Chain | None:
-    """The certificates in a file, PEM or DER; None if the first of them cannot be read, or there is none."""
+    """Return the certificates in a file, PEM or DER; None if there is none, or the first is unreadable."""
     chain, _ = read_certificates(content)
     return chain if chain is not None and _unreadable(chain.own) is None else None
 
@@ -105,7 +105,7 @@ class Unparsed:
 
     Attributes:
         cause: why, as a fragment.
-        der: what it decodes to; None where it was not decoded, and so may be any certificate.
+        der: its decoded bytes; None if it was not decoded, and so may be any certificate.
     """
 
     cause: str
@@ -189,7 +189,7 @@ def _decoded(body: bytes) -> bytes | None:
 def _unreadable(certificate: Certificate) -> Unparsed | None:
     """Return why a certificate cannot be the leaf of a key of ours, or None.
 
-    A key of a kind that is unknown here is somebody else's. One that is damaged may have been any.
+    A key of an unknown type is not ours. A damaged one may be any.
     """
     try:
         _ = certificate.public
@@ -215,7 +215,7 @@ def _number_of(public: bytes) -> bytes:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What the request asked for, to hold the certificate against."""
+    """The request, to compare the certificate with."""
 
     profile: CertificateProfile
     common_name: str
@@ -225,12 +225,12 @@ class Expected:
 
 
 def differences(chain: Chain, expected: Expected, *, now: float) -> list[str]:
-    """What in a certificate is otherwise than asked for, each in words; empty where nothing is.
+    """Return the differences between certificate and request, as text; empty if there are none.
 
     Args:
         chain: leaf first.
         expected: the request and its profile.
-        now: Unix time in seconds, by a clock that may be wrong: validity is told, and never decides.
+        now: Unix time in seconds, by a clock that may be wrong: validity is reported, and never decides.
     """
     leaf = chain.leaf
     found = []
@@ -271,7 +271,7 @@ def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> l
         if leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
             found.append("usage: CA:true")
     except x509.ExtensionNotFound:
-        pass  # a leaf without basicConstraints is no CA [RFC 5280 4.2.1.9]
+        pass  # a leaf without basicConstraints is not a CA [RFC 5280 4.2.1.9]
     return found + _purpose_differences(leaf, profile)
 
 
@@ -314,7 +314,7 @@ def _order_differences(chain: Chain) -> list[str]:
 
 
 def oddities(chain: Chain) -> list[str]:
-    """What in a chain is not to the standards and hinders nothing here, each in words."""
+    """Return the harmless violations of standards in a chain, as text."""
     return [
         f"encoding: certificate {number} has an invalid {' and '.join(certificate.odd) or 'part'}"
         for number, certificate in enumerate(chain.certificates[:MAX_CHAIN], 1)
@@ -383,7 +383,7 @@ _JUDGED: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USA
 
 def _is_ca(_policy: object, _certificate: object, constraints: x509.BasicConstraints | None) -> None:
     if constraints is None or not constraints.ca:
-        raise ValueError("a certificate in the chain is no CA's")
+        raise ValueError("a certificate in the chain is not a CA certificate")
 
 
 def prove(private_key: PrivateKey, public_key: object, challenge: bytes) -> None:

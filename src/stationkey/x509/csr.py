@@ -83,7 +83,7 @@ def sign_csr(
     Args:
         request: a decoded request; its names enter the subject byte for byte.
         private_key: signs the CSR. Its kind must be one that the request's algorithm allows.
-        profile: what the CSR contains; by default the standards' profile of the request's certificate type.
+        profile: the content of the CSR; by default the standards' profile of the request's certificate type.
 
     Returns:
         The CSR: version 0 [RFC 2986 4.1], ECDSA without parameters [RFC 5758 3.2].
@@ -121,7 +121,7 @@ def check_recorded(pem: str) -> None:
     """`check_signature` of a CSR that was on record, before it is handed out (again).
 
     Raises:
-        KeyStoreError: the signature does not verify, or this is no CSR: the record is damaged.
+        KeyStoreError: the signature does not verify, or this is not a CSR: the record is damaged.
     """
     try:
         csr = x509.load_pem_x509_csr(pem.encode())
@@ -137,7 +137,7 @@ def check_recorded(pem: str) -> None:
 
 
 def subject(request: GenerateCsrRequest, profile: CertificateProfile) -> x509.Name:
-    """The subject: C, O, CN and, by the profile, serialNumber and DC, each an RDN of its own, in this order.
+    """Return the subject: C, O, CN and, by the profile, serialNumber and DC, one RDN each, in this order.
 
     C and serialNumber are PrintableString, O and CN UTF8String, DC IA5String: the library's own choice by attribute.
     """
@@ -165,7 +165,7 @@ def usages_for(profile: CertificateProfile, public_key: object) -> tuple[KeyUsag
 
 @cache
 def _begun(profile: CertificateProfile, usages: tuple[KeyUsage, ...]) -> x509.CertificateSigningRequestBuilder:
-    """What the CSRs of a profile have in common. A builder never changes: each step gives another."""
+    """Return the common part of the CSRs of a profile. Builders are immutable: each step returns another."""
     builder = x509.CertificateSigningRequestBuilder()
     for extension, critical in extensions_of(profile, usages):
         builder = builder.add_extension(extension, critical)

@@ -1,4 +1,4 @@
-"""Read a certificate by its parts, so that what is odd in one part hides no other. Pure: bytes in.
+"""Parse a certificate in parts, so that a fault in one part hides no other. Pure: bytes in.
 
 cryptography refuses a whole certificate for an underscore in a PrintableString of its issuer; OpenSSL does not, and
 CAs make such. So a certificate is taken apart here, and cryptography parses what is asked for.
@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from stationkey.system.text import printable
 
 MALFORMED: Final = (ValueError, TypeError, CryptographyUnsupported, x509.InvalidVersion)
-"""What cryptography raises over what it does not read."""
+"""The exceptions of cryptography for unreadable certificates."""
 
 _SEQUENCE, _VERSION, _LONG = 0x30, 0xA0, 0x80
 _MAX_NAME_TEXT: Final = 128
@@ -90,7 +90,7 @@ class Certificate:
 
     Attributes:
         der: all of it, as it came.
-        signed: what the issuer signed.
+        signed: the bytes that the issuer signed.
         issuer: the issuer's name.
         subject: its own name.
         key: subjectPublicKeyInfo.

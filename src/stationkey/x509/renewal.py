@@ -13,7 +13,7 @@ CLOCK_MARGIN: Final = 86_400
 
 
 class Due(StrEnum):
-    """What the clock says of a certificate."""
+    """The validity of a certificate by the clock."""
 
     NO = "no"
     DUE = "due"
