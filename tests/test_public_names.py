@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -44,6 +45,11 @@ def test_a_public_name_is_the_homes_own_object(module: str) -> None:
 
     for name in stationkey._HOME[module]:  # noqa: SLF001 - as above
         assert getattr(stationkey, name) is getattr(home, name)
+
+
+def test_the_docstring_names_each() -> None:
+    """`help(stationkey)` shows it first."""
+    assert set(re.findall(r"`(\w+)`", str(stationkey.__doc__))) == {*stationkey.__all__} - {"__version__"}
 
 
 def test_dir_lists_the_public_names() -> None:

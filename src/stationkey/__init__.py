@@ -1,7 +1,18 @@
-"""Gives an EV charging station its keys: answers Josev's ``generate_csr`` with a CSR for a key born in the TPM.
+"""Create TPM-protected keys on an EV charging station, and answer Josev's ``generate_csr`` with CSRs.
 
-The public names are those of `__all__`. They are imported when first used, so that a program which needs only one pays
-for no cryptographic library, broker client or TPM stack that it does not use.
+The public names, by task:
+
+- messages: `decode`, `encode`, `generate_csr`, `accepted`, `rejected`, `GenerateCsrRequest`, `GenerateCsrData`,
+  `GenerateCsrResponse`, `CertificateInstallationStatus`
+- certificate types and algorithms: `PROFILES`, `ALGORITHMS`, `CertificateProfile`, `CertificateType`, `Algorithm`
+- CSRs: `build_csr`, `inspect_csr`, `CsrSummary`, `to_pem`
+- a request over MQTT: `ask`, `Broker`, `MqttTerms`
+- the service: `StationKeyService`, `Policy`, `PolicyTerms`, `MqttEdge`, `Ledger`, `StateDirectory`
+- key stores: `keystore_opener`, `KeyStore`, `KeyStoreThread`, `KeyRef`, `TpmTerms`
+- errors: `StationKeyError` and its kinds `BrokerError`, `ConfigurationError`, `KeyStoreError`, `LedgerError`,
+  `MessageError`, `RequestRefused`, `UnsupportedAlgorithm`
+
+Each is imported on first use, so a program loads only the libraries that it needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one error family: whose fault it is, what goes on the wire, what the operator should do.
+"""The error family: whose fault it is, the answer on the wire, what the operator should do.
 
 Every failure that a person may meet is a `StationKeyError`. The MQTT answer, the exit code of the command and the log
 line are all made from the same object, so they cannot disagree. No message in here ever carries a secret: no
@@ -33,9 +33,9 @@ class Scope(StrEnum):
     KEY = "key"
     """One key: another key can be used."""
     DEVICE = "device"
-    """The key store's device: it cannot be reached, so the key store serves nobody."""
+    """The key store's device: unreachable, so the key store serves no request."""
     STORE = "store"
-    """The key store, or the ledger, as a whole: it can be reached, and serves nobody."""
+    """The key store or the ledger as a whole: reachable, but serves no request."""
 
 
 class StationKeyError(Exception):
@@ -118,14 +118,14 @@ class LedgerError(StationKeyError):
 
 
 class BrokerError(StationKeyError):
-    """The MQTT broker cannot be reached, or refuses. The daemon tries again for ever."""
+    """The MQTT broker is unreachable, or refuses. The daemon retries forever."""
 
     fault = Fault.BROKER
     transient = True
 
 
 class NotVerified(StationKeyError):
-    """Evidence, or what came with it, does not prove what it should; see `stationkey.attestation`."""
+    """Evidence, or its accompanying data, is invalid; see `stationkey.attestation`."""
 
     fault = Fault.REQUEST
     exit_code = 3

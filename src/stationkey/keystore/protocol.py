@@ -25,7 +25,7 @@ KEY_ID_LENGTH: Final = 20
 def key_id_of(public: bytes) -> str:
     """Name a key: the first 80 bits, in hexadecimal, of the SHA-256 of its subjectPublicKeyInfo.
 
-    Whoever holds the CSR or the certificate can compute it, and a name can never stand for two keys.
+    Anyone with the CSR or the certificate can compute it, and no two keys share a name.
     """
     return hashlib.sha256(public).hexdigest()[:KEY_ID_LENGTH]
 
@@ -65,7 +65,7 @@ class Support:
 
     Attributes:
         key_type: what kind of key it would make, or None.
-        missing: where it cannot, the capability that the device lacks, in words.
+        missing: the capability that the device lacks, as text; empty if none.
     """
 
     key_type: KeyType | None
@@ -85,7 +85,7 @@ class KeyStore(Protocol):
 
     @property
     def description(self) -> str:
-        """What it is, in words, for the log: vendor and firmware, or that keys are not protected."""
+        """Describe the store for the log: vendor and firmware, or that keys are not protected."""
         ...
 
     def supports(self, algorithm: Algorithm) -> Support:
@@ -118,7 +118,7 @@ class KeyStore(Protocol):
         ...
 
     def destroy(self, key: KeyRef) -> None:
-        """Remove from the device whatever it holds of a key. What the ledger holds is the ledger's to remove."""
+        """Remove a key from the device. The ledger removes its own part."""
         ...
 
     def unload(self) -> None:
@@ -130,7 +130,7 @@ class KeyStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the device. The store can be used again afterwards: it opens the device anew."""
+        """Close the device. The store can be used again afterwards: it reopens the device."""
         ...
 
 
@@ -148,7 +148,7 @@ class Abandonable(Protocol):
 
 @runtime_checkable
 class Timed(Protocol):
-    """A store that tries again by itself while its device says "later"."""
+    """A store that retries while its device is busy."""
 
     def within(self, seconds: float) -> None:
         """Give the calls from now on so many seconds, tries included."""
@@ -172,7 +172,7 @@ class Protecting(Protocol):
         ...
 
     def auth_value(self, private: bytes) -> bytes:
-        """The authorisation value of a key; empty where it has none.
+        """Return the authorisation value of a key; empty if it has none.
 
         Args:
             private: as in `KeyRef`.
@@ -185,12 +185,12 @@ class Protecting(Protocol):
 
 @runtime_checkable
 class Lending(Protocol):
-    """A store in a TPM that lends it out, for what is no daily business of a key store: attestation."""
+    """A store in a TPM that lends its TPM: for attestation."""
 
     def lend(self, key: KeyRef | None, use: Callable[[Any, Any, Any], T]) -> T:
         """Call `use` with the open ESAPI context, the handle of `key` loaded on it, and a session that authorises.
 
-        The handle is None where no key is given. Where the TPM is lost meanwhile, it is called a second time.
+        The handle is None if no key is given. If the TPM is lost meanwhile, it is called a second time.
 
         Raises:
             KeyStoreError: the key is not of this store or of this device, or the device failed.

@@ -47,7 +47,7 @@ class KeyStoreUri:
         if scheme is None or not colon:
             known = " or ".join(f"{scheme}:" for scheme in SCHEMES)
             raise ConfigurationError(
-                f"{uri!r} is no key store URI",
+                f"{uri!r} is not a key store URI",
                 reason="keystore_uri_invalid",
                 hint=f"it begins with {known}, for example {SCHEMES['tpm2'].example}",
             )
@@ -78,7 +78,7 @@ def keystore_opener(
         allow_software_keys: whether a store without protection is allowed.
         terms: how the store is used, and what protects its keys: `TpmTerms` for ``tpm2:``; None for the defaults.
         state_dir: the state directory, if the terms need a file there.
-        guest: whether the device is somebody else's too, so that what is loaded there is left alone.
+        guest: whether other programs use the device too, so that their loaded objects are left alone.
 
     Raises:
         ConfigurationError: invalid scheme, invalid location, a store without protection that was not allowed, or terms

@@ -10,7 +10,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """What the general code knows about a kind of key store.
+    """The properties of a kind of key store.
 
     Attributes:
         name: scheme of its URI.

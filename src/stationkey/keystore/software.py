@@ -1,4 +1,4 @@
-"""The ``software:`` key store: keys without protection, for trying things out where there is no TPM."""
+"""The ``software:`` key store: keys without protection, for trials without a TPM."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SCHEME: Final = "software"
 
 
 class SoftwareKeyStore:
-    """Keys made and used by OpenSSL in this process. Whoever can read the ledger has them."""
+    """Keys made and used by OpenSSL in this process. Anyone who can read the ledger has them."""
 
     uri = "software:"
-    description = "software keys, NOT PROTECTED: whoever reads the state directory has them"
+    description = "software keys, NOT PROTECTED: anyone who can read the state directory has them"
 
     def supports(self, algorithm: Algorithm) -> Support:
         return Support(ALGORITHMS[algorithm].key_types[0])
@@ -76,7 +76,7 @@ def opener(
     """See `stationkey.keystore.keystore_opener`.
 
     Raises:
-        ConfigurationError: terms that only a TPM can keep. Nobody is to believe that they protect software keys.
+        ConfigurationError: options that need a TPM, and would not protect software keys.
     """
     default = TpmTerms()
     given = terms or default
@@ -101,7 +101,7 @@ def _load(key: KeyRef) -> PrivateKey:
         private_key = serialization.load_der_private_key(key.private, password=None)
     except (ValueError, TypeError, CryptographyUnsupported):
         raise KeyStoreError(
-            f"the private part of key {key.key_id} is no PKCS#8", reason="key_damaged", scope=Scope.KEY
+            f"the private part of key {key.key_id} is not valid PKCS#8", reason="key_damaged", scope=Scope.KEY
         ) from None
     assert isinstance(private_key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)  # this store makes no other
     return private_key

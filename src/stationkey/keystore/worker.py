@@ -1,11 +1,11 @@
 """The one thread that owns the key store, and what happens when a call on it never returns.
 
 A TPM command blocks without a time limit, and a context must not be used from two threads. So every use of a store is a
-job for this thread, each with a deadline that the one who waits enforces: what comes too late is thrown away, key
+job for this thread, each with a deadline that the one who waits enforces: a late result is discarded, key
 included.
 
 A TPM cannot be interrupted, but what comes next can be chosen: short jobs go before long ones, and keys are made ahead
-only when nobody waits. So a request for an EC key waits for one RSA key at the most, the one in hand.
+only when nobody waits. So a request for an EC key waits for at most one RSA key, the one in hand.
 
 If a call is still out past its deadline, the next job does not wait for it: another thread, which is there from the
 start, takes over with a store of its own. The old store is abandoned: if it tidied up in the TPM, it might unload what
@@ -38,7 +38,7 @@ MAX_ABANDONED: Final = 1
 there from the start."""
 
 FAIR_SHARE: Final = 16
-"""How many short jobs may go before a long one that waits: no flood of the ones keeps the others out for ever."""
+"""Short jobs that may precede a waiting long one: no flood of short ones starves the long ones."""
 
 
 MAX_JOBS: Final = 4096
@@ -54,7 +54,7 @@ class Turn(IntEnum):
     LONG = 1
     """An RSA key: seconds, tens of seconds in a chip. After the short ones, but see `FAIR_SHARE`."""
     SPARE = 2
-    """Nobody waits for it: when there is nothing else to do."""
+    """No request waits for it: done when idle."""
 
 
 class Task(StrEnum):
@@ -71,7 +71,7 @@ class Task(StrEnum):
     LOAD = "load"
     """Whether a key can be loaded still."""
     LOOK = "look"
-    """What the key store can make."""
+    """Return the algorithms that the key store supports."""
     DESTROY = "destroy"
     PROBE = "probe"
     """Whether it answers at all."""
@@ -112,7 +112,7 @@ _SUCCESS: Final = Outcome()
 
 
 class _Jobs:
-    """What waits for the thread, and how long nobody has wanted anything of it.
+    """The jobs that wait for the thread, and its idle time.
 
     Args:
         clock: seconds.
@@ -123,7 +123,7 @@ class _Jobs:
         self._waiting: dict[Turn, deque[_Job]] = {turn: deque() for turn in Turn}
         self._lock = threading.Lock()
         self._short_in_a_row = 0
-        self._wanted = 0  # jobs that somebody waits for, in hand or not yet
+        self._wanted = 0  # jobs with a waiting caller, in hand or queued
         self._last_done = clock()
         self._durations: dict[str, Durations] = {}
         self.last: tuple[float, Outcome] | None = None  # when it ended, on the clock, and how
@@ -171,7 +171,7 @@ class _Jobs:
 
 
 class _Shift:
-    """The jobs that one worker does with a store of its own, until it is given up.
+    """The jobs of one worker with its own store, until it is abandoned.
 
     Args:
         worker: whose thread it is.
@@ -269,7 +269,7 @@ class _Shift:
             self.ended = True
 
     def _tidy(self) -> None:
-        """Unload what the job used, with its result on the way, and still within its time."""
+        """Unload the job's objects after its result was returned, still within its time."""
         try:
             if self._store is not None:
                 self._store.unload()
@@ -300,7 +300,7 @@ def overdue() -> KeyStoreError:
 
 
 class KeyStoreThread:
-    """Runs jobs on the key store, one at a time, on a thread of its own.
+    """Runs jobs on the key store, one at a time, on its own thread.
 
     Args:
         open_store: opens the store; called in the thread that will own it, when the first job comes.
@@ -335,7 +335,7 @@ class KeyStoreThread:
             run: the job; it gets the store.
             timeout: seconds from now after which the job is not begun any more, and counts as hung if it was.
             turn: which jobs go before it, and which after.
-            task: what it is for: its time is counted by that.
+            task: its purpose, by which its time is counted.
 
         Returns:
             A future with the job's result or its error, which is a `StationKeyError` unless there is a fault in the
@@ -365,7 +365,7 @@ class KeyStoreThread:
 
     @property
     def idle(self) -> float:
-        """Seconds since the last job ended that somebody waited for; 0 while there is one, or while one is stuck."""
+        """Return the seconds since the last job with a waiting caller; 0 during one, or while one is stuck."""
         return self._jobs.idle
 
     @property
@@ -444,7 +444,7 @@ async def on_keystore(
     """The result of `job` on the key store's thread.
 
     Raises:
-        KeyStoreError: it was not done within `timeout` seconds; what comes later is thrown away.
+        KeyStoreError: it was not done within `timeout` seconds; a late result is discarded.
     """
     try:
         async with asyncio.timeout(timeout):

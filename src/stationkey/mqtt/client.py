@@ -37,7 +37,7 @@ async def ask(
 
     Args:
         broker: where the broker is.
-        request: what to ask. Published as it is: whether it is right is the station's to say.
+        request: the request, published unchanged: the station validates it.
         topic_prefix: see `stationkey.mqtt.topics.topics`.
         timeout: seconds to wait for the answer, connecting included.
         terms: TLS and credentials for the broker.
@@ -82,7 +82,7 @@ async def report_status(
 
     Args:
         broker: where the broker is.
-        certificate_type: of which certificate.
+        certificate_type: the type of the certificate.
         status: what became of it.
         evse_id: EVSE that its key is for, or None.
         private_key_path: its key, or None.

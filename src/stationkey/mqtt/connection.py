@@ -56,12 +56,12 @@ MQTT5_TIMEOUT: Final = 3.0
 """Seconds for the answer to a CONNECT of MQTT 5, before 3.1.1 is tried: some brokers that know only 3.1.1 misread the
 longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
 SESSION_EXPIRY: Final = 7 * 24 * 3600
-"""Seconds that the broker keeps what it holds for us while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
+"""Seconds that the broker keeps our session while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
 PLAIN: Final = MqttTerms()
 """No TLS beyond the URL's, and no credentials."""
 ONLINE: Final = b"online"
 OFFLINE: Final = b"offline"
-"""What the availability topic says [MQTT 5 3.1.2.5]."""
+"""The availability message [MQTT 5 3.1.2.5]."""
 _NO_MATCHING_SUBSCRIBERS: Final = 0x10
 """[MQTT 5 3.4.2.1]."""
 _UNSPECIFIED_ERROR: Final = 0x80
@@ -151,7 +151,7 @@ class MqttConnection:
         self.lost: asyncio.Future[str] = self._loop.create_future()  # done, with the reason, when it has ended
         self.limits = ServerLimits()  # until the broker has accepted the connection
         self._unacknowledged = asyncio.Semaphore(self.limits.receive_maximum)
-        self.violated = False  # whether it ended because the broker sent what it may not send
+        self.violated = False  # whether it ended because the broker violated the protocol
         self.resumed = False  # whether the broker had a session for us, or for another of our user name
         self._sock: socket.socket | None = None
         self._tls: BrokerSocket | None = None  # the same, with TLS; it stays at the end, to say why
@@ -187,7 +187,7 @@ class MqttConnection:
         Raises:
             ProtocolRefused: the broker does not speak this version of MQTT.
             BrokerError: no connection.
-            ConfigurationError: what the terms name cannot be read, or is of no use with this broker.
+            ConfigurationError: a file of the settings is unreadable, or useless with this broker.
         """
         properties = None
         arguments: dict[str, Any] = {}
@@ -267,7 +267,7 @@ class MqttConnection:
                 hint="look at its access control list",
             )
         if granted.value < 1:
-            log.warning("the broker grants QoS 0 for %s: what comes while there is no connection is lost", topic)
+            log.warning("the broker grants QoS 0 for %s: messages are lost while disconnected", topic)
 
     async def unsubscribe(self, topic: str) -> None:
         """End a subscription to just this topic, if there is one.
@@ -286,7 +286,7 @@ class MqttConnection:
             retain: have the broker keep it for later subscribers, if it can [MQTT-3.2.2-14].
 
         Returns:
-            False where the broker says that nobody subscribes to it, which not every broker does.
+            False if the broker reports that it has no subscriber, which not every broker does.
 
         Raises:
             BrokerError: the message is too large, or refused (only MQTT 5 tells). Transient where it passes.
@@ -382,10 +382,10 @@ class MqttConnection:
                 waiting.set_exception(self._connection_lost())
         if not self._accepted.done():
             self._accepted.set_exception(self._not_accepted(why))
-            self._accepted.exception()  # looked at, so that nobody is told that nobody looked
+            self._accepted.exception()  # retrieved, so that asyncio does not warn
 
     def _not_accepted(self, why: str) -> BrokerError:
-        """What it means that the connection ended before the broker answered the CONNECT."""
+        """Return the error for a connection that ended before the CONNACK."""
         if self._tls is not None and self._tls.failure is not None:
             return refused(str(self._broker), self._tls.failure)
         if self._tls is not None:
@@ -420,14 +420,14 @@ class MqttConnection:
         except ProtocolViolation as error:
             self._refuse(error.code, str(error))
             return
-        except Exception as error:  # noqa: BLE001 - paho raises whatever it stumbles over in a packet that is none
+        except Exception as error:  # noqa: BLE001 - paho raises anything over an invalid packet
             self._refuse(MALFORMED_PACKET, f"a packet that cannot be read ({type(error).__name__})")
             return
         if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
             self._loop.call_soon(self._read, sock)
 
     def _refuse(self, code: int, what: str) -> None:
-        """End the connection over what the broker sent, and tell it so in MQTT 5 [4.13.1]."""
+        """End the connection after a protocol violation, with the reason code of MQTT 5 [4.13.1]."""
         with suppress(OSError):
             self._client.leave(code=code)
         self.violated = True
@@ -493,9 +493,9 @@ class MqttConnection:
         reason: ReasonCode,
         properties: object,
     ) -> None:
-        # paho calls it an unspecified error where nobody said anything.
+        # paho reports an unspecified error if no reason was given.
         closed = reason.value == _UNSPECIFIED_ERROR and not flags.is_disconnect_packet_from_server
-        self._end("it was closed from there, or lost" if closed else str(reason))
+        self._end("connection closed by peer or lost" if closed else str(reason))
 
     def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
         topic = message.topic

@@ -68,7 +68,7 @@ SIGN_OFF: Final = 1.0
 
 
 class Answering(Protocol):
-    """What the edge needs of the service; `stationkey.service.requests.StationKeyService` has it."""
+    """The service as the edge needs it; `stationkey.service.requests.StationKeyService` implements it."""
 
     def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
         """Whether a request is a copy of one that is being answered, and `most` copies wait for that already."""
@@ -104,9 +104,9 @@ class _InHand:
         return {} if self.request_id is None else {"request_id": self.request_id}
 
     def takes_over(self, again: Message) -> bool:
-        """Whether `again` is this message, sent once more over a new connection; then it is the one to acknowledge.
+        """Whether `again` is this message, redelivered over a new connection; then it is the one to acknowledge.
 
-        The same payload on the same connection is a second request, and gets an answer of its own.
+        The same payload on the same connection is a second request, and gets its own answer.
         """
         if again.connection is self.message.connection or again.payload != self.message.payload:
             return False
@@ -197,7 +197,7 @@ class MqttEdge:
 
         Args:
             stop: ends the service.
-            drain: seconds for what is in hand to be answered. What is not, the broker sends again at the next start.
+            drain: seconds for messages in hand to be answered. The broker redelivers the others at the next start.
         """
         self._spawn(self._deliver_recorded(), "deliver-recorded")
         stopping = asyncio.create_task(stop.wait(), name="stop")
@@ -254,7 +254,7 @@ class MqttEdge:
         return connection
 
     def _tell_limits(self, connection: MqttConnection) -> None:
-        """Log once in a run what the broker does not grant, and what that costs."""
+        """Log once per run what the broker does not grant, and the consequence."""
         limits = connection.limits
         short = limits.session_expiry is not None and limits.session_expiry < SESSION_EXPIRY
         notes = {
@@ -267,7 +267,7 @@ class MqttEdge:
             log.warning("%s", grant, extra={"reason": grant.reason})
 
     async def _open(self) -> MqttConnection:
-        """A connection, with a Last Will where there is an availability topic and the broker takes one."""
+        """Connect, with a Last Will if there is an availability topic and the broker accepts one."""
         open_ = partial(
             self._dial,
             self._broker,
@@ -364,7 +364,7 @@ class MqttEdge:
         The session is the broker's, and keeps what was subscribed to by an earlier run with another prefix, or by
         somebody who had our client id.
         """
-        words = f"it came on {message.topic[:80]!r}, which nobody here subscribed to"
+        words = f"received on {message.topic[:80]!r}, which is not subscribed"
         self._service.pass_over(MessageError(words, reason="topic_foreign"))
         message.acknowledge()
         with suppress(ConnectionLost):  # then at the next one, over the next connection

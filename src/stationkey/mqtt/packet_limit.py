@@ -37,7 +37,7 @@ class PacketBound:
         self._surplus = 0
 
     def read(self, size: int, receive: Callable[[int], bytes]) -> bytes:
-        """As much as there is of what the reader may see.
+        """Return the available bytes that the reader may see.
 
         Args:
             size: bytes at most.
@@ -47,7 +47,7 @@ class PacketBound:
             Bytes; empty at the end of the stream.
 
         Raises:
-            BlockingIOError: there is nothing now; `receive` says so too.
+            BlockingIOError: nothing is available; so does `receive`.
         """
         if not self._out and not self._body:
             if self._surplus and not self._pass_over(receive):
@@ -64,7 +64,7 @@ class PacketBound:
     def _read_header(self, receive: Callable[[int], bytes]) -> bool:
         """Read a packet's type and length [MQTT 5 2.1]; whether they came before the end of the stream."""
         while not self._header[1:] or self._header[-1] & _MORE:
-            if len(self._header[1:]) > _LENGTH_BYTES:  # no length that there is: for the reader to stumble over
+            if len(self._header[1:]) > _LENGTH_BYTES:  # an invalid length: the reader rejects it
                 self._out, self._header = self._header, b""
                 return True
             byte = receive(1)
@@ -79,7 +79,7 @@ class PacketBound:
         return True
 
     def _pass_over(self, receive: Callable[[int], bytes]) -> bool:
-        """Throw away what is left of a packet; whether that came before the end of the stream."""
+        """Discard the rest of a packet; return whether it arrived before the end of the stream."""
         for _ in range(_PIECES):
             piece = receive(min(self._surplus, _PIECE))
             if not piece:

@@ -37,7 +37,7 @@ class ProtocolViolation(Exception):
 
     Args:
         code: reason code for the DISCONNECT.
-        words: what is wrong with it.
+        words: the violation, as text.
     """
 
     def __init__(self, code: int, words: str) -> None:

@@ -1,4 +1,4 @@
-"""TLS towards the broker: whom to believe, and how to show who we are.
+"""TLS towards the broker: trust anchors, and our certificate.
 
 The broker's certificate is always verified, its name included; nothing here can turn that off. The client's key may be
 in a TPM; see `stationkey.mqtt.tpm_provider`.
@@ -38,7 +38,7 @@ _HINTS: Final = {
 }
 """By OpenSSL's verify code [x509_vfy.h]: not yet valid, expired; another name, another address; an unknown issuer."""
 _NO_CERTIFICATE: Final = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
-"""What a broker says to a client that shows no certificate: because it has none, or because its key does not work."""
+"""Alerts of a broker to a client without a certificate, or with a key that does not work."""
 
 
 class BrokerSocket(ssl.SSLSocket):
@@ -138,7 +138,7 @@ def introduction(terms: MqttTerms, *, tls: bool) -> Introduction:
         tls: whether the broker is spoken to by TLS.
 
     Raises:
-        ConfigurationError: something cannot be read, is not what it should be, or is of use with TLS only.
+        ConfigurationError: a file is unreadable or invalid, or needs TLS.
         BrokerError: the TPM does not give the key, now.
     """
     if not tls and any((terms.ca_file, terms.certificate_file, terms.key_file, terms.server_name)):
@@ -155,7 +155,7 @@ async def check(broker: Broker, terms: MqttTerms) -> None:
     """Look, before the first connection, whether there can be one by these terms. Nothing is connected to yet.
 
     Raises:
-        ConfigurationError: something cannot be read, is not what it should be, or is of no use with this broker.
+        ConfigurationError: a file is unreadable or invalid, or useless with this broker.
     """
     if terms.password is not None and not broker.tls and not is_loopback(broker.host):
         log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
@@ -163,7 +163,7 @@ async def check(broker: Broker, terms: MqttTerms) -> None:
         async with asyncio.timeout(CONNECT_TIMEOUT):
             await in_thread(lambda: introduction(terms, tls=broker.tls))
     except (BrokerError, TimeoutError) as error:
-        log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection tries again, and says so
+        log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection retries, and logs it
 
 
 def _client_context(terms: MqttTerms) -> ssl.SSLContext:
@@ -190,7 +190,7 @@ def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=_certificates(content))
     except (OSError, ValueError):
-        raise ConfigurationError(f"there is no certificate (PEM) in the {name} {path}", reason=reason) from None
+        raise ConfigurationError(f"the {name} {path} has no certificate (PEM)", reason=reason) from None
     return content
 
 
@@ -208,7 +208,9 @@ def _context(files: _Files) -> ssl.SSLContext:
         try:
             context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=terms.server_name)
         except ValueError:
-            raise ConfigurationError(f"{terms.server_name!r} is no server name", reason="config_invalid") from None
+            raise ConfigurationError(
+                f"{terms.server_name!r} is not a valid server name", reason="config_invalid"
+            ) from None
     if terms.ca_file is None:
         context.load_default_certs()
     else:
@@ -224,11 +226,11 @@ def _load_key(context: ssl.SSLContext, files: _Files) -> None:
     assert files.key is not None
     path = (files.terms.key_file or certificate).path
     if b"PRIVATE KEY-----" not in files.key:
-        raise ConfigurationError(f"there is no private key (PEM) in {path}", reason="client_key_unusable")
+        raise ConfigurationError(f"{path} has no private key (PEM)", reason="client_key_unusable")
 
     def refuse() -> NoReturn:  # or OpenSSL would ask at the terminal
         raise ConfigurationError(
-            f"the private key in {path} needs a password or an authorisation value, and there is nobody to ask",
+            f"the private key in {path} needs a password or an authorisation value",
             reason="client_key_unusable",
             hint="keep it without one, in a file for this user alone, or better in the TPM",
         )
@@ -291,7 +293,7 @@ class _Tpm:
         return context
 
     def failed(self) -> bool:
-        """TLS failed, and so may have the TPM: have the key loaded anew next time.
+        """Mark the context stale after a failure of TLS or TPM; the next connection reloads the key.
 
         Returns:
             Whether a key in a TPM was used at all.
@@ -312,7 +314,7 @@ def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         return BrokerError(
-            f"the certificate of {broker} is not to be trusted: {error.verify_message.rstrip('.')}",
+            f"the certificate of {broker} is not trusted: {error.verify_message.rstrip('.')}",
             reason="broker_untrusted",
             hint=_HINTS.get(error.verify_code, ""),
         )
@@ -347,7 +349,7 @@ def refused(broker: str, failure: str) -> BrokerError:
 def closed_without_a_word() -> None:
     """The broker ended a connection by TLS, and gave no reason: a reset takes an alert with it that was not read yet.
 
-    So it may have been that the TPM did not sign; a key in it is loaded anew for the next connection.
+    So the TPM may not have signed; its key is reloaded for the next connection.
     """
     _TPM.failed()
 

@@ -38,7 +38,7 @@ _MODULES_DIRECTORY: Final = 1003
 
 
 class _Dispatch(ctypes.Structure):
-    """OSSL_DISPATCH: a function and what it is for. A list of them ends with 0."""
+    """OSSL_DISPATCH: a function and its purpose. A list of them ends with 0."""
 
     _fields_ = (("number", c_int), ("function", c_void_p))
 
@@ -77,7 +77,7 @@ class TpmProvider:
         """Have it, with a connection to the TPM; nothing is done where it is there, from here or by ``OPENSSL_CONF``.
 
         Args:
-            tcti: of the TPM; None for what the environment has in ``TPM2OPENSSL_TCTI``, or else `DEFAULT_TCTI`.
+            tcti: of the TPM; None for ``TPM2OPENSSL_TCTI`` of the environment, or else `DEFAULT_TCTI`.
 
         Raises:
             ConfigurationError: it is not installed.
@@ -87,10 +87,10 @@ class TpmProvider:
             return
         openssl = _openssl()
         if openssl.OSSL_PROVIDER_available(None, b"tpm2"):
-            return  # by OPENSSL_CONF: whoever set it has said what TPM there is
+            return  # by OPENSSL_CONF, which names the TPM
         # Never without: tpm2-tss would take whatever TPM it finds, a simulator included.
         os.environ["TPM2OPENSSL_TCTI"] = tcti or os.environ.get("TPM2OPENSSL_TCTI") or DEFAULT_TCTI
-        os.environ.setdefault("TSS2_LOG", "all+none")  # what there is to say is said by whoever uses the key
+        os.environ.setdefault("TSS2_LOG", "all+none")  # the use of the key reports the error
         # By a name of its own each time: what was had by a name once, OpenSSL gives back for ever, with its connection
         # to a TPM that may have ended long ago.
         name = f"stationkey-tpm2-{self._opened}".encode()
@@ -121,7 +121,7 @@ class TpmProvider:
         few of them to give, so one that never worked is given up only `MAX_VAIN` times.
 
         Returns:
-            Whether it can be had anew.
+            Whether it can be loaded again.
         """
         if self._handle is None:
             return True
@@ -145,7 +145,7 @@ class TpmProvider:
         return self._keep(_Init(start))
 
     def _hide(self, functions: dict[int, int]) -> dict[int, int]:
-        """The provider's functions, with others in the place of the two by which OpenSSL learns what it can do."""
+        """The provider's functions, with replacements for the two by which OpenSSL learns its abilities."""
         ask, give_back = _Query(functions[_QUERY_OPERATION]), _Unquery(functions[_UNQUERY_OPERATION])
         shown: list[ctypes.Array[_Algorithm]] = []
 

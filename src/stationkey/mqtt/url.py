@@ -30,7 +30,7 @@ class Broker:
             ConfigurationError: another scheme, no host, a port out of range, or a password in it.
         """
         hint = "for example mqtt://127.0.0.1:1883, or with TLS mqtts://broker.local:8883"
-        if "@" in url:  # looked for before all else: what is said of other mistakes shows the URL
+        if "@" in url:  # checked first: the messages for other mistakes show the URL
             raise ConfigurationError(
                 "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
                 reason="broker_invalid",
@@ -40,7 +40,7 @@ class Broker:
             tls = parts.scheme == "mqtts"
             port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
         except ValueError:
-            raise ConfigurationError(f"{_short(url)} is no broker URL", reason="broker_invalid", hint=hint) from None
+            raise ConfigurationError(f"{_short(url)} is not a broker URL", reason="broker_invalid", hint=hint) from None
         if (
             parts.scheme not in {"mqtt", "mqtts"}
             or not parts.hostname
@@ -49,7 +49,7 @@ class Broker:
             or parts.fragment
             or port == 0
         ):
-            raise ConfigurationError(f"{_short(url)} is no broker URL", reason="broker_invalid", hint=hint)
+            raise ConfigurationError(f"{_short(url)} is not a broker URL", reason="broker_invalid", hint=hint)
         return cls(parts.hostname, port, tls)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds for a broker to accept a connection, and for every later answer from it that is waited for."""
 MAX_CONNECTING: Final = 8
-"""How many attempts to connect may hang. What blocks for ever, such as a TPM, must not cost a thread each time."""
+"""Attempts to connect that may hang: a call that blocks forever, such as of a TPM, must not cost a thread each time."""
 
 
 @cache

@@ -49,7 +49,7 @@ EXIT_FILE: Final = 6
 _CONFIGURATION: Final = """\
 # OpenSSL with the keys under active/, which are in the TPM. Made by: stationkey tls-config
 #
-# For the services that use such a key, and for no others: it stands in the place of the system's openssl.cnf.
+# Only for the services that use such a key: it replaces the system's openssl.cnf.
 # They need two environment variables:
 #   OPENSSL_CONF      where this file is
 #   TPM2OPENSSL_TCTI  {tcti}
@@ -102,7 +102,7 @@ def openssl_configuration(*, tcti: str) -> str:
     """The OpenSSL configuration file, in text, that makes a service use the active keys.
 
     Args:
-        tcti: of the TPM. It is told in a comment: tpm2-openssl 1.1 takes it from the environment only.
+        tcti: of the TPM, written as a comment: tpm2-openssl 1.1 takes it from the environment only.
 
     Raises:
         ConfigurationError: the TCTI has a line break in it.
@@ -126,7 +126,7 @@ def tcti_of(keystore: str) -> str:
     where = KeyStoreUri.parse(keystore)
     if where.scheme.openssl_provider != "tpm2" or not where.location:
         raise ConfigurationError(
-            f"the key store {where} is no TPM: its keys need no OpenSSL configuration",
+            f"the key store {where} is not a TPM: its keys need no OpenSSL configuration",
             reason="keystore_uri_invalid",
             hint="for example tpm2:device:/dev/tpmrm0",
         )
@@ -182,10 +182,10 @@ def files_of(named: str, state: Path) -> list[KeyFile]:
 def active_files(state_dir: Path, certificate_type: CertificateType) -> list[KeyFile]:
     """The files under ``active/`` for a certificate type: one, or one for each EVSE.
 
-    Root may ask, and the directory is another user's: a link in it leads nowhere, and a FIFO keeps nobody waiting.
+    Root may call this on another user's directory: links are not followed, and a FIFO does not block.
 
     Raises:
-        TlsCheckFailed: there is none, or something cannot be read.
+        TlsCheckFailed: there is none, or a file is unreadable.
     """
     directory = state_dir / DIRECTORY_NAME
     files = []
@@ -248,10 +248,10 @@ def password_of(file: KeyFile, open_store: Callable[[], KeyStore]) -> bytes:
         open_store: opens the key store; asked only where the key has such a value, and closed again.
 
     Returns:
-        The value, or nothing where the key has none.
+        The value; empty if the key has none.
 
     Raises:
-        TlsCheckFailed: it is not to be had, or would be of no use: OpenSSL cannot show a policy.
+        TlsCheckFailed: it is unavailable, or useless: OpenSSL cannot satisfy a policy.
     """
     try:
         key = keyfile.read_pem(file.content)
@@ -296,7 +296,7 @@ def check(
         anchors: the roots that the other side trusts, PEM.
 
     Raises:
-        TlsCheckFailed: no handshake, or a chain that the other side cannot verify; says why in words.
+        TlsCheckFailed: no handshake, or a chain that the other side cannot verify; the message says why.
     """
     chain = chain_of(file)
     _refuse_incomplete(file, chain, anchors)
@@ -399,7 +399,7 @@ class Holder:
             raise ValueError("the key was not loaded")
 
     def end(self) -> str:
-        """Wait for its end, so that the TPM gets its slot back, and give what it said on standard error."""
+        """Wait for its end, so that the TPM's slot is free, and return its standard error."""
         try:
             return self._process.communicate(timeout=_GRACE)[1]
         except subprocess.TimeoutExpired:
@@ -437,7 +437,7 @@ def holding(
         os.fdopen(reading),
         _in_memory(file.content) as content,
         subprocess.Popen(  # noqa: S603 - our own script, and no shell
-            # OpenSSL takes a key by a path only: this one leads to what was looked at, and not to what is there by now.
+            # OpenSSL takes a key by path only: this path leads to the checked file, even if it was exchanged since.
             [*command, f"/proc/self/fd/{content}", *map(str, numbers)],
             env=variables,
             pass_fds=(reading, content),
@@ -514,7 +514,7 @@ def _no_file(message: str, *, hint: str = "") -> TlsCheckFailed:
 
 
 _TPM_SIGNS: Final[Sequence[tuple[str, str, str]]] = (
-    # What tpm2-tss says, what it means, what to do.
+    # Messages of tpm2-tss, their meaning, and what to do.
     ("tcti", "the TPM cannot be reached", "is --keystore right, and may this user open the device (group tss)?"),
     (
         "0x00000902",
@@ -539,7 +539,7 @@ _TPMS_OWN: Final = frozenset({"tcti", "0x00000902", "0x0000018b"})
 
 
 def _explained(file: KeyFile, error: Exception, said: str, *, loaded: bool, late: bool) -> TlsCheckFailed:
-    """What went wrong, by what the process with the key said."""
+    """Return the error, by the output of the process with the key."""
     for sign, meaning, hint in _TPM_SIGNS:
         if sign in said:
             code = EXIT_TPM if sign in _TPMS_OWN else EXIT_KEY
@@ -559,7 +559,7 @@ def _explained(file: KeyFile, error: Exception, said: str, *, loaded: bool, late
         )
     if b"TSS2 PRIVATE KEY" not in file.content:
         return TlsCheckFailed(f"{file.name}: the key cannot be read", reason="tls_handshake_failed", exit_code=EXIT_KEY)
-    # tpm2-tss had nothing to say, so nobody asked it: OpenSSL has no provider for such a key.
+    # No message of tpm2-tss, so it was not called: OpenSSL has no provider for such a key.
     return TlsCheckFailed(
         f"{file.name}: OpenSSL cannot read a key that is in a TPM: its tpm2 provider is missing",
         reason="tls_provider_missing",

@@ -1,4 +1,4 @@
-"""The side of a loopback handshake that holds the key, in a process of its own.
+"""The side of a loopback handshake with the key, in its own process.
 
 `stationkey.openssl.check` is the other side.
 

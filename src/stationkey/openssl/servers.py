@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 PORT: Final = 15118
-"""Stands for the port in what is printed; SDP tells a car the real one [ISO 15118-2 7.10.1]."""
+"""The example port in the output; SDP announces the real one to a car [ISO 15118-2 7.10.1]."""
 
 PLAIN_PORT: Final = 15119
 """Stands for the port of a server without TLS."""

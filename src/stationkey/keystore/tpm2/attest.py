@@ -57,7 +57,7 @@ AK_ATTRIBUTES: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttestationTerms:
-    """What the operator has set.
+    """The operator's settings.
 
     Attributes:
         ak_handle: persistent handle of a provisioned attestation key; None for the one made here.
@@ -83,7 +83,7 @@ def attest(
         key: the key.
         qualifying: goes into the statement, see `stationkey.attestation.verifier.qualifying_data`.
         terms: see there.
-        challenge: opened, where one is given, and the evidence says so.
+        challenge: if given, it is answered in the evidence.
 
     Raises:
         KeyStoreError: the key is not of this TPM, the attestation key or the endorsement hierarchy cannot be used, the

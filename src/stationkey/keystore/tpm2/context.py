@@ -28,7 +28,7 @@ class Context:
 
     Args:
         tcti: name and configuration of a TCTI.
-        wait: waits for some seconds; False if there is no time for that.
+        wait: waits some seconds; False if there is no time.
     """
 
     def __init__(self, tcti: str, wait: Callable[[float], bool]) -> None:
@@ -37,11 +37,11 @@ class Context:
         self._slots: Slots | None = None
 
     def keep_slots(self, directory: Path | None, *, alone: bool) -> None:
-        """Unload what the dead have left, and keep account of what is loaded from now on: see `Slots`."""
+        """Unload objects of ended programs, and record loaded objects from now on: see `Slots`."""
         self._slots = Slots(self, directory, alone=alone)
 
     def close(self) -> None:
-        """Close the context. What is loaded stays loaded."""
+        """Close the context. Loaded objects stay loaded."""
         if self._slots is not None:
             self._slots.close()
         self._esapi.close()

@@ -1,13 +1,14 @@
-"""The TPM behind the ``tpm2:`` key store: one ESAPI context, opened when first used, and anew whenever it was lost.
+"""The TPM behind the ``tpm2:`` key store: one ESAPI context, opened on first use, and reopened when lost.
 
-What a TPM does when it is lost, cleared or full, by its return codes, and what is done:
+When a TPM is lost, cleared or full: its return codes, and the reaction:
 
 - The TCTI fails (``0xa000a``), and from then on every call on that context (``0x70007``), even when the TPM is back:
-  the context is closed and a new one opened, and the command in hand is tried once more on it.
+  the context is closed and reopened, and the command in hand is retried once.
 - ``0x100`` (TPM_RC_INITIALIZE): the TPM was reset and waits for TPM2_Startup, which is sent.
-- ``0x910`` (TPM_RC_REFERENCE_H0): it was reset and started up again, and what was loaded is gone: it is loaded anew.
+- ``0x910`` (TPM_RC_REFERENCE_H0): it was reset and restarted, and loaded objects are gone: they are reloaded.
 - ``0x902``, ``0x903`` and ``0x905`` (TPM_RC_OBJECT_MEMORY, TPM_RC_SESSION_MEMORY, TPM_RC_SESSION_HANDLES): the slots
-  are full. What is certainly of the dead is flushed (`stationkey.keystore.tpm2.slots`); for the rest it is waited.
+  are full. Objects of programs that have certainly ended are flushed (`stationkey.keystore.tpm2.slots`); for others
+  it waits.
 - ``0x918`` (TPM_RC_REFERENCE_S0): as ``0x910``, of a session.
 - ``0x128`` (TPM_RC_PCR_CHANGED): a register changed while a policy was being shown: it is shown again.
 - A handle error on the SRK: the TPM was cleared under us; a new context finds or makes the SRK anew.
@@ -53,9 +54,9 @@ _MAX_AUTH: Final = 32
 """Bytes of an authorisation value: as many as the name algorithm, SHA-256, has [TPM 2.0 part 1, 13.3]."""
 
 _PATIENCE: Final = 5.0
-"""Seconds that a command which passes is tried for, where nobody has said how long the call may take."""
+"""Seconds for which a busy command is retried, if the call has no deadline."""
 _FOR_TRIES: Final = 0.9
-"""The share of a call's time that tries may take. The rest is for the error to reach the caller before he gives up."""
+"""The share of a call's time for retries. The rest lets the error reach the caller in time."""
 
 _RESOURCE_MANAGERS: Final = ("device:/dev/tpmrm", "tabrmd")
 _PERSISTENT: Final = range(0x81000000, 0x82000000)
@@ -106,7 +107,7 @@ class Device:
             self._sessions.close()
 
     def close(self) -> None:
-        """Let go of the TPM, and leave nothing in it. What is called next opens it anew."""
+        """Close the TPM, and leave nothing in it. The next call reopens it."""
         self.unload()
         if self._sessions is not None and not self._abandoned:
             self._sessions.close()
@@ -251,7 +252,7 @@ class Device:
             return  # tpm2-tss will say so
         if not stat.S_ISCHR(mode):
             raise KeyStoreError(
-                f"{path} is no device",
+                f"{path} is not a device",
                 reason="tcti_invalid",
                 hint="a TPM is a character device, such as /dev/tpmrm0",
                 scope=Scope.DEVICE,
@@ -326,7 +327,7 @@ class Device:
             raise
 
     def _pin(self, esapi: Context, srk: Any, public: TPM2B_PUBLIC) -> None:
-        """Salt sessions with no other SRK than the first time: whoever sits on the bus could hand us one of his own.
+        """Salt sessions only with the SRK of the first time: an attacker on the bus could substitute his own.
 
         It is the public part that tpm2-tss holds which must be right: the bus may tell it otherwise than us.
         """
@@ -413,7 +414,7 @@ class Device:
             self._auth_of_parent(handle)
             if handle not in _PERSISTENT or not capabilities.persistent(self._context, handle):
                 raise KeyStoreError(
-                    f"the key hangs on the storage key at {handle:#x}, and the TPM has none there",
+                    f"the key's parent at {handle:#x} is missing in the TPM",
                     reason="parent_missing",
                     hint="was the TPM cleared, or that key removed? Then ask for a new certificate",
                     scope=Scope.KEY,
@@ -426,7 +427,7 @@ def _name(public: TPM2B_PUBLIC) -> bytes:
     """The name of an object by its public area.
 
     Raises:
-        KeyStoreError: its name algorithm is none, as no TPM answers.
+        KeyStoreError: its name algorithm is invalid.
     """
     try:
         return bytes(public.get_name())
@@ -437,7 +438,7 @@ def _name(public: TPM2B_PUBLIC) -> bytes:
 def _serialised(handle: int, name: bytes, public: TPM2B_PUBLIC) -> bytes:
     """What tpm2-tss holds of a key, as Esys_TR_Serialize writes it: handle, TPM2B_NAME, a 1 for "key", TPM2B_PUBLIC.
 
-    All of it is compared: whoever hands us a longer public part could let it end as the right one does.
+    All of it is compared: a longer public part could end like the right one.
     """
     parts = (handle.to_bytes(4, "big"), len(name).to_bytes(2, "big"), name, (1).to_bytes(4, "big"), public.marshal())
     return b"".join(parts)

@@ -47,14 +47,14 @@ _NO_SENSITIVE: Final = TPM2B_SENSITIVE_CREATE()
 _NO_SYMMETRIC: Final = TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL)
 
 _RC_FORMAT_ONE: Final = 0x080
-_FORMAT_ONE: Final = 0x0BF  # bits of a return code that say what is wrong, and not where [TPM 2.0 part 2, 6.6.2]
+_FORMAT_ONE: Final = 0x0BF  # bits of a return code for the error, without its place [TPM 2.0 part 2, 6.6.2]
 _RC_HIERARCHY: Final = 0x085
 _RC_AUTH: Final = frozenset({0x08E, 0x0A2})  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH
 
 
 def flush(esapi: Context, handle: Any) -> None:
     """Unload an object or a session, if it is still there."""
-    with suppress(TSS2_Exception):  # what is lost holds nothing, and its own error is on the way
+    with suppress(TSS2_Exception):  # a lost TPM holds nothing, and its own error is reported
         esapi.flush_context(handle)
 
 
@@ -141,7 +141,7 @@ class Hierarchy:
 
 @dataclass(slots=True)
 class _Found:
-    """An endorsement key as far as it is known."""
+    """An endorsement key, as far as known."""
 
     public: bytes | None = None
     certificate: bytes | None = None
@@ -162,7 +162,7 @@ def endorsement_keys(esapi: Context, hierarchy: Hierarchy | None = None) -> tupl
 
 
 def _at_hand(esapi: Context) -> dict[bytes, _Found]:
-    """The endorsement keys that can be told of without making one, by their subjectPublicKeyInfo."""
+    """Return the endorsement keys that are known without making one, by their subjectPublicKeyInfo."""
     found: dict[bytes, _Found] = {}
     for handle in capabilities.handles(esapi, *_EK_HANDLES):
         public = esapi.read_public(esapi.tr_from_tpmpublic(handle))[0].marshal()
@@ -190,7 +190,7 @@ def _template(esapi: Context, name: str) -> tuple[bytes | None, TPM2B_PUBLIC | N
 
 
 def _without_padding(certificate: bytes | None) -> bytes | None:
-    """The DER of a certificate without what fills its NV index up; None where it is no DER, or too long to be told."""
+    """Return the DER of a certificate without the padding of its NV index; None if it is not DER, or too long."""
     if certificate is None or certificate[:2] != b"\x30\x82":
         return None
     length = 4 + int.from_bytes(certificate[2:4], "big")

@@ -41,7 +41,7 @@ _REFUSALS: Final = {
     rc.LOCKOUT: Refusal(
         reason="tpm_lockout",
         words="the TPM is in lockout",
-        hint="it ends by itself after the TPM's lockout interval, or with tpm2_dictionarylockout --clear-lockout",
+        hint="it ends after the TPM's lockout interval, or with tpm2_dictionarylockout --clear-lockout",
         transient=True,
         scope=Scope.STORE,
     ),
@@ -106,7 +106,7 @@ class SessionInDoubtError(Exception):
 
 
 def altered(code: str) -> KeyStoreError:
-    """A session shows that somebody has had a hand in."""
+    """Return the error for a session that shows an alteration on the bus."""
     return KeyStoreError(
         f"what goes to the TPM or comes from it was altered on its way ({code})",
         reason="tpm_altered",

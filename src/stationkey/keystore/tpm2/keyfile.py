@@ -1,6 +1,6 @@
 """The file format of keys in a TPM, ``TSS2 PRIVATE KEY`` [ASN.1 Specification for TPM 2.0 Key Files, Bottomley].
 
-tpm2-pytss has a class for it that knows no policy. Where a key has none, the bytes here are the same.
+tpm2-pytss's class for it knows no policy. Without a policy, the bytes here are the same.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class KeyFile:
-    """A key, or sealed data, as it is kept outside of the TPM.
+    """A key, or sealed data, as stored outside the TPM.
 
     Attributes:
         public: TPM2B_PUBLIC.
@@ -111,7 +111,7 @@ class KeyFile:
 
 
 def read_pem(text: bytes) -> KeyFile | None:
-    """The first key file in PEM text; None where there is none.
+    """Return the first key file in PEM text, or None.
 
     Raises:
         ValueError: there is one, and it is damaged.

@@ -109,7 +109,7 @@ class PcrPolicy:
 
     @classmethod
     def read(cls, commands: tuple[Command, ...]) -> PcrPolicy | None:
-        """The policy that `commands` are; None where there are none.
+        """Return the policy of `commands`; None if there are none.
 
         Raises:
             ValueError: they are another policy than `PcrPolicy.commands` gives.

@@ -1,4 +1,4 @@
-"""What the ``tpm2:`` store keeps on disk besides the keys: small files in ``tpm/`` under the state directory.
+"""The ``tpm2:`` store's files besides the keys: small ones in ``tpm/`` under the state directory.
 
 - ``srk-HANDLE.name``: the name of the storage root key that sessions are salted with, as first seen, in hexadecimal.
 - ``auth-ID.pem``: an authorisation value of keys that the TPM has sealed. ID says under which storage root key and to
@@ -71,7 +71,7 @@ class Kept:
         return self.path / f"auth-{hashlib.sha256(parent + policy).hexdigest()[:16]}.pem"
 
     def sealed(self, path: Path, seal: Callable[[], KeyFile] | None) -> KeyFile | None:
-        """What is sealed in a file; where there is none, what `seal` makes, and None where it is None, too.
+        """Return the sealed data of a file; without a file, the result of `seal`, which may be None.
 
         Raises:
             KeyStoreError: the file is damaged, cannot be read or not be written.
@@ -83,7 +83,7 @@ class Kept:
         if content is None and seal is not None:
             self._drop_oldest()
             self._make(path, to_pem(LABEL, seal().der()))
-            content = self._read(path, scope)  # somebody else's, if he was faster
+            content = self._read(path, scope)  # another process's, if it was faster
         if content is None:
             return None
         try:
@@ -95,7 +95,7 @@ class Kept:
         return file
 
     def _read(self, path: Path, scope: Scope) -> bytes | None:
-        """The content of a regular file; None where there is none. A symbolic link is not followed."""
+        """Return the content of a regular file, or None. A symbolic link is not followed."""
         try:
             return durable.read_regular(path, limit=_MAX_FILE, follow=False)
         except FileNotFoundError:
@@ -131,11 +131,11 @@ class Kept:
 
 
 def damaged(path: Path, scope: Scope) -> KeyStoreError:
-    """Return the error for a file that cannot be read as what it is; `scope` says who needs it."""
+    """Return the error for a damaged file; `scope` says who needs it."""
     return KeyStoreError(
         f"{path} is damaged",
         reason="tpm_file_damaged",
-        hint="restore it from a backup; docs/operations.md says what is lost without it",
+        hint="restore it from a backup; see docs/operations.md",
         scope=scope,
     )
 

@@ -84,7 +84,7 @@ class Sessions:
 
 @contextmanager
 def before_the_srk(esapi: Context, how: TpmSession) -> Iterator[Any]:
-    """A session to make the storage root key by, when there is none yet to encrypt a salt to.
+    """A session to make the storage root key with, when there is none yet to encrypt a salt to.
 
     A primary key of the null hierarchy takes its place: it is as new as this power-on, and nobody can vouch for it. So
     this keeps secrets from one who listens, and not from one who is there and takes part.

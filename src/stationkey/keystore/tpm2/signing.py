@@ -51,7 +51,7 @@ class EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like 
 
 
 class RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
-    """The same for RSA, with PKCS #1 v1.5 padding [RFC 8017 8.2]: what the algorithms of the contract are."""
+    """The same for RSA, with PKCS #1 v1.5 padding [RFC 8017 8.2], as the contract's algorithms have it."""
 
     def __init__(self, sign: Sign, public_key: rsa.RSAPublicKey) -> None:
         self._sign = sign
@@ -69,7 +69,7 @@ class RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
     def sign(self, data: bytes, padding: AsymmetricPadding, algorithm: hashes.HashAlgorithm) -> bytes:
         """As RFC 8017 8.2 has it."""
         if not isinstance(padding, PKCS1v15):
-            raise ValueError(f"{padding.name} is none of the contract's")  # noqa: TRY004 - as cryptography's own keys say it
+            raise ValueError(f"{padding.name} is not one of the contract's")  # noqa: TRY004 - as cryptography's own keys say it
         return bytes(self._sign(data, TPM2_ALG.RSASSA, algorithm))
 
 
@@ -77,7 +77,7 @@ class RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
 def signing_scheme(scheme: Any, hash_name: str) -> TPMT_SIG_SCHEME:
     """By a TPM_ALG_ID and the name that cryptography gives a hash."""
     if hash_name not in HASHES:
-        raise ValueError(f"{hash_name} is none of the contract's")
+        raise ValueError(f"{hash_name} is not one of the contract's")
     details = TPMU_SIG_SCHEME(any=TPMS_SCHEME_HASH(hashAlg=HASHES[hash_name]))
     return TPMT_SIG_SCHEME(scheme=scheme, details=details)
 

@@ -1,7 +1,7 @@
-"""The slots of a TPM without a resource manager: what is loaded in them, and which of it is ours.
+"""The slots of a TPM without a resource manager: the loaded objects, and which of them are ours.
 
-Such a TPM keeps what a dead program has loaded, and has three slots or so. To unload what a living program has loaded
-makes that program sign with whatever gets its handle next. So nothing is unloaded here that may be somebody else's.
+Such a TPM has some three slots, and keeps the objects of ended programs. If the object of a living program is unloaded,
+that program signs with the next object at its handle. So nothing is unloaded that may belong to another program.
 
 - ``device:/dev/tpmN`` can be opened by one program at a time, says the kernel, and its resource manager leaves nothing
   loaded between two commands. Whatever is loaded when it was opened is of the dead.
@@ -36,7 +36,7 @@ _ONE_PROGRAM: Final = re.compile(r"/dev/tpm\d+")
 _FILES: Final = 4
 _SIZE: Final = 4096
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
-_INDEX: Final = 0xFFFFFF  # the part of a handle that is no type
+_INDEX: Final = 0xFFFFFF  # the part of a handle after its type
 _SIZE_FIELD: Final = 2  # bytes before the area in a TPM2B
 _HEAD: Final = 8  # bytes of a TPMT_PUBLIC: type, name algorithm, attributes
 
@@ -61,7 +61,7 @@ class _Contents:
     Attributes:
         boot: how often the TPM was reset and restarted.
         loaded: SHA-256 of the public area by handle; empty for a session.
-        coming: handle and beginning of the public area of what is being loaded.
+        coming: handle and beginning of the public area of the object being loaded.
     """
 
     boot: list[int]
@@ -115,7 +115,7 @@ class _Record:
 
 
 class Slots:
-    """What is loaded in a TPM without a resource manager.
+    """The objects loaded in a TPM without a resource manager.
 
     Args:
         esapi: the context that it is loaded on.
@@ -143,7 +143,7 @@ class Slots:
             self._record.write(self._mine)
 
     def close(self) -> None:
-        """Leave the file to whoever comes next."""
+        """Release the file."""
         if self._record is not None:
             self._record.close()
 
@@ -180,7 +180,7 @@ class Slots:
         """
         digest = "" if public is None else hashlib.sha256(public.marshal()).hexdigest()
         name = f"{self._esapi.tr_get_tpm_handle(resource):x}"
-        coming = () if self._mine.coming is None else (self._mine.coming[0],)  # what is told can be altered on its way
+        coming = () if self._mine.coming is None else (self._mine.coming[0],)  # the answer may be altered on the bus
         self._names[int(resource)] = (name, *coming)
         self._mine.loaded.update(dict.fromkeys((name, *coming), digest))
         self._mine.coming = None
@@ -192,10 +192,10 @@ class Slots:
             self._mine.loaded.pop(name, None)
         self._write()
 
-    # What the dead have left.
+    # Objects of ended programs.
 
     def relieve(self) -> None:
-        """Unload what is certainly of no living program."""
+        """Unload objects of programs that have certainly ended."""
         if self._alone:
             present = capabilities.handles(self._esapi, *_TRANSIENT) + capabilities.sessions(self._esapi, saved=False)
             self._flush(handle for handle in present if f"{handle:x}" not in self._mine.loaded)
@@ -234,5 +234,5 @@ class Slots:
 
 
 def _first_free(taken: set[int], first: int) -> int:
-    """The lowest number from `first` on that is not taken: what the TPM gives next."""
+    """Return the lowest free number from `first` on, which the TPM assigns next."""
     return next(number for number in range(first, first + len(taken) + 1) if number not in taken)

@@ -4,7 +4,7 @@ Each key is an ordinary child of the storage root key (SRK): the TPM hands out i
 and that blob goes to the ledger. The TPM itself keeps nothing of a key, so the number of keys is not bounded by its
 slots, and destroying the blob destroys the key.
 
-What is done when the TPM is lost, reset, cleared or full stands at the head of `stationkey.keystore.tpm2.device`.
+The head of `stationkey.keystore.tpm2.device` says what is done when the TPM is lost, reset, cleared or full.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Tpm2KeyStore(Device):
         return self._secret("key_auth")
 
     def _sealed_auth(self, parent: int, policy: PcrPolicy | None, *, make: bool) -> bytes | None:
-        """The value that the TPM has sealed under a parent, for keys with this policy; None where there is none."""
+        """Return the value sealed under a parent, for keys with this policy, or None."""
         assert self._kept is not None
         under = self._parent(parent)
         commands = policy.commands(auth=False) if policy is not None else ()
@@ -419,7 +419,7 @@ class Tpm2KeyStore(Device):
             )
 
     def _make_room(self) -> None:
-        """Unload what is still loaded, before the next command needs its slot."""
+        """Unload the loaded key, before the next command needs its slot."""
         self.unload()
         if self._esapi is None:  # the TPM was lost meanwhile, as the attempt to unload showed
             self._open()
@@ -427,7 +427,7 @@ class Tpm2KeyStore(Device):
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A key that is in one of the TPM's slots, and what it wants to be shown."""
+    """A key in one of the TPM's slots, and the authorisation that it needs."""
 
     key: KeyRef
     handle: Any
@@ -456,7 +456,7 @@ def _file(key: KeyRef) -> tuple[KeyFile, PcrPolicy | None]:
 
 def _damaged(key: KeyRef) -> KeyStoreError:
     return KeyStoreError(
-        f"what is on record of key {key.key_id} cannot be read",
+        f"the record of key {key.key_id} is unreadable",
         reason="key_damaged",
         hint="restore a backup of the state directory, or ask for a new certificate",
         scope=Scope.KEY,

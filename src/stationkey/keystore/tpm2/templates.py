@@ -1,4 +1,4 @@
-"""Templates: what the objects are that the TPM is told to make [TPM 2.0 part 2, 12.2]."""
+"""Templates of the objects that the TPM creates [TPM 2.0 part 2, 12.2]."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEY_ATTRIBUTES: Final = (
     | TPMA_OBJECT.FIXEDPARENT  # nor to another parent
     | TPMA_OBJECT.SENSITIVEDATAORIGIN  # made by the TPM, not imported
     | TPMA_OBJECT.USERWITHAUTH
-    # Without NODA, three losses of power while the key is in use lock the TPM, though nobody gave a wrong password.
+    # Without NODA, three power cuts while the key is in use lock the TPM.
     | TPMA_OBJECT.NODA
     | TPMA_OBJECT.SIGN_ENCRYPT
 )
