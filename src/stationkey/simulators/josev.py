@@ -26,7 +26,7 @@ from msgspec import UNSET
 
 from stationkey.contract import messages
 from stationkey.contract.active_names import file_name
-from stationkey.contract.profiles import Algorithm, CertificateProfile, CertificateType
+from stationkey.contract.profiles import PROFILES, Algorithm, CertificateProfile, CertificateType
 from stationkey.errors import StationKeyError
 from stationkey.mqtt.client import ask, report_status
 from stationkey.simulators.client_certificate import ClientCertificate, Outcome
@@ -79,7 +79,7 @@ WATCH: Final = 60.0
 """Seconds between two looks at which certificates are due for renewal."""
 ASK_AGAIN: Final = 86_400.0
 """Seconds before the renewal of one certificate is tried again."""
-_CLIENT: Final = CertificateType.CHARGING_STATION_CERTIFICATE
+_CLIENT: Final = next(kind for kind, profile in PROFILES.items() if profile.tls_use.role == "client")
 """The certificate that the station connects to the CSMS with."""
 SWITCH_LOOK: Final = 0.1
 SWITCH_TIMEOUT: Final = 30.0
