@@ -9,9 +9,11 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import paho.mqtt.client as paho
+from msgspec import UNSET
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -116,13 +118,17 @@ class Asker:
         *,
         evse_id: str,
         certificate_type: CertificateType = CertificateType.CHARGING_STATION_CERTIFICATE,
+        private_key_path: Path | None = None,
     ) -> str:
         """Publish a status, and return its id; wait for nothing."""
+        path = UNSET if private_key_path is None else str(private_key_path)
         update = CertificateInstallationStatus(
             id=str(uuid.uuid4()),
             name="certificate_installation_status",
             type="update",
-            data=CertificateInstallationStatusData(certificate_type=certificate_type, status=status, evse_id=evse_id),
+            data=CertificateInstallationStatusData(
+                certificate_type=certificate_type, status=status, evse_id=evse_id, private_key_path=path
+            ),
         )
         self._publish(update.id, encode(update))
         return update.id

@@ -80,6 +80,15 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "PEM written, not renamed": (BEFORE, Path, "replace"),
     "PEM renamed": (AFTER, Path, "replace"),
     "PEM renamed, directory synced": (AFTER, files, "sync_directory"),
+    # A key restored.
+    "restoring": (BEFORE, Transitions, "restore"),
+    "restoration written, not committed": (AFTER, "sql", "UPDATE key SET previous = 1"),
+    "restored": (AFTER, Transitions, "restore"),
+    "restored, PEM not renamed": (BEFORE, Path, "replace"),
+    "restored, PEM renamed": (AFTER, Path, "replace"),
+    "restored, PEM before written": (BEFORE, Path, "replace"),
+    "restored, PEM before renamed": (AFTER, Path, "replace"),
+    "restored, directory synced": (AFTER, files, "sync_directory"),
     # A key destroyed.
     "destroying": (BEFORE, Transitions, "apply"),
     "private part wiped, not committed": (AFTER, "sql", "DELETE FROM secret WHERE"),

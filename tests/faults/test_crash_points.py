@@ -22,12 +22,14 @@ EVSE: Final = "DE*ABC*E1"
 STATEMENTS: Final = 80
 """How far the sweep over all statements goes: through a start, a request, an installation and a destruction."""
 ACTIVE_FILE: Final = "charging_station_certificate.DE%2AABC%2AE1.pem"
+PREVIOUS_FILE: Final = "charging_station_certificate.DE%2AABC%2AE1.previous.pem"
 NAMES: Final = list(MOMENTS)
 AT_START: Final = NAMES[: NAMES.index("request received")]
 AT_REQUEST: Final = NAMES[NAMES.index("request received") : NAMES.index("key made ahead, not written")]
 AT_MAKING: Final = NAMES[NAMES.index("key made ahead, not written") : NAMES.index("key taken")]
 AT_TAKING: Final = NAMES[NAMES.index("key taken") : NAMES.index("key proved")]
-AT_INSTALLATION: Final = NAMES[NAMES.index("key proved") : NAMES.index("destroying")]
+AT_INSTALLATION: Final = NAMES[NAMES.index("key proved") : NAMES.index("restoring")]
+AT_RESTORATION: Final = NAMES[NAMES.index("restoring") : NAMES.index("destroying")]
 AT_DESTRUCTION: Final = NAMES[NAMES.index("destroying") :]
 POOL: Final = "[pool]\nec = 2\nrsa = 0\nidle_seconds = 0.0\n"
 AHEAD: Final = 4
@@ -200,6 +202,35 @@ def test_an_installation_that_is_cut_short_is_done_once_after_the_next_start(sce
     active = scene.state_dir / "active" / ACTIVE_FILE
     assert key_of_file(active) == key_of(second)
     assert active.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("moment", AT_RESTORATION)
+def test_a_way_back_that_is_cut_short_is_gone_once_after_the_next_start(scene: Scene, moment: str) -> None:
+    """When power is lost, each file is as before or as after; the active one is exchanged first."""
+    asker, (old, new) = scene.asker, pending_pair(scene)
+    active, previous = (scene.state_dir / "active" / name for name in (ACTIVE_FILE, PREVIOUS_FILE))
+    scene.daemon.start()
+    asker.tell("installed", evse_id=EVSE)
+    until(previous.exists, "the new key is active")
+    scene.daemon.terminate()
+    before = active.read_bytes(), previous.read_bytes()
+    assert [key_of_file(file) for file in (active, previous)] == [key_of(new), key_of(old)]
+
+    crashing = crash(scene, moment, 2 if "PEM before" in moment else 1)
+    until(crashing.listening, "it is ready")
+    status = asker.tell("installed", evse_id=EVSE, private_key_path=previous)
+    crashing.wait()
+
+    restored = AT_RESTORATION.index(moment) >= AT_RESTORATION.index("restored")
+    assert events_brought(scene.state_dir, [status]) == {status: restored}
+    renamed = AT_RESTORATION.index(moment) - AT_RESTORATION.index("restored, PEM renamed")
+    assert active.read_bytes() == before[renamed >= 0]
+    assert previous.read_bytes() == before[renamed < 2]
+    recover(scene)
+    scene.daemon.terminate()
+    judge(scene.state_dir, scene.keystore, asker.accepted)
+    assert events_brought(scene.state_dir, [status]) == {status: 1}
+    assert (previous.read_bytes(), active.read_bytes()) == before
 
 
 @pytest.mark.parametrize("moment", AT_DESTRUCTION)
