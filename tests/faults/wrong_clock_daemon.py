@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from stationkey import cli
-from stationkey.service import custody, expiry, requests
+from stationkey.service import custody, expiry, renewal, requests
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ def main() -> None:
 
     expiry.Expiry.sweep = sweep_and_tell  # type: ignore[method-assign]
     expiry.SWEEP = 0.1  # type: ignore[misc]
+    renewal.LOOK = 0.1  # type: ignore[misc]
     # Default arguments were bound to the right clock when the classes were made.
     for part in (custody.Custody, requests.StationKeyService):
         defaults = part.__init__.__kwdefaults__
