@@ -206,7 +206,7 @@ def test_an_installation_that_is_cut_short_is_done_once_after_the_next_start(sce
 
 @pytest.mark.parametrize("moment", AT_RESTORATION)
 def test_a_way_back_that_is_cut_short_is_gone_once_after_the_next_start(scene: Scene, moment: str) -> None:
-    """When power is lost, each file is as before or as after; the active one is exchanged first."""
+    """When power is lost, each file is as before or as after, and the active one is exchanged first."""
     asker, (old, new) = scene.asker, pending_pair(scene)
     active, previous = (scene.state_dir / "active" / name for name in (ACTIVE_FILE, PREVIOUS_FILE))
     scene.daemon.start()
