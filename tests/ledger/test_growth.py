@@ -19,6 +19,7 @@ from parts import E1, V2G, new_id, request
 from stationkey.config.settings import Bounds
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.ledger.overview import look
 
 pytest_plugins = ["ledgers"]
 
@@ -95,6 +96,7 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "counts_as_repeat": lambda ledger, _: ledger.transitions.seen(INSTALLED),
     "active_files": lambda ledger, _: ledger.keys.active_files(),
     "figures": lambda ledger, _: ledger.keys.figures(expiries=8),
+    "overview": lambda ledger, _: look(ledger.database, keys=8, happenings=20),
     "is_due": lambda ledger, key_id: ledger.retention.is_due(key_id, 0),
     "due": lambda ledger, _: ledger.retention.due(10),
     "next_due": lambda ledger, _: ledger.retention.next_due(),

@@ -398,7 +398,9 @@ class Settings:
     metrics: Annotated[
         str | None,
         Option(
-            "Where figures and health are asked for: 127.0.0.1:PORT, [::1]:PORT or unix:PATH.", _TEXT, "metrics.listen"
+            "Where status page, metrics and health are served: 127.0.0.1:PORT, [::1]:PORT or unix:PATH.",
+            _TEXT,
+            "metrics.listen",
         ),
     ] = None
     profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)

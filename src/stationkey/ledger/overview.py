@@ -100,8 +100,8 @@ def look(database: Database, *, keys: int, happenings: int) -> Overview:
         ).fetchall()
         events = sql.execute(
             "SELECT at, event, '', reason, certificate_type, evse_id, common_name, key_id, coalesce(message_id, '')"
-            " FROM (SELECT * FROM event ORDER BY seq DESC LIMIT ?) AS event"
-            " JOIN key ON key.number = event.key_number WHERE event != ? ORDER BY seq DESC LIMIT ?",
+            " FROM event JOIN key ON key.number = key_number"
+            " WHERE seq > (SELECT max(seq) FROM event) - ? AND event != ? ORDER BY seq DESC LIMIT ?",
             (happenings * _SCANNED, MADE_AHEAD, happenings),
         ).fetchall()
         rejections = sql.execute(
