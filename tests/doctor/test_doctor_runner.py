@@ -19,7 +19,9 @@ from stationkey.doctor import AREAS, CHECKS, Finding, Level, Report
 from stationkey.doctor.report import failure, ok, printable
 from stationkey.doctor.runner import DEADLINE, Answer, AnyCheck, Check, ask, run
 
-DOCUMENT = (Path(__file__).parents[2] / "docs/doctor.md").read_text()
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs/doctor.md").read_text()
+CODE = "".join(path.read_text() for path in sorted((ROOT / "src/stationkey/doctor").rglob("*.py")))
 
 
 class TestReport:
@@ -36,6 +38,17 @@ class TestReport:
         listed = [re.search(r"\(((?:`\w+`(?:, )?)+)\)$", cell) for cell in row]
         found = [set(re.findall(r"\w+", cell[1])) if cell else set[str]() for cell in listed]
         assert dict(zip(LEVELS, found, strict=True)) == reasons_of(check)
+
+    def test_advice_names_what_is_installed(self) -> None:
+        """By ``scripts/installed_docs.py``."""
+        named = set(re.findall(r"/usr/share/doc/stationkey/([\w./-]*\w)", CODE))
+        assert named
+        assert all((ROOT / re.sub("^examples/", "packaging/", path)).exists() for path in named)
+        assert re.findall(r"[\" (](?:packaging/|README|make (?:setup|deb|demo)|pip install)", CODE) == []
+
+    @pytest.mark.parametrize("command", ["chown -R", "chmod -R", "rm -", "tpm2_clear", "systemctl mask", "kill -9"])
+    def test_no_advice_harms_a_daemon_at_work_or_its_keys(self, command: str) -> None:
+        assert command not in CODE
 
     def test_no_name_is_in_two_checks_and_each_comes_after_what_it_depends_on(self) -> None:
         seen: set[str] = set()
