@@ -7,10 +7,10 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stationkey._version import __version__
 from stationkey.config.settings import Settings
@@ -31,10 +31,12 @@ from stationkey.service.policy import Policy
 from stationkey.service.renewal import DueCertificate
 from stationkey.service.requests import StationKeyService
 from stationkey.service.strays import Strays
+from stationkey.system.backoff import Backoff
+from stationkey.system.counters import Counters, Counts
 from stationkey.system.hardening import close_to_others
 from stationkey.system.state_dir import StateDirectory
 from stationkey.system.systemd import ServiceManager
-from stationkey.system.tasks import kept_running
+from stationkey.system.tasks import Work, background, keep_running, note_failure
 
 if TYPE_CHECKING:
     from stationkey.observability.http import Page
@@ -69,9 +71,13 @@ async def serve(settings: Settings) -> None:
         keystore = KeyStoreThread(open_store)
         watching = AsyncExitStack()
         try:
-            health = await watching.enter_async_context(_watching(settings, keystore, str(broker)))
-            stop = asyncio.Event()
+            counters = Counters()
             loop = asyncio.get_running_loop()
+            loop.set_exception_handler(partial(_note_unhandled, counters.task_failures))
+            health = await watching.enter_async_context(
+                _watching(settings, keystore, str(broker), counters.task_failures)
+            )
+            stop = asyncio.Event()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, _stopping, stop, health)
             # A TPM that hangs must not keep a signal waiting.
@@ -90,6 +96,7 @@ async def serve(settings: Settings) -> None:
                 renewal=settings.renewal,
                 certificate_dir=settings.certificate_dir,
                 on_change=health.keys_changed,
+                counters=counters,
             )
             await service.custody.show_active()
             # What has been made so far stays: the garbage collector need not look at it again and again.
@@ -104,11 +111,12 @@ async def serve(settings: Settings) -> None:
                 queue=settings.policy.queue,
                 payload_bytes=settings.policy.payload_bytes,
                 retained=due,
+                failures=counters.task_failures,
                 on_ready=partial(_ready, health),
                 on_away=health.away,
             )
             health.watch(service, edge)
-            tasks: dict[str, Callable[[], Awaitable[None]]] = {
+            tasks: dict[str, Work] = {
                 "sweep": service.expiry.run,
                 "tell-unusable": service.expiry.tell_unusable,
                 "learn-ids": service.learn_ids,
@@ -118,8 +126,13 @@ async def serve(settings: Settings) -> None:
             if (scheme := KeyStoreUri.parse(settings.keystore).scheme).resident:
                 tasks["strays"] = Strays(service.custody, scheme.name).run
             try:
-                async with kept_running(tasks, failed=service.counters.task_failures.add):
-                    await edge.run(stop, drain=DRAIN)
+                async with background(tasks, counters.task_failures):
+                    await keep_running(
+                        partial(edge.run, stop, drain=DRAIN),
+                        "mqtt",
+                        counters.task_failures,
+                        backoff=Backoff(0.1, 1.0),  # SIGTERM waits for it
+                    )
             finally:
                 await service.aclose()
             log.info("stopped", extra=dict(service.counters.outcomes()))
@@ -167,6 +180,15 @@ def _show_due(topic: RetainedTopic | None, due: tuple[DueCertificate, ...]) -> N
         topic.set(renewal_update(tuple(certificate.told() for certificate in due)))
 
 
+def _note_unhandled(failures: Counts, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Count and log what a callback of the event loop, or a task that nobody waits for, did not handle."""
+    error = context.get("exception")
+    if error is None:
+        loop.default_exception_handler(context)
+    else:
+        note_failure(error, "event-loop", failures)
+
+
 def _ready(health: Health) -> None:
     log.info("ready")
     health.connected()
@@ -180,13 +202,21 @@ def _stopping(stop: asyncio.Event, health: Health) -> None:
 
 
 @asynccontextmanager
-async def _watching(settings: Settings, keystore: KeyStoreThread, broker: str) -> AsyncIterator[Health]:
+async def _watching(
+    settings: Settings, keystore: KeyStoreThread, broker: str, failures: Counts
+) -> AsyncIterator[Health]:
     """Tell how the daemon is: systemd, where it is there, and whoever asks at ``[metrics] listen``, where that is set.
 
     Raises:
         ConfigurationError: nobody can or should ask there.
     """
-    health = Health(keystore, ServiceManager.of(os.environ), broker=broker, patience=settings.deadlines.ec)
+    health = Health(
+        keystore,
+        ServiceManager.of(os.environ),
+        broker=broker,
+        patience=settings.deadlines.ec,
+        failures=failures,
+    )
     async with health.watching(probing=settings.metrics is not None), AsyncExitStack() as stack:
         if settings.metrics is not None:
             from stationkey.observability.http import Endpoint  # noqa: PLC0415 - nobody else pays for it
@@ -237,4 +267,11 @@ def run(settings: Settings) -> None:
     Raises:
         StationKeyError: it cannot start.
     """
-    asyncio.run(serve(settings))
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        serving = loop.create_task(serve(settings), name="serve")
+        while not serving.done():
+            # The event loop itself needs memory for each turn; where it gets none, the next turn is tried.
+            with suppress(MemoryError):
+                loop.run_until_complete(serving)
+        serving.result()

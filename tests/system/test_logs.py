@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Self
@@ -220,11 +220,24 @@ def test_setting_up_twice_says_each_thing_once(root: logging.Logger) -> None:
 # A flood of lines.
 
 
+class Heard(io.StringIO):
+    """Memory that tells when something is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.news = threading.Condition()
+
+    def write(self, text: str) -> int:
+        with self.news:
+            self.news.notify_all()
+            return super().write(text)
+
+
 class Lines:
     """A log that is written to memory, as JSON."""
 
     def __init__(self, *, minute: float = logs.MINUTE) -> None:
-        self._stream = io.StringIO()
+        self._stream = Heard()
         self.handler = logs.BoundedHandler(self._stream, minute=minute)
         self.handler.setFormatter(logs.JsonFormatter())
 
@@ -233,6 +246,10 @@ class Lines:
             record = a_record(message, number, **fields) if "%" in message else a_record(message, **fields)
             record.levelno, record.levelname = level, logging.getLevelName(level)
             self.handler.handle(record)
+
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        with self._stream.news:
+            return self._stream.news.wait_for(condition, 60)
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -304,11 +321,11 @@ def test_no_number_of_kinds_takes_more_memory_than_there_are_places() -> None:
 def test_what_was_withheld_is_told_at_the_end_of_the_minute_though_nothing_else_is_said() -> None:
     lines = Lines(minute=0.05)
     lines.say(100)
-    teller = lines.handler._teller  # noqa: SLF001 - the thread that waits for the end of the minute
-    if teller is not None:  # else the minute was over before everything was said
-        teller.join()
 
-    assert sum(1 + int(event.get("unwritten", 0)) for event in lines.events) == 100
+    def told() -> int:
+        return sum(1 + int(event.get("unwritten") or 0) for event in lines.events)
+
+    assert lines.wait_for(lambda: told() == 100)
 
 
 def test_a_new_minute_has_lines_of_its_own() -> None:

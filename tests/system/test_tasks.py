@@ -8,19 +8,20 @@ import logging
 import pytest
 
 from stationkey.system import tasks
-from stationkey.system.tasks import kept_running
+from stationkey.system.counters import Counts
+from stationkey.system.tasks import background, unforeseen
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), MemoryError(), RecursionError(), OSError(5, "x")])
 async def test_a_task_that_fails_runs_again(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tasks, "_FIRST", 0.001)
-    failed: list[str] = []
+    monkeypatch.setattr(tasks, "RETRY_FIRST", 0.001)
+    failures = Counts()
     again, other = asyncio.Event(), asyncio.Event()
 
     async def failing() -> None:
-        if len(failed) == 2:
+        if sum(count for _, count in failures.items()) == 2:
             again.set()
             await asyncio.Event().wait()
         raise error
@@ -30,12 +31,12 @@ async def test_a_task_that_fails_runs_again(
         other.set()
 
     with caplog.at_level(logging.ERROR):
-        async with asyncio.timeout(10), kept_running({"failing": failing, "steady": steady}, failed=failed.append):
+        async with asyncio.timeout(10), background({"failing": failing, "steady": steady}, failures):
             await other.wait()
 
-    assert failed == ["failing", "failing"]
-    told = [record for record in caplog.records if record.__dict__["reason"] == "internal_error"]
-    assert [record.__dict__["task"] for record in told] == failed
+    assert failures.items() == [(("failing", unforeseen(error).reason), 2)]
+    told = [record for record in caplog.records if record.__dict__["reason"] == unforeseen(error).reason]
+    assert [record.__dict__["task"] for record in told] == ["failing", "failing"]
     assert all(record.exc_info is not None and record.exc_info[1] is error for record in told)
 
 
@@ -52,7 +53,7 @@ async def test_leaving_ends_every_task_and_waits_for_it() -> None:
     async def done() -> None:
         ended.append("done")
 
-    async with kept_running({"slow": slow, "done": done}, failed=ended.append):
+    async with background({"slow": slow, "done": done}, Counts()):
         await asyncio.sleep(0)
     assert ended == ["done", "slow"]
 
@@ -67,7 +68,7 @@ async def test_what_the_block_raises_gets_out_after_the_tasks_have_ended() -> No
             ended.set()
 
     async def fail() -> None:
-        async with kept_running({"slow": slow}, failed=lambda _: None):
+        async with background({"slow": slow}, Counts()):
             await asyncio.sleep(0)
             raise LookupError
 

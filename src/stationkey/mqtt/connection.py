@@ -16,6 +16,7 @@ import ssl
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Self
 
 import paho.mqtt.client as paho
@@ -47,6 +48,7 @@ from stationkey.mqtt.server_limits import ServerLimits, refused_publication
 from stationkey.mqtt.tls import BrokerSocket, closed_without_a_word, introduction, no_handshake, refused
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
+from stationkey.system.tasks import unforeseen
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +149,11 @@ class MqttConnection:
         self._overrun = False
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
-        self._waiting: dict[int, asyncio.Future[ReasonCode]] = {}
+        self._waiting: dict[tuple[int, int], asyncio.Future[ReasonCode]] = {}  # by type and identifier of the answer
         self.lost: asyncio.Future[str] = self._loop.create_future()  # done, with the reason, when it has ended
         self.limits = ServerLimits()  # until the broker has accepted the connection
         self._unacknowledged = asyncio.Semaphore(self.limits.receive_maximum)
-        self.violated = False  # whether it ended because the broker violated the protocol
+        self._loss = partial(ConnectionLost, reason="connection_lost")
         self.resumed = False  # whether the broker had a session for us, or for another of our user name
         self._sock: socket.socket | None = None
         self._tls: BrokerSocket | None = None  # the same, with TLS; it stays at the end, to say why
@@ -259,7 +261,7 @@ class MqttConnection:
             ConnectionLost: it went away.
         """
         code, mid = self._client.subscribe_once(topic)
-        granted = await self._answer(code, mid)
+        granted = await self._answer(PacketTypes.SUBACK, code, mid)
         if granted.is_failure:
             raise BrokerError(
                 f"the broker refuses a subscription to {topic}",
@@ -275,7 +277,7 @@ class MqttConnection:
         Raises:
             ConnectionLost: the connection ended.
         """
-        await self._answer(*self._client.unsubscribe(topic))
+        await self._answer(PacketTypes.UNSUBACK, *self._client.unsubscribe(topic))
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         """Publish at QoS 1 and wait until the broker has it; at QoS 0 where it takes no more [MQTT-3.2.2-11].
@@ -300,7 +302,7 @@ class MqttConnection:
             self._client.loop_write()  # now, and not when the loop comes round
             if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 return True
-            reason = await self._answer(info.rc, info.mid)
+            reason = await self._answer(PacketTypes.PUBACK, info.rc, info.mid)
         if reason.is_failure:
             raise refused_publication(topic, reason.value, str(reason))
         return reason.value != _NO_MATCHING_SUBSCRIBERS
@@ -337,12 +339,12 @@ class MqttConnection:
             if self._client.unsent > MAX_UNSENT:
                 self._drop("the broker reads nothing")
 
-    async def _answer(self, code: MQTTErrorCode, mid: int | None) -> ReasonCode:
-        """Wait for the broker's answer to the packet `mid`."""
+    async def _answer(self, kind: int, code: MQTTErrorCode, mid: int | None) -> ReasonCode:
+        """Wait for the broker's answer, of a type of `PacketTypes`, to the packet `mid`."""
         if self.lost.done() or code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
             raise self._connection_lost()
         waiting: asyncio.Future[ReasonCode] = self._loop.create_future()
-        self._waiting[mid] = waiting
+        self._waiting[kind, mid] = waiting
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 return await waiting
@@ -350,19 +352,25 @@ class MqttConnection:
             self._drop(f"no acknowledgement within {CONNECT_TIMEOUT:g} s")
             raise self._connection_lost() from None
         finally:
-            self._waiting.pop(mid, None)
+            self._waiting.pop((kind, mid), None)
 
     def _connection_lost(self) -> ConnectionLost:
         why = self.lost.result() if self.lost.done() else "not connected"
-        words = f"the connection to {self._broker} ended: {why}"
-        if self.violated:
-            return ConnectionLost(words, reason="broker_violates_protocol")
-        return ConnectionLost(words, reason="connection_lost")
+        return self._loss(f"the connection to {self._broker} ended: {why}")
 
     async def _keep_alive(self) -> None:
-        while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - it has to be asked
-            await asyncio.sleep(1.0)
-        self._drop("no sign of life")
+        try:
+            while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - it has to be asked
+                await asyncio.sleep(1.0)
+            self._drop("no sign of life")
+        except Exception as error:  # noqa: BLE001 - the boundary of this task: its end is the connection's
+            self.abandon(error)
+
+    def abandon(self, error: Exception) -> None:
+        """End the connection over an error that nobody handled: what was not acknowledged is redelivered."""
+        cause = unforeseen(error)
+        self._loss = partial(ConnectionLost, reason=cause.reason)
+        self._drop(cause.message)
 
     def _drop(self, why: str) -> None:
         """End the connection from this side, whatever state it is in."""
@@ -419,18 +427,18 @@ class MqttConnection:
             self._client.loop_read()
         except ProtocolViolation as error:
             self._refuse(error.code, str(error))
-            return
+        except MemoryError as error:
+            self.abandon(error)
         except Exception as error:  # noqa: BLE001 - paho raises anything over an invalid packet
             self._refuse(MALFORMED_PACKET, f"a packet that cannot be read ({type(error).__name__})")
-            return
         if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
             self._loop.call_soon(self._read, sock)
 
     def _refuse(self, code: int, what: str) -> None:
         """End the connection after a protocol violation, with the reason code of MQTT 5 [4.13.1]."""
-        with suppress(OSError):
+        with suppress(Exception):  # whatever it is, the connection ends
             self._client.leave(code=code)
-        self.violated = True
+        self._loss = partial(ConnectionLost, reason="broker_violates_protocol")
         self._drop(f"the broker sent {what}")
 
     def _on_socket_close(self, client: paho.Client, userdata: object, sock: Any) -> None:
@@ -447,13 +455,15 @@ class MqttConnection:
 
     def _write(self, sock: socket.socket) -> None:
         """Send at once what the socket takes, and the rest when it takes more: hardly ever is there a rest."""
-        if sock.fileno() == -1:
-            return
-        self._client.loop_write()
+        try:
+            if sock.fileno() != -1:
+                self._client.loop_write()
+        except Exception as error:  # noqa: BLE001 - paho has lost the packet, and the broker would misread the next
+            self.abandon(error)
         if sock.fileno() == -1:
             return
         if self._client.want_write():
-            self._loop.add_writer(sock, self._client.loop_write)
+            self._loop.add_writer(sock, self._write, sock)
         elif isinstance(sock, BrokerSocket) and sock.reading_wants_to_write:
             self._loop.add_writer(sock, self._read_on, sock)
 
@@ -529,21 +539,21 @@ class MqttConnection:
     def _on_publish(
         self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
     ) -> None:
-        self._answered(mid, reason)
+        self._answered(PacketTypes.PUBACK, mid, reason)
 
     def _on_subscribe(
         self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
     ) -> None:
-        self._answered(mid, reasons[0])
+        self._answered(PacketTypes.SUBACK, mid, reasons[0])
 
     def _on_unsubscribe(
         self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
     ) -> None:
         # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
-        self._answered(mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
+        self._answered(PacketTypes.UNSUBACK, mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
 
-    def _answered(self, mid: int, reason: ReasonCode) -> None:
-        waiting = self._waiting.get(mid)
+    def _answered(self, kind: int, mid: int, reason: ReasonCode) -> None:
+        waiting = self._waiting.get((kind, mid))
         if waiting is not None and not waiting.done():
             waiting.set_result(reason)
 

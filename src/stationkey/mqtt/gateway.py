@@ -43,6 +43,8 @@ from stationkey.mqtt.topics import availability, topics
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, unless
 from stationkey.system.backoff import Backoff
+from stationkey.system.counters import Counts
+from stationkey.system.tasks import keep_running, note_failure, unforeseen
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +128,7 @@ class MqttEdge:
         queue: how many messages are in hand at a time; the broker holds the rest.
         payload_bytes: how large a message may be.
         retained: a message that the broker is to retain, or None.
+        failures: counts what goes wrong in its tasks.
         on_ready: called whenever the subscription stands.
         on_away: called whenever there is no connection: it was lost, or could not be made.
         connect: makes a connection.
@@ -145,6 +148,7 @@ class MqttEdge:
         queue: int = MAX_IN_HAND,
         payload_bytes: int = MAX_PAYLOAD,
         retained: RetainedTopic | None = None,
+        failures: Counts | None = None,
         on_ready: Callable[[], None] = lambda: None,
         on_away: Callable[[], None] = lambda: None,
         connect: Callable[..., Coroutine[Any, Any, MqttConnection]] = connect,
@@ -160,6 +164,7 @@ class MqttEdge:
         self._announces = False
         self._told_unavailable = False
         self._retained = retained
+        self._failures = failures or Counts()
         self._on_ready = on_ready
         self._on_away = on_away
         self._connection: MqttConnection | None = None
@@ -199,7 +204,8 @@ class MqttEdge:
             stop: ends the service.
             drain: seconds for messages in hand to be answered. The broker redelivers the others at the next start.
         """
-        self._spawn(self._deliver_recorded(), "deliver-recorded")
+        self._free = asyncio.Semaphore(self._queue)  # a run that failed may have left places taken
+        self._spawn(keep_running(self._deliver_recorded, "deliver-recorded", self._failures), "deliver-recorded")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         backoff, now = Backoff(FIRST_DELAY, LAST_DELAY, jitter=0.5), asyncio.get_running_loop().time
         try:
@@ -229,15 +235,17 @@ class MqttEdge:
     def _judged(self, error: Exception) -> StationKeyError:
         """What a connection ended with; counted where it is the broker's fault or ours."""
         match error:
+            case ConnectionLost(reason="out_of_memory" | "internal_error" as reason):
+                with suppress(Exception):
+                    self._failures.add("mqtt", reason)
             case ConnectionLost(reason="broker_violates_protocol"):
                 self._service.pass_over(error)
             case BrokerError() | ConfigurationError():  # a secret or a certificate may just be exchanged
                 pass
             case _:
-                log.error("unexpected error, a fault of stationkey", exc_info=error)
-                words = f"the connection ended by an unexpected {type(error).__name__}"
-                error = MessageError(words, reason="internal_error")
-                self._service.pass_over(error)
+                note_failure(error, "mqtt", self._failures)
+                cause = unforeseen(error)
+                error = BrokerError(f"the connection ended: {cause}", reason=cause.reason)
         return error
 
     async def _connect(self) -> MqttConnection:
@@ -321,7 +329,9 @@ class MqttEdge:
             self._connection = connection
             self._connected.set()
             self._on_ready()
-            keeping = self._retained and asyncio.create_task(self._retained.keep(connection), name="retained")
+            keeping = self._retained and asyncio.create_task(
+                keep_running(partial(self._retained.keep, connection), "retained", self._failures), name="retained"
+            )
             try:
                 await unless(stopping, self._receive(connection))
                 await self._drain(drain)
@@ -356,7 +366,11 @@ class MqttEdge:
             # What is in hand may itself wait for the next connection, so a loss must be noticed meanwhile.
             if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
                 continue  # never acknowledged, so the broker sends it again
-            self._spawn(self._handle(_InHand(message)), "answer")
+            try:
+                self._spawn(self._handle(_InHand(message)), "answer")
+            except BaseException:
+                self._free.release()
+                raise
 
     async def _leave(self, message: Message) -> None:
         """Pass over a message of a topic that is not ours, and have the broker send no more of them.
@@ -389,14 +403,17 @@ class MqttEdge:
 
     async def _handle(self, in_hand: _InHand) -> None:
         """Answer one message, and acknowledge it once the answer is with the broker."""
-        self._in_hand.add(in_hand)
         try:
+            self._in_hand.add(in_hand)
             response = await self._respond(in_hand)
             if response is None or await self._deliver(response):
                 in_hand.message.acknowledge()
-        except Exception:
-            # A fault of ours. Acknowledged all the same: the broker would send it for ever.
-            log.exception("a message could not be dealt with; this is a fault of stationkey", extra=in_hand.about())
+        except MemoryError as error:  # it passes: redelivered over a new connection
+            note_failure(error, "answer", self._failures, **in_hand.about())
+            in_hand.message.connection.abandon(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of this task
+            # Acknowledged all the same: the broker would redeliver it for ever.
+            note_failure(error, "answer", self._failures, **in_hand.about())
             in_hand.message.acknowledge()
         finally:
             self._in_hand.discard(in_hand)
@@ -484,9 +501,10 @@ class MqttEdge:
 
     async def _deliver_recorded(self) -> None:
         """Publish what an earlier run answered and could not hand over."""
-        await self._connected.wait()
-        if self._connection is None:
-            return
+        while self._connection is None:  # it may be lost again before this task runs
+            if self._ending:
+                return
+            await self._connected.wait()
         try:
             for response in await self._service.undelivered():
                 log.info("publishing an answer of an earlier run", extra={"request_id": response.id})

@@ -13,6 +13,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from stationkey.mqtt.packet_limit import PacketBound
 
+_CONNACK: Final = 0x20
 _QOS_1: Final = 0x02
 _RETAIN: Final = 0x01
 _DUP: Final = 0x08
@@ -20,7 +21,7 @@ _PUBLISH: Final = 0x30
 _FROM_BROKER: Final = frozenset(
     {
         *(_PUBLISH | retain | qos for retain in (0, _RETAIN) for qos in (0, _QOS_1, _QOS_1 | _DUP)),
-        *(0x20, 0x40, 0x90, 0xB0, 0xD0, 0xE0),  # CONNACK, PUBACK, SUBACK, UNSUBACK, PINGRESP, DISCONNECT
+        *(_CONNACK, 0x40, 0x90, 0xB0, 0xD0, 0xE0),  # CONNACK, PUBACK, SUBACK, UNSUBACK, PINGRESP, DISCONNECT
     }
 )
 """First bytes of the packets that a broker may send to a client which subscribes and publishes at QoS 1 at most, flags
@@ -49,6 +50,7 @@ class Client(paho.Client):
     """See the module. The first three methods are where paho lets one in before it keeps anything."""
 
     bound: PacketBound
+    _greeted = False
 
     def _sock_recv(self, bufsize: int) -> bytes:
         return self.bound.read(bufsize, super()._sock_recv)
@@ -57,6 +59,9 @@ class Client(paho.Client):
         first = self._in_packet["command"]
         if first not in _FROM_BROKER:
             raise ProtocolViolation(PROTOCOL_ERROR, f"a packet that begins with 0x{first:02x}")
+        if (first == _CONNACK) is self._greeted:  # the first packet, and no other [MQTT-3.2.0-1, 3.2.0-2]
+            raise ProtocolViolation(PROTOCOL_ERROR, "a second CONNACK" if self._greeted else "a packet before CONNACK")
+        self._greeted = True
         return super()._packet_handle()
 
     def _handle_on_message(self, message: paho.MQTTMessage) -> None:

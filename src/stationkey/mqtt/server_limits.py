@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from stationkey.errors import BrokerError
+from stationkey.mqtt.paho_client import PROTOCOL_ERROR, ProtocolViolation
 
 _PUBLISH_OVERHEAD: Final = 2 + 2 + 1
 """Bytes of a PUBLISH beside topic and payload: length of the topic, packet identifier, no properties [3.3]."""
@@ -23,6 +24,9 @@ class ServerLimits:
         retain_available: whether a PUBLISH may be retained [MQTT-3.2.2-14].
         receive_maximum: PUBLISH packets of QoS 1 that may be unacknowledged [3.2.2.3.3].
         session_expiry: seconds that the session is kept; None for what was asked for [3.2.2.3.2].
+
+    Raises:
+        ProtocolViolation: a limit of 0, which is a protocol error [3.2.2.3.3, 3.2.2.3.6].
     """
 
     maximum_packet_size: int | None = None
@@ -30,6 +34,11 @@ class ServerLimits:
     retain_available: bool = True
     receive_maximum: int = 65_535
     session_expiry: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing could ever be published."""
+        if not self.receive_maximum or self.maximum_packet_size == 0:
+            raise ProtocolViolation(PROTOCOL_ERROR, "a CONNACK with a limit of 0")
 
     @classmethod
     def of(cls, properties: object) -> Self:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Final, Protocol
 
 from stationkey.errors import LedgerError
@@ -23,7 +24,9 @@ from stationkey.keystore.worker import KeyStoreThread, Task, Turn
 from stationkey.ledger import Figures
 from stationkey.observability.status import Condition
 from stationkey.service.requests import StationKeyService
+from stationkey.system.counters import Counts
 from stationkey.system.systemd import ServiceManager
+from stationkey.system.tasks import Work, background
 from stationkey.x509.renewal import Due
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class Health:
         broker: URL of the broker, without secrets.
         patience: seconds that the key store may take for a small question.
         clock: Unix time in seconds.
+        failures: counts what goes wrong in its tasks.
 
     Attributes:
         service: the service, as soon as there is one.
@@ -88,6 +92,7 @@ class Health:
         broker: str,
         patience: float,
         clock: Callable[[], float] = time.time,
+        failures: Counts | None = None,
     ) -> None:
         self.keystore = keystore
         self.service: StationKeyService | None = None
@@ -98,6 +103,7 @@ class Health:
         self._broker = broker
         self._patience = patience
         self._clock = clock
+        self._failures = failures or Counts()
         self._connected = False
         self._changed_at = clock()
         self._ready = False
@@ -199,20 +205,13 @@ class Health:
         Args:
             probing: ask the key store now and then, though there be no watchdog.
         """
-        works: dict[str, Coroutine[object, object, None]] = {}
+        works: dict[str, Work] = {}
         if self._manager.watchdog is not None or probing:
-            works["watchdog"] = self._feed(self._manager.watchdog)
+            works["watchdog"] = partial(self._feed, self._manager.watchdog)
         if self._manager:
-            works["status"] = self._tell()
-        tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]
-        for task in tasks:
-            task.add_done_callback(_tell_fault)
-        try:
+            works["status"] = self._tell
+        async with background(works, self._failures):
             yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _feed(self, watchdog: float | None) -> None:
         """Give signs of life while neither key store nor ledger hangs. The event loop gives them, so it lives."""
@@ -271,9 +270,3 @@ class Health:
             with suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_INTERVAL):
                     await self._news.wait()
-
-
-def _tell_fault(task: asyncio.Task[None]) -> None:
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        log.error("%s has ended; this is a fault of stationkey", task.get_name(), exc_info=error)

@@ -162,6 +162,13 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
         counters.unanswerable,
         [(reason,) for reason in UNANSWERABLE],
     )
+    yield _counters(
+        "task_failures",
+        "Errors that a task of the daemon did not handle.",
+        ("task", "reason"),
+        counters.task_failures,
+        [("mqtt", "internal_error")],
+    )
     answers = HistogramMetricFamily(
         _PREFIX + "answer_seconds", "How long a new CSR took, from the message to the answer.", labels=("algorithm",)
     )
@@ -185,13 +192,6 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
         ("outcome",),
         counters.renewal_commands,
         [(outcome,) for outcome in ("ok", *COMMAND_FAILURES)],
-    )
-    yield _counters(
-        "task_failures",
-        "Runs of the daemon's own tasks that an unexpected exception ended.",
-        ("task",),
-        counters.task_failures,
-        [],
     )
     yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", counters.unusable)
     yield _counter(

@@ -11,6 +11,8 @@ from stationkey.errors import StationKeyError
 from stationkey.ledger import MAX_REJECTIONS
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.rate_limit import TokenBucket
+from stationkey.system.counters import Counts
+from stationkey.system.tasks import note_failure
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +28,12 @@ class Rejections:
 
     Args:
         ledger: the ledger's thread.
+        failures: counts what goes wrong.
     """
 
-    def __init__(self, ledger: LedgerThread) -> None:
+    def __init__(self, ledger: LedgerThread, failures: Counts) -> None:
         self._ledger = ledger
+        self._failures = failures
         self._recordable = TokenBucket(per_minute=RECORDED_A_MINUTE, burst=MAX_REJECTIONS)
         self._recording: asyncio.Task[None] | None = None
         self._unrecorded = False  # whether there are some that the task has not come to yet
@@ -70,6 +74,8 @@ class Rejections:
                 await self._write()
         except StationKeyError as error:
             log.error("rejections are not on record yet: %s", error, extra={"reason": error.reason})
+        except Exception as error:  # noqa: BLE001 - the next rejection starts it again
+            note_failure(error, "record-rejections", self._failures)
         finally:
             self._recording = None
 

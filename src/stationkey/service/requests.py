@@ -67,6 +67,7 @@ class StationKeyService:
         clock: Unix time in seconds.
         on_change: called when keys may have become active, or may have ended.
         worker: makes the threads for the ledger and for Josev's files.
+        counters: where outcomes are counted.
 
     Attributes:
         custody: shows the keys in use under ``active/``.
@@ -92,6 +93,7 @@ class StationKeyService:
         clock: Callable[[], float] = time.time,
         on_change: Callable[[], None] = lambda: None,
         worker: type[Worker] = Worker,
+        counters: Counters | None = None,
     ) -> None:
         self._keystore = keystore
         self._ledger = LedgerThread(ledger, worker=worker)
@@ -105,9 +107,9 @@ class StationKeyService:
         self._seen = SeenIds()
         self._knows_ids = False  # whether `_seen` has those of earlier runs, too
         self._in_flight = InFlight()
-        self._rejections = Rejections(self._ledger)
         self._closed = False
-        self.counters = Counters()
+        self.counters = counters or Counters()
+        self._rejections = Rejections(self._ledger, self.counters.task_failures)
         active = ActiveDirectory(ledger.database.directory)
         self.custody = Custody(
             keystore,

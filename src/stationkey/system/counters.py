@@ -83,8 +83,8 @@ class Counters:
         unusable: keys that the present key store could not load at the start.
         not_shown: failures to write the files under ``active/``, by reason.
         hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
+        task_failures: errors that a task of the daemon did not handle, by task and reason.
         renewal_commands: runs of ``[renewal] command``, by ``ok`` or the reason of the failure.
-        task_failures: runs of the daemon's own tasks that ended by an unexpected exception, by task.
     """
 
     def __init__(self) -> None:
@@ -115,5 +115,7 @@ class Counters:
         for (status, outcome, reason), count in self.statuses.items():
             outcomes[reason or status] += count * (outcome != "repeated")
         for (reason,), count in (*self.unanswerable.items(), *self.not_shown.items()):
+            outcomes[reason] += count
+        for (_, reason), count in self.task_failures.items():
             outcomes[reason] += count
         return +outcomes

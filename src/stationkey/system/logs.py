@@ -157,7 +157,11 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         self._minute = minute
         self._kinds: dict[object, _Kind] = {}
         self._ends = 0.0  # when the minute under way does
-        self._teller: threading.Timer | None = None
+        self._withheld = threading.Event()
+        self._ending = threading.Event()
+        # From the start: `emit` is called on the event loop, which must not start a thread; see `system.threads`.
+        self._teller = threading.Thread(target=self._tell_in_time, name="log-minute", daemon=True)
+        self._teller.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, or count it. Called with the handler's lock held."""
@@ -173,13 +177,15 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         # As text, so that the error and its causes are not kept for a minute.
         kind.last = copy(record)
         kind.last.msg, kind.last.args, kind.last.exc_info = record.getMessage(), (), None
-        if self._teller is None:  # a thread that waits for the minute's end: there may be no later line to tell at
-            self._teller = threading.Timer(self._ends - time.monotonic(), self.tell)
-            self._teller.daemon = True
-            try:
-                self._teller.start()
-            except RuntimeError:  # no room for a thread: then the next line after the minute's end tells, or `close`
-                self._teller = None
+        self._withheld.set()
+
+    def _tell_in_time(self) -> None:
+        """Wait for the end of each minute in which lines were withheld: there may be no later line to tell at."""
+        while not self._ending.is_set():
+            self._withheld.wait()
+            if not self._ending.wait(max(0.0, self._ends - time.monotonic())):
+                with suppress(Exception):  # a moment without memory must not end the thread
+                    self.tell()
 
     def _kind(self, record: logging.LogRecord) -> _Kind:
         key: object = (record.name, record.levelno, record.msg, getattr(record, "reason", None))
@@ -191,9 +197,8 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         """End the minute: write the number of withheld lines."""
         assert self.lock is not None
         with self.lock:
-            if self._teller is not None:
-                self._teller.cancel()
-            self._teller, self._ends = None, 0.0
+            self._withheld.clear()
+            self._ends = 0.0
             kinds, self._kinds = self._kinds, {}
             for kind in kinds.values():
                 if kind.last is not None:
@@ -213,6 +218,8 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
     def close(self) -> None:
         """Write what was withheld; nothing is written after it."""
         self.tell()
+        self._ending.set()
+        self._withheld.set()
         super().close()
 
 

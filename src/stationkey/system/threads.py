@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -48,8 +49,8 @@ class Worker:
     def put(self, call: Callable[[], None]) -> None:
         """Queue a call that handles its own errors."""
         with self._lock:
+            self._calls.put(call)
             self._queued += 1
-        self._calls.put(call)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Queue a call, and return a future with its result or its error.
@@ -74,11 +75,12 @@ class Worker:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            self._begun = self._clock()
             try:
+                self._begun = self._clock()
                 call()
             except BaseException:
-                log.exception("a call on the thread %s failed", self.name)
+                with suppress(Exception):  # where memory is short, the line may fail, too
+                    log.exception("a call on the thread %s failed", self.name)
             self._begun = None
             with self._lock:
                 self._queued -= 1
