@@ -1,8 +1,10 @@
-"""The renewal watch of the running daemon: a clock that is wrong, kills, and a command that hangs."""
+"""The renewal watch of the running daemon: who is told, a clock that is wrong, kills, and a command that hangs."""
 
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -93,6 +95,34 @@ def test_a_renewal_command_that_hangs_delays_no_request_and_is_killed(scene: Sce
     scene.daemon.terminate()
     for pid in (leader, child):
         until(lambda pid=pid: not is_running(pid), "the command is killed")  # type: ignore[misc]
+
+
+def test_what_is_due_is_told_on_the_topic_and_by_health_and_metrics(scene: Scene) -> None:
+    listen = f"unix:{scene.folder}/metrics.sock"
+    configure(scene, f'topic = "cs/stationkey/renewal"\n[metrics]\nlisten = "{listen}"')
+    scene.daemon.start()
+    install(scene)
+    port = scene.broker.url.rpartition(":")[2]
+    command = ("mosquitto_sub", "-p", port, "-q", "1", "-t", "cs/stationkey/renewal", "-C", "2", "-W", "20")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as subscriber:
+        assert subscriber.stdout is not None
+        assert json.loads(subscriber.stdout.readline())["data"] == {"due": [], "more": 0}
+        set_clock(scene, LIFE - timedelta(days=29))
+        told = json.loads(subscriber.stdout.readline())["data"]
+    certificate = {"certificate_type": "charging_station_certificate", "evse_id": EVSE, "state": "due"}
+    assert told == {"due": [certificate | {"not_after": told["due"][0]["not_after"]}], "more": 0}
+    assert datetime.fromisoformat(told["due"][0]["not_after"]) == (START + LIFE).replace(microsecond=0)
+    assert json.loads(get(listen, "/health"))["renewal"] == {"due": 1, "expired": 0, "clock_behind": False}
+    assert 'stationkey_certificates_due{state="due"} 1.0' in get(listen, "/metrics")
+
+
+def get(listen: str, path: str) -> str:
+    """What is answered to a GET over a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(listen.removeprefix("unix:"))
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    return answer.partition(b"\r\n\r\n")[2].decode()
 
 
 def is_running(pid: str) -> bool:
