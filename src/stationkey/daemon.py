@@ -196,7 +196,7 @@ def _ready(health: Health) -> None:
 
 def _stopping(stop: asyncio.Event, health: Health) -> None:
     if not stop.is_set():
-        log.info("stopping: what is in hand is finished first")
+        log.info("stopping: finishing messages in hand")
         health.stopping()
     stop.set()
 
@@ -225,7 +225,7 @@ async def _watching(
             listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
             pages = _pages(settings, health, names=listener.address.path is not None)
             await stack.enter_async_context(Endpoint(listener, pages, for_machines=("/metrics", "/health")))
-            log.info("page, metrics and health can be asked for at %s", listener.address)
+            log.info("serving page, metrics and health at %s", listener.address)
         yield health
 
 

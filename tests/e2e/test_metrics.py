@@ -576,7 +576,7 @@ def test_while_a_tpm_keeps_the_start_waiting_it_says_that_it_is_not_ready(
     swtpm.freeze()
     options = ("--broker", broker.url, "--keystore", swtpm.uri, *shown(tmp_path, f"unix:{path}"))
     with Station(tmp_path, *options).launch() as station:
-        station.wait_for("can be asked for at")
+        station.wait_for("serving page, metrics and health at")
         status, report = report_of(f"unix:{path}", lambda report: not report["ready"])
         assert (status, report["status"]) == (503, "trouble")
         assert sample(scrape(f"unix:{path}"), "ready") == 0

@@ -93,7 +93,7 @@ async def test_a_status_that_fits_no_key_is_logged_and_counted_and_changes_nothi
     assert here.dump() == before
     assert here.counts["status_fits_no_key"] == 1
     (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert f"'{verb}' changes nothing" in record.getMessage()
+    assert f"ignoring status '{verb}'" in record.getMessage()
 
 
 @pytest.mark.parametrize("verb", ["installed", "deleted", "failed_installation"])

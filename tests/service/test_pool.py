@@ -315,7 +315,7 @@ async def test_a_tpm_that_makes_other_keys_than_it_said_is_asked_anew(
     monkeypatch.setattr(store, "generate", make)
     async with pooled(tmp_path, store=store) as here:
         await here.full()
-    assert [said["reason"] for said in told(caplog, "no keys are made ahead for now")] == ["key_type_wrong"]
+    assert [said["reason"] for said in told(caplog, "making keys ahead paused")] == ["key_type_wrong"]
     assert len(naps.taken) == 1
 
 
@@ -328,7 +328,7 @@ async def test_a_key_that_takes_longer_than_a_request_may_is_warned_of_once_a_ru
         async with pooled(tmp_path) as here:
             await here.full()
         assert warned(caplog) == [
-            f"a {kind} key takes 40 s to make, and a request that comes meanwhile is rejected after 30 s"
+            f"making a {kind} key takes 40 s; a request meanwhile is rejected after 30 s"
             for kind in ("secp256r1", "secp521r1")
         ]
     takes(DEADLINE)

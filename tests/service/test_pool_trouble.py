@@ -297,7 +297,7 @@ async def test_while_the_key_store_is_away_each_try_is_told_and_each_waits_longe
     naps.after = after
     async with pooled(tmp_path, store=store, clocks=clocks) as here:
         await here.full()
-        tries = [said["reason"] for said in told(caplog, "no keys are made ahead for now")]
+        tries = [said["reason"] for said in told(caplog, "making keys ahead paused")]
         assert tries == ["tpm_unreachable"] * 11
         assert naps.taken == [1, 2, 4, 8, 16, 32, 64, 128, 256, RETRY_LAST, RETRY_LAST]
         await here.until(lambda: told(caplog, "pool full"))
@@ -331,7 +331,7 @@ async def test_while_the_disk_is_full_nothing_is_ready_and_room_heals_it(
         naps.after = after
         await here.full()
         assert len(here.ahead()) == 2
-    assert [said["reason"] for said in told(caplog, "no keys are made ahead for now")] == ["disk_full"] * 3
+    assert [said["reason"] for said in told(caplog, "making keys ahead paused")] == ["disk_full"] * 3
     assert ready == [0, 0, 0]
 
 
@@ -348,5 +348,5 @@ async def test_a_tpm_that_is_away_at_the_start_and_again_later_is_used_when_it_i
         await here.full()
         ahead = here.ahead()
         assert await here.key() in ahead
-    assert [said["reason"] for said in told(caplog, "no keys are made ahead for now")] == ["tpm_unreachable"] * 2
+    assert [said["reason"] for said in told(caplog, "making keys ahead paused")] == ["tpm_unreachable"] * 2
     assert naps.taken == [1, 1]

@@ -581,7 +581,7 @@ async def test_a_rejection_that_cannot_be_written_is_told_and_written_when_it_ca
         recording = answering._rejections._recording  # noqa: SLF001 - the task that nobody waits for
         assert recording is not None
         await recording
-    assert "rejections are not on record yet" in caplog.text
+    assert "rejections not recorded yet" in caplog.text
     assert csr_of(await answering.answer(request()))
     await answering.aclose()
     assert [reason for _, reason, _ in rejections(tmp_path)] == ["one"]

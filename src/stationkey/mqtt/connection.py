@@ -534,7 +534,7 @@ class MqttConnection:
             self._received.put_nowait(received)
         elif not self._dropping:
             self._dropping = True  # said once, until all that waits has been taken
-            log.warning("messages of QoS 0 come faster than they are answered, and some are dropped")
+            log.warning("QoS 0 messages dropped: they arrive faster than they are answered")
 
     def _on_publish(
         self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object

@@ -392,7 +392,7 @@ class MqttEdge:
             return
         _, left = await asyncio.wait(self._tasks, timeout=seconds)
         for in_hand in self._in_hand:
-            log.warning("not finished; the broker will send it again", extra=in_hand.about())
+            log.warning("not answered before shutdown; the broker will redeliver it", extra=in_hand.about())
         for task in left:
             task.cancel()
 
@@ -434,7 +434,7 @@ class MqttEdge:
                 if in_hand.message.redelivered and message.id in self._given_up:
                     return None
                 if self._service.is_surplus(message, most=max(1, self._queue // COPIES_SHARE)):
-                    log.warning("asked again before it was answered; not answered twice", extra=in_hand.about())
+                    log.warning("duplicate of a request in flight; not answered twice", extra=in_hand.about())
                     return None
                 waited = asyncio.get_running_loop().time() - in_hand.message.received
                 return await self._service.answer(message, waited=waited)
@@ -455,7 +455,7 @@ class MqttEdge:
             while True:
                 await self._connected.wait()
                 if self._connection is None and self._ending:
-                    log.warning("the answer goes out after the next start", extra=about)
+                    log.warning("answer not published; it is published after the next start", extra=about)
                     return False
                 try:
                     await self._publish(response.id, payload)

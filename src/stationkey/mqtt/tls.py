@@ -163,7 +163,7 @@ async def check(broker: Broker, terms: MqttTerms) -> None:
         async with asyncio.timeout(CONNECT_TIMEOUT):
             await in_thread(lambda: introduction(terms, tls=broker.tls))
     except (BrokerError, TimeoutError) as error:
-        log.debug("the TPM does not give the key for TLS yet: %s", error)  # each connection retries, and logs it
+        log.debug("the TPM does not provide the TLS key yet: %s", error)  # each connection retries, and logs it
 
 
 def _client_context(terms: MqttTerms) -> ssl.SSLContext:

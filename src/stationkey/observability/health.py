@@ -223,7 +223,7 @@ class Health:
             if now.stuck and not before.stuck:
                 log.error("the key store hangs")
             elif before.stuck and not now.stuck:
-                log.warning("the key store hangs no more")
+                log.warning("key store recovered")
             if now.troubles != before.troubles:
                 self._news.set()
             ledger_stuck = self.service is not None and self.service.ledger_stuck

@@ -111,7 +111,7 @@ class Expiry:
                 while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - nobody tells when the key store is back
                     await asyncio.sleep(backoff.next())
         except LedgerError as error:
-            log.error("not every key was tried: %s", error, extra={"reason": error.reason})
+            log.error("key check incomplete: %s", error, extra={"reason": error.reason})
 
     async def _tell_if_unusable(self, key: KeyRecord) -> bool:
         """Try a key; False where the key store is away, so that nobody knows."""

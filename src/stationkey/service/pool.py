@@ -183,7 +183,7 @@ class KeyPool:
                 await self._fill()
                 backoff.reset()
             except StationKeyError as error:
-                log.warning("no keys are made ahead for now: %s", error, extra={"reason": error.reason})
+                log.warning("making keys ahead paused: %s", error, extra={"reason": error.reason})
                 begun = begun and not isinstance(error, _OtherKind)
                 await asyncio.sleep(backoff.next())
                 continue
@@ -291,7 +291,7 @@ class KeyPool:
         )
         if seconds is not None and seconds > self._patience:
             log.warning(
-                "a %s key takes %.0f s to make, and a request that comes meanwhile is rejected after %.0f s",
+                "making a %s key takes %.0f s; a request meanwhile is rejected after %.0f s",
                 *(kind, seconds, self._patience),
             )
 

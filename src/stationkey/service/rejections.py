@@ -73,7 +73,7 @@ class Rejections:
                 self._unrecorded = False
                 await self._write()
         except StationKeyError as error:
-            log.error("rejections are not on record yet: %s", error, extra={"reason": error.reason})
+            log.error("rejections not recorded yet: %s", error, extra={"reason": error.reason})
         except Exception as error:  # noqa: BLE001 - the next rejection starts it again
             note_failure(error, "record-rejections", self._failures)
         finally:

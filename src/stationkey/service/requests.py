@@ -243,7 +243,7 @@ class StationKeyService:
             while ids := await self._ledger(lambda ledger, last: ledger.answers.ids(after=last), ids[-1]):
                 self._seen.update(ids)
         except LedgerError as error:
-            log.error("each id is looked up: %s", error, extra={"reason": error.reason})
+            log.error("id filter not loaded; looking up each id: %s", error, extra={"reason": error.reason})
             return
         self._knows_ids = True
 
@@ -385,7 +385,7 @@ class StationKeyService:
             await self._withdraw(request.id)
             raise
         for key_id in await recorded:
-            log.warning("too many keys were pending: the oldest is destroyed", extra={"key_id": key_id})
+            log.warning("too many pending keys: the oldest destroyed", extra={"key_id": key_id})
         return pem
 
     async def _withdraw(self, request_id: str) -> None:

@@ -133,7 +133,7 @@ class Statuses:
         """Log and count a status that changes nothing."""
         about = _about(status)
         self._count(status, "refused", error.reason)
-        log.error("'%s' changes nothing: %s", status.data.status, error, extra={**about, "reason": error.reason})
+        log.error("ignoring status '%s': %s", status.data.status, error, extra={**about, "reason": error.reason})
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         look = await self._files.look(status)

@@ -183,7 +183,7 @@ class OcppConnection:
     def _take(self, message: Any) -> None:
         """A result or an error: for the call on its way, or late and of no use."""
         if self._pending is None or message.unique_id != self._pending[0] or self._pending[1].done():
-            log.warning("an answer to no call of ours")
+            log.warning("answer without a call")
         elif isinstance(message, messages.CallResult):
             self._pending[1].set_result(message.payload)
         else:
@@ -220,10 +220,10 @@ def _read(frame: str | bytes) -> Any:
     try:
         message = messages.unpack(frame)
     except (OCPPError, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-        log.warning("a frame that is no OCPP-J: %s", type(error).__name__)
+        log.warning("invalid OCPP-J frame: %s", type(error).__name__)
         return None
     if not isinstance(message.unique_id, str) or not isinstance(getattr(message, "action", None), str | None):
-        log.warning("a frame that is no OCPP-J: its id or action is no string")
+        log.warning("invalid OCPP-J frame: its id or action is not a string")
         return None
     return message
 

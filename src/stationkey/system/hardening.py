@@ -28,13 +28,13 @@ def close_to_others() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError) as error:
-        log.warning("core files cannot be turned off: %s", error)
+        log.warning("disabling core files failed: %s", error)
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         # Variadic, and so each argument must have the size that prctl(2) reads: unsigned long.
         refused = libc.prctl(_PR_SET_DUMPABLE, *(ctypes.c_ulong(0),) * 4)
     except (OSError, AttributeError) as error:
-        log.warning("debuggers of the same user cannot be kept out: %s", error)
+        log.warning("keeping out debuggers of the same user failed: %s", error)
         return
     if refused:
-        log.warning("debuggers of the same user cannot be kept out: %s", os.strerror(ctypes.get_errno()))
+        log.warning("keeping out debuggers of the same user failed: %s", os.strerror(ctypes.get_errno()))

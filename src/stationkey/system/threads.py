@@ -147,7 +147,7 @@ class Workers:
         try:
             worker = Worker(f"{self._name}-{number}")  # not under the lock, which the caller takes
         except (RuntimeError, MemoryError) as error:
-            log.warning("no thread %s-%d: %s", self._name, number, error)
+            log.warning("thread %s-%d not started: %s", self._name, number, error)
             with self._lock:
                 self._started -= 1
         else:

@@ -304,7 +304,7 @@ class Device:
             )
         if not attributes & TPMA_OBJECT.NODA:
             # tpm2_createprimary makes it so by default; keys may hang on it, so it is used, and said.
-            log.warning("the storage root key lacks noda: three losses of power in a row can lock the TPM for a while")
+            log.warning("the storage root key lacks noda: three power cuts in a row can lock the TPM for a while")
         return srk, found
 
     def _make_srk(self, esapi: Context, auth: bytes) -> tuple[Any, TPM2B_PUBLIC]:
