@@ -230,6 +230,16 @@ class Station:
     def events(self, key_id: str) -> list[str]:
         return [event.event for event in self.ledger.keys.history(key_id)]
 
+    def shown(self) -> dict[str, str]:
+        """The files under ``active/``, each with the name of the key in it."""
+        references = [self.ledger.keys.ref(key.key_id) for key in self.ledger.keys.usable()]
+        return {
+            path.name: reference.key_id
+            for path in self.active_dir.glob("*.pem")
+            for reference in references
+            if reference is not None and path.read_bytes().startswith(reference.pem())
+        }
+
     def dump(self) -> list[str]:
         """All that is in the ledger, but for the running time."""
         return dump(self.ledger.database.path)

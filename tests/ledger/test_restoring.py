@@ -82,6 +82,17 @@ def test_a_command_leaves_the_beginning_of_the_grace_period_to_the_daemon(ledger
     assert previous(ledger) == {old: 888}
 
 
+def test_a_command_that_restores_leaves_a_grace_period_where_the_certificate_has_expired(ledger: Ledger) -> None:
+    ledger.retention.write_running(USEFUL)
+    retired = install(ledger)
+    bring(ledger, retired, KeyEvent.RETIRED)
+    other = install(ledger)
+
+    ledger.transitions.restore(retired, reason="", now=0)
+
+    assert previous(ledger) == {other: None}
+
+
 def test_josev_deletes_the_key_before_only_after_it_has_connected_with_the_new_one(ledger: Ledger) -> None:
     old, new = install(ledger), install(ledger)
 

@@ -68,19 +68,6 @@ async def renewed(here: Station, evse_id: str | None = None) -> tuple[str, str]:
     return keys[0], keys[1]
 
 
-def files(here: Station) -> dict[str, str]:
-    """The files under ``active/``, each with the name of the key in it."""
-    by_content = {
-        reference.pem(): key.key_id
-        for key in here.ledger.keys.usable()
-        if (reference := here.ledger.keys.ref(key.key_id))
-    }
-    return {
-        path.name: next(key for content, key in by_content.items() if path.read_bytes().startswith(content))
-        for path in here.active_dir.glob("*.pem")
-    }
-
-
 async def test_the_key_before_stays_usable_with_its_chain_under_a_name_of_its_own(
     seeing: Station, josev: Josev
 ) -> None:
@@ -93,7 +80,7 @@ async def test_the_key_before_stays_usable_with_its_chain_under_a_name_of_its_ow
     await seeing.told("installed")
 
     assert (seeing.active_dir / "v2g_certificate.previous.pem").read_bytes() == before
-    assert files(seeing) == {
+    assert seeing.shown() == {
         "v2g_certificate.pem": key_id_in(second),
         "v2g_certificate.previous.pem": key_id_in(first),
     }
@@ -106,7 +93,7 @@ async def test_josev_goes_back_by_the_path_of_the_key(here: Station, path: str) 
     await here.told("installed", private_key_path=here.state_dir / path.format(old))
 
     assert here.states(old, new) == [ACTIVE, DEACTIVATED]
-    assert files(here) == {"v2g_certificate.pem": old, "v2g_certificate.previous.pem": new}
+    assert here.shown() == {"v2g_certificate.pem": old, "v2g_certificate.previous.pem": new}
     assert here.events(old)[-1] == "restored"
     assert here.events(new)[-1] == "replaced"
     assert here.service.counters.restorations == 1
@@ -162,11 +149,11 @@ async def test_josev_goes_back_after_it_deleted_the_renewed_certificate(seeing: 
     path.unlink()
     await seeing.told("deleted")
     assert seeing.states(key_id_in(old), key_id_in(new)) == [DEACTIVATED, DESTROYED]
-    assert files(seeing) == {"v2g_certificate.previous.pem": key_id_in(old)}
+    assert seeing.shown() == {"v2g_certificate.previous.pem": key_id_in(old)}
 
     await seeing.told("installed")
 
-    assert files(seeing) == {"v2g_certificate.pem": key_id_in(old)}
+    assert seeing.shown() == {"v2g_certificate.pem": key_id_in(old)}
 
 
 async def test_of_two_replaced_keys_none_is_guessed(seeing: Station, josev: Josev) -> None:
@@ -239,7 +226,7 @@ async def test_josev_deletes_the_key_before_by_its_file(here: Station) -> None:
 
     assert here.states(old, new) == [DESTROYED, ACTIVE]
     assert here.record(new).confirmed
-    assert files(here) == {"v2g_certificate.pem": new}
+    assert here.shown() == {"v2g_certificate.pem": new}
 
 
 # Time.
@@ -282,7 +269,7 @@ async def test_a_station_that_was_off_for_a_month_has_both_keys(tmp_path: Path) 
         await here.pass_by(DAY)
 
         assert here.states(*keys) == [DEACTIVATED, ACTIVE]
-        assert len(files(here)) == 2
+        assert len(here.shown()) == 2
 
 
 RENEWAL = 60
@@ -333,7 +320,7 @@ class Years:
 
     def _judge(self, here: Station) -> None:
         if self.day < self._expires:
-            assert self._connects in files(here).values(), f"the key that connects is lost on day {self.day}"
+            assert self._connects in here.shown().values(), f"the key that connects is lost on day {self.day}"
         living = here.ledger.keys.usable()
         assert [key.state for key in living].count(ACTIVE) == 1
         assert [key.previous for key in living].count(True) <= 1

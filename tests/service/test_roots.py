@@ -49,24 +49,6 @@ async def install(
     return key_id_in(csr)
 
 
-def shown(here: Station) -> dict[str, list[str]]:
-    """What the files under ``active/`` hold, by what their names say beside the root."""
-    keys = {
-        reference.pem(): key.key_id
-        for key in here.ledger.keys.usable()
-        if (reference := here.ledger.keys.ref(key.key_id))
-    }
-    found: dict[str, list[str]] = {"active": [], "previous": []}
-    for path in here.active_dir.glob("*.pem"):
-        name = re.fullmatch(r"v2g_certificate\.root-[0-9a-f]{16}(\.previous)?\.pem", path.name)
-        assert name, path.name
-        content = path.read_bytes()
-        found["previous" if name.group(1) else "active"] += [
-            key for pem, key in keys.items() if content.startswith(pem)
-        ]
-    return {part: sorted(names) for part, names in found.items()}
-
-
 async def test_a_key_of_each_root_is_active_and_each_has_one_to_go_back_to(
     here: Station, certificate_dir: Path
 ) -> None:
@@ -74,7 +56,13 @@ async def test_a_key_of_each_root_is_active_and_each_has_one_to_go_back_to(
     new = [await install(here, certificate_dir, authority) for authority in (ONE, OTHER)]
 
     assert here.states(*old, *new) == [DEACTIVATED, DEACTIVATED, ACTIVE, ACTIVE]
-    assert shown(here) == {"active": sorted(new), "previous": sorted(old)}
+    roots = [here.record(key).root for key in new]
+    assert len(set(roots)) == 2
+    assert here.shown() == {
+        f"v2g_certificate.root-{root}{part}.pem": key
+        for part, keys in (("", new), (".previous", old))
+        for root, key in zip(roots, keys, strict=True)
+    }
 
 
 async def test_the_newest_certificate_of_each_root_is_used(here: Station, certificate_dir: Path) -> None:

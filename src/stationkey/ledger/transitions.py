@@ -394,8 +394,13 @@ def _displace(
         if not rival.active and rival is not kept:
             sql.execute("UPDATE key SET previous = 0, due = ? WHERE key_id = ?", (grace_due, rival.key_id))
     if kept is not None:
-        (root, confirmed) = sql.execute("SELECT root, confirmed FROM key WHERE key_id = ?", (key_id,)).fetchone()
-        due = max(grace_due or 0, kept.useful_until) if confirmed is None else grace_due
+        root, confirmed, running = sql.execute(
+            "SELECT root, confirmed, coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'running'), 0)"
+            " FROM key WHERE key_id = ?",
+            (key_id,),
+        ).fetchone()
+        held = confirmed is None and kept.useful_until > (running if grace_due is None else grace_due)
+        due = kept.useful_until if held else grace_due
         sql.execute("UPDATE key SET previous = 1, due = ?, root = ? WHERE key_id = ?", (due, root, kept.key_id))
     return [rival.key_id for rival in replaced]
 
