@@ -52,7 +52,7 @@ screenshot:
 	@.venv/bin/python scripts/screenshot.py
 
 deb:
-	@scripts/setup deb
+	@scripts/setup package
 	@scripts/deb
 
 deb-check: deb

@@ -329,4 +329,4 @@ class Daemon(Peer):
         return [event for event in events if fields.items() <= event.items()]
 
     def listening(self) -> bool:
-        return bool(self.events(event="ready"))
+        return any(event["event"].startswith(("ready", "serving degraded")) for event in self.events())

@@ -83,7 +83,7 @@ async def serve(settings: Settings) -> None:
             # A TPM that hangs must not keep a signal waiting.
             stopped = asyncio.create_task(stop.wait(), name="stop")
             await unless(stopped, check(broker, settings.mqtt))
-            await unless(stopped, _introduce(settings, keystore, health))
+            degraded = await unless(stopped, _introduce(settings, keystore, health)) or ""
             service = StationKeyService(
                 keystore,
                 ledger,
@@ -112,7 +112,7 @@ async def serve(settings: Settings) -> None:
                 payload_bytes=settings.policy.payload_bytes,
                 retained=due,
                 failures=counters.task_failures,
-                on_ready=partial(_ready, health),
+                on_ready=partial(_ready, health, degraded),
                 on_away=health.away,
             )
             health.watch(service, edge)
@@ -144,8 +144,12 @@ async def serve(settings: Settings) -> None:
         state.close()
 
 
-async def _introduce(settings: Settings, keystore: KeyStoreThread, health: Health) -> None:
-    """Log which key store this is and what it can do; refuse to start with one that will never do."""
+async def _introduce(settings: Settings, keystore: KeyStoreThread, health: Health) -> str:
+    """Log which key store this is and what it can do; refuse to start with one that will never do.
+
+    Returns:
+        Why it cannot serve yet; empty if it can.
+    """
     where = KeyStoreUri.parse(settings.keystore)
     log.info("stationkey %s", __version__, extra={"keystore": str(where), "state_dir": str(settings.state_dir)})
 
@@ -161,10 +165,11 @@ async def _introduce(settings: Settings, keystore: KeyStoreThread, health: Healt
         if not failure.transient:
             raise
         log.error("requests will be rejected until this is over: %s", failure, extra={"reason": failure.reason})
-        return
+        return failure.message
     health.description = description
     level = logging.INFO if where.scheme.protected else logging.WARNING
     log.log(level, "key store: %s", description, extra={str(name): words for name, words in algorithms.items()})
+    return ""
 
 
 def _renewal_topic(settings: Settings) -> RetainedTopic | None:
@@ -189,8 +194,12 @@ def _note_unhandled(failures: Counts, loop: asyncio.AbstractEventLoop, context: 
         note_failure(error, "event-loop", failures)
 
 
-def _ready(health: Health) -> None:
-    log.info("ready")
+def _ready(health: Health, degraded: str) -> None:
+    """Log that the subscription stands, and at the first time why requests are rejected, if that is still so."""
+    if degraded and health.condition().troubles and not health.connections:
+        log.warning("serving degraded: %s", degraded)
+    else:
+        log.info("ready")
     health.connected()
 
 

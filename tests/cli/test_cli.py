@@ -36,6 +36,7 @@ ASK = [
 ]
 
 REASONED = Path(__file__).parents[1] / "support/reasoned.py"
+JOSEV = [*ASK[2:], "--identity", "CS1", "--certificate-dir", "x", "--trust-anchors", __file__]
 NOWHERE = ["--broker", "mqtt://127.0.0.1:1"]
 """A broker that is not there, for what must not get so far."""
 
@@ -194,6 +195,17 @@ def test_a_command_whose_library_is_not_installed_says_so(say_hello: Path) -> No
         pytest.param(["schema", "generate_csr"], "generate_csr.request", id="unknown schema"),
         pytest.param(["completion", "csh"], "'csh'", id="unknown shell"),
         pytest.param(["keys", "show"], "'ID'", id="no key named"),
+        pytest.param([*ASK, "--broker", "127.0.0.1"], "'127.0.0.1'", id="no URL"),
+        pytest.param([*ASK, "--broker", "mqtt://u:p@127.0.0.1:1"], "password", id="password"),
+        pytest.param([*ASK, *NOWHERE, "--topic-prefix", "a/#"], "'a/#'", id="wildcard"),
+        pytest.param([*ASK, *NOWHERE, "--topic-prefix", "\udcff"], "udcff", id="prefix not UTF-8"),
+        pytest.param([*ASK, *NOWHERE, "--mqtt-key-file", "/x"], "certificate_file", id="key without certificate"),
+        pytest.param(["serve", "--keystore", "pkcs15:"], "'pkcs15:'", id="unknown key store"),
+        pytest.param(["serve", "--keystore", "tpm2:x", "--broker", "h"], "'h'", id="serve, no URL"),
+        pytest.param(["tls-config", "--check", "v2g"], ", ".join(CertificateType), id="a type that was mistyped"),
+        pytest.param(["key-auth", "v2g"], ", ".join(CertificateType), id="key-auth, a type that was mistyped"),
+        pytest.param(["health", "everywhere:1"], "'everywhere:1'", id="health, no address"),
+        pytest.param(["josev", *JOSEV, "--csms", "http://127.0.0.1:1"], "wss://", id="no URL of a WebSocket"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_wrong(arguments: list[str], words: str) -> None:
@@ -235,10 +247,6 @@ def test_asking_a_broker_that_is_not_there_exits_1() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason", "words"),
     [
-        pytest.param([*ASK, "--broker", "127.0.0.1"], "broker_invalid", "'127.0.0.1'", id="no URL"),
-        pytest.param([*ASK, "--broker", "mqtt://u:p@127.0.0.1:1"], "broker_invalid", "password", id="password"),
-        pytest.param([*ASK, *NOWHERE, "--topic-prefix", "a/#"], "topic_prefix_invalid", "'a/#'", id="wildcard"),
-        pytest.param([*ASK, *NOWHERE, "--topic-prefix", b"\xff"], "topic_prefix_invalid", "", id="prefix not UTF-8"),
         pytest.param([*ASK, *NOWHERE, "--evse-id", b"\xff"], "not_utf8", "", id="EVSE ID not UTF-8"),
         pytest.param(
             ["serve", "--keystore", "software:"],
@@ -247,8 +255,6 @@ def test_asking_a_broker_that_is_not_there_exits_1() -> None:
             id="software, not allowed",
         ),
         pytest.param(["serve", "--keystore", "tpm2:"], "keystore_uri_invalid", "names no TPM", id="no TCTI"),
-        pytest.param(["serve", "--keystore", "pkcs15:"], "keystore_uri_invalid", "'pkcs15:'", id="unknown key store"),
-        pytest.param(["serve", "--keystore", "tpm2:x", "--broker", "h"], "broker_invalid", "'h'", id="serve, no URL"),
         pytest.param(
             ["serve", "--config", "/no/such/file"], "config_unreadable", "/no/such/file", id="no configuration file"
         ),

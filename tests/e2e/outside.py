@@ -102,7 +102,7 @@ class Station(Daemon):
         """Start it, and wait until it is ready: by the event itself, as a line of text may have ``ready=0`` in it."""
         self.launch()
         try:
-            self.wait_for_lines(lambda lines: any(_event(line)["event"].split()[-1:] == ["ready"] for line in lines))
+            self.wait_for_lines(lambda lines: any(_serves(_event(line)["event"]) for line in lines))
         except BaseException:
             self.kill()
             raise
@@ -163,6 +163,10 @@ class Station(Daemon):
         if self.process is None:
             self.start()
         return self
+
+
+def _serves(event: str) -> bool:
+    return event.split()[-1:] == ["ready"] or "serving degraded" in event
 
 
 def _event(line: str) -> Event:

@@ -214,6 +214,7 @@ def test_a_tpm_that_is_not_there_at_the_start_is_used_once_it_is(tmp_path: Path)
         scene.daemon.start()
         [told] = scene.daemon.events(level="error")
         assert told["reason"] == "tpm_unreachable"
+        assert "serving degraded" in scene.daemon.run_log
         assert scene.asker.ask().data.status == "rejected"
         scene.tpm.start()
         settle(scene)
@@ -227,7 +228,7 @@ def test_a_tpm_that_says_later_from_the_start_on_is_used_once_it_does_not(tmp_pa
         options[options.index(scene.keystore)] = f"tpm2:{wire.tcti}"
         scene.daemon = Daemon(tmp_path / "other", *options)
         scene.daemon.launch()
-        until(lambda: '"ready"' in scene.daemon.run_log, "it serves")
+        until(lambda: "serving degraded" in scene.daemon.run_log, "it serves")
         [told] = scene.daemon.events(level="error")
         assert told["reason"] == "tpm_busy"
         assert scene.asker.ask().data.status == "rejected"

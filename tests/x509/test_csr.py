@@ -517,3 +517,19 @@ def test_rsa_2048_is_good_enough_for_sha256_where_a_tpm_can_do_no_more() -> None
     csr = build_csr(request_for(algorithm=Algorithm.RSA_SHA256), key)
     assert key_type(csr.public_key()) == RSA_2048
     assert isinstance(csr.signature_algorithm_parameters, padding.PKCS1v15)
+
+
+def test_an_unknown_certificate_type_is_refused() -> None:
+    """A program that builds its request by hand may have any text there."""
+    asked = messages.generate_csr(
+        REQUEST_ID,
+        GenerateCsrData(
+            certificate_type="mo_certificate",  # type: ignore[arg-type] # that is the fault
+            common_name="x",
+            organization_name="x",
+            country_name="DE",
+        ),
+    )
+    with pytest.raises(StationKeyError) as refused:
+        build_csr(asked, P521)
+    assert refused.value.reason == "certificate_type_invalid"

@@ -8,6 +8,9 @@ the source. Modules that begin with an underscore hold what several commands sha
 from __future__ import annotations
 
 import ast
+import errno
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -17,6 +20,7 @@ import click
 
 from stationkey._version import __version__
 from stationkey.errors import StationKeyError
+from stationkey.system.interrupts import EXIT_INTERRUPTED, clean_up_first
 from stationkey.system.text import printable
 
 if TYPE_CHECKING:
@@ -28,6 +32,10 @@ _EXTRAS: Final = {
     "josev": {"jsonschema", "ocpp", "websockets"},
 }
 """The libraries that come with each extra in pyproject.toml; paho comes with both."""
+_UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""Errors of a standard output that takes nothing. A pipe whose reader has ended is not one: click ends quietly."""
+_WITHOUT_OUTPUT: Final = {"doctor", "serve"}
+"""Commands that are of use without a standard output: by exit status, by the log on standard error."""
 
 
 class _Commands(click.Group):
@@ -61,9 +69,25 @@ class _Commands(click.Group):
         """Return a command of the same name and help for each of ours, without importing any."""
         return [click.Command(name, help=_docstring(name.replace("-", "_"))) for name in self.list_commands(ctx)]
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            if error.errno not in _UNWRITABLE or error.filename is not None:
+                raise
+            if sys.stdout is sys.__stdout__:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried again at the end
+            click.echo(f"stationkey: standard output cannot be written: {error.strerror}", err=True)
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort) as stop:
+            # A question that Ctrl-C ends raises Abort, as one does whose answer is no.
+            if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            ctx.exit(EXIT_INTERRUPTED)
         except (StationKeyError, ModuleNotFoundError) as failure:
             error = failure if isinstance(failure, StationKeyError) else _missing(failure)
             click.echo(f"stationkey: {printable(error.message)}", err=True)
@@ -116,11 +140,15 @@ def _without(command: str, missing: StationKeyError) -> click.Command:
     },
 )
 @click.version_option(__version__, prog_name="stationkey", message="%(prog)s %(version)s")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Give an EV charging station its keys.
 
     stationkey answers Josev's generate_csr over MQTT with a certificate signing request for a key that is made in the
     station's TPM and never leaves it.
 
-    Every option can also be set by the environment, as shown by each command's --help.
+    Options that the environment can set too are marked with the variable's name in each command's --help.
     """
+    clean_up_first()  # the command is imported now
+    if sys.stdout is None and context.invoked_subcommand not in _WITHOUT_OUTPUT:
+        raise StationKeyError("standard output is closed; nothing was done", reason="output_closed")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import click
+from click.shell_completion import CompletionItem
 
 from stationkey.config.file import read_file, read_table, settle
 from stationkey.config.options import options_of
 from stationkey.config.settings import LogFormat, Settings
+from stationkey.contract.profiles import CertificateType
+from stationkey.errors import ConfigurationError, KeyStoreError, MessageError
 
 PREFIX: Final = "STATIONKEY"
 """Of the environment variable of each option that has one."""
@@ -29,6 +35,12 @@ Configured = Callable[[], Settings]
 # What may not be read is said in our words, and by the same exit status as all that is wrong with a file.
 _path: Final = click.Path(path_type=Path, readable=False)
 _DECLARED: Final = {option.place: option for option in options_of(Settings)}
+_CHECKED: Final = {
+    "broker": ("stationkey.mqtt.url", "Broker.parse"),
+    "topic_prefix": ("stationkey.mqtt.topics", "topics"),
+    "keystore": ("stationkey.keystore", "KeyStoreUri.parse"),
+}
+"""Who reads the text of an option, and refuses it: module and name, so that only the options that are given cost."""
 _TERMS: Final[dict[str, dict[str, Any]]] = {
     "state_dir": {"type": _path},
     "allow_software_keys": {"is_flag": True},
@@ -37,10 +49,38 @@ _TERMS: Final[dict[str, dict[str, Any]]] = {
 """What `click.option` has to know of an option that is not text."""
 
 
+class TypeOrFile(click.ParamType):  # type: ignore[type-arg] # generic in the newest click alone
+    """A certificate type, or a file: a name that is neither is most likely a type that was mistyped."""
+
+    name = "type|file"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in set(CertificateType) and "/" not in value and not Path(value).exists():
+            self.fail(f"{value!r} is neither a file nor a certificate type: {', '.join(CertificateType)}", param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(str(name)) for name in CertificateType if name.startswith(incomplete)]
+        return found or click.File().shell_complete(ctx, param, incomplete)
+
+
 def option(name: str, *names: str, **terms: Any) -> Decorator:
     """An option that is also read from the environment."""
     variable = name.removeprefix("--").replace("-", "_").upper()
     return click.option(name, *names, envvar=f"{PREFIX}_{variable}", show_envvar=True, **terms)
+
+
+@contextmanager
+def wrong_usage() -> Iterator[None]:
+    """Make what is wrong with a value of the command line or the environment wrong usage: exit status 2."""
+    try:
+        yield
+    except (ConfigurationError, MessageError, KeyStoreError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _texts(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: value or "" for name, value in table.items()}
 
 
 def setting_option(place: str, text: str = "") -> Decorator:
@@ -82,10 +122,14 @@ def configured(*places: str, file: str = CONFIG_TEXT, needs_keystore: bool = Tru
                 given[table][name] = others.pop(place.replace(".", "_"))
 
             def settings() -> Settings:
-                top = given.pop("", {})
-                tables = {table: {name: value or "" for name, value in one.items()} for table, one in given.items()}
-                told = {**read_file(config_file), **read_table(tables, "the command line")}
-                return settle(told, needs_keystore=needs_keystore, **top)
+                filed = read_file(config_file)
+                with wrong_usage():
+                    for place, (module, check) in _CHECKED.items():
+                        if value := given[""].get(place):
+                            attrgetter(check)(import_module(module))(value)
+                    tables = {table: _texts(one) for table, one in given.items() if table}
+                    told = {**filed, **read_table(tables, "the command line")}
+                return settle(told, needs_keystore=needs_keystore, **given[""])
 
             return command(settings=settings, **others)
 

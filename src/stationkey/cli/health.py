@@ -9,7 +9,7 @@ from typing import Final
 
 import click
 
-from stationkey.cli._options import Configured, configured
+from stationkey.cli._options import Configured, configured, wrong_usage
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.system.listener import Address
 
@@ -56,26 +56,34 @@ def ask(address: Address) -> tuple[bool, str]:
         connection.close()
 
 
+def _authority(address: str) -> str:
+    """Return the address in a URL, or what is not a URL as it is; the path is always that of the report."""
+    authority = address.removeprefix("http://") if address.startswith("http://") else ""
+    return authority.partition("/")[0] or address
+
+
 @click.command()
 @click.argument("address", required=False)
 @configured(file="Configuration file (TOML) of the daemon.", needs_keystore=False)
 def health(address: str | None, settings: Configured) -> None:
     """Ask the daemon how it is, and print what it says.
 
-    ADDRESS is what the daemon has as [metrics] listen; without it the configuration file says it.
+    ADDRESS is what the daemon has as [metrics] listen, as such or as a URL (http://127.0.0.1:9464); without it the
+    configuration file says it.
 
     \b
     Exit status: 0 it is well, 1 it is not or does not answer, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
-    if address is None:
-        address = settings().metrics
+    address = settings().metrics if address is None else _authority(address)
     if not address:
         raise ConfigurationError(
             "nobody can be asked: no ADDRESS was given, and the configuration names none",
             reason="health_unasked",
             hint="[metrics] listen in the configuration file makes the daemon answer",
         )
-    well, report = ask(Address.parse(address))
+    with wrong_usage():
+        where = Address.parse(address)
+    well, report = ask(where)
     click.echo(report, nl=False)
     if not well:
         sys.exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-import sys
+import uuid
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import click
 from stationkey.cli._options import BROKER, Configured, configured
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
+from stationkey.mqtt.connection import connect
 from stationkey.mqtt.url import Broker
 from stationkey.simulators.client_certificate import ClientCertificate
 from stationkey.simulators.josev import Station
@@ -104,6 +105,8 @@ def josev(
     or when a certificate is due, it asks for a CSR, has it signed, verifies and installs the certificate, and tells the
     charging station. A renewed client certificate that the CSMS refuses is discarded, and the one before restored.
     """
+    if not csms.startswith(("ws://", "wss://")):
+        raise click.BadParameter(f"{csms!r} does not begin with ws:// or wss://", param_hint="--csms")
     settled = settings()
     station_settings = StationSettings(
         csms=csms,
@@ -119,13 +122,22 @@ def josev(
     )
     station = Station(station_settings, _tell)
     wanted = [CertificateType(name) for name in renew]
-    try:
-        asyncio.run(_play(station, wanted, None if algorithm is None else Algorithm(algorithm), once=once))
-    except KeyboardInterrupt:
-        sys.exit(0)
+    asked = None if algorithm is None else Algorithm(algorithm)
+    asyncio.run(_play(station, station_settings, wanted, asked, once=once))
 
 
-async def _play(station: Station, wanted: list[CertificateType], algorithm: Algorithm | None, *, once: bool) -> None:
+async def _play(
+    station: Station,
+    settings: StationSettings,
+    wanted: list[CertificateType],
+    algorithm: Algorithm | None,
+    *,
+    once: bool,
+) -> None:
+    # A broker that is missing is reported now and not at the first renewal.
+    client_id = f"stationkey-josev-{uuid.uuid4().hex[:12]}"
+    async with await connect(settings.broker, client_id=client_id, persistent=False, terms=settings.mqtt):
+        pass
     running = asyncio.create_task(station.run(), name="josev")
     try:
         failures: list[StationKeyError] = []

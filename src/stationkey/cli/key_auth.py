@@ -6,14 +6,14 @@ import sys
 
 import click
 
-from stationkey.cli._options import Configured, configured
+from stationkey.cli._options import Configured, TypeOrFile, configured
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
 from stationkey.openssl import check
 
 
 @click.command("key-auth")
-@click.argument("named", metavar="TYPE|FILE")
+@click.argument("named", type=TypeOrFile())
 @configured(keystore="The TPM that the keys are in.", state_dir="Where active/ is.")
 def key_auth(named: str, settings: Configured) -> None:
     """Write the authorisation value of a key to a pipe, for a service that uses it.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from stationkey.cli._options import Configured, configured
+from stationkey.cli._options import Configured, TypeOrFile, configured
 from stationkey.errors import ConfigurationError
 from stationkey.openssl.servers import SERVERS
 
@@ -20,7 +20,7 @@ from stationkey.openssl.servers import SERVERS
 @click.option(
     "--check",
     "checked",
-    metavar="TYPE|FILE",
+    type=TypeOrFile(),
     help="Instead of printing: make TLS handshakes with the active key of a certificate type, or with key and chain in "
     "FILE.pem.",
 )

@@ -19,6 +19,7 @@ from stationkey.errors import ConfigurationError, NotVerified
 from stationkey.system.files import read_bounded, write_text
 from stationkey.system.pem import to_pem
 
+T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., object])
 
 FILE: Final = click.Path(path_type=Path, dir_okay=False)
@@ -118,6 +119,19 @@ def verify_attestation(
     _print_verdict(verdict, as_json=as_json)
 
 
+def _read(path: Path, read: Callable[[bytes], T]) -> T:
+    """Read a file with a key or certificates.
+
+    Raises:
+        ConfigurationError: it has none; the message names the file.
+    """
+    data = read_bounded(path)
+    try:
+        return read(data)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error.message}", reason=error.reason, hint=error.hint) from None
+
+
 def _print_verdict(verdict: Verdict, *, as_json: bool) -> None:
     if as_json:
         document = {"verified": True, "proved": verdict.proved, "not_proved": verdict.not_proved}
@@ -134,23 +148,23 @@ def _judge(
 ) -> Verdict:
     certificate = None
     if certificate_file is not None:
-        _, certificate = read_key(read_bounded(certificate_file))
+        _, certificate = _read(certificate_file, read_key)
         if certificate is None:
             raise ConfigurationError(f"{certificate_file} has no certificate", reason="anchor_unreadable")
-    csr = None if csr_file is None else read_csr(read_bounded(csr_file), "the CSR")
+    csr = None if csr_file is None else _read(csr_file, lambda data: read_csr(data, "the CSR"))
     return verify(read_evidence(document), anchor, nonce=nonce, csr=csr, certificate=certificate)
 
 
 def _anchor(ak_file: Path | None, ak_ca: Path | None, secret_file: Path | None, ek_file: Path | None) -> Anchor:
     if ak_file is not None:
-        authorities = [] if ak_ca is None else read_authorities(read_bounded(ak_ca))
-        return read_ak(read_bounded(ak_file), authorities=authorities, now=datetime.now(UTC))
+        authorities = [] if ak_ca is None else _read(ak_ca, read_authorities)
+        return _read(ak_file, lambda data: read_ak(data, authorities=authorities, now=datetime.now(UTC)))
     assert secret_file is not None  # one of the two is given
     try:
         secret = read_secret(read_bounded(secret_file))
     except NotVerified as error:
         raise ConfigurationError(f"{secret_file}: {error.message}", reason="anchor_unreadable") from None
-    if ek_file is not None and spki_of(read_key(read_bounded(ek_file))[0]) != secret.ek:
+    if ek_file is not None and spki_of(_read(ek_file, read_key)[0]) != secret.ek:
         raise NotVerified("the challenge was made for another endorsement key than --ek", reason="ek_differs")
     return secret
 
@@ -161,9 +175,9 @@ def _make_challenge(
     """Make a challenge, and say for what."""
     told = documents.read_either(document)
     ak = verifier.read_ak_public(told)
-    authorities = None if ek_ca is None else trust.read_authorities(read_bounded(ek_ca))
+    authorities = None if ek_ca is None else _read(ek_ca, read_authorities)
     if ek_file is not None:
-        ek, certificate = trust.read_key(read_bounded(ek_file))
+        ek, certificate = _read(ek_file, read_key)
         believed = "the one that was given"
         if authorities is not None:
             if certificate is None:

@@ -91,7 +91,7 @@ class Database:
                 raise LedgerError(
                     f"there is no ledger at {path}",
                     reason="ledger_missing",
-                    hint="is it the --state-dir of the daemon, and may this user read it?",
+                    hint="is it the --state-dir of the daemon?",
                 )
             clean = not Path(f"{path}-wal").exists()
             # Checked over a read-only connection, so that a refused database stays as it is, byte for byte: a
@@ -316,7 +316,9 @@ class Database:
         except OSError as error:
             self.trouble = "ledger_unusable"
             raise LedgerError(
-                f"the ledger {self.path} cannot be {act}: {error.strerror}", reason="ledger_unusable"
+                f"the ledger {self.path} cannot be {act}: {error.strerror}",
+                reason="ledger_unusable",
+                hint="run this with sudo" if isinstance(error, PermissionError) else "",
             ) from None
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", "")

@@ -43,6 +43,7 @@ from stationkey.simulators.ocpp import (
     certificate_signed_answer,
     read_certificate_signed,
     read_status,
+    read_status_info,
     read_trigger,
     security_event,
     sign_certificate,
@@ -389,10 +390,11 @@ class Station:
     async def _carry(self, pending: Pending) -> None:
         """Send the CSR, and the same one again while no certificate comes [A02.FR.17-19]."""
         for attempt, wait in enumerate(waits(self._settings.wait_minimum, self._settings.repeat_times)):
-            accepted = await self._send(pending)
+            accepted, why = await self._send(pending)
             if not accepted:
                 self._file.remove(pending)
-                raise SigningRefused("the CSMS refuses to sign", reason="csms_rejected")  # [A02.FR.20]
+                told = f"the CSMS refuses to sign: {why}" if why else "the CSMS refuses to sign, and gives no reason"
+                raise SigningRefused(told, reason="csms_rejected")  # [A02.FR.20]
             again = " again" if attempt else ""
             self._tell(f"SignCertificate was sent{again} and accepted", pending.certificate_type)
             try:
@@ -405,8 +407,8 @@ class Station:
             reason="csms_silent",
         )
 
-    async def _send(self, pending: Pending) -> bool:
-        """Send a CSR; whether the CSMS will sign it. Without an answer it may have been taken all the same."""
+    async def _send(self, pending: Pending) -> tuple[bool, str]:
+        """Send a CSR; whether the CSMS will sign it, and why not. Without an answer it may have been taken."""
         csms = await self._connection()
         call = sign_certificate(
             pending.certificate_type,
@@ -419,11 +421,12 @@ class Station:
             answer = await csms.call(*call)
         except NotAnswered as error:
             self._tell(f"SignCertificate: {error}", pending.certificate_type)
-            return True
+            return True, ""
         except CallError as error:
             self._tell(f"SignCertificate is answered with an error: {error}", pending.certificate_type)
-            return error.code in PASSING_ERRORS
-        return read_status(call.action, answer, csms.version) == "Accepted"
+            return error.code in PASSING_ERRORS, str(error)
+        status = read_status(call.action, answer, csms.version)
+        return status == "Accepted", read_status_info(answer) or ("" if status == "Rejected" else status)
 
     async def _connection(self) -> OcppConnection:
         await self._connected.wait()

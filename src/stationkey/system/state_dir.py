@@ -134,10 +134,11 @@ def refuse_unfit(path: Path, *, user: int) -> Path:
 
 def _unusable(path: Path, error: OSError | ValueError) -> ConfigurationError:
     why = error.strerror if isinstance(error, OSError) else error
+    closed = isinstance(error, PermissionError)
     return ConfigurationError(
         f"the state directory {path} cannot be used: {why}",
         reason="state_dir_unusable",
-        hint="name one with --state-dir that this user may write",
+        hint="run this with sudo" if closed else "name one with --state-dir that this user may write",
     )
 
 

@@ -6,9 +6,10 @@ The builder, the parser and the signature check are those of `cryptography`; not
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
@@ -30,6 +31,8 @@ from stationkey.contract.profiles import (
 )
 from stationkey.errors import KeyStoreError, Scope, StationKeyError
 
+K = TypeVar("K")
+V = TypeVar("V")
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 """Any private-key object of cryptography's interface; the key itself may be in a TPM."""
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
@@ -89,10 +92,11 @@ def sign_csr(
         The CSR: version 0 [RFC 2986 4.1], ECDSA without parameters [RFC 5758 3.2].
 
     Raises:
-        StationKeyError: the key is of another kind than the algorithm asks for.
+        StationKeyError: the key is of another kind than the algorithm asks for, or the certificate type or algorithm
+            is unknown, which `decode` does not let through.
     """
-    profile = profile or PROFILES[request.data.certificate_type]
-    algorithm = ALGORITHMS[request.algorithm]
+    profile = profile or _known(PROFILES, request.data.certificate_type, "certificate type")
+    algorithm = _known(ALGORITHMS, request.algorithm, "algorithm")
     kind = key_type(private_key.public_key())
     if kind not in algorithm.key_types:
         raise StationKeyError(
@@ -105,6 +109,20 @@ def sign_csr(
         uri = x509.UniformResourceIdentifier(f"urn:evse:{request.evse_id}")
         builder = builder.add_extension(x509.SubjectAlternativeName([uri]), critical=False)
     return builder.sign(private_key, HASHES[algorithm.hash_name])
+
+
+def _known(table: Mapping[K, V], name: K, what: str) -> V:
+    """Return the row of a name.
+
+    Raises:
+        StationKeyError: the table has no such row.
+    """
+    if name not in table:
+        raise StationKeyError(
+            f"unknown {what} {str(name)!r}; known are {', '.join(map(str, table))}",
+            reason=f"{what.replace(' ', '_')}_invalid",
+        )
+    return table[name]
 
 
 def check_signature(csr: x509.CertificateSigningRequest) -> None:
