@@ -21,7 +21,7 @@ from rich.console import Console
 from stationkey import CertificateType
 
 PICTURE = Path(__file__).parents[1] / "docs/status-page.png"
-WIDTH, HEIGHT = 960, 1120
+WIDTH, HEIGHT = 960, 1150
 FRESH_AFTER_MS = 1100
 """The page is at most a second old."""
 
