@@ -169,7 +169,7 @@ def test_what_happens_moves_its_own_counters_and_no_others(josev: Josev, station
     installed = update("installed", first)
     josev.publish(installed, installed, update("deleted", first))
     josev.publish(*(update("deleted", first) for _ in range(2)))
-    station.wait_for("changes nothing", count=2)
+    station.wait_for("ignoring status", count=2)
 
     def total(name: str, count: int, **labels: str) -> tuple[Key, float]:
         return (f"stationkey_{name}", frozenset(labels.items())), count
