@@ -177,7 +177,7 @@ class RenewalWatch:
                 "reason": reason,
                 "key_id": certificate.key_id,
                 "certificate_type": certificate.certificate_type,
-                "evse_id": certificate.evse_id or None,
+                **({"evse_id": certificate.evse_id} if certificate.evse_id else {}),
                 "not_after": certificate.end,
                 "hint": hint.count,
             },

@@ -203,10 +203,11 @@ class Station:
             wait = interval if interval > 0 else BOOT_RETRY
             self._tell(f"BootNotification answered with {self._boot_status}; sending it again in {wait:g} s", None)
             await asyncio.sleep(wait)
+        client = self._settings.client
+        if client is not None and (outcome := client.connected()) is not Outcome.NOTHING:
+            self._spawn(self._settle(csms, client, outcome))  # before any renewal that waits for the connection
         self._connected.set()
         self._tell(f"connected to {self._settings.csms}, OCPP {csms.version.number}", None)
-        if self._settings.client is not None:
-            self._spawn(self._settle(csms, self._settings.client, self._settings.client.connected()))
         self._resume()
         while interval > 0:
             await asyncio.sleep(interval)
@@ -524,22 +525,26 @@ class Station:
         await csms.close()  # [A02.FR.08]
 
     async def _settle(self, csms: OcppConnection, client: ClientCertificate, outcome: Outcome) -> None:
-        """Discard the certificate that did not connect, and tell the charging station which one did."""
-        if outcome is Outcome.NOTHING:
-            return
-        place = self._place(_CLIENT, None)
-        before = self._before(place)
-        if outcome is Outcome.CONFIRMED:
-            self._tell("connected with the renewed certificate; the one before is discarded", _CLIENT)  # [A02.FR.10]
-            before.unlink(missing_ok=True)
-            if client.previous is not None:
-                await self._report(_CLIENT, None, "deleted", client.previous)
-            return
-        self._tell("connected with the certificate before; the renewed one is discarded", _CLIENT)  # [A02.FR.28]
-        await self._event(csms, DISCARDED_CERTIFICATE_EVENT, "the CSMS does not let it in", _CLIENT)  # [A02.FR.29]
-        if before.exists():
-            before.replace(place)
-        await self._report(_CLIENT, None, "installed", client.previous)
+        """Discard the certificate that did not connect, and tell the charging station which one did.
+
+        No renewal begins meanwhile: the charging station must hear of this one first.
+        """
+        async with self._renewing:
+            place = self._place(_CLIENT, None)
+            before = self._before(place)
+            if outcome is Outcome.CONFIRMED:
+                self._tell(
+                    "connected with the renewed certificate; the one before is discarded", _CLIENT
+                )  # [A02.FR.10]
+                before.unlink(missing_ok=True)
+                if client.previous is not None:
+                    await self._report(_CLIENT, None, "deleted", client.previous)
+                return
+            self._tell("connected with the certificate before; the renewed one is discarded", _CLIENT)  # [A02.FR.28]
+            await self._event(csms, DISCARDED_CERTIFICATE_EVENT, "the CSMS does not let it in", _CLIENT)  # [A02.FR.29]
+            if before.exists():
+                before.replace(place)
+            await self._report(_CLIENT, None, "installed", client.previous)
 
     def _before(self, place: Path) -> Path:
         """Where the certificate before the one that is installed is kept."""

@@ -111,7 +111,7 @@ class BoundedCommand:
         program.stdout.close()
         with suppress(subprocess.TimeoutExpired):
             program.wait(_GRACE)
-        said = printable(output.decode("utf-8", "replace").strip())[:OUTPUT]
+        said = printable(" ".join(output.decode("utf-8", "replace").split()))[:OUTPUT]
         if not ended:
             raise CommandFailed(f"{name} took longer than {self._timeout:g} s: {said}", reason="command_timeout")
         if program.returncode != 0:
