@@ -179,7 +179,7 @@ class Hierarchy:
         """The certificate for a CSR and its chain, leaf first, without the root.
 
         The subject is the CSR's, byte for byte; the extensions are the profile's, whatever the CSR asks for. Whether
-        the CSR is fit to be signed is for others to judge (`stationkey.simulators.csms.csr_check.check_csr`).
+        the CSR is fit to be signed is for others to judge (`stationkey.x509.csr_check.check_csr`).
 
         Args:
             csr: its public key is certified.

@@ -38,11 +38,11 @@ from stationkey.contract.profiles import (
 )
 from stationkey.errors import ConfigurationError, Fault, StationKeyError
 from stationkey.simulators import ocpp
-from stationkey.simulators.csms.csr_check import CsrRefused, check_csr, from_pem, refused
 from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.ocpp import OcppVersion, Payload, PayloadInvalid, SignRequest
 from stationkey.simulators.ocpp_connection import Answered, BoundedServer, CallError, OcppConnection
 from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash, key_to_pem, to_pem
+from stationkey.x509.csr_check import CsrRefused, check_csr, from_pem, refused
 
 EVENT_TIMEOUT: Final = 10.0
 """Seconds that the waiting methods wait."""

@@ -20,8 +20,8 @@ from cryptography.x509.oid import NameOID
 from csms_parts import ORGANIZATION, STATION, V2G, csr_for, new_key
 
 from stationkey.contract.profiles import CertificateType
-from stationkey.simulators.csms.csr_check import CsrRefused, check_csr
 from stationkey.x509.csr import to_pem
+from stationkey.x509.csr_check import CsrRefused, check_csr
 
 # --- What it refuses -------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtensionOID, NameOID
 
 from stationkey.contract.profiles import CertificateType
-from stationkey.simulators.csms.csr_check import CsrRefused, check_csr
 from stationkey.x509.csr import to_pem
+from stationkey.x509.csr_check import CsrRefused, check_csr
 
 SUBJECT = {"C": "DE", "O": "O", "CN": "DE-ABC-S-1", "DC": "CPO"}
 OIDS = (NameOID.COUNTRY_NAME, NameOID.ORGANIZATION_NAME, NameOID.COMMON_NAME, NameOID.DOMAIN_COMPONENT)
