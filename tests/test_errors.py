@@ -53,7 +53,7 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
                 "tpm_error",
             ),
             *("key_auth_wrong", "key_protection_differs", "parent_missing", "pcr_changed"),
-            *("key_taken", "key_not_found", "key_destroyed", "illegal_transition"),
+            *("key_taken", "key_not_found", "csr_not_found", "key_destroyed", "illegal_transition"),
         ],
         (False, Scope.KEY),
     ),

@@ -170,6 +170,15 @@ def test_show_shows_one_key_and_never_its_private_part(beside: Beside) -> None:
     assert not any("private" in name for name in shown)
 
 
+def test_the_csr_of_a_key_can_be_had_until_the_key_is_destroyed(beside: Beside) -> None:
+    csr = beside.csr(V2G, E1)
+    assert beside.keys("export-csr", key_id_in(csr)).stdout == csr
+
+    beside.keys("destroy", key_id_in(csr), "--yes")
+    ended = beside.keys("export-csr", key_id_in(csr))
+    assert (ended.exit_code, ended.stdout) == (1, "")
+
+
 def test_the_beginning_of_a_name_is_enough_in_either_case(beside: Beside) -> None:
     key = beside.key()
 

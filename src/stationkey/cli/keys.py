@@ -19,7 +19,7 @@ import click
 
 from stationkey.cli._options import Configured, configured, json_option
 from stationkey.config.settings import RenewalTerms
-from stationkey.errors import StationKeyError
+from stationkey.errors import Scope, StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.service.active_files import ActiveDirectory
@@ -189,6 +189,25 @@ def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
     for name, value in shown.items():
         text = ", ".join(value) if isinstance(value, list) else value
         click.echo(f"{name.replace('_', ' '):<24}{'-' if text is None else printable(str(text))}")
+
+
+@keys.command("export-csr")
+@_key_id
+@_configured
+def keys_export_csr(key_id: str, settings: Configured) -> None:
+    """Print the CSR (PEM) that was answered with a key, as long as the key is not destroyed."""
+    with opened_ledger(settings().state_dir) as ledger:
+        key = ledger.keys.named(key_id)
+        answers = [ledger.answers.find(request_id) for request_id in reversed(key.request_ids)]
+    csr = next((answer.csr for answer in answers if answer is not None and answer.csr), None)
+    if csr is None:
+        raise StationKeyError(
+            f"there is no CSR on record for {key.key_id} ({key.state})",
+            reason="csr_not_found",
+            hint="it goes with the key, and after [lifecycle] answer_days; a key made ahead has none yet",
+            scope=Scope.KEY,
+        )
+    click.echo(csr, nl=False)
 
 
 @keys.command("history")

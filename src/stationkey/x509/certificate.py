@@ -249,13 +249,16 @@ def differences(chain: Chain, expected: Expected, *, now: float) -> list[str]:
         has = [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(oid)]
         if has != ([] if wanted is None else [wanted]):
             found.append(f"{label}: the certificate has {', '.join(has) or 'none'}, {wanted or 'none'} was asked for")
-    found += _usage_differences(leaf, expected.profile)
+    found += usage_differences(leaf, expected.profile)
     found += _validity_differences(leaf, now)
     found += _order_differences(chain)
     return found
 
 
-def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> list[str]:
+def usage_differences(
+    leaf: x509.Certificate | x509.CertificateSigningRequest, profile: CertificateProfile
+) -> list[str]:
+    """Return what keyUsage, extendedKeyUsage and basicConstraints lack of a profile, as text."""
     found = []
     try:
         usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
@@ -275,7 +278,9 @@ def _usage_differences(leaf: x509.Certificate, profile: CertificateProfile) -> l
     return found + _purpose_differences(leaf, profile)
 
 
-def _purpose_differences(leaf: x509.Certificate, profile: CertificateProfile) -> list[str]:
+def _purpose_differences(
+    leaf: x509.Certificate | x509.CertificateSigningRequest, profile: CertificateProfile
+) -> list[str]:
     try:
         purposes = list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
