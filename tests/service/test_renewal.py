@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -188,6 +189,21 @@ async def test_a_renewed_certificate_is_no_longer_due(tmp_path: Path) -> None:
         await it.install(folder, E1, life=timedelta(days=300))
         await it.watch.look()
         assert it.watch.due == ()
+
+
+async def test_a_command_that_cannot_be_started_is_told_at_the_start_and_the_watch_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked = asyncio.Event()
+    async with scene(tmp_path) as (it, _):
+        it.terms = RenewalTerms(command=("/does/not/exist",))
+        it.restart()
+        watching = asyncio.create_task(it.watch.run(lambda _: looked.set()))
+        async with asyncio.timeout(30):
+            await looked.wait()
+        watching.cancel()
+        it.watch.close()
+    assert [record.reason for record in caplog.records if hasattr(record, "reason")] == ["command_unstartable"]
 
 
 async def test_a_hint_that_cannot_be_written_down_is_not_given(tmp_path: Path) -> None:

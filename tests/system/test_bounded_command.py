@@ -78,6 +78,19 @@ async def test_one_that_cannot_run_or_fails_says_so(arguments: tuple[str, ...], 
     assert await reason_of(*arguments) == reason
 
 
+@pytest.mark.parametrize(
+    ("path", "fit"), [(SHELL, True), ("/does/not/exist", False), ("/etc/passwd", False), ("/etc", False)]
+)
+async def test_one_that_cannot_be_started_is_known_before(path: str, fit: bool) -> None:
+    async with opened(path) as command:
+        if fit:
+            await command.check()
+            return
+        with pytest.raises(CommandFailed) as failed:
+            await command.check()
+        assert failed.value.reason == "command_unstartable"
+
+
 async def test_one_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = f"trap '' TERM; sleep 1000 & echo $$ $! > {pids}; wait"

@@ -129,6 +129,7 @@ class RenewalWatch:
         Args:
             told: told of the certificates that are due after each look, before the hints are given.
         """
+        await self._check_command()
         while True:
             try:
                 await self.look(told)
@@ -182,6 +183,14 @@ class RenewalWatch:
                 "hint": hint.count,
             },
         )
+
+    async def _check_command(self) -> None:
+        """Log at the start that the operator's command cannot be started, and not only when something is due."""
+        if self._command is not None:
+            try:
+                await self._command.check()
+            except StationKeyError as error:
+                log.error("renewal command cannot run: %s", error, extra={"reason": error.reason})
 
     async def _run_command(self, certificate: DueCertificate, hint: Hint) -> None:
         """Run the operator's command and wait for its end. Whatever it does is logged and counted, no more."""

@@ -13,13 +13,17 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
 
 from stationkey.errors import StationKeyError
 from stationkey.system.text import printable
 from stationkey.system.threads import Worker
+
+T = TypeVar("T")
 
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 """All that a program finds in its environment, beside what its caller adds."""
@@ -68,21 +72,37 @@ class BoundedCommand:
         Raises:
             CommandFailed: it could not be started, failed, or took too long.
         """
-        if not self._worker.idle:
-            raise CommandFailed("the command of the last time still hangs", reason="command_hangs")
-        done = self._worker.submit(lambda: self._run({**ENVIRONMENT, **environment}))
-        try:
-            async with asyncio.timeout(self._timeout + _GRACE):
-                return await asyncio.wrap_future(done)
-        except TimeoutError:
-            raise CommandFailed(
-                f"{self._arguments[0]} can be neither started nor killed", reason="command_hangs"
-            ) from None
+        return await self._on_thread(partial(self._run, {**ENVIRONMENT, **environment}))
+
+    async def check(self) -> None:
+        """Look whether the program can be started, without starting it.
+
+        Raises:
+            CommandFailed: it is missing, or this user may not execute it.
+        """
+        await self._on_thread(self._check)
 
     def close(self) -> None:
         """Kill a program that runs, and end the thread."""
         self._stopping.set()
         self._worker.close(1.0)
+
+    async def _on_thread(self, call: Callable[[], T]) -> T:
+        if not self._worker.idle:
+            raise CommandFailed("the command of the last time still hangs", reason="command_hangs")
+        try:
+            async with asyncio.timeout(self._timeout + _GRACE):
+                return await asyncio.wrap_future(self._worker.submit(call))
+        except TimeoutError:
+            raise CommandFailed(
+                f"{self._arguments[0]} can be neither started nor killed", reason="command_hangs"
+            ) from None
+
+    def _check(self) -> None:
+        path = self._arguments[0]
+        if not os.access(path, os.X_OK) or Path(path).is_dir():
+            why = "this user may not execute it" if Path(path).exists() else "No such file or directory"
+            raise _unstartable(path, why)
 
     def _run(self, environment: Mapping[str, str]) -> str:
         name = self._arguments[0]
@@ -97,11 +117,7 @@ class BoundedCommand:
                 start_new_session=True,
             )
         except OSError as error:
-            raise CommandFailed(
-                f"{name} cannot be started: {error.strerror}",
-                reason="command_unstartable",
-                hint="is the path right, and may the daemon's user execute it, under its unit's sandbox?",
-            ) from None
+            raise _unstartable(name, str(error.strerror)) from None
         output = bytearray()
         ended = self._watch(program, output)
         # Before the program is reaped: its group's number cannot belong to another process yet.
@@ -136,3 +152,11 @@ class BoundedCommand:
             if os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 return True
         return False
+
+
+def _unstartable(path: str, why: str) -> CommandFailed:
+    return CommandFailed(
+        f"{path} cannot be started: {why}",
+        reason="command_unstartable",
+        hint="is the path right, and may the daemon's user execute it, under its unit's sandbox?",
+    )
