@@ -142,7 +142,7 @@ def _without(command: str, missing: StationKeyError) -> click.Command:
 @click.version_option(__version__, prog_name="stationkey", message="%(prog)s %(version)s")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Give an EV charging station its keys.
+    """Create TPM-protected keys on an EV charging station.
 
     stationkey answers Josev's generate_csr over MQTT with a certificate signing request for a key that is made in the
     station's TPM and never leaves it.

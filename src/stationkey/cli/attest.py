@@ -47,7 +47,7 @@ T = TypeVar("T")
     "challenge_file",
     metavar="FILE",
     type=READ,
-    help="What verify-attestation --make-challenge made for this station.",
+    help="The challenge of verify-attestation --make-challenge for this station.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --ak: print JSON, with the TPM's endorsement keys.")
 @click.option("--out", metavar="FILE", type=FILE, help="Write to a file instead of printing.")
@@ -63,10 +63,10 @@ def attest(
     timeout: float,
     settings: Configured,
 ) -> None:
-    """Give evidence that KEY was made in this station's TPM and cannot leave it, as one JSON document.
+    """Print evidence that KEY was created in this station's TPM and cannot leave it, as one JSON document.
 
-    KEY is a key's name, or as much of its beginning as no other key has. This works while the daemon runs, if a
-    resource manager is in between (/dev/tpmrm0). stationkey verify-attestation judges the evidence, anywhere.
+    KEY is a key's id, or a unique prefix of it. Works while the daemon runs, if the TPM has a resource manager
+    (/dev/tpmrm0). stationkey verify-attestation verifies the evidence on any machine.
     """
     if only_ak == (key_id is not None):
         raise click.UsageError("name a KEY, or give --ak")

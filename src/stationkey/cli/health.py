@@ -66,13 +66,13 @@ def _authority(address: str) -> str:
 @click.argument("address", required=False)
 @configured(file="Configuration file (TOML) of the daemon.", needs_keystore=False)
 def health(address: str | None, settings: Configured) -> None:
-    """Ask the daemon how it is, and print what it says.
+    """Print the health of the running daemon.
 
-    ADDRESS is what the daemon has as [metrics] listen, as such or as a URL (http://127.0.0.1:9464); without it the
-    configuration file says it.
+    ADDRESS is [metrics] listen of the daemon, also as a URL (http://127.0.0.1:9464); by default that of the
+    configuration file.
 
     \b
-    Exit status: 0 it is well, 1 it is not or does not answer, 2 wrong usage.
+    Exit status: 0 healthy, 1 not healthy or no answer, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     address = settings().metrics if address is None else _authority(address)
     if not address:

@@ -18,8 +18,8 @@ from stationkey.openssl import check
 def key_auth(named: str, settings: Configured) -> None:
     """Write the authorisation value of a key to a pipe, for a service that uses it.
 
-    The key is the active one of a certificate type, or the one in FILE.pem. Where the TPM has sealed the value ([tpm]
-    key_auth = "generated"), it is unsealed. Whoever has the value, the file and the TPM can sign with the key.
+    The key is the active one of a certificate type, or the one in FILE.pem. A value that the TPM has
+    sealed ([tpm] key_auth = "generated") is unsealed. Anyone with the value, the file and the TPM can sign with it.
     """
     if sys.stdout.isatty():
         raise ConfigurationError(

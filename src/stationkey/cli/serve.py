@@ -11,7 +11,7 @@ from stationkey.system import logs
 @click.command()
 @configured("broker", "keystore", "allow_software_keys", "state_dir", "topic_prefix", "log_format")
 def serve(settings: Configured) -> None:
-    """Answer generate_csr until told to stop.
+    """Run the daemon: answer generate_csr until stopped.
 
     Options on the command line win over the environment, which wins over the configuration file.
     """

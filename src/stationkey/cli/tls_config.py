@@ -47,7 +47,7 @@ def tls_config(
 ) -> None:
     """Print the OpenSSL configuration that makes a service use the active keys.
 
-    The service gets it by OPENSSL_CONF, and the TPM by TPM2OPENSSL_TCTI. The daemon itself needs neither.
+    Set OPENSSL_CONF to it and TPM2OPENSSL_TCTI to the TPM for the service; the daemon needs neither.
 
     With --check, a server's key is also tried with six handshakes at a time, behind a resource manager. If only these
     fail, that is a warning: the server needs one thread and one worker process.

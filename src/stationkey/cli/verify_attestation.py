@@ -50,16 +50,16 @@ def public_pem(spki: bytes) -> str:
 
 @click.command("verify-attestation")
 @click.argument("evidence_file", metavar="EVIDENCE", type=READ)
-@_file_option("--csr", "csr_file", "The CSR (PEM) whose key it should be.")
-@_file_option("--certificate", "certificate_file", "The certificate (PEM) whose key it should be.")
+@_file_option("--csr", "csr_file", "The CSR (PEM) that must have this key.")
+@_file_option("--certificate", "certificate_file", "The certificate (PEM) that must have this key.")
 @nonce_option
 @_file_option(
     "--ak",
     "ak_file",
-    "Believe this attestation key: PEM public key, PEM certificate, or the JSON of attest --ak --json.",
+    "Trust this attestation key: PEM public key, PEM certificate, or the JSON of attest --ak --json.",
 )
 @_file_option("--ak-ca", "ak_ca", "CAs (PEM), one of which must have signed the --ak certificate.")
-@_file_option("--secret", "secret_file", "Believe the attestation key that opened this challenge.")
+@_file_option("--secret", "secret_file", "Trust the attestation key that answered this challenge.")
 @_file_option("--ek", "ek_file", "The endorsement key: PEM public key or certificate.")
 @_file_option("--ek-ca", "ek_ca", "CAs (PEM), one of which must have signed its certificate.")
 @_file_option(
@@ -67,7 +67,7 @@ def public_pem(spki: bytes) -> str:
     "challenge_out",
     "Instead of a verdict: make a challenge for the attestation key in EVIDENCE, by --ek or --ek-ca.",
 )
-@_file_option("--secret-out", "secret_out", "With it: where its secret is kept until the evidence comes.")
+@_file_option("--secret-out", "secret_out", "With it: file for its secret, until the evidence comes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify_attestation(
     evidence_file: Path,
@@ -83,11 +83,11 @@ def verify_attestation(
     secret_out: Path | None,
     as_json: bool,
 ) -> None:
-    """Judge evidence of stationkey attest: was the key made in a TPM, and is it there to stay?
+    """Verify evidence of stationkey attest: was the key created in a TPM, and can it not leave it?
 
-    The attestation key in it is believed by --ak (and --ak-ca), or by --secret. Where only the endorsement key of the
-    TPM is known: make a challenge, have the station answer it (attest KEY --challenge), and judge the answer by
-    --secret. EVIDENCE is - for standard input. No TPM is needed.
+    The attestation key in it is trusted by --ak (and --ak-ca), or by --secret. If only the TPM's endorsement key is
+    known: make a challenge, let the station answer it (attest KEY --challenge), and verify the answer with --secret.
+    EVIDENCE is - for standard input. Needs no TPM.
 
     \b
     Exit status: 0 verified, 3 not verified, 2 wrong usage, 1 anything else.
