@@ -9,6 +9,7 @@ import pytest
 from recording import answer, bring, states
 
 from parts import E1, E2, STATION, V2G, new_id, request
+from stationkey.config.settings import Bounds
 from stationkey.contract.profiles import CertificateType
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import IllegalTransition, KeyEvent, KeyState
@@ -26,7 +27,9 @@ def install(ledger: Ledger, evse_id: str | None = E1, *, root: str = "", useful_
     return key_id
 
 
-def activate(ledger: Ledger, key_id: str, *, root: str = "", useful_until: int = USEFUL) -> list[str]:
+def activate(
+    ledger: Ledger, key_id: str, *, root: str = "", useful_until: int = USEFUL, bounds: Bounds | None = None
+) -> list[str]:
     return ledger.transitions.activate(
         key_id,
         chain="chain",
@@ -37,6 +40,7 @@ def activate(ledger: Ledger, key_id: str, *, root: str = "", useful_until: int =
         grace_due=GRACE,
         message_id=new_id(),
         root=root,
+        bounds=bounds,
     )
 
 
@@ -212,6 +216,20 @@ def test_a_key_of_an_unknown_root_is_replaced_by_one_of_any_root(ledger: Ledger)
     restore(ledger, unknown)
     assert {(key.root, key.previous) for key in ledger.keys.all()} == {("a", False), ("a", True)}
     assert previous(ledger) == {known: GRACE}
+
+
+def test_keys_to_go_back_to_without_an_active_one_are_bounded(ledger: Ledger) -> None:
+    """Else whoever may publish could leave one for each EVSE ID that he makes up."""
+    kept = []
+    for number in range(4):
+        old, new = (answer(ledger, request(V2G, f"DE*ABC*E{number}")) for _ in range(2))
+        for key_id in (old, new):
+            activate(ledger, key_id, bounds=Bounds(active_limit=3))
+        kept.append(old)
+        if number < 3:
+            ledger.transitions.apply(new, KeyEvent.DELETED, reason="", now=0)
+    assert list(previous(ledger)) == kept[1:]
+    assert ledger.keys.all(kept[0])[0].due == GRACE
 
 
 @pytest.mark.parametrize("seed", range(4))

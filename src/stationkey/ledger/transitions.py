@@ -329,6 +329,10 @@ def note(
     ).lastrowid
 
 
+_KEPT: Final = f"WHERE state = :deactivated AND previous = 1 AND {LIVING}"
+"""The keys to go back to."""
+
+
 class _Rival(NamedTuple):
     """Another key of the same owner and root that is active, or that the owner can go back to."""
 
@@ -402,7 +406,31 @@ def _displace(
         held = confirmed is None and kept.useful_until > (running if grace_due is None else grace_due)
         due = kept.useful_until if held else grace_due
         sql.execute("UPDATE key SET previous = 1, due = ?, root = ? WHERE key_id = ?", (due, root, kept.key_id))
+        if bounds is not None:
+            _release_beyond(sql, bounds.active_limit, grace_due)
     return [rival.key_id for rival in replaced]
+
+
+def _release_beyond(sql: sqlite3.Connection, limit: int, grace_due: int | None) -> None:
+    """Begin the grace period of keys to go back to, the oldest first, if there are more than `limit`.
+
+    Only of owners without an active key: somebody has deleted the certificates of many EVSEs. Of the others there are
+    no more than active keys.
+    """
+    (count,) = sql.execute(f"SELECT count(*) FROM key {_KEPT}", {"deactivated": KeyState.DEACTIVATED}).fetchone()  # noqa: S608 - `_KEPT` is this module's own text
+    if count > limit:
+        sql.execute(
+            "UPDATE key SET previous = 0, due = :due WHERE number IN (SELECT number FROM key AS kept"  # noqa: S608 - same
+            f" {_KEPT} AND NOT EXISTS (SELECT 1 FROM key WHERE state = :active AND {LIVING}"
+            " AND (certificate_type, evse_id, root) = (kept.certificate_type, kept.evse_id, kept.root))"
+            " ORDER BY installed LIMIT :beyond)",
+            {
+                "due": grace_due,
+                "active": KeyState.ACTIVE,
+                "deactivated": KeyState.DEACTIVATED,
+                "beyond": count - limit,
+            },
+        )
 
 
 def _to_go_back_to(rivals: list[_Rival], *, back: bool) -> _Rival | None:
