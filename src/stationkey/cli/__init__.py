@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 _EXTRAS: Final = {
     "station": {"jinja2", "paho", "prometheus_client", "rich", "tpm2_pytss"},
     "pkcs11": {"pkcs11"},
-    "josev": {"jsonschema", "ocpp", "websockets"},
+    "josev": {"jsonschema", "ocpp", "paho", "websockets"},
 }
-"""The libraries that come with each extra in pyproject.toml; paho comes with both."""
+"""The libraries that come with each extra in pyproject.toml."""
 _UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 """Errors of a standard output that takes nothing. A pipe whose reader has ended is not one: click ends quietly."""
 _WITHOUT_OUTPUT: Final = {"doctor", "serve"}
@@ -112,11 +112,11 @@ def _missing(error: ModuleNotFoundError) -> StationKeyError:
     library = (error.name or "stationkey").partition(".")[0]
     if library == "stationkey":
         raise error
-    extra = next((f"the extra [{extra}]" for extra, libraries in _EXTRAS.items() if library in libraries), "no extra")
+    extras = [f"[{extra}]" for extra, libraries in _EXTRAS.items() if library in libraries]
     return StationKeyError(
         f"this command needs {library}, which is not installed",
         reason="extra_missing",
-        hint=f"it belongs to {extra}; docs/install.md says how to add one",
+        hint=f"install the extra {' or '.join(extras)}, see docs/install.md" if extras else "",
     )
 
 
