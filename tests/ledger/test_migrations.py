@@ -197,7 +197,7 @@ def test_a_database_of_version_2_is_brought_up_to_date_with_all_that_is_in_it(pa
         assert not ledger.transitions.seen("ID")
         assert (ledger.retention.running, ledger.client_id()) == (99, "stationkey-1")
         assert ledger.keys.others_installed(ledger.keys.all(keys[KeyState.ACTIVE].key_id)[0])
-        assert "INSERT INTO \"rejection\" VALUES(3,'id','reason','message',4);" in dump(path)
+        assert "INSERT INTO \"rejection\" VALUES(3,'id','reason','message',4,'generate_csr');" in dump(path)
         bring(ledger, records[0].key_id, KeyEvent.EXPIRED)
         assert ledger.retention.forget(keep=1, answered_before=0) == 1
         assert [key.key_id for key in on_record(ledger)] == [key.key_id for key in records[:-1]]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from textwrap import indent
+from typing import Final
 
 import click
 
 from stationkey.cli._options import Configured, configured, json_option
+from stationkey.cli._table import SHORT_ID, Column, listed, write
+from stationkey.config.file import read_file, settle
 from stationkey.config.settings import RenewalTerms
 from stationkey.errors import Scope, StationKeyError
 from stationkey.ledger import KeyRecord, Ledger
@@ -27,10 +28,26 @@ from stationkey.system.pem import to_pem
 from stationkey.system.state_dir import DATABASE_NAME, visit
 from stationkey.system.text import printable
 
-_HEADINGS = ("KEY", "STATE", "CERTIFICATE TYPE", "EVSE", "ALGORITHM", "COMMON NAME", "AGE", "CERTIFICATE EXPIRES")
-_PART = 1000
-"""How many keys are lined up with each other: any number of keys is listed in bounded memory."""
+_COLUMNS: Final = (
+    Column("KEY"),
+    Column("STATE"),
+    Column("CERTIFICATE TYPE"),
+    Column("EVSE", 3),
+    Column("ALGORITHM", 4),
+    Column("COMMON NAME", 5),
+    Column("AGE", 2),
+    Column("CERTIFICATE EXPIRES", 1),
+)
+_EVENT_COLUMNS: Final = (
+    Column("TIME"),
+    Column("EVENT"),
+    Column("STATE AFTER IT", 1),
+    Column("REASON", 2, most=26),
+    Column("MESSAGE", 3),
+)
 
+_COMPLETED = 100
+"""How many ids a shell is offered at most."""
 _EMPTYING = 0.5
 """Seconds to wait until the write-ahead log can be emptied; other processes take milliseconds."""
 
@@ -79,15 +96,16 @@ def _key_json(key: KeyRecord, renewal: Callable[[KeyRecord], str | None]) -> dic
         "common_name": key.common_name or None,
         "organization_name": key.organization_name or None,
         "country_name": key.country_name or None,
-        "created_at": _time(key.created_at),
-        "certificate_expires_at": None if key.not_after is None else _time(key.not_after * 1000),
+        "created_at": utc(key.created_at),
+        "certificate_expires_at": None if key.not_after is None else utc(key.not_after * 1000),
         "renewal_due": renewal(key),
         "request_ids": list(key.request_ids),
         "subject_public_key_info": b64encode(key.public).decode(),
     }
 
 
-def _time(milliseconds: int) -> str:
+def utc(milliseconds: int) -> str:
+    """Return a Unix time for people and programs."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -100,20 +118,6 @@ def _age(milliseconds: int) -> str:
     return f"{minutes}min"
 
 
-def _print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console  # noqa: PLC0415 - only a table needs it
-    from rich.table import Table  # noqa: PLC0415 - only a table needs it
-    from rich.text import Text  # noqa: PLC0415 - only a table needs it
-
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold", no_wrap=heading == headings[0])
-    for row in rows:
-        # Text, not str: a name may look like markup. Whoever wrote to the ledger must not write to the terminal.
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
 @keys.command("list")
 @_configured
 @json_option
@@ -122,9 +126,10 @@ def keys_list(settings: Configured, as_json: bool) -> None:
     with opened_ledger(settings().state_dir) as ledger:
         found = ledger.keys.stream()
         renewal = partial(_renewal, settings().renewal)
-        shown = _json_array(_key_json(key, renewal) for key in found) if as_json else _key_table(found, renewal)
-        sys.stdout.writelines(shown)
-        sys.stdout.flush()  # here, where click reports a closed pipe
+        if as_json:
+            write(_json_array(_key_json(key, renewal) for key in found))
+        else:
+            write(listed(_COLUMNS, (_key_row(key, renewal(key)) for key in found), empty="no keys yet"))
 
 
 def _json_array(items: Iterable[object]) -> Iterator[str]:
@@ -136,21 +141,6 @@ def _json_array(items: Iterable[object]) -> Iterator[str]:
     yield "[]\n" if before == "[" else "\n]\n"
 
 
-def _key_table(found: Iterator[KeyRecord], renewal: Callable[[KeyRecord], str | None]) -> Iterator[str]:
-    """Write the table of keys, a part at a time. Columns are as wide as the part, or an earlier one, needs."""
-    rows = (_key_row(key, renewal(key)) for key in found)
-    part = [_HEADINGS, *islice(rows, _PART)]
-    if len(part) == 1:
-        yield "no keys yet\n"
-        return
-    widths = [0] * len(_HEADINGS)
-    while part:
-        widths = [max(width, *map(len, column)) for width, column in zip(widths, zip(*part, strict=True), strict=True)]
-        for row in part:
-            yield "  ".join(map(str.ljust, row, widths)).rstrip() + "\n"
-        part = list(islice(rows, _PART))
-
-
 def _state_text(key: KeyRecord) -> str:
     if key.failed and key.state is KeyState.PRE_ACTIVATION:
         return f"{key.state}, failed"
@@ -158,21 +148,31 @@ def _state_text(key: KeyRecord) -> str:
 
 
 def _key_row(key: KeyRecord, renewal: str | None) -> tuple[str, ...]:
-    remark = f", {renewal}" if renewal in {"due", "expired"} else ""
-    cells = (
-        key.key_id,
+    expires = "-" if key.not_after is None else utc(key.not_after * 1000).partition("T")[0]
+    return (
+        key.key_id[:SHORT_ID],
         _state_text(key),
         key.certificate_type or "(made ahead)",
         key.evse_id or "-",
         key.algorithm or key.key_type,
         key.common_name or "-",
         _age(key.created_at),
-        "-" if key.not_after is None else _time(key.not_after * 1000) + remark,
+        f"{expires}, {renewal}" if renewal in {"due", "expired"} else expires,
     )
-    return tuple(map(printable, cells))
 
 
-_key_id = click.argument("key_id", metavar="ID")
+def _complete(context: click.Context, _parameter: click.Parameter, beginning: str) -> list[str]:
+    """Return the ids that a word may become; none if the ledger cannot be read."""
+    given, file = context.params.get("state_dir"), context.params.get("config_file")
+    try:
+        settings = settle(read_file(file), needs_keystore=False, state_dir=given)
+        with opened_ledger(settings.state_dir) as ledger:
+            return [key.key_id for key in ledger.keys.all(beginning)[:_COMPLETED]]
+    except StationKeyError:
+        return []
+
+
+_key_id = click.argument("key_id", metavar="ID", shell_complete=_complete)
 
 
 @keys.command("show")
@@ -221,7 +221,7 @@ def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
     if as_json:
         shown = [
             {
-                "at": _time(event.at),
+                "at": utc(event.at),
                 "event": event.event,
                 "state": event.state,
                 "reason": event.reason,
@@ -231,10 +231,8 @@ def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
         ]
         click.echo(json.dumps(shown, indent=2))
         return
-    _print_table(
-        ("TIME", "EVENT", "STATE AFTER IT", "REASON", "MESSAGE"),
-        [(_time(event.at), event.event, event.state, event.reason or "-", event.message_id or "-") for event in events],
-    )
+    rows = ((utc(one.at), one.event, one.state, one.reason or "-", one.message_id or "-") for one in events)
+    write(listed(_EVENT_COLUMNS, rows, empty="nothing yet"))
 
 
 def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, ask: str | None = None) -> None:

@@ -81,4 +81,5 @@ def request(
         raise StationKeyError(f"{asked.id} was accepted, but the answer has no CSR in it", reason="csr_missing")
     if response.data.status == "rejected":
         click.echo(f"stationkey: {asked.id} was rejected; the log of the charging station says why", err=True)
+        click.echo(f"  on the station itself: stationkey requests {asked.id}", err=True)
         sys.exit(EXIT_REJECTED)

@@ -173,7 +173,10 @@ CREATE UNIQUE INDEX key_previous ON key (certificate_type, evse_id, root) WHERE 
 is the running time in milliseconds at which the certificate has certainly expired; a year for those of older versions.
 """
 
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
+_VERSION_5: Final = "ALTER TABLE rejection ADD COLUMN name TEXT NOT NULL DEFAULT 'generate_csr';\n"
+"""`name` is that of the message: a status that changed nothing is on record too."""
+
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
 """Entry n takes a database from version n to n + 1; version 0 is empty."""
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 """The ``user_version`` that this code reads and writes."""

@@ -11,6 +11,8 @@ from stationkey.ledger.migrations import LIVING
 from stationkey.ledger.records import read_state, read_time
 
 REJECTED: Final = "rejected"
+IGNORED: Final = "ignored"
+"""What a status is that changed nothing."""
 
 _SCANNED: Final = 10
 """How many events are read for each that is wanted: those of keys made ahead are passed over."""
@@ -49,7 +51,7 @@ class Happening:
 
     Attributes:
         at: Unix time in milliseconds by the station's clock, which may have been wrong.
-        event: a `KeyEvent`, ``CSR answered`` or `REJECTED`.
+        event: a `KeyEvent`, ``CSR answered``, `REJECTED` or `IGNORED`.
         reason: stable reason of a rejection, else empty.
         words: why, in words; may name what was asked for.
         certificate_type: of the key; empty for a rejection.
@@ -105,11 +107,12 @@ def look(database: Database, *, keys: int, happenings: int) -> Overview:
             (happenings * _SCANNED, MADE_AHEAD, happenings),
         ).fetchall()
         rejections = sql.execute(
-            "SELECT at, ?, reason, message, '', '', '', '', request_id FROM rejection ORDER BY seq DESC LIMIT ?",
+            "SELECT at, ?, reason, message, '', '', '', '', request_id FROM rejection"
+            " WHERE name = 'generate_csr' ORDER BY seq DESC LIMIT ?",
             (REJECTED, happenings),
         ).fetchall()
     newest = sorted((*events, *rejections), key=lambda row: -row[0])[:happenings]
-    return Overview(tuple(map(_read_key, living)), tuple(map(_read_happening, newest)))
+    return Overview(tuple(map(_read_key, living)), tuple(map(read_happening, newest)))
 
 
 def _read_key(row: tuple[str, str, str, str, str, str, int, int | None, int | None, int | None, int]) -> KeyGlance:
@@ -131,7 +134,8 @@ def _read_key(row: tuple[str, str, str, str, str, str, int, int | None, int | No
     )
 
 
-def _read_happening(row: tuple[int, str, str, str, str, str, str, str, str]) -> Happening:
+def read_happening(row: tuple[int, str, str, str, str, str, str, str, str]) -> Happening:
+    """Return the happening of a row: time, event, reason, words, and what it is about."""
     at, event, reason, words, certificate_type, evse_id, common_name, key_id, message_id = row
     return Happening(
         at=read_time(at, milliseconds=True),

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Final
 
 from stationkey.ledger.database import Database
+from stationkey.ledger.messages import REQUEST
 
 MAX_REJECTIONS: Final = 10_000
 """How many of the newest rejections are kept, in memory and on disk. A few hundred bytes each, some MiB at most."""
@@ -16,14 +17,14 @@ _PART: Final = 1000
 
 
 class Rejections:
-    """The newest rejected requests and their reasons."""
+    """The newest rejected requests and ignored statuses, with their reasons."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._noted: deque[tuple[str, str, str, int]] = deque(maxlen=MAX_REJECTIONS)
+        self._noted: deque[tuple[str, str, str, int, str]] = deque(maxlen=MAX_REJECTIONS)
         self._lock = threading.Lock()
 
-    def note(self, request_id: str, *, reason: str, message: str, now: int) -> None:
+    def note(self, request_id: str, *, reason: str, message: str, now: int, name: str = REQUEST) -> None:
         """Note a rejection in memory. Any thread may call this; it does not wait for the disk.
 
         `write` and `Ledger.close` write it; a crash before that loses it. Beyond `MAX_REJECTIONS` the oldest are
@@ -34,9 +35,10 @@ class Rejections:
             reason: the error's stable reason.
             message: the error in words.
             now: Unix time in milliseconds.
+            name: what message it is, `REQUEST` or `STATUS`.
         """
         with self._lock:
-            self._noted.append((request_id, reason, message, now))
+            self._noted.append((request_id, reason, message, now, name))
 
     def write(self) -> bool:
         """Write the next `_PART` noted rejections, and delete the oldest on disk beyond `MAX_REJECTIONS`.
@@ -53,7 +55,9 @@ class Rejections:
             return False
         try:
             with self._database.transaction() as sql:
-                sql.executemany("INSERT INTO rejection (request_id, reason, message, at) VALUES (?, ?, ?, ?)", part)
+                sql.executemany(
+                    "INSERT INTO rejection (request_id, reason, message, at, name) VALUES (?, ?, ?, ?, ?)", part
+                )
                 sql.execute(
                     "DELETE FROM rejection WHERE seq <= (SELECT max(seq) FROM rejection) - ?", (MAX_REJECTIONS,)
                 )

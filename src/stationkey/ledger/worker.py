@@ -8,6 +8,7 @@ from functools import partial
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from stationkey.ledger import Ledger
+from stationkey.ledger.messages import REQUEST
 from stationkey.system.threads import Worker
 
 P = ParamSpec("P")
@@ -53,9 +54,9 @@ class LedgerThread:
         """Note that the broker has an answer; see `Answers.mark_delivered`."""
         self._ledger.answers.mark_delivered(request_id)
 
-    def note_rejection(self, request_id: str, *, reason: str, message: str, now: int) -> None:
-        """Note a rejected request; see `Rejections.note`."""
-        self._ledger.rejections.note(request_id, reason=reason, message=message, now=now)
+    def note_rejection(self, request_id: str, *, reason: str, message: str, now: int, name: str = REQUEST) -> None:
+        """Note a rejected request or an ignored status; see `Rejections.note`."""
+        self._ledger.rejections.note(request_id, reason=reason, message=message, now=now, name=name)
 
     @property
     def trouble(self) -> str:

@@ -9,6 +9,7 @@ from typing import Final
 
 from stationkey.errors import StationKeyError
 from stationkey.ledger import MAX_REJECTIONS
+from stationkey.ledger.messages import REQUEST
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.rate_limit import TokenBucket
 from stationkey.system.counters import Counts
@@ -39,17 +40,18 @@ class Rejections:
         self._unrecorded = False  # whether there are some that the task has not come to yet
         self._closed = False
 
-    def note(self, request_id: str, error: StationKeyError, *, now: int) -> None:
+    def note(self, request_id: str, error: StationKeyError, *, now: int, name: str = REQUEST) -> None:
         """Note a rejection; it is on disk within `RECORD_WITHIN`, or at `aclose`. Nobody waits for that.
 
         Args:
             request_id: of the request.
             error: why it was refused.
             now: Unix time in milliseconds.
+            name: what message it is; see `stationkey.ledger.messages`.
         """
         if not self._recordable.take(time.monotonic_ns()):
             return
-        self._ledger.note_rejection(request_id, reason=error.reason, message=str(error), now=now)
+        self._ledger.note_rejection(request_id, reason=error.reason, message=str(error), now=now, name=name)
         self._unrecorded = True
         if self._recording is None and not self._closed:
             self._recording = asyncio.create_task(self._record(), name="record-rejections")

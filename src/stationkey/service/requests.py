@@ -129,6 +129,7 @@ class StationKeyService:
             KeyFinder(active.path, roots=self._terms.bounds.root_limit > 1),
             terms=self._terms,
             profiles=profiles,
+            rejections=self._rejections,
         )
         self.pool = KeyPool(
             keystore,

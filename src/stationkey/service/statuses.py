@@ -20,9 +20,11 @@ from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.worker import Task, on_keystore
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
+from stationkey.ledger.messages import STATUS
 from stationkey.service.custody import PROOF_DEADLINE, Custody
 from stationkey.service.josev_files import JosevFiles, Look
 from stationkey.service.matching import Found, KeyFinder, Repeated
+from stationkey.service.rejections import Rejections
 from stationkey.system.backoff import Backoff
 from stationkey.x509.certificate import Chain, Expected, differences, oddities, prove, read_chain
 from stationkey.x509.path import root_of
@@ -50,6 +52,7 @@ class Statuses:
         files: reads Josev's files.
         finder: finds the key that is meant.
         terms: how long, how many.
+        rejections: takes the statuses that change nothing, for the record.
         profiles: of each certificate type, overrides included.
     """
 
@@ -60,9 +63,11 @@ class Statuses:
         finder: KeyFinder,
         *,
         terms: Terms,
+        rejections: Rejections,
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
     ) -> None:
         self._custody = custody
+        self._rejections = rejections
         self._files = files
         self._finder = finder
         self._terms = terms
@@ -130,10 +135,11 @@ class Statuses:
             self._trouble = None
 
     def refuse(self, status: CertificateInstallationStatus, error: StationKeyError) -> None:
-        """Log and count a status that changes nothing."""
+        """Log and count a status that changes nothing, and put it on record."""
         about = _about(status)
         self._count(status, "refused", error.reason)
         log.error("ignoring status '%s': %s", status.data.status, error, extra={**about, "reason": error.reason})
+        self._rejections.note(status.id, error, now=self._custody.now(), name=STATUS)
 
     async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
         look = await self._files.look(status)

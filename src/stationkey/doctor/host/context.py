@@ -227,7 +227,7 @@ def look_at_unit() -> Unit | None:
 
 def _find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
     """Whom the daemon runs as, or would: by what runs, its unit, the user that the package makes, the directory."""
-    running, pid = _holder_of(look_at(state_dir / LOCK_NAME))
+    running, pid = holder_of(look_at(state_dir / LOCK_NAME))
     if pid is not None and (runs := _user_of(pid)) is not None:
         return Daemon(running=running, pid=pid, user=runs, known_by="it runs as that")
     directory = look_at(state_dir, follow=True)
@@ -243,7 +243,7 @@ def _find_daemon(state_dir: Path, unit: Unit | None) -> Daemon:
     return Daemon(running=running, pid=pid, user=user, known_by=known_by)
 
 
-def _holder_of(lock: Facts) -> tuple[bool, int | None]:
+def holder_of(lock: Facts) -> tuple[bool, int | None]:
     """Whether a lock is held, and by whom. By the kernel's list: to try would be to hold it for a moment [proc(5)]."""
     if lock.kind != "file":
         return False, None

@@ -1,0 +1,103 @@
+"""Lists for a terminal: as many columns as fit, the most important first, a part at a time."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final, NamedTuple
+
+from rich.cells import cell_len, set_cell_size
+
+from stationkey.system.text import printable
+
+PLAIN_WIDTH: Final = 80
+"""Columns where standard output is not a terminal and ``COLUMNS`` is not set."""
+SHORT_ID: Final = 10
+"""Characters of an id in a list: enough to tell any keys of a station apart. A command takes them for the id."""
+_PART: Final = 1000
+"""How many rows are lined up with each other: any number of rows is listed in bounded memory."""
+_GAP: Final = "  "
+
+
+class Column(NamedTuple):
+    """A column.
+
+    Attributes:
+        heading: its heading.
+        rank: which columns are left out first where not all fit: those of the highest rank.
+        most: characters of a cell at most; a longer one ends in an ellipsis where there is no room for it.
+    """
+
+    heading: str
+    rank: int = 0
+    most: int = 0
+
+
+def width() -> int:
+    """Return the columns of the terminal."""
+    return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+
+
+def listed(columns: tuple[Column, ...], rows: Iterable[tuple[str, ...]], *, empty: str) -> Iterator[str]:
+    """Yield the lines of a table. Which columns there are is decided by the first part; a later one may be wider.
+
+    Args:
+        columns: what is in the cells.
+        rows: the cells of each row.
+        empty: the line where there are no rows.
+    """
+    cells = (tuple(map(printable, row)) for row in rows)
+    part = list(islice(cells, _PART))
+    if not part:
+        yield empty + "\n"
+        return
+    room = width()
+    headings = tuple(column.heading for column in columns)
+    widths = [0] * len(columns)
+    shown = list(range(len(columns)))
+    part.insert(0, headings)
+    first = True
+    while part:
+        widths = [
+            max(known, *map(cell_len, column)) for known, column in zip(widths, zip(*part, strict=True), strict=True)
+        ]
+        if first:
+            shown = _chosen(columns, widths, room)
+        first = False
+        limits = [min(widths[at], columns[at].most or widths[at]) for at in shown]
+        if _total([widths[at] for at in shown]) <= room:
+            limits = [widths[at] for at in shown]
+        for row in part:
+            yield _GAP.join(_fit(row[at], limit) for at, limit in zip(shown, limits, strict=True)).rstrip()
+            yield "\n"
+        part = list(islice(cells, _PART))
+
+
+def _chosen(columns: tuple[Column, ...], widths: list[int], room: int) -> list[int]:
+    """Return which columns fit, each at its least width."""
+    shown = list(range(len(columns)))
+    while len(shown) > 1:
+        least = [min(widths[at], columns[at].most or widths[at]) for at in shown]
+        if _total(least) <= room:
+            break
+        worst = max(columns[at].rank for at in shown)
+        shown.remove(max(at for at in shown if columns[at].rank == worst))
+    return shown
+
+
+def _total(widths: list[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _fit(text: str, limit: int) -> str:
+    """Return a text of so many columns; a Chinese character takes two."""
+    return set_cell_size(text, limit) if cell_len(text) <= limit else set_cell_size(text, limit - 1) + "…"
+
+
+def write(lines: Iterable[str]) -> None:
+    """Write lines to standard output as they come, here, where a closed pipe is reported."""
+    for line in lines:
+        sys.stdout.write(line)
+    sys.stdout.flush()

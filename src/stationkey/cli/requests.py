@@ -1,0 +1,116 @@
+"""``stationkey requests``: what was asked for and reported, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import Final
+
+import click
+
+from stationkey.cli._options import Configured, configured, json_option
+from stationkey.cli._table import SHORT_ID, Column, listed, write
+from stationkey.cli.keys import opened_ledger, utc
+from stationkey.errors import StationKeyError
+from stationkey.ledger.lifecycle import CSR_ANSWERED
+from stationkey.ledger.messages import REQUEST, STATUS, newest
+from stationkey.ledger.overview import REJECTED, Happening
+from stationkey.system.text import printable
+
+_COLUMNS: Final = (
+    Column("TIME"),
+    Column("ID"),
+    Column("OUTCOME", most=16),
+    Column("REASON", most=24),
+    Column("CERTIFICATE TYPE", 2),
+    Column("EVSE", 4),
+    Column("KEY", 3),
+    Column("WORDS", 1, most=20),
+)
+_LOOK: Final = 1.0
+"""Seconds between two looks with --follow; the daemon writes rejections once a second."""
+_MOST: Final = 10_000
+
+
+@click.command()
+@click.argument("message_id", metavar="[ID]", default="")
+@click.option("--limit", type=click.IntRange(1, _MOST), default=20, help="How many of the newest.")
+@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@configured(state_dir="Where the ledger is kept.", needs_keystore=False)
+@json_option
+def requests(message_id: str, limit: int, follow: bool, as_json: bool, settings: Configured) -> None:
+    """Show the last requests and statuses: the outcome of each, its reason, and the reason in words.
+
+    ID is the id of a message, or its beginning: then all that is on record of it is shown. Works while the daemon runs,
+    and while it does not. --json prints one object a line.
+    """
+    show = _print_json if as_json else _print_whole if message_id else _print_rows
+    with opened_ledger(settings().state_dir) as ledger:
+        found, place = newest(ledger.database, limit, beginning=message_id)
+        if message_id and not found and not follow:
+            raise StationKeyError(
+                f"no message on record has an id that begins with {message_id}",
+                reason="message_not_found",
+                hint="stationkey requests shows the last ones; one without a valid id is in the log alone",
+            )
+        show(found)
+        while follow:
+            time.sleep(_LOOK)
+            found, place = newest(ledger.database, _MOST, after=place, beginning=message_id)
+            if found:
+                show(found)
+
+
+def _outcome(message: Happening) -> str:
+    return "accepted" if message.event == CSR_ANSWERED else message.event
+
+
+def _name(message: Happening) -> str:
+    return REQUEST if message.event in {CSR_ANSWERED, REJECTED} else STATUS
+
+
+def _print_rows(found: Iterable[Happening]) -> None:
+    write(listed(_COLUMNS, map(row, found), empty="no requests on record yet"))
+
+
+def row(message: Happening) -> tuple[str, ...]:
+    """Return the cells of a message."""
+    return (
+        utc(message.at),
+        message.message_id[:SHORT_ID],
+        _outcome(message),
+        message.reason or "-",
+        message.certificate_type or "-",
+        message.evse_id or "-",
+        message.key_id[:SHORT_ID] or "-",
+        message.words or "-",
+    )
+
+
+def _print_json(found: Iterable[Happening]) -> None:
+    for message in found:
+        click.echo(json.dumps(as_object(message)))
+
+
+def as_object(message: Happening) -> dict[str, str | None]:
+    """Return a message as JSON has it."""
+    return {
+        "at": utc(message.at),
+        "id": message.message_id,
+        "name": _name(message),
+        "outcome": _outcome(message),
+        "reason": message.reason or None,
+        "message": message.words or None,
+        "key_id": message.key_id or None,
+        "certificate_type": message.certificate_type or None,
+        "evse_id": message.evse_id or None,
+    }
+
+
+def _print_whole(found: Iterable[Happening]) -> None:
+    for number, message in enumerate(found):
+        sys.stdout.write("\n" * (number > 0))
+        for name, value in as_object(message).items():
+            click.echo(f"{name.replace('_', ' '):<18}{printable(value or '-')}")

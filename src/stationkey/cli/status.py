@@ -1,0 +1,174 @@
+"""``stationkey status``: one screen, whether the daemon runs or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import click
+
+from stationkey.cli._options import Configured, configured, json_option
+from stationkey.cli._table import SHORT_ID, Column, listed, write
+from stationkey.cli.health import ask
+from stationkey.cli.keys import opened_ledger, utc
+from stationkey.config.settings import Settings
+from stationkey.doctor.host.context import holder_of
+from stationkey.doctor.host.files import look_at
+from stationkey.errors import StationKeyError
+from stationkey.ledger import overview
+from stationkey.system.listener import Address
+from stationkey.system.state_dir import LOCK_NAME
+from stationkey.system.text import printable
+
+_KEYS: Final = 20
+_HAPPENINGS: Final = 8
+_INTERVAL: Final = 2.0
+"""Seconds between two screens of --watch."""
+_KEY_COLUMNS: Final = (
+    Column("KEY"),
+    Column("STATE"),
+    Column("CERTIFICATE TYPE"),
+    Column("EVSE", 1, most=20),
+    Column("CERTIFICATE EXPIRES"),
+    Column("COMMON NAME", 2),
+)
+_HAPPENING_COLUMNS: Final = (
+    Column("TIME"),
+    Column("EVENT"),
+    Column("REASON", most=30),
+    Column("KEY", 1),
+    Column("ID", 2),
+)
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Show it anew every two seconds, until Ctrl-C.")
+@configured("broker", "keystore", state_dir="Where the ledger is kept.", needs_keystore=False)
+@json_option
+def status(watch: bool, as_json: bool, settings: Configured) -> None:
+    """Show how the station is: daemon, broker, TPM, ledger, keys with their expiry, and what happened last.
+
+    The daemon is asked for its health where [metrics] listen is set; keys and events are read from the ledger. Changes
+    nothing, and asks the TPM nothing.
+
+    \b
+    Exit status: 0 the daemon runs and is healthy as far as is known, 1 it is not, 2 wrong usage.
+    """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    while True:
+        found = look(settings())
+        if as_json:
+            click.echo(json.dumps(found, indent=2 if not watch else None))
+        else:
+            if watch and sys.stdout.isatty():
+                click.clear()
+            write(lines(found))
+        if not watch:
+            sys.exit(0 if found["healthy"] else 1)
+        time.sleep(_INTERVAL)
+
+
+def look(settings: Settings) -> dict[str, Any]:
+    """Return how the station is, as JSON has it. What cannot be seen says why."""
+    health: dict[str, Any] | None = None
+    unasked = "[metrics] listen is not set"
+    if settings.metrics:
+        try:
+            health = json.loads(ask(Address.parse(settings.metrics))[1])
+        except (StationKeyError, ValueError) as error:
+            unasked = str(error)
+    runs = health is not None or holder_of(look_at(settings.state_dir / LOCK_NAME))[0]
+    found: dict[str, Any] = {
+        "healthy": runs and (health is None or health.get("status") == "ok"),
+        "daemon": "running" if runs else "not running",
+        "health": health,
+        "health_unknown": None if health else unasked,
+        "broker": settings.broker,
+        "keystore": settings.keystore or None,
+        "state_dir": str(settings.state_dir),
+        "ledger": "ok",
+        "keys": [],
+        "happenings": [],
+    }
+    try:
+        with opened_ledger(settings.state_dir) as ledger:
+            seen = overview.look(ledger.database, keys=_KEYS, happenings=_HAPPENINGS)
+    except StationKeyError as error:
+        found |= {"ledger": str(error), "healthy": False}
+        return found
+    found["keys"] = [
+        {
+            "key_id": key.key_id,
+            "state": str(key.state),
+            "certificate_type": key.certificate_type,
+            "evse_id": key.evse_id or None,
+            "common_name": key.common_name,
+            "certificate_expires_at": None if key.not_after is None else utc(key.not_after * 1000),
+        }
+        for key in seen.keys
+    ]
+    found["happenings"] = [
+        {
+            "at": utc(one.at),
+            "event": one.event,
+            "reason": one.reason or one.words or None,
+            "key_id": one.key_id or None,
+            "id": one.message_id or None,
+        }
+        for one in seen.happenings
+    ]
+    return found
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the screen."""
+    health = found["health"] or {}
+    broker, keystore, ledger = (health.get(part, {}) for part in ("broker", "keystore", "ledger"))
+    shown = {
+        "daemon": f"{found['daemon']}, {health['status']}"
+        if health
+        else f"{found['daemon']} ({found['health_unknown']})",
+        "broker": found["broker"] + _state(broker, connected=True),
+        "key store": (found["keystore"] or "default") + _state(keystore, reachable=True),
+        "ledger": f"{found['state_dir']}, {ledger.get('trouble') or found['ledger']}",
+    }
+    for name, words in shown.items():
+        yield f"{_style(name)}{' ' * (11 - len(name))}{printable(words)}\n"
+    yield "\n"
+    yield from listed(_KEY_COLUMNS, map(_key_row, found["keys"]), empty="no keys yet")
+    yield "\n"
+    yield from listed(_HAPPENING_COLUMNS, map(_happening_row, found["happenings"]), empty="nothing has happened yet")
+
+
+def _state(part: dict[str, Any], **wanted: bool) -> str:
+    ((name, good),) = wanted.items()
+    return "" if name not in part else f", {name}" if part[name] is good else f", NOT {name}"
+
+
+def _style(name: str) -> str:
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return click.style(name, bold=True) if colour else name
+
+
+def _key_row(key: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        key["key_id"][:SHORT_ID],
+        key["state"],
+        key["certificate_type"],
+        key["evse_id"] or "-",
+        (key["certificate_expires_at"] or "-").partition("T")[0],
+        key["common_name"],
+    )
+
+
+def _happening_row(one: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        one["at"],
+        one["event"],
+        one["reason"] or "-",
+        (one["key_id"] or "-")[:SHORT_ID],
+        (one["id"] or "-")[:SHORT_ID],
+    )

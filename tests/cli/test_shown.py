@@ -1,0 +1,78 @@
+"""``stationkey requests`` and ``stationkey status``: what is shown of the record and of the daemon."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from reasons import command
+from recording import answer
+
+from stationkey.ledger import Ledger
+from stationkey.ledger.messages import STATUS
+from stationkey.system.state_dir import DATABASE_NAME
+
+REJECTED = "123e4567-e89b-12d3-a456-426614174000"
+IGNORED = "223e4567-e89b-12d3-a456-426614174000"
+WORDS = "a hostile word \x1b[31m, and quite a long one, which no line of eighty columns has room for at all"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """The state directory of a station with a key, a rejected request and a status that meant no key."""
+    with closing(Ledger(tmp_path / DATABASE_NAME)) as ledger:
+        answer(ledger)
+        ledger.rejections.note(REJECTED, reason="country_name_invalid", message=WORDS, now=2)
+        ledger.rejections.note(IGNORED, reason="status_fits_no_key", message="no key", now=3, name=STATUS)
+    return tmp_path
+
+
+def test_each_message_has_its_outcome_reason_and_words(state: Path) -> None:
+    shown = command("requests", "--json", "--state-dir", str(state))
+    found = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert [(one["name"], one["outcome"], one["reason"]) for one in found] == [
+        ("generate_csr", "accepted", None),
+        ("generate_csr", "rejected", "country_name_invalid"),
+        ("certificate_installation_status", "ignored", "status_fits_no_key"),
+    ]
+    assert found[1]["message"] == WORDS
+    assert found[0]["certificate_type"]
+
+
+def test_one_message_is_shown_whole(state: Path) -> None:
+    shown = command("requests", REJECTED[:8].upper(), "--state-dir", str(state))
+    assert shown.exit_code == 0
+    assert REJECTED in shown.stdout
+    assert "\x1b" not in shown.stdout
+    assert command("requests", "999", "--state-dir", str(state)).reason == "message_not_found"
+
+
+def test_the_newest_are_shown(state: Path) -> None:
+    shown = command("requests", "--limit", "1", "--json", "--state-dir", str(state))
+    assert [json.loads(line)["outcome"] for line in shown.stdout.splitlines()] == ["ignored"]
+
+
+@pytest.mark.parametrize("columns", [80, 60, 200])
+@pytest.mark.parametrize("arguments", [("requests",), ("status",), ("keys", "list")])
+def test_a_list_fits_its_terminal(state: Path, arguments: tuple[str, ...], columns: int) -> None:
+    shown = command(*arguments, "--state-dir", str(state), COLUMNS=str(columns))
+    assert shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= max(columns, len(str(state)) + 20)
+    assert "\x1b" not in shown.stdout
+
+
+def test_a_wide_terminal_gets_more_columns(state: Path) -> None:
+    narrow, wide = (command("keys", "list", "--state-dir", str(state), COLUMNS=size).stdout for size in ("60", "200"))
+    assert len(narrow.split("\n")[0].split()) < len(wide.split("\n")[0].split())
+
+
+def test_the_status_of_a_station_without_a_daemon_comes_from_its_ledger(state: Path) -> None:
+    shown = command("status", "--json", "--state-dir", str(state))
+    found = json.loads(shown.stdout)
+    assert (shown.exit_code, found["daemon"], found["healthy"]) == (1, "not running", False)
+    assert [key["state"] for key in found["keys"]] == ["pre-activation"]
+    assert [one["event"] for one in found["happenings"]] == ["rejected", "CSR answered"]
+    missing = json.loads(command("status", "--json", "--state-dir", str(state / "none")).stdout)
+    assert (missing["keys"], missing["ledger"] == "ok") == ([], False)
