@@ -85,9 +85,14 @@ print(stationkey.to_pem(stationkey.build_csr(request, ec.generate_private_key(ec
 """
 
 
-def test_a_csr_is_built_and_openssl_verifies_it(core: Path) -> None:
+def test_a_csr_is_built_and_checked_and_openssl_verifies_it(core: Path, tmp_path: Path) -> None:
     said = run(core, "-c", BUILDS)
     assert said.returncode == 0, said.stderr
+    (tmp_path / "csr.pem").write_text(said.stdout)
+    inspected = command(core, "csr", "inspect", tmp_path / "csr.pem")
+    assert inspected.returncode == 0, inspected.stderr
+    checked = command(core, "csr", "check", tmp_path / "csr.pem", "--certificate-type", "v2g_certificate", "--json")
+    assert json.loads(checked.stdout)["would_be_signed"] is True, checked.stderr
     judged = ["openssl", "req", "-verify", "-noout"]
     subprocess.run(judged, input=said.stdout, text=True, check=True, capture_output=True)
 
