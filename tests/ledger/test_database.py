@@ -74,6 +74,29 @@ def test_a_reader_in_the_way_keeps_no_key_from_being_destroyed(ledger: Ledger, p
     assert key.private not in b"".join(file.read_bytes() for file in path.parent.iterdir())
 
 
+def test_a_start_that_lost_its_power_before_write_ahead_logging_is_made_good_by_the_next(
+    path: Path, tmp_path: Path
+) -> None:
+    """SQLite switches to it under a rollback journal, which only a connection that may write can undo."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size=1")
+        connection.execute("CREATE TABLE filler (value BLOB)")
+        connection.execute("BEGIN")
+        for _ in range(50):  # more than the cache holds, so that the journal is synced and pages are written
+            connection.execute("INSERT INTO filler VALUES (zeroblob(4000))")
+        left = tmp_path / "left" / path.name
+        left.parent.mkdir()
+        for name in (path.name, f"{path.name}-journal"):
+            (left.parent / name).write_bytes((tmp_path / name).read_bytes())
+    with pytest.raises(sqlite3.OperationalError), closing(sqlite3.connect(f"{left.as_uri()}?mode=ro", uri=True)) as it:
+        it.execute("SELECT 1 FROM sqlite_schema").fetchone()
+
+    with closing(Ledger(left)) as ledger:
+        answer(ledger)
+        assert states(ledger) == [KeyState.PRE_ACTIVATION]
+    assert not Path(f"{left}-journal").exists()
+
+
 def test_a_backup_made_while_it_is_written_has_every_key_so_far(ledger: Ledger, tmp_path: Path) -> None:
     keys = [a_key() for _ in range(3)]
     for key in keys:

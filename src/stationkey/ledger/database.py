@@ -93,6 +93,8 @@ class Database:
                     reason="ledger_missing",
                     hint="is it the --state-dir of the daemon?",
                 )
+            if make and Path(f"{path}-journal").exists():
+                self._roll_back()
             clean = not Path(f"{path}-wal").exists()
             # Checked over a read-only connection, so that a refused database stays as it is, byte for byte: a
             # connection that can write empties the write-ahead log when it closes.
@@ -231,6 +233,17 @@ class Database:
         # A tampered database may contain triggers and views: they must not call functions with side effects.
         connection.execute("PRAGMA trusted_schema=OFF")
         return connection
+
+    def _roll_back(self) -> None:
+        """Undo a change that a loss of power cut short before write-ahead logging began; only a writer can.
+
+        SQLite does it by the rollback journal when it first reads. Without that, no connection can read the database.
+        """
+        connection = self._connect("rw")
+        try:
+            connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        finally:
+            connection.close()
 
     def _check(self, *, migrate: bool, whole: bool) -> int:
         """Return the schema version, after a look for damage and before anything is written.
