@@ -4,13 +4,14 @@
 # make coverage  all tests once more, with branch coverage of the daemon and the commands too; takes twice as long
 # make bench  how fast it is, beside the TPM alone and other programs: minutes; QUICK=1 for a look in less than two
 # make fuzz   fuzz what reads messages, files and names: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse/corpus
+# make simulate  whole stations in a deterministic simulation, by seeds: HOURS=8 for as long, SEED=7 for one, with its trace
 # make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
 # make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
 # make screenshot  docs/status-page.png, of a real daemon
 # make docs   the documents as a site: build/site/README.html
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo check test coverage bench fuzz screenshot deb deb-check docs sbom audit lint pin clean
+.PHONY: help setup demo check test coverage bench fuzz simulate screenshot deb deb-check docs sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -51,6 +52,11 @@ screenshot:
 	@scripts/setup test
 	@.venv/bin/python scripts/screenshot.py
 
+simulate:
+	@scripts/setup test
+	@PYTHONPATH=tests .venv/bin/python -m simulation $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(MUTANT),--mutant $(MUTANT))
+
 deb:
 	@scripts/setup package
 	@scripts/deb
@@ -81,4 +87,4 @@ pin:
 	scripts/pin
 
 clean:
-	rm -rf --one-file-system .venv .venv-docs .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf --one-file-system .venv .venv-docs .bench .simulation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
