@@ -19,7 +19,7 @@ from simulation.josev import Josev, Told, key_id_in
 from simulation.keystores import Tpm
 from simulation.machine import Machine
 from simulation.station import BOUNDS, Setting, Station
-from stationkey.contract.active_names import DIRECTORY_NAME, file_name
+from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.keystore.protocol import key_id_of
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
@@ -34,6 +34,7 @@ _NAMING: Final = {KeyEvent.DELETED, KeyEvent.DESTRUCTION_ORDERED}
 """What may end a key in use."""
 _BY_STATUS: Final = {
     KeyEvent.INSTALLED: "installed",
+    KeyEvent.RESTORED: "installed",
     KeyEvent.DELETED: "deleted",
     KeyEvent.INSTALLATION_FAILED: "failed_installation",
 }
@@ -145,7 +146,7 @@ class Checks:
                 running=ledger.retention.running,
                 version=version,
             )
-            files = {file_name(owner): content for owner, content in ledger.keys.active_files().items()}
+            files = ledger.keys.active_files()
         self.seen = now
         self._nothing_lost(before, now)
         for seq, (key_id, event, _, message_id) in now.events.items():
@@ -165,8 +166,18 @@ class Checks:
                     history.append(files.get(name))
             self._shown.append(files)
             for name, content in files.items():
-                _fits(name, content, {file_name(key.owner): key_id for key_id, key in now.keys.items()
-                                      if key.state == KeyState.ACTIVE})  # fmt: skip
+                self._fits(name, content)
+
+    def _fits(self, name: str, content: bytes) -> None:
+        """The certificate in a file under ``active/`` is for the key in it."""
+        key, begin, certificates = content.partition(b"-----BEGIN CERTIFICATE")
+        if not begin:
+            return
+        leaf = x509.load_pem_x509_certificates(begin + certificates)[0].public_key()
+        public = leaf.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        secret = base64.b64decode(b"".join(key.splitlines()[1:-1]))
+        if self._tpm.secrets.get(key_id_of(public)) != secret:
+            raise Violation("a certificate in active/ is for the key beside it", name)
 
     def _nothing_lost(self, before: Seen, now: Seen) -> None:
         for key_id, key in before.keys.items():
@@ -188,7 +199,7 @@ class Checks:
         due = None if before is None else before.due
         if (event, state) == (KeyEvent.EXPIRED, KeyState.DEACTIVATED) and (due is None or due > self.ran + 1000):
             raise Violation("no key ends before its time", f"{key_id}: due {due}, ran {self.ran}")
-        if event in _BY_STATUS:
+        if event in _BY_STATUS and (message_id or event != KeyEvent.RESTORED):  # or by an order
             told = self._josev.told.get(message_id or "")
             if told is None or told.verb != _BY_STATUS[KeyEvent(event)]:
                 raise Violation("a status is what changes a key", f"{event} by {message_id}")
@@ -298,14 +309,3 @@ def _traces(secret: bytes, content: bytes) -> bool:
     """Whether a piece of a secret is there."""
     pieces = (secret[start : start + 16] for start in range(0, len(secret), 16))
     return any(piece in content for piece in (*pieces, base64.b64encode(secret[:48])))  # in PEM, too
-
-
-def _fits(name: str, content: bytes, active: dict[str, str]) -> None:
-    """The certificate in a file under ``active/`` is for the key in it."""
-    begin = content.find(b"-----BEGIN CERTIFICATE")
-    if begin < 0:
-        return
-    leaf = x509.load_pem_x509_certificates(content[begin:])[0].public_key()
-    public = leaf.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    if key_id_of(public) != active[name]:
-        raise Violation("a certificate in active/ is for the key beside it", name)

@@ -231,15 +231,9 @@ def _all_due(_: Any) -> Any:
 
 def _keeps_files(sync: Any) -> Any:
     def spoiled(self: ActiveDirectory, wanted: Any) -> Any:
-        def more() -> Any:
-            there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            contents = dict(wanted())
-            from stationkey.contract.active_names import file_name, owner_of  # noqa: PLC0415 - here alone
-
-            for name in there - {file_name(owner) for owner in contents}:
-                if (owner := owner_of(name)) is not None:
-                    contents[owner] = (self.path / name).read_bytes()
-            return contents
+        def more() -> dict[str, bytes]:
+            there = {path.name: path.read_bytes() for path in self.path.glob("*.pem")}
+            return {**there, **wanted()}
 
         return sync(self, more)
 

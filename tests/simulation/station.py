@@ -6,6 +6,7 @@ import asyncio
 import random
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,9 @@ from stationkey.ledger import Ledger
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.service.policy import Policy
 from stationkey.service.requests import StationKeyService
+from stationkey.system.backoff import Backoff
 from stationkey.system.state_dir import StateDirectory
+from stationkey.system.tasks import Work, background, keep_running
 
 _MINUTE: Final = 60_000
 BOUNDS: Final = Bounds(pending_limit=3, pending_total=6, active_limit=4, history_limit=200)
@@ -112,23 +115,27 @@ class Station:
             worker=SimulatedWorker,
         )
         await service.custody.show_active()
+        failures = service.counters.task_failures
         self.edge = edge = MqttEdge(
-            ADDRESS, service, client_id=ledger.client_id(), queue=self.setting.queue, connect=self.broker.connect
+            ADDRESS,
+            service,
+            client_id=ledger.client_id(),
+            queue=self.setting.queue,
+            failures=failures,
+            connect=self.broker.connect,
         )
+        tasks: dict[str, Work] = {
+            "sweep": service.expiry.run,
+            "tell-unusable": service.expiry.tell_unusable,
+            "learn-ids": service.learn_ids,
+            "make-ahead": service.pool.run,
+            "renewal-watch": partial(service.renewal.run, lambda _: None),
+        }
         try:
-            async with asyncio.TaskGroup() as tasks:
-                others = [
-                    tasks.create_task(work, name=name)
-                    for name, work in {
-                        "sweep": service.expiry.run(),
-                        "tell-unusable": service.expiry.tell_unusable(),
-                        "learn-ids": service.learn_ids(),
-                        "make-ahead": service.pool.run(),
-                    }.items()
-                ]
-                await edge.run(self.stopping, drain=DRAIN)
-                for task in others:
-                    task.cancel()
+            async with background(tasks, failures):
+                await keep_running(
+                    partial(edge.run, self.stopping, drain=DRAIN), "mqtt", failures, backoff=Backoff(0.1, 1.0)
+                )
         finally:
             await service.aclose()
             self.keystore.close()

@@ -48,9 +48,10 @@ FAULTS: Final[dict[str, tuple[int, str]]] = {
     "clock": (1, "the clock on the wall jumps"),
     "time": (2, "minutes to an hour pass"),
     "files": (8, "Josev's directory: files half written, moved, linked, unreadable, also while it is read"),
-    "command": (2, "keys retire, destroy or mark-compromised, beside the daemon"),
+    "command": (2, "keys retire, restore, confirm, destroy or mark-compromised, beside the daemon"),
 }
 """What may go wrong: how often, and what it is. Each seed has some of them."""
+_COMMANDS: Final = (["retire"], ["restore"], ["confirm"], ["destroy", "--yes"], ["mark-compromised", "--yes"])
 _LIFE: Final = {"ask": 10, "install": 10, "delete": 4, "again": 1, "nonsense": 1}
 
 
@@ -410,11 +411,14 @@ class World:
 
     def _command(self, rng: random.Random) -> None:
         """Give a ``keys`` command, which runs beside the daemon."""
-        living = [key_id for key_id, key in self.checks.seen.keys.items() if key.state != KeyState.DESTROYED]
-        if not living:
+        by_state: dict[str, list[str]] = {}
+        for key_id, key in sorted(self.checks.seen.keys.items()):
+            by_state.setdefault(key.state, []).append(key_id)
+        by_state.pop(KeyState.DESTROYED, None)
+        if not by_state:
             return
-        key_id = rng.choice(sorted(living))
-        what = rng.choice((["retire"], ["destroy", "--yes"], ["mark-compromised", "--yes"]))
+        key_id = rng.choice(by_state[rng.choice(sorted(by_state))])
+        what = rng.choice(_COMMANDS)
         if what[0] == "destroy":
             self.checks.ordered.add(key_id)
         self._say(" ".join([*what, key_id]))
@@ -480,8 +484,9 @@ class _Log(logging.Handler):
         self._fail, self._say = fail, say
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None:
-            self._fail(Violation("no fault of stationkey is logged", repr(record.exc_info[1])))
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and not isinstance(error, StationKeyError):
+            self._fail(Violation("no fault of stationkey is logged", repr(error)))
         if self._say is not None:
             names = ("request_id", "message_id", "key_id", "reason")
             about = {name: getattr(record, name) for name in names if hasattr(record, name)}
