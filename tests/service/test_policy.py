@@ -125,7 +125,9 @@ def test_what_the_profile_would_have_otherwise_is_served_and_remarked_upon_where
     remarks = admit(policy, asked(common_name="STATION42", algorithm=RSA))
 
     assert remarks == (
-        ["the common name is no SECC ID", "the profile of this certificate type wants ECDSA_SHA256"] if remarked else []
+        ["the common name is not a SECC ID", "the profile of this certificate type wants ECDSA_SHA256"]
+        if remarked
+        else []
     )
 
 

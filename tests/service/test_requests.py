@@ -387,7 +387,7 @@ async def test_an_id_of_an_earlier_run_is_known_before_and_after_the_ids_were_le
 
 
 PROFILE_WARNINGS = [
-    pytest.param("v2g_certificate", "STATION42", None, ["the common name is no SECC ID"], id="no-secc-id"),
+    pytest.param("v2g_certificate", "STATION42", None, ["the common name is not a SECC ID"], id="no-secc-id"),
     pytest.param("v2g_certificate", "DEABCS1", "RSA_SHA256", ["the profile of this certificate type wants"], id="rsa"),
     pytest.param("v2g_certificate", "DEABCS1", None, [], id="by-the-profile"),
     pytest.param("charging_station_certificate", "STATION42", None, [], id="csms-certificate"),

@@ -147,7 +147,7 @@ def check_key(key: Public) -> None:
     """
     wrong = _unfit(key, KEY_NEEDS, _KEY_MUST_NOT)
     if not wrong and Attribute.USER_WITH_AUTH not in key.attributes and not key.policy:
-        wrong = "can be used by nobody: neither by its authorisation value nor by a policy"
+        wrong = "cannot be used: neither by its authorisation value nor by a policy"
     if wrong:
         raise NotVerified(f"the key is not one that stays in the TPM and signs: it {wrong}", reason="key_unfit")
 

@@ -199,7 +199,7 @@ def _not_in_a_tpm() -> KeyStoreError:
     return KeyStoreError(
         "this key is in no TPM, so there is nothing that could attest where it was made",
         reason="attest_no_tpm",
-        hint="keys of software: can be copied by whoever reads the state directory",
+        hint="keys of software: can be copied by anyone who can read the state directory",
     )
 
 

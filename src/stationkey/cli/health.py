@@ -48,7 +48,7 @@ def ask(address: Address) -> tuple[bool, str]:
         return response.status == http.client.OK, response.read(MAX_REPORT).decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
         raise StationKeyError(
-            f"nobody answers at {address}: {getattr(error, 'strerror', None) or 'what answers does not speak HTTP'}",
+            f"no answer at {address}: {getattr(error, 'strerror', None) or 'what answers does not speak HTTP'}",
             reason="health_unreachable",
             hint="is stationkey serve running, with [metrics] listen set to this?",
         ) from None
@@ -77,7 +77,7 @@ def health(address: str | None, settings: Configured) -> None:
     address = settings().metrics if address is None else _authority(address)
     if not address:
         raise ConfigurationError(
-            "nobody can be asked: no ADDRESS was given, and the configuration names none",
+            "no address: give ADDRESS, or [metrics] listen in the configuration",
             reason="health_unasked",
             hint="[metrics] listen in the configuration file makes the daemon answer",
         )

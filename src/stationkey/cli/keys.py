@@ -202,7 +202,7 @@ def keys_export_csr(key_id: str, settings: Configured) -> None:
     csr = next((answer.csr for answer in answers if answer is not None and answer.csr), None)
     if csr is None:
         raise StationKeyError(
-            f"there is no CSR on record for {key.key_id} ({key.state})",
+            f"no CSR on record for {key.key_id} ({key.state})",
             reason="csr_not_found",
             hint="it goes with the key, and after [lifecycle] answer_days; a key made ahead has none yet",
             scope=Scope.KEY,
@@ -246,7 +246,7 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
                 raise StationKeyError(
                     f"{key.key_id} has become {now} meanwhile; nothing was changed",
                     reason="key_changed",
-                    hint="ask anew",
+                    hint="retry",
                 )
         at, state = int(time.time() * 1000), KeyState.ACTIVE
         match event:

@@ -54,7 +54,7 @@ def request(
     from stationkey.mqtt.client import ask  # noqa: PLC0415 - see the module's docstring
 
     if request_id is not None and not messages.is_usable_id(request_id):
-        raise click.BadParameter("no UUID of the form 8-4-4-4-12: nobody could answer it", param_hint="--id")
+        raise click.BadParameter("not a UUID of the form 8-4-4-4-12: it could not be answered", param_hint="--id")
     asked = messages.generate_csr(
         request_id or str(uuid.uuid4()),
         messages.GenerateCsrData(

@@ -180,6 +180,6 @@ def schema(name: str | None) -> None:
     Without NAME, all of them are printed as one JSON object.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     if name is not None and name not in NAMES:
-        raise click.BadParameter(f"{name!r} is none of {', '.join(NAMES)}", param_hint="NAME")
+        raise click.BadParameter(f"{name!r} is not one of {', '.join(NAMES)}", param_hint="NAME")
     documents = {known: document(known) for known in NAMES if name in {None, known}}
     click.echo(json.dumps(documents if name is None else documents[name], indent=2, ensure_ascii=False))

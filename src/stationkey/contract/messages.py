@@ -494,7 +494,7 @@ def _check_text(field: str, value: object) -> None:
     for character in value:
         category = unicodedata.category(character)
         if category == "Cs":
-            what = f"a lone surrogate U+{ord(character):04X}, which is no character"
+            what = f"a lone surrogate U+{ord(character):04X}, which is not a character"
         elif category in _REFUSED_CATEGORIES and character not in _FORMAT_ALLOWED:
             what = f"the control character U+{ord(character):04X}"
         else:

@@ -89,7 +89,7 @@ class Database:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             elif not path.exists():
                 raise LedgerError(
-                    f"there is no ledger at {path}",
+                    f"no ledger at {path}",
                     reason="ledger_missing",
                     hint="is it the --state-dir of the daemon?",
                 )

@@ -73,7 +73,7 @@ class Keys:
         found = self.all(beginning) if beginning else []
         if len(found) != 1:
             raise StationKeyError(
-                f"{len(found)} keys begin with {beginning}" if found else f"there is no key {beginning}",
+                f"{len(found)} keys begin with {beginning}" if found else f"no key {beginning}",
                 reason="key_not_found",
                 hint="stationkey keys list shows them all",
                 scope=Scope.KEY,

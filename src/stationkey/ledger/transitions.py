@@ -285,7 +285,7 @@ def advance(
     """Record an event and the state after it, as `Transitions.apply` does."""
     row = sql.execute("SELECT number, state, certificate_type FROM key WHERE key_id = ?", (key_id,)).fetchone()
     if row is None:
-        raise LedgerError(f"there is no key {key_id} on record", reason="key_not_found", scope=Scope.KEY)
+        raise LedgerError(f"no key {key_id} on record", reason="key_not_found", scope=Scope.KEY)
     number, before, certificate_type = row
     state = step(read_state(before), event)
     if not certificate_type and event in {KeyEvent.INSTALLED, KeyEvent.INSTALLATION_FAILED}:

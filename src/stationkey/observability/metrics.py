@@ -217,7 +217,7 @@ def _of_ledger(figures: Figures) -> Iterator[Metric]:
         ("certificate_type", "evse_id"),
         {(kind, evse_id): expires for kind, evse_id, expires in figures.expiries},
     )
-    yield _gauge("certificates_expiry_unknown", "Active keys of which no expiry is shown.", figures.unknown)
+    yield _gauge("certificates_expiry_unknown", "Active keys whose expiry is not shown.", figures.unknown)
     yield _gauge(
         "unconfirmed_keys", "Active keys that are not confirmed, while the key before is kept.", figures.unconfirmed
     )

@@ -50,7 +50,9 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
         (service is not None and service.ledger_stuck, Problem("the ledger's disk hangs", _DOCTOR, serious=True)),
         (
             not protected,
-            Problem("software keys: whoever reads the state directory has them", "use a TPM on a station in service"),
+            Problem(
+                "software keys: anyone who can read the state directory has them", "use a TPM on a station in service"
+            ),
         ),
         (abandoned, Problem(f"calls to the key store that do not return: {abandoned}", _DOCTOR)),
         (
@@ -68,7 +70,7 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
         (condition.due, Problem(f"certificates due for renewal: {condition.due}", _RENEW)),
         (
             condition.clock_behind,
-            Problem("the clock is before the newest certificate: nobody knows which are due", "set the clock"),
+            Problem("the clock is before the newest certificate: which are due is unknown", "set the clock"),
         ),
         (
             unknown,

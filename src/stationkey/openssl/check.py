@@ -206,7 +206,7 @@ def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Key
         raise _unreadable(path, error) from None
     if not files:
         raise _no_file(
-            f"there is no active {certificate_type} in {directory}",
+            f"no active {certificate_type} in {directory}",
             hint="it appears when Josev reports the certificate as installed; stationkey keys list shows every key",
         )
     return files
@@ -519,7 +519,7 @@ _TPM_SIGNS: Final[Sequence[tuple[str, str, str]]] = (
     (
         "0x00000902",
         "the TPM has no room for the key",
-        "without a resource manager there is none for a TLS client; use tpm2:device:/dev/tpmrm0, or tpm2-abrmd",
+        "without a resource manager no slot is free for a TLS client; use tpm2:device:/dev/tpmrm0, or tpm2-abrmd",
     ),
     (
         "Esys_Load() Esys Finish ErrorCode (0x000009a2)",

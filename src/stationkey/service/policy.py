@@ -116,7 +116,7 @@ class Policy:
         profile = self._profiles[request.data.certificate_type]
         if profile.secc_id and not is_secc_id(request.data.common_name):
             yield from _weigh(
-                self._terms.secc_id, "the common name is no SECC ID", option="secc_id", reason="policy_secc_id"
+                self._terms.secc_id, "the common name is not a SECC ID", option="secc_id", reason="policy_secc_id"
             )
         if profile.preferred_algorithm not in {None, request.algorithm}:
             yield from _weigh(

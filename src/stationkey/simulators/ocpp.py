@@ -505,7 +505,7 @@ def _read(action: str, message: str, payload: Payload, version: OcppVersion) -> 
         return payload
     if action == "DataTransfer" and is_plug_and_charge(payload, message, version):
         return _unpack(payload, message)
-    raise PayloadInvalid(f"OCPP {version.number} {action} is no {message}")
+    raise PayloadInvalid(f"OCPP {version.number} {action} is not a {message}")
 
 
 def is_plug_and_charge(payload: Payload, message: str, version: OcppVersion) -> bool:
@@ -518,7 +518,7 @@ def _unpack(payload: Payload, message: str, *, result: bool = False) -> Payload:
     try:
         inner = json.loads(payload.get("data", ""))
     except (ValueError, RecursionError):
-        raise PayloadInvalid(f"DataTransfer {message}: data is no JSON") from None
+        raise PayloadInvalid(f"DataTransfer {message}: data is not JSON") from None
     validate(message, inner, OcppVersion.V201, result=result)
     assert isinstance(inner, dict)  # the schema says so
     return inner

@@ -66,7 +66,7 @@ class PendingFile:
             raise ConfigurationError(
                 f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}",
                 reason="pending_unreadable",
-                hint="remove it to begin anew; certificates for the CSRs in it are then refused",
+                hint="remove it to start over; certificates for the CSRs in it are then refused",
             ) from None
         self.pending, self.last_request_id = content.pending, content.last_request_id
 

@@ -56,7 +56,7 @@ def read_signed(chain_pem: str) -> Chain:
         )
     chain = read_chain(chain_pem.encode())
     if chain is None or len(chain.certificates) != chain_pem.count("-----BEGIN CERTIFICATE-----"):
-        raise CertificateInvalid("there is no certificate in it, or one that cannot be read", reason="chain_unreadable")
+        raise CertificateInvalid("no readable certificate in it", reason="chain_unreadable")
     certificates = chain.certificates
     if len(certificates) > 1 and _is_ca(certificates[0]) and not _is_ca(certificates[-1]):
         raise CertificateInvalid(
@@ -92,7 +92,7 @@ def verify(chain: Chain, expected: Expected, *, anchors: bytes | None, root_perm
         raise CertificateInvalid("the chain has a root in it", reason="root_in_chain")
     if found := differences(chain, expected, now=time.time()):
         raise CertificateInvalid("; ".join(found), reason="certificate_differs")
-    warnings = ["the chain has its root in it, which nobody needs [RFC 8446 4.4.2]"] if roots else []
+    warnings = ["the chain contains its root, which is unnecessary [RFC 8446 4.4.2]"] if roots else []
     return "; ".join(warnings + oddities(chain))
 
 

@@ -107,7 +107,7 @@ def judge_port(broker: Broker, why: str) -> Finding:
     """Judge whether anything listens. `why`: it does not, or an empty text."""
     if why:
         advice = (
-            "is the broker running (systemctl status mosquitto), on this address and port, and is no firewall between?"
+            "does the broker run (systemctl status mosquitto), on this address and port, without a firewall between?"
         )
         return failure("closed", f"nothing accepts a connection at {broker}: {why}", advice)
     return ok(f"something listens at {broker}")
@@ -249,7 +249,7 @@ def judge_login(broker: Broker, seen: Visit, tls: bool) -> Finding:
         return failure(error.reason, error.message, error.hint or _HINTS.get(error.reason, ours))
     if seen.in_its_place:
         told = "one session for each user: the broker took the doctor for the running daemon, and it left at once"
-        return warning("shared_session", told, "stop the daemon to have its rights examined", stops=True)
+        return warning("shared_session", told, "stop the daemon to check its rights", stops=True)
     return ok(f"the broker lets us in, {'with our identity' if seen.named else 'without a name'}")
 
 
@@ -330,14 +330,14 @@ def judge_anonymous(seen: Visit, reach: str | None) -> Finding:
         advice = f"give Josev and stationkey a name or a certificate each, and an access control list {_SHIPPED}"
         return failure("no_names", told, advice) if reach is not None else warning("no_names", told, advice)
     if rights is None:
-        return unknown(seen.anonymous_why) if seen.anonymous_why else ok("nobody is let in without a name")
+        return unknown(seen.anonymous_why) if seen.anonymous_why else ok("anonymous clients are refused")
     may = {
         f"ask for keys ({seen.requests})": rights.asks,
         f"answer in our place ({seen.responses})": rights.answers,
         f"read the answers ({seen.responses})": rights.listens,
     }
     can = [words for words, granted in may.items() if granted]
-    advice = f"allow_anonymous false, or an access control list that gives nobody any of it {_SHIPPED}"
+    advice = f"allow_anonymous false, or an access control list that denies it {_SHIPPED}"
     if can:
         return failure("anonymous_rights", f"the broker lets in anybody: {whom} can {' and '.join(can)}", advice)
     told = "the broker lets in anybody, though not to our topics"
@@ -349,8 +349,8 @@ def judge_josev(seen: Visit) -> Finding:
     if seen.josev is None:
         return unknown(f"the broker does not say who is subscribed to {seen.responses}")
     if seen.josev:
-        return ok(f"somebody is subscribed to {seen.responses}")
-    told = f"nobody is subscribed to {seen.responses}: answers are not heard"
+        return ok(f"a client is subscribed to {seen.responses}")
+    told = f"no client is subscribed to {seen.responses}: answers are lost"
     return warning("nobody_listens", told, "is Josev running, at this broker and with this topic prefix?")
 
 

@@ -55,7 +55,7 @@ def read_ledger(path: Path, *, running: bool) -> Contents | str:
     """
     facts, log = look_at(path), look_at(path.with_name(path.name + _LOG))
     if facts.kind != "file":
-        return f"there is no ledger at {path}" if facts.kind == "missing" else f"{path} is not a file to read"
+        return f"no ledger at {path}" if facts.kind == "missing" else f"{path} is not a file to read"
     if running:
         return _contents(Ledger(path, read_only=True))
     if not log.there or log.size == 0:

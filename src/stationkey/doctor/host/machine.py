@@ -113,7 +113,7 @@ def look_at_battery(_: Context) -> tuple[float, float | None]:
 def judge_battery(now: float, battery: float | None) -> Finding:
     """Judge the clock that runs while there is no power; None where there is none."""
     if battery is None:
-        told = "no clock runs without power: after each power cut the time is wrong until somebody sets it"
+        told = "no battery-backed clock: after each power cut the time is wrong until it is set"
         return warning("no_battery", told, "NTP at start, or fake-hwclock, by which it does not fall back by years")
     if abs(battery - now) > _DIFFERENCE:
         told = f"the clock that runs without power says {_date(battery)}"
@@ -147,7 +147,7 @@ def judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None)
 
 def look_at_unit(context: Context) -> tuple[Unit, Daemon] | Finding:
     """Look at the unit and the daemon."""
-    return (context.unit, context.daemon) if context.unit else unknown("there is no systemd here that answers")
+    return (context.unit, context.daemon) if context.unit else unknown("systemd does not answer")
 
 
 def judge_unit(unit: Unit, daemon: Daemon) -> Finding:
@@ -155,7 +155,7 @@ def judge_unit(unit: Unit, daemon: Daemon) -> Finding:
     log, active = f"journalctl -u {UNIT} -n 50 says why", unit["ActiveState"]
     if not unit.installed:
         advice = "install the package's unit, or have your own supervisor start the daemon"
-        return warning("not_installed", f"there is no {UNIT}: nothing starts the daemon after a power cut", advice)
+        return warning("not_installed", f"{UNIT} is missing: the daemon does not start after a power cut", advice)
     if unit["LoadState"] != "loaded":
         return failure("not_loaded", f"{UNIT} cannot be loaded ({unit['LoadState']})", f"systemctl status {UNIT}")
     if active == "failed" or unit["SubState"] == "auto-restart":
@@ -309,7 +309,7 @@ def judge_openssl(seen: OpenSsl) -> Finding:
     """Judge whether a TLS service can use the active keys. The daemon itself does not need it."""
     what, only = f"OpenSSL {seen.version}", "; only services that use an active key need it, not the daemon"
     if not seen.version:
-        return warning("missing", "there is no command openssl", f"apt-get install openssl{only}")
+        return warning("missing", "the command openssl is missing", f"apt-get install openssl{only}")
     if _numbers(seen.version) < (3,):
         return warning("old", f"{what} has no providers", f"install 3.0 or newer{only}")
     if seen.complaint is None:

@@ -49,7 +49,7 @@ def judge_ledger(facts: Facts, contents: Contents | LedgerError | str) -> Findin
     """Judge the ledger. `contents`: what is in it, or why that is not known."""
     path = facts.path
     if facts.kind == "missing":
-        return ok("there is no ledger yet; the daemon makes it at its first start", stops=True)
+        return ok("no ledger yet; the daemon creates it at its first start", stops=True)
     if facts.kind != "file":
         return failure("not_a_file", f"{path} is a {facts.kind}, not a file", "find out who made it, and move it away")
     if facts.size == 0:

@@ -110,7 +110,7 @@ def judge_simulated(seen: Seen) -> Finding:
     """Judge whether it is a program and not a chip."""
     maker, *vendor = seen.probe.numbers(*facts.MAKER)
     if seen.way.is_simulator or (text_of(maker) == "IBM" and text_of(*vendor).startswith("SW")):
-        told = "this TPM is simulated: its keys are in a file, for who can read that"
+        told = "this TPM is simulated: anyone who can read its file has its keys"
         return warning("simulated", told, 'for trying only; on a station, keystore = "tpm2:device:/dev/tpmrm0"')
     return ok("nothing says that this TPM is simulated")
 

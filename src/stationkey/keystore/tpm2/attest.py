@@ -150,7 +150,7 @@ def _attestation_key(esapi: Context, terms: AttestationTerms) -> Iterator[tuple[
 def _provisioned_ak(esapi: Context, handle: int) -> tuple[Any, bytes]:
     if handle not in capabilities.handles(esapi, handle, handle):
         raise KeyStoreError(
-            f"there is no attestation key at {handle:#x}",
+            f"no attestation key at {handle:#x}",
             reason="ak_unfit",
             hint="set [tpm] ak_handle to where it is, or to 0 for one that needs no provisioning",
         )
