@@ -233,7 +233,7 @@ def test_a_name_that_is_right_is_the_same_in_the_csr_and_shown_with_what_is_invi
         text=True,
         check=True,
     ).stdout
-    listed = run("keys", "list", "--state-dir", str(station.state_dir)).stdout
+    listed = run("keys", "list", "--state-dir", str(station.state_dir), COLUMNS="200").stdout
 
     assert f"CN={name}" in shown.replace(" = ", "=")
     assert "\U0001f468\\u200d\U0001f469 Żółć" in listed

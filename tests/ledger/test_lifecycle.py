@@ -132,7 +132,7 @@ def test_the_document_explains_every_state_and_every_event() -> None:
 
 def lifecycle(**options: float) -> Terms:
     """What the service gets for a ``[lifecycle]`` in the file."""
-    return settle(read_table({"lifecycle": options}, "here"), keystore="software:").lifecycle
+    return settle(read_table({"lifecycle": options}, source="here"), keystore="software:").lifecycle
 
 
 def test_the_document_gives_every_default_as_it_is_and_a_reason() -> None:

@@ -93,6 +93,8 @@ class _Commands(click.Group):
             click.echo(f"stationkey: {printable(error.message)}", err=True)
             if error.hint:
                 click.echo(f"  {printable(error.hint)}", err=True)
+            if (file := ctx.meta.get("stationkey.configuration")) and str(file) not in error.message:
+                click.echo(f"  configuration file: {printable(str(file))}", err=True)
             ctx.exit(error.exit_code)
 
 

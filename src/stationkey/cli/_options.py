@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, Final, get_args
 import click
 from click.shell_completion import CompletionItem
 
+from stationkey.config import file as configuration
 from stationkey.config.file import read_file, read_table, settle
 from stationkey.config.options import options_of
 from stationkey.config.settings import LogFormat, Settings
@@ -23,6 +25,7 @@ from stationkey.errors import ConfigurationError, KeyStoreError, MessageError
 PREFIX: Final = "STATIONKEY"
 """Of the environment variable of each option that has one."""
 CONFIG_TEXT: Final = "Configuration file (TOML)."
+CLIENT_TEXT: Final = "Configuration file (TOML) that says where the broker is. Its login is the daemon's, and not used."
 BROKER: Final = (
     *("broker", "topic_prefix", "mqtt.ca_file", "mqtt.certificate_file", "mqtt.key_file", "mqtt.server_name"),
     *("mqtt.username", "mqtt.password_file"),
@@ -35,12 +38,17 @@ Configured = Callable[[], Settings]
 # What may not be read is said in our words, and by the same exit status as all that is wrong with a file.
 _path: Final = click.Path(path_type=Path, readable=False)
 _DECLARED: Final = {option.place: option for option in options_of(Settings)}
-_CHECKED: Final = {
+CHECKED: Final = {
     "broker": ("stationkey.mqtt.url", "Broker.parse"),
     "topic_prefix": ("stationkey.mqtt.topics", "topics"),
     "keystore": ("stationkey.keystore", "KeyStoreUri.parse"),
+    "metrics.listen": ("stationkey.system.listener", "Address.parse"),
 }
 """Who reads the text of an option, and refuses it: module and name, so that only the options that are given cost."""
+_OF_A_CLIENT: Final = (("broker",), ("topic_prefix",), ("mqtt", "ca_file"), ("mqtt", "server_name"))
+"""What a command that plays another client of the broker takes from the system's file: the login is the daemon's."""
+CHOSEN: Final = "stationkey.configuration"
+"""Name in click's `meta` of the configuration file that is read."""
 _TERMS: Final[dict[str, dict[str, Any]]] = {
     "state_dir": {"type": _path},
     "allow_software_keys": {"is_flag": True},
@@ -68,6 +76,25 @@ def option(name: str, *names: str, **terms: Any) -> Decorator:
     """An option that is also read from the environment."""
     variable = name.removeprefix("--").replace("-", "_").upper()
     return click.option(name, *names, envvar=f"{PREFIX}_{variable}", show_envvar=True, **terms)
+
+
+def checked(place: str, value: str) -> None:
+    """Refuse the text of an option of `CHECKED` that its reader refuses.
+
+    Raises:
+        StationKeyError: by its reader.
+    """
+    module, reader = CHECKED[place]
+    attrgetter(reader)(import_module(module))(value)
+
+
+def chosen_file(given: Path | None) -> Path | None:
+    """Return the configuration file to read: the given one, or that of the system where this user may read it."""
+    if given is None and os.access(configuration.SYSTEM_FILE, os.R_OK):
+        given = configuration.SYSTEM_FILE
+    if given is not None:
+        click.get_current_context().meta[CHOSEN] = given
+    return given
 
 
 @contextmanager
@@ -102,12 +129,15 @@ def config_option(text: str = CONFIG_TEXT) -> Decorator:
     return option("--config", "config_file", metavar="FILE", type=_path, help=text)
 
 
-def configured(*places: str, file: str = CONFIG_TEXT, needs_keystore: bool = True, **texts: str) -> Decorator:
+def configured(
+    *places: str, file: str = CONFIG_TEXT, client: bool = False, needs_keystore: bool = True, **texts: str
+) -> Decorator:
     """Give a command options of the configuration. It gets what they come to as its argument `settings`.
 
     Args:
         places: where they are in the file.
         file: what ``--config`` does for this command; empty for no such option.
+        client: whether it plays another client of the broker, and takes `_OF_A_CLIENT` from the file alone.
         needs_keystore: see `stationkey.config.file.settle`.
         texts: more options at the top of the file, and what they do for this command.
     """
@@ -122,13 +152,15 @@ def configured(*places: str, file: str = CONFIG_TEXT, needs_keystore: bool = Tru
                 given[table][name] = others.pop(place.replace(".", "_"))
 
             def settings() -> Settings:
-                filed = read_file(config_file)
+                filed = read_file(chosen_file(config_file))
+                if client:
+                    filed = {path: filed[path] for path in _OF_A_CLIENT if path in filed}
                 with wrong_usage():
-                    for place, (module, check) in _CHECKED.items():
+                    for place in CHECKED:
                         if value := given[""].get(place):
-                            attrgetter(check)(import_module(module))(value)
+                            checked(place, value)
                     tables = {table: _texts(one) for table, one in given.items() if table}
-                    told = {**filed, **read_table(tables, "the command line")}
+                    told = {**filed, **read_table(tables, source="the command line")}
                 return settle(told, needs_keystore=needs_keystore, **given[""])
 
             return command(settings=settings, **others)

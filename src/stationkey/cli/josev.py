@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from stationkey.cli._options import BROKER, Configured, configured
+from stationkey.cli._options import BROKER, CLIENT_TEXT, Configured, configured
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.connection import connect
@@ -37,7 +37,7 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
     type=click.Choice(list(_VERSIONS)),
     help="Versions to offer, best first.  [default: 2.1, 2.0.1, 1.6]",
 )
-@configured(*BROKER, file="", needs_keystore=False)
+@configured(*BROKER, file=CLIENT_TEXT, client=True, needs_keystore=False)
 @click.option("--common-name", required=True, help="CN of the CSRs: SECC ID, or serial number of the station.")
 @click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
 @click.option("--country-name", required=True, help="C: two letters.")

@@ -20,15 +20,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
 
-from msgspec import UNSET
+from msgspec import UNSET, ValidationError
 
 from stationkey.config.options import Declared, options_of
 from stationkey.config.settings import DEFAULT_DEVICE, CsrOverrides, Settings
+from stationkey.config.wording import lines_of, meant, not_toml, required
 from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import ConfigurationError
 from stationkey.system.files import opened_regular
 from stationkey.system.text import printable
 
+SYSTEM_FILE: Final = Path("/etc/stationkey/stationkey.toml")
+"""Read by every command that is given no other, where this user may."""
 MAX_FILE: Final = 256 * 1024
 """Bytes; the packaged file, with every option explained, has 15 KB."""
 MAX_DOTS: Final = 250
@@ -67,24 +70,33 @@ def read_file(path: Path | None) -> Given:
     content, open_to_all = _content(path)
     if open_to_all:
         raise _open_to_all(path)
-    return read_table(_table(path, content), str(path))
+    return read_table(*_table(path, content), source=str(path))
 
 
-def read_table(table: Mapping[str, object], source: str, declared: type = Settings) -> Given:
+def read_table(
+    table: Mapping[str, object],
+    lines: Mapping[str, int] | None = None,
+    *,
+    source: str,
+    declared: type = Settings,
+) -> Given:
     """Read what a configuration file would have, from elsewhere.
 
     Args:
         table: as TOML has it.
+        lines: the line of each place, where there are lines.
         source: where it is from, for messages.
         declared: the class that declares the options.
 
     Raises:
         ConfigurationError: something in it is invalid; the message names where.
     """
-    reading = _Reading(source, declared)
+    reading = _Reading(source, declared, lines)
     reading.take(table)
     if reading.complaints:
-        raise reading.complaints[0]
+        first, *more = reading.complaints
+        first.hint = first.hint or ("stationkey config check shows all that is wrong" if more else "")
+        raise first
     return reading.given
 
 
@@ -93,17 +105,18 @@ def read_parts(path: Path) -> Parts:
 
     For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises.
     """
-    reading = _Reading(str(path), Settings)
+    complaints: list[ConfigurationError] = []
     try:
         content, open_to_all = _content(path)
         if open_to_all:
-            reading.complaints.append(_open_to_all(path))
-        table = _table(path, content)
+            complaints.append(_open_to_all(path))
+        table, lines = _table(path, content)
     except ConfigurationError as error:
-        return Parts({}, tuple(one.message for one in (*reading.complaints, error)), None)
+        return Parts({}, tuple(one.message for one in (*complaints, error)), None)
+    reading = _Reading(str(path), Settings, lines)
     reading.take(table)
-    complaints = tuple(one.message for one in reading.complaints)
-    return Parts(reading.given, complaints, frozenset(reading.lost))
+    complaints += reading.complaints
+    return Parts(reading.given, tuple(one.message for one in complaints), frozenset(reading.lost))
 
 
 def _open_to_all(path: Path) -> ConfigurationError:
@@ -128,7 +141,8 @@ def _content(path: Path) -> tuple[bytes, bool]:
     return content, bool(status.st_mode & stat.S_IWOTH)
 
 
-def _table(path: Path, content: bytes) -> dict[str, object]:
+def _table(path: Path, content: bytes) -> tuple[dict[str, object], dict[str, int]]:
+    """Return what is in a file, and the line of each place."""
     try:
         text = content.removeprefix(codecs.BOM_UTF8).decode()  # a byte order mark, invisible in editors
     except UnicodeDecodeError:
@@ -137,9 +151,9 @@ def _table(path: Path, content: bytes) -> dict[str, object]:
         if line.count(".") > MAX_DOTS:
             raise ConfigurationError(f"{path}: line {number} has more than {MAX_DOTS} dots", reason="config_invalid")
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text), lines_of(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
-        raise ConfigurationError(f"{path} is not valid TOML: {_said(error)}", reason="config_invalid") from None
+        raise ConfigurationError(f"{path}: {_said(not_toml(str(error), text))}", reason="config_invalid") from None
 
 
 def _said(words: object) -> str:
@@ -148,17 +162,7 @@ def _said(words: object) -> str:
     return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
 
 
-_TYPES: Final = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "a table",
-}
-"""msgspec's names of types, for a person."""
-_TYPE: Final = re.compile(f"`({'|'.join(_TYPES)})`")
-
+_CHOICE: Final = re.compile(r"Invalid enum value (.{1,80}?)(?: - at|$)")
 _CSR: Final = "csr"
 _FIXED: Final = {
     **dict.fromkeys(
@@ -177,12 +181,16 @@ _FIXED: Final = {
 class _Reading:
     """The values read so far, and the errors in the rest; `root` declares the options."""
 
-    def __init__(self, source: str, root: type) -> None:
+    def __init__(self, source: str, root: type, lines: Mapping[str, int] | None = None) -> None:
         self.given: dict[tuple[str, ...], Any] = {}
         self.complaints: list[ConfigurationError] = []
         self.lost: set[str] = set()
         self._source = source
         self._root = root
+        self._lines = lines or {}
+        self._known: dict[str, list[str]] = {}
+        for option in options_of(root):
+            self._known.setdefault(option.table, []).append(option.name)
 
     def take(self, table: Mapping[str, object]) -> None:
         """Read all tables of a file."""
@@ -195,7 +203,9 @@ class _Reading:
         profiles = dict(PROFILES)
         for name, overrides in self._mapping(_CSR, table.get(_CSR, {})).items():
             if name not in set(CertificateType):
-                self._refuse(_CSR, f"unknown certificate type `{name}`")
+                self._refuse(
+                    f"{_CSR}.{name}", f"unknown certificate type {name}; known are {', '.join(CertificateType)}"
+                )
                 continue
             place = f"{_CSR}.{name}"
             changes = {
@@ -214,22 +224,29 @@ class _Reading:
         for name, value in self._mapping(table, values).items():
             if name not in known:
                 fixed = _FIXED.get(name) if table.startswith(_CSR) else None
-                words = f"`{name}` cannot be configured: {fixed}" if fixed else f"unknown option `{name}`"
-                self._refuse(table, words, top=table or name)
+                place = f"{table}.{name}".removeprefix(".")
+                unknown = f"unknown option {place}{meant(name, table, self._known)}"
+                self._refuse(place, f"{place} cannot be configured: {fixed}" if fixed else unknown)
             elif (read := self._value(known[name], value)) is not UNSET:
                 path = known[name].path
                 if path in given:
                     names = " and ".join(option.name for option in known.values() if option.path == path)
-                    self._refuse(table, f"{names} are both set: one of them is enough")
+                    self._refuse(f"{table}.{name}", f"{names} are both set: one of them is enough")
                 given[path] = read
         return given
 
     def _value(self, option: Declared, value: object) -> Any:
         try:
             return option.read(value)
-        except ValueError as error:  # msgspec.ValidationError included; it has a path inside the value
-            words, _, inside = str(error).partition(" - at `$")
-            self._refuse(option.place + inside.removesuffix("`"), _TYPE.sub(lambda name: _TYPES[name[1]], words))
+        except ValidationError as error:
+            words = f"{option.place} must be {required(option.written, value)}"
+            if choice := _CHOICE.match(str(error)):
+                words += f", not {choice[1]}"
+            elif option.example:
+                words += f", e.g. {option.example}"
+            self._refuse(option.place, words)
+        except ValueError as error:
+            self._refuse(option.place, f"{option.place}: {error}")
         except ConfigurationError as error:
             self._complain(error, option.place)
         return UNSET
@@ -237,7 +254,7 @@ class _Reading:
     def _mapping(self, place: str, value: object) -> Mapping[str, object]:
         if isinstance(value, Mapping):
             return value
-        self._refuse(place, "expected a table")
+        self._refuse(place, f"{place} must be a table: [{place}] on a line of its own, and its options below")
         return {}
 
     def _refuse_contradictions(self) -> None:
@@ -246,14 +263,13 @@ class _Reading:
                 continue
             mine = [path for path in self.given if path[0] == name]
             if words := build(hint, {path[1:]: self.given[path] for path in mine}).contradiction():
-                self._refuse(name, words)
+                self._refuse(name, f"[{name}]: {words}")
                 for path in mine:
                     del self.given[path]
 
-    def _refuse(self, place: str, words: str, *, top: str = "") -> None:
-        where = f" - at `$.{place}`" if place else ""
-        said = f"{self._source}: {_said(words + where)}"
-        self._complain(ConfigurationError(said, reason="config_invalid"), top or place)
+    def _refuse(self, place: str, words: str) -> None:
+        line = f"line {self._lines[place]}: " if place in self._lines else ""
+        self._complain(ConfigurationError(f"{self._source}: {line}{_said(words)}", reason="config_invalid"), place)
 
     def _complain(self, error: ConfigurationError, place: str) -> None:
         self.complaints.append(error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -35,6 +37,7 @@ class Option:
             ``table.name``.
         metavar: the placeholder of its value in ``--help``, if it is an option there.
         default: words for the default, where the field's own does not say it.
+        example: what may be in the file, in TOML, where the field's own default does not show it.
     """
 
     help: str
@@ -42,6 +45,7 @@ class Option:
     place: str = ""
     metavar: str = ""
     default: str = ""
+    example: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Declared:
     path: tuple[str, ...]
     written: Any
     default: str
+    example: str
 
     @property
     def place(self) -> str:
@@ -80,6 +85,12 @@ class Declared:
             raise ValueError("a text has a NUL character in it")
         written = msgspec.convert(value, self.written)
         return self.option.form.read(written) if self.option.form else written
+
+
+def _toml(default: object) -> str:
+    """Return a default as it is written in the file; empty where it cannot be."""
+    plain = str(default) if isinstance(default, Path) else default
+    return json.dumps(plain, ensure_ascii=False) if plain and isinstance(plain, str | int | float) else ""
 
 
 def options_of(declared: type, table: str = "", path: tuple[str, ...] = ()) -> Iterator[Declared]:
@@ -103,4 +114,5 @@ def options_of(declared: type, table: str = "", path: tuple[str, ...] = ()) -> I
                 written = option.form.written if option.form else hint
                 default = fields[name].default if name in fields else None
                 shown = "" if default in {None, False, dataclasses.MISSING} else str(default)
-                yield Declared(option, home or table, own, (*path, name), written, option.default or shown)
+                example = option.example or _toml(default)
+                yield Declared(option, home or table, own, (*path, name), written, option.default or shown, example)

@@ -124,13 +124,18 @@ class Terms:
     It is the running time of the daemon, all its runs together: a clock that is set right by years ends no key.
     """
 
-    pending: Annotated[int, Option("Days of a key whose certificate does not come.", _DAYS, "pending_days")] = 30 * DAY
-    failed: Annotated[int, Option("Days of a key after its certificate failed to install.", _DAYS, "failed_days")] = (
-        1 * DAY
-    )
-    grace: Annotated[int, Option("Days of a key after it was replaced or retired.", _DAYS, "grace_days")] = 7 * DAY
+    pending: Annotated[
+        int, Option("Days of a key whose certificate does not come.", _DAYS, "pending_days", example="30")
+    ] = 30 * DAY
+    failed: Annotated[
+        int, Option("Days of a key after its certificate failed to install.", _DAYS, "failed_days", example="1")
+    ] = 1 * DAY
+    grace: Annotated[
+        int, Option("Days of a key after it was replaced or retired.", _DAYS, "grace_days", example="7")
+    ] = 7 * DAY
     answers: Annotated[
-        int, Option("Days that an id is remembered; longer while its key is pending.", _DAYS, "answer_days")
+        int,
+        Option("Days that an id is remembered; longer while its key is pending.", _DAYS, "answer_days", example="90"),
     ] = 90 * DAY
     bounds: Bounds = field(default_factory=Bounds)
 
@@ -149,7 +154,9 @@ class PoolTerms:
             "idle_seconds",
         ),
     ] = 30.0
-    age: Annotated[int, Option("Days of running time that an unused key is kept.", _DAYS, "max_age_days")] = 30 * DAY
+    age: Annotated[
+        int, Option("Days of running time that an unused key is kept.", _DAYS, "max_age_days", example="30")
+    ] = 30 * DAY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +164,10 @@ class RenewalTerms:
     """``[renewal]``: when a certificate is due for renewal, and who is told. Days in the file, milliseconds here."""
 
     before: Annotated[
-        int, Option("Days before the end of a certificate from which it is due for renewal.", _DAYS, "before_days")
+        int,
+        Option(
+            "Days before the end of a certificate from which it is due for renewal.", _DAYS, "before_days", example="30"
+        ),
     ] = 30 * DAY
     life_divisor: Annotated[
         int,
@@ -167,7 +177,10 @@ class RenewalTerms:
     repeat: Annotated[
         int,
         Option(
-            "Days of running time until a hint is repeated; doubled each time, up to eight times.", _DAYS, "repeat_days"
+            "Days of running time until a hint is repeated; doubled each time, up to eight times.",
+            _DAYS,
+            "repeat_days",
+            example="1",
         ),
     ] = 1 * DAY
     command: Annotated[
@@ -175,6 +188,7 @@ class RenewalTerms:
         Option(
             "Program to run for each hint: its absolute path, then its arguments; no shell. Empty for none.",
             Form(Annotated[tuple[_Text, ...], Meta(max_length=64)], _command),
+            example='["/usr/local/bin/renew", "--now"]',
         ),
     ] = ()
     timeout: Annotated[
@@ -183,7 +197,9 @@ class RenewalTerms:
     topic: Annotated[
         str | None,
         Option(
-            "Topic on which the broker retains the certificates due for renewal; topic_prefix goes before it.", _TEXT
+            "Topic on which the broker retains the certificates due for renewal; topic_prefix goes before it.",
+            _TEXT,
+            example='"stationkey/renewal"',
         ),
     ] = None
 
@@ -204,24 +220,43 @@ class MqttTerms:
             _PATH,
             metavar="FILE",
             default="those of this machine",
+            example='"/etc/ssl/certs/ca-certificates.crt"',
         ),
     ] = None
     certificate_file: Annotated[
         SecretReference | None,
-        Option("Our certificate (PEM) for the broker: a path, or credential:NAME.", _SECRET, metavar="FILE"),
+        Option(
+            "Our certificate (PEM) for the broker: a path, or credential:NAME.",
+            _SECRET,
+            metavar="FILE",
+            example='"credential:client.pem"',
+        ),
     ] = None
     key_file: Annotated[
         SecretReference | None,
-        Option("Its private key (PEM), where it is not in the same file; it may be a TPM's.", _SECRET, metavar="FILE"),
+        Option(
+            "Its private key (PEM), where it is not in the same file; it may be a TPM's.",
+            _SECRET,
+            metavar="FILE",
+            example='"credential:client.key"',
+        ),
     ] = None
     tcti: str | None = None
     server_name: Annotated[
-        str | None, Option("Name in the broker's certificate.", _TEXT, metavar="NAME", default="the host")
+        str | None,
+        Option(
+            "Name in the broker's certificate.", _TEXT, metavar="NAME", default="the host", example='"broker.local"'
+        ),
     ] = None
     username: Annotated[
         str | SecretReference | None,
-        Option("User name at the broker.", _TEXT, metavar="NAME"),
-        Option("Where the user name is, instead: a path, or credential:NAME.", _SECRET, "username_file"),
+        Option("User name at the broker.", _TEXT, metavar="NAME", example='"stationkey"'),
+        Option(
+            "Where the user name is, instead: a path, or credential:NAME.",
+            _SECRET,
+            "username_file",
+            example='"credential:mqtt-username"',
+        ),
     ] = None
     password: Annotated[
         SecretReference | None,
@@ -230,10 +265,16 @@ class MqttTerms:
             _SECRET,
             "password_file",
             metavar="FILE",
+            example='"credential:mqtt-password"',
         ),
     ] = None
     availability_topic: Annotated[
-        str | None, Option("Topic on which the broker keeps online or offline; topic_prefix goes before it.", _TEXT)
+        str | None,
+        Option(
+            "Topic on which the broker keeps online or offline; topic_prefix goes before it.",
+            _TEXT,
+            example='"stationkey/availability"',
+        ),
     ] = None
 
     def contradiction(self) -> str:
@@ -252,14 +293,24 @@ class PolicyTerms:
     See `stationkey.service.policy` for the patterns.
     """
 
-    certificate_types: Annotated[tuple[CertificateType, ...], Option("Certificate types that are served.")] = tuple(
-        CertificateType
+    certificate_types: Annotated[
+        tuple[CertificateType, ...], Option("Certificate types that are served.", example='["v2g_certificate"]')
+    ] = tuple(CertificateType)
+    algorithms: Annotated[tuple[Algorithm, ...], Option("Algorithms that are served.", example='["ECDSA_SHA256"]')] = (
+        tuple(Algorithm)
     )
-    algorithms: Annotated[tuple[Algorithm, ...], Option("Algorithms that are served.")] = tuple(Algorithm)
-    organization_names: Annotated[_Names, _MANY, Option("O that is served, each in full.")] = ()
-    country_names: Annotated[_Countries, _MANY, Option("C that is served, each in full, in either case.")] = ()
-    common_names: Annotated[_Patterns, _MANY, Option("Patterns of CN, one of which must match.")] = ()
-    evse_ids: Annotated[_Patterns, _MANY, Option("Patterns of the EVSE ID, one of which must match.")] = ()
+    organization_names: Annotated[
+        _Names, _MANY, Option("O that is served, each in full.", example='["Operator GmbH"]')
+    ] = ()
+    country_names: Annotated[
+        _Countries, _MANY, Option("C that is served, each in full, in either case.", example='["DE", "FR"]')
+    ] = ()
+    common_names: Annotated[
+        _Patterns, _MANY, Option("Patterns of CN, one of which must match.", example='["DE-ABC-S-*"]')
+    ] = ()
+    evse_ids: Annotated[
+        _Patterns, _MANY, Option("Patterns of the EVSE ID, one of which must match.", example='["DE*ABC*E*"]')
+    ] = ()
     secc_id: Annotated[Severity, Option("Where a certificate type takes a SECC ID as its CN and it is not one.")] = (
         "warn"
     )
@@ -287,22 +338,30 @@ class TpmTerms:
     srk_handle: Annotated[
         int,
         Meta(ge=_FIRST_PERSISTENT, le=_LAST_PERSISTENT),
-        Option("Persistent handle of the storage root key."),
+        Option("Persistent handle of the storage root key.", example="0x81000001"),
     ] = SRK_HANDLE
     owner_auth: Annotated[
-        SecretReference | None, Option("Where the authorisation value of the owner hierarchy is.", _SECRET)
+        SecretReference | None,
+        Option("Where the authorisation value of the owner hierarchy is.", _SECRET, example='"credential:owner-auth"'),
     ] = None
     srk_auth: Annotated[
-        SecretReference | None, Option("Where the authorisation value of the storage root key is.", _SECRET)
+        SecretReference | None,
+        Option("Where the authorisation value of the storage root key is.", _SECRET, example='"credential:srk-auth"'),
     ] = None
     endorsement_auth: Annotated[
-        SecretReference | None, Option("Where the authorisation value of the endorsement hierarchy is.", _SECRET)
+        SecretReference | None,
+        Option(
+            "Where the authorisation value of the endorsement hierarchy is.",
+            _SECRET,
+            example='"credential:endorsement-auth"',
+        ),
     ] = None
     key_auth: Annotated[
         SecretReference | Literal["generated"] | None,
         Option(
             "Where the authorisation value of new keys is; generated for a random one that the TPM seals.",
             Form(_Text, _key_auth),
+            example='"generated"',
         ),
     ] = None
     pcrs: Annotated[
@@ -310,6 +369,7 @@ class TpmTerms:
         Option(
             "Platform configuration registers that new keys are bound to.",
             Form(_Registers, lambda registers: tuple(sorted(set(registers)))),
+            example="[0, 7]",
         ),
     ] = ()
     pcr_bank: Annotated[
@@ -325,6 +385,7 @@ class TpmTerms:
         Option(
             "Persistent handle of the attestation key; 0 for one derived from the endorsement seed.",
             Form(Annotated[int, Meta(ge=0, le=_LAST_PERSISTENT)], _attestation_handle),
+            example="0x81010002",
         ),
     ] = None
 
@@ -340,13 +401,20 @@ class CsrOverrides:
         Option(
             "DC of the subject; empty for none.",
             Form(Annotated[str, Meta(max_length=64, pattern=r"^[\x20-\x7e]*\Z")], lambda text: text or None),
+            example='"CPO"',
         ),
     ]
     key_usage: Annotated[
         tuple[KeyUsage, ...],
-        Option("keyUsage; digitalSignature must be there.", Form(tuple[KeyUsage, ...], _key_usage)),
+        Option(
+            "keyUsage; digitalSignature must be there.",
+            Form(tuple[KeyUsage, ...], _key_usage),
+            example='["digitalSignature"]',
+        ),
     ]
-    extended_key_usage: Annotated[tuple[ExtendedKeyUsage, ...], Option("extendedKeyUsage; empty for none.")]
+    extended_key_usage: Annotated[
+        tuple[ExtendedKeyUsage, ...], Option("extendedKeyUsage; empty for none.", example='["serverAuth"]')
+    ]
     extended_key_usage_critical: Annotated[bool, Option("Whether a CA must know extendedKeyUsage.")]
     evse_id_placement: Annotated[EvseIdPlacement, Option("Where the EVSE ID goes.", place="evse_id")]
 
@@ -370,18 +438,20 @@ class Settings:
             _TEXT,
             metavar="URI",
             default=f"tpm2:device:{DEFAULT_DEVICE}, if there is one",
+            example='"tpm2:device:/dev/tpmrm0"',
         ),
     ]
     allow_software_keys: Annotated[bool, Option("Let software: be the key store. Its keys are not protected.")] = False
     state_dir: Annotated[Path, Option("Where the ledger is kept.", _PATH, metavar="DIR")] = Path("/var/lib/stationkey")
     topic_prefix: Annotated[
-        str, Option("Put before both topics; a / is added where it ends in none.", metavar="PREFIX")
+        str, Option("Put before both topics; a / is added where it ends in none.", metavar="PREFIX", example='"site1"')
     ] = ""
     client_id: Annotated[
         str | None,
         Option(
             "MQTT client identifier; empty for one that the state directory keeps.",
             Form(Annotated[str, Meta(max_length=64)], lambda text: text or UNSET),
+            example='"stationkey-1"',
         ),
     ] = None
     log_format: Annotated[LogFormat, Option("Format of the log on standard error.")] = "text"
@@ -390,7 +460,13 @@ class Settings:
     pool: PoolTerms = field(default_factory=PoolTerms)
     renewal: RenewalTerms = field(default_factory=RenewalTerms)
     certificate_dir: Annotated[
-        Path | None, Option("Where Josev puts the certificates that it installs.", _PATH, "josev.certificate_dir")
+        Path | None,
+        Option(
+            "Where Josev puts the certificates that it installs.",
+            _PATH,
+            "josev.certificate_dir",
+            example='"/var/lib/josev/certificates"',
+        ),
     ] = None
     mqtt: MqttTerms = field(default_factory=MqttTerms)
     policy: PolicyTerms = field(default_factory=PolicyTerms)
@@ -401,6 +477,7 @@ class Settings:
             "Where status page, metrics and health are served: 127.0.0.1:PORT, [::1]:PORT or unix:PATH.",
             _TEXT,
             "metrics.listen",
+            example='"127.0.0.1:9464"',
         ),
     ] = None
     profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)

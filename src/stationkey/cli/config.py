@@ -1,0 +1,51 @@
+"""``stationkey config``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from stationkey.cli._options import CHECKED, PREFIX, checked, chosen_file
+from stationkey.config import file as configuration
+from stationkey.config.file import read_parts
+from stationkey.errors import StationKeyError
+from stationkey.system.text import printable
+
+
+@click.group()
+def config() -> None:
+    """Look at the configuration file."""
+
+
+@config.command("check")
+@click.argument("file", required=False, envvar=f"{PREFIX}_CONFIG", type=click.Path(path_type=Path, readable=False))
+def config_check(file: Path | None) -> None:
+    """Say everything that is wrong with a configuration file: line, option, and what it must be.
+
+    FILE is by default what STATIONKEY_CONFIG names, or /etc/stationkey/stationkey.toml. Looks at the file alone;
+    stationkey doctor looks at what it names.
+
+    \b
+    Exit status: 0 the daemon would take it, 1 it would not, 2 wrong usage.
+    """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    path = chosen_file(file) or configuration.SYSTEM_FILE
+    found = list(_problems(path))
+    for problem in found:
+        click.echo(printable(problem))
+    click.echo(f"{printable(str(path))}: {len(found) or 'no'} problem{'s' * (len(found) != 1)}")
+    if found:
+        sys.exit(1)
+
+
+def _problems(path: Path) -> Iterator[str]:
+    parts = read_parts(path)
+    yield from parts.complaints
+    for place in CHECKED:
+        if (value := parts.given.get((place.replace("metrics.listen", "metrics"),))) is not None:
+            try:
+                checked(place, str(value))
+            except StationKeyError as error:
+                yield f"{path}: {place}: {error}"
