@@ -428,7 +428,8 @@ def test_the_document_has_no_row_for_what_the_errata_removed_and_nothing_is_open
 
 
 def test_the_document_lists_each_reason_to_refuse_and_each_misbehaviour() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "src/stationkey/simulators/csms").glob("*.py"))
+    paths = [*(ROOT / "src/stationkey/simulators/csms").glob("*.py"), ROOT / "src/stationkey/x509/csr_check.py"]
+    source = "".join(path.read_text() for path in paths)
     reasons = set(re.findall(r'"(csr_\w+|csms_told_to)"', source)) - set(EventKind)
     assert set(re.findall(r"^\| `((?:csr|csms)_\w+)` \|", DOCUMENT, re.MULTILINE)) == reasons
     modes = DOCUMENT.split("## What it does wrong when told so")[1]
