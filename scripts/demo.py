@@ -17,7 +17,6 @@ from pathlib import Path
 
 from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm
 from rich.console import Console
-from rich.table import Table
 
 from stationkey import ALGORITHMS, PROFILES, Algorithm, Broker, CertificateType, inspect_csr
 from stationkey.simulators.csms.events import EventKind
@@ -50,22 +49,15 @@ def openssl_verifies(csr: str) -> bool:
     return judged.returncode == 0 and "verify OK" in judged.stderr + judged.stdout
 
 
-def _brief(extension: str) -> str:
-    name, _, value = extension.removesuffix(" (critical)").partition(" ")
-    return f"{name}{'!' if extension.endswith('(critical)') else ''} {value}"
-
-
 def show_accepted(console: Console, broker: Mosquitto) -> bool:
     """Ask for every certificate type with every algorithm that the contract allows it."""
-    table = Table(title="One certificate signing request of each kind, every key born in the TPM", title_justify="left")
-    for heading in ("certificate type", "subject", "key, signature", "extensions (! critical)", "proof", "time"):
-        wrap = heading == "subject"
-        table.add_column(heading, no_wrap=not wrap, overflow="fold", justify="right" if heading == "time" else "left")
+    console.print("One certificate signing request of each kind, every key created in the TPM:\n")
     everything_right = True
     for profile in PROFILES.values():
         certificate_type = profile.certificate_type
         common_name = SECC_ID if profile.secc_id else SERIAL_NUMBER
-        table.add_section()
+        console.print(f"[bold]{certificate_type}")
+        shown = None
         for algorithm in [profile.required_algorithm] if profile.required_algorithm else list(ALGORITHMS):
             started = time.perf_counter()
             answer = ask(
@@ -82,16 +74,13 @@ def show_accepted(console: Console, broker: Mosquitto) -> bool:
             csr = inspect_csr(answer.stdout)
             verified = openssl_verifies(answer.stdout)
             everything_right &= verified
-            table.add_row(
-                certificate_type,
-                csr.subject,
-                f"{csr.key}\n{csr.signature}",
-                "\n".join(map(_brief, csr.extensions)),
-                "[green]signature\nverified by openssl" if verified else "[red]NOT VERIFIED",
-                f"{took * 1000:.0f} ms",
-            )
-    console.print(table)
-    console.print("[dim]time: the whole command, starting Python included[/]\n")
+            if shown is None:
+                shown = csr.subject
+                for line in (csr.subject, *csr.extensions):
+                    console.print(f"  {line}", markup=False, highlight=False)
+            proof = "[green]verified by openssl[/]" if verified else "[red]NOT VERIFIED[/]"
+            console.print(f"  {csr.key:<10} {csr.signature:<24} {proof} {took * 1000:6.0f} ms", highlight=False)
+    console.print("\n[dim]time: the whole command, starting Python included[/]\n")
     return everything_right
 
 
@@ -117,31 +106,31 @@ async def show_circle(console: Console, broker: Mosquitto, folder: Path) -> bool
     async with Csms(organization=ORGANIZATION) as csms:
         anchors = folder / "anchors.pem"
         anchors.write_text(csms.trust_anchors_pem())
-        settings = StationSettings(
-            csms=csms.url,
-            identity="CS001",
-            versions=(OcppVersion.V21,),
-            broker=Broker.parse(broker.url),
-            common_name=SECC_ID,
-            organization_name=ORGANIZATION,
-            country_name="DE",
-            state_dir=folder / "josev",
-            certificate_dir=folder / "certificates",
-            trust_anchors=anchors,
-        )
-        station = Station(settings, lambda words, _: console.print(f"  {words}", markup=False))
-        playing = asyncio.create_task(station.run())
-        try:
-            await csms.connected(settings.identity)
-            everything_right = True
-            for certificate_type in CertificateType:
-                console.print(f"[bold]{certificate_type}")
+        everything_right = True
+        for certificate_type in CertificateType:
+            console.print(f"[bold]{certificate_type}")
+            settings = StationSettings(
+                csms=csms.url,
+                identity=f"CS-{certificate_type}",
+                versions=(OcppVersion.V21,),
+                broker=Broker.parse(broker.url),
+                common_name=SECC_ID if PROFILES[certificate_type].secc_id else SERIAL_NUMBER,
+                organization_name=ORGANIZATION,
+                country_name="DE",
+                state_dir=folder / f"josev-{certificate_type}",
+                certificate_dir=folder / "certificates",
+                trust_anchors=anchors,
+            )
+            station = Station(settings, lambda words, _: console.print(f"  {words}", markup=False))
+            playing = asyncio.create_task(station.run())
+            try:
+                await csms.connected(settings.identity)
                 await csms.trigger(settings.identity, certificate_type)
                 everything_right &= (await csms.next(EventKind.CERTIFICATE_ANSWERED)).accepted
                 await station.settled()
-        finally:
-            playing.cancel()
-            await asyncio.gather(playing, return_exceptions=True)
+            finally:
+                playing.cancel()
+                await asyncio.gather(playing, return_exceptions=True)
     console.print()
     return everything_right
 
@@ -215,7 +204,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     """Run the demo; 0 if everything was as it should be."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 80)
     with tempfile.TemporaryDirectory(prefix="stationkey-demo-") as name:
         folder = Path(name)
         (folder / "stationkey.toml").write_text(f'[josev]\ncertificate_dir = "{folder}/certificates"\n')

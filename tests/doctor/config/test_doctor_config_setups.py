@@ -20,7 +20,7 @@ class TestConfiguration:
     def test_every_mistake_is_told_at_once_and_what_is_right_is_used(self, tmp_path: Path) -> None:
         text = f'broker = "mqtt://127.0.0.1:{free_port()}"\nbrocker = 1\n[pool]\nrsa = "many"\n[deadlines]\nec = -1\n'
         found = look(tmp_path, config_file=write_config(tmp_path, text), broker=None)
-        assert all(word in found.text("config.file") for word in ("brocker", "$.pool.rsa", "$.deadlines.ec"))
+        assert all(word in found.text("config.file") for word in ("brocker", "pool.rsa", "deadlines.ec"))
         assert text.split('"')[1] in found.text("broker.url")
 
     @pytest.mark.parametrize("text", ["broker = ", "\x00", "a = 1\na = 2", "broker = 1\nkeystore = 2\nstate_dir = 3\n"])
