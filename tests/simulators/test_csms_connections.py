@@ -281,6 +281,35 @@ async def test_a_message_of_endless_empty_fragments_ends_its_connection_alone(ma
             assert json.loads(await good.recv())[:2] == [3, "b"]
 
 
+def masked(opcode: int, payload: bytes) -> bytes:
+    """A whole frame of a client's, with a mask of zeros [RFC 6455 5.2]."""
+    length = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + len(payload).to_bytes(2, "big")
+    return bytes([0x80 | opcode]) + length + bytes(4) + payload
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pytest.param(masked(0x9, bytes(125)), id="pings"),
+        pytest.param(masked(0x1, b'[2, "a", "Heartbeat", {}]'), id="calls"),
+        pytest.param(masked(0x1, b'[2, "%s", "Heartbeat", {}]' % (b"a" * 30_000)), id="long calls"),
+    ],
+)
+async def test_a_peer_that_sends_and_never_reads_is_disconnected(frame: bytes, make: Make) -> None:
+    async with make() as csms:
+        async with connect(f"{csms.url}/CS001", subprotocols=[Subprotocol("ocpp2.1")]) as hostile:
+            hostile.transport.pause_reading()
+            ended = asyncio.create_task(csms.next(EventKind.DISCONNECTED, timeout=60))
+            while not ended.done():
+                if hostile.transport.get_write_buffer_size() < 1_000_000:
+                    hostile.transport.write(frame * 100)
+                await asyncio.sleep(0)
+            await ended
+            hostile.transport.abort()
+        async with connected(csms) as station:
+            await station.boot()
+
+
 async def test_events_are_told_to_each_who_asks_from_the_first_on(make: Make) -> None:
     async with make() as csms, connected(csms) as station:
         await station.boot()

@@ -46,6 +46,11 @@ Invalid = Callable[[str, Payload, PayloadInvalid], Awaitable[None]]
 MAX_FRAGMENTS: Final = 1024
 """Fragments of one message; a message of OCPP has a few, or is whole."""
 
+MAX_UNREAD: Final = 1024 * 1024
+"""Bytes that may wait for the other side to read; answers to pings are sent whether it reads or not."""
+MAX_ANSWERING: Final = 64
+"""Calls of the other side in hand at a time; OCPP-J allows it one that is not answered [OCPP-J 4.1.1]."""
+
 CALL_TIMEOUT: Final = 30.0
 """Seconds to wait for the answer to a call."""
 
@@ -73,7 +78,10 @@ class NotAnswered(StationKeyError):
 
 
 class Bounded(Connection):
-    """Close a WebSocket on which a message has too many fragments: `max_size` does not count empty ones."""
+    """A WebSocket that is closed where the library has no bound.
+
+    A message may have too many fragments (`max_size` does not count empty ones), and a peer may ping and never read.
+    """
 
     _fragments = 0
 
@@ -89,6 +97,8 @@ class Bounded(Connection):
                 self.transport.close()
                 return
         super().process_event(event)
+        if self.transport.get_write_buffer_size() > MAX_UNREAD:
+            self.transport.abort()
 
 
 class BoundedServer(Bounded, ServerConnection):
@@ -128,6 +138,10 @@ class OcppConnection:
             with contextlib.suppress(ConnectionClosed):
                 async for frame in self._websocket:
                     message = _read(frame)
+                    if isinstance(message, messages.Call) and len(answering) >= MAX_ANSWERING:
+                        log.warning("too many calls at a time: connection closed")
+                        await self._websocket.close(CloseCode.POLICY_VIOLATION, "too many calls at a time")
+                        break
                     if isinstance(message, messages.Call):
                         task = tasks.create_task(self._answer_call(message), name=f"ocpp-answer-{message.action}")
                         answering.add(task)
