@@ -3,7 +3,7 @@
 # make test   every check: lint, types, all tests
 # make coverage  all tests once more, with branch coverage of the daemon and the commands too; takes twice as long
 # make bench  how fast it is, beside the TPM alone and other programs: minutes; QUICK=1 for a look in less than two
-# make fuzz   fuzz what reads messages, files and names: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse/corpus
+# make fuzz   fuzz what reads messages, files and names, and the daemon by a hostile broker: SECONDS=600 for ten minutes; what it finds is kept in tests/abuse
 # make simulate  whole stations in a deterministic simulation, by seeds: HOURS=8 for as long, SEED=7 for one, with its trace
 # make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
 # make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
@@ -46,7 +46,7 @@ bench:
 
 fuzz:
 	@scripts/setup test
-	@PYTHONPATH=tests .venv/bin/python tests/abuse/fuzz.py $(if $(SECONDS),--seconds $(SECONDS))
+	@PYTHONPATH=scripts:tests:tests/support .venv/bin/python tests/abuse/fuzz.py $(if $(SECONDS),--seconds $(SECONDS))
 
 screenshot:
 	@scripts/setup test

@@ -1,8 +1,10 @@
-"""Fuzz the readers for as long as one likes: ``make fuzz SECONDS=600``.
+"""Fuzz the readers and the daemon's side of MQTT for as long as one likes: ``make fuzz SECONDS=600``.
 
 Half of the time new inputs are drawn as the tests draw them; the other half, what is in the corpus is damaged. An input
 that reaches a line of stationkey that none before it reached is kept in ``tests/abuse/corpus``, and so is one that
 breaks something: each ``make test`` then tries it again. Exit status 1 if something broke.
+
+The target ``broker`` is another kind: sessions of a hostile broker against the real daemon; see `hostile_broker`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import targets
+from hostile_broker import Untrue, scratch, storm
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from targets import CORPUS, HOSTILE, TARGETS, Target
 
@@ -136,19 +139,41 @@ def _pieces() -> Iterator[bytes]:
 PIECES = list(_pieces())
 
 
+BROKER = "broker"
+
+
+def fuzz_broker(seconds: float, seed: int) -> int:
+    """Play sessions of a hostile broker for so many seconds; how many broke something."""
+    end, total, most, broken = time.monotonic() + seconds, 0, 0, 0
+    while time.monotonic() < end:
+        with scratch() as folder:
+            try:
+                played, grown = storm(seed, folder, sessions=200, until=end)
+                total, most = total + played, max(most, grown)
+            except Untrue as untrue:
+                broken += 1
+                print(untrue, flush=True)
+        seed += 1
+    print(f"{BROKER}: {total} sessions, memory grew by {most} KiB at the most, {broken} broke something", flush=True)
+    return broken
+
+
 def main() -> int:
     """Fuzz every target for its part of the time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--only", choices=list(TARGETS))
+    parser.add_argument("--only", choices=[*TARGETS, BROKER])
     parser.add_argument("--seed", type=int, default=None)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     chosen = [target for name, target in TARGETS.items() if arguments.only in {None, name}]
+    share = arguments.seconds / (len(chosen) + (arguments.only is None) or 1)
     broken = 0
+    if arguments.only in {None, BROKER}:
+        broken += fuzz_broker(share, chance.randrange(2**32))
     for target in chosen:
         fuzzer = Fuzzer(target)
-        end = time.monotonic() + arguments.seconds / len(chosen)
+        end = time.monotonic() + share
         while time.monotonic() < end:
             fuzzer.draw(chance.getrandbits(64))
             fuzzer.damage(chance)
