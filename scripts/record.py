@@ -21,7 +21,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 PAGE: Final = Path(__file__).parent.parent / "docs/terminal.svg"
-WIDTH: Final = 96
+WIDTH: Final = 82
 NAMES: Final = '--common-name DE-ABC-S-STATION42 \\\n    --organization-name "Operator GmbH" --country-name DE'
 INSTALL: Final = """
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -keyout ca.key -out ca.pem -subj "/CN=Trial CA"
@@ -93,7 +93,8 @@ def record(console: Console, directory: Path) -> None:
                 time.sleep(0.05)
             show("\n".join(line[25:] for line in daemon.log.splitlines() if "key active" in line))
             typed("stationkey keys list")
-            typed("stationkey doctor", lines=14)
+            typed("stationkey status")
+            typed("stationkey doctor", lines=7)
 
 
 if __name__ == "__main__":
