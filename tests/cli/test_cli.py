@@ -364,7 +364,7 @@ def test_the_script_for_bash_is_one_that_bash_takes() -> None:
             "stationkey ",
             {
                 *("serve", "request", "keys", "key-auth", "schema", "completion", "josev", "csms", "tls-config"),
-                *("health", "doctor", "attest", "verify-attestation"),
+                *("health", "doctor", "attest", "verify-attestation", "requests", "status", "config", "csr"),
             },
         ),
         ("stationkey josev --ocpp ", {"2.1", "2.0.1", "1.6"}),
@@ -373,6 +373,9 @@ def test_the_script_for_bash_is_one_that_bash_takes() -> None:
         ("stationkey request ", set(CertificateType)),
         ("stationkey request v2g_certificate --algorithm ", set(Algorithm)),
         ("stationkey serve --allow", {"--allow-software-keys"}),
+        ("stationkey schema ", set(schema_documents.NAMES)),
+        ("stationkey key-auth ", set(CertificateType)),
+        ("stationkey tls-config --check v2g_", {"v2g_certificate"}),
     ],
 )
 def test_what_is_begun_is_completed(line: str, expected: set[str]) -> None:

@@ -7,9 +7,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from reasons import command
 from recording import answer
 
+from stationkey.cli import main
 from stationkey.ledger import Ledger
 from stationkey.ledger.messages import STATUS
 from stationkey.system.state_dir import DATABASE_NAME
@@ -76,3 +78,12 @@ def test_the_status_of_a_station_without_a_daemon_comes_from_its_ledger(state: P
     assert [one["event"] for one in found["happenings"]] == ["rejected", "CSR answered"]
     missing = json.loads(command("status", "--json", "--state-dir", str(state / "none")).stdout)
     assert (missing["keys"], missing["ledger"] == "ok") == ([], False)
+
+
+@pytest.mark.parametrize("arguments", [["keys", "show"], ["attest"]])
+def test_a_shell_completes_the_ids_of_keys(state: Path, arguments: list[str]) -> None:
+    (key,) = json.loads(command("keys", "list", "--json", "--state-dir", str(state)).stdout)
+    given = [*arguments, "--state-dir", str(state)]
+    completed = ShellComplete(main, {}, "stationkey", "_STATIONKEY_COMPLETE").get_completions(given, key["key_id"][:4])
+    assert [item.value for item in completed] == [key["key_id"]]
+    assert ShellComplete(main, {}, "stationkey", "_STATIONKEY_COMPLETE").get_completions(given, "none") == []

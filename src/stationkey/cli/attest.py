@@ -22,7 +22,7 @@ from stationkey.attestation.documents import (
 from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
 from stationkey.cli._options import Configured, configured
-from stationkey.cli.keys import opened_ledger
+from stationkey.cli.keys import complete_key_id, opened_ledger
 from stationkey.cli.verify_attestation import FILE, READ, nonce_option, public_pem
 from stationkey.config.settings import Settings
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 @click.command("attest")
-@click.argument("key_id", metavar="[KEY]", required=False)
+@click.argument("key_id", metavar="[KEY]", required=False, shell_complete=complete_key_id)
 @click.option("--ak", "only_ak", is_flag=True, help="Instead: the attestation key itself, to be recorded or certified.")
 @nonce_option
 @click.option(

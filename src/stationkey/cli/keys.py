@@ -161,7 +161,7 @@ def _key_row(key: KeyRecord, renewal: str | None) -> tuple[str, ...]:
     )
 
 
-def _complete(context: click.Context, _parameter: click.Parameter, beginning: str) -> list[str]:
+def complete_key_id(context: click.Context, _parameter: click.Parameter, beginning: str) -> list[str]:
     """Return the ids that a word may become; none if the ledger cannot be read."""
     given, file = context.params.get("state_dir"), context.params.get("config_file")
     try:
@@ -172,7 +172,7 @@ def _complete(context: click.Context, _parameter: click.Parameter, beginning: st
         return []
 
 
-_key_id = click.argument("key_id", metavar="ID", shell_complete=_complete)
+_key_id = click.argument("key_id", metavar="ID", shell_complete=complete_key_id)
 
 
 @keys.command("show")

@@ -162,7 +162,9 @@ def asyncapi() -> Json:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument(
+    "name", required=False, shell_complete=lambda *words: [name for name in NAMES if name.startswith(words[2])]
+)
 def schema(name: str | None) -> None:
     """Print the contract: the JSON Schema of a message or of evidence, or the AsyncAPI document.
 
