@@ -42,7 +42,7 @@ from peers import Daemon
 CORPUS: Final = Path(__file__).parent / "sessions"
 BOUND: Final = 60.0
 """Seconds for the answer to a good request. Nothing is measured by it."""
-MEMORY: Final = 32 * 1024
+MEMORY: Final = 16 * 1024
 """KiB that a connection may cost, whatever comes over it: the bound of docs/threat-model.md."""
 MEMORY_MAX: Final = 256 * 1024
 """KiB that systemd lets the service have: ``MemoryMax=`` of its unit."""
