@@ -24,6 +24,8 @@ from stationkey.keystore.protocol import key_id_of
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 
+_LATE: Final = 180_000
+"""Milliseconds after its time within which a key is destroyed, where nothing is wrong: some sweeps."""
 _ROWS: Final = "SELECT key_id, state, certificate_type, evse_id, due FROM key"
 _EVENTS: Final = (
     "SELECT seq, key_id, event, event.state, message_id FROM event JOIN key ON number = key_number ORDER BY seq"
@@ -152,6 +154,7 @@ class Checks:
         for seq, (key_id, event, _, message_id) in now.events.items():
             if seq not in before.events or before.events[seq] != now.events[seq]:
                 self._event(before.keys.get(key_id), now.keys[key_id], key_id, event, message_id)
+        self._once(now)
         self._answered_keys(now)
         self._bounds(now)
         self._secrets(now)
@@ -223,6 +226,13 @@ class Checks:
         self._applied = max(self._applied, told.number)
 
     @staticmethod
+    def _once(now: Seen) -> None:
+        by_status = Counter(message_id for _, event, _, message_id in now.events.values() if event in _BY_STATUS)
+        del by_status[None]
+        if by_status and max(by_status.values()) > 1:
+            raise Violation("a status changes a key once", by_status.most_common(1))
+
+    @staticmethod
     def _answered_keys(now: Seen) -> None:
         answered = set(now.answers.values())
         for key_id, key in now.keys.items():
@@ -285,7 +295,10 @@ class Checks:
             return {path.name: path.read_bytes() for path in folder.glob("*.pem")} if folder.is_dir() else {}
 
     def wiped(self) -> None:
-        """No block of the disk has a trace of a private part that the ledger does not have."""
+        """No key has outlived its time, and no block has a trace of a private part that the ledger does not have."""
+        for key_id, key in self.seen.keys.items():
+            if key.state != KeyState.DESTROYED and key.due is not None and key.due + _LATE < self.seen.running:
+                raise Violation("a key ends when its time is over", key_id)
         living = set(self.seen.secrets)
         gone = {key_id: secret for key_id, secret in self._tpm.secrets.items() if key_id not in living}
         with self._machine.unwatched():

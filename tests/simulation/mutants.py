@@ -263,6 +263,10 @@ MUTANTS: Final[dict[str, Mutant]] = {
         lambda: [_pragma("PRAGMA synchronous=FULL", "PRAGMA synchronous=NORMAL")],
     ),
     "status-order": Mutant("statuses do not wait for each other", _method(Statuses, "note_status", _out_of_order)),
+    "status-twice": Mutant(
+        "a status that comes again is done again",
+        _method(Transitions, "seen", lambda _: lambda _self, _message_id: False),
+    ),
     "status-given-up": Mutant(
         "a status is given up after 5 s, and acknowledged", _method(Statuses, "_settle", _gives_up)
     ),
@@ -292,6 +296,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
             *_method(Answers, "record", _record_anew)(),
         ],
     ),
+    "no-expiry": Mutant("keys are not destroyed at their time", _method(Retention, "due", lambda _: lambda *_: [])),
     "two-commits": Mutant("key and answer are committed one after the other", _method(Answers, "record", _two_commits)),
     "no-rollback": Mutant(
         "a transaction that failed is not rolled back", _method(Database, "transaction", _no_rollback)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +19,8 @@ from simulation.world import World
 STEPS: Final = 400
 """Steps of one simulation before everything is put right."""
 MEMORY: Final = Path("/dev/shm")
+_TELL: Final = 10.0
+"""Seconds between two lines about the progress."""
 _TRIES: Final = 400
 """Runs that shrinking may take."""
 
@@ -114,6 +117,8 @@ def search(seeds: Iterator[int], *, until: float, say: Callable[[str], None], cl
     """
     begun = told = clock()
     count = steps = broken = 0
+    stopped: list[int] = []  # by a signal; raised in a call from C, an exception would be lost
+    before = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     try:
         for seed in seeds:
             outcome = run(seed)
@@ -122,13 +127,13 @@ def search(seeds: Iterator[int], *, until: float, say: Callable[[str], None], cl
                 broken += 1
                 explain(outcome, say)
             now = clock()
-            if now - told >= 10 or now >= until:
+            if now - told >= _TELL:
                 told = now
                 say(f"{count} seeds, {steps} steps, {steps / (now - begun):.0f} a second, {broken} broken")
-            if now >= until:
+            if now >= until or stopped:
                 break
-    except KeyboardInterrupt:
-        say("interrupted")
+    finally:
+        signal.signal(signal.SIGINT, before)
     now = clock()
     say(f"{count} seeds, {steps} steps in {now - begun:.0f} s, {broken} broken")
     return broken

@@ -29,7 +29,7 @@ from stationkey.errors import StationKeyError
 from stationkey.ledger.lifecycle import KeyState
 
 _SECOND: Final = 10**9
-_WRITES: Final = (Operation.WRITE, Operation.SYNC, Operation.SYNC_DIRECTORY, Operation.RENAME, Operation.CREATED)
+_WRITES: Final = (Operation.WRITE, Operation.SYNC, Operation.SYNC_DIRECTORY, Operation.RENAME)
 _QUIET: Final = 400
 """Virtual seconds of the quiet time at the end, after everything was put right."""
 _REST: Final = 90
