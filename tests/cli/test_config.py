@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from reasons import command
 
+from stationkey.cli import doctor
 from stationkey.config import file as configuration
 from stationkey.config.options import Declared, options_of
 from stationkey.config.settings import CsrOverrides, Settings
+from stationkey.doctor import Options, Report
 from stationkey.ledger import Ledger
 from stationkey.system.state_dir import DATABASE_NAME
 
@@ -100,3 +102,48 @@ def test_a_client_takes_the_broker_of_the_system_s_file_and_not_its_login(
     failed = command("request", "v2g_certificate", *names)
     assert failed.reason == "broker_unreachable"  # and not secret_unreadable
     assert "127.0.0.1:1:" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "form"),
+    [
+        ('\nbroker = "http://x"\n', "line 2: broker: ", "mqtt://127.0.0.1:1883"),
+        ('[metrics]\nlisten = "0.0.0.0:1"\n', "line 2: metrics.listen: ", "loopback"),
+        ('[policy]\ncountry_names = ["GER"]\n', "line 2: policy.country_names ", "two letters"),
+        ('[csr.v2g_certificate]\ndomain_component = "Ü"\n', "line 2: csr.v2g_certificate.domain_component ", "ASCII"),
+    ],
+)
+def test_serve_refuses_a_file_in_the_words_of_config_check(tmp_path: Path, text: str, place: str, form: str) -> None:
+    file = tmp_path / "one.toml"
+    file.write_text(text)
+    checked = command("config", "check", str(file)).stdout.splitlines()
+    served = command("serve", "--config", str(file), "--keystore", "software:")
+    assert served.exit_code == 1
+    assert f"{file}: {place}" in checked[0]
+    assert form in checked[0]  # words: what the option must be
+    assert f"{file}: {place}" in served.stderr.splitlines()[0]
+
+
+def test_problems_are_told_in_the_order_of_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "one.toml"
+    file.write_text('broker = "foo"\n[pool]\nec = -1\n[polcy]\n[mqtt]\nkey_file = "k"\n')
+    told = command("config", "check", str(file)).stdout.splitlines()
+    assert [line.split("line ")[1][0] for line in told[:-1]] == ["1", "3", "4", "5"]
+
+
+def test_the_doctor_examines_the_system_s_file_where_no_other_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = tmp_path / "system.toml"
+    system.write_text("brokr = 1\n")
+    monkeypatch.setattr(configuration, "SYSTEM_FILE", system)
+    seen: list[Path | None] = []
+
+    def examine(options: Options) -> tuple[Report, bool]:
+        seen.append(options.config_file)
+        return Report(()), False
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    command("doctor")
+    command("doctor", "--config", str(tmp_path / "other.toml"))
+    assert seen == [system, tmp_path / "other.toml"]

@@ -16,11 +16,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from stationkey.config import file as configuration
-from stationkey.config.file import read_file, read_table, settle
+from stationkey.config.file import Given, place_of, read_file, read_table, settle
 from stationkey.config.options import options_of
 from stationkey.config.settings import LogFormat, Settings
 from stationkey.contract.profiles import CertificateType
-from stationkey.errors import ConfigurationError, KeyStoreError, MessageError
+from stationkey.errors import ConfigurationError, KeyStoreError, MessageError, StationKeyError
 
 PREFIX: Final = "STATIONKEY"
 """Of the environment variable of each option that has one."""
@@ -88,6 +88,26 @@ def checked(place: str, value: str) -> None:
     attrgetter(reader)(import_module(module))(value)
 
 
+def refused_texts(path: Path, given: Given) -> Iterator[ConfigurationError]:
+    """Yield what is wrong with the options of `CHECKED` in a file that is otherwise valid."""
+    for place in CHECKED:
+        if (value := given.get((place.removesuffix(".listen"),))) is not None:
+            try:
+                checked(place, str(value))
+            except StationKeyError as error:
+                told = f"{place_of(path, place)}: {error.message}"
+                yield ConfigurationError(told, reason=error.reason, hint=error.hint)
+
+
+def _read(path: Path | None, told: dict[str, Any] | None) -> Given:
+    """Read a file, and refuse the options of `CHECKED` in it that nothing in `told` replaces, unless that is None."""
+    filed = read_file(path)
+    if path is not None and told is not None:
+        for error in refused_texts(path, {name: value for name, value in filed.items() if not told.get(name[0])}):
+            raise error
+    return filed
+
+
 def chosen_file(given: Path | None) -> Path | None:
     """Return the configuration file to read: the given one, or that of the system where this user may read it."""
     if given is None and os.access(configuration.SYSTEM_FILE, os.R_OK):
@@ -130,7 +150,12 @@ def config_option(text: str = CONFIG_TEXT) -> Decorator:
 
 
 def configured(
-    *places: str, file: str = CONFIG_TEXT, client: bool = False, needs_keystore: bool = True, **texts: str
+    *places: str,
+    file: str = CONFIG_TEXT,
+    client: bool = False,
+    serves: bool = False,
+    needs_keystore: bool = True,
+    **texts: str,
 ) -> Decorator:
     """Give a command options of the configuration. It gets what they come to as its argument `settings`.
 
@@ -138,6 +163,7 @@ def configured(
         places: where they are in the file.
         file: what ``--config`` does for this command; empty for no such option.
         client: whether it plays another client of the broker, and takes `_OF_A_CLIENT` from the file alone.
+        serves: whether it uses all options, so that those of `CHECKED` in the file are checked here.
         needs_keystore: see `stationkey.config.file.settle`.
         texts: more options at the top of the file, and what they do for this command.
     """
@@ -152,7 +178,7 @@ def configured(
                 given[table][name] = others.pop(place.replace(".", "_"))
 
             def settings() -> Settings:
-                filed = read_file(chosen_file(config_file))
+                filed = _read(chosen_file(config_file), given[""] if serves else None)
                 if client:
                     filed = {path: filed[path] for path in _OF_A_CLIENT if path in filed}
                 with wrong_usage():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple
@@ -19,6 +20,8 @@ SHORT_ID: Final = 10
 _PART: Final = 1000
 """How many rows are lined up with each other: any number of rows is listed in bounded memory."""
 _GAP: Final = "  "
+_LEAST: Final = 20
+"""Columns for a value, however narrow the terminal is."""
 
 
 class Column(NamedTuple):
@@ -94,6 +97,14 @@ def _total(widths: list[int]) -> int:
 def _fit(text: str, limit: int) -> str:
     """Return a text of so many columns; a Chinese character takes two."""
     return set_cell_size(text, limit) if cell_len(text) <= limit else set_cell_size(text, limit - 1) + "…"
+
+
+def labelled(name: str, words: str, *, indent: int) -> Iterator[str]:
+    """Yield the lines of a value with its name before it; a long one goes on below, as wide as the terminal is."""
+    room = max(width() - indent, _LEAST) if sys.stdout.isatty() else None
+    first, *more = (textwrap.wrap(printable(words), room) or [""]) if room else [printable(words)]
+    yield f"{name:<{indent}}{first}\n"
+    yield from (f"{' ' * indent}{line}\n" for line in more)
 
 
 def write(lines: Iterable[str]) -> None:

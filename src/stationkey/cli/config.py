@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import click
 
-from stationkey.cli._options import CHECKED, PREFIX, checked, chosen_file
+from stationkey.cli._options import PREFIX, chosen_file, refused_texts
 from stationkey.config import file as configuration
 from stationkey.config.file import read_parts
-from stationkey.errors import StationKeyError
 from stationkey.system.text import printable
+
+_LINE: Final = re.compile(r": line (\d+): ")
 
 
 @click.group()
@@ -32,7 +34,7 @@ def config_check(file: Path | None) -> None:
     Exit status: 0 the daemon would take it, 1 it would not, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     path = chosen_file(file) or configuration.SYSTEM_FILE
-    found = list(_problems(path))
+    found = _problems(path)
     for problem in found:
         click.echo(printable(problem))
     click.echo(f"{printable(str(path))}: {len(found) or 'no'} problem{'s' * (len(found) != 1)}")
@@ -40,12 +42,8 @@ def config_check(file: Path | None) -> None:
         sys.exit(1)
 
 
-def _problems(path: Path) -> Iterator[str]:
+def _problems(path: Path) -> list[str]:
+    """Return what is wrong with a file, in the order of its lines."""
     parts = read_parts(path)
-    yield from parts.complaints
-    for place in CHECKED:
-        if (value := parts.given.get((place.replace("metrics.listen", "metrics"),))) is not None:
-            try:
-                checked(place, str(value))
-            except StationKeyError as error:
-                yield f"{path}: {place}: {error}"
+    told = [*parts.complaints, *(str(error) for error in refused_texts(path, parts.given))]
+    return sorted(told, key=lambda words: int(line[1]) if (line := _LINE.search(words)) else 0)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import click
 
-from stationkey.cli._options import config_option, json_option, option, setting_option
+from stationkey.cli._options import chosen_file, config_option, json_option, option, setting_option
 from stationkey.doctor import AREAS, Finding, Level, Options, Report, examine
 from stationkey.errors import ConfigurationError
 from stationkey.system.files import write_text
@@ -60,6 +60,7 @@ def doctor(everything: bool, html: Path | None, as_json: bool, **options: Any) -
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter must not end it
     logging.getLogger("stationkey").addHandler(logging.NullHandler())  # what is seen is in the report, and only there
+    options["config_file"] = chosen_file(options["config_file"])
     report, left_behind = examine(Options(**options))
     written = 0 if html is None else _write(report, html)
     status = max(written, _print(report, as_json=as_json, everything=everything))

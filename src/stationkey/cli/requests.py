@@ -11,13 +11,12 @@ from typing import Final
 import click
 
 from stationkey.cli._options import Configured, configured, json_option
-from stationkey.cli._table import SHORT_ID, Column, listed, write
+from stationkey.cli._table import SHORT_ID, Column, labelled, listed, write
 from stationkey.cli.keys import opened_ledger, utc
 from stationkey.errors import StationKeyError
 from stationkey.ledger.lifecycle import CSR_ANSWERED
 from stationkey.ledger.messages import REQUEST, STATUS, newest
 from stationkey.ledger.overview import REJECTED, Happening
-from stationkey.system.text import printable
 
 _COLUMNS: Final = (
     Column("TIME"),
@@ -113,4 +112,4 @@ def _print_whole(found: Iterable[Happening]) -> None:
     for number, message in enumerate(found):
         sys.stdout.write("\n" * (number > 0))
         for name, value in as_object(message).items():
-            click.echo(f"{name.replace('_', ' '):<18}{printable(value or '-')}")
+            write(labelled(name.replace("_", " "), value or "-", indent=18))

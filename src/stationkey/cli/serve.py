@@ -9,7 +9,7 @@ from stationkey.system import logs
 
 
 @click.command()
-@configured("broker", "keystore", "allow_software_keys", "state_dir", "topic_prefix", "log_format")
+@configured("broker", "keystore", "allow_software_keys", "state_dir", "topic_prefix", "log_format", serves=True)
 def serve(settings: Configured) -> None:
     """Run the daemon: answer generate_csr until stopped.
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import click
 
-from stationkey.cli._options import Configured, configured, json_option
-from stationkey.cli._table import SHORT_ID, Column, listed, write
+from stationkey.cli._options import CHOSEN, Configured, configured, json_option
+from stationkey.cli._table import SHORT_ID, Column, labelled, listed, write
 from stationkey.cli.health import ask
 from stationkey.cli.keys import opened_ledger, utc
 from stationkey.config.settings import Settings
@@ -22,7 +22,6 @@ from stationkey.errors import StationKeyError
 from stationkey.ledger import overview
 from stationkey.system.listener import Address
 from stationkey.system.state_dir import LOCK_NAME
-from stationkey.system.text import printable
 
 _KEYS: Final = 20
 _HAPPENINGS: Final = 8
@@ -74,6 +73,7 @@ def status(watch: bool, as_json: bool, settings: Configured) -> None:
 def look(settings: Settings) -> dict[str, Any]:
     """Return how the station is, as JSON has it. What cannot be seen says why."""
     health: dict[str, Any] | None = None
+    file = click.get_current_context().meta.get(CHOSEN)
     unasked = "[metrics] listen is not set"
     if settings.metrics:
         try:
@@ -86,6 +86,7 @@ def look(settings: Settings) -> dict[str, Any]:
         "daemon": "running" if runs else "not running",
         "health": health,
         "health_unknown": None if health else unasked,
+        "configuration": None if file is None else str(file),
         "broker": settings.broker,
         "keystore": settings.keystore or None,
         "state_dir": str(settings.state_dir),
@@ -133,10 +134,13 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         else f"{found['daemon']} ({found['health_unknown']})",
         "broker": found["broker"] + _state(broker, connected=True),
         "key store": (found["keystore"] or "default") + _state(keystore, reachable=True),
+        "file": found["configuration"] or "no configuration file: the defaults apply",
         "ledger": f"{found['state_dir']}, {ledger.get('trouble') or found['ledger']}",
     }
     for name, words in shown.items():
-        yield f"{_style(name)}{' ' * (11 - len(name))}{printable(words)}\n"
+        first, *more = labelled(name, words, indent=11)
+        yield first.replace(name, _style(name), 1)
+        yield from more
     yield "\n"
     yield from listed(_KEY_COLUMNS, map(_key_row, found["keys"]), empty="no keys yet")
     yield "\n"

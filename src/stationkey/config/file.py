@@ -119,6 +119,12 @@ def read_parts(path: Path) -> Parts:
     return Parts(reading.given, tuple(one.message for one in complaints), frozenset(reading.lost))
 
 
+def place_of(path: Path, place: str) -> str:
+    """Return where an option is in a file that was read, for the beginning of a message."""
+    _, lines = _table(path, _content(path)[0])
+    return f"{path}: line {lines[place]}: {place}" if place in lines else f"{path}: {place}"
+
+
 def _open_to_all(path: Path) -> ConfigurationError:
     return ConfigurationError(
         f"every user of this machine can write to the configuration file {path}",

@@ -7,9 +7,12 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import msgspec
+
+FORM: Final = "form"
+"""Name in msgspec's `Meta.extra` of words for a type that has a pattern."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import UNSET, Meta
 
-from stationkey.config.options import Form, Option
+from stationkey.config.options import FORM, Form, Option
 from stationkey.config.secrets import SecretReference
 from stationkey.contract.profiles import (
     NAME_MAX_LENGTH,
@@ -76,7 +76,7 @@ _SECRET: Final = Form(_Text, _secret)
 _DAYS: Final = Form(Annotated[float, Meta(gt=0, le=36_500)], lambda days: int(days * DAY))
 
 _Names = tuple[Annotated[str, Meta(min_length=1, max_length=NAME_MAX_LENGTH)], ...]
-_Countries = tuple[Annotated[str, Meta(pattern=r"^[A-Za-z]{2}\Z")], ...]
+_Countries = tuple[Annotated[str, Meta(pattern=r"^[A-Za-z]{2}\Z", extra={FORM: "text of two letters"})], ...]
 _Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=2 * NAME_MAX_LENGTH)], ...]
 _Registers = Annotated[tuple[Annotated[int, Meta(ge=0, le=23)], ...], Meta(max_length=24)]
 _MANY: Final = Meta(max_length=256)
@@ -400,7 +400,15 @@ class CsrOverrides:
         str | None,
         Option(
             "DC of the subject; empty for none.",
-            Form(Annotated[str, Meta(max_length=64, pattern=r"^[\x20-\x7e]*\Z")], lambda text: text or None),
+            Form(
+                Annotated[
+                    str,
+                    Meta(
+                        max_length=64, pattern=r"^[\x20-\x7e]*\Z", extra={FORM: "ASCII text of at most 64 characters"}
+                    ),
+                ],
+                lambda text: text or None,
+            ),
             example='"CPO"',
         ),
     ]

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from msgspec import inspect
 
+from stationkey.config.options import FORM
+
 _HEADER: Final = re.compile(r"\s*\[\[?\s*([^\]#]+?)\s*\]")
 _NAME: Final = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _LENGTH: Final = re.compile(r" of \d+ to \d+ characters")
@@ -33,7 +35,7 @@ def required(written: Any, value: object) -> str:
 def _describe(kind: inspect.Type) -> str:  # noqa: PLR0911 - one for each kind
     match kind:
         case inspect.Metadata():
-            return _describe(kind.type)
+            return str((kind.extra or {}).get(FORM) or _describe(kind.type))
         case inspect.BoolType():
             return "true or false"
         case inspect.IntType() | inspect.FloatType():

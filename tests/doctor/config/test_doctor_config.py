@@ -35,10 +35,9 @@ class TestConfiguration:
         assert found.reason == "unreadable"
         assert "/x;" in found.advice
 
-    def test_a_file_that_is_not_named_and_there_is_told(self) -> None:
+    def test_no_file_is_needed(self) -> None:
         configured = Configured(file=None, complaints=(), settings=settings(), keystore=None)
-        assert checks.judge_file(configured, Path("/x")).level is WARNING
-        assert checks.judge_file(configured, None).level is OK
+        assert checks.judge_file(configured).level is OK
 
     @pytest.mark.parametrize(
         ("environment", "level"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final, get_args
 
+from stationkey.config.file import SYSTEM_FILE
 from stationkey.config.options import options_of
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import LogFormat, Settings
@@ -22,7 +22,6 @@ from stationkey.errors import ConfigurationError
 
 _SHOWN: Final = 4
 """Mistakes that are told one by one."""
-_USUAL: Final = Path("/etc/stationkey/stationkey.toml")
 _PREFIX: Final = "STATIONKEY_"
 _VARIABLES: Final = frozenset(
     f"{_PREFIX}{name}"
@@ -37,17 +36,18 @@ _MAX_LISTED: Final = 1024
 _LOADING: Final = ("LoadCredential", "LoadCredentialEncrypted", "SetCredential", "SetCredentialEncrypted")
 
 
-def look_at_file(context: Context) -> tuple[Configured, Path | None] | Finding:
-    """Look at what came of the file, and at the usual one if none is named."""
+def look_at_file(context: Context) -> tuple[Configured] | Finding:
+    """Look at what came of the file."""
     facts = context.configured.file
     if facts is not None and facts.kind in {"file", "unseen"} and not os.access(facts.path, os.R_OK):
         return hidden(facts.path)
-    unnamed = context.options.config_file is None and look_at(_USUAL).kind == "file"
-    return context.configured, _USUAL if unnamed else None
+    if context.options.config_file is None and look_at(SYSTEM_FILE).kind == "file":
+        return hidden(SYSTEM_FILE)  # or it would have been chosen
+    return (context.configured,)
 
 
-def judge_file(configured: Configured, usual: Path | None) -> Finding:
-    """Judge whether the file can be read and is valid. `usual`: the file of the package, if none is named."""
+def judge_file(configured: Configured) -> Finding:
+    """Judge whether the file can be read and is valid."""
     facts = configured.file
     if facts is not None and facts.kind == "missing":
         return failure("missing", f"{facts.path} is missing: the daemon does not start", "correct the path")
@@ -59,10 +59,7 @@ def judge_file(configured: Configured, usual: Path | None) -> Finding:
             f"{'; '.join(configured.complaints[:_SHOWN])}{rest}",
             "correct it: the daemon does not start. What needs an invalid option is not checked",
         )
-    if usual is not None:
-        advice = f"if the daemon uses it: stationkey doctor --config {usual}"
-        return warning("not_named", f"no configuration file is named, and there is {usual}", advice)
-    return ok("no configuration file is named: the defaults apply" if facts is None else f"{facts.path} is valid")
+    return ok("there is no configuration file: the defaults apply" if facts is None else f"{facts.path} is valid")
 
 
 def look_at_rights(context: Context) -> tuple[Facts, User] | Finding:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from stationkey.config.file import SYSTEM_FILE
 from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.doctor.host.context import Context, Daemon
 from stationkey.doctor.host.files import ENTER, READ, WRITE, Facts, User, look_at, octal, permits, user_name
@@ -176,7 +177,8 @@ def look_at_command(context: Context) -> tuple[str, Path, Facts | None, float] |
         variables = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
         up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
         started = time.time() - (up - int(_stat(pid)[_STARTED]) / os.sysconf("SC_CLK_TCK"))
-        return config_of(words, variables), Path(f"/proc/{pid}/cwd").readlink(), context.configured.file, started
+        named = config_of(words, variables) or (str(SYSTEM_FILE) if look_at(SYSTEM_FILE).there else "")
+        return named, Path(f"/proc/{pid}/cwd").readlink(), context.configured.file, started
     except (OSError, ValueError, IndexError):
         return hidden(f"process {pid}")
 
