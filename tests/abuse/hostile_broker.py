@@ -144,6 +144,8 @@ class Link:
                 self._take_answer(head, body, session)
             case 4:
                 self._take_acknowledgement(int.from_bytes(body[:2], "big"))
+            case 5 | 6 | 7:
+                raise Untrue("a packet of QoS 2, which was never subscribed to, was taken")
             case 8:
                 self._reply(SUBACK, body[:2], session.properties, b"\1", session.subscribe, session)
                 if session is not self.session:
