@@ -97,6 +97,21 @@ def test_a_start_that_lost_its_power_before_write_ahead_logging_is_made_good_by_
     assert not Path(f"{left}-journal").exists()
 
 
+def test_a_database_that_was_not_switched_to_write_ahead_logging_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite keeps silent about a sync that failed in the switch; the next process would then do it."""
+    asked = tuple(pragma.replace("=WAL", "=DELETE") for pragma in database._CONNECTION)  # noqa: SLF001 - the fault
+    with monkeypatch.context() as failing:
+        failing.setattr(database, "_CONNECTION", asked)
+        with pytest.raises(LedgerError) as refused:
+            Ledger(path)
+    assert refused.value.reason == "ledger_unusable"
+
+    with closing(Ledger(path)) as ledger:
+        answer(ledger)
+
+
 def test_a_backup_made_while_it_is_written_has_every_key_so_far(ledger: Ledger, tmp_path: Path) -> None:
     keys = [a_key() for _ in range(3)]
     for key in keys:

@@ -107,6 +107,7 @@ class Database:
                     for pragma in _CONNECTION:
                         self._connection.execute(pragma)
                     self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone()  # opens the files
+                    self._refuse_without_log()
                 self._own = self._found()
                 if not read_only:
                     self._migrate(version)
@@ -233,6 +234,19 @@ class Database:
         # A tampered database may contain triggers and views: they must not call functions with side effects.
         connection.execute("PRAGMA trusted_schema=OFF")
         return connection
+
+    def _refuse_without_log(self) -> None:
+        """Refuse a database that was not switched to write-ahead logging: SQLite may keep silent when a sync failed.
+
+        The next process to open it would switch it, and its log would look like files that were put in their place.
+        """
+        (mode,) = self._connection.execute("PRAGMA journal_mode").fetchone()
+        if mode != "wal":
+            raise LedgerError(
+                f"the ledger {self.path} cannot be switched to write-ahead logging",
+                reason="ledger_unusable",
+                hint="does the disk have errors, and may this user write there?",
+            )
 
     def _roll_back(self) -> None:
         """Undo a change that a loss of power cut short before write-ahead logging began; only a writer can.
