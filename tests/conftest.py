@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -52,6 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["STATIONKEY_CONFIG"] = ""  # that of the machine on which the tests run is none of their business
     if config.getoption("--quick"):
         config.pluginmanager.register(_Quick())
 

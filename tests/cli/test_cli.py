@@ -46,6 +46,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """The command as a shell would start it."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("STATIONKEY_")}
+    inherited["STATIONKEY_CONFIG"] = ""
     return subprocess.run(
         [sys.executable, *program, *arguments],
         capture_output=True,

@@ -82,6 +82,7 @@ def test_the_system_s_file_is_read_where_no_other_is_named_and_errors_name_it(
         system = tmp_path / "system.toml"
     system.write_text(f'state_dir = "{tmp_path}"\n')
     monkeypatch.setattr(configuration, "SYSTEM_FILE", system)
+    monkeypatch.delenv("STATIONKEY_CONFIG")
     assert command("keys", "list").stdout == "no keys yet\n"
     failed = command("keys", "show", "00")
     assert str(system) in failed.stderr
@@ -90,6 +91,8 @@ def test_the_system_s_file_is_read_where_no_other_is_named_and_errors_name_it(
     assert command("keys", "list", STATIONKEY_CONFIG=str(other)).reason == "ledger_missing"
     assert command("keys", "list", "--config", str(other)).reason == "ledger_missing"
     assert command("keys", "list", "--state-dir", str(tmp_path / "none")).reason == "ledger_missing"
+    monkeypatch.setattr(configuration, "SYSTEM_FILE", other)
+    assert command("status", "--json", STATIONKEY_CONFIG="").stdout.count('"configuration": null') == 1
 
 
 def test_a_client_takes_the_broker_of_the_system_s_file_and_not_its_login(
@@ -98,6 +101,7 @@ def test_a_client_takes_the_broker_of_the_system_s_file_and_not_its_login(
     system = tmp_path / "system.toml"
     system.write_text('broker = "mqtt://127.0.0.1:1"\n[mqtt]\nusername = "daemon"\npassword_file = "/none"\n')
     monkeypatch.setattr(configuration, "SYSTEM_FILE", system)
+    monkeypatch.delenv("STATIONKEY_CONFIG")
     names = ("--common-name", "x", "--organization-name", "x", "--country-name", "DE")
     failed = command("request", "v2g_certificate", *names)
     assert failed.reason == "broker_unreachable"  # and not secret_unreadable
@@ -137,6 +141,7 @@ def test_the_doctor_examines_the_system_s_file_where_no_other_is_named(
     system = tmp_path / "system.toml"
     system.write_text("brokr = 1\n")
     monkeypatch.setattr(configuration, "SYSTEM_FILE", system)
+    monkeypatch.delenv("STATIONKEY_CONFIG")
     seen: list[Path | None] = []
 
     def examine(options: Options) -> tuple[Report, bool]:

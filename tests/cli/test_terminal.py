@@ -35,14 +35,13 @@ def state(tmp_path: Path) -> list[str]:
 def on_a_terminal(*arguments: str, **environment: str) -> str:
     """What the command shows on a terminal of 80 columns."""
     leader, follower = pty.openpty()
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("STATIONKEY_")}
     with (
         os.fdopen(leader, "rb", buffering=0) as screen,
         subprocess.Popen(
             [sys.executable, "-m", "stationkey", *arguments],
             stdout=follower,
             stderr=follower,
-            env=variables | {"COLUMNS": "80"} | environment,
+            env=os.environ | {"COLUMNS": "80"} | environment,
         ),
     ):
         os.close(follower)

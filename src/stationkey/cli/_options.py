@@ -109,8 +109,11 @@ def _read(path: Path | None, told: dict[str, Any] | None) -> Given:
 
 
 def chosen_file(given: Path | None) -> Path | None:
-    """Return the configuration file to read: the given one, or that of the system where this user may read it."""
-    if given is None and os.access(configuration.SYSTEM_FILE, os.R_OK):
+    """Return the configuration file to read: the given one, or that of the system where this user may read it.
+
+    An empty STATIONKEY_CONFIG names none.
+    """
+    if given is None and os.environ.get(f"{PREFIX}_CONFIG") != "" and os.access(configuration.SYSTEM_FILE, os.R_OK):
         given = configuration.SYSTEM_FILE
     if given is not None:
         click.get_current_context().meta[CHOSEN] = given
