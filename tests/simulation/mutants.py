@@ -321,7 +321,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
     ),
     "active-kept": Mutant("files of destroyed keys stay in active/", _method(ActiveDirectory, "sync", _keeps_files)),
     "running-time-lost": Mutant(
-        "the running time begins anew with each run",
+        "the running time restarts with each run",
         lambda: [
             *_method(RunningTime, "__init__", _begins_anew)(),
             *_method(Retention, "write_running", _plain_running)(),
