@@ -208,6 +208,7 @@ def _generate(session: Any, *, kind: Kind, identifier: bytes) -> bytes:
         Attribute.EXTRACTABLE: False,
         Attribute.PRIVATE: True,
         Attribute.SIGN: True,
+        Attribute.SIGN_RECOVER: False,
         Attribute.DECRYPT: False,
         Attribute.UNWRAP: False,
         Attribute.DERIVE: False,
