@@ -275,6 +275,17 @@ def test_a_pin_that_was_refused_is_not_tried_again(token: Token, opened: Open) -
     assert not remembered.exists()
 
 
+@pytest.mark.parametrize("code", [0x5, 0x6, 0x30, 0x32, 0xB3, 0x101])
+def test_a_login_that_fails_otherwise_is_not_tried_twice(token: Token, opened: Open, code: int) -> None:
+    """GENERAL_ERROR, FUNCTION_FAILED, DEVICE_ERROR, DEVICE_REMOVED, SESSION_HANDLE_INVALID, USER_NOT_LOGGED_IN."""
+    store = opened(token, token.shimmed)
+    token.order(f"C_Login {code:#x} once")
+
+    assert reason_of(lambda: store.supports(EC))[1]
+    assert token.calls("C_Login") == 1
+    sign(store, store.generate(EC))
+
+
 @pytest.mark.parametrize(
     ("order", "expected"),
     [

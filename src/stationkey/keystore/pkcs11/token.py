@@ -195,9 +195,9 @@ class Connection:
             self._remember(pin)
             self._drop()
             raise
-        except pkcs11.PKCS11Error:
+        except pkcs11.PKCS11Error as error:
             self._drop()  # python-pkcs11 leaves the session open that it could not log in
-            raise
+            raise errors.of(error, doing="C_Login") from None  # no second try: a token may count any failure
         if pin is not None:
             self._refused.unlink(missing_ok=True)
         return session
