@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -187,7 +189,7 @@ def serving(station: ChargingStation, server: str, directory: Path) -> Iterator[
             error.add_note(log.read_text())
             raise
         finally:
-            running.terminate()
+            os.killpg(running.pid, signal.SIGTERM)  # node stands behind a wrapper
             running.wait(BOUND)
 
 
