@@ -45,7 +45,7 @@ _HAPPENING_COLUMNS: Final = (
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Show it anew every two seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
 @configured("broker", "keystore", state_dir="Where the ledger is kept.", needs_keystore=False)
 @json_option
 def status(watch: bool, as_json: bool, settings: Configured) -> None:

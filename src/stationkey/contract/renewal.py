@@ -39,7 +39,7 @@ class RenewalData(Struct, frozen=True, kw_only=True):
 
 
 class RenewalUpdate(Struct, frozen=True, kw_only=True):
-    """Tells whoever subscribes which certificates are due for renewal; retained by the broker."""
+    """Tells subscribers which certificates are due for renewal; retained by the broker."""
 
     name: Literal["renewal"]
     type: Literal["update"]

@@ -23,7 +23,7 @@ def close_to_others() -> None:
     ``RLIMIT_CORE`` stops core files; not those that go through a pipe to a program, such as systemd-coredump
     [core(5)]. So the process is made undumpable besides [PR_SET_DUMPABLE(2const)]: then there is no core at all,
     ``ptrace`` is refused, and its files under ``/proc`` belong to root. Root can do all of it still. A program that
-    this one executes (``[renewal] command``) begins anew, with none of this memory.
+    this one executes (``[renewal] command``) starts with none of this memory.
     """
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class Worker:
     """A daemon thread that runs calls one after another, and knows since when the call in hand runs.
 
-    Whoever needs one takes this class as an argument: the simulation of the tests gives its own, which runs the calls
+    Users take this class as an argument: the simulation of the tests passes its own, which runs the calls
     in virtual time.
 
     Args:
