@@ -253,6 +253,24 @@ def test_a_program_that_tells_no_pin_is_told(token: Token, opened: Open, script:
     assert reason_of(lambda: store.supports(EC)) == ("secret_unreadable", False, Scope.REQUEST)
 
 
+def test_a_program_that_tells_the_pin_gets_nothing_of_our_environment(
+    token: Token, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATIONKEY_SECRET_OF_A_TEST", "x")
+    program = token.directory / "tell"
+    program.write_text(f'#!/bin/sh\n[ -z "$STATIONKEY_SECRET_OF_A_TEST" ] && echo {PIN}\n')
+    program.chmod(0o700)
+    store = opened(token, token.uri.replace(f"file:{token.directory}/pin", f"|{program}"))
+
+    sign(store, store.generate(EC))
+
+
+def test_a_program_for_the_pin_that_is_missing_is_told(token: Token, opened: Open) -> None:
+    store = opened(token, token.uri.replace(f"file:{token.directory}/pin", f"|{token.directory}/none"))
+
+    assert reason_of(lambda: store.supports(EC))[0] == "command_unstartable"
+
+
 def test_a_pin_that_was_refused_is_not_tried_again(token: Token, opened: Open) -> None:
     pin = token.directory / "pin"
     pin.write_text("wrong pin")

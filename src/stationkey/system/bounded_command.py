@@ -72,7 +72,7 @@ class BoundedCommand:
         Raises:
             CommandFailed: it could not be started, failed, or took too long.
         """
-        return await self._on_thread(partial(self._run, {**ENVIRONMENT, **environment}))
+        return await self._on_thread(partial(self._run, environment))
 
     async def check(self) -> None:
         """Look whether the program can be started, without starting it.
@@ -106,52 +106,91 @@ class BoundedCommand:
 
     def _run(self, environment: Mapping[str, str]) -> str:
         name = self._arguments[0]
-        try:
-            program = subprocess.Popen(  # noqa: S603 - the operator's own list, without a shell
-                self._arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd="/",
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise _unstartable(name, str(error.strerror)) from None
-        output = bytearray()
-        ended = self._watch(program, output)
-        # Before the program is reaped: its group's number cannot belong to another process yet.
-        with suppress(OSError):
-            os.killpg(program.pid, signal.SIGKILL)
-        assert program.stdout is not None
-        program.stdout.close()
-        with suppress(subprocess.TimeoutExpired):
-            program.wait(_GRACE)
+        status, output = run_bounded(
+            self._arguments,
+            {**ENVIRONMENT, **environment},
+            timeout=self._timeout,
+            limit=4 * OUTPUT,
+            stop=self._stopping.is_set,
+        )
         said = printable(" ".join(output.decode("utf-8", "replace").split()))[:OUTPUT]
-        if not ended:
+        if status is None:
             raise CommandFailed(f"{name} took longer than {self._timeout:g} s: {said}", reason="command_timeout")
-        if program.returncode != 0:
-            raise CommandFailed(f"{name} ended with {program.returncode}: {said}", reason="command_failed")
+        if status != 0:
+            raise CommandFailed(f"{name} ended with {status}: {said}", reason="command_failed")
         return said
 
-    def _watch(self, program: subprocess.Popen[bytes], output: bytearray) -> bool:
-        """Read the program's output until it ends; False if its time is over first."""
-        assert program.stdout is not None
-        descriptor = program.stdout.fileno()
-        os.set_blocking(descriptor, False)
-        end = time.monotonic() + self._timeout
-        open_ = True
-        while time.monotonic() < end and not self._stopping.is_set():
-            if open_ and select.select([descriptor], [], [], _LOOK)[0]:
-                part = os.read(descriptor, _PART)
-                open_ = bool(part)
-                output += part[: max(0, 4 * OUTPUT - len(output))]
-            elif not open_:
-                time.sleep(_LOOK)
-            # Seen, and not reaped yet.
-            if os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                return True
-        return False
+
+def run_bounded(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    timeout: float,
+    limit: int,
+    with_errors: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[int | None, bytes]:
+    """Run a program without a shell, and kill all of its process group in the end. Blocks.
+
+    Args:
+        arguments: its absolute path, then its arguments.
+        environment: all that it finds in its environment.
+        timeout: seconds.
+        limit: bytes of its output that are kept; the rest is read and dropped.
+        with_errors: whether its standard error is a part of its output.
+        stop: asked now and then whether to kill it at once.
+
+    Returns:
+        Its exit status, negative for a signal, or None if its time was over; and its output.
+
+    Raises:
+        CommandFailed: it could not be started.
+    """
+    try:
+        program = subprocess.Popen(  # noqa: S603 - the operator's own list, without a shell
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if with_errors else subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise _unstartable(arguments[0], str(error.strerror)) from None
+    output = bytearray()
+    ended = _watch(program, output, until=time.monotonic() + timeout, limit=limit, stop=stop)
+    # Before the program is reaped: its group's number cannot belong to another process yet.
+    with suppress(OSError):
+        os.killpg(program.pid, signal.SIGKILL)
+    assert program.stdout is not None
+    program.stdout.close()
+    with suppress(subprocess.TimeoutExpired):
+        program.wait(_GRACE)
+    return program.returncode if ended else None, bytes(output)
+
+
+def _watch(
+    program: subprocess.Popen[bytes], output: bytearray, *, until: float, limit: int, stop: Callable[[], bool]
+) -> bool:
+    """Read the program's output until it ends; False if its time is over first."""
+    assert program.stdout is not None
+    descriptor = program.stdout.fileno()
+    os.set_blocking(descriptor, False)
+    open_ = True
+    while time.monotonic() < until and not stop():
+        if open_ and select.select([descriptor], [], [], _LOOK)[0]:
+            part = os.read(descriptor, _PART)
+            open_ = bool(part)
+            output += part[: max(0, limit - len(output))]
+        elif not open_:
+            time.sleep(_LOOK)
+        # Seen, and not reaped yet.
+        if os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            with suppress(BlockingIOError):  # what it wrote between the last read and its end
+                output += os.read(descriptor, _PART)[: max(0, limit - len(output))]
+            return True
+    return False
 
 
 def _unstartable(path: str, why: str) -> CommandFailed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from stationkey.config.secrets import MAX_SECRET, SecretReference
 from stationkey.errors import ConfigurationError
+from stationkey.system.bounded_command import ENVIRONMENT, run_bounded
 
 _TOKEN: Final = ("token", "manufacturer", "serial", "model")
 _QUERY: Final = ("module-path", "pin-source")
@@ -19,6 +19,7 @@ _ENCODED: Final = re.compile(r"(?:[A-Za-z0-9\-._~:\[\]@!$'()*+,=&/?|]|%[0-9A-Fa-
 """pk11-pchar and pk11-qchar, and the bar of a pin-source that is a command [RFC 7512 2.3, 2.4]."""
 _UNESCAPED: Final = ":[]@!$'()*+,=&"
 _COMMAND_TIMEOUT: Final = 10.0
+"""Seconds that a program may take to print a PIN."""
 
 
 def _invalid(words: str, hint: str = "") -> ConfigurationError:
@@ -93,6 +94,7 @@ class PinSource:
 
         Raises:
             ConfigurationError: it cannot be read, is empty, too long or not UTF-8; the message does not tell it.
+            StationKeyError: the program that prints it cannot be started.
         """
         if self.source.startswith("|"):
             pin = self._printed()
@@ -107,23 +109,13 @@ class PinSource:
 
     def _printed(self) -> bytes:
         program = self.source[1:]
-        try:
-            done = subprocess.run(  # noqa: S603 - the operator's own program, by its absolute path, without a shell
-                [program],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                timeout=_COMMAND_TIMEOUT,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            why = error.strerror if isinstance(error, OSError) else type(error).__name__
-            raise ConfigurationError(f"the program {program} gave no PIN: {why}", reason="secret_unreadable") from None
-        pin = done.stdout.removesuffix(b"\n")
-        if not pin or len(pin) > MAX_SECRET:
-            raise ConfigurationError(
-                f"the program {program} printed nothing, or more than a PIN", reason="secret_unreadable"
-            )
+        status, output = run_bounded(
+            [program], ENVIRONMENT, timeout=_COMMAND_TIMEOUT, limit=MAX_SECRET + 2, with_errors=False
+        )
+        pin = output.removesuffix(b"\n")
+        if status != 0 or not pin or len(pin) > MAX_SECRET:
+            told = "did not end" if status is None else f"ended with {status}" if status else "printed no PIN"
+            raise ConfigurationError(f"cannot get the PIN: the program {program} {told}", reason="secret_unreadable")
         return pin
 
 
