@@ -92,6 +92,19 @@ def keys_ahead(state_dir: Path) -> list[str]:
     ]
 
 
+def next_ahead(state_dir: Path, key_type: str) -> str:
+    """The key made ahead that the next request gets: of its type, the one that expires first.
+
+    A kill takes back some of the running time, by which keys expire: that need not be the oldest.
+    """
+    found = _rows(
+        state_dir,
+        "SELECT key_id FROM key WHERE certificate_type = '' AND state = 'pre-activation'"
+        f" AND key_type = '{key_type}' ORDER BY due, number LIMIT 1",
+    )
+    return str(found[0][0])
+
+
 def keys_with_an_owner(state_dir: Path) -> list[str]:
     """The keys that were made ahead and that a request has taken since, oldest first."""
     return [
