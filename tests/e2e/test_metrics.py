@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +376,9 @@ def listening(pid: int) -> set[str]:
     """The sockets that a process listens at or is bound to: ports, and paths [proc(5)]."""
     inodes = set()
     for file in Path(f"/proc/{pid}/fd").iterdir():
-        target = str(file.readlink())
+        target = ""
+        with suppress(FileNotFoundError):  # closed since the folder was read
+            target = str(file.readlink())
         if target.startswith("socket:["):
             inodes.add(target.removeprefix("socket:[").removesuffix("]"))
     found = set()

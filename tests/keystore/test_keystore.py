@@ -102,7 +102,9 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return
     if request.param == "pkcs11":
         directory = tmp_path_factory.mktemp("token")
-        yield Device(Token.make("suite", directory).uri, None, state_dir=directory)
+        token = Token.make("suite", directory)
+        yield Device(token.uri, None, state_dir=directory)
+        token.remove()
         return
     with Swtpm(tmp_path_factory.mktemp("swtpm")) as tpm:
         yield Device(tpm.uri, tpm, terms(tpm.directory, **PROTECTIONS[request.param]), tpm.directory)
