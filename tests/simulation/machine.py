@@ -153,6 +153,7 @@ class Machine:
         disk: the folder in it that is the disk; beside it are the files of others.
         now: nanoseconds on the clock that only counts.
         wall: nanoseconds that the clock on the wall is ahead of that one.
+        changes: how often a file or a name was changed.
         watch: called before each operation; may change files, wait, or return the number of an error.
         full: whether there is no room for a file to grow.
         dead: whether the power is off.
@@ -167,6 +168,7 @@ class Machine:
         self.sleep: Callable[[int], None] = self.pass_by
         self.full = False
         self.dead = False
+        self.changes = 0
         self._files: dict[int, _File] = {}
         self._names = _Names()
         self._unsynced: list[_Change] = []
@@ -232,6 +234,7 @@ class Machine:
         self, operation: Operation, name: str, other: str | None, inode: int, written: tuple[int, int, int]
     ) -> int:
         offset, data, size = written
+        self.changes += operation in CHANGES
         match operation:
             case Operation.WRITE:
                 file = self._files.setdefault(inode, _File())
@@ -296,3 +299,4 @@ class Machine:
                     self._names.entries[name] = inode
                     self._files[inode] = _File(bytearray(content))
         self.dead = self.full = False
+        self.changes += 1

@@ -97,6 +97,7 @@ class World:
         self._fault: tuple[int, str] | None = None  # in so many operations of the disk, what
         self._files_fault = 0
         self._before = self.machine.now
+        self._looked = False, 0  # as `_after` would; and the changes of the disk when it was last looked at
         enabled = [name for name in FAULTS if rng.random() < 0.5]
         self._acts = [(getattr(self, f"_{name}"), weight) for name, weight in _LIFE.items()]
         self._acts += [(getattr(self, f"_{name}"), FAULTS[name][0]) for name in enabled]
@@ -145,7 +146,7 @@ class World:
                 self._say(f"step {number}: {act.__name__[1:]}")
                 with self.machine.unwatched() if act not in self._on_machine else contextlib.nullcontext():
                     act(rng)
-                self._after()
+                self._after(acted=True)
                 return
         self._go_on(rng)
         self._after()
@@ -173,7 +174,8 @@ class World:
         late = int(rng.random() * _SECOND) if rng.random() < 0.1 else 0
         self.machine.pass_by(left + late)
 
-    def _after(self) -> None:
+    def _after(self, *, acted: bool = False) -> None:
+        """Look at what must be true: at the disk when it has changed, or when something was brought about."""
         station = self.station
         if self._violation is not None:
             raise self._violation
@@ -189,7 +191,8 @@ class World:
         if station.task is not None and station.task.done():
             self._ended(station)
             return
-        if station.ledger is not None and not station.busy:
+        if station.ledger is not None and not station.busy and self._looked != (acted, self.machine.changes):
+            self._looked = False, self.machine.changes
             self.checks.look(station.ledger)
             self.checks.active()
         if station.edge is not None and station.edge.in_hand > station.setting.queue:
