@@ -27,7 +27,7 @@ class EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like 
     """tpm2-pytss's face of a loaded key towards cryptography, with the public part that is known already.
 
     The class it comes from asks the TPM for the public part, decodes it anew at each use, and looks at it again before
-    it signs; that took a tenth of a request's time (``docs/performance.md``).
+    it signs; that took a tenth of a request's time.
     """
 
     def __init__(self, sign: Sign, public_key: ec.EllipticCurvePublicKey) -> None:
@@ -92,10 +92,9 @@ def public_der(kind: KeyType, public: TPM2B_PUBLIC) -> bytes:
 
 
 def _two_numbers(marshalled: bytes) -> tuple[int, int]:
-    """Two big-endian numbers, each behind its length in two bytes: r and s, or the coordinates of a point.
+    """Return two big-endian numbers, each after its length in two bytes: r and s, or the coordinates of a point.
 
-    tpm2-pytss would give them as attributes, which takes ten times as long as to marshal the structure; see
-    ``docs/performance.md``.
+    Reading them as attributes of tpm2-pytss takes ten times as long as marshalling the structure.
     """
     middle = 2 + int.from_bytes(marshalled[:2], "big")
     return int.from_bytes(marshalled[2:middle], "big"), int.from_bytes(marshalled[middle + 2 :], "big")
