@@ -432,5 +432,5 @@ def test_the_document_lists_each_reason_to_refuse_and_each_misbehaviour() -> Non
     source = "".join(path.read_text() for path in paths)
     reasons = set(re.findall(r'"(csr_\w+|csms_told_to)"', source)) - set(EventKind)
     assert set(re.findall(r"^\| `((?:csr|csms)_\w+)` \|", DOCUMENT, re.MULTILINE)) == reasons
-    modes = DOCUMENT.split("## What it does wrong when told so")[1]
+    modes = DOCUMENT.split("## Misbehaviour")[1]
     assert re.findall(r"^\| `(\w+)` \|", modes, re.MULTILINE) == [mode.value for mode in Misbehaviour]
