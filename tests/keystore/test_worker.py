@@ -289,7 +289,7 @@ def test_a_thread_that_was_given_up_is_stuck_until_its_call_returns(
     assert thread.submit(name, timeout=DEADLINE).result(LONG) == "keystore-2"
     assert (thread.hung, thread.stuck, thread.abandoned) == (False, True, 1)
     job.let_go.set()
-    next(worker for worker in workers() if worker.name == "keystore-1").join(LONG)
+    returned(thread)
     assert (thread.stuck, thread.abandoned) == (False, 0)
 
 
