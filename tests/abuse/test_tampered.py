@@ -39,6 +39,7 @@ def columns(database: Path) -> Iterator[tuple[str, str, str]]:
                     yield table, column, kind
 
 
+@pytest.mark.long
 def test_whatever_stands_in_the_ledger_the_commands_end_in_words(right: tuple[Path, str], tmp_path: Path) -> None:
     original, key_id = right
     state_dir = tmp_path / "state"

@@ -146,7 +146,7 @@ async def test_closing_kills_one_that_runs(tmp_path: Path) -> None:
     command = BoundedCommand((SHELL, "-c", f"echo $$ > {pid}.new; mv {pid}.new {pid}; sleep 1000"), timeout=3000)
     running = asyncio.create_task(command.run({}))
     async with asyncio.timeout(30):
-        while not pid.exists():  # noqa: ASYNC110 - another process makes it
+        while not pid.exists() and not running.done():  # noqa: ASYNC110 - another process makes it
             await asyncio.sleep(0.01)
     command.close()
     with pytest.raises(CommandFailed):
