@@ -16,7 +16,7 @@ from softhsm import PIN, SOFTHSM, Token
 
 from stationkey.contract.profiles import Algorithm
 from stationkey.errors import ConfigurationError, KeyStoreError, Scope, StationKeyError
-from stationkey.keystore import KeyRef, KeyStore, Sweeping, keystore_opener
+from stationkey.keystore import KeyRef, KeyStore, Sweeping, Trying, keystore_opener
 from stationkey.keystore.worker import KeyStoreThread, on_keystore
 
 EC = Algorithm.ECDSA_SHA256
@@ -330,16 +330,77 @@ def test_what_the_module_returns_is_told_and_leaves_nothing(
     sign(store, store.generate(EC))
 
 
+def test_a_full_token_is_told_with_the_number_of_its_objects(token: Token, opened: Open) -> None:
+    store = opened(token, token.shimmed)
+    store.generate(EC)
+    token.tool("--keypairgen", "--key-type", "EC:prime256v1", "--label", "of somebody else")
+    token.order("C_GenerateKeyPair 0x31")  # CKR_DEVICE_MEMORY
+    with pytest.raises(KeyStoreError, match=r"\b4 objects"):
+        store.generate(EC)
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm), ids=str)
+def test_a_trial_key_leaves_nothing(token: Token, opened: Open, algorithm: Algorithm) -> None:
+    store = opened(token, token.shimmed)
+    assert isinstance(store, Trying)
+    assert store.try_out(algorithm) == store.supports(algorithm)
+    assert token.calls("C_SignInit") == 1
+    assert token.objects() == {}
+    assert not (token.directory / "pkcs11").exists()  # nothing was recorded: it was no object of the token
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param("C_GenerateKeyPair 0xd1", id="TEMPLATE_INCONSISTENT"),
+        pytest.param("C_SignInit 0x70", id="MECHANISM_INVALID"),
+        pytest.param("C_SignInit 0x2", id="HOST_MEMORY"),  # tpm2-pkcs11 1.9, of P-521
+    ],
+)
+def test_a_trial_shows_what_the_mechanism_list_promises_in_vain(token: Token, opened: Open, order: str) -> None:
+    store = opened(token, token.shimmed)
+    assert isinstance(store, Trying)
+    token.order(order)
+    assert store.supports(EC)
+    assert not store.try_out(EC)
+    assert reason_of(lambda: store.generate(EC)) == ("pkcs11_refused", False, Scope.KEY)
+    assert token.objects() == {}
+    assert recorded(token) == set()
+
+    token.order(f"{order} once")  # a key of the session cannot be had, one of the token can
+    assert store.try_out(EC)
+    assert token.objects() == {}
+    assert recorded(token) == set()
+
+
+def test_a_trial_that_the_token_fails_shows_nothing(token: Token, opened: Open) -> None:
+    store = opened(token, token.shimmed)
+    assert isinstance(store, Trying)
+    token.order("C_GenerateKeyPair 0x30")
+    assert reason_of(lambda: store.try_out(EC)) == ("pkcs11_failed", True, Scope.DEVICE)
+
+
+def test_a_module_that_does_not_start_again_is_tried_again(token: Token, opened: Open) -> None:
+    store = opened(token, token.shimmed)
+    key = store.generate(EC)
+    token.order("C_SignInit 0x5", "C_Initialize 0x30")  # as where the module's own daemon is away
+    assert reason_of(lambda: sign(store, key)) == ("pkcs11_failed", True, Scope.DEVICE)
+
+    token.order()
+    sign(store, key)
+
+
 @pytest.mark.parametrize("code", [0xB3, 0x32, 0x101, 0x82, 0x60, 0x5])
 def test_a_lost_session_costs_no_signature(token: Token, opened: Open, code: int) -> None:
     """CKR_SESSION_HANDLE_INVALID, DEVICE_REMOVED, USER_NOT_LOGGED_IN, OBJECT_, KEY_HANDLE_INVALID, GENERAL_ERROR."""
     store = opened(token, token.shimmed)
     key = store.generate(EC)
+    before = token.calls("C_SignInit")
     token.order(f"C_SignInit {code:#x} once")
 
     sign(store, key)
 
-    assert token.calls("C_SignInit") == 2
+    assert token.calls("C_SignInit") == before + 2
 
 
 def test_a_token_that_is_away_comes_back(token: Token, opened: Open, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from stationkey.keystore.protocol import (
     Support,
     Sweeping,
     Timed,
+    Trying,
     check_key,
     key_id_of,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Support",
     "Sweeping",
     "Timed",
+    "Trying",
     "check_key",
     "key_id_of",
     "keystore_opener",

@@ -217,6 +217,19 @@ class Sweeping(Protocol):
         ...
 
 
+@runtime_checkable
+class Trying(Protocol):
+    """A store whose device may promise more than it does."""
+
+    def try_out(self, algorithm: Algorithm) -> Support:
+        """Make a key for `algorithm`, sign with it, and destroy it.
+
+        Raises:
+            KeyStoreError: the device failed.
+        """
+        ...
+
+
 def check_key(store: KeyStore, key: KeyRef, *, as_new: bool = False) -> None:
     """Show that a store can use a key: see `Protecting`; any other store has to load it.
 

@@ -50,7 +50,7 @@ _PIN_UNSET: Final = Refusal(
 _FULL: Final = Refusal(
     reason="pkcs11_token_full",
     words="the token has no room for another key",
-    hint="lower [lifecycle] max_pending and the pool, or remove what others keep in it",
+    hint="lower [lifecycle] pending_total and the pool, or remove what others keep in it",
     scope=Scope.STORE,
     transient=True,
 )
@@ -60,7 +60,7 @@ _KEY_GONE: Final = Refusal(
     hint="was the token exchanged or initialised? Then ask for a new certificate",
     scope=Scope.KEY,
 )
-_UNFIT: Final = Refusal(
+UNFIT: Final = Refusal(
     reason="pkcs11_refused",
     words="the token refuses such a key or signature",
     hint="use another token or another algorithm",
@@ -99,7 +99,7 @@ _REFUSALS: Final[dict[type[Exception], Refusal]] = {
             pkcs11.DomainParamsInvalid,
             pkcs11.KeySizeRange,
         ),
-        _UNFIT,
+        UNFIT,
     ),
 }
 LOST: Final = (
@@ -127,6 +127,11 @@ def of(error: pkcs11.PKCS11Error, *, doing: str) -> KeyStoreError:
     """
     refusal = _REFUSALS.get(type(error), _FAILED)
     return refusal.error(f"{type(error).__name__} by {doing}")
+
+
+def full(objects: int) -> KeyStoreError:
+    """No room in a token that holds this many objects."""
+    return _FULL.error(f"DeviceMemory, {objects} objects in it")
 
 
 def pin_kept_back(why: str) -> KeyStoreError:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.padding import AsymmetricPadding, PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from stationkey.x509.csr import HASHES
+
 Buffer = bytes | bytearray | memoryview
-Sign = Callable[[bytes], bytes]
-"""Signs a digest: by CKM_ECDSA, giving r and s; or a DigestInfo by CKM_RSA_PKCS [PKCS #11 6.3.12, 6.1.6]."""
-
-_DIGEST_INFO: Final = {
-    "sha256": bytes.fromhex("3031300d060960864801650304020105000420"),
-    "sha384": bytes.fromhex("3041300d060960864801650304020205000430"),
-    "sha512": bytes.fromhex("3051300d060960864801650304020305000440"),
-}
-"""DER before the digest [RFC 8017 9.2, note 1]."""
-
-
-def _digest(data: bytes, algorithm: hashes.HashAlgorithm) -> bytes:
-    hashing = hashes.Hash(algorithm)
-    hashing.update(data)
-    return hashing.finalize()
+Sign = Callable[[str, bytes], bytes]
+"""Signs data by a hash of that name, and returns r and s, or what PKCS #1 makes [PKCS #11 6.3.12, 6.1.6]."""
 
 
 class _InToken:
@@ -70,7 +59,7 @@ class EccPrivateKey(_InToken, ec.EllipticCurvePrivateKey):
         """Return the signature in DER [RFC 3279 2.2.3]."""
         algorithm = signature_algorithm.algorithm
         assert isinstance(algorithm, hashes.HashAlgorithm)
-        signature = self._sign(_digest(bytes(data), algorithm))
+        signature = self._sign(algorithm.name, bytes(data))
         middle = len(signature) // 2
         return encode_dss_signature(int.from_bytes(signature[:middle]), int.from_bytes(signature[middle:]))
 
@@ -100,6 +89,6 @@ class RsaPrivateKey(_InToken, rsa.RSAPrivateKey):
         Raises:
             ValueError: another padding or hash.
         """
-        if not isinstance(padding, PKCS1v15) or algorithm.name not in _DIGEST_INFO:
+        if not isinstance(padding, PKCS1v15) or algorithm.name not in HASHES:
             raise ValueError("only PKCS #1 v1.5 with SHA-2 is supported")
-        return self._sign(_DIGEST_INFO[algorithm.name] + _digest(bytes(data), algorithm))
+        return self._sign(algorithm.name, bytes(data))

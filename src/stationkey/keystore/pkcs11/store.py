@@ -6,32 +6,43 @@ A token keeps its keys by itself, and a crash does not undo what it has made. So
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, NoSuchKey, ObjectClass
+from pkcs11 import Attribute, DeviceMemory, KeyType, Mechanism, MechanismFlag, NoSuchKey, ObjectClass, PKCS11Error
+from pkcs11.constants import DEFAULT
 from pkcs11.util.ec import encode_named_curve_parameters
 
 from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
 from stationkey.contract.profiles import KeyType as Kind
 from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
+from stationkey.keystore.pkcs11 import errors
 from stationkey.keystore.pkcs11.inventory import LABEL, Inventory
-from stationkey.keystore.pkcs11.signing import EccPrivateKey, RsaPrivateKey
+from stationkey.keystore.pkcs11.signing import EccPrivateKey, RsaPrivateKey, Sign
 from stationkey.keystore.pkcs11.token import Connection
 from stationkey.keystore.pkcs11.uri import TokenUri, identifier_of, object_uri
 from stationkey.keystore.protocol import KeyRef, Support
-from stationkey.x509.csr import PrivateKey, PublicKey
+from stationkey.x509.csr import HASHES, PrivateKey, PublicKey
 
 _SCHEME: Final = "pkcs11"
 _VERSION: Final = "PKCS#11 Provider URI v1.0"
 _CURVES: Final[dict[Kind, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
 _OCTET_STRING: Final = 0x04
+_RSA: Final = {
+    "sha256": (Mechanism.SHA256_RSA_PKCS, bytes.fromhex("3031300d060960864801650304020105000420")),
+    "sha384": (Mechanism.SHA384_RSA_PKCS, bytes.fromhex("3041300d060960864801650304020205000430")),
+    "sha512": (Mechanism.SHA512_RSA_PKCS, bytes.fromhex("3051300d060960864801650304020305000440")),
+}
+"""By hash: the mechanism, and for a token without it the DER before the digest, for CKM_RSA_PKCS [RFC 8017 9.2]."""
 _BORN_INSIDE: Final = {
     Attribute.SENSITIVE: True,
     Attribute.EXTRACTABLE: False,
@@ -63,6 +74,7 @@ class Pkcs11KeyStore:
         self.uri = uri
         self._connection = Connection(token, inventory.directory / "pin-refused")
         self._inventory = inventory
+        self._proven: set[Algorithm] = set()
 
     @property
     def description(self) -> str:
@@ -80,15 +92,51 @@ class Pkcs11KeyStore:
         missing = []
         for kind in ALGORITHMS[algorithm].key_types:
             if isinstance(kind, EllipticCurve):
-                make, sign, bits = Mechanism.EC_KEY_PAIR_GEN, Mechanism.ECDSA, _CURVES[kind].key_size
+                make, bits = Mechanism.EC_KEY_PAIR_GEN, _CURVES[kind].key_size
             else:
-                make, sign, bits = Mechanism.RSA_PKCS_KEY_PAIR_GEN, Mechanism.RSA_PKCS, kind.bits
+                make, bits = Mechanism.RSA_PKCS_KEY_PAIR_GEN, kind.bits
+            sign = _mechanism(kind, ALGORITHMS[algorithm].hash_name, present)
             if {make, sign} <= present:
                 sizes = [slot.get_mechanism_info(mechanism) for mechanism in (make, sign)]
                 if all(size.min_key_length <= bits <= (size.max_key_length or bits) for size in sizes):
                     return Support(kind)
             missing.append(str(kind))
         return Support(None, f"this token has no {' and no '.join(missing)}")
+
+    def try_out(self, algorithm: Algorithm) -> Support:
+        """Make a key, sign with it, and destroy it: shows what the mechanism list only promises.
+
+        The key is a session object, which a crash takes with it; a token that has none of these makes it as any other.
+
+        Raises:
+            KeyStoreError: the token failed.
+        """
+        support = self.supports(algorithm)
+        if support.key_type is None:
+            return support
+        attempts = (
+            partial(self._try_in_session, support.key_type, algorithm),
+            partial(self._try_stored, algorithm),
+        )
+        missing = ""
+        for attempt in attempts:
+            try:
+                attempt()
+            except KeyStoreError as error:
+                if error.scope is not Scope.KEY:
+                    raise
+                missing = error.message
+            else:
+                return support
+        return Support(None, missing)
+
+    def _try_in_session(self, kind: Kind, algorithm: Algorithm) -> None:
+        attempt = partial(_try_out, kind=kind, algorithm=algorithm)
+        self._connection.call("C_GenerateKeyPair", attempt, again=False)
+
+    def _try_stored(self, algorithm: Algorithm) -> None:
+        self._proven.discard(algorithm)
+        self.destroy(self.generate(algorithm))
 
     def generate(self, algorithm: Algorithm) -> KeyRef:
         support = self.supports(algorithm)
@@ -101,6 +149,12 @@ class Pkcs11KeyStore:
             public = self._connection.call(
                 "C_GenerateKeyPair", partial(_generate, kind=support.key_type, identifier=identifier), again=False
             )
+            if algorithm not in self._proven:
+                proof = partial(
+                    _prove, identifier=identifier, kind=support.key_type, public=public, algorithm=algorithm
+                )
+                self._connection.call("C_Sign", proof)
+                self._proven.add(algorithm)
         except BaseException:
             with suppress(KeyStoreError):  # else the next sweep destroys it
                 self._end(identifier)
@@ -117,21 +171,17 @@ class Pkcs11KeyStore:
     def signer(self, key: KeyRef) -> Iterator[PrivateKey]:
         identifier = _identifier(key)
         self._connection.call("C_FindObjects", partial(_private, identifier=identifier))
-        public_key = self.public_key(key)
-        if isinstance(public_key, ec.EllipticCurvePublicKey):
-            yield EccPrivateKey(partial(self._sign, identifier, Mechanism.ECDSA), public_key)
-        else:
-            yield RsaPrivateKey(partial(self._sign, identifier, Mechanism.RSA_PKCS), public_key)
 
-    def _sign(self, identifier: bytes, mechanism: Mechanism, data: bytes) -> bytes:
-        def sign(session: Any) -> bytes:
-            return bytes(_private(session, identifier=identifier).sign(data, mechanism=mechanism))
+        def sign(hash_name: str, data: bytes) -> bytes:
+            return self._connection.call(
+                "C_Sign", lambda session: _sign(session, identifier, key.key_type, hash_name, data)
+            )
 
-        return self._connection.call("C_Sign", sign)
+        yield _private_key(self.public_key(key), sign)
 
     def public_key(self, key: KeyRef) -> PublicKey:
         try:
-            return serialization.load_der_public_key(key.public)  # type: ignore[return-value] # EC or RSA: this store made it
+            return _loaded(key.public)
         except (ValueError, CryptographyUnsupported):
             raise _damaged(key) from None
 
@@ -177,6 +227,26 @@ def _damaged(key: KeyRef) -> KeyStoreError:
     return KeyStoreError(f"key {key.key_id} is corrupt in the ledger", reason="key_damaged", scope=Scope.KEY)
 
 
+def _loaded(public: bytes) -> PublicKey:
+    return serialization.load_der_public_key(public)  # type: ignore[return-value] # EC or RSA: this store made it
+
+
+def _private_key(public_key: PublicKey, sign: Sign) -> PrivateKey:
+    if isinstance(public_key, ec.EllipticCurvePublicKey):
+        return EccPrivateKey(sign, public_key)
+    return RsaPrivateKey(sign, public_key)
+
+
+def _mechanism(kind: Kind, hash_name: str, present: Collection[Any]) -> Mechanism:
+    """Return what a key signs with.
+
+    CKM_RSA_PKCS is the second choice: in tpm2-pkcs11 it needs a key that also decrypts.
+    """
+    if isinstance(kind, EllipticCurve):
+        return Mechanism.ECDSA
+    return _RSA[hash_name][0] if _RSA[hash_name][0] in present else Mechanism.RSA_PKCS
+
+
 # With an open session.
 
 
@@ -195,14 +265,53 @@ def _private(session: Any, *, identifier: bytes) -> Any:
     return found[0]
 
 
-def _generate(session: Any, *, kind: Kind, identifier: bytes) -> bytes:
+def _sign(session: Any, identifier: bytes, kind: Kind, hash_name: str, data: bytes) -> bytes:
+    private = _private(session, identifier=identifier)
+    mechanism = _mechanism(kind, hash_name, session.token.slot.get_mechanisms())
+    if mechanism is Mechanism.ECDSA:
+        data = hashlib.new(hash_name, data).digest()
+    elif mechanism is Mechanism.RSA_PKCS:
+        data = _RSA[hash_name][1] + hashlib.new(hash_name, data).digest()
+    return bytes(private.sign(data, mechanism=mechanism))
+
+
+def _try_out(session: Any, *, kind: Kind, algorithm: Algorithm) -> None:
+    identifier = secrets.token_bytes(16)
+    try:
+        public = _generate(session, kind=kind, identifier=identifier, store=False)
+        _prove(session, identifier=identifier, kind=kind, public=public, algorithm=algorithm)
+    finally:
+        with suppress(PKCS11Error):  # the token that has lost the session has lost its objects
+            _destroy(session, identifier=identifier)
+
+
+def _prove(session: Any, *, identifier: bytes, kind: Kind, public: bytes, algorithm: Algorithm) -> None:
+    """Sign a CSR with a key just made: some modules make keys that they cannot sign with.
+
+    Raises:
+        KeyStoreError: this one does.
+    """
+    private_key = _private_key(_loaded(public), partial(_sign, session, identifier, kind))
+    empty = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    wrong = "the signature is wrong"
+    try:
+        if empty.sign(private_key, HASHES[ALGORITHMS[algorithm].hash_name]).is_signature_valid:
+            return
+    except errors.LOST:
+        raise
+    except PKCS11Error as error:
+        wrong = type(error).__name__
+    raise errors.UNFIT.error(f"{kind} keys can be made, but do not sign: {wrong}")
+
+
+def _generate(session: Any, *, kind: Kind, identifier: bytes, store: bool = True) -> bytes:
     """Make a key and return its subjectPublicKeyInfo.
 
     Raises:
         KeyStoreError: the key could have left the token, or cannot be shown not to have.
     """
     label = LABEL.format(identifier.hex())
-    named = {"id": identifier, "label": label, "store": True, "capabilities": MechanismFlag.SIGN}
+    named = {"id": identifier, "label": label, "store": store, "capabilities": MechanismFlag.SIGN}
     private_template = {
         Attribute.SENSITIVE: True,
         Attribute.EXTRACTABLE: False,
@@ -213,16 +322,22 @@ def _generate(session: Any, *, kind: Kind, identifier: bytes) -> bytes:
         Attribute.UNWRAP: False,
         Attribute.DERIVE: False,
     }
-    public_template = {Attribute.VERIFY: True, Attribute.ENCRYPT: False, Attribute.WRAP: False}
+    # Nothing is asked of the public part: tpm2-pkcs11 takes usages of both parts for bits of the one key.
+    public_template = dict.fromkeys((Attribute.VERIFY, Attribute.ENCRYPT, Attribute.WRAP), DEFAULT)
     templates = {"public_template": public_template, "private_template": private_template}
+    try:
+        if isinstance(kind, EllipticCurve):
+            curve = session.create_domain_parameters(
+                KeyType.EC, {Attribute.EC_PARAMS: encode_named_curve_parameters(kind.name)}, local=True
+            )
+            public, private = curve.generate_keypair(**named, **templates)
+        else:
+            public, private = session.generate_keypair(KeyType.RSA, kind.bits, **named, **templates)
+    except DeviceMemory:
+        raise errors.full(sum(1 for _ in session.get_objects())) from None
     if isinstance(kind, EllipticCurve):
-        curve = session.create_domain_parameters(
-            KeyType.EC, {Attribute.EC_PARAMS: encode_named_curve_parameters(kind.name)}, local=True
-        )
-        public, private = curve.generate_keypair(**named, **templates)
         der = _ec_public(bytes(public[Attribute.EC_POINT]), _CURVES[kind])
     else:
-        public, private = session.generate_keypair(KeyType.RSA, kind.bits, **named, **templates)
         numbers = rsa.RSAPublicNumbers(
             int.from_bytes(public[Attribute.PUBLIC_EXPONENT]), int.from_bytes(public[Attribute.MODULUS])
         )

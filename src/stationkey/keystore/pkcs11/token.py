@@ -151,6 +151,8 @@ class Connection:
             try:
                 self._module = pkcs11.lib(str(path))
             except pkcs11.PKCS11Error as error:
+                if type(error) is not pkcs11.PKCS11Error:
+                    raise  # the module was loaded, and does not work now
                 raise ConfigurationError(
                     f"cannot load the PKCS#11 module {path}: {str(error) or type(error).__name__}",
                     reason="pkcs11_module_unsafe",
@@ -203,11 +205,12 @@ class Connection:
         return session
 
     def _drop(self) -> None:
-        """Forget the session, and have the module look at its slots again."""
+        """Forget the session, and have the module start again, so that it looks at its slots."""
         self._session = None
         if self._module is not None:
             with suppress(pkcs11.PKCS11Error):
-                self._module.reinitialize()
+                self._module.finalize()
+            self._module = None
 
     def _was_refused(self, pin: str) -> bool:
         try:
