@@ -21,6 +21,7 @@ from authority import Authority, write
 from outside import BOUND, Station
 from peers import Bus, ResourceManager
 from rig import Rig
+from softhsm import Token
 
 from stationkey.contract import messages
 from stationkey.contract.profiles import Algorithm, CertificateType
@@ -37,33 +38,23 @@ COMMON_NAME = {
 }
 
 
-class ChargingStation(Rig):
-    """A running station with no certificate yet.
+class CertifiedStation(Rig):
+    """A station with no certificate yet.
 
     Args:
         directory: for all files, those of tests as well.
+        tpm: whether its keys are in a TPM.
         more: goes into its configuration file.
-
-    Attributes:
-        tcti: of its TPM, behind the resource manager.
-        environment: what a program needs beside the TCTI to reach the TPM.
     """
 
-    def __init__(self, directory: Path, more: str = "") -> None:
+    station: Station
+
+    def __init__(self, directory: Path, *, tpm: bool, more: str = "") -> None:
         self.directory = directory
         self.certificate_dir = directory / "certificates"
         self.certificate_dir.mkdir(parents=True)
         josev = f'[josev]\ncertificate_dir = "{self.certificate_dir}"\n'
-        super().__init__(directory, tpm=True, config=josev + more)
-        self._bus = Bus(directory / "bus")
-        self._manager = ResourceManager(directory / "resource-manager", tpm=self.tpm.tcti, bus=self._bus)
-        self.tcti = self._manager.tcti
-        self.environment = self._manager.environment
-        self.keystore = f"tpm2:{self.tcti}"
-        self.daemon = self.station = Station(directory, *self.options(), **self.environment)
-
-    def peers(self) -> list[AbstractContextManager[Any]]:
-        return [*super().peers(), self._bus, self._manager, self.daemon]
+        super().__init__(directory, tpm=tpm, config=josev + more)
 
     def active(self, certificate_type: CertificateType) -> Path:
         return self.state_dir / "active" / f"{certificate_type}.pem"
@@ -94,10 +85,48 @@ class ChargingStation(Rig):
         self.station.wait_for(file=str(active))
         return active
 
+
+class ChargingStation(CertifiedStation):
+    """A running station with a TPM.
+
+    Args:
+        directory: for all files, those of tests as well.
+        more: goes into its configuration file.
+
+    Attributes:
+        tcti: of its TPM, behind the resource manager.
+        environment: what a program needs beside the TCTI to reach the TPM.
+    """
+
+    def __init__(self, directory: Path, more: str = "") -> None:
+        super().__init__(directory, tpm=True, more=more)
+        self._bus = Bus(directory / "bus")
+        self._manager = ResourceManager(directory / "resource-manager", tpm=self.tpm.tcti, bus=self._bus)
+        self.tcti = self._manager.tcti
+        self.environment = self._manager.environment
+        self.keystore = f"tpm2:{self.tcti}"
+        self.daemon = self.station = Station(directory, *self.options(), **self.environment)
+
+    def peers(self) -> list[AbstractContextManager[Any]]:
+        return [*super().peers(), self._bus, self._manager, self.daemon]
+
     def openssl_environment(self) -> dict[str, str]:
         """The environment of a program that uses the active keys, as docs/tls.md has it."""
         configuration = write(self.directory / "openssl.cnf", check.openssl_configuration(tcti=self.tcti))
         return {**os.environ, **self.environment, **check.environment(configuration, tcti=self.tcti)}
+
+
+class TokenStation(CertifiedStation):
+    """A running station with a PKCS#11 token."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, tpm=False)
+        self.token = Token.make("secc", directory)
+        self.keystore = self.token.uri
+        self.daemon = self.station = Station(directory, *self.options())
+
+    def peers(self) -> list[AbstractContextManager[Any]]:
+        return [*super().peers(), self.daemon]
 
 
 @contextmanager

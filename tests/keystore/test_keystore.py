@@ -26,7 +26,6 @@ from stationkey.contract.profiles import RSA_3072, SECP256R1, SECP521R1, Algorit
 from stationkey.errors import ConfigurationError, KeyStoreError
 from stationkey.keystore import KeyRef, KeyStore, Protecting, check_key, keystore_opener
 from stationkey.keystore.schemes import SCHEMES
-from stationkey.system.pem import from_pem
 from stationkey.x509.csr import PrivateKey, PublicKey, key_type
 
 DATA = b"to be signed"
@@ -296,8 +295,7 @@ def test_openssl_signs_with_the_pem_file_of_a_key(
         providers += ["-passin", "file:value"]
     file = "key.pem"
     if device.scheme == "pkcs11":
-        der = from_pem(key.pem())
-        file = der[der.index(b"pkcs11:") :].decode()
+        file = key.pem().splitlines()[0].decode()
         providers = ["-engine", "pkcs11", "-keyform", "engine", "-passin", f"pass:{PIN}"]
         environment["PKCS11_MODULE_PATH"] = str(SOFTHSM)
     command = ("dgst", *providers, digest, "-sign", file, "-out", "signature", "data")

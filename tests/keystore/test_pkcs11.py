@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def opened() -> Iterator[Callable[[Token, str], KeyStore]]:
 
 
 Open = Callable[..., KeyStore]
+
+
+def test_a_key_file_is_what_pkcs11_provider_reads_with_its_uri_before_it(
+    token: Token, opened: Open, tmp_path: Path
+) -> None:
+    """Version 1.0 reads none with a UTF8String in the first place [pkcs11-provider, src/pk11_uri.pre]."""
+    (tmp_path / "key.pem").write_bytes(opened(token).generate(EC).pem())
+    command = ["openssl", "asn1parse", "-in", str(tmp_path / "key.pem")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = [[part.strip() for part in line.split(":", 3)[2:]] for line in told.splitlines()]
+    uri = (tmp_path / "key.pem").read_text().splitlines()[0]
+    assert parts[1:] == [["VISIBLESTRING", "PKCS#11 Provider URI v1.0"], ["UTF8STRING", uri]]
+    assert uri.startswith(f"pkcs11:token={token.label};")
+    assert "pin" not in uri
 
 
 def sign(store: KeyStore, key: KeyRef) -> None:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
 from stationkey.contract.profiles import Algorithm, KeyType
@@ -55,8 +56,13 @@ class KeyRef:
         return key_id_of(self.public)
 
     def pem(self) -> bytes:
-        """The key as a PEM file that OpenSSL can use: ``TSS2 PRIVATE KEY`` or ``PRIVATE KEY``."""
-        return to_pem(SCHEMES[self.scheme].pem_label, self.private)
+        """Return the key as a PEM file that OpenSSL can use.
+
+        A ``TSS2 PRIVATE KEY``, a ``PRIVATE KEY``, or the URI of the key on a line and as a ``PKCS#11 PROVIDER URI``.
+        """
+        scheme = SCHEMES[self.scheme]
+        text = resolve_name(scheme.pem_text)(self.private) if scheme.pem_text else b""
+        return text + to_pem(scheme.pem_label, self.private)
 
 
 @dataclass(frozen=True, slots=True)

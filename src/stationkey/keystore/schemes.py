@@ -23,6 +23,7 @@ class Scheme:
             `stationkey.keystore.Sweeping`.
         attests: whether it can prove that it made a key.
         pem_label: of the PEM file with a key.
+        pem_text: function, as ``module:function``, that gives the text before that from the DER; None for no text.
         openssl_provider: what OpenSSL needs to use such a file, or None if it needs nothing.
     """
 
@@ -35,6 +36,7 @@ class Scheme:
     resident: bool = False
     attests: bool
     pem_label: str
+    pem_text: str | None = None
     openssl_provider: str | None
 
 
@@ -58,6 +60,7 @@ _SCHEMES: Final = (
         resident=True,
         attests=False,
         pem_label="PKCS#11 PROVIDER URI",
+        pem_text="stationkey.keystore.pkcs11.keyfile:uri_line",
         openssl_provider="pkcs11",
     ),
     Scheme(

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
-from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from pkcs11 import Attribute, DeviceMemory, KeyType, Mechanism, MechanismFlag, NoSuchKey, ObjectClass, PKCS11Error
@@ -25,7 +24,7 @@ from pkcs11.util.ec import encode_named_curve_parameters
 from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
 from stationkey.contract.profiles import KeyType as Kind
 from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
-from stationkey.keystore.pkcs11 import errors
+from stationkey.keystore.pkcs11 import errors, keyfile
 from stationkey.keystore.pkcs11.inventory import LABEL, Inventory
 from stationkey.keystore.pkcs11.signing import EccPrivateKey, RsaPrivateKey, Sign
 from stationkey.keystore.pkcs11.token import Connection
@@ -34,7 +33,6 @@ from stationkey.keystore.protocol import KeyRef, Support
 from stationkey.x509.csr import HASHES, PrivateKey, PublicKey
 
 _SCHEME: Final = "pkcs11"
-_VERSION: Final = "PKCS#11 Provider URI v1.0"
 _CURVES: Final[dict[Kind, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
 _OCTET_STRING: Final = 0x04
 _RSA: Final = {
@@ -51,14 +49,6 @@ _BORN_INSIDE: Final = {
     Attribute.NEVER_EXTRACTABLE: True,
 }
 """What a key has to say of itself [PKCS #11 4.9]."""
-
-
-@asn1.sequence
-class _KeyFile:
-    """What OpenSSL's pkcs11-provider reads from a ``PKCS#11 PROVIDER URI``."""
-
-    version: str
-    uri: str
 
 
 class Pkcs11KeyStore:
@@ -164,7 +154,7 @@ class Pkcs11KeyStore:
             scheme=_SCHEME,
             key_type=support.key_type,
             public=public,
-            private=asn1.encode_der(_KeyFile(version=_VERSION, uri=uri)),
+            private=keyfile.encode(uri),
         )
 
     @contextmanager
@@ -218,7 +208,7 @@ def _identifier(key: KeyRef) -> bytes:
             scope=Scope.KEY,
         )
     try:
-        return identifier_of(asn1.decode_der(_KeyFile, key.private).uri)
+        return identifier_of(keyfile.uri_of(key.private))
     except ValueError:
         raise _damaged(key) from None
 

@@ -17,7 +17,6 @@ _TOKEN: Final = ("token", "manufacturer", "serial", "model")
 _QUERY: Final = ("module-path", "pin-source")
 _ENCODED: Final = re.compile(r"(?:[A-Za-z0-9\-._~:\[\]@!$'()*+,=&/?|]|%[0-9A-Fa-f]{2})*")
 """pk11-pchar and pk11-qchar, and the bar of a pin-source that is a command [RFC 7512 2.3, 2.4]."""
-_UNESCAPED: Final = ":[]@!$'()*+,=&"
 _COMMAND_TIMEOUT: Final = 10.0
 """Seconds that a program may take to print a PIN."""
 
@@ -44,13 +43,13 @@ def _attributes(text: str, separator: str) -> dict[str, bytes]:
 
 
 def object_uri(token: Mapping[str, str], identifier: bytes) -> str:
-    """Return the URI of a private key.
+    """Return the URI of a private key, with nothing in it that a shell or a server's configuration may interpret.
 
     Args:
         token: what names the token, by attribute.
         identifier: CKA_ID of the key.
     """
-    named = [f"{name}={quote_from_bytes(token[name].encode(), _UNESCAPED)}" for name in _TOKEN if token.get(name)]
+    named = [f"{name}={quote_from_bytes(token[name].encode(), safe='')}" for name in _TOKEN if token.get(name)]
     return "pkcs11:" + ";".join([*named, "id=" + "".join(f"%{byte:02x}" for byte in identifier), "type=private"])
 
 
