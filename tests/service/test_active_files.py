@@ -261,7 +261,7 @@ def test_who_cannot_get_the_lock_gives_up_in_words(directory: ActiveDirectory, m
     directory.sync(while_locked)
 
     (refusal,) = refusals
-    assert "another process has it locked" in str(refusal)
+    assert "another process holds the lock" in str(refusal)
 
 
 # Exchanges.

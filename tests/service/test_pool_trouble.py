@@ -78,7 +78,7 @@ async def test_keys_of_another_tpm_are_given_up_at_the_start_and_others_are_made
         assert len(ahead) == 2
         assert await here.key() == ahead[0]
         assert [key for key in old if here.history(key)] == []
-    assert {said["key_id"] for said in told(caplog, "a key made ahead is destroyed")} == old
+    assert {said["key_id"] for said in told(caplog, "destroying a key made ahead")} == old
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ async def test_keys_made_ahead_without_the_protection_of_now_are_given_to_nobody
         await here.full()
         assert set(here.ahead()) & old == set()
         assert await here.key() not in old
-    assert {said["key_id"] for said in told(caplog, "a key made ahead is destroyed")} == old
+    assert {said["key_id"] for said in told(caplog, "destroying a key made ahead")} == old
 
 
 async def test_keys_of_another_tpm_are_given_up_when_they_are_taken_and_the_request_is_served(

@@ -1,1 +1,1 @@
-"""Requests answered, statuses acted on, keys brought to their end."""
+"""Answer requests, apply statuses, end keys."""

@@ -1,10 +1,10 @@
-"""The directory ``active/``: for each certificate type and EVSE, the key in use and its chain, in one PEM file.
+"""The directory ``active/``: for each certificate type and EVSE, the active key and its chain, in one PEM file.
 
-And in another, the key before it, where the station may have to go back to that.
+The key before it, if the station may go back to it, is in a second file.
 
-Key and chain are in one file because a file is what can be exchanged atomically: whoever opens it reads the old pair
-or the new pair. The directory only shows what the ledger says; `ActiveDirectory.sync` makes it so after every change
-and at every start, which also repairs what a loss of power left behind.
+Key and chain are in one file because a file can be replaced atomically: a reader gets the old pair or the new pair. The
+directory mirrors the ledger; `ActiveDirectory.sync` updates it after every change and at every start, which also
+repairs it after a power cut.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from stationkey.system.files import opened_regular
 _LOCK: Final = ".lock"
 _MODE: Final = 0o700
 _IN_THE_WAY: Final = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP})
-"""A directory or a link where there should be a file."""
+"""A directory or a link in the place of a file."""
 
 LOCK_TIMEOUT: Final = 5.0
-"""Seconds to wait for another writer, who needs milliseconds."""
+"""Seconds to wait for another writer, which needs milliseconds."""
 
 
 class ActiveDirectory:
-    """The directory, for whoever may write the state directory: the daemon, and the ``keys`` commands beside it.
+    """The directory, as written by the daemon and by the ``keys`` commands beside it.
 
     Args:
         state_dir: the state directory; ``active/`` is made in it, with mode 0700.
@@ -44,24 +44,24 @@ class ActiveDirectory:
         self.path = state_dir / DIRECTORY_NAME
 
     def sync(self, wanted: Callable[[], Mapping[str, bytes]]) -> list[Path]:
-        """Make the directory show what `wanted` says, and nothing else.
+        """Make the directory contain the files of `wanted`, and nothing else.
 
         Args:
-            wanted: gives the content of each file by its name, in the order in which they are written. Called with the
-                directory locked, so that the last of two writers shows the last state of the ledger.
+            wanted: returns the content of each file by its name, in the order of writing. Called with the directory
+                locked, so that the last of two writers shows the last state of the ledger.
 
         Returns:
             The files that were written.
 
         Raises:
-            LedgerError: the directory cannot be written; what could not be exchanged is as it was.
+            LedgerError: the directory cannot be written; files that could not be replaced are unchanged.
         """
         try:
             self._make()
             with self._locked():
                 contents = wanted()
                 troubles: list[OSError] = []
-                # First what must not be there: it goes on a full disk, too, and makes room.
+                # Remove first: that works on a full disk, too, and makes room.
                 gone = [file for file in self.path.iterdir() if file.name not in contents and file.name != _LOCK]
                 for file in gone:
                     with _noted(troubles):
@@ -80,13 +80,13 @@ class ActiveDirectory:
 
     def _unwritable(self, error: OSError) -> LedgerError:
         path = error.filename or self.path
-        hint = "make room, or give this user the rights; the ledger is right, and the file is made up for later"
+        hint = "make room, or give this user the rights; the ledger is right, and the file is written later"
         if error.errno in _IN_THE_WAY:
-            hint = f"something else is in the way: move {path} out of {self.path}, which is stationkey's alone"
+            hint = f"move {path} out of {self.path}, which is for stationkey only"
         return LedgerError(f"{path} cannot be written: {error.strerror}", reason="active_unwritable", hint=hint)
 
     def _make(self) -> None:
-        """Make the directory, or close it to others. A link in its place is refused: it leads who knows where."""
+        """Create the directory, or close it to others. A link in its place is refused."""
         self.path.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -102,14 +102,14 @@ class ActiveDirectory:
             end = time.monotonic() + LOCK_TIMEOUT
             while not _try_lock(descriptor):
                 if time.monotonic() > end:
-                    raise TimeoutError(errno.ETIMEDOUT, "another process has it locked", str(self.path / _LOCK))
-                time.sleep(0.01)  # flock has no timeout, and a command that was suspended may hold it for ever
+                    raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock", str(self.path / _LOCK))
+                time.sleep(0.01)  # flock has no timeout, and a suspended command may hold it forever
             yield
         finally:
             os.close(descriptor)
 
     def _write(self, name: str, content: bytes) -> Path | None:
-        """Exchange a file atomically; None where it is as it should be."""
+        """Replace a file atomically and return its path; None if it is already right."""
         path = self.path / name
         if _is_there(path, content):
             return None
@@ -128,7 +128,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _is_there(path: Path, content: bytes) -> bool:
-    """Whether a regular file of ours, under this one name, has that content. Nothing that was planted is waited for."""
+    """Return whether a regular file of ours with one name has this content; never blocks on a planted FIFO."""
     try:
         with opened_regular(path, follow=False) as (file, status):
             if status.st_uid != os.geteuid() or status.st_nlink != 1 or status.st_mode & 0o077:
@@ -139,10 +139,10 @@ def _is_there(path: Path, content: bytes) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Take away a name, and never what a link leads to.
+    """Remove a name, never the target of a link.
 
     Raises:
-        OSError: a directory that is not empty. What is in it may be somebody's work, and is not deleted.
+        OSError: it is a directory that is not empty, which is not deleted.
     """
     try:
         path.unlink()
@@ -152,7 +152,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _noted(troubles: list[OSError]) -> Iterator[None]:
-    """Go on after a trouble with one file: the others are to be right all the same."""
+    """Note an error of one file and go on with the others."""
     try:
         yield
     except OSError as error:

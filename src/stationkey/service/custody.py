@@ -1,8 +1,8 @@
-"""What statuses and expiry both do: take a step of the ledger, show it under ``active/``, destroy a key in the device.
+"""Change keys for statuses and expiry: one step of the ledger, the files under ``active/``, destruction in the device.
 
-The ledger is the truth. Every step is one transaction there; the files under ``active/`` are made to show it right
-after the step, and again at every start. So a loss of power at any moment leaves either the state before or the state
-after, and at most a file that the next start puts right.
+The ledger is the truth. Every step is one transaction; the files under ``active/`` are updated right after it, and
+again at every start. So a loss of power leaves the state before or after the step, and at most a file that the next
+start corrects.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PROOF_DEADLINE: Final = 30.0
-"""Seconds for a key to be loaded and to sign, or to be destroyed."""
+"""Seconds allowed to load a key and sign, or to destroy it."""
 
 
 class Custody:
@@ -40,12 +40,12 @@ class Custody:
         ledger: the ledger's.
         active: the directory ``active/``.
         running: the running time.
-        counters: outcomes are counted here.
+        counters: counts outcomes.
         clock: Unix time in seconds.
         on_change: called when keys may have become active, or may have ended.
 
     Attributes:
-        one_at_a_time: held while a key is looked at and then changed.
+        one_at_a_time: held while a key is read and then changed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Custody:
         return int(self._clock() * 1000)
 
     async def change(self, step: Callable[[Ledger], T]) -> T:
-        """Take a step of the ledger and show it under ``active/``, in one crossing to the ledger's thread."""
+        """Take a step of the ledger and update ``active/``, in one crossing to the ledger's thread."""
 
         def both(ledger: Ledger) -> tuple[T, list[Path] | LedgerError]:
             return step(ledger), self._show(ledger)
@@ -89,18 +89,18 @@ class Custody:
         return result
 
     async def show_active(self) -> None:
-        """Make the files under ``active/`` show what the ledger says. Tried again with every sweep."""
+        """Make the files under ``active/`` match the ledger. Retried with every sweep."""
         await self.change(lambda _: None)
 
     def _show(self, ledger: Ledger) -> list[Path] | LedgerError:
-        """Write the files. The step is taken, whether or not they can be."""
+        """Write the files, and return the error if they cannot be written: the step is taken anyway."""
         try:
             return self._active.sync(ledger.keys.active_files)
         except LedgerError as error:
             return error
 
     def destroy_in_device(self, reference: KeyRef) -> None:
-        """Destroy what the device has of a key that is destroyed on record, when it has time."""
+        """Have the device destroy a key that is destroyed in the ledger, when it is idle."""
         done = self.keystore.submit(
             lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
         )

@@ -1,4 +1,4 @@
-"""The end of keys whose time is over, and of records that are of no more use."""
+"""Expire keys, and delete old records."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from stationkey.system.backoff import Backoff
 log = logging.getLogger(__name__)
 
 SWEEP: Final = 60.0
-"""Seconds between two looks at what is due; also the most running time that a loss of power takes back."""
+"""Seconds between two sweeps; also the running time that a loss of power may lose."""
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 60.0
-"""Seconds between tries at a key while the TPM is away; doubled in between."""
+"""Seconds between attempts at a key while the TPM is away; doubled each time."""
 
 
 class Expiry:
-    """Ends what is due.
+    """Ends keys and records when they are due.
 
     Args:
         custody: the keys.
-        terms: how long, how many.
+        terms: periods and limits.
     """
 
     def __init__(self, custody: Custody, terms: Terms) -> None:
@@ -38,9 +38,9 @@ class Expiry:
         self._terms = terms
 
     async def sweep(self) -> None:
-        """End what is due, forget what is old, and write the running time down.
+        """Expire keys, delete old records, and save the running time.
 
-        In steps of a few milliseconds, however much there is: a request that comes meanwhile waits for one of them.
+        In steps of a few milliseconds: a request that comes meanwhile waits for one of them.
         """
         running = self._custody.running.now()
         await self._custody.ledger(lambda ledger: ledger.retention.write_running(running))
@@ -59,20 +59,20 @@ class Expiry:
         ):
             pass
         await self._custody.show_active()
-        # Last, because they need the most room: a full disk must not keep a file in active/ that has to go.
+        # Last, because they need the most room: a full disk must not keep a file in active/ that must be removed.
         await self._custody.ledger(lambda ledger: ledger.retention.wipe())
         while await self._custody.ledger(lambda ledger: ledger.database.shrink()):
             pass
         await self._custody.ledger(lambda ledger: ledger.database.checkpoint())
 
     async def _expire(self, key_id: str, running: int) -> None:
-        """End a key, if a status or an operator's command has not been faster."""
+        """Expire a key, unless a status or an operator's command was faster."""
 
         def end(ledger: Ledger) -> tuple[bool, KeyRef | None]:
             if not ledger.retention.is_due(key_id, running):
                 return False, None
             reference = ledger.keys.ref(key_id)
-            ledger.transitions.apply(key_id, KeyEvent.EXPIRED, reason="its time was over", now=self._custody.now())
+            ledger.transitions.apply(key_id, KeyEvent.EXPIRED, reason="its period has ended", now=self._custody.now())
             return True, reference
 
         try:
@@ -86,7 +86,7 @@ class Expiry:
             log.info("key expired", extra={"key_id": key_id})
 
     async def run(self) -> None:
-        """Sweep now and then until cancelled. A full disk or a TPM that is away is logged, and tried again."""
+        """Sweep periodically until cancelled. A full disk or an absent TPM is logged and retried."""
         while True:
             try:
                 await self.sweep()
@@ -98,23 +98,22 @@ class Expiry:
             await asyncio.sleep(min(SWEEP, max(left, 0.05)))
 
     async def tell_unusable(self) -> None:
-        """Say which keys the present key store can no longer use: another TPM, or one that was cleared.
+        """Log the keys that the key store cannot use, because it is another TPM or was cleared.
 
-        One key at a time, so that a request that comes meanwhile waits for no more than one. While the TPM is away,
-        this waits for it.
+        One key at a time, so that a request waits for at most one. Waits while the TPM is away.
         """
         try:
             for key in await self._custody.ledger(lambda ledger: ledger.keys.usable()):
                 if not key.has_owner:
                     continue  # made ahead: see `KeyPool`
                 backoff = Backoff(RETRY_FIRST, RETRY_LAST)
-                while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - nobody tells when the key store is back
+                while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - no event says when the key store is back
                     await asyncio.sleep(backoff.next())
         except LedgerError as error:
             log.error("key check incomplete: %s", error, extra={"reason": error.reason})
 
     async def _tell_if_unusable(self, key: KeyRecord) -> bool:
-        """Try a key; False where the key store is away, so that nobody knows."""
+        """Try a key and log if it is unusable; return False if the key store is away."""
         reference = await self._custody.ledger(lambda ledger: ledger.keys.ref(key.key_id))
         if reference is None:
             return True

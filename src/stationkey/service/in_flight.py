@@ -1,6 +1,6 @@
-"""Requests that are being answered: one at a time for each id.
+"""Requests in flight: one at a time for each id.
 
-Whether an id is a repeat is decided in two places: here for those in flight, and by the ledger for those on record.
+A repeat is recognised here if the first request is in flight, and by the ledger if it was answered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stationkey.ledger import content_digest
 
 @dataclass(slots=True)
 class _Flight:
-    """The requests with one id: what they ask for, and how many they are."""
+    """The requests with one id: their content and number."""
 
     digest: bytes
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -31,7 +31,7 @@ class InFlight:
         self._flights: dict[str, _Flight] = {}
 
     def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
-        """Return whether a request is a copy of one in flight, and `most` copies of any wait already."""
+        """Return whether a request is a copy of one in flight while `most` copies in all wait already."""
         flight = self._flights.get(request.id.lower())
         if flight is None or flight.digest != content_digest(request):
             return False
@@ -44,15 +44,15 @@ class InFlight:
 
     @asynccontextmanager
     async def turn(self, request: GenerateCsrRequest) -> AsyncIterator[None]:
-        """Keep requests with the same id apart, so that the second finds the answer to the first on record.
+        """Serialise requests with the same id, so that the second finds the recorded answer to the first.
 
         Raises:
-            RequestRefused: one with other content is in flight. It is not waited for: it may wait for the TPM.
+            RequestRefused: a request with other content is in flight; this one does not wait for it.
         """
         canonical_id, digest = request.id.lower(), content_digest(request)
         flight = self._flights.setdefault(canonical_id, _Flight(digest))
         if flight.digest != digest:
-            raise RequestRefused("the id is in hand already, with other content", reason="id_reused")
+            raise RequestRefused("a request with this id and other content is in flight", reason="id_reused")
         flight.requests += 1
         try:
             async with flight.turn:

@@ -1,7 +1,7 @@
-"""Josev's files: the certificates that it installed, and what a ``private_key_path`` leads to.
+"""Read Josev's files: the certificates that it installed, and the target of a ``private_key_path``.
 
-A directory of somebody else may hang, as a mount does whose server is gone. So these are read on a thread of their own,
-with a deadline, and what was read is passed on as a value. What could not be read is part of the value.
+Another user's directory may hang, for example a mount whose server is gone. So the files are read on their own thread,
+with a deadline, and the result, including what could not be read, is passed on as a value.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ MAX_CERTIFICATE_FILES: Final = 1024
 MAX_CERTIFICATE_DIRECTORIES: Final = 256
 MAX_CERTIFICATE_SIZE: Final = 64 * 1024
 MAX_CERTIFICATES: Final = 4096
-"""Bounds of what is read from the certificate directory. Of a larger file nothing is read."""
+"""Bounds of the certificate directory. A larger file is not read at all."""
 MAX_UNREAD: Final = 64
-"""How many things that could not be read are told apart."""
+"""Number of unreadable things that are kept apart."""
 MAX_PATH: Final = 4096
-"""Characters of a ``private_key_path`` that is looked at; Linux knows no longer ones [limits.h, PATH_MAX]."""
+"""Longest ``private_key_path`` in characters; Linux allows no longer one [limits.h, PATH_MAX]."""
 LOOKS: Final = 3
-"""How often a directory is read that changes meanwhile."""
+"""Attempts to read a directory that changes meanwhile."""
 DEADLINE: Final = 30.0
-"""Seconds for reading all of it."""
+"""Seconds allowed for reading everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What was seen of the certificate directory at one moment.
+    """Content of the certificate directory at one moment.
 
     Attributes:
         directory: its path.
         chains: by subjectPublicKeyInfo, the newest certificate for it, with its chain.
-        unread: what may hide a certificate; empty where the whole directory was seen.
-        certificates: all that there are, those of CAs among them.
+        unread: unreadable parts that may hide a certificate; empty if the whole directory was read.
+        certificates: all certificates, those of CAs included.
     """
 
     directory: Path
@@ -69,7 +69,7 @@ class Snapshot:
     certificates: tuple[Certificate, ...] = ()
 
     def doubt(self, public: bytes) -> Unread | None:
-        """Return what may hide a certificate for a key; None where one was seen, or where there certainly is none."""
+        """Return the unreadable part that may hide a key's certificate; None if it was read, or is certainly absent."""
         if public in self.chains:
             return None
         return next((unread for unread in self.unread if unread.part.may_hold(public)), None)
@@ -77,12 +77,12 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was read for one status.
+    """The result of reading for one status.
 
     Attributes:
-        name: of the file under ``active/`` that the ``private_key_path`` leads to; None if it leads to none.
+        name: of the file under ``active/`` that the ``private_key_path`` leads to, or None.
         not_followed: why the path could not be followed; else empty.
-        certificates: the certificate directory; None where it is not known, or not needed.
+        certificates: the certificate directory; None if unknown or not needed.
     """
 
     name: ActiveName | None = None
@@ -97,7 +97,7 @@ class JosevFiles:
         active_path: the directory ``active/``.
         certificate_dir: where Josev puts the certificates that it installs, or None.
         own: device and inode of the ledger's files, which are never opened.
-        deadline: seconds for one look.
+        deadline: seconds allowed for one status.
         worker: makes the thread.
     """
 
@@ -118,7 +118,7 @@ class JosevFiles:
         self._reading: Future[Any] | None = None
 
     async def look(self, status: CertificateInstallationStatus) -> Look:
-        """Read what a status needs, on a thread. Never raises: what cannot be read is told by the value."""
+        """Read what a status needs, on a thread. Never raises: the value names what cannot be read."""
         path, directory = _path_of(status), self._needed(status)
         if path is None and directory is None:
             return Look()
@@ -144,7 +144,7 @@ class JosevFiles:
     async def complete(self, chain: Chain, look: Look) -> tuple[Chain, str]:
         """Complete a chain from the certificate directory, on the thread: signatures may cost time (`path.complete`).
 
-        One that takes longer than the deadline stays as it is.
+        The chain is returned unchanged if that takes longer than the deadline.
         """
         known = () if look.certificates is None else look.certificates.certificates
         try:
@@ -153,10 +153,10 @@ class JosevFiles:
             return chain, ""
 
     async def _on_thread(self, read: Callable[[], _Result]) -> _Result:
-        """Return the result of a call that may hang. While one hangs no other is begun.
+        """Return the result of a call that may hang. While one hangs, no other is started.
 
         Raises:
-            TimeoutError: it was not done within the deadline.
+            TimeoutError: it took longer than the deadline, or an earlier call hangs.
         """
         if self._reading is not None and not self._reading.done():
             raise TimeoutError
@@ -194,10 +194,10 @@ def _path_of(status: CertificateInstallationStatus) -> str | None:
 def read_directory(directory: Path, own: frozenset[tuple[int, int]] = frozenset()) -> Snapshot:
     """Read all certificates in a directory and below it. Links to files are followed, links to directories are not.
 
-    Where the directory changes meanwhile it is read again: else a renamed file could be missed under both names.
+    If the directory changes meanwhile, it is read again, because a renamed file could be missed under both names.
 
     Args:
-        directory: where Josev installs to.
+        directory: where Josev installs certificates.
         own: device and inode of the files that are never opened.
     """
     for _ in range(LOOKS):
@@ -232,7 +232,7 @@ class _Reading:
         except _TooMuchError as error:
             self._doubt(self._directory, Unparsed(str(error)))
             chains = []
-        # Of two for one key the newer, and of two files with that one the longer chain.
+        # For one key the newer certificate, and of two files with that one the longer chain.
         chains.sort(key=lambda chain: (chain.not_before, len(chain.certificates)))
         unread = self._unread[:MAX_UNREAD]
         if len(self._unread) > MAX_UNREAD:
@@ -241,7 +241,7 @@ class _Reading:
         return Snapshot(self._directory, by_key, tuple(unread), tuple(self._certificates))
 
     def changed(self) -> bool:
-        """Return whether a file came, went or was written meanwhile."""
+        """Return whether a file was added, removed or written meanwhile."""
         if not self._stable:
             return True
         again = _Reading(self._directory, self._own)
@@ -258,7 +258,7 @@ class _Reading:
         """List the files in all folders, each with its inode.
 
         Raises:
-            _TooMuchError: there are too many.
+            _TooMuchError: too many files or directories.
         """
         ahead, seen = [self._directory], 1
         while ahead:
@@ -305,13 +305,13 @@ class _Reading:
     def _content(self, path: Path) -> bytes | None:
         """Return the content of a regular file; None for a link to a folder that is read anyway.
 
-        A place is found first (O_PATH), which opens nothing; then what was found is looked at and opened, whatever has
-        come into the place meanwhile. To open a device may do something, and a FIFO would keep us waiting. To close one
-        of the ledger's own files would give up the locks that SQLite holds on it, and let the next command that ends
-        take the write-ahead log away under the daemon [fcntl(2): all locks go with any descriptor of the process].
+        The file is located by O_PATH, which opens nothing, then examined, then opened by that descriptor, so that it
+        cannot be exchanged in between. Opening a device may have effects, and opening a FIFO blocks. Closing one of the
+        ledger's own files would release the locks that SQLite holds on it, and the next command that ends would remove
+        the write-ahead log under the daemon [fcntl(2): closing any descriptor releases all locks of the process].
 
         Raises:
-            OSError: it cannot be read, or is not to be.
+            OSError: it cannot or must not be read.
         """
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -331,7 +331,7 @@ class _Reading:
         finally:
             os.close(place)
         with os.fdopen(descriptor, "rb") as file:
-            # A file of /proc says that it is empty, and is not; and some there have nothing yet, which is None.
+            # A file of /proc has size 0 although it has content; reading one without content yet returns None.
             content = file.read(MAX_CERTIFICATE_SIZE + 1) or b""
             after = os.fstat(descriptor)
         if len(content) > MAX_CERTIFICATE_SIZE:
@@ -342,7 +342,7 @@ class _Reading:
 
 
 class _TooMuchError(Exception):
-    """There is more in the directory than is read."""
+    """The directory exceeds the bounds."""
 
 
 def _too_much(what: str) -> _TooMuchError:
@@ -354,7 +354,7 @@ def _too_large() -> OSError:
 
 
 def _opened(place: int) -> int:
-    """Return a descriptor to read from what `place` is; never raise `FileNotFoundError`, for it was there.
+    """Return a descriptor to read the file of an O_PATH descriptor; never raise `FileNotFoundError`.
 
     Raises:
         OSError: it cannot be opened.
@@ -362,4 +362,4 @@ def _opened(place: int) -> int:
     try:
         return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError:
-        raise OSError(errno.EOPNOTSUPP, "it needs /proc to be mounted") from None
+        raise OSError(errno.EOPNOTSUPP, "/proc is not mounted") from None

@@ -1,7 +1,7 @@
-"""Which key a ``certificate_installation_status`` means.
+"""Find the key that a ``certificate_installation_status`` means.
 
-By ``private_key_path`` where it is given; else by the certificate itself, where the directory is known that Josev
-installs to; else the newest. Where that leaves a doubt, nothing is guessed: `StatusUnfit` says what would settle it.
+By ``private_key_path`` if given; else by the certificate itself, if the certificate directory is configured; else the
+newest. An uncertain choice raises `StatusUnfit`, with a hint how to name the key.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from stationkey.x509.path import complete, root_of
 
 
 class StatusUnfit(StationKeyError):
-    """A status that fits no key. Nothing is guessed."""
+    """A status that fits no key, or several."""
 
 
 class Repeated(Exception):
-    """A status that says what is on record already.
+    """A status that is already applied.
 
     Args:
-        words: what is, for the log.
-        key_id: the key, where one is meant.
+        words: for the log.
+        key_id: the key, if known.
     """
 
     def __init__(self, words: str, key_id: str = "") -> None:
@@ -41,14 +41,14 @@ class Repeated(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The key that a status means, and its certificate where that can be read."""
+    """The key that a status means, and its certificate if that can be read."""
 
     key: KeyRecord
     chain: Chain | None = None
 
 
 class KeyFinder:
-    """Finds the key that a status means. Its methods run on the ledger's thread, and look at no files.
+    """Finds the key that a status means. Its methods run on the ledger's thread, and read no files.
 
     Args:
         active_path: the directory ``active/``, to be named in hints.
@@ -80,7 +80,7 @@ class KeyFinder:
             if named is not None:
                 evse_id = named.owner[1]
             pending = ledger.keys.pending(certificate_type, evse_id)
-        # A key that is named is meant, whatever certificates there are for the active one.
+        # A named key is meant, whatever certificates the active one has.
         active = [] if isinstance(named, KeyRecord) else ledger.keys.active(certificate_type, evse_id)
         if look.certificates is not None:
             replaced = [] if isinstance(named, KeyRecord) else ledger.keys.deactivated(certificate_type, evse_id)
@@ -110,16 +110,15 @@ class KeyFinder:
         if not pending:
             raise StatusUnfit("no key of this kind is pending", reason="status_fits_no_key")
         if pending[-1].failed:
-            raise Repeated("the failure was told before", pending[-1].key_id)
+            raise Repeated("the failure was reported before", pending[-1].key_id)
         return pending[-1]
 
     def deleted(self, ledger: Ledger, status: CertificateInstallationStatus, look: Look) -> KeyRecord:
         """Return the key whose certificate was deleted.
 
-        Where nothing names it, an active key that came after another is never the one: after a renewal it is the old
-        certificate that Josev deletes, be its key kept for a while yet or destroyed since. To destroy the wrong key
-        cannot be made good; to keep one too long can. So a key is only the one where its certificate is certainly gone
-        from the certificate directory.
+        Without a name, an active key that replaced another is never chosen: after a renewal Josev deletes the old
+        certificate, whose key may already be destroyed. Destroying the wrong key cannot be undone; keeping one too long
+        can. So a key is chosen only if its certificate is certainly gone from the certificate directory.
 
         Raises:
             StatusUnfit: none fits, or more than one may be meant.
@@ -147,17 +146,17 @@ class KeyFinder:
         if look.certificates is not None and look.certificates.unread:
             raise _unreadable(look.certificates, look.certificates.unread[0])
         raise StatusUnfit(
-            "no key of this kind has a certificate that can have been deleted",
+            "no key of this kind has a deleted certificate",
             reason="status_fits_no_key",
-            hint="private_key_path in the message, or [josev] certificate_dir, say exactly which is meant",
+            hint="send private_key_path, or set [josev] certificate_dir, to name the key",
         )
 
     def _named(
         self, ledger: Ledger, status: CertificateInstallationStatus, look: Look
     ) -> KeyRecord | ActiveName | None:
-        """Return what ``private_key_path`` names; None if it is absent.
+        """Return the key or owner that ``private_key_path`` names; None if it is absent.
 
-        That is a key, by its name or by the file of the key before; or an owner, by the file of the active key.
+        A key is named by its id or by the file of the key before, an owner by the file of the active key.
 
         Raises:
             StatusUnfit: it names neither.
@@ -182,22 +181,22 @@ class KeyFinder:
 
 
 def _key_named(ledger: Ledger, path: str) -> KeyRecord | None:
-    """Return the key that a path ends in the name of."""
+    """Return the key whose id is the file name of a path, or None."""
     stem = Path(path).stem if len(path) <= MAX_PATH else ""
     try:
         keys = ledger.keys.all(stem) if len(stem) == KEY_ID_LENGTH else []
-    except ValueError:  # half characters
+    except ValueError:  # unpaired surrogates
         return None
     return keys[0] if len(keys) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class _InUse:
-    """An active key whose certificate is there, or may be.
+    """An active key whose certificate exists, or may exist.
 
     Attributes:
         key: the key.
-        newest: when the newest certificate begins that it or a key that it replaced had, Unix time in seconds.
+        newest: latest start of the certificates of this key and of the keys that it replaced, Unix time in seconds.
     """
 
     key: KeyRecord
@@ -209,17 +208,17 @@ def _by_certificate(
 ) -> Found:
     """Return the pending key with the newest certificate [A02.FR.15], or the replaced key that Josev went back to.
 
-    The certificate of a key that was asked for after the active one was installed is newer than that one's, whatever
-    its times say: a CA may backdate. Of other keys, a certificate that begins before that of the active key of the
-    same owner and root, or of one that the active key replaced, is not meant: most likely it was passed over when that
-    key was activated, and the message is a repeat.
+    A key that was requested after the active one was installed has a newer certificate, whatever its times say: a CA
+    may backdate. Of other keys, a certificate that begins before that of the active key of the same owner and root, or
+    of a key that it replaced, is not chosen: most likely the message is a repeat.
 
-    The station went back to a replaced key whose certificate is there, if that of the active key is certainly gone.
+    If the certificate of the active key is certainly gone, the station went back to the replaced key whose certificate
+    exists.
 
     Raises:
         Repeated: only the certificates of active keys are there.
-        StatusUnfit: there is none for a pending key, or only older ones, or something that could not be read may be a
-            newer one.
+        StatusUnfit: no certificate is for a pending key, or only older ones are, or an unreadable file may be a newer
+            one.
     """
     in_use = _in_use(seen, active, replaced)
     chains = [(key, seen.chains[key.public]) for key in pending if key.public in seen.chains]
@@ -239,9 +238,9 @@ def _by_certificate(
     back = [key for key in replaced if key.public in seen.chains and not any(_rivals(one.key, key) for one in in_use)]
     if len(back) > 1:
         raise StatusUnfit(
-            f"the certificate of the active key is gone, and those of {len(back)} replaced keys are there",
+            f"the certificate of the active key is gone, and those of {len(back)} replaced keys exist",
             reason="status_fits_no_key",
-            hint="private_key_path in the message says which is meant",
+            hint="send private_key_path to name the key",
         )
     if back:
         return Found(back[0], seen.chains[back[0].public])
@@ -270,25 +269,25 @@ def _in_use(seen: Snapshot, active: list[KeyRecord], replaced: list[KeyRecord]) 
 
 
 def _rivals(one: KeyRecord, other: KeyRecord, root: str | None = None) -> bool:
-    """Whether two keys cannot be active side by side: of one owner, and of one root or one that is not known.
+    """Return whether two keys cannot both be active: same owner, and same or unknown root.
 
     Args:
         one: a key.
-        other: the other.
-        root: the root of the other, if not the one on record.
+        other: the other key.
+        root: the root of the other key, if not the recorded one.
     """
     other_root = other.root if root is None else root
     return one.owner == other.owner and (one.root == other_root or "" in {one.root, other_root})
 
 
 def _valid_since(seen: Snapshot, key: KeyRecord) -> int | None:
-    """Return since when the certificate of an active key is valid, Unix time in seconds; None where it is gone.
+    """Return the start of an active key's certificate, Unix time in seconds; None if the certificate is gone.
 
-    One that may be there, although it was not seen, is known from the record: no doubt takes a station back to an older
-    certificate.
+    If it may exist in an unreadable file, the recorded certificate counts: no uncertainty takes a station back to an
+    older certificate.
 
     Raises:
-        StatusUnfit: it may be there, and is not on record.
+        StatusUnfit: it may exist, and is not on record.
     """
     if key.public in seen.chains:
         return seen.chains[key.public].not_before
@@ -309,10 +308,10 @@ def _recorded_since(key: KeyRecord) -> int | None:
 def _older(key: KeyRecord, chain: Chain, newest: int) -> StatusUnfit:
     own, other = (f"{datetime.fromtimestamp(begin, UTC):%Y-%m-%dT%H:%M:%SZ}" for begin in (chain.not_before, newest))
     return StatusUnfit(
-        f"{chain.path}: the certificate for the pending key {key.key_id} begins at {own}, and one that was installed"
-        f" begins at {other}: it may be an older one",
+        f"{chain.path}: the certificate for the pending key {key.key_id} begins at {own}, an installed one at {other}:"
+        f" it may be older",
         reason="certificate_older",
-        hint="if it is the newer one, remove the other's file and have the status sent again, or name the key by"
+        hint="if it is newer, remove the other file and have the status sent again, or name the key by"
         " private_key_path",
     )
 
@@ -321,14 +320,14 @@ def _without_certificate(seen: Snapshot, keys: list[KeyRecord]) -> list[KeyRecor
     """Return the keys whose certificate is certainly gone.
 
     Raises:
-        StatusUnfit: of one of them, it may be there although it was not seen.
+        StatusUnfit: the certificate of one of them may exist in an unreadable file.
     """
     _refuse_doubt(seen, keys)
     return [key for key in keys if key.public not in seen.chains]
 
 
 def _refuse_doubt(seen: Snapshot, keys: list[KeyRecord]) -> None:
-    """Raise `StatusUnfit` if the certificate of one of the keys may be there although it was not seen."""
+    """Raise `StatusUnfit` if the certificate of one of the keys may exist in an unreadable file."""
     for key in keys:
         if (doubt := seen.doubt(key.public)) is not None:
             raise _unreadable(seen, doubt)
@@ -340,7 +339,7 @@ def _unreadable(seen: Snapshot, doubt: Unread) -> StatusUnfit:
         f"{count} {'file' if count == 1 else 'files'} could not be read: {doubt}"
         + (f" (and {count - 1} more)" if count > 1 else ""),
         reason="certificate_dir_unreadable",
-        hint="certificate_dir must exist, hold what Josev installs and no more, and be readable by this user",
+        hint="certificate_dir must exist, be readable for this user, and contain only what Josev installs",
     )
 
 
@@ -348,7 +347,7 @@ def _not_retired(ledger: Ledger, key: KeyRecord) -> KeyRecord:
     """Return a deactivated key.
 
     Raises:
-        StatusUnfit: the operator retired it, so only the operator restores it.
+        StatusUnfit: the operator retired it, so only the operator can restore it.
     """
     if ledger.keys.history(key.key_id)[-1].event == KeyEvent.RETIRED:
         raise StatusUnfit(
@@ -364,7 +363,7 @@ def _active_already() -> Repeated:
 
 
 def _only(ledger: Ledger, key: KeyRecord) -> bool:
-    """Whether no other certificate of the key's owner can be the one that was deleted."""
+    """Return whether no other certificate of the key's owner can have been deleted."""
     return not ledger.keys.others_installed(key)
 
 
@@ -373,13 +372,12 @@ def _evse_id(status: CertificateInstallationStatus) -> str | None:
 
 
 def _one_owner(keys: list[KeyRecord], evse_id: str | None) -> list[KeyRecord]:
-    """The keys of the EVSE that is meant.
+    """Return the keys of the EVSE of a status.
 
-    A status need not name one, and Josev's first version of the message could not. Then the keys for no EVSE in
-    particular are meant, or those of the only EVSE that has any.
+    A status need not name an EVSE. Then the keys without EVSE are meant, or those of the only EVSE that has any.
 
     Raises:
-        StatusUnfit: several EVSEs have keys, and none is named.
+        StatusUnfit: several EVSEs have keys, and the status names none.
     """
     if evse_id is not None:
         return keys
@@ -390,7 +388,7 @@ def _one_owner(keys: list[KeyRecord], evse_id: str | None) -> list[KeyRecord]:
         raise StatusUnfit(
             "several EVSEs have keys of this kind, and the message names none",
             reason="status_fits_no_key",
-            hint="evse_id in the message, or [josev] certificate_dir, say which is meant",
+            hint="send evse_id, or set [josev] certificate_dir, to name the key",
         )
     return keys
 
@@ -398,12 +396,12 @@ def _one_owner(keys: list[KeyRecord], evse_id: str | None) -> list[KeyRecord]:
 def _newest(pending: Iterable[KeyRecord], active: list[KeyRecord]) -> Found:
     """Return the newest pending key, if it is younger than the active one.
 
-    An older one is left where it is: most likely the message is a repeat. A certificate that comes late for an older
-    CSR can be told only by itself, in the certificate directory, or by private_key_path.
+    An older one is not chosen: most likely the message is a repeat. A late certificate for an older CSR is recognised
+    only in the certificate directory, or by private_key_path.
 
     Raises:
-        Repeated: only the active key may be meant.
-        StatusUnfit: there is no key of this kind.
+        Repeated: only the active key fits.
+        StatusUnfit: no key of this kind exists.
     """
     candidates = list(pending)
     if not candidates and not active:

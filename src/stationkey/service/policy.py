@@ -1,12 +1,12 @@
-r"""May this be served now? What is asked for, how often, and how much of it at a time. Pure: the clock is passed in.
+r"""Admit or refuse requests by content, rate and number in flight. Pure: the clock is passed in.
 
-The order is the point. What is refused by a rule, or has no place, costs nothing; a repeat of an answered request never
-comes here. So a certificate type's allowance is only spent on keys, and each type has its own: whatever is asked of one
-takes nothing from another. Nothing in here is kept by a name that comes over the wire, so nothing grows.
+A request that a rule refuses, or that finds no place, spends no allowance; repeats of answered requests do not get
+here. So the allowance of a certificate type is spent on keys only, and no type takes from another. No state is kept by
+a name from the wire, so nothing grows.
 
-Patterns know ``*`` (any text, none included) and ``?`` (one character). A backslash before one of these, or before
-another backslash, means that character itself: EVSE IDs are written with asterisks, and ``DE\*ABC\*E1`` is one EVSE
-where ``DE*ABC*E1`` may be many.
+In patterns ``*`` is any text, also an empty one, and ``?`` one character. A backslash before one of these, or before a
+backslash, means the character itself: EVSE IDs contain asterisks, so ``DE\*ABC\*E1`` is one EVSE, ``DE*ABC*E1`` may be
+many.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from stationkey.errors import RequestRefused
 from stationkey.service.rate_limit import TokenBucket
 
 RSA_SHARE: Final = 4
-"""One in so many of the places may wait for an RSA key, for each certificate type. A chip searches tens of seconds for
-one: requests for them must not hold every place while others, whose key takes milliseconds, wait at the broker."""
+"""Divisor of the places that RSA requests of one certificate type may hold. A chip takes tens of seconds for an RSA
+key: such requests must not hold every place while others, whose keys take milliseconds, wait at the broker."""
 
 
 class Policy:
-    """What may be asked for, by the operator's rules.
+    """Admits requests by the operator's rules.
 
     Args:
         terms: the rules.
         profiles: of each certificate type, the operator's overrides included.
-        clock: nanoseconds, of a clock that never goes back.
+        clock: nanoseconds of a monotonic clock.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Policy:
 
     @contextmanager
     def admitted(self, request: GenerateCsrRequest) -> Iterator[list[str]]:
-        """While a request is served that was not answered before.
+        """Hold a place and spend an allowance while a new request is served.
 
         Yields:
-            What the operator is to be warned of, although it is served.
+            Warnings to log about the request.
 
         Raises:
-            RequestRefused: it may not be served, or not now. What was refused may be asked again.
+            RequestRefused: not allowed, or not now. The same id may be sent again.
         """
         self._check_lists(request)
         remarks = list(self._check_profile(request))
@@ -88,9 +88,9 @@ class Policy:
             yield remarks
 
     def admit_status(self, certificate_type: CertificateType) -> None:
-        """Let a status be looked at, which may take a signature and a look through the certificate directory.
+        """Admit a status, which may take a signature and a read of the certificate directory.
 
-        It has the same allowance as requests, of its own: neither keeps the other out.
+        Statuses have their own allowance, as large as that of requests: neither blocks the other.
 
         Raises:
             RequestRefused: not now.
@@ -128,10 +128,10 @@ class Policy:
 
     @contextmanager
     def _place(self, request: GenerateCsrRequest) -> Iterator[None]:
-        """A place among those that wait for the key store, which for RSA may take long.
+        """Hold a place in the queue of the key store while the request is served.
 
         Raises:
-            RequestRefused: there is none.
+            RequestRefused: no place is free.
         """
         if not is_rsa(request):
             yield
@@ -139,9 +139,9 @@ class Policy:
         certificate_type = request.data.certificate_type
         if self._rsa_in_hand[certificate_type] >= self._rsa_places:
             raise RequestRefused(
-                f"{self._rsa_places} requests for RSA keys of {certificate_type} are in hand already",
+                f"{self._rsa_places} RSA requests for {certificate_type} are in flight already",
                 reason="rsa_places_taken",
-                hint="ask again later; the places are a quarter of [policy] queue",
+                hint="retry later; RSA requests get a quarter of [policy] queue",
                 transient=True,
             )
         self._rsa_in_hand[certificate_type] += 1
@@ -160,18 +160,18 @@ class Policy:
             f"{what} for {certificate_type} come more often than {self._terms.requests_per_minute:g} times a minute,"
             f" and the {self._terms.burst} that may come at once are used up",
             reason="rate_limited",
-            hint="ask again later; see [policy] requests_per_minute and burst",
+            hint="retry later, or raise [policy] requests_per_minute and burst",
             transient=True,
         )
 
 
 def is_rsa(request: GenerateCsrRequest) -> bool:
-    """Whether a request is for an RSA key, which takes a TPM chip tens of seconds to make."""
+    """Return whether a request is for an RSA key, which takes a TPM chip tens of seconds."""
     return isinstance(ALGORITHMS[request.algorithm].key_types[0], RsaModulus)
 
 
 class _Patterns:
-    """Patterns of which one must match a text in full; where there are none, everything is let through."""
+    """Patterns, one of which must match the whole text; without patterns, every text is accepted."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._patterns = [_compile(pattern) for pattern in patterns]
@@ -186,10 +186,10 @@ _PIECE: Final = re.compile(r"\\([*?\\])|([*?])|(.)", re.DOTALL)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a pattern.
+    """Return the regular expression of a pattern.
 
-    What stands between two asterisks is taken where it first occurs, and never given back (``(?>…)``): a match found so
-    exists if there is any, and no text makes the search try one combination after the other.
+    The text between two asterisks is matched at its first occurrence, without backtracking (``(?>…)``): that finds a
+    match if one exists, and no text makes the search exponential.
     """
     parts = [""]
     for literal, wildcard, other in _PIECE.findall(pattern):
@@ -205,7 +205,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _weigh(severity: Severity, remark: str, *, option: str, reason: str) -> Iterator[str]:
-    """Say nothing, say it, or refuse for it."""
+    """Ignore a remark, yield it as a warning, or refuse the request for it."""
     if severity == "refuse":
         raise RequestRefused(remark, reason=reason, hint=f"see [policy] {option}")
     if severity == "warn":

@@ -1,12 +1,12 @@
-"""Keys made ahead, so that a request need not wait for the TPM to make one.
+"""Keys made ahead, so that a request does not wait for the TPM to make one.
 
-A chip searches tens of seconds for the primes of an RSA key. Of a key made ahead, a request needs only a signature.
+A chip takes tens of seconds for an RSA key. With a key made ahead, a request needs only a signature.
 
 A key made ahead is in the ledger, wrapped as every other, in pre-activation and with no owner, until a request takes it
-or its time is over. What is kept here besides is which of them are ready. A key gets its owner in the transaction that
-records the answer, and only if it had none: so none is handed out twice, whatever dies at whatever moment.
+or it expires. This module only remembers which keys are ready. A key gets its owner in the transaction that records the
+answer, and only if it had none: so no crash gives a key to two requests.
 
-Making a key blocks the TPM. So one is made at a time, only after the TPM was idle for a while, and only if nobody
+Making a key blocks the TPM. So one is made at a time, only after the TPM was idle for a while, and only if no request
 waits; a request that comes meanwhile waits for that one key.
 """
 
@@ -35,22 +35,21 @@ from stationkey.system.backoff import Backoff
 log = logging.getLogger(__name__)
 
 MAKING_DEADLINE: Final = 300.0
-"""Seconds for an RSA key that nobody waits for: a slow chip with bad luck takes minutes. A TPM that hangs meanwhile is
-noticed only then."""
+"""Seconds allowed for an RSA key made ahead: a slow chip may take minutes. A hung TPM is noticed only then."""
 LOOK_DEADLINE: Final = 30.0
-"""Seconds for the key store to say what it can make, or to load a key."""
+"""Seconds allowed for the key store to report its key types, or to load a key."""
 MARGIN: Final = 10 * 60 * 1000
-"""Milliseconds before its end that a key is not handed out any more: it must outlast the request. Less, where keys last
-for less than twice that."""
+"""Milliseconds before its end when a key is no longer given to a request, because it must outlast the request. Less, if
+keys last for less than twice that."""
 LOOK: Final = 60.0
-"""Seconds between two looks at which keys are too old."""
+"""Seconds between two checks for keys that are too old."""
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 300.0
-"""Seconds between tries while the key store or the disk is in trouble; doubled in between."""
+"""Seconds between retries while the key store or the disk fails; doubled each time."""
 
 
 class _OtherKind(KeyStoreError):
-    """The key store made a key of another kind than it said: it is another TPM, to be asked anew what it can make."""
+    """The key store made another key type than announced: it is another TPM, and must be asked again."""
 
     scope = Scope.KEY
 
@@ -61,7 +60,7 @@ class Ahead:
 
     Attributes:
         key: the key.
-        due: when its time is over, in milliseconds of running time.
+        due: when it expires, in milliseconds of running time.
     """
 
     key: KeyRef
@@ -75,13 +74,12 @@ class KeyPool:
         keystore: the key store's thread.
         ledger: the ledger's.
         running: the running time now, in milliseconds.
-        terms: how many, how idle, how old.
-        patience: seconds that a request for an EC key may take; where a key takes longer to make, that is warned of.
+        terms: number, idle time and age.
+        patience: deadline of a request for an EC key, in seconds; a warning is logged if a key takes longer to make.
         clock: Unix time in seconds.
 
     Attributes:
-        seconds_to_make: for each kind, how long the last one took: so long a request waits at the most while one is
-            made ahead.
+        seconds_to_make: how long the last key of each type took: the longest time that a request waits for one.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class KeyPool:
         self.seconds_to_make: dict[KeyType, float] = {}
 
     def take(self, algorithm: Algorithm) -> Ahead | None:
-        """A key for `algorithm`, which nobody else gets; None where none is ready."""
+        """Take a ready key for `algorithm` out of the pool; None if there is none."""
         kind = self._kinds.get(algorithm)
         if kind is None:
             return None
@@ -116,21 +114,21 @@ class KeyPool:
         return self._ready[kind].popleft() if self._ready[kind] else None
 
     def add(self, ahead: Ahead) -> None:
-        """Make a key ready: one just made, or one taken and not used. The one whose time is over first goes first."""
+        """Make a key ready, new or returned unused. The key that expires first is taken first."""
         insort(self._ready[ahead.key.key_type], ahead, key=_due)
 
     async def take_back(self, ahead: Ahead, error: Exception) -> bool:
-        """Deal with a key made ahead that a request took and could not be answered with.
+        """Return or discard a key made ahead whose request failed.
 
         Args:
             ahead: the key.
             error: why.
 
         Returns:
-            Whether another key may do.
+            Whether another key may work.
 
         Raises:
-            LedgerError: a key that is of no use is still on record.
+            LedgerError: a useless key is still on record.
         """
         if not isinstance(error, StationKeyError):  # a fault of ours: another request must not come upon the same key
             await self.discard(ahead, StationKeyError("a fault of ours", reason="internal_error"))
@@ -144,12 +142,12 @@ class KeyPool:
         return False
 
     async def discard(self, ahead: Ahead, error: StationKeyError) -> None:
-        """Destroy a key that the key store cannot use: of a TPM that was replaced or cleared.
+        """Destroy a key that the key store cannot use, because the TPM was replaced or cleared.
 
         Raises:
             LedgerError: it is still on record.
         """
-        log.warning("a key made ahead is destroyed: %s", error, extra={"key_id": ahead.key.key_id})
+        log.warning("destroying a key made ahead: %s", error, extra={"key_id": ahead.key.key_id})
         try:
             await self._ledger(
                 lambda ledger: ledger.transitions.apply(
@@ -157,21 +155,21 @@ class KeyPool:
                 )
             )
         except StationKeyError as failure:
-            if failure.scope is not Scope.KEY:  # else somebody has ended it already
+            if failure.scope is not Scope.KEY:  # else an operator has ended it already
                 raise
 
     def ready(self) -> dict[KeyType, int]:
-        """How many keys of each kind are ready."""
+        """Number of ready keys of each type."""
         return {kind: len(ready) for kind, ready in self._ready.items()}
 
     def wanted(self) -> dict[KeyType, int]:
-        """How many keys of each kind there should be."""
+        """Configured number of keys of each type."""
         return {kind: self._size(kind) for kind in self._ready}
 
     # Making them.
 
     async def run(self) -> None:
-        """Keep the pool full until cancelled. A TPM that is away or a full disk is logged, and tried again."""
+        """Keep the pool full until cancelled. An absent TPM or a full disk is logged and retried."""
         if not (self._terms.ec or self._terms.rsa):
             return
         begun, backoff = False, Backoff(RETRY_FIRST, RETRY_LAST)
@@ -192,7 +190,7 @@ class KeyPool:
                     await self._changed.wait()
 
     async def _begin(self) -> None:
-        """Ask what the key store can make, and take up what earlier runs have made."""
+        """Ask the key store for its key types, and load the keys made ahead in earlier runs."""
 
         def look(store: KeyStore) -> dict[Algorithm, KeyType | None]:
             return {algorithm: store.supports(algorithm).key_type for algorithm in Algorithm}
@@ -202,7 +200,7 @@ class KeyPool:
         made = await self._ledger(lambda ledger: ledger.keys.seconds_to_make())
         self.seconds_to_make = {kind: made[str(kind)] for kind in wanted.values() if str(kind) in made}
         ready: dict[KeyType, deque[Ahead]] = {kind: deque() for kind in wanted.values()}
-        # Asked in turn with requests: there are few, each takes milliseconds, and a station may never be without load.
+        # In turn with requests: there are few such keys, each takes milliseconds, and a station may never be idle.
         for key, due in await self._ledger(lambda ledger: ledger.keys.made_ahead()):
             if key.key_type in ready and await self._usable(Ahead(key, due)):
                 insort(ready[key.key_type], Ahead(key, due), key=_due)
@@ -229,7 +227,7 @@ class KeyPool:
         return True
 
     async def _fill(self) -> None:
-        """Make keys, one at a time, until there are enough of each kind."""
+        """Make keys, one at a time, until there are enough of each type."""
         made = 0
         while True:
             self._changed.clear()
@@ -252,7 +250,7 @@ class KeyPool:
                         self._tell(fewest)
 
     async def _make(self, kind: KeyType, *, idle: float) -> bool:
-        """Make a key, if the key store has been idle for so many seconds; False, and nothing made, where it was not."""
+        """Make a key if the key store was idle for `idle` seconds; return False if not."""
         algorithm = next(algorithm for algorithm, its_kind in self._kinds.items() if its_kind == kind)
 
         def make(store: KeyStore) -> tuple[KeyRef, float] | None:
@@ -267,18 +265,18 @@ class KeyPool:
             return False
         key, seconds = made
         if key.key_type != kind:
-            raise _OtherKind(f"a {kind} key was to be made, and it is {key.key_type}", reason="key_type_wrong")
+            raise _OtherKind(f"expected a {kind} key, got {key.key_type}", reason="key_type_wrong")
         due = self._running() + self._terms.age
         await self._ledger(
             lambda ledger: ledger.transitions.make_ahead(key, now=int(self._clock() * 1000), due=due, seconds=seconds)
         )
         self.add(Ahead(key, due))
         self.seconds_to_make[kind] = seconds
-        log.debug("a key was made ahead", extra={"key_id": key.key_id, "key_type": str(kind)})
+        log.debug("key made ahead", extra={"key_id": key.key_id, "key_type": str(kind)})
         return True
 
     def _tell(self, kind: KeyType) -> None:
-        """Log how many keys of a kind there are, and how long one takes."""
+        """Log how many keys of a type are ready, and how long one takes."""
         seconds = self.seconds_to_make.get(kind)
         log.info(
             "keys are made ahead",
@@ -299,7 +297,7 @@ class KeyPool:
         return self._terms.rsa if isinstance(kind, RsaModulus) else self._terms.ec
 
     def _drop_old(self, kind: KeyType) -> None:
-        """Do without those whose time is nearly over; the sweep ends them."""
+        """Drop the keys that expire soon; `Expiry` ends them."""
         ready, end = self._ready[kind], self._running() + self._margin
         while ready and ready[0].due <= end:
             ready.popleft()

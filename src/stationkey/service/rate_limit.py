@@ -1,4 +1,4 @@
-"""How often something may be done: an allowance that is spent and grows again. Pure: the clock is passed in."""
+"""A rate limit: an allowance that is spent and grows again. Pure: the clock is passed in."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _LONG_AGO: Final = -(2**63)
 
 
 class TokenBucket:
-    """An allowance that is spent at once or bit by bit, and grows again with time.
+    """A token bucket.
 
-    In whole nanoseconds, so that years of it add up to no error: kept is when the bucket will be full again, and each
-    token puts that off by the time that one takes to grow. So in any span of time no more are given than the burst, and
-    what grows in that span.
+    Calculates in whole nanoseconds, so that no error accumulates. The state is the time when the bucket will be full
+    again; each token postpones it by the time that one takes to grow. So no period gets more tokens than the burst plus
+    those that grow in it.
 
     Args:
-        per_minute: how many tokens grow in a minute; more than 0.
-        burst: how many there are at most, and at the beginning.
+        per_minute: tokens that grow in a minute; more than 0.
+        burst: tokens of a full bucket, which it is at first.
     """
 
     def __init__(self, *, per_minute: float, burst: int) -> None:
         numerator, denominator = float(per_minute).as_integer_ratio()
-        self._one = -(-MINUTE * denominator // numerator)  # rounded up: never more than was said
+        self._one = -(-MINUTE * denominator // numerator)  # rounded up: never more than configured
         self._all = burst * self._one
         self._now = self._full_at = _LONG_AGO
 
@@ -31,7 +31,7 @@ class TokenBucket:
         """Take a token, if there is one.
 
         Args:
-            now: nanoseconds, of a clock that never goes back; where it does all the same, time stands still meanwhile.
+            now: nanoseconds of a monotonic clock; if it goes back, time stands still meanwhile.
         """
         self._now = now = max(self._now, now)
         full_at = max(self._full_at, now) + self._one

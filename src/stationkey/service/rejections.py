@@ -1,4 +1,4 @@
-"""Rejections, put on record soon after they were answered, in one transaction for many."""
+"""Record rejections shortly after they were answered, many in one transaction."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from stationkey.system.tasks import note_failure
 log = logging.getLogger(__name__)
 
 RECORD_WITHIN: Final = 1.0
-"""Seconds within which a rejection is on disk: what is refused meanwhile is written with it, in one transaction."""
+"""Seconds within which a rejection is on disk: those of this time are written in one transaction."""
 RECORDED_A_MINUTE: Final = 60
-"""How many rejections a minute are put on record once as many as are kept came in a row. What wears a flash memory is
-written a flood or not, day after day; counted is every one."""
+"""Rejections recorded per minute after as many in a row as are kept, to spare flash memory. All are counted."""
 
 
 class Rejections:
-    """Notes rejections, and has them written by a task of its own.
+    """Collects rejections, and writes them in its own task.
 
     Args:
         ledger: the ledger's thread.
-        failures: counts what goes wrong.
+        failures: counts failures of the task.
     """
 
     def __init__(self, ledger: LedgerThread, failures: Counts) -> None:
@@ -37,17 +36,17 @@ class Rejections:
         self._failures = failures
         self._recordable = TokenBucket(per_minute=RECORDED_A_MINUTE, burst=MAX_REJECTIONS)
         self._recording: asyncio.Task[None] | None = None
-        self._unrecorded = False  # whether there are some that the task has not come to yet
+        self._unrecorded = False  # whether some are not written yet
         self._closed = False
 
     def note(self, request_id: str, error: StationKeyError, *, now: int, name: str = REQUEST) -> None:
-        """Note a rejection; it is on disk within `RECORD_WITHIN`, or at `aclose`. Nobody waits for that.
+        """Note a rejection; it is on disk within `RECORD_WITHIN`, or at `aclose`. Does not wait for that.
 
         Args:
-            request_id: of the request.
-            error: why it was refused.
+            request_id: id of the request.
+            error: reason of the rejection.
             now: Unix time in milliseconds.
-            name: what message it is; see `stationkey.ledger.messages`.
+            name: kind of message; see `stationkey.ledger.messages`.
         """
         if not self._recordable.take(time.monotonic_ns()):
             return
@@ -57,7 +56,7 @@ class Rejections:
             self._recording = asyncio.create_task(self._record(), name="record-rejections")
 
     async def aclose(self) -> None:
-        """Write what was noted.
+        """Write the noted rejections.
 
         Raises:
             LedgerError: it cannot be written.
@@ -68,7 +67,7 @@ class Rejections:
         await self._write()
 
     async def _record(self) -> None:
-        """Put on record what was refused lately. Where that fails it is kept, and written with what comes next."""
+        """Write the noted rejections. If that fails, they are written with the next ones."""
         try:
             while self._unrecorded:
                 await asyncio.sleep(RECORD_WITHIN)
@@ -83,4 +82,4 @@ class Rejections:
 
     async def _write(self) -> None:
         while await self._ledger(lambda ledger: ledger.rejections.write()):
-            pass  # in steps: what else the ledger is wanted for goes in between
+            pass  # in steps, so that other calls of the ledger go in between

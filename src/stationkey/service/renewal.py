@@ -1,11 +1,11 @@
-"""The renewal watch: which certificates are due, and a hint now and then until they are renewed [A03.FR.02].
+"""The renewal watch: which certificates are due, and repeated hints until they are renewed [A03.FR.02].
 
-A hint is a log line, a count, and the operator's command if there is one. Health, metrics and the retained topic show
-`RenewalWatch.due`, the certificates that are due at the moment.
+A hint is a log line, a count, and a run of the operator's command, if any. Health, metrics and the retained topic show
+`RenewalWatch.due`, the certificates that are due now.
 
-The station's clock may be wrong, and the station may have been off for a month. So the time between two hints is
-running time, the last hint of each key is in the ledger before the hint is given, and a clock that is before the start
-of the newest certificate is not believed.
+The clock may be wrong, and the station may have been off for a month. So the time between two hints is running time,
+each hint is recorded in the ledger before it is given, and a clock before the start of the newest certificate is taken
+as not set.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 LOOK: Final = 60.0
 """Seconds between two looks."""
 HINTS_AT_ONCE: Final = 8
-"""Hints in one look at most; those that are left get theirs in the next looks, the first to expire first."""
+"""Most hints in one look; the others are given in the next looks, the first to expire first."""
 LONGEST: Final = 8
-"""The longest time between two hints of a key, in multiples of the shortest; doubled in between."""
+"""Longest time between two hints of a key, in multiples of the shortest; doubled each time."""
 WATCHED: Final = 256
-"""Certificates that are looked at, the first to expire first: as many as there are active keys by default."""
+"""Certificates that are watched, the first to expire first: the default limit of active keys."""
 _TOLD: Final = {
     Due.DUE: ("certificate_due", "certificate due for renewal"),
     Due.EXPIRED: ("certificate_expired", "certificate expired"),
@@ -66,11 +66,11 @@ class DueCertificate:
 
     @property
     def end(self) -> str:
-        """Its end as RFC 3339 has it."""
+        """Its end in the form of RFC 3339."""
         return datetime.fromtimestamp(self.not_after, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def told(self) -> tuple[CertificateType, str, str, DueState]:
-        """Return what the renewal topic says of it."""
+        """Return its entry on the renewal topic."""
         state: DueState = "expired" if self.state is Due.EXPIRED else "due"
         return CertificateType(self.certificate_type), self.evse_id, self.end, state
 
@@ -80,7 +80,7 @@ Told = Callable[[tuple[DueCertificate, ...]], None]
 
 
 def next_hint(last: Hint | None, certificate: DueCertificate, *, running: int, repeat: int) -> Hint | None:
-    """Return the hint that is to be given now, or None if the last one is not old enough.
+    """Return the hint to give now, or None if the last one is too recent.
 
     Two hints of a key are at least `repeat` milliseconds of running time apart, doubled up to `LONGEST` times that. One
     exception: the first hint that a certificate has expired is given at once.
@@ -103,7 +103,7 @@ class RenewalWatch:
 
     Args:
         custody: the keys.
-        terms: when a certificate is due, how often that is told.
+        terms: when a certificate is due, and how often a hint is given.
 
     Attributes:
         due: the certificates that were due at the last look, the first to expire first.
@@ -138,10 +138,10 @@ class RenewalWatch:
             await asyncio.sleep(LOOK)
 
     async def look(self, told: Told = lambda _: None) -> None:
-        """See what is due, and give the hints whose time has come.
+        """Find the due certificates, and give the hints that are due.
 
         Raises:
-            LedgerError: it cannot be read or written. A hint that cannot be written down is not given.
+            LedgerError: it cannot be read or written. A hint that cannot be recorded is not given.
         """
         now = self._custody.now() / 1000
         behind, due, hints = await self._custody.ledger(partial(_look, by=self._rule, now=now))
@@ -162,7 +162,7 @@ class RenewalWatch:
             if given == HINTS_AT_ONCE:
                 break
             given += 1
-            # Written first: a daemon that is ended at this moment again and again must not give it each time.
+            # Recorded first: a daemon that is repeatedly killed at this moment must not repeat the hint.
             await self._custody.ledger(partial(_write, key_id=certificate.key_id, hint=hint))
             self._log(certificate, hint)
             await self._run_command(certificate, hint)
@@ -185,7 +185,7 @@ class RenewalWatch:
         )
 
     async def _check_command(self) -> None:
-        """Log at the start that the operator's command cannot be started, and not only when something is due."""
+        """Log at start, not only at the first hint, that the operator's command cannot be started."""
         if self._command is not None:
             try:
                 await self._command.check()
@@ -193,7 +193,7 @@ class RenewalWatch:
                 log.error("renewal command cannot run: %s", error, extra={"reason": error.reason})
 
     async def _run_command(self, certificate: DueCertificate, hint: Hint) -> None:
-        """Run the operator's command and wait for its end. Whatever it does is logged and counted, no more."""
+        """Run the operator's command and wait for its end; its outcome is logged and counted."""
         if self._command is None:
             return
         counts = self._custody.counters.renewal_commands
@@ -209,7 +209,7 @@ class RenewalWatch:
 
 
 def _environment(certificate: DueCertificate, hint: Hint) -> dict[str, str]:
-    """Return the environment variables by which the operator's command knows what is due."""
+    """Return the environment variables of the operator's command, which describe the due certificate."""
     return {
         "STATIONKEY_CERTIFICATE_TYPE": certificate.certificate_type,
         "STATIONKEY_EVSE_ID": certificate.evse_id,

@@ -1,6 +1,6 @@
-"""The answer to ``generate_csr``: seen before? allowed? key, CSR, written down, answer.
+"""Answer ``generate_csr``: find repeats, apply the policy, create key and CSR, record the answer.
 
-What becomes of the key afterwards is `stationkey.service.statuses`'s part.
+`stationkey.service.statuses` handles the key afterwards.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEADLINE: Final = 30.0
-"""Seconds within which a request for an EC key is answered, one way or the other."""
+"""Seconds within which a request for an EC key is accepted or rejected."""
 RSA_DEADLINE: Final = 60.0
 """The same for RSA: a hardware TPM searches for primes for tens of seconds."""
 
 
 class StationKeyService:
-    """Answers requests with keys of one key store, by one ledger.
+    """Answers requests with keys of one key store, and records them in one ledger.
 
     Args:
         keystore: the thread that owns the key store. Not closed by this class.
-        ledger: the ledger. Not closed by this class, and used by nobody else while requests are answered.
+        ledger: the ledger. Not closed by this class; no other code may use it while requests are answered.
         profiles: the profile of each certificate type, the operator's overrides included.
-        policy: what may be asked for, and how often; by default what `PolicyTerms` says.
+        policy: which requests are served, and how often; by default `PolicyTerms`.
         deadline: seconds allowed for a request, EC.
         rsa_deadline: seconds allowed for a request, RSA.
         terms: how long keys and records last, and how many there may be.
         pool: keys made ahead; by default none.
-        renewal: when a certificate is due for renewal, and how often that is told.
+        renewal: when a certificate is due for renewal, and how often a hint is given.
         certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
         clock: Unix time in seconds.
         on_change: called when keys may have become active, or may have ended.
@@ -74,7 +74,7 @@ class StationKeyService:
         expiry: ends keys; its `Expiry.run` sweeps.
         renewal: knows which certificates are due; its `RenewalWatch.run` looks.
         pool: has keys made ahead; filled while its `KeyPool.run` runs.
-        counters: what was done in this run, by outcome and reason.
+        counters: outcomes of this run, by reason.
     """
 
     def __init__(
@@ -141,16 +141,16 @@ class StationKeyService:
         )
 
     async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
-        """Answer a request. Never raises: what goes wrong is logged, recorded and ``rejected``.
+        """Answer a request. Never raises: an error is logged, recorded and ``rejected``.
 
         Args:
             request: the request.
-            waited: seconds that it has waited for this call already; its deadline is so much nearer.
+            waited: seconds since it arrived; they count against its deadline.
         """
         begun = time.monotonic() - waited
         until = self._until(request, waited)
         try:
-            # A wrong request with this id, in flight at the moment, keeps nobody from the answer on record.
+            # A request with this id and other content may be in flight; the answer on record does not wait for it.
             if self._in_flight.is_contested(request) and (answered := await self._on_record(request.id)) is not None:
                 return self._repeat(request, answered)
             async with self._in_flight.turn(request):
@@ -178,9 +178,9 @@ class StationKeyService:
     async def reject(
         self, request_id: str, error: StationKeyError, *, certificate_type: str = UNKNOWN
     ) -> GenerateCsrResponse:
-        """Refuse a request: the reason to the log and the ledger, ``rejected`` and nothing else to the asker.
+        """Reject a request: log and record the reason; the requester gets ``rejected`` only.
 
-        It is on disk soon after, or at `aclose`; nobody waits for that.
+        It is on disk soon after, or at `aclose`; the answer does not wait for that.
         """
         self.counters.requests.add(str(certificate_type), "rejected", error.reason)
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
@@ -189,23 +189,23 @@ class StationKeyService:
         return messages.rejected(request_id)
 
     def pass_over(self, error: StationKeyError) -> None:
-        """Note a message that is wrong and carries no usable id: it cannot be answered, only logged and counted."""
+        """Log and count an invalid message without a usable id, which cannot be answered."""
         self.counters.unanswerable.add(error.reason)
         log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
 
     async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
-        """Take note of what became of a certificate, as often as is allowed; see `Statuses.note_status`.
+        """Handle a certificate status, within the allowance; see `Statuses.note_status`.
 
         Args:
-            status: what is said.
+            status: the status.
             retained: whether the broker had kept it from before the subscription. It tells each new session of
                 something that happened once, however long ago: a ``deleted`` would destroy key after key.
         """
         if retained:
             old = StationKeyError(
-                "the broker has retained it from another time",
+                "the broker retained it from an earlier time",
                 reason="status_retained",
-                hint="who sets retain? doctor says how to take it away",
+                hint="which client sets retain? stationkey doctor says how to remove it",
             )
             self._statuses.refuse(status, old)
             return
@@ -217,7 +217,7 @@ class StationKeyService:
         await self._statuses.note_status(status)
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
-        """The accepted answers that were recorded, and that no `delivered` was told of: to be published (again)."""
+        """Return the recorded answers for which `delivered` was not called: publish them again."""
         responses = []
         for answered in await self._ledger(lambda ledger: ledger.answers.undelivered()):
             try:
@@ -233,7 +233,7 @@ class StationKeyService:
         return responses
 
     async def delivered(self, response: GenerateCsrResponse) -> None:
-        """Note that the transport has handed an answer over, so that it is not published again at the next start."""
+        """Record that an answer was delivered, so that the next start does not publish it again."""
         if response.data.status == "accepted":
             self._ledger.mark_delivered(response.id)
 
@@ -249,7 +249,7 @@ class StationKeyService:
         self._knows_ids = True
 
     async def figures(self, *, expiries: int) -> Figures:
-        """How much there is on record; see `Keys.figures`.
+        """Return the counts of the ledger; see `Keys.figures`.
 
         Raises:
             LedgerError: it cannot be read.
@@ -257,7 +257,7 @@ class StationKeyService:
         return await self._ledger(lambda ledger: ledger.keys.figures(expiries=expiries))
 
     async def overview(self, *, keys: int, happenings: int) -> Overview:
-        """What a person is shown of the ledger; see `stationkey.ledger.overview.look`.
+        """Return what the status page shows of the ledger; see `stationkey.ledger.overview.look`.
 
         Raises:
             LedgerError: it cannot be read.
@@ -268,7 +268,7 @@ class StationKeyService:
 
     @property
     def ledger_trouble(self) -> str:
-        """Reason of the ledger's last failure, until something is written again; else an empty text."""
+        """Reason of the ledger's last failure, or an empty text since the last successful write."""
         return self._ledger.trouble
 
     @property
@@ -278,16 +278,16 @@ class StationKeyService:
 
     @property
     def running(self) -> int:
-        """How long the daemon has run with this ledger, all its runs together, in milliseconds."""
+        """Running time of the daemon with this ledger, in milliseconds over all runs."""
         return self._running.now()
 
     @property
     def closed(self) -> bool:
-        """Whether `aclose` was called: the ledger cannot be asked any more."""
+        """Whether `aclose` was called; the ledger can no longer be queried."""
         return self._closed
 
     async def aclose(self) -> None:
-        """Write the running time down and wait for the ledger. Ledger and key store are the caller's to close."""
+        """Save the running time and wait for the ledger. The caller closes ledger and key store."""
         if self._closed:
             return
         self._closed = True
@@ -308,14 +308,14 @@ class StationKeyService:
         return await self._ledger(lambda ledger: ledger.answers.find(request_id))
 
     def _repeat(self, request: GenerateCsrRequest, answered: Answered) -> GenerateCsrResponse:
-        """The answer to an id that was answered before (decision 6)."""
+        """Return the recorded answer to an id that was answered before (decision 6)."""
         if answered.digest != content_digest(request):
             raise RequestRefused("the id was used before, with other content", reason="id_reused")
         if answered.destroyed:
             raise RequestRefused(
-                "the id was answered before, and its key is gone since",
+                "the id was answered before, and its key was destroyed since",
                 reason="key_destroyed",
-                hint="ask with a new id",
+                hint="use a new id",
                 scope=Scope.KEY,
             )
         check_recorded(answered.csr)
@@ -324,17 +324,17 @@ class StationKeyService:
         return messages.accepted(request, answered.csr)
 
     def _warn(self, request: GenerateCsrRequest, remarks: Iterable[str]) -> None:
-        """Say why a request would rather not be served that is."""
+        """Log the policy's warnings about a request that is served."""
         for remark in remarks:
             log.warning(remark, extra={"request_id": request.id, **_about(request)})
 
     def _until(self, request: GenerateCsrRequest, waited: float) -> float:
-        """When a request must be answered, by the loop's time."""
+        """Return the deadline of a request, in the event loop's time."""
         allowed = self._rsa_deadline if is_rsa(request) else self._deadline
         return asyncio.get_running_loop().time() + allowed - waited
 
     async def _key_and_csr(self, request: GenerateCsrRequest, until: float) -> tuple[KeyRef, str]:
-        """Return a key, made ahead or now, and its CSR in PEM, both on record. One deadline for all that is tried."""
+        """Return a key, made ahead or now, and its CSR in PEM, both recorded; one deadline for all attempts."""
         while True:
             ahead = self.pool.take(request.algorithm)
             try:
@@ -345,7 +345,7 @@ class StationKeyService:
                     raise
 
     async def _sign(self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float) -> tuple[KeyRef, Csr]:
-        """The key used and its CSR; give up at the deadline, and keep nothing then."""
+        """Return the key and its CSR; at the deadline give up and discard both."""
         profile = self._profiles[request.data.certificate_type]
 
         def sign(store: KeyStore) -> tuple[KeyRef, Csr]:
@@ -360,10 +360,10 @@ class StationKeyService:
         return await on_keystore(self._keystore, sign, timeout=left, turn=turn, task=task)
 
     async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr, *, ahead: bool) -> str:
-        """Write the answer down, and verify the CSR meanwhile: the one waits for the disk, the other computes. The PEM.
+        """Record the answer, verify the CSR while the ledger waits for the disk, and return the CSR in PEM.
 
-        A CSR that is read from the ledger is verified again before it is handed out. So none that is wrong ever is, not
-        even where the power goes between the writing and the withdrawal.
+        A CSR that is read from the ledger is verified again before it is sent. So an invalid one is never sent, not
+        even if the power fails before it is withdrawn.
         """
         running, pem = self._running.now(), to_pem(csr)
         self._seen.add(request.id)
@@ -390,7 +390,7 @@ class StationKeyService:
         return pem
 
     async def _withdraw(self, request_id: str) -> None:
-        """Take back an answer that was written down and must not go out."""
+        """Remove a recorded answer that must not be sent."""
         await self._ledger(lambda ledger: ledger.answers.withdraw(request_id, now=self._now()))
 
     def _now(self) -> int:
@@ -398,7 +398,7 @@ class StationKeyService:
 
 
 def _about(request: GenerateCsrRequest) -> dict[str, object]:
-    """What a log line says of a request."""
+    """Return the fields of a log line about a request."""
     about: dict[str, object] = {
         "certificate_type": str(request.data.certificate_type),
         "algorithm": str(request.algorithm),

@@ -1,4 +1,4 @@
-"""How long the daemon has run, which is what the time of a key is counted in."""
+"""Running time: how long the daemon has run, in which the periods of keys are counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class RunningTime:
-    """How long the daemon has run, all runs together; goes on from what the ledger says.
+    """Running time of all runs together, continued from the ledger's value.
 
     Args:
         so_far: milliseconds in earlier runs.
@@ -22,5 +22,5 @@ class RunningTime:
         self._started = clock()
 
     def now(self) -> int:
-        """Milliseconds."""
+        """Return the running time in milliseconds."""
         return self._so_far + int((self._clock() - self._started) * 1000)

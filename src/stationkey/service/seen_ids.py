@@ -1,8 +1,8 @@
-"""Which ids may have been answered: to tell at once of a new one that it is new.
+"""Which ids may have been answered: a filter that recognises a new id without asking the ledger.
 
-Nearly every request has an id that never came before, and to learn so from the ledger takes longer than all else that
-comes before the key. This is a Bloom filter: never wrong about an id that was added, and rarely about another (one in
-40,000 with 10,000 ids, one in 60 with 100,000). Where it says "perhaps", the ledger is asked.
+Nearly every request has a new id, and a query of the ledger takes longer than everything else before the key. This is a
+Bloom filter: never wrong about an id that was added, and rarely about another (one in 40,000 with 10,000 ids, one in 60
+with 100,000). If it says "perhaps", the ledger is asked.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ _MASK: Final = (1 << _BITS) - 1
 
 
 class SeenIds:
-    """A set of ids, in any letter case, of 128 KiB whatever their number."""
+    """A set of case-insensitive ids in 128 KiB, whatever their number."""
 
     def __init__(self) -> None:
         self._table = bytearray(1 << (_BITS - 3))
 
     def add(self, request_id: str) -> None:
-        """Remember an id. There is no way to forget one."""
+        """Add an id, permanently."""
         for place in _places(request_id):
             self._table[place >> 3] |= 1 << (place & 7)
 
     def update(self, request_ids: Iterable[str]) -> None:
-        """Remember several."""
+        """Add several ids."""
         for request_id in request_ids:
             self.add(request_id)
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether it may have been added; False only where it was not."""
+        """Return whether an id may have been added; False is certain."""
         return all(self._table[place >> 3] >> (place & 7) & 1 for place in _places(request_id))
 
 
 def _places(request_id: str) -> tuple[int, int, int]:
-    # Python's hash of a text is keyed anew in each process, so nobody outside can aim at a place.
+    # Python's hash of a text has another key in each process, so an attacker cannot cause collisions.
     value = hash(request_id.lower())
     return value & _MASK, value >> _BITS & _MASK, value >> 2 * _BITS & _MASK

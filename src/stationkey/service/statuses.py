@@ -1,7 +1,7 @@
-"""What a ``certificate_installation_status`` does: which key it means, proof, one step of the ledger.
+"""Apply a ``certificate_installation_status``: find its key, prove it, take one step of the ledger.
 
-The steps cross between threads as seldom as they can: Josev's files are read on their thread, the key is found on the
-ledger's, proves itself on the key store's, and is activated on the ledger's, with its file under ``active/``.
+Each step runs on its own thread: Josev's files are read on theirs, the key is found on the ledger's, signs on the key
+store's, and is activated on the ledger's, with its file under ``active/``.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ log = logging.getLogger(__name__)
 
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 60.0
-"""Seconds between tries at a status that needs a TPM which is away; doubled in between."""
+"""Seconds between attempts at a status while the TPM is away; doubled each time."""
 MAX_WAITING: Final = 16
-"""How many of them wait at a time: they must not take the places of requests."""
+"""Statuses that may wait at a time: they must not take the places of requests."""
 PATIENCE: Final = 20.0
-"""Seconds that more than those wait where nothing is away, but each takes long: a certificate directory filled to its
-bounds, a slow TPM. A burst of statuses that is honest is through by then."""
+"""Seconds that further statuses wait if nothing is away but each takes long: a full certificate directory, a slow TPM.
+A normal burst of statuses is done by then."""
 
 UNKNOWN_LIFE: Final = 365 * DAY
-"""Milliseconds that a certificate is taken to be valid for that cannot be read."""
+"""Assumed validity of an unreadable certificate, in milliseconds."""
 
 
 class Statuses:
-    """Takes each status to the key that it means.
+    """Applies each status to its key.
 
     Args:
         custody: the keys.
         files: reads Josev's files.
-        finder: finds the key that is meant.
-        terms: how long, how many.
-        rejections: takes the statuses that change nothing, for the record.
+        finder: finds the key of a status.
+        terms: periods and limits.
+        rejections: records the statuses that change nothing.
         profiles: of each certificate type, overrides included.
     """
 
@@ -78,12 +78,12 @@ class Statuses:
         self._crowded = False
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
-        """Take a status to the key that it means. What cannot be done is logged and counted, never guessed.
+        """Apply a status to its key. A status that cannot be applied is logged and counted; no key is guessed.
 
-        While the TPM is away or the disk is full the status waits, and those that come after it wait for their turn:
-        ``deleted`` must not overtake the ``installed`` before it. None is acknowledged to the broker until it was dealt
-        with. Where `MAX_WAITING` of them wait, the next ones give up: at once where something is away, else after
-        `PATIENCE`, and then at once until none waits any more.
+        While the TPM is away or the disk is full, the status and later ones wait in order: ``deleted`` must not
+        overtake ``installed``. A status is acknowledged to the broker once it is handled. If `MAX_WAITING` of them
+        wait, further ones are given up: at once if something is away, else after `PATIENCE`, and then at once until
+        none waits.
         """
         beyond = self._waiting >= MAX_WAITING
         if beyond and (self._trouble is not None or self._crowded):
@@ -103,7 +103,7 @@ class Statuses:
             self._crowded = self._crowded and self._waiting > 0
 
     async def _take_turn(self, patience: float | None) -> None:
-        """Wait until the statuses before this one were dealt with; to be released afterwards.
+        """Wait until earlier statuses are handled; the caller releases the turn.
 
         Raises:
             StationKeyError: that took longer than `patience` seconds.
@@ -116,7 +116,7 @@ class Statuses:
             raise self._trouble or _crowd() from None
 
     async def _settle(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        """Do what a status says, as soon as key store and ledger are there for it."""
+        """Apply a status as soon as key store and ledger are available."""
         backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         try:
             while True:
@@ -135,7 +135,7 @@ class Statuses:
             self._trouble = None
 
     def refuse(self, status: CertificateInstallationStatus, error: StationKeyError) -> None:
-        """Log and count a status that changes nothing, and put it on record."""
+        """Log, count and record a status that changes nothing."""
         about = _about(status)
         self._count(status, "refused", error.reason)
         log.error("ignoring status '%s': %s", status.data.status, error, extra={**about, "reason": error.reason})
@@ -254,7 +254,7 @@ class Statuses:
         log.info("key destroyed", extra={**about, "key_id": key.key_id})
 
     async def _prove(self, reference: KeyRef, chain: Chain | None) -> None:
-        """Show that key and certificate work together; without a certificate, that the key works."""
+        """Have the key sign, and verify the signature with the certificate, if there is one."""
 
         def sign(store: KeyStore) -> None:
             with store.signer(reference) as private_key:
@@ -281,9 +281,9 @@ class Statuses:
 
 
 def _life(chain: Chain | None) -> int:
-    """Return how long a certificate is valid in all, in milliseconds.
+    """Return the whole validity period of a certificate, in milliseconds.
 
-    Once the daemon has run for so long since it was installed, it has expired, whatever the clock says.
+    Once the daemon has run that long since the installation, the certificate has expired, whatever the clock says.
     """
     return UNKNOWN_LIFE if chain is None else max(0, chain.not_after - chain.not_before) * 1000
 
@@ -291,11 +291,11 @@ def _life(chain: Chain | None) -> int:
 def _refuse_repeat(ledger: Ledger, status: CertificateInstallationStatus) -> None:
     """Raise `Repeated` if the message is on record."""
     if ledger.transitions.seen(status.id):
-        raise Repeated(f"'{status.data.status}' was said before")
+        raise Repeated(f"'{status.data.status}' was received before")
 
 
 def _about(status: CertificateInstallationStatus) -> dict[str, object]:
-    """What a log line says of a status."""
+    """Return the fields of a log line about a status."""
     return {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
 
 
@@ -309,8 +309,8 @@ def _incomplete(missing: str) -> StationKeyError:
 
 def _crowd() -> StationKeyError:
     return StationKeyError(
-        f"{MAX_WAITING} statuses wait already, and each takes long",
+        f"{MAX_WAITING} slow statuses wait already",
         reason="statuses_crowded",
-        hint="who sends so many, and what is in [josev] certificate_dir?",
+        hint="which client sends so many? what is in [josev] certificate_dir?",
         transient=True,
     )

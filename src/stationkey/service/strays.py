@@ -1,4 +1,4 @@
-"""Keys that a crash left in the device of a key store that keeps its keys there."""
+"""Destroy keys that a crash left in a key store that keeps keys in its device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SWEEP: Final = 60.0
 
 
 class Strays:
-    """Destroys in the device what the ledger knows no more.
+    """Destroys keys in the device that the ledger does not know.
 
     Args:
         custody: the keys.
@@ -43,7 +43,7 @@ class Strays:
             log.warning("destroyed keys that a crash left in the key store", extra={"keys": destroyed})
 
     async def run(self) -> None:
-        """Sweep now and then until cancelled. A device that is away is logged, and tried again."""
+        """Sweep periodically until cancelled. An absent device is logged and retried."""
         while True:
             try:
                 await self.sweep()
