@@ -202,6 +202,8 @@ def test_a_command_whose_library_is_not_installed_says_so(say_hello: Path) -> No
         pytest.param([*ASK, *NOWHERE, "--topic-prefix", "\udcff"], "udcff", id="prefix not UTF-8"),
         pytest.param([*ASK, *NOWHERE, "--mqtt-key-file", "/x"], "certificate_file", id="key without certificate"),
         pytest.param(["serve", "--keystore", "pkcs15:"], "'pkcs15:'", id="unknown key store"),
+        pytest.param(["serve", "--keystore", "tpm2:"], "tpm2:device:/dev/tpmrm0", id="no TCTI"),
+        pytest.param(["serve", "--keystore", "pkcs11:token"], "'token'", id="a PKCS#11 URI that is malformed"),
         pytest.param(["serve", "--keystore", "tpm2:x", "--broker", "h"], "'h'", id="serve, no URL"),
         pytest.param(["tls-config", "--check", "v2g"], ", ".join(CertificateType), id="a type that was mistyped"),
         pytest.param(["key-auth", "v2g"], ", ".join(CertificateType), id="key-auth, a type that was mistyped"),
@@ -255,7 +257,6 @@ def test_asking_a_broker_that_is_not_there_exits_1() -> None:
             "--allow-software-keys",
             id="software, not allowed",
         ),
-        pytest.param(["serve", "--keystore", "tpm2:"], "keystore_uri_invalid", "names no TPM", id="no TCTI"),
         pytest.param(
             ["serve", "--config", "/no/such/file"], "config_unreadable", "/no/such/file", id="no configuration file"
         ),

@@ -40,7 +40,7 @@ class KeyStoreUri:
         """Split a URI.
 
         Raises:
-            ConfigurationError: invalid scheme, or a location if the scheme has none.
+            ConfigurationError: invalid scheme or location, or a location if the scheme has none.
         """
         name, colon, location = uri.partition(":")
         scheme = SCHEMES.get(name)
@@ -55,6 +55,15 @@ class KeyStoreUri:
             raise ConfigurationError(
                 f"the key store URI {uri!r} should be just '{name}:'", reason="keystore_uri_invalid"
             )
+        # With no TCTI given, tpm2-tss falls through to whatever listens on localhost:2321.
+        if scheme.located and not location.partition(":")[0].strip():
+            raise ConfigurationError(
+                f"the key store URI {uri!r} does not say which one",
+                reason="keystore_uri_invalid",
+                hint=f"for example {scheme.example}",
+            )
+        if scheme.reader is not None:
+            resolve_name(scheme.reader)(location)
         return cls(scheme, location)
 
     def __str__(self) -> str:

@@ -17,6 +17,7 @@ class Scheme:
         opener: its `stationkey.keystore.registry.Opener` as ``module:function``; loaded when a store is opened.
         example: a URI.
         located: whether the URI says where the store is.
+        reader: what refuses an invalid location, as ``module:function``; None if every name is taken.
         secret_query: whether what follows ``?`` in its URI may hold a secret, and is not shown.
         protected: whether its keys are protected. One without protection is for trying only, and never a fallback.
         resident: whether its keys stay in the device, so that a crash can leave one there: see
@@ -31,6 +32,7 @@ class Scheme:
     opener: str
     example: str
     located: bool
+    reader: str | None = None
     secret_query: bool = False
     protected: bool
     resident: bool = False
@@ -56,6 +58,7 @@ _SCHEMES: Final = (
         opener="stationkey.keystore.pkcs11:opener",
         example="pkcs11:token=station?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/stationkey/pin",
         located=True,
+        reader="stationkey.keystore.pkcs11.uri:TokenUri.parse",
         protected=True,
         resident=True,
         attests=False,

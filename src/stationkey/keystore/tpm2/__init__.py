@@ -19,15 +19,8 @@ def opener(location: str, *, terms: TpmTerms | None, state_dir: Path | None, gue
     """See `stationkey.keystore.keystore_opener`; the location is a TCTI.
 
     Raises:
-        ConfigurationError: no TCTI, or terms that need a state directory without one.
+        ConfigurationError: terms that need a state directory, without one.
     """
-    if not location.partition(":")[0].strip():
-        # With no TCTI given, tpm2-tss falls through to whatever listens on localhost:2321.
-        raise ConfigurationError(
-            "the key store URI tpm2: names no TPM",
-            reason="keystore_uri_invalid",
-            hint="for example tpm2:device:/dev/tpmrm0, or tpm2:swtpm:host=127.0.0.1,port=2321",
-        )
     terms = terms or TpmTerms()
     if state_dir is None and (terms.key_auth == "generated" or terms.session != "none"):
         raise ConfigurationError(
