@@ -12,6 +12,7 @@ from reasons import command
 from recording import answer
 
 from stationkey.cli import main
+from stationkey.cli._table import SHORT_ID, Column, lined_up
 from stationkey.ledger import Ledger
 from stationkey.ledger.messages import STATUS
 from stationkey.system.state_dir import DATABASE_NAME
@@ -63,6 +64,20 @@ def test_a_list_fits_its_terminal(state: Path, arguments: tuple[str, ...], colum
     assert shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= max(columns, len(str(state)) + 20)
     assert "\x1b" not in shown.stdout
+
+
+def test_80_columns_have_room_for_why_a_request_was_rejected(state: Path) -> None:
+    shown = command("requests", "--state-dir", str(state)).stdout.splitlines()
+    (at,) = (number for number, line in enumerate(shown) if REJECTED[:SHORT_ID] in line)
+    why = " ".join(line.strip() for line in shown[at + 1 :])
+    assert why.startswith("country_name_invalid: a hostile word")
+    assert "has room for at all" in why
+
+
+def test_what_comes_later_stands_below_what_was_there() -> None:
+    later = lined_up((Column("A"), Column("B")), [[("a", "b", "note")], [("long", "b")]], empty="none")
+    assert "".join(later) == "A  B\na  b\n  note\nlong  b\n"
+    assert "".join(lined_up((Column("A"),), [], empty="none")) == "none\n"
 
 
 def test_a_wide_terminal_gets_more_columns(state: Path) -> None:

@@ -22,6 +22,8 @@ _PART: Final = 1000
 _GAP: Final = "  "
 _LEAST: Final = 20
 """Columns for a value, however narrow the terminal is."""
+_NOTE_LINES: Final = 3
+"""Lines of a note at most."""
 
 
 class Column(NamedTuple):
@@ -44,38 +46,44 @@ def width() -> int:
 
 
 def listed(columns: tuple[Column, ...], rows: Iterable[tuple[str, ...]], *, empty: str) -> Iterator[str]:
+    """Yield the lines of a table, a part of the rows at a time; see `lined_up`."""
+    rest = iter(rows)
+    yield from lined_up(columns, iter(lambda: list(islice(rest, _PART)), []), empty=empty)
+
+
+def lined_up(columns: tuple[Column, ...], parts: Iterable[Iterable[tuple[str, ...]]], *, empty: str) -> Iterator[str]:
     """Yield the lines of a table. Which columns there are is decided by the first part; a later one may be wider.
 
     Args:
         columns: what is in the cells.
-        rows: the cells of each row.
+        parts: the rows as they come. What a row has beyond its cells is a note, which goes below it.
         empty: the line where there are no rows.
     """
-    cells = (tuple(map(printable, row)) for row in rows)
-    part = list(islice(cells, _PART))
-    if not part:
-        yield empty + "\n"
-        return
     room = width()
-    headings = tuple(column.heading for column in columns)
-    widths = [0] * len(columns)
-    shown = list(range(len(columns)))
-    part.insert(0, headings)
-    first = True
-    while part:
-        widths = [
-            max(known, *map(cell_len, column)) for known, column in zip(widths, zip(*part, strict=True), strict=True)
-        ]
-        if first:
+    widths = [cell_len(column.heading) for column in columns]
+    shown: list[int] = []
+    for rows in parts:
+        part = [tuple(map(printable, row)) for row in rows]
+        widths = [max(known, *(cell_len(row[at]) for row in part)) for at, known in enumerate(widths)]
+        if not shown:
             shown = _chosen(columns, widths, room)
-        first = False
+            part.insert(0, tuple(column.heading for column in columns))
         limits = [min(widths[at], columns[at].most or widths[at]) for at in shown]
         if _total([widths[at] for at in shown]) <= room:
             limits = [widths[at] for at in shown]
         for row in part:
             yield _GAP.join(_fit(row[at], limit) for at, limit in zip(shown, limits, strict=True)).rstrip()
             yield "\n"
-        part = list(islice(cells, _PART))
+            yield from (line for note in row[len(columns) :] for line in _noted(note, room))
+    if not shown:
+        yield empty + "\n"
+
+
+def _noted(note: str, room: int) -> Iterator[str]:
+    """Yield the lines of a note; a long one ends in an ellipsis."""
+    room = max(room - len(_GAP), _LEAST)
+    for line in textwrap.wrap(note, room, max_lines=_NOTE_LINES, placeholder=" …"):
+        yield f"{_GAP}{line}\n"
 
 
 def _chosen(columns: tuple[Column, ...], widths: list[int], room: int) -> list[int]:

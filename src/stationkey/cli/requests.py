@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Final
 
 import click
 
 from stationkey.cli._options import Configured, configured, json_option
-from stationkey.cli._table import SHORT_ID, Column, labelled, listed, write
+from stationkey.cli._table import SHORT_ID, Column, labelled, lined_up, write
 from stationkey.cli.keys import opened_ledger, utc
 from stationkey.errors import StationKeyError
+from stationkey.ledger.database import Database
 from stationkey.ledger.lifecycle import CSR_ANSWERED
 from stationkey.ledger.messages import REQUEST, STATUS, newest
 from stationkey.ledger.overview import REJECTED, Happening
@@ -22,11 +24,9 @@ _COLUMNS: Final = (
     Column("TIME"),
     Column("ID"),
     Column("OUTCOME", most=16),
-    Column("REASON", most=24),
-    Column("CERTIFICATE TYPE", 2),
-    Column("EVSE", 4),
-    Column("KEY", 3),
-    Column("WORDS", 1, most=20),
+    Column("CERTIFICATE TYPE"),
+    Column("KEY", 1),
+    Column("EVSE", 2, most=20),
 )
 _LOOK: Final = 1.0
 """Seconds between two looks with --follow; the daemon writes rejections once a second."""
@@ -47,19 +47,30 @@ def requests(message_id: str, limit: int, follow: bool, as_json: bool, settings:
     """
     show = _print_json if as_json else _print_whole if message_id else _print_rows
     with opened_ledger(settings().state_dir) as ledger:
-        found, place = newest(ledger.database, limit, beginning=message_id)
-        if message_id and not found and not follow:
-            raise StationKeyError(
-                f"no message on record has an id that begins with {message_id}",
-                reason="message_not_found",
-                hint="stationkey requests shows the last ones; one without a valid id is in the log alone",
-            )
-        show(found)
-        while follow:
-            time.sleep(_LOOK)
-            found, place = newest(ledger.database, _MOST, after=place, beginning=message_id)
-            if found:
-                show(found)
+        show(_found(ledger.database, message_id, limit, follow=follow))
+
+
+def _found(database: Database, message_id: str, limit: int, *, follow: bool) -> Iterator[list[Happening]]:
+    """Yield the newest messages, and with `follow` those that come after them; no empty list.
+
+    Raises:
+        StationKeyError: there is none with this id.
+    """
+    found, place = newest(database, limit, beginning=message_id)
+    if message_id and not found and not follow:
+        raise StationKeyError(
+            f"no message on record has an id that begins with {message_id}",
+            reason="message_not_found",
+            hint="stationkey requests shows the last ones; one without a valid id is in the log alone",
+        )
+    while True:
+        if found:
+            yield found
+        if not follow:
+            return
+        sys.stdout.flush()
+        time.sleep(_LOOK)
+        found, place = newest(database, _MOST, after=place, beginning=message_id)
 
 
 def _outcome(message: Happening) -> str:
@@ -70,30 +81,29 @@ def _name(message: Happening) -> str:
     return REQUEST if message.event in {CSR_ANSWERED, REJECTED} else STATUS
 
 
-def _print_rows(found: Iterable[Happening]) -> None:
-    write(listed(_COLUMNS, map(row, found), empty="no requests on record yet"))
+def _print_rows(found: Iterable[list[Happening]]) -> None:
+    write(lined_up(_COLUMNS, (map(_row, part) for part in found), empty="no requests on record yet"))
 
 
-def row(message: Happening) -> tuple[str, ...]:
-    """Return the cells of a message."""
+def _row(message: Happening) -> tuple[str, ...]:
+    """Return the cells of a message, and its reason with the words for it as a note."""
     return (
         utc(message.at),
         message.message_id[:SHORT_ID],
         _outcome(message),
-        message.reason or "-",
         message.certificate_type or "-",
-        message.evse_id or "-",
         message.key_id[:SHORT_ID] or "-",
-        message.words or "-",
+        message.evse_id or "-",
+        ": ".join(filter(None, (message.reason, message.words))),
     )
 
 
-def _print_json(found: Iterable[Happening]) -> None:
-    for message in found:
-        click.echo(json.dumps(as_object(message)))
+def _print_json(found: Iterable[list[Happening]]) -> None:
+    for message in chain.from_iterable(found):
+        click.echo(json.dumps(_as_object(message)))
 
 
-def as_object(message: Happening) -> dict[str, str | None]:
+def _as_object(message: Happening) -> dict[str, str | None]:
     """Return a message as JSON has it."""
     return {
         "at": utc(message.at),
@@ -108,8 +118,8 @@ def as_object(message: Happening) -> dict[str, str | None]:
     }
 
 
-def _print_whole(found: Iterable[Happening]) -> None:
-    for number, message in enumerate(found):
+def _print_whole(found: Iterable[list[Happening]]) -> None:
+    for number, message in enumerate(chain.from_iterable(found)):
         sys.stdout.write("\n" * (number > 0))
-        for name, value in as_object(message).items():
+        for name, value in _as_object(message).items():
             write(labelled(name.replace("_", " "), value or "-", indent=18))
