@@ -7,7 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -73,8 +73,10 @@ def test_ctrl_c_at_a_question_ends_with_130(state: Path) -> None:
             character = asked.stderr.read(1)
             assert character, said
             said += character
-        asked.send_signal(signal.SIGINT)
-        asked.communicate()
+        while asked.returncode is None:  # Python notices one that came just before it reads only after it has read
+            asked.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                asked.communicate(timeout=1)
     os.close(keyboard)
     assert asked.returncode == EXIT_INTERRUPTED
     declined = subprocess.run(command, input="n\n", capture_output=True, text=True, check=False)
@@ -90,9 +92,10 @@ def test_a_full_standard_output_ends_in_words(arguments: list[str], state: Path)
     assert done.stderr == "stationkey: standard output cannot be written: No space left on device\n"
 
 
-def test_a_closed_standard_output_ends_in_words_and_nothing_is_done(state: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["keys", "list", "--state-dir", "/"]])
+def test_a_closed_standard_output_ends_in_words_and_nothing_is_done(arguments: list[str]) -> None:
     done = subprocess.run(
-        ["sh", "-c", '"$@" >&-', "sh", *STATIONKEY, "keys", "list", "--state-dir", str(state)],
+        ["sh", "-c", '"$@" >&-', "sh", *STATIONKEY, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         check=False,

@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
@@ -36,6 +36,7 @@ _UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.
 """Errors of a standard output that takes nothing. A pipe whose reader has ended is not one: click ends quietly."""
 _WITHOUT_OUTPUT: Final = {"doctor", "serve"}
 """Commands that are of use without a standard output: by exit status, by the log on standard error."""
+_HELP: Final = {"-h", "--help"}
 
 
 class _Commands(click.Group):
@@ -69,6 +70,11 @@ class _Commands(click.Group):
         """Return a command of the same name and help for each of ours, without importing any."""
         return [click.Command(name, help=_docstring(name.replace("-", "_"))) for name in self.list_commands(ctx)]
 
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
+        if sys.stdout is None and (args[:1] not in ([name] for name in _WITHOUT_OUTPUT) or _HELP & set(args)):
+            _fail("standard output is closed; nothing was done")
+        return super().make_context(info_name, args, *more, **extra)
+
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
             return super().main(*args, **extra)
@@ -77,8 +83,7 @@ class _Commands(click.Group):
                 raise
             if sys.stdout is sys.__stdout__:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried again at the end
-            click.echo(f"stationkey: standard output cannot be written: {error.strerror}", err=True)
-            sys.exit(1)
+            _fail(f"standard output cannot be written: {error.strerror}")
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -96,6 +101,11 @@ class _Commands(click.Group):
             if (file := ctx.meta.get("stationkey.configuration")) and str(file) not in error.message:
                 click.echo(f"  configuration file: {printable(str(file))}", err=True)
             ctx.exit(error.exit_code)
+
+
+def _fail(words: str) -> NoReturn:
+    click.echo(f"stationkey: {words}", err=True)
+    sys.exit(1)
 
 
 def _docstring(module: str) -> str | None:
@@ -142,8 +152,7 @@ def _without(command: str, missing: StationKeyError) -> click.Command:
     },
 )
 @click.version_option(__version__, prog_name="stationkey", message="%(prog)s %(version)s")
-@click.pass_context
-def main(context: click.Context) -> None:
+def main() -> None:
     """Create TPM-protected keys on an EV charging station.
 
     stationkey answers Josev's generate_csr over MQTT with a certificate signing request for a key that is made in the
@@ -152,5 +161,3 @@ def main(context: click.Context) -> None:
     Options that the environment can set too are marked with the variable's name in each command's --help.
     """
     clean_up_first()  # the command is imported now
-    if sys.stdout is None and context.invoked_subcommand not in _WITHOUT_OUTPUT:
-        raise StationKeyError("standard output is closed; nothing was done", reason="output_closed")
