@@ -50,8 +50,11 @@ FIRST_LOOK: Final = 10.0
 """Seconds that the key store gets at start to say what it is, before the daemon goes on without having heard."""
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> signal.Signals:
     """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        The signal.
 
     Raises:
         StationKeyError: it cannot start.
@@ -78,8 +81,9 @@ async def serve(settings: Settings) -> None:
                 _watching(settings, keystore, str(broker), counters.task_failures)
             )
             stop = asyncio.Event()
+            received: list[signal.Signals] = []
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, _stopping, stop, health)
+                loop.add_signal_handler(number, _stopping, number, received, stop, health)
             # A TPM that hangs must not keep a signal waiting.
             stopped = asyncio.create_task(stop.wait(), name="stop")
             await unless(stopped, check(broker, settings.mqtt))
@@ -140,6 +144,7 @@ async def serve(settings: Settings) -> None:
             await watching.aclose()  # last, so that there are signs of life until then
             keystore.close()
             ledger.close()
+        return received[0]
     finally:
         state.close()
 
@@ -203,7 +208,8 @@ def _ready(health: Health, degraded: str) -> None:
     health.connected()
 
 
-def _stopping(stop: asyncio.Event, health: Health) -> None:
+def _stopping(number: signal.Signals, received: list[signal.Signals], stop: asyncio.Event, health: Health) -> None:
+    received.append(number)
     if not stop.is_set():
         log.info("stopping: finishing messages in hand")
         health.stopping()
@@ -270,7 +276,7 @@ def _pages(settings: Settings, health: Health, *, names: bool) -> Mapping[str, P
     return {"/": once, "/live": live, "/metrics": metrics, "/health": how}
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings) -> signal.Signals:
     """`serve`, from a program without an event loop.
 
     Raises:
@@ -283,4 +289,4 @@ def run(settings: Settings) -> None:
             # The event loop itself needs memory for each turn; where it gets none, the next turn is tried.
             with suppress(MemoryError):
                 loop.run_until_complete(serving)
-        serving.result()
+        return serving.result()

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import load_pem_x509_csr
 from outside import Event, Josev, Station, generate_csr, run, software_station
 from peers import Mosquitto, Swtpm, free_port
+from reasons import ENDS
 
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.system.state_dir import DATABASE_NAME
@@ -284,8 +285,8 @@ def test_many_requests_at_once_are_each_answered_once(tmp_path: Path) -> None:
 # Starting and stopping.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_lets_it_finish_the_requests_in_hand_and_exit_0(
+@pytest.mark.parametrize("number", list(ENDS), ids=lambda number: number.name)
+def test_a_signal_lets_it_finish_the_requests_in_hand(
     tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm, number: signal.Signals
 ) -> None:
     requests = [generate_csr() for _ in range(3)]
@@ -301,18 +302,18 @@ def test_a_signal_lets_it_finish_the_requests_in_hand_and_exit_0(
         station.signal(number)
         station.wait_for("stopping")
         swtpm.thaw()
-        assert station.ended() == 0
+        assert station.ended() == ENDS[number]
         for request in requests:
             assert josev.wait_for(request["id"])[0].csr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", list(ENDS), ids=lambda number: number.name)
 def test_a_signal_ends_it_while_it_waits_for_a_broker(tmp_path: Path, number: signal.Signals) -> None:
     options = ("--broker", f"mqtt://127.0.0.1:{free_port()}", "--keystore", "software:", "--allow-software-keys")
     with Station(tmp_path, *options).launch() as station:
         station.wait_for(reason="broker_unreachable")
         station.signal(number)
-        assert station.ended() == 0
+        assert station.ended() == ENDS[number]
         assert not any("Traceback" in line for line in station.lines)
 
 

@@ -12,16 +12,17 @@ import pytest
 from asker import Asker, until
 from outside import PROMISED_END, Station
 from peers import Daemon, Mosquitto
+from reasons import ENDS
 from scene import Scene
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+SIGNALS = pytest.mark.parametrize("number", list(ENDS), ids=lambda number: number.name)
 
 
 def end(daemon: Daemon, number: signal.Signals) -> None:
     """Send a signal, and wait for the end that it asks for."""
     assert daemon.process is not None
     daemon.process.send_signal(number)
-    assert daemon.process.wait(PROMISED_END) == 0
+    assert daemon.process.wait(PROMISED_END) == ENDS[number]
 
 
 @SIGNALS

@@ -24,6 +24,7 @@ from csms_parts import (
     csr_for,
 )
 from csmss import Make, basic, openssl_verify
+from reasons import ENDS
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
@@ -34,8 +35,8 @@ from stationkey.simulators.pki import Misbehaviour
 pytest_plugins = ["csmss"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_the_command_triggers_each_certificate_in_turn_and_ends_with_0(
+@pytest.mark.parametrize("number", list(ENDS))
+async def test_the_command_triggers_each_certificate_in_turn_and_ends_by_a_signal(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     kinds = [V2G, STATION]
@@ -56,7 +57,9 @@ async def test_the_command_triggers_each_certificate_in_turn_and_ends_with_0(
             listening.cancel()
             await asyncio.wait([listening])
             csms.process.send_signal(number)
-            assert await csms.process.wait() == 0
+            assert await csms.process.wait() == ENDS[number]
+            assert csms.process.stdout is not None
+            assert b"Traceback" not in await csms.process.stdout.read()
 
 
 @pytest.mark.parametrize("options", [(), ("--tls",)], ids=["ws", "wss"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from unittest import mock
 
 import click
@@ -13,7 +14,10 @@ from click.testing import CliRunner
 
 from stationkey.cli import main
 from stationkey.errors import StationKeyError
+from stationkey.system.interrupts import EXIT_INTERRUPTED
 
+ENDS: Final = {signal.SIGTERM: 0, signal.SIGINT: EXIT_INTERRUPTED}
+"""Exit status of a command that serves until a signal comes, by the signal."""
 _invoke = click.Group.invoke
 
 

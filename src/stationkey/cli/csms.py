@@ -66,7 +66,7 @@ def csms(
     """Play a CSMS, to try a station's side with. For trials only: its authorities' keys are not protected.
 
     It speaks OCPP 1.6, 2.0.1 and 2.1, checks every CSR strictly and says why it refuses one, signs it with its own
-    V2G root and CPO Sub-CAs, and prints what happens. It ends with Ctrl-C.
+    V2G root and CPO Sub-CAs, and prints what happens, until Ctrl-C.
 
     \b
     A station connects to ws://HOST:PORT/STATION-ID, and authenticates itself
@@ -101,9 +101,7 @@ def csms(
 
 async def _run(server: Csms, anchors: Path, triggers: list[CertificateType]) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)  # Ctrl-C cancels this
     try:
         await server.__aenter__()
     except OSError as error:
