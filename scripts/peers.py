@@ -145,6 +145,11 @@ class Peer:
                 self.kill()
             self.process = None
 
+    def restart(self) -> None:
+        """Kill it and start it, as power that goes and comes back would."""
+        self.kill()
+        self.start()
+
     def freeze(self) -> None:
         """Stop it in mid-work: it neither answers nor closes its connections."""
         assert self.process is not None

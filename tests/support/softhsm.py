@@ -15,7 +15,7 @@ from pathlib import Path
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 PIN = "12345678"
-_SO_PIN = "87654321"
+SO_PIN = "87654321"
 
 
 @cache
@@ -62,7 +62,7 @@ class Token:
     def make(cls, label: str, directory: Path) -> Token:
         """Initialise a token; the directory belongs to it."""
         _home()
-        _run("softhsm2-util", "--init-token", "--free", "--label", label, "--so-pin", _SO_PIN, "--pin", PIN)
+        _run("softhsm2-util", "--init-token", "--free", "--label", label, "--so-pin", SO_PIN, "--pin", PIN)
         (directory / "pin").write_text(PIN)
         (directory / "pin").chmod(0o600)
         return cls(label, directory)
