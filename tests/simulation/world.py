@@ -21,7 +21,7 @@ from simulation.broker import Broker, Ears, Entry
 from simulation.checks import Checks, Violation
 from simulation.josev import OWNERS, Josev
 from simulation.keystores import CODES, Tpm
-from simulation.machine import BOOT, Image, Machine, Operation
+from simulation.machine import BOOT, CHANGES, Image, Machine, Operation
 from simulation.scheduler import SimulatedWorker
 from simulation.station import Setting, Station
 from stationkey.cli.keys import keys as keys_command
@@ -29,7 +29,7 @@ from stationkey.errors import StationKeyError
 from stationkey.ledger.lifecycle import KeyState
 
 _SECOND: Final = 10**9
-_WRITES: Final = (Operation.WRITE, Operation.SYNC, Operation.SYNC_DIRECTORY, Operation.RENAME)
+_MAY_FAIL: Final = (CHANGES | {Operation.OPEN}) - {Operation.CREATED}  # which is told once it is done
 _QUIET: Final = 400
 """Virtual seconds of the quiet time at the end, after everything was put right."""
 _REST: Final = 90
@@ -288,7 +288,7 @@ class World:
         """Decide what becomes of an operation on a file."""
         if path.startswith(str(self.josev.folder)):
             return self._watch_certificates(operation, path)
-        if self._fault is None or operation not in _WRITES:
+        if self._fault is None or operation not in _MAY_FAIL:
             return 0
         left, what = self._fault
         if left > 0:
@@ -308,7 +308,7 @@ class World:
                 return errno.EIO
             case _:
                 self._wounded = self.checks.disturbed = True
-                return errno.ENOSPC if operation is not Operation.SYNC else errno.EIO
+                return errno.EIO if operation in {Operation.SYNC, Operation.OPEN} else errno.ENOSPC
         return 0
 
     def _watch_certificates(self, operation: Operation, path: str) -> int:
