@@ -9,7 +9,7 @@ from typing import Any
 
 from stationkey.config.file import Given, read_file, settle
 from stationkey.config.settings import Settings
-from stationkey.doctor import Level
+from stationkey.doctor import CHECKS, Level
 from stationkey.doctor.host.files import Facts, User
 from stationkey.doctor.report import Finding
 
@@ -27,15 +27,27 @@ def settings(text: str = "", tmp_path: Path | None = None) -> Settings:
     return settle(file, keystore="tpm2:device:/dev/tpmrm0")
 
 
-def worst(found: Finding | Iterable[Finding]) -> Level:
-    findings = [found] if isinstance(found, Finding) else found
+_ROWS = {check.id: check for rows in CHECKS.values() for check in rows}
+
+
+def judge(check: str, *seen: Any) -> list[Finding]:
+    """What a check finds in what its look has seen."""
+    found = _ROWS[check].judge(*seen)
+    return [found] if isinstance(found, Finding) else list(found)
+
+
+def look_of(check: str) -> Any:
+    """The look of a check."""
+    return _ROWS[check].look
+
+
+def worst(findings: Iterable[Finding]) -> Level:
     order = [FAILURE, WARNING, OK, NOT_CHECKED]
     return min((finding.level for finding in findings), key=order.index)
 
 
-def reasons(found: Finding | Iterable[Finding]) -> set[str]:
+def reasons(findings: Iterable[Finding]) -> set[str]:
     """The reasons of what is not as it should be."""
-    findings = [found] if isinstance(found, Finding) else found
     return {finding.reason for finding in findings} - {"ok"}
 
 

@@ -1,7 +1,7 @@
 """``stationkey doctor``: looks at everything that a station needs, changes nothing, and says what to do.
 
 A check is a row: its id, what it looks at, who judges, what it depends on. The rows of an area stand at the end of its
-module. Looking takes files, sockets, devices and programs, with a deadline for each; functions called ``judge_…`` take
+module. Looking takes files, sockets, devices and programs, with a deadline for each; functions called ``_judge_…`` take
 what was seen and nothing else.
 """
 
@@ -17,12 +17,13 @@ from stationkey.doctor.report import Finding, Level, Report
 from stationkey.doctor.runner import AnyCheck, run
 from stationkey.doctor.state.checks import CHECKS as STATE
 from stationkey.doctor.tpm.checks import CHECKS as KEY_STORE
+from stationkey.doctor.tpm.state import CHECKS as TPM
 
 __all__ = ["AREAS", "CHECKS", "Finding", "Level", "Options", "Report", "examine"]
 
 CHECKS: Final[dict[str, tuple[AnyCheck, ...]]] = {
     "Configuration": CONFIGURATION,
-    "Key store": KEY_STORE,
+    "Key store": (*KEY_STORE, *TPM),
     "State": STATE,
     "Broker": BROKER,
     "Machine": MACHINE,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from stationkey.errors import StationKeyError
 from stationkey.system.text import printable as on_one_line
 
 _REPORT_VERSION: Final = 1
@@ -75,6 +76,11 @@ def warning(reason: str, message: str, advice: str, *, stops: bool = False) -> F
 def failure(reason: str, message: str, advice: str, *, stops: bool = True) -> Finding:
     """It does not work, or is not safe."""
     return Finding(Level.FAILURE, reason, message, advice, stops)
+
+
+def refusal(error: StationKeyError, otherwise: str = "", *, stops: bool = True) -> Finding:
+    """The daemon's own rules refuse it; with their advice, or `otherwise` where they have none."""
+    return failure(error.reason, error.message, error.hint or otherwise, stops=stops)
 
 
 def unknown(because: str, advice: str = "", reason: str = "unknown", *, stops: bool = True) -> Finding:

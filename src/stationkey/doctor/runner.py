@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar, TypeVarTuple
 
 from stationkey.doctor.report import Finding, failure, unknown
+from stationkey.system.bounded_command import CommandFailed, run_bounded
 from stationkey.system.threads import Worker
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 DEADLINE: Final = 9.5
 """Seconds for all checks. Looks have shorter deadlines of their own; this one is for what has none: a dead disk."""
+_MAX_OUTPUT: Final = 1024 * 1024
+_GRACE: Final = 0.5
+"""Seconds for the kernel to end a program: one in a system call that nothing interrupts is not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,45 +129,12 @@ def within(seconds: float, call: Callable[[], T], otherwise: T) -> T:
         return otherwise
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a program said.
-
-    Attributes:
-        status: exit status; None if it was killed at its deadline, -1 if it could not be started.
-    """
-
-    status: int | None
-    out: str
-    error: str
-
-
-def ask(command: Sequence[str], *, seconds: float, given: str | None = None) -> Answer:
-    """Run a program without a shell; kill it after `seconds`, and do not wait for one that cannot be killed."""
+def ask(command: Sequence[str], *, seconds: float, given: str = "") -> tuple[int | None, str]:
+    """Run a program of this environment; return its exit status, -1 where it did not start, and all that it said."""
     try:
-        process = subprocess.Popen(  # noqa: S603 - no shell, and no word of it comes from outside
-            command,
-            stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            process_group=0,  # with what it starts itself: a TCTI may be a program
+        status, output = run_bounded(
+            command, os.environ, timeout=seconds, limit=_MAX_OUTPUT, given=given.encode(), grace=_GRACE
         )
-    except OSError as error:
-        return Answer(-1, "", error.strerror or "")
-    try:
-        out, said = process.communicate(given, timeout=seconds)
-        return Answer(process.returncode, out, said)
-    except subprocess.TimeoutExpired as late:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        try:
-            out, said = process.communicate(timeout=0.5)
-        except subprocess.TimeoutExpired:  # in a system call that nothing interrupts
-            out, said = _text(late.stdout), _text(late.stderr)
-        return Answer(None, out, said)
-
-
-def _text(output: str | bytes | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    except CommandFailed as error:
+        return -1, error.message
+    return status, output.decode(errors="replace")

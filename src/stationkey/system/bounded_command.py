@@ -129,6 +129,8 @@ def run_bounded(
     limit: int,
     with_errors: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    given: bytes = b"",
+    grace: float = _GRACE,
 ) -> tuple[int | None, bytes]:
     """Run a program without a shell, and kill all of its process group in the end. Blocks.
 
@@ -139,6 +141,8 @@ def run_bounded(
         limit: bytes of its output that are kept; the rest is read and dropped.
         with_errors: whether its standard error is a part of its output.
         stop: asked now and then whether to kill it at once.
+        given: its standard input.
+        grace: seconds after SIGKILL that its end is waited for.
 
     Returns:
         Its exit status, negative for a signal, or None if its time was over; and its output.
@@ -147,15 +151,18 @@ def run_bounded(
         CommandFailed: it could not be started.
     """
     try:
-        program = subprocess.Popen(  # noqa: S603 - the operator's own list, without a shell
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if with_errors else subprocess.DEVNULL,
-            env=environment,
-            cwd="/",
-            start_new_session=True,
-        )
+        with open(os.memfd_create("given"), "w+b") as stdin:  # noqa: PTH123 - a descriptor
+            stdin.write(given)
+            stdin.seek(0)
+            program = subprocess.Popen(  # noqa: S603 - the operator's own list, without a shell
+                arguments,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if with_errors else subprocess.DEVNULL,
+                env=environment,
+                cwd="/",
+                start_new_session=True,
+            )
     except OSError as error:
         raise _unstartable(arguments[0], str(error.strerror)) from None
     output = bytearray()
@@ -166,7 +173,7 @@ def run_bounded(
     assert program.stdout is not None
     program.stdout.close()
     with suppress(subprocess.TimeoutExpired):
-        program.wait(_GRACE)
+        program.wait(grace)
     return program.returncode if ended else None, bytes(output)
 
 

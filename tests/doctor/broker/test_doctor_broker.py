@@ -7,10 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from judging import FAILURE, NOT_CHECKED, OK, WARNING, worst
+from judging import FAILURE, NOT_CHECKED, OK, WARNING, judge, worst
 
 from stationkey.doctor import Level
-from stationkey.doctor.broker import checks
 from stationkey.doctor.broker.probe import Rights, Visit
 from stationkey.doctor.config.certificates import judge_dates
 from stationkey.doctor.report import ok
@@ -53,15 +52,14 @@ class TestBroker:
         self, changes: dict[str, Any], reach: str | None, name: str, level: Level
     ) -> None:
         seen = dataclasses.replace(NAMED, **changes)
-        check: Any = next(check for check in checks.CHECKS if check.id == name)
-        given = (seen, reach) if check.look is checks.look_at_reach else (seen,)
-        assert worst(check.judge(*given)) is level
+        given = (seen, reach) if name in {"broker.own_rights", "broker.anonymous"} else (seen,)
+        assert worst(judge(name, *given)) is level
 
     def test_somebody_who_is_let_in_where_we_are_not_is_told(self) -> None:
         refused = Visit(refused=BrokerError("no", reason="broker_refuses"), named=True, anonymous=Rights(asks=True))
-        assert checks.judge_login(BROKER, refused, False).stops
-        assert checks.judge_anonymous(refused, None).level is FAILURE
-        assert checks.judge_anonymous(dataclasses.replace(refused, anonymous=None), None).level is NOT_CHECKED
+        assert judge("broker.login", BROKER, refused, False)[0].stops
+        assert worst(judge("broker.anonymous", refused, None)) is FAILURE
+        assert worst(judge("broker.anonymous", dataclasses.replace(refused, anonymous=None), None)) is NOT_CHECKED
 
     @pytest.mark.parametrize(
         ("ends", "level"),
@@ -70,7 +68,7 @@ class TestBroker:
     def test_the_end_of_the_broker_s_certificate(self, ends: timedelta, level: Level) -> None:
         now = datetime.now(UTC)
         text = (now + ends).strftime("%b %d %H:%M:%S %Y GMT")
-        assert checks.judge_tls(TLS, "TLSv1.3", text, None, now).level is level
+        assert worst(judge("broker.tls", TLS, "TLSv1.3", text, None, now)) is level
 
     @pytest.mark.parametrize(
         ("begins", "ends", "level"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, reasons, settings, worst
+from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, judge, reasons, settings, worst
 
 from stationkey.config.secrets import SecretReference
 from stationkey.doctor import Level
@@ -28,16 +28,16 @@ class TestConfiguration:
         ],
     )
     def test_rights(self, changes: dict[str, Any], level: Level) -> None:
-        assert worst(checks.judge_rights(facts(**changes), STATION)) is level
+        assert worst(judge("config.rights", facts(**changes), STATION)) is level
 
     def test_a_directory_on_the_way_that_is_closed_is_named(self) -> None:
-        (found,) = checks.judge_rights(facts(closed=Path("/x")), STATION)
+        (found,) = judge("config.rights", facts(closed=Path("/x")), STATION)
         assert found.reason == "unreadable"
         assert "/x;" in found.advice
 
     def test_no_file_is_needed(self) -> None:
         configured = Configured(file=None, complaints=(), settings=settings(), keystore=None)
-        assert checks.judge_file(configured).level is OK
+        assert worst(judge("config.file", configured)) is OK
 
     @pytest.mark.parametrize(
         ("environment", "level"),
@@ -49,10 +49,10 @@ class TestConfiguration:
         ],
     )
     def test_variables(self, environment: dict[str, str], level: Level) -> None:
-        assert worst(checks.judge_environment(environment, None)) is level
+        assert worst(judge("config.environment", environment, None)) is level
 
     def test_a_log_format_that_is_none_is_a_failure(self) -> None:
-        assert worst(checks.judge_environment({}, "xml")) is FAILURE
+        assert worst(judge("config.environment", {}, "xml")) is FAILURE
 
     @pytest.mark.parametrize(
         ("text", "level", "expected"),
@@ -78,7 +78,7 @@ class TestConfiguration:
     def test_settings_that_contradict_each_other(
         self, tmp_path: Path, text: str, level: Level, expected: set[str]
     ) -> None:
-        found = list(consistency.judge_settings(settings(text, tmp_path)))
+        found = list(judge("config.sense", settings(text, tmp_path)))
         assert worst(found) is level
         assert expected <= reasons(found)
 
@@ -94,7 +94,7 @@ class TestConfiguration:
     def test_a_credential_is_looked_for_in_the_unit(self, properties: dict[str, str] | None, level: Level) -> None:
         seen = checks.SecretSeen(where="[mqtt] password_file", source="credential:pw", facts=None)
         unit = None if properties is None else Unit(properties)
-        assert worst(checks.judge_secrets([seen], STATION, unit)) is level
+        assert worst(judge("config.secrets", [seen], STATION, unit)) is level
 
     def test_every_secret_that_can_be_named_is_looked_at(self, tmp_path: Path) -> None:
         text = '[mqtt]\nusername_file = "/a"\npassword_file = "/b"\n[tpm]\n' + "\n".join(

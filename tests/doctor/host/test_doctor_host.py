@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from judging import FAILURE, NOT_CHECKED, OK, ROOT, STATION, STRANGER, WARNING, facts, reasons
+from judging import FAILURE, NOT_CHECKED, OK, ROOT, STATION, STRANGER, WARNING, facts, judge, reasons, worst
 
 from stationkey.doctor import Level
 from stationkey.doctor.host import machine
@@ -63,11 +63,11 @@ class TestClockAndMachine:
         ],
     )
     def test_the_time(self, now: float, latest: float | None, level: Level) -> None:
-        assert machine.judge_time(now, latest).level is level
+        assert worst(judge("clock.time", now, latest)) is level
 
     @pytest.mark.parametrize(("battery", "level"), [(None, WARNING), (NOW, OK), (0.0, WARNING)])
     def test_the_battery(self, battery: float | None, level: Level) -> None:
-        assert machine.judge_battery(self.NOW, battery).level is level
+        assert worst(judge("clock.battery", self.NOW, battery)) is level
 
     @pytest.mark.parametrize(
         ("me", "user", "tss", "level"),
@@ -81,7 +81,7 @@ class TestClockAndMachine:
     )
     def test_users(self, me: User, user: User, tss: tuple[int, frozenset[str]] | None, level: Level) -> None:
         daemon = Daemon(running=False, pid=None, user=user, known_by="so")
-        assert machine.judge_user(me, daemon, tss).level is level
+        assert worst(judge("machine.user", me, daemon, tss)) is level
 
     @pytest.mark.parametrize(
         ("properties", "level"),
@@ -98,7 +98,7 @@ class TestClockAndMachine:
     )
     def test_the_unit(self, properties: dict[str, str], level: Level) -> None:
         unit, daemon = Unit(properties), Daemon(running=False, pid=None, user=STATION, known_by="so")
-        assert machine.judge_unit(unit, daemon).level is level
+        assert worst(judge("machine.unit", unit, daemon)) is level
 
     @pytest.mark.parametrize(
         ("properties", "level", "expected"),
@@ -121,8 +121,8 @@ class TestClockAndMachine:
         self, properties: dict[str, str], level: Level, expected: set[str]
     ) -> None:
         unit = Unit({"LoadState": "loaded", **properties})
-        finding = machine.judge_sandbox(unit, "/dev/tpmrm0", "/var/lib/stationkey", ("192.0.2.7",))
-        assert finding.level is level
+        finding = judge("machine.sandbox", unit, "/dev/tpmrm0", "/var/lib/stationkey", ("192.0.2.7",))
+        assert worst(finding) is level
         assert reasons(finding) == expected
 
     @pytest.mark.parametrize(
@@ -137,28 +137,28 @@ class TestClockAndMachine:
     )
     def test_core_dumps(self, pattern: str, limit: str | None, level: Level) -> None:
         limits = "" if limit is None else f"Limit  Soft\nMax core file size        {limit}     unlimited   bytes\n"
-        assert machine.judge_core_dumps(pattern, limits, None).level is level
+        assert worst(judge("machine.core_dumps", pattern, limits, None)) is level
 
     @pytest.mark.parametrize(
         ("text", "level"),
         [("MemAvailable:   1000000 kB\n", OK), ("MemAvailable:   1000 kB\n", WARNING), ("", NOT_CHECKED)],
     )
     def test_memory(self, text: str, level: Level) -> None:
-        assert machine.judge_memory(text).level is level
+        assert worst(judge("machine.memory", text)) is level
 
     @pytest.mark.parametrize(
         ("seen", "level"),
         [
-            (machine.OpenSsl(version="3.0.2", modules="/m", complaint=""), OK),
-            (machine.OpenSsl(version="3.0.2", modules="/m", complaint="", provider="1.1.1"), OK),
-            (machine.OpenSsl(version="3.0.2", modules="/m", complaint="", provider="1.1.1", serves=True), WARNING),
-            (machine.OpenSsl(version="3.0.2", modules="/m", complaint="", provider="1.3.0", serves=True), OK),
-            (machine.OpenSsl(version="3.0.2", modules="/m", complaint="", serves=True), OK),
-            (machine.OpenSsl(version="3.0.2", modules="/m", complaint="no symbol"), WARNING),
-            (machine.OpenSsl(version="3.0.2", modules="/m"), WARNING),
-            (machine.OpenSsl(version="1.1.1"), WARNING),
-            (machine.OpenSsl(), WARNING),
+            (("3.0.2", "/m", "", "", False), OK),
+            (("3.0.2", "/m", "", "1.1.1", False), OK),
+            (("3.0.2", "/m", "", "1.1.1", True), WARNING),
+            (("3.0.2", "/m", "", "1.3.0", True), OK),
+            (("3.0.2", "/m", "", "", True), OK),
+            (("3.0.2", "/m", "no symbol", "", False), WARNING),
+            (("3.0.2", "/m", None, "", False), WARNING),
+            (("1.1.1", "", None, "", False), WARNING),
+            (("", "", None, "", False), WARNING),
         ],
     )
-    def test_openssl(self, seen: machine.OpenSsl, level: Level) -> None:
-        assert machine.judge_openssl(seen).level is level
+    def test_openssl(self, seen: tuple[str, str, str | None, str, bool], level: Level) -> None:
+        assert worst(judge("software.openssl", *seen)) is level

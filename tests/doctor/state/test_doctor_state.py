@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judging import FAILURE, NOT_CHECKED, OK, ROOT, STATION, WARNING, facts, reasons, worst
+from judging import FAILURE, NOT_CHECKED, OK, ROOT, STATION, WARNING, facts, judge, reasons, worst
 
 from stationkey.config.settings import DAY
 from stationkey.contract.profiles import CertificateType
 from stationkey.doctor import Level
 from stationkey.doctor.host.files import Facts, User
 from stationkey.doctor.state import checks
-from stationkey.doctor.state import keys as records
 from stationkey.errors import ConfigurationError
 from stationkey.ledger import KeyRecord
 from stationkey.ledger.lifecycle import KeyState
@@ -67,7 +66,7 @@ class TestState:
     def test_the_directory(self, changes: dict[str, Any], user: User, level: Level, expected: set[str]) -> None:
         seen = dataclasses.replace(self.DIRECTORY, **changes)
         nearest = facts(path=Path("/"), kind="directory", mode=0o755, uid=0, gid=0)
-        found = checks.judge_directory(seen, user, nearest, None, True)
+        found = judge("state.directory", seen, user, nearest, None, True)
         assert worst(found) is level
         assert reasons(found) == expected
 
@@ -82,17 +81,17 @@ class TestState:
     )
     def test_a_file_in_it(self, changes: dict[str, Any], level: Level, expected: set[str]) -> None:
         inside = [facts(path=Path("/s/lock")), facts(**{"path": Path("/s/ledger.sqlite3"), **changes})]
-        found = list(checks.judge_files(inside, STATION, None))
+        found = list(judge("state.files", inside, STATION, None))
         assert worst(found) is level
         assert reasons(found) == expected
 
     def test_what_the_daemon_says_of_the_directory_is_passed_on(self) -> None:
         refused = ConfigurationError("another's", reason="state_dir_foreign", hint="give it back")
         nearest = facts(path=Path("/"), kind="directory", mode=0o755, uid=0, gid=0)
-        found = checks.judge_directory(self.DIRECTORY, ROOT, nearest, refused, True)
-        assert (found.level, found.message, found.advice) == (FAILURE, refused.message, refused.hint)
-        assert worst(checks.judge_files([], STATION, refused)) is FAILURE
-        assert checks.judge_directory(self.DIRECTORY, STATION, nearest, None, False).level is FAILURE
+        found = judge("state.directory", self.DIRECTORY, ROOT, nearest, refused, True)
+        assert (found[0].level, found[0].message, found[0].advice) == (FAILURE, refused.message, refused.hint)
+        assert worst(judge("state.files", [], STATION, refused)) is FAILURE
+        assert worst(judge("state.directory", self.DIRECTORY, STATION, nearest, None, False)) is FAILURE
 
     @pytest.mark.parametrize(
         ("words", "variables", "named"),
@@ -119,7 +118,7 @@ class TestState:
         ],
     )
     def test_whether_the_daemon_has_what_is_examined(self, named: str, file: Facts | None, level: Level) -> None:
-        assert checks.judge_settings(named, Path("/x"), file, 100.0).level is level
+        assert worst(judge("state.settings", named, Path("/x"), file, 100.0)) is level
 
     @pytest.mark.parametrize(
         ("octets", "files", "level"),
@@ -133,7 +132,7 @@ class TestState:
         ],
     )
     def test_room(self, octets: int, files: int | None, level: Level) -> None:
-        assert checks.judge_room(Path("/"), octets, files, 4 * 1024**2).level is level
+        assert worst(judge("state.disk", Path("/"), octets, files, 4 * 1024**2)) is level
 
     @pytest.mark.parametrize(
         ("kind", "read_only", "level"),
@@ -147,7 +146,7 @@ class TestState:
     )
     def test_file_systems(self, kind: str, read_only: bool, level: Level) -> None:
         mount = checks.Mount("/s", kind, frozenset({"ro"} if read_only else ()))
-        assert checks.judge_filesystem(Path("/s"), mount).level is level
+        assert worst(judge("state.filesystem", Path("/s"), mount)) is level
 
     def test_the_last_of_the_longest_mount_points_counts(self, tmp_path: Path) -> None:
         lines = [
@@ -176,7 +175,7 @@ class TestState:
         ],
     )
     def test_keys_that_need_attention(self, changes: dict[str, Any], level: Level, expected: set[str]) -> None:
-        found = records.judge_keys([key(**changes)], time.time(), 0, tuple(CertificateType))
+        found = judge("state.keys", [key(**changes)], time.time(), 0, tuple(CertificateType))
         assert worst(found) is level
         assert reasons(found) == expected
 
@@ -185,6 +184,6 @@ class TestState:
     )
     def test_a_renewed_key_that_is_not_confirmed_is_named(self, changes: dict[str, Any], told: bool) -> None:
         before = key(key_id="cd" * 10, state=KeyState.DEACTIVATED, previous=True, confirmed=True)
-        found = records.judge_keys([before, key(**changes)], time.time(), 0, tuple(CertificateType))
+        found = judge("state.keys", [before, key(**changes)], time.time(), 0, tuple(CertificateType))
         assert worst(found) is OK
         assert any("ab" * 10 in finding.message for finding in found) is told

@@ -7,17 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judging import FAILURE, NOT_CHECKED, OK, STATION, STRANGER, WARNING, facts, reasons, settings, worst
+from judging import (
+    FAILURE,
+    NOT_CHECKED,
+    OK,
+    STATION,
+    STRANGER,
+    WARNING,
+    facts,
+    judge,
+    look_of,
+    reasons,
+    settings,
+    worst,
+)
 
 from stationkey.doctor import Level
 from stationkey.doctor.host.files import User
 from stationkey.doctor.report import Finding
-from stationkey.doctor.runner import Answer
-from stationkey.doctor.tpm import checks, device
-from stationkey.doctor.tpm import state as condition
-from stationkey.doctor.tpm.checks import Told
 from stationkey.doctor.tpm.device import Chip, Way
-from stationkey.doctor.tpm.facts import Probe, Seen
+from stationkey.doctor.tpm.facts import Seen
+from stationkey.doctor.tpm.state import CHECKS
 
 
 class TestDevice:
@@ -40,7 +50,7 @@ class TestDevice:
     def test_the_device_file(
         self, changes: dict[str, Any], chip: Chip, user: User, level: Level, expected: set[str]
     ) -> None:
-        found = device.judge_device(self.WAY, dataclasses.replace(self.TPM, **changes), chip, user)
+        found = judge("tpm.device", self.WAY, dataclasses.replace(self.TPM, **changes), chip, user)
         assert worst(found) is level
         assert reasons(found) == expected
 
@@ -59,8 +69,10 @@ class TestDevice:
     )
     def test_a_resource_manager_is_told_by_the_tcti(self, tcti: str, managed: bool) -> None:
         assert Way.parse(tcti).is_managed is managed
-        assert checks.judge_manager(Way.parse(tcti)).level is (OK if managed else WARNING)
+        assert worst(judge("tpm.manager", Way.parse(tcti))) is (OK if managed else WARNING)
 
+
+TOLD = [check.id for check in CHECKS]
 
 PROPERTIES = {
     0x100: 0x322E3000,
@@ -88,7 +100,7 @@ PROPERTIES = {
 GOOD_SRK = {"type": 0x23, "curve": 3, "attributes": 0x30472}
 
 
-VALUES: dict[str, Any] = {
+VALUES: dict[Any, Any] = {
     "open": None,
     "test_result": 0,
     "loaded_sessions": [],
@@ -115,20 +127,16 @@ def chip(
 ) -> Seen:
     """A TPM as it should be, but for what is said otherwise."""
     merged = PROPERTIES | (properties or {})
-    answers = VALUES | {"properties": {str(number): value for number, value in merged.items()}} | values
+    answers = VALUES | {"properties": None} | merged | values
     lost = errors or {}
-    probe = Probe(values={part: value for part, value in answers.items() if part not in lost}, errors=lost)
-    return Seen(probe=probe, way=Way.parse(tcti), settings=settings(text, tmp_path), keys=keys or {})
+    told = {part: value for part, value in answers.items() if part not in lost}
+    return Seen(way=Way.parse(tcti), settings=settings(text, tmp_path), values=told, errors=lost, keys=keys or {})
 
 
-ANSWERS: dict[str, Any] = {check.id: check for check in checks.CHECKS if isinstance(check.look, Told)}
-
-
-def judged(name: str, seen: Seen) -> Level:
-    """What a check of the TPM's answers says, at its worst."""
-    check = ANSWERS[name]
-    there = check.look.of(seen)
-    return worst(there if isinstance(there, Finding) else check.judge(*there))
+def judged(name: str, seen: Seen) -> list[Finding]:
+    """What a check of the TPM's answers says."""
+    there = seen.told(*look_of(name).wanted)
+    return [there] if isinstance(there, Finding) else judge(name, *there)
 
 
 BARE = "device:/dev/tpm0"
@@ -142,11 +150,11 @@ ST = int.from_bytes(b"STM ", "big")
 
 class TestTpm:
     def test_a_good_chip_has_no_complaint(self) -> None:
-        for name in ANSWERS:
-            assert judged(name, chip()) is OK, name
+        for name in TOLD:
+            assert worst(judged(name, chip())) is OK, name
 
     @pytest.mark.parametrize(
-        ("judge", "seen", "level", "expected"),
+        ("check", "seen", "level", "expected"),
         [
             pytest.param("started", chip(errors={"properties": 0x100}), WARNING, {"not_started"}, id="not started"),
             pytest.param("self_test", chip(test_result=0x101), FAILURE, {"failure_mode"}, id="failure mode"),
@@ -230,9 +238,8 @@ class TestTpm:
             pytest.param("keys", chip(keys={"k": "v2g"}, srk=None), FAILURE, {"no_srk"}, id="no root for a key"),
         ],
     )
-    def test_each_state_is_told(self, judge: str, seen: Seen, level: Level, expected: set[str]) -> None:
-        found = ANSWERS[f"tpm.{judge}"].judge(seen)
-        found = [found] if isinstance(found, Finding) else list(found)
+    def test_each_state_is_told(self, check: str, seen: Seen, level: Level, expected: set[str]) -> None:
+        found = judged(f"tpm.{check}", seen)
         assert worst(found) is level
         assert reasons(found) == expected
 
@@ -249,9 +256,8 @@ class TestTpm:
     )
     def test_what_becomes_of_a_key_that_is_tried(self, code: int, level: Level, expected: set[str]) -> None:
         seen = chip()
-        values = dict(seen.probe.values, keys={"k": code})
-        seen = dataclasses.replace(seen, probe=dataclasses.replace(seen.probe, values=values), keys={"k": "v2g"})
-        found = list(condition.judge_keys(seen))
+        seen = dataclasses.replace(seen, values={**seen.values, "keys": {"k": code}}, keys={"k": "v2g"})
+        found = judged("tpm.keys", seen)
         assert worst(found) is level
         assert reasons(found) == expected
 
@@ -264,7 +270,7 @@ class TestTpm:
         ],
     )
     def test_registers_that_keys_are_bound_to(self, tmp_path: Path, text: str, level: Level) -> None:
-        assert worst(condition.judge_pcrs(chip(text=text, tmp_path=tmp_path))) is level
+        assert worst(judged("tpm.pcrs", chip(text=text, tmp_path=tmp_path))) is level
 
     @pytest.mark.parametrize(
         ("there", "level"),
@@ -276,46 +282,45 @@ class TestTpm:
     )
     def test_the_attestation_key(self, tmp_path: Path, there: dict[str, int] | None, level: Level) -> None:
         seen = chip(text="[tpm]\nak_handle = 0x81010002", tmp_path=tmp_path, ak=there)
-        assert worst(condition.judge_attestation_key(seen)) is level
+        assert worst(judged("tpm.attestation_key", seen)) is level
 
     def test_keys_are_not_tried_in_a_bare_tpm_that_the_daemon_works_with(self) -> None:
         busy = dataclasses.replace(chip(tcti=BARE, keys={"k": "v2g"}), daemon_running=True)
-        assert worst(condition.judge_keys(busy)) is NOT_CHECKED
+        assert worst(judged("tpm.keys", busy)) is NOT_CHECKED
         cleared = dataclasses.replace(chip(tcti=BARE, keys={"k": "v2g"}, srk=None), daemon_running=True)
-        assert worst(condition.judge_keys(cleared)) is worst(condition.judge_srk(cleared)) is FAILURE
+        assert worst(judged("tpm.keys", cleared)) is worst(judged("tpm.srk", cleared)) is FAILURE
 
     def test_a_certificate_type_that_is_not_served_is_not_judged(self, tmp_path: Path) -> None:
         text = '[policy]\ncertificate_types = ["v2g_certificate"]'
-        assert worst(condition.judge_certificate_types(chip(text=text, tmp_path=tmp_path, curves=[3]))) is OK
+        assert worst(judged("tpm.certificate_types", chip(text=text, tmp_path=tmp_path, curves=[3]))) is OK
 
-    @pytest.mark.parametrize("name", ANSWERS)
+    @pytest.mark.parametrize("name", TOLD)
     def test_a_tpm_that_tells_nothing_keeps_no_judge_from_ending(self, name: str) -> None:
-        seen = dataclasses.replace(chip(), probe=Probe(values={"open": None}), keys={"k": "v2g"})
-        assert judged(name, seen) in {OK, FAILURE, NOT_CHECKED}
+        seen = dataclasses.replace(chip(), values={"open": None}, keys={"k": "v2g"})
+        assert worst(judged(name, seen)) in {OK, FAILURE, NOT_CHECKED}
 
     @pytest.mark.parametrize(
-        ("probe", "level", "expected"),
+        ("answers", "level", "expected"),
         [
-            (Probe(values={"open": None, "properties": {}}), OK, set()),
-            (Probe(hung=True), FAILURE, {"silent"}),
-            (Probe(errors={"open": 0xA000A}), FAILURE, {"unreachable"}),
-            (Probe(errors={"open": 0xA0015}), FAILURE, {"tcti"}),
-            (Probe(errors={"device": 16}), FAILURE, {"busy"}),
-            (Probe(errors={"device": 13}), NOT_CHECKED, {"hidden"}),
-            (Probe(errors={"device": 6}), FAILURE, {"not_opened"}),
-            (Probe(said="ImportError: libtss2-esys.so.0"), FAILURE, {"no_tss"}),
-            (Probe(values={"open": None, "properties": {}}, hung=True), FAILURE, {"hung"}),
-            (Probe(values={"open": None}, errors={"properties": 0xA000A}), FAILURE, {"lost"}),
+            ({"values": {"open": None, "properties": {}}}, OK, set()),
+            ({"hung": True}, FAILURE, {"silent"}),
+            ({"errors": {"open": 0xA000A}}, FAILURE, {"unreachable"}),
+            ({"errors": {"open": 0xA0015}}, FAILURE, {"tcti"}),
+            ({"errors": {"device": 16}}, FAILURE, {"busy"}),
+            ({"errors": {"device": 13}}, NOT_CHECKED, {"hidden"}),
+            ({"errors": {"device": 6}}, FAILURE, {"not_opened"}),
+            ({"said": "ImportError: libtss2-esys.so.0"}, FAILURE, {"no_tss"}),
+            ({"values": {"open": None, "properties": {}}, "hung": True}, FAILURE, {"hung"}),
+            ({"values": {"open": None}, "errors": {"properties": 0xA000A}}, FAILURE, {"lost"}),
         ],
     )
-    def test_why_it_cannot_be_reached(self, probe: Probe, level: Level, expected: set[str]) -> None:
-        seen = dataclasses.replace(chip(tcti=BARE), probe=probe)
-        finding = checks.judge_reachable(seen, ["x"])
-        assert finding.level is level
+    def test_why_it_cannot_be_reached(self, answers: dict[str, Any], level: Level, expected: set[str]) -> None:
+        seen = dataclasses.replace(chip(tcti=BARE), **{"values": {}, **answers})
+        finding = judge("tpm.reachable", seen, ["x"])
+        assert worst(finding) is level
         assert reasons(finding) == expected
 
     def test_lines_that_are_no_answers_are_passed_over(self) -> None:
-        answer = Answer(
-            0, 'noise\n{"part": "open", "value": 1}\n{"part": "x", "error": 5}\n{"part": "y", "fault": "E"}', ""
-        )
-        assert Probe.read(answer) == Probe(values={"open": 1}, errors={"x": 5})
+        printed = 'noise\n{"part": "open", "value": 1}\n{"part": "x", "error": 5}\n{"part": "y", "fault": "E"}\n[1]\n'
+        seen = chip().answered(0, printed)
+        assert (seen.values, seen.errors, seen.hung) == ({"open": 1}, {"x": 5}, False)

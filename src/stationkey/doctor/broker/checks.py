@@ -7,7 +7,6 @@ import dataclasses
 import os
 import socket
 import ssl
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -19,7 +18,7 @@ from stationkey.doctor.config.certificates import MONTH
 from stationkey.doctor.host.context import Context, path_of
 from stationkey.doctor.host.files import look_at
 from stationkey.doctor.host.sockets import listeners_on
-from stationkey.doctor.report import Finding, failure, hidden, listed, ok, unknown, warning
+from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, unknown, warning
 from stationkey.doctor.runner import Check, within
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.connection import ProtocolRefused
@@ -43,23 +42,22 @@ _HINTS: Final = {
 }
 
 
-def judge_url(url: str, prefix: str) -> Finding:
-    """Judge the URL and the topic prefix, by the daemon's own rules."""
+def _judge_url(url: str, prefix: str) -> Finding:
     try:
         broker = Broker.parse(url)
         topics(prefix)
     except ConfigurationError as error:
-        hint = error.hint or "correct it in the configuration"
         if error.reason == "topic_prefix_invalid":
             hint = f"correct topic_prefix: no + and #, no $ at its beginning, {MAX_PREFIX} bytes at most"
-        return failure(error.reason, error.message, hint)
+            return failure(error.reason, error.message, hint)
+        return refusal(error, "correct it in the configuration")
     if not broker.tls and broker.port == DEFAULT_TLS_PORT:
         return warning("tls_port", f"{broker} has the port that is for TLS, and no TLS", f"mqtts://{broker.host}")
     return ok(f"the broker is {broker}" + (", on this machine" if is_loopback(broker.host) else ""))
 
 
 def _broker_of(context: Context) -> Broker:
-    """Return the broker that is configured; `judge_url` says whether there is one."""
+    """Return the broker that is configured; `_judge_url` says whether there is one."""
     return Broker.parse(context.settings.broker)
 
 
@@ -78,7 +76,7 @@ def resolve(context: Context) -> _Addresses | str:
     return within(_PATIENCE, ask, otherwise)
 
 
-def judge_name(broker: Broker, addresses: _Addresses | str) -> Finding:
+def _judge_name(broker: Broker, addresses: _Addresses | str) -> Finding:
     """Judge what the name resolves to. `addresses`: or why there are none."""
     if isinstance(addresses, str):
         advice = "correct the name, or name an address; does the name server answer (resolvectl query)?"
@@ -86,24 +84,17 @@ def judge_name(broker: Broker, addresses: _Addresses | str) -> Finding:
     return ok(f"{broker.host} is {listed(dict.fromkeys(str(address[0]) for _, address in addresses))}")
 
 
-def look_at_port(context: Context) -> tuple[Broker, str]:
-    """Connect to each address until one accepts; the text says why none does."""
-    addresses = context.once(resolve)
-    why, end = "it has no address", time.monotonic() + _PATIENCE
-    for family, address in addresses if isinstance(addresses, list) else ():
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as connection:
-                connection.settimeout(max(0.01, end - time.monotonic()))
-                connection.connect(address)
-                return _broker_of(context), ""
-        except TimeoutError:
-            why = f"no answer within {_PATIENCE:g} s"
-        except OSError as error:
-            why = error.strerror or str(error)
-    return _broker_of(context), why
+def _look_at_port(context: Context) -> tuple[Broker, str]:
+    """Connect; the text says why that is not possible."""
+    broker = _broker_of(context)
+    try:
+        with socket.create_connection((broker.host, broker.port), _PATIENCE):
+            return broker, ""
+    except OSError as error:
+        return broker, error.strerror or str(error)
 
 
-def judge_port(broker: Broker, why: str) -> Finding:
+def _judge_port(broker: Broker, why: str) -> Finding:
     """Judge whether anything listens. `why`: it does not, or an empty text."""
     if why:
         advice = (
@@ -113,7 +104,7 @@ def judge_port(broker: Broker, why: str) -> Finding:
     return ok(f"something listens at {broker}")
 
 
-def look_at_tls(context: Context) -> tuple[Broker, str, str, Exception | None, datetime] | Finding:
+def _look_at_tls(context: Context) -> tuple[Broker, str, str, Exception | None, datetime] | Finding:
     """Shake hands with the broker, without the client's own certificate: its key may be in the TPM."""
     broker, mqtt, now = _broker_of(context), context.settings.mqtt, datetime.now(UTC)
     if not broker.tls:
@@ -134,16 +125,8 @@ def look_at_tls(context: Context) -> tuple[Broker, str, str, Exception | None, d
         return broker, "", "", error, now
 
 
-def judge_tls(broker: Broker, version: str, ends: str, error: Exception | None, now: datetime) -> Finding:
-    """Judge the broker's certificate.
-
-    Args:
-        broker: where it is.
-        version: of TLS that was agreed on.
-        ends: when the broker's certificate expires, as `ssl` gives it.
-        error: why there is no TLS, or None.
-        now: the time.
-    """
+def _judge_tls(broker: Broker, version: str, ends: str, error: Exception | None, now: datetime) -> Finding:
+    """Judge the broker's certificate, which `ends` when `ssl` says; or the `error` that there was instead of TLS."""
     if error is not None:
         return _judge_handshake(broker, error)
     if not broker.tls and is_loopback(broker.host):
@@ -169,10 +152,9 @@ def _judge_handshake(broker: Broker, error: Exception) -> Finding:
             hint = "TLS 1.2 is the least that is accepted; see the broker's log"
             if error.reason == "WRONG_VERSION_NUMBER":
                 hint = "that port has no TLS: name the port that has, or begin the URL with mqtt://"
-            said = no_handshake(str(broker), error)
-            return failure(said.reason, said.message, said.hint or hint)
+            return refusal(no_handshake(str(broker), error), hint)
         case StationKeyError():
-            return failure(error.reason, error.message, error.hint or "correct it under [mqtt]")
+            return refusal(error, "correct it under [mqtt]")
     why = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
     return failure("tls_failed", f"no TLS with {broker}: {why}", _PLAIN_PORT)
 
@@ -193,7 +175,7 @@ def _speaks_tls(broker: Broker) -> bool:
         return False
 
 
-def look_at_visit(context: Context) -> tuple[Visit] | Finding:
+def _look_at_visit(context: Context) -> tuple[Visit] | Finding:
     """Visit the broker, once for all checks."""
     seen = context.once(_visit)
     return seen if isinstance(seen, Finding) else (seen,)
@@ -228,7 +210,7 @@ def _at_hand(context: Context) -> MqttTerms | Finding:
     return dataclasses.replace(terms, **found)  # type: ignore[arg-type] # each is a field that had a reference before
 
 
-def look_at_login(context: Context) -> tuple[Broker, Visit, bool] | Finding:
+def _look_at_login(context: Context) -> tuple[Broker, Visit, bool] | Finding:
     """Visit the broker, and see whether a port that does not let us in has TLS."""
     seen, broker = context.once(_visit), _broker_of(context)
     if isinstance(seen, Finding):
@@ -236,7 +218,7 @@ def look_at_login(context: Context) -> tuple[Broker, Visit, bool] | Finding:
     return broker, seen, seen.refused is not None and not broker.tls and _speaks_tls(broker)
 
 
-def judge_login(broker: Broker, seen: Visit, tls: bool) -> Finding:
+def _judge_login(broker: Broker, seen: Visit, tls: bool) -> Finding:
     """Judge whether the broker lets us in. `tls`: whether its port has TLS, and the URL has not."""
     error = seen.refused
     if error is not None and tls:
@@ -246,15 +228,14 @@ def judge_login(broker: Broker, seen: Visit, tls: bool) -> Finding:
         return failure("no_mqtt", error.message, error.hint or "is it an MQTT broker? If it is, its log says why")
     if error is not None:
         ours = "correct it under [mqtt]" if isinstance(error, ConfigurationError) else "see the broker's log"
-        return failure(error.reason, error.message, error.hint or _HINTS.get(error.reason, ours))
+        return refusal(error, _HINTS.get(error.reason, ours))
     if seen.in_its_place:
         told = "one session for each user: the broker took the doctor for the running daemon, and it left at once"
         return warning("shared_session", told, "stop the daemon to check its rights", stops=True)
     return ok(f"the broker lets us in, {'with our identity' if seen.named else 'without a name'}")
 
 
-def judge_version(seen: Visit) -> Finding:
-    """Judge which MQTT is spoken."""
+def _judge_version(seen: Visit) -> Finding:
     if seen.refused is not None:
         return unknown("it depends on broker.login", "", "depends")
     if seen.mqtt5:
@@ -263,8 +244,7 @@ def judge_version(seen: Visit) -> Finding:
     return warning("mqtt_3", told, "use a broker with MQTT 5, such as Mosquitto 2")
 
 
-def judge_publish(seen: Visit) -> Finding:
-    """Judge whether we may answer."""
+def _judge_publish(seen: Visit) -> Finding:
     if seen.own.answers is None and seen.cut:
         advice = "see the broker's log: does it limit messages (Mosquitto: max_qos, message_size_limit)?"
         return failure("no_acknowledgement", f"the broker did not acknowledge a message: {seen.cut}", advice)
@@ -284,8 +264,7 @@ def judge_publish(seen: Visit) -> Finding:
     return ok(f"the broker takes our messages on {seen.responses}")
 
 
-def judge_subscribe(seen: Visit) -> Finding:
-    """Judge whether we may read requests."""
+def _judge_subscribe(seen: Visit) -> Finding:
     if seen.subscribed is None:
         advice = "see the broker's log"
         return failure("no_acknowledgement", f"no answer to a subscription: {seen.cut}", advice, stops=False)
@@ -295,7 +274,7 @@ def judge_subscribe(seen: Visit) -> Finding:
     return ok(f"a subscription to {seen.requests} is granted")
 
 
-def look_at_reach(context: Context) -> tuple[Visit, str | None] | Finding:
+def _look_at_reach(context: Context) -> tuple[Visit, str | None] | Finding:
     """Visit the broker, and find out who else reaches it: in words, or None for programs of this machine only."""
     seen, broker = context.once(_visit), _broker_of(context)
     if isinstance(seen, Finding):
@@ -306,8 +285,7 @@ def look_at_reach(context: Context) -> tuple[Visit, str | None] | Finding:
     return seen, f"every machine that reaches port {broker.port} of this one" if beyond else None
 
 
-def judge_own_rights(seen: Visit, reach: str | None) -> Finding:
-    """Judge whether our own identity may ask: who steals it should not have keys made."""
+def _judge_own_rights(seen: Visit, reach: str | None) -> Finding:
     if not seen.named:
         return unknown("we have no name at the broker that rights could be given to")
     if seen.own.asks is None:
@@ -320,7 +298,7 @@ def judge_own_rights(seen: Visit, reach: str | None) -> Finding:
     return failure("may_ask", told, f"let only Josev write to {seen.requests}, by an access control list {_SHIPPED}")
 
 
-def judge_anonymous(seen: Visit, reach: str | None) -> Finding:
+def _judge_anonymous(seen: Visit, reach: str | None) -> Finding:
     """Judge what somebody without a name may do. `reach`: who else reaches the broker, or None."""
     whom, rights = reach or "every program of this machine", seen.anonymous
     if rights is None and (seen.refused is not None or seen.in_its_place):
@@ -344,8 +322,7 @@ def judge_anonymous(seen: Visit, reach: str | None) -> Finding:
     return ok(told) if reach is None else warning("anonymous", f"{told}: {reach} can", advice)
 
 
-def judge_josev(seen: Visit) -> Finding:
-    """Judge whether anybody waits for answers."""
+def _judge_josev(seen: Visit) -> Finding:
     if seen.josev is None:
         return unknown(f"the broker does not say who is subscribed to {seen.responses}")
     if seen.josev:
@@ -354,8 +331,7 @@ def judge_josev(seen: Visit) -> Finding:
     return warning("nobody_listens", told, "is Josev running, at this broker and with this topic prefix?")
 
 
-def judge_retained(seen: Visit) -> Finding:
-    """Judge whether an old message is retained on a topic, which every new subscriber gets."""
+def _judge_retained(seen: Visit) -> Finding:
     if not seen.retained:
         return ok(f"no message is retained on {seen.requests}")
     told = f"a message is retained on {listed(seen.retained)}: the broker sends it at every subscription, as if new"
@@ -363,8 +339,7 @@ def judge_retained(seen: Visit) -> Finding:
     return warning("retained", told, f"remove it, as who may write there: {clear}; and find out who sets retain")
 
 
-def judge_delay(seen: Visit) -> Finding:
-    """Judge whether the broker holds small packets back."""
+def _judge_delay(seen: Visit) -> Finding:
     if seen.single is None or seen.pair is None:
         return unknown(seen.cut or "there is no subscription to measure it by")
     took = f"one exchange takes {seen.single * 1000:.1f} ms, two at once {seen.pair * 1000:.1f} ms"
@@ -378,17 +353,17 @@ _TLS: Final = ("broker.tls",)
 _TALKS: Final = ("broker.publish",)
 _TOPICS: Final = ("topic_prefix",)
 CHECKS: Final = (
-    Check("broker.url", lambda at: (at.settings.broker, at.settings.topic_prefix), judge_url, reads=("broker",)),
-    Check("broker.name", lambda at: (_broker_of(at), at.once(resolve)), judge_name, ("broker.url",)),
-    Check("broker.port", look_at_port, judge_port, ("broker.name",)),
-    Check("broker.tls", look_at_tls, judge_tls, ("broker.port",), ("mqtt",)),
-    Check("broker.login", look_at_login, judge_login, _TLS, _TOPICS),
-    Check("broker.version", look_at_visit, judge_version, _TLS, _TOPICS),
-    Check("broker.publish", look_at_visit, judge_publish, ("broker.login",)),
-    Check("broker.subscribe", look_at_visit, judge_subscribe, _TALKS),
-    Check("broker.own_rights", look_at_reach, judge_own_rights, _TALKS),
-    Check("broker.anonymous", look_at_reach, judge_anonymous, _TLS, _TOPICS),
-    Check("broker.josev", look_at_visit, judge_josev, _TALKS),
-    Check("broker.retained", look_at_visit, judge_retained, ("broker.subscribe",)),
-    Check("broker.delay", look_at_visit, judge_delay, _TALKS),
+    Check("broker.url", lambda at: (at.settings.broker, at.settings.topic_prefix), _judge_url, reads=("broker",)),
+    Check("broker.name", lambda at: (_broker_of(at), at.once(resolve)), _judge_name, ("broker.url",)),
+    Check("broker.port", _look_at_port, _judge_port, ("broker.name",)),
+    Check("broker.tls", _look_at_tls, _judge_tls, ("broker.port",), ("mqtt",)),
+    Check("broker.login", _look_at_login, _judge_login, _TLS, _TOPICS),
+    Check("broker.version", _look_at_visit, _judge_version, _TLS, _TOPICS),
+    Check("broker.publish", _look_at_visit, _judge_publish, ("broker.login",)),
+    Check("broker.subscribe", _look_at_visit, _judge_subscribe, _TALKS),
+    Check("broker.own_rights", _look_at_reach, _judge_own_rights, _TALKS),
+    Check("broker.anonymous", _look_at_reach, _judge_anonymous, _TLS, _TOPICS),
+    Check("broker.josev", _look_at_visit, _judge_josev, _TALKS),
+    Check("broker.retained", _look_at_visit, _judge_retained, ("broker.subscribe",)),
+    Check("broker.delay", _look_at_visit, _judge_delay, _TALKS),
 )

@@ -1,4 +1,4 @@
-"""The certificates and the key that the connection to the broker uses."""
+"""Files that the configuration names: who may use them, and those of the connection to the broker."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
-from stationkey.doctor.config.access import judge_access
 from stationkey.doctor.host.context import Context, path_of
-from stationkey.doctor.host.files import Facts, User, look_at, octal
-from stationkey.doctor.report import Finding, failure, hidden, ok, unknown, warning
+from stationkey.doctor.host.files import READ, Facts, Kind, User, look_at, octal
+from stationkey.doctor.report import Finding, failure, hidden, ok, refusal, unknown, warning
+from stationkey.doctor.runner import Check
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.tls import introduction
 from stationkey.system.files import read_regular
@@ -50,7 +50,7 @@ class TlsFile:
     certificates: tuple[x509.Certificate, ...] = ()
 
 
-def look_at_tls(context: Context) -> tuple[list[TlsFile], ConfigurationError | None, User, datetime] | Finding:
+def _look_at_tls(context: Context) -> tuple[list[TlsFile], ConfigurationError | None, User, datetime] | Finding:
     """Look at each file, and ask the daemon's own rules whether they can be used together. The TPM is not asked."""
     mqtt, user = context.settings.mqtt, context.daemon.user
     certificate = None if mqtt.certificate_file is None else path_of(mqtt.certificate_file)
@@ -97,6 +97,36 @@ def _open(role: str, path: Path, user: User) -> TlsFile:
     )
 
 
+def judge_access(where: str, facts: Facts, user: User, *, kind: Kind = "file", wanted: int = READ) -> Finding | None:
+    """Judge what there is at a path that is named.
+
+    Args:
+        where: what names it, such as an option.
+        facts: of the path, links followed.
+        user: the daemon's.
+        kind: what it should be.
+        wanted: what the daemon does with it.
+
+    Returns:
+        What is wrong, or None.
+    """
+    path = facts.path
+    if facts.kind == "unseen":
+        return hidden(path)
+    if facts.kind != kind:
+        what = "is missing" if facts.kind == "missing" else f"is not a {kind}"
+        return failure("missing", f"{where}: {path} {what}", "put it there, or correct the path")
+    if (barred := facts.barred(user, wanted)) is not None:
+        advice = f"chgrp {user.gid} {path} && chmod g+r {path}"
+        if barred != path or kind == "directory":
+            advice = f"give it the right: setfacl -m u:{user.name}:rx {barred}; or move it, and correct the path"
+        return failure("unreadable", f"{where}: the daemon's user {user.name} may not read {barred}", advice)
+    if facts.replaceable is not None:
+        told = f"{where}: every user may replace {path}"
+        return failure("replaceable", told, f"chmod o-w {facts.replaceable}, and see that the right one is there")
+    return None
+
+
 def _is_ca(certificate: x509.Certificate) -> bool:
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -104,7 +134,9 @@ def _is_ca(certificate: x509.Certificate) -> bool:
         return False
 
 
-def judge_tls(files: list[TlsFile], refused: ConfigurationError | None, user: User, now: datetime) -> Iterator[Finding]:
+def _judge_tls(
+    files: list[TlsFile], refused: ConfigurationError | None, user: User, now: datetime
+) -> Iterator[Finding]:
     """Judge the files, one by one and together. `refused`: why the daemon would not take them, or None."""
     found = [finding for file in files if (finding := _judge_file(file, user)) is not None]
     if refused is not None and not found:
@@ -113,7 +145,7 @@ def judge_tls(files: list[TlsFile], refused: ConfigurationError | None, user: Us
         if der:
             pem = der[0].with_suffix(".pem")
             advice = f"PEM is needed: openssl x509 -inform DER -in {der[0]} -out {pem}, or openssl pkcs12"
-        found.append(failure(refused.reason, refused.message, refused.hint or advice))
+        found.append(refusal(refused, advice))
     yield from found or [ok("the files of the connection to the broker can be used together")]
     for file in files:
         yield from _judge_content(file, now)
@@ -158,3 +190,6 @@ def judge_dates(what: str, begins: datetime, ends: datetime, now: datetime) -> I
     elif ends - now < MONTH:
         told = f"{what} expires in {(ends - now).days} days, on {ends:%Y-%m-%d}"
         yield warning("expires", told, "have a new one made in time")
+
+
+CHECK: Final = Check("config.tls", _look_at_tls, _judge_tls)

@@ -12,7 +12,7 @@ from stationkey.config.options import options_of
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import LogFormat, Settings
 from stationkey.doctor.config import certificates, consistency
-from stationkey.doctor.config.access import judge_access
+from stationkey.doctor.config.certificates import judge_access
 from stationkey.doctor.config.consistency import named_secrets
 from stationkey.doctor.host.context import UNIT, Configured, Context, Unit, path_of
 from stationkey.doctor.host.files import ENTER, READ, Facts, User, look_at, octal
@@ -36,7 +36,7 @@ _MAX_LISTED: Final = 1024
 _LOADING: Final = ("LoadCredential", "LoadCredentialEncrypted", "SetCredential", "SetCredentialEncrypted")
 
 
-def look_at_file(context: Context) -> tuple[Configured] | Finding:
+def _look_at_file(context: Context) -> tuple[Configured] | Finding:
     """Look at what came of the file."""
     facts = context.configured.file
     if facts is not None and facts.kind in {"file", "unseen"} and not os.access(facts.path, os.R_OK):
@@ -46,8 +46,7 @@ def look_at_file(context: Context) -> tuple[Configured] | Finding:
     return (context.configured,)
 
 
-def judge_file(configured: Configured) -> Finding:
-    """Judge whether the file can be read and is valid."""
+def _judge_file(configured: Configured) -> Finding:
     facts = configured.file
     if facts is not None and facts.kind == "missing":
         return failure("missing", f"{facts.path} is missing: the daemon does not start", "correct the path")
@@ -62,7 +61,7 @@ def judge_file(configured: Configured) -> Finding:
     return ok("there is no configuration file: the defaults apply" if facts is None else f"{facts.path} is valid")
 
 
-def look_at_rights(context: Context) -> tuple[Facts, User] | Finding:
+def _look_at_rights(context: Context) -> tuple[Facts, User] | Finding:
     """Look at the file itself."""
     facts, user = context.configured.file, context.daemon.user
     if facts is None or facts.kind != "file":
@@ -70,8 +69,7 @@ def look_at_rights(context: Context) -> tuple[Facts, User] | Finding:
     return look_at(facts.path, follow=True, user=user), user
 
 
-def judge_rights(facts: Facts, user: User) -> list[Finding]:
-    """Judge who may read and write the file."""
+def _judge_rights(facts: Facts, user: User) -> list[Finding]:
     path, mode = facts.path, octal(facts.mode)
     found = [one for one in (judge_access("the configuration file", facts, user),) if one is not None]
     if facts.mode & 0o020 and facts.gid != 0:
@@ -83,7 +81,7 @@ def judge_rights(facts: Facts, user: User) -> list[Finding]:
     return found or [ok(f"{path} can be changed by its owner alone (mode {mode})")]
 
 
-def judge_environment(environment: Mapping[str, str], log_format: str | None) -> Finding:
+def _judge_environment(environment: Mapping[str, str], log_format: str | None) -> Finding:
     """Judge the variables of this shell. A service has its own."""
     ours = sorted(variable for variable in environment if variable.startswith(_PREFIX))
     strange = [variable for variable in ours if variable not in _VARIABLES | _OTHERS]
@@ -118,7 +116,7 @@ class SecretSeen:
     padded: bool = False
 
 
-def look_at_secrets(context: Context) -> tuple[list[SecretSeen], User, Unit | None] | Finding:
+def _look_at_secrets(context: Context) -> tuple[list[SecretSeen], User, Unit | None] | Finding:
     """Look at every secret that is named."""
     user = context.daemon.user
     seen = [_look_at(where, reference, user) for where, reference in named_secrets(context.settings)]
@@ -139,7 +137,7 @@ def _look_at(where: str, reference: SecretReference, user: User) -> SecretSeen:
     return SecretSeen(where=where, source=source, facts=facts, refused=refused, padded=padded)
 
 
-def judge_secrets(secrets: list[SecretSeen], user: User, unit: Unit | None) -> Iterator[Finding]:
+def _judge_secrets(secrets: list[SecretSeen], user: User, unit: Unit | None) -> Iterator[Finding]:
     """Judge each secret: there, accepted by the daemon, and closed to others. Never show what is in it."""
     for secret in secrets:
         yield _judge_credential(secret, unit) if secret.facts is None else _judge_secret(secret, secret.facts, user)
@@ -174,7 +172,7 @@ def _judge_credential(secret: SecretSeen, unit: Unit | None) -> Finding:
     return failure("credential", told, f"add LoadCredential={credential}:PATH to the unit; systemctl daemon-reload")
 
 
-def look_at_certificate_dir(context: Context) -> tuple[Facts, User, int] | Finding:
+def _look_at_certificate_dir(context: Context) -> tuple[Facts, User, int] | Finding:
     """Look at the directory that Josev installs certificates to, and count what is in it."""
     path, user, number = context.settings.certificate_dir, context.daemon.user, 0
     if path is None:
@@ -188,8 +186,7 @@ def look_at_certificate_dir(context: Context) -> tuple[Facts, User, int] | Findi
     return facts, user, number
 
 
-def judge_certificate_dir(facts: Facts, user: User, number: int) -> Finding:
-    """Judge whether the daemon can read it, and how many files there are."""
+def _judge_certificate_dir(facts: Facts, user: User, number: int) -> Finding:
     path = facts.path
     found = judge_access("[josev] certificate_dir", facts, user, kind="directory", wanted=READ | ENTER)
     if found is not None:  # who puts a certificate there chooses between keys, and gets none
@@ -201,11 +198,11 @@ def judge_certificate_dir(facts: Facts, user: User, number: int) -> Finding:
 
 
 CHECKS: Final = (
-    Check("config.file", look_at_file, judge_file),
-    Check("config.rights", look_at_rights, judge_rights),
-    Check("config.environment", lambda context: (os.environ, context.options.log_format), judge_environment),
-    Check("config.sense", consistency.look_at_settings, consistency.judge_settings),
-    Check("config.secrets", look_at_secrets, judge_secrets),
-    Check("config.tls", certificates.look_at_tls, certificates.judge_tls),
-    Check("config.certificate_dir", look_at_certificate_dir, judge_certificate_dir, reads=("josev",)),
+    Check("config.file", _look_at_file, _judge_file),
+    Check("config.rights", _look_at_rights, _judge_rights),
+    Check("config.environment", lambda context: (os.environ, context.options.log_format), _judge_environment),
+    consistency.CHECK,
+    Check("config.secrets", _look_at_secrets, _judge_secrets),
+    certificates.CHECK,
+    Check("config.certificate_dir", _look_at_certificate_dir, _judge_certificate_dir, reads=("josev",)),
 )

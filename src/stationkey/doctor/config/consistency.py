@@ -14,7 +14,8 @@ from stationkey.contract.profiles import ALGORITHMS, PROFILES, RsaModulus
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import look_at
 from stationkey.doctor.host.sockets import listeners_on
-from stationkey.doctor.report import Finding, failure, listed, ok, warning
+from stationkey.doctor.report import Finding, failure, listed, ok, refusal, warning
+from stationkey.doctor.runner import Check
 from stationkey.errors import ConfigurationError
 from stationkey.mqtt.tls import introduction
 from stationkey.mqtt.topics import availability, renewal
@@ -26,7 +27,7 @@ _SHORT: Final = 5.0
 _TPM_SECRETS: Final = ("owner_auth", "srk_auth", "endorsement_auth", "key_auth")
 
 
-def look_at_settings(context: Context) -> tuple[Settings, Path | None, int | None]:
+def _look_at_settings(context: Context) -> tuple[Settings, Path | None, int | None]:
     """Look at the settings; and at what keeps the daemon from listening: a missing directory, or a port in use."""
     settings = context.settings
     try:
@@ -41,14 +42,8 @@ def look_at_settings(context: Context) -> tuple[Settings, Path | None, int | Non
     return settings, parent if look_at(parent, follow=True).kind in {"missing", "file"} else None, None
 
 
-def judge_settings(settings: Settings, missing: Path | None = None, taken: int | None = None) -> list[Finding]:
-    """Judge settings that contradict each other, or this machine.
-
-    Args:
-        settings: all.
-        missing: directory of the socket that the daemon should listen on, if it is missing.
-        taken: port that the daemon should listen on, if another program does.
-    """
+def _judge_settings(settings: Settings, missing: Path | None = None, taken: int | None = None) -> list[Finding]:
+    """Judge settings that contradict each other; `missing` directory and `taken` port are where it should listen."""
     found = [*_broker(settings), *_tpm(settings), *_policy(settings), *_paths(settings)]
     if min(settings.deadlines.ec, settings.deadlines.rsa) < _SHORT:
         told = f"[deadlines] below {_SHORT:g} s: a busy TPM takes longer, and the request is rejected"
@@ -56,7 +51,7 @@ def judge_settings(settings: Settings, missing: Path | None = None, taken: int |
     try:
         Address.parse(settings.metrics or "127.0.0.1:1")
     except ConfigurationError as error:
-        found.append(failure(error.reason, error.message, error.hint))
+        found.append(refusal(error))
     if missing is not None:
         told = f"[metrics] listen: the directory {missing} is missing, and the daemon does not start"
         found.append(failure("listen_missing", told, "add RuntimeDirectory= to the unit, or name another path"))
@@ -77,7 +72,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         try:
             introduction(dataclasses.replace(mqtt, username=None, password=None), tls=False)
         except ConfigurationError as error:
-            yield failure(error.reason, error.message, error.hint)
+            yield refusal(error)
     if plain and mqtt.password is not None and not is_loopback(host):
         told = "the password crosses the network in the clear: the broker's URL begins with mqtt://"
         yield failure("password_clear", told, 'broker = "mqtts://HOST[:8883]", or a broker on 127.0.0.1')
@@ -151,3 +146,6 @@ def named_secrets(settings: Settings) -> Iterator[tuple[str, SecretReference]]:
     ):
         if isinstance(value, SecretReference):
             yield where, value
+
+
+CHECK: Final = Check("config.sense", _look_at_settings, _judge_settings)

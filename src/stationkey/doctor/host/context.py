@@ -215,11 +215,11 @@ def look_at_unit() -> Unit | None:
     """Ask systemd for the daemon's unit."""
     if not _SYSTEMD.is_dir():
         return None
-    answer = ask(["systemctl", "show", "--no-pager", UNIT], seconds=_PATIENCE)
-    if answer.status != 0:
+    status, said = ask(["systemctl", "show", "--no-pager", UNIT], seconds=_PATIENCE)
+    if status != 0:
         return None
     unit = Unit()
-    for line in answer.out.splitlines():
+    for line in said.splitlines():
         name, _, value = line.partition("=")
         unit[name] = f"{unit[name]} {value}".strip()  # one line for each of a list
     return unit

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -55,7 +54,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def look_at_time(context: Context) -> tuple[float, float | None]:
+def _look_at_time(context: Context) -> tuple[float, float | None]:
     """Read the clock, and find the latest time that is on record in the state directory."""
     facts = look_at(context.settings.state_dir / DATABASE_NAME)
     times = [facts.modified] if facts.there else []
@@ -71,7 +70,7 @@ def _date(moment: float) -> str:
         return f"{moment:.0f} s after 1970"
 
 
-def judge_time(now: float, latest: float | None) -> Finding:
+def _judge_time(now: float, latest: float | None) -> Finding:
     """Judge whether the time can be right. `latest`: the latest time on record, or None."""
     if not WRITTEN <= now < _FAR:
         advice = "set it (NTP, or date -s): certificates are judged by it"
@@ -84,7 +83,7 @@ def judge_time(now: float, latest: float | None) -> Finding:
     return ok(f"the clock says {_date(now)}")
 
 
-def look_at_synchronisation(_: Context) -> tuple[bool | None]:
+def _look_at_synchronisation(_: Context) -> tuple[bool | None]:
     """Ask the kernel whether something keeps the clock right: to ask with no mode set changes nothing."""
     try:
         state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(_TIMEX))
@@ -93,8 +92,7 @@ def look_at_synchronisation(_: Context) -> tuple[bool | None]:
     return (None if state < 0 else state != _UNSYNCHRONISED,)
 
 
-def judge_synchronised(synchronised: bool | None) -> Finding:
-    """Judge whether something keeps it right; None where the kernel does not say."""
+def _judge_synchronised(synchronised: bool | None) -> Finding:
     if synchronised is None:
         return unknown("the kernel does not say")
     if not synchronised:
@@ -103,15 +101,14 @@ def judge_synchronised(synchronised: bool | None) -> Finding:
     return ok("the clock is kept right (NTP, or another source that the kernel knows)")
 
 
-def look_at_battery(_: Context) -> tuple[float, float | None]:
+def _look_at_battery(_: Context) -> tuple[float, float | None]:
     """Read the clock, and the one that runs without power."""
     with suppress(OSError, ValueError):
         return time.time(), float(_RTC.read_text(encoding="ascii"))
     return time.time(), None
 
 
-def judge_battery(now: float, battery: float | None) -> Finding:
-    """Judge the clock that runs while there is no power; None where there is none."""
+def _judge_battery(now: float, battery: float | None) -> Finding:
     if battery is None:
         told = "no battery-backed clock: after each power cut the time is wrong until it is set"
         return warning("no_battery", told, "NTP at start, or fake-hwclock, by which it does not fall back by years")
@@ -121,7 +118,7 @@ def judge_battery(now: float, battery: float | None) -> Finding:
     return ok("the clock that runs without power agrees")
 
 
-def look_at_user(context: Context) -> tuple[User, Daemon, tuple[int, frozenset[str]] | None]:
+def _look_at_user(context: Context) -> tuple[User, Daemon, tuple[int, frozenset[str]] | None]:
     """Look at who runs this, whom the daemon runs as, and who is in the group of the TPM."""
     try:
         entry = grp.getgrnam(_TSS_GROUP)
@@ -130,7 +127,7 @@ def look_at_user(context: Context) -> tuple[User, Daemon, tuple[int, frozenset[s
     return context.me, context.daemon, (entry.gr_gid, frozenset(entry.gr_mem))
 
 
-def judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None) -> Finding:
+def _judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None) -> Finding:
     """Judge how much is visible, and whether the daemon's user is right. `tss`: number and members of the group."""
     user = daemon.user
     who = f"the daemon {'runs' if daemon.running else 'would run'} as {user.name} ({daemon.known_by})"
@@ -145,13 +142,12 @@ def judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None)
     return ok(f"{who}; this is run by {me.name}")
 
 
-def look_at_unit(context: Context) -> tuple[Unit, Daemon] | Finding:
+def _look_at_unit(context: Context) -> tuple[Unit, Daemon] | Finding:
     """Look at the unit and the daemon."""
     return (context.unit, context.daemon) if context.unit else unknown("systemd does not answer")
 
 
-def judge_unit(unit: Unit, daemon: Daemon) -> Finding:
-    """Judge whether systemd starts the daemon, and keeps it running."""
+def _judge_unit(unit: Unit, daemon: Daemon) -> Finding:
     log, active = f"journalctl -u {UNIT} -n 50 says why", unit["ActiveState"]
     if not unit.installed:
         advice = "install the package's unit, or have your own supervisor start the daemon"
@@ -171,7 +167,7 @@ def judge_unit(unit: Unit, daemon: Daemon) -> Finding:
     return ok(f"{UNIT} is active and enabled")
 
 
-def look_at_sandbox(context: Context) -> tuple[Unit, str, str, tuple[str, ...]] | Finding:
+def _look_at_sandbox(context: Context) -> tuple[Unit, str, str, tuple[str, ...]] | Finding:
     """Look at the unit, and at what the daemon needs: device, state directory, addresses of the broker."""
     unit, (scheme, _, path) = context.unit, (context.configured.keystore or "").rpartition(":")
     if unit is None or not unit.installed:
@@ -183,15 +179,8 @@ def look_at_sandbox(context: Context) -> tuple[Unit, str, str, tuple[str, ...]] 
     return unit, path if scheme == "tpm2:device" else "", str(context.settings.state_dir), addresses
 
 
-def judge_sandbox(unit: Unit, device: str, state_dir: str, broker: tuple[str, ...]) -> Finding:
-    """Judge whether the unit gives the daemon what it needs.
-
-    Args:
-        unit: the systemd unit.
-        device: the TPM's device file, or an empty text.
-        state_dir: the state directory.
-        broker: the addresses of the broker, as far as they are known.
-    """
+def _judge_sandbox(unit: Unit, device: str, state_dir: str, broker: tuple[str, ...]) -> Finding:
+    """Judge whether the unit gives the daemon device file (if any), state directory, and addresses of the broker."""
     opened = any(word == device or word.startswith("char-tpm") for word in unit["DeviceAllow"].split())
     writable = unit["ReadWritePaths"].split() + [f"/var/lib/{one}" for one in unit["StateDirectory"].split()]
     writes = any(Path(state_dir).is_relative_to(path.lstrip("-+")) for path in writable)
@@ -222,21 +211,15 @@ def _lets_reach(unit: Unit, address: str) -> bool:
     return holds("IPAddressAllow") or not holds("IPAddressDeny")
 
 
-def look_at_core_dumps(context: Context) -> tuple[str, str, Unit | None]:
+def _look_at_core_dumps(context: Context) -> tuple[str, str, Unit | None]:
     """Look at where the kernel writes core dumps, and at the limits of the daemon."""
     pid = context.daemon.pid
     limits = "" if pid is None else _text(Path(f"/proc/{pid}/limits"))
     return _text(Path("/proc/sys/kernel/core_pattern")).strip(), limits, context.unit
 
 
-def judge_core_dumps(pattern: str, limits: str, unit: Unit | None) -> Finding:
-    """Judge whether a crash may write the daemon's memory to the disk.
-
-    Args:
-        pattern: ``/proc/sys/kernel/core_pattern``.
-        limits: ``/proc/PID/limits`` of the running daemon, or an empty text.
-        unit: the systemd unit, or None.
-    """
+def _judge_core_dumps(pattern: str, limits: str, unit: Unit | None) -> Finding:
+    """Judge whether a crash may write the daemon's memory to the disk, by ``/proc/PID/limits`` or its unit."""
     found = re.search(r"^Max core file size\s+(\S+)", limits, re.MULTILINE)
     allowed = found[1] if found else "" if unit is None else unit["LimitCORE"]
     if not allowed:
@@ -249,7 +232,7 @@ def judge_core_dumps(pattern: str, limits: str, unit: Unit | None) -> Finding:
     return warning("core_dumps", told, "LimitCORE=0 in the unit")
 
 
-def judge_memory(text: str) -> Finding:
+def _judge_memory(text: str) -> Finding:
     """Judge the memory that is available, by ``/proc/meminfo``."""
     found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     if found is None:
@@ -259,80 +242,63 @@ def judge_memory(text: str) -> Finding:
     return warning("low", told, "free some: the kernel ends processes") if free < _LITTLE_MEMORY else ok(told)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenSsl:
-    """The OpenSSL that services on this machine use.
-
-    Attributes:
-        version: of the command; empty if there is none.
-        modules: where its providers are; empty if that is not known.
-        complaint: why the tpm2 provider cannot be loaded, empty if it can; None if it is not there.
-        provider: its version; empty if that is not known.
-        serves: whether there is an active key for a TLS server.
-    """
-
-    version: str = ""
-    modules: str = ""
-    complaint: str | None = None
-    provider: str = ""
-    serves: bool = False
-
-
-def look_at_openssl(context: Context) -> tuple[OpenSsl]:
+def _look_at_openssl(context: Context) -> tuple[str, str, str | None, str, bool]:
     """Ask for the version, and load the provider in a process of its own. The TPM is not asked for that."""
-    said = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE).out
+    _, said = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE)
     version = said.splitlines()[0].split()[1] if said.startswith("OpenSSL ") else ""
     found = re.search(r'MODULESDIR: "([^"]*)"', said)
     modules = os.environ.get("OPENSSL_MODULES") or (found[1] if found else "")
     path, complaint, provider = Path(modules, _PROVIDER), None, None
     if modules and path.is_file():
         program = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW).OSSL_provider_init"
-        answer = ask([sys.executable, "-I", "-c", program, str(path)], seconds=_PATIENCE)
-        complaint = "" if answer.status == 0 else [*answer.error.strip().splitlines(), "no reason given"][-1]
+        status, said = ask([sys.executable, "-I", "-c", program, str(path)], seconds=_PATIENCE)
+        complaint = "" if status == 0 else [*said.strip().splitlines(), "no reason given"][-1]
         with suppress(OSError):
             provider = _PROVIDER_VERSION.search(path.read_bytes())
-    seen = OpenSsl(
-        version=version,
-        modules=modules,
-        complaint=complaint,
-        provider=provider[1].decode() if provider else "",
-        serves=any(Path(context.settings.state_dir, DIRECTORY_NAME).glob("v2g*.pem")),
-    )
-    return (seen,)
+    serves = any(Path(context.settings.state_dir, DIRECTORY_NAME).glob("v2g*.pem"))
+    return version, modules, complaint, provider[1].decode() if provider else "", serves
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
-def judge_openssl(seen: OpenSsl) -> Finding:
-    """Judge whether a TLS service can use the active keys. The daemon itself does not need it."""
-    what, only = f"OpenSSL {seen.version}", "; only services that use an active key need it, not the daemon"
-    if not seen.version:
+def _judge_openssl(version: str, modules: str, complaint: str | None, provider: str, serves: bool) -> Finding:
+    """Judge whether a TLS service can use the active keys. The daemon itself does not need it.
+
+    Args:
+        version: of the command; empty if there is none.
+        modules: where its providers are; empty if that is not known.
+        complaint: why the tpm2 provider cannot be loaded, empty if it can; None if it is not there.
+        provider: its version; empty if that is not known.
+        serves: whether there is an active key for a TLS server.
+    """
+    what, only = f"OpenSSL {version}", "; only services that use an active key need it, not the daemon"
+    if not version:
         return warning("missing", "the command openssl is missing", f"apt-get install openssl{only}")
-    if _numbers(seen.version) < (3,):
+    if _numbers(version) < (3,):
         return warning("old", f"{what} has no providers", f"install 3.0 or newer{only}")
-    if seen.complaint is None:
-        told = f"{what} has no tpm2 provider ({seen.modules or 'directory not known'})"
+    if complaint is None:
+        told = f"{what} has no tpm2 provider ({modules or 'directory not known'})"
         return warning("no_provider", told, f"apt-get install tpm2-openssl{only}")
-    if seen.complaint:
-        told = f"the tpm2 provider cannot be loaded: {seen.complaint}"
+    if complaint:
+        told = f"the tpm2 provider cannot be loaded: {complaint}"
         return warning("provider_broken", told, f"reinstall tpm2-openssl{only}")
-    if seen.serves and seen.provider and _numbers(seen.provider) < _CONCURRENT:
-        told = f"tpm2-openssl {seen.provider} fails in a TLS server with several threads or workers"
+    if serves and provider and _numbers(provider) < _CONCURRENT:
+        told = f"tpm2-openssl {provider} fails in a TLS server with several threads or workers"
         return warning("provider_old", told, f"give it one thread and one worker, or install 1.3.0{only}")
-    return ok(f"{what} has the {f'tpm2 provider {seen.provider}'.rstrip()}, and it can be loaded")
+    return ok(f"{what} has the {f'tpm2 provider {provider}'.rstrip()}, and it can be loaded")
 
 
 _NEEDED: Final = ("broker", "keystore", "state_dir")
 CHECKS: Final = (
-    Check("clock.time", look_at_time, judge_time),
-    Check("clock.synchronised", look_at_synchronisation, judge_synchronised),
-    Check("clock.battery", look_at_battery, judge_battery),
-    Check("machine.user", look_at_user, judge_user),
-    Check("machine.unit", look_at_unit, judge_unit),
-    Check("machine.sandbox", look_at_sandbox, judge_sandbox, reads=_NEEDED),
-    Check("machine.core_dumps", look_at_core_dumps, judge_core_dumps),
-    Check("machine.memory", lambda _: (_text(Path("/proc/meminfo")),), judge_memory),
-    Check("software.openssl", look_at_openssl, judge_openssl, ("tpm.keystore",)),
+    Check("clock.time", _look_at_time, _judge_time),
+    Check("clock.synchronised", _look_at_synchronisation, _judge_synchronised),
+    Check("clock.battery", _look_at_battery, _judge_battery),
+    Check("machine.user", _look_at_user, _judge_user),
+    Check("machine.unit", _look_at_unit, _judge_unit),
+    Check("machine.sandbox", _look_at_sandbox, _judge_sandbox, reads=_NEEDED),
+    Check("machine.core_dumps", _look_at_core_dumps, _judge_core_dumps),
+    Check("machine.memory", lambda _: (_text(Path("/proc/meminfo")),), _judge_memory),
+    Check("software.openssl", _look_at_openssl, _judge_openssl, ("tpm.keystore",)),
 )

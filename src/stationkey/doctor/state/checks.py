@@ -12,7 +12,7 @@ from stationkey.config.file import SYSTEM_FILE
 from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.doctor.host.context import Context, Daemon
 from stationkey.doctor.host.files import ENTER, READ, WRITE, Facts, User, look_at, octal, permits, user_name
-from stationkey.doctor.report import Finding, failure, hidden, listed, ok, unknown, warning
+from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, unknown, warning
 from stationkey.doctor.runner import Check
 from stationkey.doctor.state import keys
 from stationkey.errors import StationKeyError
@@ -36,7 +36,7 @@ _FOREIGN: Final = frozenset({"vfat", "msdos", "exfat", "ntfs", "ntfs3"})
 _REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs"})
 
 
-def look_at_directory(context: Context) -> tuple[Facts, User, Facts, StationKeyError | None, bool]:
+def _look_at_directory(context: Context) -> tuple[Facts, User, Facts, StationKeyError | None, bool]:
     """Look at the directory, and ask what the daemon would say of it at its start."""
     path, user = context.settings.state_dir, context.daemon.user
     facts, refused = look_at(path, follow=True, user=user), None
@@ -59,18 +59,10 @@ def _nearest(path: Path) -> Facts:
     return look_at(Path("/"))
 
 
-def judge_directory(
+def _judge_directory(
     facts: Facts, user: User, nearest: Facts, refused: StationKeyError | None, writable: bool
 ) -> Finding:
-    """Judge the directory itself.
-
-    Args:
-        facts: of what is there, links followed.
-        user: the daemon's.
-        nearest: the directory in which it would be made.
-        refused: what the daemon would say of it at its start, or None.
-        writable: whether the kernel lets the user who runs this write there, if that is root or the daemon's.
-    """
+    """Judge the directory itself. `nearest` is the one to make it in, `writable` what the kernel says of it."""
     path, mode, owner = facts.path, octal(facts.mode), user_name(facts.uid)
     if facts.closed is not None:
         advice = f"let it: setfacl -m u:{user.name}:x {facts.closed}; or set another state_dir"
@@ -78,7 +70,7 @@ def judge_directory(
     if facts.kind == "unseen":
         return hidden(path)
     if refused is not None:
-        return failure(refused.reason, refused.message, refused.hint, stops=facts.kind != "directory")
+        return refusal(refused, stops=facts.kind != "directory")
     if facts.kind == "missing" and not permits(nearest, user, WRITE | ENTER):
         told = f"{path} is missing, and the daemon's user {user.name} may not make it in {nearest.path}"
         advice = f"install -d -m 0700 -o {user.name} {path}, or StateDirectory=stationkey in the unit"
@@ -101,7 +93,7 @@ def judge_directory(
     return ok(f"{path} belongs to {owner} and is closed to others")
 
 
-def look_at_files(context: Context) -> tuple[list[Facts], User, StationKeyError | None] | Finding:
+def _look_at_files(context: Context) -> tuple[list[Facts], User, StationKeyError | None] | Finding:
     """Look at what is in the directory, and ask what the daemon would say of it at its start."""
     path, refused = context.settings.state_dir, None
     try:
@@ -114,14 +106,8 @@ def look_at_files(context: Context) -> tuple[list[Facts], User, StationKeyError 
     return inside, context.daemon.user, refused
 
 
-def judge_files(inside: list[Facts], user: User, refused: StationKeyError | None) -> Iterator[Finding]:
-    """Judge what is in the directory.
-
-    Args:
-        inside: the daemon's own files.
-        user: the daemon's.
-        refused: what the daemon would say of them at its start, or None.
-    """
+def _judge_files(inside: list[Facts], user: User, refused: StationKeyError | None) -> Iterator[Finding]:
+    """Judge the daemon's own files; `refused` is what the daemon would say of them at its start."""
     shut = [one.path.name for one in inside if one.uid == user.uid != 0 and not one.mode & 0o200]
     exposed = [one for one in inside if one.mode & 0o077 and one.kind != "link"]
     if refused is not None:
@@ -138,7 +124,7 @@ def judge_files(inside: list[Facts], user: User, refused: StationKeyError | None
         yield ok(f"{len(inside)} files, all of one owner and closed to others")
 
 
-def look_at_daemon(context: Context) -> tuple[Daemon, str] | Finding:
+def _look_at_daemon(context: Context) -> tuple[Daemon, str] | Finding:
     """Look at who holds the lock, and at the state of that process [proc(5), /proc/PID/stat]."""
     lock = context.settings.state_dir / LOCK_NAME
     if not context.daemon.running and look_at(lock).kind == "unseen":
@@ -154,7 +140,7 @@ def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
-def judge_daemon(daemon: Daemon, state: str) -> Finding:
+def _judge_daemon(daemon: Daemon, state: str) -> Finding:
     """Judge whether a daemon has the state directory. `state`: of its process, one letter, or an empty text."""
     if state in {"T", "t"}:
         told = f"the daemon (process {daemon.pid}) is stopped: it answers nothing"
@@ -167,7 +153,7 @@ def judge_daemon(daemon: Daemon, state: str) -> Finding:
     return warning("not_running", told, "start it: systemctl start stationkey, or stationkey serve")
 
 
-def look_at_command(context: Context) -> tuple[str, Path, Facts | None, float] | Finding:
+def _look_at_command(context: Context) -> tuple[str, Path, Facts | None, float] | Finding:
     """Look at the command line and the environment of the running daemon, and when it was started."""
     pid = context.daemon.pid
     if pid is None:
@@ -194,15 +180,8 @@ def config_of(words: list[str], variables: list[str]) -> str:
     return named[0] if named else ""
 
 
-def judge_settings(named: str, base: Path, file: Facts | None, started: float) -> Finding:
-    """Judge whether the running daemon has the settings that are examined here.
-
-    Args:
-        named: the configuration file that the daemon was given, or an empty text.
-        base: the working directory of the daemon.
-        file: the one that is examined, or None.
-        started: when the daemon was started, Unix time.
-    """
+def _judge_settings(named: str, base: Path, file: Facts | None, started: float) -> Finding:
+    """Judge the configuration file of the daemon, `named` from directory `base` when it was `started` (Unix time)."""
     if not named and file is None:
         return ok("the daemon has no configuration file, and none is examined")
     if not named or file is None or os.path.realpath(base / named) != os.path.realpath(file.path):
@@ -220,7 +199,7 @@ def _place(context: Context) -> Path:
     return path if look_at(path, follow=True).kind == "directory" else _nearest(path).path
 
 
-def look_at_room(context: Context) -> tuple[Path, int, int | None, int] | Finding:
+def _look_at_room(context: Context) -> tuple[Path, int, int | None, int] | Finding:
     """Look at what is free."""
     path = _place(context)
     try:
@@ -232,15 +211,8 @@ def look_at_room(context: Context) -> tuple[Path, int, int | None, int] | Findin
     return path, octets, room.f_favail if room.f_files else None, needed
 
 
-def judge_room(path: Path, octets: int, files: int | None, needed: int) -> Finding:
-    """Judge whether there is room.
-
-    Args:
-        path: on the disk.
-        octets: free for the daemon's user.
-        files: how many more there can be; None where the file system does not count them.
-        needed: octets that the daemon may want at once.
-    """
+def _judge_room(path: Path, octets: int, files: int | None, needed: int) -> Finding:
+    """Judge how many octets and files are free; None where files are not counted. The daemon may need `needed`."""
     free = f"{octets / _MEBIBYTE:.1f} MiB are free at {path}"
     number = f"{files} more files can be made at {path}"
     advice, fewer = (
@@ -266,7 +238,7 @@ class Mount(NamedTuple):
     options: frozenset[str]
 
 
-def look_at_filesystem(context: Context) -> tuple[Path, Mount | None] | Finding:
+def _look_at_filesystem(context: Context) -> tuple[Path, Mount | None] | Finding:
     """Look at the mount that the directory is on."""
     path = _place(context)
     try:
@@ -290,8 +262,7 @@ def find_mount(lines: list[str], path: Path) -> Mount | None:
     return best
 
 
-def judge_filesystem(path: Path, mount: Mount | None) -> Finding:
-    """Judge whether what is written there stays, and is closed to others."""
+def _judge_filesystem(path: Path, mount: Mount | None) -> Finding:
     if mount is None:
         return unknown(f"the file system of {path} is not known")
     where, elsewhere = f"{path} is on {mount.kind} ({mount.point})", "set a state_dir on a disk of this machine"
@@ -307,16 +278,13 @@ def judge_filesystem(path: Path, mount: Mount | None) -> Finding:
     return ok(where)
 
 
-_LEDGER: Final = ("state.ledger",)
 _READS: Final = ("state_dir",)
 CHECKS: Final = (
-    Check("state.directory", look_at_directory, judge_directory, reads=_READS),
-    Check("state.files", look_at_files, judge_files, ("state.directory",)),
-    Check("state.daemon", look_at_daemon, judge_daemon, reads=_READS),
-    Check("state.settings", look_at_command, judge_settings),
-    Check("state.disk", look_at_room, judge_room, reads=_READS),
-    Check("state.filesystem", look_at_filesystem, judge_filesystem, reads=_READS),
-    Check("state.ledger", keys.look_at_ledger, keys.judge_ledger, reads=_READS),
-    Check("state.keys", keys.look_at_keys, keys.judge_keys, _LEDGER),
-    Check("state.active", keys.look_at_active, keys.judge_active, _LEDGER),
+    Check("state.directory", _look_at_directory, _judge_directory, reads=_READS),
+    Check("state.files", _look_at_files, _judge_files, ("state.directory",)),
+    Check("state.daemon", _look_at_daemon, _judge_daemon, reads=_READS),
+    Check("state.settings", _look_at_command, _judge_settings),
+    Check("state.disk", _look_at_room, _judge_room, reads=_READS),
+    Check("state.filesystem", _look_at_filesystem, _judge_filesystem, reads=_READS),
+    *keys.CHECKS,
 )

@@ -16,7 +16,8 @@ from stationkey.doctor.config.certificates import MONTH
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import Facts, look_at
 from stationkey.doctor.host.ledger_reader import Contents
-from stationkey.doctor.report import Finding, failure, hidden, listed, ok, unknown, warning
+from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, unknown, warning
+from stationkey.doctor.runner import Check
 from stationkey.errors import LedgerError
 from stationkey.ledger import KeyRecord
 from stationkey.ledger.lifecycle import KeyState
@@ -31,7 +32,7 @@ _PASSING: Final = frozenset({"ledger_older", "ledger_busy"})
 """Reasons of the ledger by which nothing is lost."""
 
 
-def look_at_ledger(context: Context) -> tuple[Facts, Contents | LedgerError | str] | Finding:
+def _look_at_ledger(context: Context) -> tuple[Facts, Contents | LedgerError | str] | Finding:
     """Look at the ledger, and read it without a trace."""
     path = context.settings.state_dir / DATABASE_NAME
     facts = look_at(path)
@@ -45,7 +46,7 @@ def look_at_ledger(context: Context) -> tuple[Facts, Contents | LedgerError | st
         return facts, error
 
 
-def judge_ledger(facts: Facts, contents: Contents | LedgerError | str) -> Finding:
+def _judge_ledger(facts: Facts, contents: Contents | LedgerError | str) -> Finding:
     """Judge the ledger. `contents`: what is in it, or why that is not known."""
     path = facts.path
     if facts.kind == "missing":
@@ -59,14 +60,13 @@ def judge_ledger(facts: Facts, contents: Contents | LedgerError | str) -> Findin
         if contents.reason in _PASSING:
             advice = contents.hint or "which program holds it (fuser)? Requests are rejected"
             return warning(contents.reason, contents.message, advice, stops=True)
-        advice = contents.hint or "restore a backup of the state directory, or move it away"
-        return failure(contents.reason, contents.message, advice)
+        return refusal(contents, "restore a backup of the state directory, or move it away")
     if isinstance(contents, str):
         return unknown(contents)
     return ok(f"the ledger is intact, of version {SCHEMA_VERSION}, and has {len(contents.keys)} keys on record")
 
 
-def look_at_keys(context: Context) -> tuple[Sequence[KeyRecord], float, int, tuple[CertificateType, ...]] | Finding:
+def _look_at_keys(context: Context) -> tuple[Sequence[KeyRecord], float, int, tuple[CertificateType, ...]] | Finding:
     """Look at the keys on record."""
     contents = context.ledger()
     if isinstance(contents, str):
@@ -74,17 +74,10 @@ def look_at_keys(context: Context) -> tuple[Sequence[KeyRecord], float, int, tup
     return contents.keys, time.time(), contents.running, context.settings.policy.certificate_types
 
 
-def judge_keys(
+def _judge_keys(
     keys: Sequence[KeyRecord], now: float, running: int, served: tuple[CertificateType, ...]
 ) -> list[Finding]:
-    """Judge the keys that somebody should look at.
-
-    Args:
-        keys: all on record.
-        now: Unix time.
-        running: milliseconds of running time.
-        served: certificate types that may be asked for.
-    """
+    """Judge the keys on record. `now` is Unix time, `running` milliseconds of running time."""
     living = [key for key in keys if key.has_owner and key.state is not KeyState.DESTROYED]
     pending = [key for key in living if key.state is KeyState.PRE_ACTIVATION]
     waiting = [key for key in pending if not key.failed]
@@ -138,7 +131,7 @@ def _judge_key(key: KeyRecord, now: float) -> Iterator[Finding]:
         yield warning("expires", f"{what} expires on {ends}, in {left.days} days", "request a new one [A03.FR.02]")
 
 
-def look_at_active(context: Context) -> tuple[Facts, Mapping[str, bytes | None], Mapping[str, bytes], str] | Finding:
+def _look_at_active(context: Context) -> tuple[Facts, Mapping[str, bytes | None], Mapping[str, bytes], str] | Finding:
     """Look at what is under ``active/``, and at what should be."""
     contents, directory = context.ledger(), context.settings.state_dir / DIRECTORY_NAME
     if isinstance(contents, str):
@@ -163,17 +156,10 @@ def _files_in(directory: Path) -> dict[str, bytes | None]:
     return contents
 
 
-def judge_active(
+def _judge_active(
     directory: Facts, contents: Mapping[str, bytes | None], expected: Mapping[str, bytes], when: str
 ) -> Finding:
-    """Judge whether the files under ``active/`` are what the ledger says.
-
-    Args:
-        directory: ``active/`` itself.
-        contents: by name; None for what is not a file or may not be read.
-        expected: by name, as the ledger has it.
-        when: when the daemon corrects it, in words.
-    """
+    """Judge the files under ``active/``, None for what cannot be read; `when` the daemon corrects them, in words."""
     if directory.kind == "unseen":
         return hidden(directory.path)
     if directory.kind not in {"directory", "missing"}:
@@ -189,3 +175,11 @@ def judge_active(
     if more:
         return warning("unknown_file", f"not known to the ledger: {listed(more)} under active/", f"{when}: deletes it")
     return ok(f"the {len(expected)} files under active/ are what the ledger says")
+
+
+_LEDGER: Final = ("state.ledger",)
+CHECKS: Final = (
+    Check("state.ledger", _look_at_ledger, _judge_ledger, reads=("state_dir",)),
+    Check("state.keys", _look_at_keys, _judge_keys, _LEDGER),
+    Check("state.active", _look_at_active, _judge_active, _LEDGER),
+)

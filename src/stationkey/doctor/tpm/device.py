@@ -14,6 +14,7 @@ from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import READ, WRITE, Facts, User, look_at, octal, permits
 from stationkey.doctor.host.sockets import connections_to
 from stationkey.doctor.report import Finding, failure, hidden, ok, warning
+from stationkey.doctor.runner import Check
 from stationkey.system.addresses import is_loopback
 
 _SYS: Final = Path("/sys/class/tpm")
@@ -122,14 +123,14 @@ def way_of(context: Context) -> Way:
     return Way.parse((context.configured.keystore or "").partition(":")[2])
 
 
-def look_at_device(context: Context) -> tuple[Way, Facts | None, Chip, User]:
+def _look_at_device(context: Context) -> tuple[Way, Facts | None, Chip, User]:
     """Look at the device file or the socket on the way to the TPM, and at what the kernel says."""
     way, user = way_of(context), context.daemon.user
     facts = None if way.path is None else look_at(way.path, follow=True, user=user)
     return way, facts, _chip(facts), user
 
 
-def judge_device(way: Way, facts: Facts | None, chip: Chip, user: User) -> Finding:
+def _judge_device(way: Way, facts: Facts | None, chip: Chip, user: User) -> Finding:
     """Judge what is on the way: there, a TPM, and open to the daemon's user. `facts`: of its path, or None."""
     if facts is None and way.host and not way.is_local:
         told = f"the TPM is asked over the network, at {way.host}: nothing protects what goes there"
@@ -203,3 +204,6 @@ def holders(way: Way) -> list[str]:
         if not wanted.isdisjoint(targets):
             found.append(f"{name} (process {process.name})")
     return found
+
+
+CHECK: Final = Check("tpm.device", _look_at_device, _judge_device, ("tpm.keystore",))

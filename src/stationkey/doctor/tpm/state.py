@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sized
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 from stationkey.contract.profiles import ALGORITHMS, PROFILES, SECP256R1, Algorithm, EllipticCurve
+from stationkey.doctor.host.context import Context
 from stationkey.doctor.report import Finding, failure, listed, ok, unknown, warning
+from stationkey.doctor.runner import Check
 from stationkey.doctor.tpm import facts
-from stationkey.doctor.tpm.facts import CURVES, HASHES, Seen, may_try_keys, text_of
+from stationkey.doctor.tpm.checks import ask_tpm
+from stationkey.doctor.tpm.facts import CURVES, HASHES, Seen, text_of
 from stationkey.keystore.tpm2 import return_codes as rc
 
 _CURVES: Final = MappingProxyType({1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"})
@@ -19,82 +22,63 @@ _WANTED: Final = 2
 _NEW_CERTIFICATES: Final = "request new certificates (/usr/share/doc/stationkey/docs/operations.md, Another TPM)"
 
 
-class _Weakness(NamedTuple):
-    """Firmware that is known to be weak.
-
-    Attributes:
-        manufacturer: as the TPM gives it.
-        name: of the weakness.
-        means: what follows from it here.
-        versions: from and to, both included, of each range.
-    """
-
-    manufacturer: str
-    name: str
-    means: str
-    versions: str
-
-
-_WEAKNESSES: Final = (
-    _Weakness(
-        "IFX",
+_WEAKNESSES: Final = {
+    "IFX": (
         "CVE-2017-15361, ROCA",
         "RSA keys that it makes can be computed from the public key; elliptic-curve keys are not affected",
         # Infineon and Microsoft, ADV170012; the ranges that both give.
         "4.0-4.33 4.40-4.42 5.0-5.61 6.0-6.42 7.0-7.61 133.0-133.32",
     ),
-    _Weakness(
-        "STM",
+    "STM": (
         "CVE-2019-16863, TPM-Fail",
         "its ECDSA keys can be computed from the time that many signatures take",
         # STMicroelectronics' own table, "TPM firmware update - ECDSA signature generation".
         "71.0 71.4 71.12 73.0 73.4-73.5 73.8-73.9 74.0 74.4-74.5 74.8-74.9 74.16",
     ),
-)
-"""Only what the maker itself, or an advisory that it has a part in, has published."""
+}
+"""Of each maker: a weakness of its firmware, what follows from it here, and the versions that have it.
+
+Only what the maker itself, or an advisory that it has a part in, has published.
+"""
 
 
-def judge_started(seen: Seen) -> Finding:
-    """Judge whether TPM2_Startup was sent."""
-    if seen.probe.errors.get("properties") == rc.INITIALIZE:
+def _judge_started(seen: Seen) -> Finding:
+    if seen.errors.get("properties") == rc.INITIALIZE:
         told = "the TPM waits for TPM2_Startup, which the firmware sends at power-on; the daemon sends it"
         advice = "start the daemon. If this happens again, the TPM is reset while the station runs: check its supply"
         return warning("not_started", told, advice)
-    why = seen.probe.lacks("properties")
+    why = seen.lacks("properties")
     return unknown(why) if why else ok("the TPM is started")
 
 
-def judge_self_test(seen: Seen) -> Finding:
+def _judge_self_test(seen: Seen) -> Finding:
     """Judge TPM2_GetTestResult, which works in failure mode too [TPM 2.0 part 3, 10.4]."""
-    code = seen.probe.values.get("test_result")
-    if facts.FAILURE_MODE in {*seen.probe.errors.values(), code}:
+    code = seen.values.get("test_result")
+    if facts.FAILURE_MODE in {*seen.errors.values(), code}:
         advice = "switch the station off and on. If it stays so, replace the TPM, and " + _NEW_CERTIFICATES
         return failure("failure_mode", "the TPM is in failure mode: it failed its self-test", advice)
     if code is None:
-        return unknown(seen.probe.lacks("test_result"))
+        return unknown(seen.lacks("test_result"))
     if code in {0, facts.NEEDS_TEST, rc.TESTING}:
         return ok("the TPM passes its self-test" if code == 0 else "the TPM has not finished its self-test yet")
     return failure("test_result", f"the TPM reports the self-test result {code:#x}", "switch the station off and on")
 
 
-def judge_version(seen: Seen) -> Finding:
-    """Judge family and revision of the specification."""
-    family, revision = seen.probe.numbers(*facts.VERSION)
+def _judge_version(_: Seen, family: int, revision: int) -> Finding:
     if (text := text_of(family)) != "2.0":
         return failure("not_tpm_2", f"this is a TPM {text}", "stationkey needs a TPM 2.0")
     return ok(f"TPM 2.0, revision {revision // 100}.{revision % 100:02d} of the specification")
 
 
-def judge_firmware(seen: Seen) -> Finding:
-    """Judge maker and firmware, and whether that is known to be weak."""
-    maker, *vendor, first, second = seen.probe.numbers(*facts.MAKER, *facts.PT_FIRMWARE)
+def _judge_firmware(_: Seen, maker: int, *numbers: int) -> Finding:
+    *vendor, first, second = numbers
     version = (first >> 16, first & 0xFFFF)
     what = f"{text_of(maker)} {text_of(*vendor)}, firmware {version[0]}.{version[1]}.{second >> 16}.{second & 0xFFFF}"
-    for weakness in _WEAKNESSES:
-        if text_of(maker) == weakness.manufacturer and _in_ranges(version, weakness.versions):
-            told = f"{what}: known to be weak ({weakness.name}): {weakness.means}"
-            advice = "get the update from the maker of the board; then make new keys, and revoke the old certificates"
-            return failure("weak", told, advice)
+    name, means, versions = _WEAKNESSES.get(text_of(maker), ("", "", ""))
+    if _in_ranges(version, versions):
+        told = f"{what}: known to be weak ({name}): {means}"
+        advice = "get the update from the maker of the board; then make new keys, and revoke the old certificates"
+        return failure("weak", told, advice)
     return ok(what)
 
 
@@ -106,9 +90,7 @@ def _in_ranges(version: tuple[int, ...], ranges: str) -> bool:
     return False
 
 
-def judge_simulated(seen: Seen) -> Finding:
-    """Judge whether it is a program and not a chip."""
-    maker, *vendor = seen.probe.numbers(*facts.MAKER)
+def _judge_simulated(seen: Seen, maker: int, *vendor: int) -> Finding:
     if seen.way.is_simulator or (text_of(maker) == "IBM" and text_of(*vendor).startswith("SW")):
         told = "this TPM is simulated: anyone who can read its file has its keys"
         return warning("simulated", told, 'for trying only; on a station, keystore = "tpm2:device:/dev/tpmrm0"')
@@ -118,7 +100,7 @@ def judge_simulated(seen: Seen) -> Finding:
 def _missing_for(algorithm: Algorithm, seen: Seen) -> str:
     """Say what the TPM lacks for an algorithm; an empty text if nothing."""
     profile = ALGORITHMS[algorithm]
-    algorithms, curves, sizes = (seen.probe.values[part] for part in facts.ALGORITHMS)
+    algorithms, curves, sizes = (seen.values[part] for part in _ABILITIES)
     if HASHES[profile.hash_name] not in algorithms:
         return profile.hash_name.upper().replace("SHA", "SHA-")
     lacking = []
@@ -133,9 +115,9 @@ def _missing_for(algorithm: Algorithm, seen: Seen) -> str:
     return " and ".join(lacking)
 
 
-def judge_certificate_types(seen: Seen) -> Iterator[Finding]:
-    """Judge whether there can be a storage root key, and which of the certificates that are served are possible."""
-    algorithms, curves, _ = (seen.probe.values[part] for part in facts.ALGORITHMS)
+def _judge_certificate_types(
+    seen: Seen, algorithms: Collection[int], curves: Collection[int], _: Collection[int]
+) -> Iterator[Finding]:
     needed = {"elliptic curves": facts.ALG_ECC, "AES": facts.ALG_AES, "CFB": facts.ALG_CFB}
     storage = [words for words, number in needed.items() if number not in algorithms]
     storage += [] if CURVES[SECP256R1] in curves else ["secp256r1"]
@@ -162,9 +144,7 @@ def judge_certificate_types(seen: Seen) -> Iterator[Finding]:
         yield failure("none_possible", "none of the certificate types that are served is possible", "use another TPM")
 
 
-def judge_hierarchies(seen: Seen) -> Finding:
-    """Judge whether the hierarchies are enabled."""
-    (flags,) = seen.probe.numbers(facts.PT_STARTUP_CLEAR)
+def _judge_hierarchies(_: Seen, flags: int) -> Finding:
     advice = "look in the firmware's set-up, or at what runs tpm2_hierarchycontrol; a reset enables it"
     if not flags & facts.STORAGE_ENABLED:
         return failure("no_storage", "the storage hierarchy is disabled: no key under it can be used", advice)
@@ -173,10 +153,9 @@ def judge_hierarchies(seen: Seen) -> Finding:
     return ok("the storage and the endorsement hierarchy are enabled")
 
 
-def judge_srk(seen: Seen) -> Finding:
+def _judge_srk(seen: Seen, there: Mapping[str, int] | None, permanent: int, available: int) -> Finding:
     """Judge the storage root key, or whether one could be made. To remove one ends the keys below it."""
-    there, handle = seen.probe.values["srk"], f"{seen.tpm.srk_handle:#x}"
-    permanent, available = seen.probe.numbers(*facts.ROOM_FOR_SRK)
+    handle = f"{seen.tpm.srk_handle:#x}"
     password = " -P PASSWORD" if permanent & facts.OWNER_AUTH_SET else ""
     evict = f"tpm2_evictcontrol -C o{password} -c"
     missing = f"there is no storage root key at {handle}"
@@ -199,7 +178,7 @@ def judge_srk(seen: Seen) -> Finding:
         )
     remove = "; or, if nothing else needs this key, remove it, and the daemon makes one: "
     remove = "" if seen.keys else f"{remove}{evict} {handle}"
-    if seen.probe.values.get("srk_open") is False:
+    if seen.values.get("srk_open") is False:
         told = f"the storage root key at {handle} has a password, and no option names it: no key can be made"
         return failure("srk_auth", told, f"name it by [tpm] srk_auth{remove}")
     if not there["attributes"] & facts.NODA:
@@ -220,9 +199,8 @@ def _srk_differs(there: Mapping[str, int]) -> str:
     return ""
 
 
-def judge_authorisation(seen: Seen) -> Iterator[Finding]:
-    """Judge which hierarchies have a password, and whether the settings know."""
-    tpm, (flags,) = seen.tpm, seen.probe.numbers(facts.PT_PERMANENT)
+def _judge_authorisation(seen: Seen, flags: int) -> Iterator[Finding]:
+    tpm = seen.tpm
     bits = {"owner": facts.OWNER_AUTH_SET, "endorsement": facts.ENDORSEMENT_AUTH_SET, "lockout": facts.LOCKOUT_AUTH_SET}
     for which, named in (("owner", tpm.owner_auth), ("endorsement", tpm.endorsement_auth)):
         if named and not flags & bits[which]:
@@ -231,7 +209,7 @@ def judge_authorisation(seen: Seen) -> Iterator[Finding]:
     if flags & facts.ENDORSEMENT_AUTH_SET and tpm.endorsement_auth is None:
         told = "the endorsement hierarchy has a password that no option names: stationkey attest cannot use it"
         yield warning("not_named", told, "name it by [tpm] endorsement_auth, if attestation is wanted")
-    if seen.probe.errors.get("owner_auth", 0) & 0xFFFF in rc.WRONG_AUTH:
+    if seen.errors.get("owner_auth", 0) & 0xFFFF in rc.WRONG_AUTH:
         told = "[tpm] owner_auth names a wrong password: no storage root key can be made"
         yield failure("wrong", told, "put the right one there; who changed it?")
     if not flags & (facts.LOCKOUT_AUTH_SET | facts.DISABLE_CLEAR):
@@ -240,13 +218,12 @@ def judge_authorisation(seen: Seen) -> Iterator[Finding]:
     yield ok("; ".join(f"{which}: {'with a' if flags & bit else 'no'} password" for which, bit in bits.items()))
 
 
-def judge_lockout(seen: Seen) -> Finding:
+def _judge_lockout(seen: Seen, flags: int, tries: int, most: int, interval: int, recovery: int) -> Finding:
     """Judge the protection against dictionary attacks [TPM 2.0 part 1, 19.8]."""
-    flags, tries, most, interval, recovery = seen.probe.numbers(*facts.LOCKOUT)
     command = f"tpm2_dictionarylockout{' -p PASSWORD' if flags & facts.LOCKOUT_AUTH_SET else ''}"
     usual = f"{command} --setup-parameters --max-tries=32 --recovery-time=600 --lockout-recovery-time=86400"
     advice = f"find out who gives wrong passwords. One is forgotten each {interval} s; or {command} --clear-lockout"
-    there = seen.probe.values.get("srk")
+    there = seen.values.get("srk")
     if most and not interval:  # a recovery time of 0 disables the protection [TPM 2.0 part 3, 25.3.1]
         return warning("disabled", "no protection against dictionary attacks (recovery time 0)", usual)
     if flags & facts.IN_LOCKOUT or (most and tries >= most):
@@ -262,11 +239,10 @@ def judge_lockout(seen: Seen) -> Finding:
     return ok(f"not in lockout, 0 of {most} tries used (one is forgotten each {interval} s, lockout {recovery} s)")
 
 
-def judge_slots(seen: Seen) -> Finding:
+def _judge_slots(seen: Seen, transient: Sized, available: int) -> Finding:
     """Judge the room for keys. Through a resource manager everybody has room, and sees none of the others."""
-    (available,) = seen.probe.numbers(facts.PT_TRANSIENT_AVAIL)
-    strays = len(seen.probe.values["transient"])
-    refused = rc.OBJECT_MEMORY in seen.probe.values.get("keys", {}).values()
+    strays = len(transient)
+    refused = rc.OBJECT_MEMORY in seen.values.get("keys", {}).values()
     if seen.way.is_managed:
         return ok("the resource manager makes room where it is needed")
     if seen.daemon_running:
@@ -283,10 +259,9 @@ def judge_slots(seen: Seen) -> Finding:
     return ok(f"{available} slots are free")
 
 
-def judge_sessions(seen: Seen) -> Finding:
+def _judge_sessions(seen: Seen, there: Sized, loaded: int, active: int) -> Finding:
     """Judge the room for sessions, which only `[tpm] session` needs, and policies."""
-    loaded, active = seen.probe.numbers(*facts.SESSIONS)
-    strays = 0 if seen.way.is_managed else len(seen.probe.values["loaded_sessions"])
+    strays = 0 if seen.way.is_managed else len(there)
     advice = "if no program uses the TPM: tpm2_flushcontext -l (loaded) and -s (saved)"
     if (loaded == 0 and not seen.way.is_managed) or active == 0:
         told = "no session can be started in the TPM: programs that are gone have left theirs"
@@ -298,12 +273,11 @@ def judge_sessions(seen: Seen) -> Finding:
     return ok(f"{active} sessions can be started")
 
 
-def judge_pcrs(seen: Seen) -> Finding:
-    """Judge the registers that new keys are bound to."""
+def _judge_pcrs(seen: Seen, banks: Mapping[str, Collection[int]]) -> Finding:
     tpm = seen.tpm
     if not tpm.pcrs:
         return ok("no key is bound to platform configuration registers")
-    there = seen.probe.values["banks"].get(str(HASHES[tpm.pcr_bank]), [])
+    there = banks.get(str(HASHES[tpm.pcr_bank]), [])
     if missing := [number for number in tpm.pcrs if number not in there]:
         told = f"the TPM's {tpm.pcr_bank} bank has no register {listed(missing)}"
         return failure("no_register", told, "set another [tpm] pcr_bank, or enable this one in the firmware's set-up")
@@ -311,14 +285,13 @@ def judge_pcrs(seen: Seen) -> Finding:
     return warning("bound", told, "request new certificates after each such update")
 
 
-def judge_attestation_key(seen: Seen) -> Finding:
-    """Judge the provisioned attestation key, if one is named."""
+def _judge_attestation_key(seen: Seen) -> Finding:
     handle = seen.tpm.ak_handle
     if handle is None:
         return ok("the attestation key is derived from the endorsement seed when it is used")
-    if why := seen.probe.lacks("ak"):
+    if why := seen.lacks("ak"):
         return unknown(why)
-    there, wanted = seen.probe.values["ak"], facts.RESTRICTED | facts.SIGN
+    there, wanted = seen.values["ak"], facts.RESTRICTED | facts.SIGN
     if there is None or there["attributes"] & wanted != wanted:
         what = "nothing" if there is None else "no restricted signing key"
         told = f"there is {what} at [tpm] ak_handle {handle:#x}"
@@ -326,21 +299,20 @@ def judge_attestation_key(seen: Seen) -> Finding:
     return ok(f"there is a restricted signing key at {handle:#x}")
 
 
-def judge_keys(seen: Seen) -> Iterator[Finding]:
-    """Judge whether this TPM takes the active keys."""
+def _judge_keys(seen: Seen) -> Iterator[Finding]:
     if not seen.keys:
         yield ok("no active key of a TPM is on record")
-    elif seen.probe.values.get("srk", 0) is None:
+    elif seen.values.get("srk", 0) is None:
         told = f"{len(seen.keys)} active keys cannot be used: their storage root key is gone"
         yield failure("no_srk", told, _NEW_CERTIFICATES)
-    elif seen.tpm.srk_auth is not None or seen.probe.values.get("srk_open") is False:
+    elif seen.tpm.srk_auth is not None or seen.values.get("srk_open") is False:
         yield unknown("the storage root key has a password, and the doctor does not send it")
-    elif not may_try_keys(seen.tpm, seen.way, daemon_running=seen.daemon_running):
+    elif not seen.may_try_keys:
         yield unknown("the running daemon has the TPM to itself; its log names the keys that cannot be used")
-    elif why := seen.probe.lacks("keys"):
+    elif why := seen.lacks("keys"):
         yield unknown(why)
     else:
-        tried: dict[str, int] = seen.probe.values["keys"]
+        tried: dict[str, int] = seen.values["keys"]
         yield from (_judge_key(f"{key} ({seen.keys[key]})", code) for key, code in tried.items() if code)
         if not any(tried.values()):
             yield ok(f"the TPM takes {'the active key' if len(tried) == 1 else f'all {len(tried)} active keys'}")
@@ -357,3 +329,37 @@ def _judge_key(key: str, code: int) -> Finding:
         return failure("damaged", told, "restore a backup of the state directory, or request a new certificate")
     told = f"the TPM does not take the active key {key} ({code:#x})"
     return failure("refused", told, "request a new certificate")
+
+
+class _Told:
+    """A look at what the TPM told: parts of the probe by name, properties by number."""
+
+    def __init__(self, *wanted: str | int) -> None:
+        self.wanted = wanted
+
+    def __call__(self, context: Context) -> tuple[Any, ...] | Finding:
+        """Ask the TPM, once for all checks."""
+        return context.once(ask_tpm).told(*self.wanted)
+
+
+_ANSWERS: Final = ("tpm.reachable",)
+_TPM: Final = ("tpm",)
+"""The section of the configuration file."""
+_ABILITIES: Final = ("algorithms", "curves", "rsa")
+CHECKS: Final = (
+    Check("tpm.started", _Told(), _judge_started, _ANSWERS),
+    Check("tpm.self_test", _Told(), _judge_self_test, _ANSWERS),
+    Check("tpm.version", _Told(facts.PT_FAMILY, facts.PT_REVISION), _judge_version, _ANSWERS),
+    Check("tpm.firmware", _Told(*facts.PT_MAKER, *facts.PT_FIRMWARE), _judge_firmware, _ANSWERS),
+    Check("tpm.simulated", _Told(*facts.PT_MAKER), _judge_simulated, _ANSWERS),
+    Check("tpm.certificate_types", _Told(*_ABILITIES), _judge_certificate_types, _ANSWERS),
+    Check("tpm.hierarchies", _Told(facts.PT_STARTUP_CLEAR), _judge_hierarchies, _ANSWERS),
+    Check("tpm.srk", _Told("srk", facts.PT_PERMANENT, facts.PT_PERSISTENT_AVAIL), _judge_srk, _ANSWERS, _TPM),
+    Check("tpm.authorisation", _Told(facts.PT_PERMANENT), _judge_authorisation, _ANSWERS, _TPM),
+    Check("tpm.lockout", _Told(facts.PT_PERMANENT, *facts.PT_LOCKOUT), _judge_lockout, _ANSWERS),
+    Check("tpm.slots", _Told("transient", facts.PT_TRANSIENT_AVAIL), _judge_slots, _ANSWERS),
+    Check("tpm.sessions", _Told("loaded_sessions", *facts.PT_SESSIONS_AVAIL), _judge_sessions, _ANSWERS, _TPM),
+    Check("tpm.pcrs", _Told("banks"), _judge_pcrs, _ANSWERS, _TPM),
+    Check("tpm.attestation_key", _Told(), _judge_attestation_key, _ANSWERS, _TPM),
+    Check("tpm.keys", _Told(), _judge_keys, _ANSWERS, _TPM),
+)
