@@ -19,6 +19,7 @@ from stationkey import (
     CertificateInstallationStatus,
     GenerateCsrRequest,
     GenerateCsrResponse,
+    KeyStores,
     KeyStoreThread,
     Ledger,
     MessageError,
@@ -56,9 +57,9 @@ async def handle(service: StationKeyService, payload: bytes) -> None:
         await service.delivered(response)
 
 
-async def serve(keystore: KeyStoreThread, ledger: Ledger) -> None:
+async def serve(keystores: KeyStores, ledger: Ledger) -> None:
     """Take requests until there are no more. They are answered side by side, so not always in the order they came."""
-    async with aclosing(StationKeyService(keystore, ledger)) as service, asyncio.TaskGroup() as tasks:
+    async with aclosing(StationKeyService(keystores, ledger)) as service, asyncio.TaskGroup() as tasks:
         while payload := await asyncio.to_thread(sys.stdin.buffer.readline):
             tasks.create_task(handle(service, payload))
 
@@ -77,8 +78,8 @@ def main() -> int:
         except StationKeyError as error:
             print(error, file=sys.stderr)
             return 1
-        keystore = stack.enter_context(closing(KeyStoreThread(opener)))
-        asyncio.run(serve(keystore, ledger))
+        keystores = stack.enter_context(closing(KeyStores.only(uri, KeyStoreThread(opener))))
+        asyncio.run(serve(keystores, ledger))
     return 0
 
 

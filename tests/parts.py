@@ -28,6 +28,7 @@ from stationkey.contract.messages import CertificateInstallationStatus, Generate
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.keystore import key_id_of, keystore_opener
 from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import KeyStoreThread
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyState
@@ -181,8 +182,14 @@ class Station:
 
     service: StationKeyService
     ledger: Ledger
-    keystore: KeyStoreThread
+    keystores: KeyStores
     clocks: Clocks
+
+    @property
+    def keystore(self) -> KeyStoreThread:
+        """The thread of its one key store."""
+        [store] = self.keystores
+        return store.thread
 
     @property
     def counts(self) -> Counter[str]:
@@ -272,11 +279,11 @@ async def station(
     state_dir.mkdir(mode=0o700, exist_ok=True)  # noqa: ASYNC240 - nothing else runs yet
     with closing(Ledger(state_dir / DATABASE_NAME)) as ledger:
         opener = keystore_opener(keystore, allow_software_keys=True, terms=tpm, state_dir=state_dir)
-        thread = KeyStoreThread(opener)
+        keystores = KeyStores.only(keystore, KeyStoreThread(opener))
         # The service takes the machine's own clock, which no test could wait for.
         with mock.patch("stationkey.service.requests.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
             service = StationKeyService(
-                thread,
+                keystores,
                 ledger,
                 terms=terms,
                 certificate_dir=certificate_dir,
@@ -285,10 +292,10 @@ async def station(
             )
         await service.custody.show_active()
         try:
-            yield Station(service, ledger, thread, clocks)
+            yield Station(service, ledger, keystores, clocks)
         finally:
             await service.aclose()
-            await asyncio.to_thread(thread.close)
+            await asyncio.to_thread(keystores.close)
 
 
 def software_key(algorithm: Algorithm = Algorithm.ECDSA_SHA256) -> ec.EllipticCurvePrivateKey:

@@ -48,6 +48,7 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
                 "key_of_another_token",
                 "pkcs11_refused",
                 "key_of_another_store",
+                "keystore_unconfigured",
                 "key_damaged",
                 "key_type_wrong",
                 "tpm_error",

@@ -8,7 +8,7 @@ The public names, by task:
 - CSRs: `build_csr`, `inspect_csr`, `CsrSummary`, `to_pem`
 - a request over MQTT: `ask`, `Broker`, `MqttTerms`
 - the service: `StationKeyService`, `Policy`, `PolicyTerms`, `MqttEdge`, `Ledger`, `StateDirectory`
-- key stores: `keystore_opener`, `KeyStore`, `KeyStoreThread`, `KeyRef`, `TpmTerms`
+- key stores: `keystore_opener`, `KeyStore`, `KeyStoreThread`, `KeyStores`, `KeyRef`, `TpmTerms`
 - errors: `StationKeyError` and its kinds `BrokerError`, `ConfigurationError`, `KeyStoreError`, `LedgerError`,
   `MessageError`, `RequestRefused`, `UnsupportedAlgorithm`
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         UnsupportedAlgorithm,
     )
     from stationkey.keystore import KeyRef, KeyStore, keystore_opener
+    from stationkey.keystore.stores import KeyStores
     from stationkey.keystore.worker import KeyStoreThread
     from stationkey.ledger import Ledger
     from stationkey.mqtt.client import ask
@@ -72,6 +73,7 @@ _HOME: Final = {
     "mqtt.gateway": ("MqttEdge",),
     "mqtt.client": ("ask",),
     "keystore": ("KeyRef", "KeyStore", "keystore_opener"),
+    "keystore.stores": ("KeyStores",),
     "keystore.worker": ("KeyStoreThread",),
     "ledger": ("Ledger",),
     "contract.messages": (
@@ -112,6 +114,7 @@ __all__ = [
     "KeyStore",
     "KeyStoreError",
     "KeyStoreThread",
+    "KeyStores",
     "Ledger",
     "LedgerError",
     "MessageError",

@@ -16,9 +16,10 @@ from stationkey._version import __version__
 from stationkey.config.settings import Settings
 from stationkey.contract.profiles import Algorithm
 from stationkey.contract.renewal import renewal_update
-from stationkey.errors import KeyStoreError
-from stationkey.keystore import KeyStore, KeyStoreUri, keystore_opener
-from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
+from stationkey.errors import StationKeyError
+from stationkey.keystore import KeyStore
+from stationkey.keystore.stores import KeyStores, Store, checked_stores
+from stationkey.keystore.worker import Task, on_keystore
 from stationkey.ledger import Ledger
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.mqtt.retained import RetainedTopic
@@ -60,25 +61,20 @@ async def serve(settings: Settings) -> signal.Signals:
         StationKeyError: it cannot start.
     """
     broker = Broker.parse(settings.broker)
-    open_store = keystore_opener(
-        settings.keystore,
-        allow_software_keys=settings.allow_software_keys,
-        terms=settings.keystore_terms,
-        state_dir=settings.state_dir,
-    )
+    start_stores = checked_stores(settings)
     close_to_others()
     os.umask(0o077)
     state = StateDirectory(settings.state_dir)
     try:
         ledger = Ledger(state.database)
-        keystore = KeyStoreThread(open_store)
+        keystores = start_stores()
         watching = AsyncExitStack()
         try:
             counters = Counters()
             loop = asyncio.get_running_loop()
             loop.set_exception_handler(partial(_note_unhandled, counters.task_failures))
             health = await watching.enter_async_context(
-                _watching(settings, keystore, str(broker), counters.task_failures)
+                _watching(settings, keystores, str(broker), counters.task_failures)
             )
             stop = asyncio.Event()
             received: list[signal.Signals] = []
@@ -87,9 +83,9 @@ async def serve(settings: Settings) -> signal.Signals:
             # A TPM that hangs must not keep a signal waiting.
             stopped = asyncio.create_task(stop.wait(), name="stop")
             await unless(stopped, check(broker, settings.mqtt))
-            degraded = await unless(stopped, _introduce(settings, keystore, health)) or ""
+            degraded = await unless(stopped, _introduce(settings, keystores, health)) or ""
             service = StationKeyService(
-                keystore,
+                keystores,
                 ledger,
                 profiles=settings.profiles,
                 policy=Policy(settings.policy, settings.profiles),
@@ -124,11 +120,12 @@ async def serve(settings: Settings) -> signal.Signals:
                 "sweep": service.expiry.run,
                 "tell-unusable": service.expiry.tell_unusable,
                 "learn-ids": service.learn_ids,
-                "make-ahead": service.pool.run,
                 "renewal-watch": partial(service.renewal.run, partial(_show_due, due)),
             }
-            if (scheme := KeyStoreUri.parse(settings.keystore).scheme).resident:
-                tasks["strays"] = Strays(service.custody, scheme.name).run
+            for store, pool in service.pools.items():
+                tasks[f"make-ahead{store.suffix}"] = pool.run
+                if store.uri.scheme.resident:
+                    tasks[f"strays{store.suffix}"] = Strays(service.custody, store).run
             try:
                 async with background(tasks, counters.task_failures):
                     await keep_running(
@@ -142,39 +139,48 @@ async def serve(settings: Settings) -> signal.Signals:
             log.info("stopped", extra=dict(service.counters.outcomes()))
         finally:
             await watching.aclose()  # last, so that there are signs of life until then
-            keystore.close()
+            keystores.close()
             ledger.close()
         return received[0]
     finally:
         state.close()
 
 
-async def _introduce(settings: Settings, keystore: KeyStoreThread, health: Health) -> str:
-    """Log which key store this is and what it can do; refuse to start with one that will never do.
+async def _introduce(settings: Settings, keystores: KeyStores, health: Health) -> str:
+    """Log which key stores these are and what they can do; refuse to start if none of them will ever do.
 
     Returns:
-        Why it cannot serve yet; empty if it can.
+        Why one of them cannot serve yet; empty if all can.
     """
-    where = KeyStoreUri.parse(settings.keystore)
-    log.info("stationkey %s", __version__, extra={"keystore": str(where), "state_dir": str(settings.state_dir)})
+    named = {"keystore" + store.suffix: str(store.uri) for store in keystores}
+    log.info("stationkey %s", __version__, extra={**named, "state_dir": str(settings.state_dir)})
+    failures = await asyncio.gather(*(_introduce_one(store, health) for store in keystores))
+    if all(failure is not None and not failure.transient for failure in failures):
+        raise next(filter(None, failures))
+    for store, failure in zip(keystores, failures, strict=True):
+        if failure is not None:
+            about = {"reason": failure.reason, "certificate_types": ",".join(sorted(store.types))}
+            log.error("requests will be rejected until this is over: %s", failure, extra=about)
+    return "; ".join(failure.message for failure in failures if failure is not None)
 
-    def look(store: KeyStore) -> tuple[str, dict[Algorithm, str]]:
-        supported = {algorithm: store.supports(algorithm) for algorithm in Algorithm}
-        return store.description, {
+
+async def _introduce_one(store: Store, health: Health) -> StationKeyError | None:
+    """Log what a key store is and can do, or return why it cannot say so."""
+
+    def look(opened: KeyStore) -> tuple[str, dict[Algorithm, str]]:
+        supported = {algorithm: opened.supports(algorithm) for algorithm in store.algorithms}
+        return opened.description, {
             algorithm: str(support.key_type) if support else support.missing for algorithm, support in supported.items()
         }
 
     try:
-        description, algorithms = await on_keystore(keystore, look, timeout=FIRST_LOOK, task=Task.LOOK)
-    except KeyStoreError as failure:
-        if not failure.transient:
-            raise
-        log.error("requests will be rejected until this is over: %s", failure, extra={"reason": failure.reason})
-        return failure.message
-    health.description = description
-    level = logging.INFO if where.scheme.protected else logging.WARNING
+        description, algorithms = await on_keystore(store.thread, look, timeout=FIRST_LOOK, task=Task.LOOK)
+    except StationKeyError as failure:
+        return failure
+    health.descriptions[store.name] = description
+    level = logging.INFO if store.uri.scheme.protected else logging.WARNING
     log.log(level, "key store: %s", description, extra={str(name): words for name, words in algorithms.items()})
-    return ""
+    return None
 
 
 def _renewal_topic(settings: Settings) -> RetainedTopic | None:
@@ -217,16 +223,14 @@ def _stopping(number: signal.Signals, received: list[signal.Signals], stop: asyn
 
 
 @asynccontextmanager
-async def _watching(
-    settings: Settings, keystore: KeyStoreThread, broker: str, failures: Counts
-) -> AsyncIterator[Health]:
+async def _watching(settings: Settings, keystores: KeyStores, broker: str, failures: Counts) -> AsyncIterator[Health]:
     """Tell how the daemon is: systemd, where it is there, and whoever asks at ``[metrics] listen``, where that is set.
 
     Raises:
         ConfigurationError: nobody can or should ask there.
     """
     health = Health(
-        keystore,
+        keystores,
         ServiceManager.of(os.environ),
         broker=broker,
         patience=settings.deadlines.ec,
@@ -238,13 +242,13 @@ async def _watching(
             from stationkey.system.listener import Address, Listener  # noqa: PLC0415 - same
 
             listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
-            pages = _pages(settings, health, names=listener.address.path is not None)
+            pages = _pages(health, names=listener.address.path is not None)
             await stack.enter_async_context(Endpoint(listener, pages, for_machines=("/metrics", "/health")))
             log.info("serving page, metrics and health at %s", listener.address)
         yield health
 
 
-def _pages(settings: Settings, health: Health, *, names: bool) -> Mapping[str, Page]:
+def _pages(health: Health, *, names: bool) -> Mapping[str, Page]:
     from http import HTTPStatus  # noqa: PLC0415 - nobody pays for these who does not want them
 
     from stationkey.observability.http import Reply  # noqa: PLC0415 - same
@@ -256,7 +260,7 @@ def _pages(settings: Settings, health: Health, *, names: bool) -> Mapping[str, P
     def page() -> StatusPage:
         from stationkey.observability.page import StatusPage  # noqa: PLC0415 - nobody pays for it who does not ask
 
-        return StatusPage(health, keystore=KeyStoreUri.parse(settings.keystore), names=names)
+        return StatusPage(health, names=names)
 
     async def once() -> Reply:
         return await page().once()

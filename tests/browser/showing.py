@@ -10,7 +10,7 @@ from peers import free_port
 
 from parts import E1, E2, STATION, V2G, V2G20, Station, key_id_in, new_id, request
 from stationkey.errors import RequestRefused
-from stationkey.keystore import KeyStoreUri
+from stationkey.keystore.stores import KeyStores
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.observability.health import Health
 from stationkey.observability.http import Endpoint
@@ -32,20 +32,24 @@ class Edge:
         self.connected, self.in_hand, self.waiting = connected, 0, 0
 
 
-def watching(here: Station, *, connected: bool = True) -> Health:
+def watching(here: Station, *, connected: bool = True, keystore: str = TPM) -> Health:
     health = Health(
-        here.keystore, ServiceManager(), broker="mqtt://127.0.0.1:1883", patience=30.0, clock=lambda: here.clocks.wall
+        KeyStores.only(keystore, here.keystore),
+        ServiceManager(),
+        broker="mqtt://127.0.0.1:1883",
+        patience=30.0,
+        clock=lambda: here.clocks.wall,
     )
-    health.description = "TPM 2.0 by Example, firmware 7.85"
+    health.descriptions["default"] = "TPM 2.0 by Example, firmware 7.85"
     health.watch(here.service, Edge(connected=connected))
     (health.connected if connected else health.away)()
     return health
 
 
 @asynccontextmanager
-async def showing(here: Station, health: Health, *, names: bool = False, keystore: str = TPM) -> AsyncIterator[str]:
+async def showing(here: Station, health: Health, *, names: bool = False) -> AsyncIterator[str]:
     """Serve the page; its URL. `names`: as over a UNIX socket, which a browser cannot open."""
-    page = StatusPage(health, keystore=KeyStoreUri.parse(keystore), names=names, clock=lambda: here.clocks.wall)
+    page = StatusPage(health, names=names, clock=lambda: here.clocks.wall)
     address = Address.parse(f"127.0.0.1:{free_port()}")
     with Listener(address) as listener:
         async with Endpoint(listener, {"/": page.once, "/live": page.live}):

@@ -43,7 +43,7 @@ async def _browser() -> AsyncIterator[Browser]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def here(tmp_path: Path) -> AsyncIterator[Station]:
     async with station(tmp_path / "state") as here:
-        await here.service.pool._begin()  # noqa: SLF001 - the key store is asked for the first time, as at a start
+        await next(iter(here.service.pools.values()))._begin()  # noqa: SLF001 - the key store is asked for the first time, as at a start
         yield here
 
 

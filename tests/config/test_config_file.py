@@ -506,4 +506,75 @@ def test_a_field_that_is_added_to_a_section_is_read_and_needs_no_other_table() -
 def test_a_key_store_gets_the_table_of_its_scheme(keystore: str, table: object) -> None:
     file = read_table({"keystore": keystore, "token": {"slot": 1}}, source="here", declared=LargerSettings)
 
-    assert build(LargerSettings, file).keystore_terms == table
+    assert build(LargerSettings, file).keystore_terms(keystore) == table
+
+
+SE = "pkcs11:token=se?module-path=/usr/lib/se.so"
+HSM = "pkcs11:token=hsm?module-path=/usr/lib/hsm.so"
+
+
+class TestKeyStores:
+    def test_a_type_gets_its_key_store_and_the_others_the_default(self, file: Path) -> None:
+        file.write_text(
+            f'keystore = "{TPM}"\n[keystores]\nse = "{SE}"\nold = "{HSM}"\n'
+            '[keystore_for]\nv2g20_certificate = "se"\nexisting_keys = ["old"]\n'
+        )
+        stores = {store.name: (store.uri, set(store.types)) for store in settle(read_file(file)).stores}
+        assert stores == {
+            "default": (TPM, {CertificateType.CHARGING_STATION_CERTIFICATE, CertificateType.V2G_CERTIFICATE}),
+            "se": (SE, {CertificateType.V2G20_CERTIFICATE}),
+            "old": (HSM, set()),
+        }
+
+    def test_where_each_type_names_one_no_default_is_needed(self) -> None:
+        table = {"keystores": {"se": SE}, "keystore_for": {str(kind): "se" for kind in CertificateType}}
+        [store] = settle(read_table(table, source="here")).stores
+        assert (store.name, set(store.types)) == ("se", set(CertificateType))
+
+    @pytest.mark.parametrize(
+        ("text", "line", "place"),
+        [
+            (
+                '[keystores]\nse = "a:"\n[keystore_for]\nv2g_certificate = "ses"\n',
+                4,
+                "keystore_for.v2g_certificate",
+            ),
+            ('[keystores]\nse = "a:"\n[keystore_for]\nv2g_certificate = "se"\nv2g21_certificate = "se"\n', 5, "v2g21"),
+            ('[keystores]\nse = "a:"\n', 2, "keystores.se"),
+            ('keystore = "a:"\n[keystores]\nse = "a:"\n[keystore_for]\nv2g_certificate = "se"\n', 3, "keystores.se"),
+            ('[keystore_for]\nexisting_keys = ["se"]\n', 2, "keystore_for.existing_keys"),
+            (
+                '[keystores]\nse = "a:"\n[keystore_for]\nv2g_certificate = "se"\nexisting_keys = ["se"]\n',
+                5,
+                "keystore_for.existing_keys",
+            ),
+            ('[keystores]\nSE = "a:"\n', 2, "keystores"),
+            ('[keystores]\ndefault = "a:"\n', 2, "keystores"),
+            ("[keystores]\nse = 1\n", 2, "keystores"),
+            ('keystores = "a:"\n', 1, "keystores"),
+        ],
+    )
+    def test_what_is_contradictory_is_refused_with_its_line(self, file: Path, text: str, line: int, place: str) -> None:
+        file.write_text(text)
+        with pytest.raises(ConfigurationError) as refused:
+            read_file(file)
+        assert refused.value.reason == "config_invalid"
+        assert f"line {line}: " in refused.value.message
+        assert place in refused.value.message
+        settle(read_parts(file).given, keystore=TPM)  # the rest can be used
+
+    def test_the_default_of_the_command_line_must_be_another_store_too(self) -> None:
+        table = {"keystores": {"se": SE}, "keystore_for": {"v2g_certificate": "se"}}
+        with pytest.raises(ConfigurationError) as refused:
+            settle(read_table(table, source="here"), keystore=SE)
+        assert refused.value.reason == "config_invalid"
+
+    def test_the_options_of_a_tpm_are_for_the_tpm_alone(self) -> None:
+        table = {"keystore": TPM, "keystores": {"se": SE}, "keystore_for": {"v2g_certificate": "se"}}
+        settings = settle(read_table({**table, "tpm": {"session": "hmac"}}, source="here"))
+        assert settings.keystore_terms(TPM) == TpmTerms(session="hmac")
+        assert settings.keystore_terms(SE) is None
+
+    def test_a_key_of_the_broker_s_is_in_the_tpm_wherever_that_is_named(self) -> None:
+        table = {"keystore": SE, "keystores": {"chip": TPM}, "keystore_for": {"v2g_certificate": "chip"}}
+        assert f"tpm2:{settle(read_table(table, source='here')).mqtt.tcti}" == TPM

@@ -189,9 +189,9 @@ def test_what_happens_moves_its_own_counters_and_no_others(josev: Josev, station
             total("statuses_total", 2, status="deleted", outcome="refused", reason="status_fits_no_key"),
             total("answer_seconds_count", 1, algorithm="ECDSA_SHA256"),
             total("answer_seconds_count", 5, algorithm="ECDSA_SHA512"),
-            total("keystore_job_seconds_count", 6, task="new_ec_key"),
-            total("keystore_job_seconds_count", 1, task="proof"),
-            total("keystore_job_seconds_count", 1, task="destroy"),
+            total("keystore_job_seconds_count", 6, task="new_ec_key", store="default"),
+            total("keystore_job_seconds_count", 1, task="proof", store="default"),
+            total("keystore_job_seconds_count", 1, task="destroy", store="default"),
         ]
     )
 
@@ -357,11 +357,18 @@ def test_what_waits_for_a_slow_tpm_is_shown(tmp_path: Path, broker: Mosquitto, s
         josev.publish(*requests)
 
         def busy(found: dict[Key, float]) -> list[float]:
-            waiting = [sample(found, "keystore_jobs_waiting", turn=turn) for turn in ("short", "long", "spare")]
-            return [sample(found, "messages_in_hand"), sample(found, "keystore_jobs_in_hand"), *waiting]
+            waiting = [
+                sample(found, "keystore_jobs_waiting", turn=turn, store="default")
+                for turn in ("short", "long", "spare")
+            ]
+            return [
+                sample(found, "messages_in_hand"),
+                sample(found, "keystore_jobs_in_hand", store="default"),
+                *waiting,
+            ]
 
         found = until(path, lambda found: busy(found) == [4, 1, 2, 1, 0])
-        assert sample(found, "keystore_stuck") == 0
+        assert sample(found, "keystore_stuck", store="default") == 0
         swtpm.thaw()
         for request in requests:
             assert josev.wait_for(request["id"])[0].csr
@@ -547,8 +554,8 @@ def test_it_is_not_well_without_a_broker_or_a_tpm_and_well_again_with_both(
         josev.ask(generate_csr())
         status, report = report_of(listen, lambda report: bool(report["keystore"]["stuck"]))
         assert (status, report["keystore"]["reachable"]) == (503, False)
-        found = until(listen, lambda found: sample(found, "keystore_stuck") == 1)
-        assert (sample(found, "keystore_reachable"), sample(found, "healthy")) == (0, 0)
+        found = until(listen, lambda found: sample(found, "keystore_stuck", store="default") == 1)
+        assert (sample(found, "keystore_reachable", store="default"), sample(found, "healthy")) == (0, 0)
         swtpm.thaw()
         report_of(listen, lambda report: report["status"] == "ok")
         mosquitto.kill()

@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,12 +23,13 @@ from parts import V2G, Station, station
 from stationkey.errors import LedgerError, Scope
 from stationkey.keystore import KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import KeyStoreThread, Outcome
 from stationkey.ledger import Figures
 from stationkey.observability import health as module
 from stationkey.observability.health import EXPIRIES, FRESH, PROBE_INTERVAL, Health
 from stationkey.observability.metrics import UNANSWERABLE, Exposition
-from stationkey.observability.status import Condition
+from stationkey.observability.status import Condition, StoreCondition
 from stationkey.system.counters import BUCKETS, MAX_SERIES, Counts, Durations
 from stationkey.system.systemd import ServiceManager
 
@@ -41,8 +43,7 @@ WELL = Condition(
     connected=True,
     connections=1,
     changed=1_700_000_000.0,
-    stuck=False,
-    last=(3.0, Outcome()),
+    stores=(StoreCondition("default", stuck=False, last=(3.0, Outcome())),),
     ledger="",
     due=0,
     expired=0,
@@ -65,7 +66,7 @@ class _Edge:
 
 
 def watching(here: Station) -> Health:
-    health = Health(here.keystore, ServiceManager(), broker="mqtt://127.0.0.1:1883", patience=BOUND)
+    health = Health(here.keystores, ServiceManager(), broker="mqtt://127.0.0.1:1883", patience=BOUND)
     health.watch(here.service, _Edge())
     health.connected()
     return health
@@ -77,27 +78,33 @@ async def here(tmp_path: Path) -> AsyncIterator[Station]:
         yield here
 
 
+def in_store(*, stuck: bool = False, last: tuple[float, Outcome] | None = (3.0, Outcome())) -> dict[str, Any]:
+    return {"stores": (StoreCondition("default", stuck, last),)}
+
+
 class TestCondition:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
             pytest.param({}, "", id="well"),
-            pytest.param({"last": (3.0, Outcome("key_of_another_tpm", Scope.KEY))}, "", id="one key is another TPM's"),
             pytest.param(
-                {"last": (3.0, Outcome("algorithm_unsupported_by_tpm", Scope.REQUEST))},
+                in_store(last=(3.0, Outcome("key_of_another_tpm", Scope.KEY))), "", id="one key is another TPM's"
+            ),
+            pytest.param(
+                in_store(last=(3.0, Outcome("algorithm_unsupported_by_tpm", Scope.REQUEST))),
                 "",
                 id="one algorithm is not there",
             ),
             pytest.param({"ready": False}, "", id="not started"),
-            pytest.param({"last": None}, "", id="not asked yet"),
+            pytest.param(in_store(last=None), "", id="not asked yet"),
             pytest.param({"stopping": True}, "stopping", id="stopping"),
             pytest.param({"connected": False}, "no connection to mqtt://127.0.0.1:1883", id="no broker"),
-            pytest.param({"stuck": True}, "the key store hangs", id="TPM hangs"),
+            pytest.param(in_store(stuck=True), "the key store hangs", id="TPM hangs"),
             pytest.param(
-                {"last": (0.1, Outcome("tpm_lockout", Scope.STORE))}, "cannot serve (tpm_lockout)", id="TPM locked"
+                in_store(last=(0.1, Outcome("tpm_lockout", Scope.STORE))), "cannot serve (tpm_lockout)", id="TPM locked"
             ),
             pytest.param(
-                {"last": (0.1, Outcome("tpm_unreachable", Scope.DEVICE))},
+                in_store(last=(0.1, Outcome("tpm_unreachable", Scope.DEVICE))),
                 "cannot serve (tpm_unreachable)",
                 id="TPM gone",
             ),
@@ -113,14 +120,24 @@ class TestCondition:
         assert json.loads(condition.report())["status"] == ("ok" if condition.healthy else "trouble")
         assert words in condition.sentence(None)
 
+    def test_of_several_key_stores_the_one_in_trouble_is_named(self) -> None:
+        [well] = WELL.stores
+        away = StoreCondition("se", stuck=False, last=(0.1, Outcome("pkcs11_token_missing", Scope.DEVICE)))
+        condition = dataclasses.replace(WELL, stores=(well, away))
+        report = json.loads(condition.report())
+        assert not condition.healthy
+        assert report["keystore"] == report["keystores"]["se"]
+        assert [one["reachable"] for one in report["keystores"].values()] == [True, False]
+        assert "key store se cannot serve (pkcs11_token_missing)" in condition.sentence(None)
+
     def test_the_line_of_status_says_where_how_many_and_until_when(self) -> None:
         line = "connected to mqtt://127.0.0.1:1883, 3 keys active, next certificate expires 2027-01-15"
         assert WELL.sentence(THREE) == line
 
     @pytest.mark.parametrize("scope", Scope)
     def test_what_is_unreachable_is_in_trouble(self, scope: Scope) -> None:
-        condition = dataclasses.replace(WELL, last=(0.1, Outcome("tpm_error", scope)))
-        assert condition.reachable == (scope is not Scope.DEVICE)
+        condition = dataclasses.replace(WELL, **in_store(last=(0.1, Outcome("tpm_error", scope))))
+        assert condition.stores[0].reachable == (scope is not Scope.DEVICE)
         assert bool(condition.troubles) == (scope in {Scope.DEVICE, Scope.STORE})
 
 
@@ -181,7 +198,7 @@ class TestAsking:
         monkeypatch.setattr("stationkey.ledger.worker.LEDGER_PATIENCE", 0.05)
         manager, signs = mock.Mock(watchdog=0.02), asyncio.Queue[None]()
         manager.alive.side_effect = lambda: signs.put_nowait(None)
-        health, go_on = Health(here.keystore, manager, broker="", patience=BOUND), threading.Event()
+        health, go_on = Health(here.keystores, manager, broker="", patience=BOUND), threading.Event()
         health.watch(here.service, _Edge())
         async with health.watching(), asyncio.timeout(BOUND):
             await signs.get()
@@ -226,7 +243,7 @@ class TestAsking:
         assert b"stationkey_keys{" not in await Exposition(health).text()
 
     async def test_before_there_is_a_service_the_rest_is_shown(self, here: Station) -> None:
-        health = Health(here.keystore, ServiceManager(), broker="mqtt://127.0.0.1:1883", patience=BOUND)
+        health = Health(here.keystores, ServiceManager(), broker="mqtt://127.0.0.1:1883", patience=BOUND)
         text = (await Exposition(health).text()).decode()
         assert "stationkey_ready 0.0" in text
         assert "stationkey_keystore_jobs_in_hand" in text
@@ -321,7 +338,7 @@ class TestProbing:
     async def test_a_quiet_key_store_is_asked_and_stays_idle(self) -> None:
         clock = [0.0]
         with closing(self.thread(clock)) as thread:
-            health = Health(thread, ServiceManager(), broker="", patience=BOUND)
+            health = Health(KeyStores.only("software:", thread), ServiceManager(), broker="", patience=BOUND)
             clock[0] = 100.0
             health._probe(PROBE_INTERVAL)  # noqa: SLF001 - what the loop does each time
             while thread.last is None:  # noqa: ASYNC110 - nobody is told when a probe ends
@@ -339,7 +356,7 @@ class TestProbing:
             assert go_on.wait(BOUND)
 
         with closing(self.thread(clock)) as thread:
-            health = Health(thread, ServiceManager(), broker="", patience=BOUND)
+            health = Health(KeyStores.only("software:", thread), ServiceManager(), broker="", patience=BOUND)
             thread.submit(work, timeout=1.0)
             assert begun.wait(BOUND)
             for _ in range(100):
@@ -363,7 +380,7 @@ async def test_the_line_of_status_tells_of_a_hang_long_before_the_next_sign_of_l
             told.set()
 
     manager = mock.Mock(watchdog=60.0, status=status)
-    health = Health(here.keystore, manager, broker="mqtt://127.0.0.1:1883", patience=BOUND)
+    health = Health(here.keystores, manager, broker="mqtt://127.0.0.1:1883", patience=BOUND)
     health.watch(here.service, _Edge())
     health.connected()
     async with health.watching():
@@ -386,7 +403,7 @@ async def test_a_watchdog_that_fails_gives_no_sign_of_life_and_is_counted(
     here: Station, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = Counts()
-    health = Health(here.keystore, _Broken("/nowhere", watchdog=1.0), broker="", patience=BOUND, failures=failures)
+    health = Health(here.keystores, _Broken("/nowhere", watchdog=1.0), broker="", patience=BOUND, failures=failures)
     async with health.watching():
         while not failures.items():  # noqa: ASYNC110 - nobody is told of it
             await asyncio.sleep(0)

@@ -15,11 +15,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from showing import HOSTILE, TPM, fill, key, watching
+from showing import HOSTILE, fill, key, watching
 
 from parts import E1, V2G, O, Station, new_id, station
 from stationkey.errors import LedgerError, RequestRefused, Scope
-from stationkey.keystore import KeyStoreUri
 from stationkey.keystore.worker import Outcome
 from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import CSR_ANSWERED, KeyEvent
@@ -41,8 +40,7 @@ async def here(tmp_path: Path) -> AsyncIterator[Station]:
 
 
 async def shown(here: Station, health: Health | None = None, *, names: bool = False) -> Reply:
-    uri = KeyStoreUri.parse(TPM)
-    return await StatusPage(health or watching(here), keystore=uri, names=names, clock=lambda: here.clocks.wall).once()
+    return await StatusPage(health or watching(here), names=names, clock=lambda: here.clocks.wall).once()
 
 
 async def text_of(here: Station, health: Health | None = None, *, names: bool = False) -> str:
@@ -112,13 +110,13 @@ class TestPolicy:
         }
 
     async def test_only_one_of_the_two_asks_again(self, here: Station) -> None:
-        page = StatusPage(watching(here), keystore=KeyStoreUri.parse(TPM), names=False)
+        page = StatusPage(watching(here), names=False)
         assert [b"http-equiv" in (await ask()).body for ask in (page.once, page.live)] == [False, True]
 
 
 class TestCost:
     async def test_a_flood_of_questions_makes_it_once(self, here: Station) -> None:
-        page = StatusPage(watching(here), keystore=KeyStoreUri.parse(TPM), names=False)
+        page = StatusPage(watching(here), names=False)
         with mock.patch.object(here.service, "overview", wraps=here.service.overview) as looked:
             replies = await asyncio.gather(*(page.once() for _ in range(100)))
         assert looked.call_count == 1
@@ -156,7 +154,7 @@ class TestTrouble:
             assert "mqtt://127.0.0.1:1883" in await text_of(here)
 
     async def test_before_there_is_a_service_it_is_shown(self, here: Station) -> None:
-        health = Health(here.keystore, ServiceManager(), broker="mqtt://127.0.0.1:1883", patience=1.0)
+        health = Health(here.keystores, ServiceManager(), broker="mqtt://127.0.0.1:1883", patience=1.0)
         assert 'class="pill trouble"' in await text_of(here, health)
         await here.service.aclose()
         assert 'class="pill trouble"' in await text_of(here)
@@ -166,12 +164,11 @@ class TestTrouble:
         await here.key()
         health, none = watching(here), Figures(keys={}, expiries=(), unknown=0, destroyed=0, size=0)
 
-        def told(figures: Figures = none, *, protected: bool = True, of: Health = health) -> list[tuple[str, bool]]:
-            found = problems(of, figures, (), protected=protected)
-            return [(problem.words, problem.serious) for problem in found]
+        def told(figures: Figures = none, *, of: Health = health) -> list[tuple[str, bool]]:
+            return [(problem.words, problem.serious) for problem in problems(of, figures, ())]
 
         assert told() == []
-        ((words, serious),) = told(protected=False)
+        ((words, serious),) = told(of=watching(here, keystore="software:"))
         assert (words.partition(":")[0], serious) == ("software keys", False)
         ((words, serious),) = told(Figures(keys={}, expiries=(), unknown=7, destroyed=0, size=0))
         assert ("7" in words, serious) == (True, False)

@@ -109,8 +109,8 @@ async def scraped(here: Station) -> AsyncIterator[Address]:
 
 async def test_every_query_of_the_dashboard_returns_data_and_every_alert_is_evaluated(tmp_path: Path) -> None:
     async with station(tmp_path / "state") as here:
-        here.service.pool._terms = PoolTerms(ec=1, rsa=0)  # noqa: SLF001 - a pool that is never filled has figures, too
-        await here.service.pool._begin()  # noqa: SLF001 - same
+        next(iter(here.service.pools.values()))._terms = PoolTerms(ec=1, rsa=0)  # noqa: SLF001 - a pool that is never filled has figures, too
+        await next(iter(here.service.pools.values()))._begin()  # noqa: SLF001 - same
         await fill(here)
         async with scraped(here) as address:
             with Prometheus(tmp_path / "prometheus", address) as prometheus:

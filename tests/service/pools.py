@@ -23,6 +23,7 @@ from stationkey.contract.messages import GenerateCsrResponse
 from stationkey.contract.profiles import SECP256R1, Algorithm, KeyType, RsaModulus
 from stationkey.keystore import KeyRef, KeyStore, Support, keystore_opener
 from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import KeyStoreThread, Turn
 from stationkey.ledger import Ledger
 from stationkey.service import pool
@@ -135,7 +136,8 @@ class Here:
 
     @property
     def pool(self) -> KeyPool:
-        return self.service.pool
+        [pool] = self.service.pools.values()
+        return pool
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(BOUND):
@@ -193,8 +195,10 @@ async def pooled(
         opener = keystore_opener(keystore, terms=tpm, state_dir=folder) if keystore else open_own
         thread = NotedThread(opener, clock=lambda: clocks.machine)
         with mock.patch("stationkey.service.requests.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
-            answering = StationKeyService(thread, ledger, pool=terms, clock=lambda: clocks.wall)
-        making = asyncio.create_task(answering.pool.run(), name="make-ahead")
+            answering = StationKeyService(
+                KeyStores.only(keystore or "software:", thread), ledger, pool=terms, clock=lambda: clocks.wall
+            )
+        making = asyncio.create_task(next(iter(answering.pools.values())).run(), name="make-ahead")
         here = Here(answering, ledger, thread, store, clocks, making)
         try:
             yield here

@@ -39,6 +39,7 @@ from stationkey import (
 )
 from stationkey.config.settings import PolicyTerms
 from stationkey.keystore.software import SoftwareKeyStore
+from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import on_keystore
 from stationkey.ledger.answers import Answers
 from stationkey.ledger.lifecycle import KeyState
@@ -98,15 +99,20 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-async def answering(keystore: KeyStoreThread, ledger: Ledger) -> AsyncIterator[StationKeyService]:
-    async with aclosing(StationKeyService(keystore, ledger, clock=lambda: 1_700_000_000.5)) as opened:
+def keystores(keystore: KeyStoreThread) -> KeyStores:
+    return KeyStores.only("software:", keystore)
+
+
+@pytest.fixture
+async def answering(keystores: KeyStores, ledger: Ledger) -> AsyncIterator[StationKeyService]:
+    async with aclosing(StationKeyService(keystores, ledger, clock=lambda: 1_700_000_000.5)) as opened:
         yield opened
 
 
 @pytest.fixture
-async def impatient(keystore: KeyStoreThread, ledger: Ledger) -> AsyncIterator[StationKeyService]:
+async def impatient(keystores: KeyStores, ledger: Ledger) -> AsyncIterator[StationKeyService]:
     """A service whose requests are overdue at once where the store hangs."""
-    async with aclosing(StationKeyService(keystore, ledger, deadline=0.05, rsa_deadline=0.05)) as opened:
+    async with aclosing(StationKeyService(keystores, ledger, deadline=0.05, rsa_deadline=0.05)) as opened:
         yield opened
 
 
@@ -312,11 +318,11 @@ async def test_a_csr_that_does_not_verify_is_rejected_and_its_key_destroyed(
 
 
 async def test_a_csr_on_record_that_does_not_verify_is_never_handed_out(
-    keystore: KeyStoreThread, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    keystores: KeyStores, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a loss of power between the writing and the withdrawal would leave it, or a damaged disk."""
     wrong, unreadable = request(), request()
-    async with aclosing(StationKeyService(keystore, ledger)) as answering:
+    async with aclosing(StationKeyService(keystores, ledger)) as answering:
         with monkeypatch.context() as fault:
             fault.setattr(requests, "check_signature", lambda _: None)
             fault.setattr(requests, "sign_csr", lambda *arguments: other_signature(sign_csr(*arguments)))
@@ -327,7 +333,7 @@ async def test_a_csr_on_record_that_does_not_verify_is_never_handed_out(
         assert (await answering.answer(wrong)).data.status == "rejected"
         assert (await answering.answer(unreadable)).data.status == "rejected"
         assert answering.counters.outcomes()["signature_invalid"] == 2
-    async with aclosing(StationKeyService(keystore, ledger)) as answering:
+    async with aclosing(StationKeyService(keystores, ledger)) as answering:
         assert await answering.undelivered() == [good]
         assert csr_of(await answering.answer(wrong)) != ""
     assert {vars(record).get("reason") for record in caplog.records if record.levelno == logging.ERROR} == {
@@ -357,7 +363,7 @@ async def test_a_message_without_an_id_is_logged_and_counted(
 
 
 async def test_an_answer_is_undelivered_until_it_is_said_to_be_delivered(
-    answering: StationKeyService, keystore: KeyStoreThread, ledger: Ledger, tmp_path: Path
+    answering: StationKeyService, keystores: KeyStores, ledger: Ledger, tmp_path: Path
 ) -> None:
     sent, unsent = await answering.answer(request()), await answering.answer(request())
     refused = await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="wrong"))
@@ -368,17 +374,17 @@ async def test_an_answer_is_undelivered_until_it_is_said_to_be_delivered(
     ledger.close()
     async with AsyncExitStack() as stack:
         reopened = stack.enter_context(closing(Ledger(tmp_path / "ledger.sqlite3")))
-        later = await stack.enter_async_context(aclosing(StationKeyService(keystore, reopened)))
+        later = await stack.enter_async_context(aclosing(StationKeyService(keystores, reopened)))
         assert await later.undelivered() == [unsent]
 
 
 async def test_an_id_of_an_earlier_run_is_known_before_and_after_the_ids_were_learnt(
-    keystore: KeyStoreThread, ledger: Ledger, store: Store
+    keystores: KeyStores, ledger: Ledger, store: Store
 ) -> None:
     asked = request()
-    async with aclosing(StationKeyService(keystore, ledger)) as earlier:
+    async with aclosing(StationKeyService(keystores, ledger)) as earlier:
         first = csr_of(await earlier.answer(asked))
-    async with aclosing(StationKeyService(keystore, ledger)) as later:
+    async with aclosing(StationKeyService(keystores, ledger)) as later:
         assert csr_of(await later.answer(asked)) == first
         await later.learn_ids()
         assert csr_of(await later.answer(request(asked.id.upper()))) == first
@@ -439,10 +445,10 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def strict(keystore: KeyStoreThread, ledger: Ledger, clock: Clock) -> AsyncIterator[StationKeyService]:
+async def strict(keystores: KeyStores, ledger: Ledger, clock: Clock) -> AsyncIterator[StationKeyService]:
     """A service that serves one organisation, twice at once and then once a minute."""
     terms = PolicyTerms(organization_names=("EcoG",), requests_per_minute=1, burst=2)
-    async with aclosing(StationKeyService(keystore, ledger, policy=Policy(terms, clock=clock))) as opened:
+    async with aclosing(StationKeyService(keystores, ledger, policy=Policy(terms, clock=clock))) as opened:
         yield opened
 
 
@@ -503,13 +509,13 @@ async def test_the_same_request_many_times_at_once_costs_one_token(strict: Stati
 
 
 async def test_what_was_answered_is_repeated_although_the_policy_would_refuse_it_now(
-    keystore: KeyStoreThread, ledger: Ledger
+    keystores: KeyStores, ledger: Ledger
 ) -> None:
     asked = request()
-    async with aclosing(StationKeyService(keystore, ledger)) as before:
+    async with aclosing(StationKeyService(keystores, ledger)) as before:
         first = csr_of(await before.answer(asked))
     nothing = Policy(PolicyTerms(certificate_types=()))
-    async with aclosing(StationKeyService(keystore, ledger, policy=nothing)) as after:
+    async with aclosing(StationKeyService(keystores, ledger, policy=nothing)) as after:
         assert csr_of(await after.answer(asked)) == first
         assert (await after.answer(request())).data.status == "rejected"
 
@@ -588,10 +594,10 @@ async def test_a_rejection_that_cannot_be_written_is_told_and_written_when_it_ca
 
 
 async def test_a_flood_of_rejections_is_counted_whole_and_recorded_in_part(
-    keystore: KeyStoreThread, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keystores: KeyStores, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rejections_module, "MAX_REJECTIONS", 50)
-    async with aclosing(StationKeyService(keystore, ledger)) as flooded:
+    async with aclosing(StationKeyService(keystores, ledger)) as flooded:
         for _ in range(500):
             await flooded.reject(str(uuid.uuid4()), MessageError("wrong", reason="wrong"))
         assert flooded.counters.outcomes() == {"wrong": 500}

@@ -17,6 +17,7 @@ from simulation.scheduler import Scheduler, SimulatedWorker
 from stationkey.config.settings import Bounds, PolicyTerms, PoolTerms, Terms
 from stationkey.contract.profiles import PROFILES, Algorithm
 from stationkey.errors import KeyStoreError
+from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
 from stationkey.ledger import Ledger
 from stationkey.mqtt.gateway import MqttEdge
@@ -106,7 +107,7 @@ class Station:
                 self.keystore, lambda store: [store.supports(one) for one in Algorithm], timeout=10.0, task=Task.LOOK
             )
         self.service = service = StationKeyService(
-            self.keystore,
+            KeyStores.only("tpm2:simulated", self.keystore),
             ledger,
             policy=Policy(PolicyTerms(), PROFILES),
             terms=TERMS,
@@ -128,7 +129,7 @@ class Station:
             "sweep": service.expiry.run,
             "tell-unusable": service.expiry.tell_unusable,
             "learn-ids": service.learn_ids,
-            "make-ahead": service.pool.run,
+            "make-ahead": next(iter(service.pools.values())).run,
             "renewal-watch": partial(service.renewal.run, lambda _: None),
         }
         try:

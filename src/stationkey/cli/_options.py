@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
@@ -42,6 +42,7 @@ CHECKED: Final = {
     "broker": ("stationkey.mqtt.url", "Broker.parse"),
     "topic_prefix": ("stationkey.mqtt.topics", "topics"),
     "keystore": ("stationkey.keystore", "KeyStoreUri.parse"),
+    "keystores": ("stationkey.keystore", "KeyStoreUri.parse"),
     "metrics.listen": ("stationkey.system.listener", "Address.parse"),
 }
 """Who reads the text of an option, and refuses it: module and name, so that only the options that are given cost."""
@@ -91,11 +92,14 @@ def checked(place: str, value: str) -> None:
 def refused_texts(path: Path, given: Given) -> Iterator[ConfigurationError]:
     """Yield what is wrong with the options of `CHECKED` in a file that is otherwise valid."""
     for place in CHECKED:
-        if (value := given.get((place.removesuffix(".listen"),))) is not None:
+        value = given.get((place.removesuffix(".listen"),))
+        texts = {f".{name}": text for name, text in value.items()} if isinstance(value, Mapping) else {"": value}
+        for name, text in texts.items():
             try:
-                checked(place, str(value))
+                if text is not None:
+                    checked(place, str(text))
             except StationKeyError as error:
-                told = f"{place_of(path, place)}: {error.message}"
+                told = f"{place_of(path, place + name)}: {error.message}"
                 yield ConfigurationError(told, reason=error.reason, hint=error.hint)
 
 

@@ -11,7 +11,8 @@ import click
 
 from stationkey.cli._options import PREFIX, chosen_file, refused_texts
 from stationkey.config import file as configuration
-from stationkey.config.file import read_parts
+from stationkey.config.file import read_parts, settle
+from stationkey.errors import ConfigurationError
 from stationkey.system.text import printable
 
 _LINE: Final = re.compile(r": line (\d+): ")
@@ -46,4 +47,11 @@ def _problems(path: Path) -> list[str]:
     """Return what is wrong with a file, in the order of its lines."""
     parts = read_parts(path)
     told = [*parts.complaints, *(str(error) for error in refused_texts(path, parts.given))]
+    if not told and ("keystores",) in parts.given:
+        from stationkey.keystore.stores import store_uris  # noqa: PLC0415 - most files name one key store
+
+        try:
+            store_uris(settle(parts.given, needs_keystore=False).stores)
+        except ConfigurationError as error:
+            told.append(f"{path}: {error}")
     return sorted(told, key=lambda words: int(line[1]) if (line := _LINE.search(words)) else 0)

@@ -15,7 +15,7 @@ from stationkey.cli._options import CHOSEN, Configured, configured, json_option
 from stationkey.cli._table import SHORT_ID, Column, labelled, listed, write
 from stationkey.cli.health import ask
 from stationkey.cli.keys import opened_ledger, utc
-from stationkey.config.settings import Settings
+from stationkey.config.settings import DEFAULT_STORE, Settings
 from stationkey.doctor.host.context import holder_of
 from stationkey.doctor.host.files import look_at
 from stationkey.errors import StationKeyError
@@ -89,6 +89,7 @@ def look(settings: Settings) -> dict[str, Any]:
         "configuration": None if file is None else str(file),
         "broker": settings.broker,
         "keystore": settings.keystore or None,
+        "keystores": {store.name: store.uri for store in settings.stores},
         "state_dir": str(settings.state_dir),
         "ledger": "ok",
         "keys": [],
@@ -127,17 +128,20 @@ def look(settings: Settings) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield the screen."""
     health = found["health"] or {}
-    broker, keystore, ledger = (health.get(part, {}) for part in ("broker", "keystore", "ledger"))
-    shown = {
-        "daemon": f"{found['daemon']}, {health['status']}"
-        if health
-        else f"{found['daemon']} ({found['health_unknown']})",
-        "broker": found["broker"] + _state(broker, connected=True),
-        "key store": (found["keystore"] or "default") + _state(keystore, reachable=True),
-        "file": found["configuration"] or "no configuration file: the defaults apply",
-        "ledger": f"{found['state_dir']}, {ledger.get('trouble') or found['ledger']}",
-    }
-    for name, words in shown.items():
+    broker, keystores, ledger = (health.get(part, {}) for part in ("broker", "keystores", "ledger"))
+    stores = found["keystores"] or {DEFAULT_STORE: "default"}
+    several = len(stores) > 1
+    shown = [
+        ("daemon", f"{found['daemon']}" + (f", {health['status']}" if health else f" ({found['health_unknown']})")),
+        ("broker", found["broker"] + _state(broker, connected=True)),
+        *(
+            ("key store", f"{name}: " * several + uri + _state(keystores.get(name, {}), reachable=True))
+            for name, uri in stores.items()
+        ),
+        ("file", found["configuration"] or "no configuration file: the defaults apply"),
+        ("ledger", f"{found['state_dir']}, {ledger.get('trouble') or found['ledger']}"),
+    ]
+    for name, words in shown:
         first, *more = labelled(name, words, indent=11)
         yield first.replace(name, _style(name), 1)
         yield from more

@@ -15,7 +15,7 @@ import dataclasses
 import re
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
 from msgspec import UNSET, ValidationError
 
 from stationkey.config.options import Declared, options_of
-from stationkey.config.settings import DEFAULT_DEVICE, CsrOverrides, Settings
+from stationkey.config.settings import DEFAULT_DEVICE, DEFAULT_STORE, CsrOverrides, Settings
 from stationkey.config.wording import lines_of, meant, not_toml, required
 from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import ConfigurationError
@@ -170,6 +170,7 @@ def _said(words: object) -> str:
 
 _CHOICE: Final = re.compile(r"Invalid enum value (.{1,80}?)(?: - at|$)")
 _CSR: Final = "csr"
+_EXISTING: Final = "keystore_for.existing_keys"
 _FIXED: Final = {
     **dict.fromkeys(
         ("ca", "basic_constraints", "basic_constraints_critical", "path_length"),
@@ -222,6 +223,11 @@ class _Reading:
         if profiles != PROFILES:
             self.given["profiles",] = MappingProxyType(profiles)
         self._refuse_contradictions()
+        wrong = [] if "keystores" in self.lost else list(contradictory_stores(self.given))
+        for place, words in wrong:
+            self._refuse(place, words)
+        for path in [path for path in self.given if wrong and path[0] in {"keystores", "keystore_for"}]:
+            del self.given[path]
 
     def _options(self, table: str, values: object, options: Iterable[Declared]) -> dict[tuple[str, ...], Any]:
         """Return what one table sets."""
@@ -241,7 +247,12 @@ class _Reading:
                 given[path] = read
         return given
 
-    def _value(self, option: Declared, value: object) -> Any:
+    def _value(self, option: Declared, value: object, place: str = "") -> Any:
+        if option.is_table and isinstance(value, Mapping) and not place:  # entry by entry, for the line of each
+            parts = [self._value(option, {name: one}, f"{option.place}.{name}") for name, one in value.items()]
+            if UNSET in parts:
+                return UNSET
+        place = place or option.place
         try:
             return option.read(value)
         except ValidationError as error:
@@ -250,11 +261,11 @@ class _Reading:
                 words += f", not {choice[1]}"
             elif option.example:
                 words += f", e.g. {option.example}"
-            self._refuse(option.place, words)
+            self._refuse(place, words)
         except ValueError as error:
-            self._refuse(option.place, f"{option.place}: {error}")
+            self._refuse(place, f"{place}: {error}")
         except ConfigurationError as error:
-            self._complain(error, option.place)
+            self._complain(error, place)
         return UNSET
 
     def _mapping(self, place: str, value: object) -> Mapping[str, object]:
@@ -280,6 +291,26 @@ class _Reading:
     def _complain(self, error: ConfigurationError, place: str) -> None:
         self.complaints.append(error)
         self.lost.add(place.partition(".")[0])
+
+
+def contradictory_stores(given: Given) -> Iterator[tuple[str, str]]:
+    """Yield what is contradictory about the key stores: the place of an option, and words that begin with it."""
+    stores: Mapping[str, str] = given.get(("keystores",), {})
+    chosen = {".".join(path): name for path, name in given.items() if path[0] == "keystore_for"}
+    existing: tuple[str, ...] = chosen.pop(_EXISTING, ())
+    for place, name in [*chosen.items(), *((_EXISTING, name) for name in existing)]:
+        if name not in {DEFAULT_STORE, *stores}:
+            guess = meant(name, "keystores", {"keystores": stores})
+            yield place, f"{place}: [keystores] has no {name}{guess}"
+    if both := [name for name in existing if name in chosen.values()]:
+        yield _EXISTING, f"{_EXISTING}: {both[0]} is chosen for new keys, too"
+    for name in [name for name in stores if name not in {*chosen.values(), *existing}]:
+        place = f"keystores.{name}"
+        yield place, f"{place} is used for nothing: name it in [keystore_for], in existing_keys if for older keys only"
+    places: dict[str, str] = {}
+    for place, uri in [("keystore", given.get(("keystore",), "")), *((f"keystores.{n}", u) for n, u in stores.items())]:
+        if uri and places.setdefault(uri, place) != place:
+            yield place, f"{place} is the same key store as {places[uri]}"
 
 
 def build(declared: type[T], given: Given) -> T:
@@ -308,11 +339,15 @@ def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> S
     for name, value in options.items():
         if value is not None and (value != "" or known[name,].form is None):
             given[name,] = value
-    if needs_keystore and ("keystore",) not in given:
+    kinds = {given.get(("keystore_for", str(kind)), DEFAULT_STORE) for kind in CertificateType}
+    if needs_keystore and ("keystore",) not in given and DEFAULT_STORE in kinds:
         given["keystore",] = default_keystore()
     keystore = given.setdefault(("keystore",), "")
-    if keystore.startswith("tpm2:"):  # a key of the client's that is in a TPM is in this one
-        given["mqtt", "tcti"] = keystore.removeprefix("tpm2:")
+    for _, words in contradictory_stores(given):
+        raise ConfigurationError(words, reason="config_invalid")
+    for uri in (keystore, *given.get(("keystores",), {}).values()):
+        if uri.startswith("tpm2:"):  # a key of the client's that is in a TPM is in this one
+            given["mqtt", "tcti"] = uri.removeprefix("tpm2:")
     return build(Settings, given)
 
 

@@ -77,6 +77,11 @@ class Declared:
         """Where it is in the file, such as ``pool.rsa``."""
         return f"{self.table}.{self.name}".removeprefix(".")
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table with names that the operator chooses."""
+        return get_origin(getattr(self.written, "__origin__", None)) is dict
+
     def read(self, value: object) -> Any:
         """Parse the value in the file; UNSET if that leaves it unset.
 

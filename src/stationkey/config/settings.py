@@ -33,6 +33,8 @@ DEFAULT_DEVICE: Final = "/dev/tpmrm0"
 """The kernel's resource manager: the one TPM device that several programs can share."""
 SRK_HANDLE: Final = 0x81000001
 """Where the SRK persists [TCG TPM v2.0 Provisioning Guidance 7.5.1]."""
+DEFAULT_STORE: Final = "default"
+"""Name of the key store that the option ``keystore`` names."""
 _FIRST_PERSISTENT: Final = 0x81000000
 _LAST_PERSISTENT: Final = 0x81FFFFFF
 
@@ -78,8 +80,59 @@ _DAYS: Final = Form(Annotated[float, Meta(gt=0, le=36_500)], lambda days: int(da
 _Names = tuple[Annotated[str, Meta(min_length=1, max_length=NAME_MAX_LENGTH)], ...]
 _Countries = tuple[Annotated[str, Meta(pattern=r"^[A-Za-z]{2}\Z", extra={FORM: "text of two letters"})], ...]
 _Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=2 * NAME_MAX_LENGTH)], ...]
+_StoreName = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?!default\Z)[a-z][a-z0-9_-]{0,31}\Z",
+        extra={FORM: "a name of up to 32 characters, a-z, 0-9, - and _"},
+    ),
+]
+_Stores = Annotated[
+    dict[_StoreName, Annotated[str, Meta(min_length=1, max_length=4096)]],
+    Meta(max_length=7, extra={FORM: 'a table of NAME = "URI", 7 at most, a name of a-z, 0-9, - and _'}),
+]
 _Registers = Annotated[tuple[Annotated[int, Meta(ge=0, le=23)], ...], Meta(max_length=24)]
 _MANY: Final = Meta(max_length=256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyStoreChoice:
+    """``[keystore_for]``: the key store of a certificate type, where that is not ``keystore``."""
+
+    charging_station_certificate: Annotated[
+        str | None, Option("Key store of charging_station_certificate, by its name.", _TEXT, example='"se"')
+    ] = None
+    v2g_certificate: Annotated[
+        str | None, Option("Key store of v2g_certificate, by its name.", _TEXT, example='"se"')
+    ] = None
+    v2g20_certificate: Annotated[
+        str | None, Option("Key store of v2g20_certificate, by its name.", _TEXT, example='"se"')
+    ] = None
+    existing_keys: Annotated[
+        tuple[_StoreName, ...],
+        Meta(max_length=7),
+        Option("Key stores that make no keys any more, and serve those that they made.", example='["old"]'),
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NamedStore:
+    """A key store of the configuration.
+
+    Attributes:
+        name: in ``[keystores]``, or `DEFAULT_STORE`.
+        uri: its URI.
+        types: the certificate types whose keys are made in it.
+    """
+
+    name: str
+    uri: str
+    types: frozenset[CertificateType]
+
+    @property
+    def place(self) -> str:
+        """Return where its URI is in the file."""
+        return "keystore" if self.name == DEFAULT_STORE else f"keystores.{self.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,6 +502,11 @@ class Settings:
             example='"tpm2:device:/dev/tpmrm0"',
         ),
     ]
+    keystores: Annotated[
+        Mapping[str, str],
+        Option("More key stores, by a name for each.", Form(_Stores, lambda stores: stores or UNSET)),
+    ] = field(default_factory=dict)
+    keystore_for: KeyStoreChoice = field(default_factory=KeyStoreChoice)
     allow_software_keys: Annotated[bool, Option("Let software: be the key store. Its keys are not protected.")] = False
     state_dir: Annotated[Path, Option("Where the ledger is kept.", _PATH, metavar="DIR")] = Path("/var/lib/stationkey")
     topic_prefix: Annotated[
@@ -491,11 +549,20 @@ class Settings:
     profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)
 
     @property
-    def keystore_terms(self) -> object:
-        """The options of the key store: the table with its scheme.
+    def stores(self) -> tuple[NamedStore, ...]:
+        """The key stores, that of ``keystore`` first."""
+        uris = {DEFAULT_STORE: self.keystore} if self.keystore else {}
+        chosen = {kind: getattr(self.keystore_for, kind) or DEFAULT_STORE for kind in CertificateType}
+        return tuple(
+            NamedStore(name, uri, frozenset(kind for kind, store in chosen.items() if store == name))
+            for name, uri in {**uris, **self.keystores}.items()
+        )
 
-        A store that has none gets those of a TPM, so that it can refuse what only a TPM keeps.
+    def keystore_terms(self, uri: str) -> object:
+        """Return the options of a key store: the table with its scheme.
+
+        A store that has none gets those of a TPM where no store is one, so that it can refuse what only a TPM keeps.
         """
-        scheme = self.keystore.partition(":")[0]
-        tables = (getattr(self, one.name) for one in fields(self))
-        return next((table for table in tables if getattr(table, "SCHEME", None) == scheme), self.tpm)
+        tables = {getattr(table, "SCHEME", None): table for table in (getattr(self, one.name) for one in fields(self))}
+        schemes = {store.uri.partition(":")[0] for store in self.stores}
+        return tables.get(uri.partition(":")[0], None if self.tpm.SCHEME in schemes else self.tpm)

@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
 from stationkey.contract.profiles import Algorithm, KeyType
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.schemes import SCHEMES
 from stationkey.system.pem import to_pem
 
@@ -54,6 +55,23 @@ class KeyRef:
     def key_id(self) -> str:
         """See `key_id_of`."""
         return key_id_of(self.public)
+
+    @property
+    def location(self) -> str:
+        """The location of the key as the key itself tells it, without the scheme; empty if it does not.
+
+        Raises:
+            KeyStoreError: the record of the key is corrupt.
+        """
+        scheme = SCHEMES.get(self.scheme)
+        if scheme is None or not scheme.locate:
+            return ""
+        try:
+            return str(resolve_name(scheme.locate)(self.private)).removeprefix(f"{self.scheme}:")
+        except ValueError:
+            raise KeyStoreError(
+                f"key {self.key_id} is corrupt in the ledger", reason="key_damaged", scope=Scope.KEY
+            ) from None
 
     def pem(self) -> bytes:
         """Return the key as a PEM file that OpenSSL can use.

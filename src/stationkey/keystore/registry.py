@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from stationkey.errors import ConfigurationError
-from stationkey.keystore.protocol import KeyStore
+from stationkey.keystore.protocol import KeyRef, KeyStore
 from stationkey.keystore.schemes import SCHEMES, Scheme
 
 
@@ -66,10 +68,30 @@ class KeyStoreUri:
             resolve_name(scheme.reader)(location)
         return cls(scheme, location)
 
+    @property
+    def device(self) -> tuple[str, str]:
+        """Return what no two key stores may have in common; see `Scheme`."""
+        found = re.search(self.scheme.device, self.location)
+        return self.scheme.name, found[0] if found else ""
+
+    def holds(self, key: KeyRef) -> bool:
+        """Return whether a key is in this store, as far as can be told without asking the device.
+
+        Raises:
+            KeyStoreError: the record of the key is corrupt.
+        """
+        here, there = (_attributes(location) for location in (self.location, key.location))
+        return key.scheme == self.scheme.name and (not self.scheme.locate or here <= there)
+
     def __str__(self) -> str:
         """Return the URI without what may be secret in it."""
         location, query, _ = self.location.partition("?") if self.scheme.secret_query else (self.location, "", "")
         return f"{self.scheme.name}:{location}{query and '?…'}"
+
+
+def _attributes(location: str) -> set[str]:
+    """Return what names a device in the location of a store whose keys tell theirs [RFC 7512 2.3]."""
+    return {unquote(part) for part in location.partition("?")[0].split(";")}
 
 
 def keystore_opener(

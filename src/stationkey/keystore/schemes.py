@@ -19,6 +19,10 @@ class Scheme:
         located: whether the URI says where the store is.
         reader: what refuses an invalid location, as ``module:function``; None if every name is taken.
         secret_query: whether what follows ``?`` in its URI may hold a secret, and is not shown.
+        device: pattern of what no two key stores may have in common in their locations. An empty one allows one store
+            of this kind: its keys do not tell which device they are of, or its options are for one device.
+        locate: for a key that tells its device, the function that reads its URI from its private part, as
+            ``module:function``.
         protected: whether its keys are protected. One without protection is for trying only, and never a fallback.
         resident: whether its keys stay in the device, so that a crash can leave one there: see
             `stationkey.keystore.Sweeping`.
@@ -34,6 +38,8 @@ class Scheme:
     located: bool
     reader: str | None = None
     secret_query: bool = False
+    device: str = ""
+    locate: str = ""
     protected: bool
     resident: bool = False
     attests: bool
@@ -59,6 +65,8 @@ _SCHEMES: Final = (
         example="pkcs11:token=station?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/stationkey/pin",
         located=True,
         reader="stationkey.keystore.pkcs11.uri:TokenUri.parse",
+        device="(?<=module-path=)[^&]*",  # which takes one C_Initialize in a process
+        locate="stationkey.keystore.pkcs11.keyfile:uri_of",
         protected=True,
         resident=True,
         attests=False,

@@ -3,7 +3,7 @@
 **Stuck** is a key store with a call out for longer than its whole time. Only then do the signs of life for systemd's
 watchdog stop, for only then does a new process help: the call is given up with the old one. A TPM that is gone fails at
 once, and no restart brings it back. A TPM that works for minutes at an RSA key has minutes for that. Where nobody wants
-anything, nobody would notice: so the key store is asked a small question now and then.
+anything, nobody would notice: so each key store is asked a small question now and then.
 
 The ledger's thread hangs where the disk does. The signs of life stop then, too.
 """
@@ -20,9 +20,10 @@ from functools import partial
 from typing import Final, Protocol
 
 from stationkey.errors import LedgerError
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn
+from stationkey.keystore.stores import KeyStores
+from stationkey.keystore.worker import Task, Turn
 from stationkey.ledger import Figures
-from stationkey.observability.status import Condition
+from stationkey.observability.status import Condition, StoreCondition
 from stationkey.service.requests import StationKeyService
 from stationkey.system.counters import Counts
 from stationkey.system.systemd import ServiceManager
@@ -70,7 +71,7 @@ class Health:
     """Watches the parts of a daemon, and tells systemd.
 
     Args:
-        keystore: the key store's thread.
+        keystores: the key stores.
         manager: systemd, if there is one.
         broker: URL of the broker, without secrets.
         patience: seconds that the key store may take for a small question.
@@ -81,12 +82,12 @@ class Health:
         service: the service, as soon as there is one.
         edge: the edge to the broker, likewise.
         connections: how often the broker's subscription has stood.
-        description: what the key store is, in words; empty until it has said so.
+        descriptions: what a key store is, in words, by its name; empty until it has said so.
     """
 
     def __init__(
         self,
-        keystore: KeyStoreThread,
+        keystores: KeyStores,
         manager: ServiceManager,
         *,
         broker: str,
@@ -94,11 +95,11 @@ class Health:
         clock: Callable[[], float] = time.time,
         failures: Counts | None = None,
     ) -> None:
-        self.keystore = keystore
+        self.keystores = keystores
         self.service: StationKeyService | None = None
         self.edge: Connecting | None = None
         self.connections = 0
-        self.description = ""
+        self.descriptions = {store.name: "" for store in keystores}
         self._manager = manager
         self._broker = broker
         self._patience = patience
@@ -164,8 +165,7 @@ class Health:
             connected=self.edge is not None and self.edge.connected,
             connections=self.connections,
             changed=self._changed_at,
-            stuck=self.keystore.stuck,
-            last=self.keystore.last,
+            stores=tuple(StoreCondition(one.name, one.thread.stuck, one.thread.last) for one in self.keystores),
             ledger="" if self.service is None else self.service.ledger_trouble or "no_answer" * self._silent,
             due=len(due) - expired,
             expired=expired,
@@ -220,10 +220,11 @@ class Health:
         look, fed_at = min(interval, LOOK_INTERVAL), -interval
         while True:
             now = self.condition()
-            if now.stuck and not before.stuck:
-                log.error("the key store hangs")
-            elif before.stuck and not now.stuck:
-                log.warning("key store recovered")
+            for earlier, store in zip(before.stores, now.stores, strict=True):
+                if store.stuck and not earlier.stuck:
+                    log.error("%s hangs", now.called(store))
+                elif earlier.stuck and not store.stuck:
+                    log.warning("%s recovered", now.called(store).removeprefix("the "))
             if now.troubles != before.troubles:
                 self._news.set()
             ledger_stuck = self.service is not None and self.service.ledger_stuck
@@ -240,19 +241,20 @@ class Health:
             await asyncio.sleep(look)
 
     def _probe(self, interval: float) -> None:
-        """Ask a key store whose last sign of life is old; one that has something to do will give one, or be stuck."""
-        last = self.keystore.last
-        fresh = last is not None and last[0] < min(interval, PROBE_INTERVAL) / 2
-        if not fresh and not self.keystore.busy and not any(self.keystore.waiting.values()):
-            probe = self.keystore.submit(
-                lambda store: store.description, timeout=self._patience, turn=Turn.SPARE, task=Task.PROBE
-            )
-            probe.add_done_callback(self._probed)
+        """Ask each key store whose last sign of life is old; a busy one will give one, or be stuck."""
+        for store in self.keystores:
+            thread, last = store.thread, store.thread.last
+            fresh = last is not None and last[0] < min(interval, PROBE_INTERVAL) / 2
+            if not fresh and not thread.busy and not any(thread.waiting.values()):
+                probe = thread.submit(
+                    lambda opened: opened.description, timeout=self._patience, turn=Turn.SPARE, task=Task.PROBE
+                )
+                probe.add_done_callback(partial(self._probed, store.name))
 
-    def _probed(self, probe: Future[str]) -> None:
-        """Keep what the key store says it is; called on its thread."""
+    def _probed(self, name: str, probe: Future[str]) -> None:
+        """Keep what a key store says it is; called on its thread."""
         if not probe.cancelled() and probe.exception() is None:
-            self.description = probe.result()
+            self.descriptions[name] = probe.result()
 
     async def _tell(self) -> None:
         """Keep the line of status true, from the first try at the broker on."""

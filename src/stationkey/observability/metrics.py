@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from stationkey._version import __version__
 from stationkey.contract.profiles import CertificateType
+from stationkey.keystore.stores import KeyStores
 from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.observability.health import Health
@@ -90,7 +91,7 @@ class Exposition(Collector):
             "build", "Version of stationkey and of Python.", version=__version__, python=platform.python_version()
         )
         yield from _of_condition(condition)
-        yield from self._of_keystore()
+        yield from _of_keystores(self._health.keystores)
         if self._health.edge is not None:
             edge = self._health.edge
             yield _gauge("messages_in_hand", "Messages that are being answered.", edge.in_hand)
@@ -100,23 +101,46 @@ class Exposition(Collector):
         if figures is not None:
             yield from _of_ledger(figures)
 
-    def _of_keystore(self) -> Iterator[Metric]:
-        keystore = self._health.keystore
-        waiting = {(turn.name.lower(),): count for turn, count in keystore.waiting.items()}
-        yield _gauges("keystore_jobs_waiting", "Jobs that wait for the key store.", ("turn",), waiting)
-        yield _gauge("keystore_jobs_in_hand", "Jobs that the key store works at: one or none.", keystore.busy)
-        yield _gauge(
-            "keystore_threads_abandoned", "Threads that were given up in a call and still are.", keystore.abandoned
-        )
-        if (last := keystore.last) is not None:
-            when = time.time() - last[0]
-            yield _gauge("keystore_last_job_timestamp_seconds", "When the key store did something last.", when)
-        durations = HistogramMetricFamily(
-            _PREFIX + "keystore_job_seconds", "How long a job had the key store, its wait left out.", labels=("task",)
-        )
-        for task, (cumulative, total) in keystore.durations().items():
-            durations.add_metric((task,), _buckets(cumulative), total)
-        yield durations
+
+def _of_keystores(keystores: KeyStores) -> Iterator[Metric]:
+    threads = {store.name: store.thread for store in keystores}
+    yield _gauges(
+        "keystore_jobs_waiting",
+        "Jobs that wait for a key store.",
+        ("turn", "store"),
+        {
+            (turn.name.lower(), name): count
+            for name, thread in threads.items()
+            for turn, count in thread.waiting.items()
+        },
+    )
+    yield _gauges(
+        "keystore_jobs_in_hand",
+        "Jobs that a key store works at: one or none.",
+        ("store",),
+        {(name,): thread.busy for name, thread in threads.items()},
+    )
+    yield _gauges(
+        "keystore_threads_abandoned",
+        "Threads that were given up in a call and still are.",
+        ("store",),
+        {(name,): thread.abandoned for name, thread in threads.items()},
+    )
+    yield _gauges(
+        "keystore_last_job_timestamp_seconds",
+        "When a key store did something last.",
+        ("store",),
+        {(name,): time.time() - last[0] for name, thread in threads.items() if (last := thread.last) is not None},
+    )
+    durations = HistogramMetricFamily(
+        _PREFIX + "keystore_job_seconds",
+        "How long a job had a key store, its wait left out.",
+        labels=("task", "store"),
+    )
+    for name, thread in threads.items():
+        for task, (cumulative, total) in thread.durations().items():
+            durations.add_metric((task, name), _buckets(cumulative), total)
+    yield durations
 
 
 def _of_condition(condition: Condition) -> Iterator[Metric]:
@@ -127,8 +151,10 @@ def _of_condition(condition: Condition) -> Iterator[Metric]:
     yield _gauge(
         "broker_changed_timestamp_seconds", "Since when the broker is connected, or is not.", condition.changed
     )
-    yield _gauge("keystore_reachable", "Whether the key store answered the last time.", condition.reachable)
-    yield _gauge("keystore_stuck", "Whether a call to the key store hangs.", condition.stuck)
+    reachable = {(store.name,): store.reachable for store in condition.stores}
+    yield _gauges("keystore_reachable", "Whether a key store answered the last time.", ("store",), reachable)
+    stuck = {(store.name,): store.stuck for store in condition.stores}
+    yield _gauges("keystore_stuck", "Whether a call to a key store hangs.", ("store",), stuck)
     due = {("due",): condition.due, ("expired",): condition.expired}
     yield _gauges("certificates_due", "Certificates of active keys that are due for renewal.", ("state",), due)
     yield _gauge("clock_behind", "Whether the clock is before the newest certificate.", condition.clock_behind)
@@ -197,10 +223,11 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
     yield _counter(
         "running_seconds", "How long the daemon has run with this ledger, all runs together.", service.running / 1000
     )
-    ready = {(str(kind),): count for kind, count in service.pool.ready().items()}
-    yield _gauges("pool_keys_ready", "Keys made ahead that are ready.", ("key_type",), ready)
-    wanted = {(str(kind),): count for kind, count in service.pool.wanted().items()}
-    yield _gauges("pool_keys_wanted", "Keys made ahead that there should be.", ("key_type",), wanted)
+    pools = {store.name: pool for store, pool in service.pools.items()}
+    ready = {(str(kind), name): count for name, pool in pools.items() for kind, count in pool.ready().items()}
+    yield _gauges("pool_keys_ready", "Keys made ahead that are ready.", ("key_type", "store"), ready)
+    wanted = {(str(kind), name): count for name, pool in pools.items() for kind, count in pool.wanted().items()}
+    yield _gauges("pool_keys_wanted", "Keys made ahead that there should be.", ("key_type", "store"), wanted)
 
 
 def _of_ledger(figures: Figures) -> Iterator[Metric]:

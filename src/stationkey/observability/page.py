@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stationkey._version import __version__
-from stationkey.contract.profiles import PROFILES
+from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import LedgerError
-from stationkey.keystore import KeyStoreUri
+from stationkey.keystore.stores import Store
 from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import CSR_ANSWERED, KeyEvent, KeyState
 from stationkey.ledger.overview import REJECTED, Happening, KeyGlance, Overview
@@ -31,6 +31,7 @@ from stationkey.observability.health import LEDGER_PATIENCE, Health
 from stationkey.observability.http import Reply
 from stationkey.observability.kept import Kept
 from stationkey.observability.problems import problems
+from stationkey.observability.status import StoreCondition
 from stationkey.system.text import printable
 
 if TYPE_CHECKING:
@@ -76,16 +77,12 @@ class StatusPage:
 
     Args:
         health: knows the parts.
-        keystore: the key store in use.
         names: whether what requests named may be shown.
         clock: Unix time in seconds.
     """
 
-    def __init__(
-        self, health: Health, *, keystore: KeyStoreUri, names: bool, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, health: Health, *, names: bool, clock: Callable[[], float] = time.time) -> None:
         self._health = health
-        self._keystore = keystore
         self._names = names
         self._clock = clock
         self._loaded: _Template | None = None
@@ -129,7 +126,7 @@ class StatusPage:
         running = 0 if service is None else service.running
         due = set() if service is None else {certificate.key_id for certificate in service.renewal.due}
         views = [self._key(key, now, running, due=key.key_id in due) for key in keys]
-        found = problems(self._health, figures, keys, protected=self._keystore.scheme.protected)
+        found = problems(self._health, figures, keys)
         state = "trouble" if not condition.healthy else "notice" if found else "ok"
         return {
             "version": __version__,
@@ -146,7 +143,9 @@ class StatusPage:
                 "in_hand": 0 if self._health.edge is None else self._health.edge.in_hand,
                 "waiting": 0 if self._health.edge is None else self._health.edge.waiting,
             },
-            "keystore": self._keystore_view(),
+            "keystores": [
+                self._store_view(*both) for both in zip(self._health.keystores, condition.stores, strict=True)
+            ],
             "ledger": {
                 "trouble": condition.ledger,
                 "size": None if figures is None else f"{figures.size / 1024:,.0f} KiB",
@@ -164,8 +163,7 @@ class StatusPage:
             "happenings": [] if overview is None else [self._happening(one, now) for one in overview.happenings],
         }
 
-    def _keystore_view(self) -> dict[str, Any]:
-        condition, keystore = self._health.condition(), self._health.keystore
+    def _store_view(self, store: Store, condition: StoreCondition) -> dict[str, Any]:
         if condition.last is None:
             state, level, last = "not asked yet", "warn", "none yet"
         else:
@@ -174,14 +172,16 @@ class StatusPage:
             level = "good" if condition.reachable else "bad"
             last = f"{outcome.reason or 'ok'}, {_span(ago)} ago"
         return {
-            "name": "TPM" if self._keystore.scheme.name == "tpm2" else "Key store",
-            "uri": str(self._keystore),
-            "description": printable(self._health.description),
+            "id": f"keystore{store.suffix}",
+            "name": "TPM" if store.uri.scheme.name == "tpm2" else "Key store",
+            "uri": str(store.uri),
+            "types": [_kind(kind) for kind in CertificateType if kind in store.types],
+            "description": printable(self._health.descriptions[store.name]),
             "state": state,
             "level": level,
             "last": last,
-            "waiting": sum(keystore.waiting.values()),
-            "busy": keystore.busy,
+            "waiting": sum(store.thread.waiting.values()),
+            "busy": store.thread.busy,
         }
 
     def _pool(self) -> list[tuple[str, int, int]]:
@@ -189,8 +189,11 @@ class StatusPage:
         service = self._health.service
         if service is None:
             return []
-        ready = service.pool.ready()
-        return [(str(kind), ready.get(kind, 0), wanted) for kind, wanted in service.pool.wanted().items()]
+        return [
+            (f"{kind} in {store.name}" if len(service.pools) > 1 else str(kind), pool.ready().get(kind, 0), wanted)
+            for store, pool in service.pools.items()
+            for kind, wanted in pool.wanted().items()
+        ]
 
     def _requests(self) -> dict[str, int]:
         """How many requests there were in this run, by outcome."""

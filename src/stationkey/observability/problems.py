@@ -28,16 +28,16 @@ class Problem:
     serious: bool = False
 
 
-def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...], *, protected: bool) -> list[Problem]:
+def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...]) -> list[Problem]:
     """Return what is wrong, the serious first.
 
     Args:
         health: knows the parts.
         figures: what the ledger has on record, if it can be read.
         keys: the living keys.
-        protected: whether the key store protects its keys.
     """
-    condition, service, abandoned = health.condition(), health.service, health.keystore.abandoned
+    condition, service = health.condition(), health.service
+    abandoned = sum(store.thread.abandoned for store in health.keystores)
     unusable = 0 if service is None else service.counters.unusable
     not_shown = [] if service is None else service.counters.not_shown.items()
     unknown = 0 if figures is None else figures.unknown
@@ -45,11 +45,14 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
     rows: list[tuple[object, Problem]] = [
         (condition.stopping, Problem("stopping: requests in hand are finished first", "", serious=True)),
         (not condition.connected, Problem(f"no connection to the broker {condition.broker}", _DOCTOR, serious=True)),
-        (condition.last is None, Problem("the key store has not answered yet", "", serious=True)),
+        *(
+            (store.last is None, Problem(f"{condition.called(store)} has not answered yet", "", serious=True))
+            for store in condition.stores
+        ),
         *((True, Problem(trouble, _DOCTOR, serious=True)) for trouble in condition.troubles),
         (service is not None and service.ledger_stuck, Problem("the ledger's disk hangs", _DOCTOR, serious=True)),
         (
-            not protected,
+            not all(store.uri.scheme.protected for store in health.keystores),
             Problem(
                 "software keys: anyone who can read the state directory has them", "use a TPM on a station in service"
             ),

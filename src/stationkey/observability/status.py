@@ -13,6 +13,48 @@ from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState
 
 
+@dataclass(frozen=True, slots=True)
+class StoreCondition:
+    """How a key store is at a moment.
+
+    Attributes:
+        name: in the configuration.
+        stuck: a call to it hangs; see `stationkey.observability.health`.
+        last: how many seconds ago it did something last, and how that ended.
+    """
+
+    name: str
+    stuck: bool
+    last: tuple[float, Outcome] | None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is a key store to speak with."""
+        return not self.stuck and (self.last is None or self.last[1].scope is not Scope.DEVICE)
+
+    def trouble(self, name: str) -> str:
+        """Return what is wrong with it, in words; empty if nothing is.
+
+        Args:
+            name: what the words call it.
+        """
+        if self.stuck:
+            return f"{name} hangs"
+        if self.last is not None and self.last[1].scope in {Scope.DEVICE, Scope.STORE}:
+            return f"{name} cannot serve ({self.last[1].reason})"
+        return ""
+
+    def report(self) -> dict[str, object]:
+        """Return the same for JSON."""
+        ago, outcome = self.last or (None, None)
+        return {
+            "reachable": self.reachable,
+            "stuck": self.stuck,
+            "last_result": None if outcome is None else outcome.reason or "ok",
+            "last_result_seconds_ago": None if ago is None else round(ago, 1),
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
     """How the daemon is at a moment.
@@ -24,8 +66,7 @@ class Condition:
         connected: whether the broker's subscription stands.
         connections: how often it has stood in this run.
         changed: since when it stands, or does not; Unix time in seconds.
-        stuck: a call to the key store hangs; see `stationkey.observability.health`.
-        last: how many seconds ago the key store did something last, and how that ended.
+        stores: the key stores.
         ledger: reason of the ledger's last failure, or ``no_answer``; an empty text where there is nothing wrong.
         due: certificates of active keys that are due for renewal, those that are expired left out.
         expired: certificates of active keys that are expired.
@@ -39,8 +80,7 @@ class Condition:
     connected: bool
     connections: int
     changed: float
-    stuck: bool
-    last: tuple[float, Outcome] | None
+    stores: tuple[StoreCondition, ...]
     ledger: str
     due: int
     expired: int
@@ -48,18 +88,18 @@ class Condition:
     watchdog: bool
 
     @property
-    def reachable(self) -> bool:
-        """Whether there is a key store to speak with."""
-        return not self.stuck and (self.last is None or self.last[1].scope is not Scope.DEVICE)
+    def stuck(self) -> bool:
+        """Whether a call to a key store hangs."""
+        return any(store.stuck for store in self.stores)
+
+    def called(self, store: StoreCondition) -> str:
+        """Return what a key store is called, in words; by its name if there are others."""
+        return "the key store" if len(self.stores) == 1 else f"key store {store.name}"
 
     @property
     def troubles(self) -> list[str]:
-        """What is wrong with key store and ledger, in words."""
-        troubles = []
-        if self.stuck:
-            troubles.append("the key store hangs")
-        elif self.last is not None and self.last[1].scope in {Scope.DEVICE, Scope.STORE}:
-            troubles.append(f"the key store cannot serve ({self.last[1].reason})")
+        """What is wrong with key stores and ledger, in words."""
+        troubles = [trouble for store in self.stores if (trouble := store.trouble(self.called(store)))]
         if self.ledger:
             troubles.append(f"the ledger fails ({self.ledger})")
         return troubles
@@ -67,12 +107,12 @@ class Condition:
     @property
     def healthy(self) -> bool:
         """Whether the next request would be answered, as far as is known."""
-        well = self.last is not None and not self.troubles
+        well = all(store.last is not None for store in self.stores) and not self.troubles
         return self.ready and not self.stopping and self.connected and well
 
     def report(self) -> bytes:
         """The same as JSON."""
-        ago, outcome = self.last or (None, None)
+        worst = next((store for store in self.stores if store.trouble("it")), self.stores[0])
         report = {
             "status": "ok" if self.healthy else "trouble",
             "version": __version__,
@@ -84,12 +124,8 @@ class Condition:
                 "since": datetime.fromtimestamp(self.changed, UTC).isoformat(timespec="seconds"),
                 "connections": self.connections,
             },
-            "keystore": {
-                "reachable": self.reachable,
-                "stuck": self.stuck,
-                "last_result": None if outcome is None else outcome.reason or "ok",
-                "last_result_seconds_ago": None if ago is None else round(ago, 1),
-            },
+            "keystore": worst.report(),
+            "keystores": {store.name: store.report() for store in self.stores},
             "ledger": {"writable": not self.ledger, "trouble": self.ledger or None},
             "renewal": {"due": self.due, "expired": self.expired, "clock_behind": self.clock_behind},
             "watchdog": {"wanted": self.watchdog, "fed": self.watchdog and not self.stuck},

@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from stationkey.errors import LedgerError
+from stationkey.errors import KeyStoreError, LedgerError
 from stationkey.keystore import KeyRef
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn
+from stationkey.keystore.schemes import SCHEMES
+from stationkey.keystore.stores import KeyStores
+from stationkey.keystore.worker import Task, Turn
 from stationkey.ledger import Ledger
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
@@ -33,10 +35,10 @@ PROOF_DEADLINE: Final = 30.0
 
 
 class Custody:
-    """The keys of one ledger and one key store.
+    """The keys of one ledger and its key stores.
 
     Args:
-        keystore: the key store's thread.
+        keystores: the key stores.
         ledger: the ledger's.
         active: the directory ``active/``.
         running: the running time.
@@ -50,7 +52,7 @@ class Custody:
 
     def __init__(
         self,
-        keystore: KeyStoreThread,
+        keystores: KeyStores,
         ledger: LedgerThread,
         active: ActiveDirectory,
         *,
@@ -59,7 +61,7 @@ class Custody:
         clock: Callable[[], float] = time.time,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self.keystore = keystore
+        self.keystores = keystores
         self.ledger = ledger
         self.running = running
         self.counters = counters
@@ -101,7 +103,14 @@ class Custody:
 
     def destroy_in_device(self, reference: KeyRef) -> None:
         """Have the device destroy a key that is destroyed in the ledger, when it is idle."""
-        done = self.keystore.submit(
+        try:
+            store = self.keystores.holding(reference)
+        except KeyStoreError as error:
+            if reference.scheme in SCHEMES and SCHEMES[reference.scheme].resident:
+                about = {"key_id": reference.key_id, "reason": error.reason}
+                log.warning("destroyed key still in its device: %s", error, extra=about)
+            return
+        done = store.thread.submit(
             lambda store: store.destroy(reference), timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
         )
         done.add_done_callback(partial(_tell_if_left, reference.key_id))

@@ -118,9 +118,8 @@ class Expiry:
         if reference is None:
             return True
         try:
-            await on_keystore(
-                self._custody.keystore, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD
-            )
+            store = self._custody.keystores.holding(reference)
+            await on_keystore(store.thread, partial(check_key, key=reference), timeout=PROOF_DEADLINE, task=Task.LOAD)
         except KeyStoreError as error:
             if error.transient:
                 return False

@@ -27,7 +27,8 @@ from stationkey.config.settings import PoolTerms
 from stationkey.contract.profiles import Algorithm, KeyType, RsaModulus
 from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore, check_key
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
+from stationkey.keystore.stores import Store
+from stationkey.keystore.worker import Task, Turn, on_keystore
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.ledger.worker import LedgerThread
 from stationkey.system.backoff import Backoff
@@ -68,10 +69,10 @@ class Ahead:
 
 
 class KeyPool:
-    """The keys made ahead that one ledger has, for requests to one key store.
+    """The keys made ahead that one ledger has of one key store, for requests to it.
 
     Args:
-        keystore: the key store's thread.
+        store: the key store.
         ledger: the ledger's.
         running: the running time now, in milliseconds.
         terms: number, idle time and age.
@@ -84,7 +85,7 @@ class KeyPool:
 
     def __init__(
         self,
-        keystore: KeyStoreThread,
+        store: Store,
         ledger: LedgerThread,
         *,
         running: Callable[[], int],
@@ -92,7 +93,8 @@ class KeyPool:
         patience: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._keystore = keystore
+        self._store = store
+        self._thread = store.thread
         self._ledger = ledger
         self._running = running
         self._terms = terms
@@ -193,16 +195,16 @@ class KeyPool:
         """Ask the key store for its key types, and load the keys made ahead in earlier runs."""
 
         def look(store: KeyStore) -> dict[Algorithm, KeyType | None]:
-            return {algorithm: store.supports(algorithm).key_type for algorithm in Algorithm}
+            return {algorithm: store.supports(algorithm).key_type for algorithm in self._store.algorithms}
 
-        kinds = await on_keystore(self._keystore, look, timeout=LOOK_DEADLINE, task=Task.LOOK)
+        kinds = await on_keystore(self._thread, look, timeout=LOOK_DEADLINE, task=Task.LOOK)
         wanted = {algorithm: kind for algorithm, kind in kinds.items() if kind is not None and self._size(kind)}
         made = await self._ledger(lambda ledger: ledger.keys.seconds_to_make())
         self.seconds_to_make = {kind: made[str(kind)] for kind in wanted.values() if str(kind) in made}
         ready: dict[KeyType, deque[Ahead]] = {kind: deque() for kind in wanted.values()}
         # In turn with requests: there are few such keys, each takes milliseconds, and a station may never be idle.
         for key, due in await self._ledger(lambda ledger: ledger.keys.made_ahead()):
-            if key.key_type in ready and await self._usable(Ahead(key, due)):
+            if key.key_type in ready and self._store.uri.holds(key) and await self._usable(Ahead(key, due)):
                 insort(ready[key.key_type], Ahead(key, due), key=_due)
         self._ready, self._kinds = ready, wanted
         for kind in ready:
@@ -214,7 +216,7 @@ class KeyPool:
     async def _usable(self, ahead: Ahead) -> bool:
         try:
             await on_keystore(
-                self._keystore,
+                self._thread,
                 partial(check_key, key=ahead.key, as_new=True),
                 timeout=LOOK_DEADLINE,
                 task=Task.LOAD,
@@ -238,7 +240,7 @@ class KeyPool:
                 if made:
                     log.info("pool full", extra={str(kind): ready for kind, ready in self.ready().items()})
                 return
-            left = self._terms.idle - self._keystore.idle
+            left = self._terms.idle - self._thread.idle
             if left > 0:
                 await asyncio.sleep(left)
             else:
@@ -254,13 +256,13 @@ class KeyPool:
         algorithm = next(algorithm for algorithm, its_kind in self._kinds.items() if its_kind == kind)
 
         def make(store: KeyStore) -> tuple[KeyRef, float] | None:
-            if self._keystore.idle < idle:
+            if self._thread.idle < idle:
                 return None
             begun = time.monotonic()
             return store.generate(algorithm), time.monotonic() - begun
 
         deadline = MAKING_DEADLINE if isinstance(kind, RsaModulus) else self._patience
-        made = await on_keystore(self._keystore, make, timeout=deadline, turn=Turn.SPARE, task=Task.MAKE_AHEAD)
+        made = await on_keystore(self._thread, make, timeout=deadline, turn=Turn.SPARE, task=Task.MAKE_AHEAD)
         if made is None:
             return False
         key, seconds = made

@@ -19,7 +19,8 @@ from stationkey.contract.messages import CertificateInstallationStatus, Generate
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
-from stationkey.keystore.worker import KeyStoreThread, Task, Turn, on_keystore
+from stationkey.keystore.stores import KeyStores, Store
+from stationkey.keystore.worker import Task, Turn, on_keystore
 from stationkey.ledger import Answered, Figures, Ledger, content_digest
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
@@ -51,10 +52,10 @@ RSA_DEADLINE: Final = 60.0
 
 
 class StationKeyService:
-    """Answers requests with keys of one key store, and records them in one ledger.
+    """Answers requests with keys of the key stores, and records them in one ledger.
 
     Args:
-        keystore: the thread that owns the key store. Not closed by this class.
+        keystores: the key stores. Not closed by this class.
         ledger: the ledger. Not closed by this class; no other code may use it while requests are answered.
         profiles: the profile of each certificate type, the operator's overrides included.
         policy: which requests are served, and how often; by default `PolicyTerms`.
@@ -73,13 +74,13 @@ class StationKeyService:
         custody: shows the keys in use under ``active/``.
         expiry: ends keys; its `Expiry.run` sweeps.
         renewal: knows which certificates are due; its `RenewalWatch.run` looks.
-        pool: has keys made ahead; filled while its `KeyPool.run` runs.
+        pools: the keys made ahead, by key store; filled while their `KeyPool.run` run.
         counters: outcomes of this run, by reason.
     """
 
     def __init__(
         self,
-        keystore: KeyStoreThread,
+        keystores: KeyStores,
         ledger: Ledger,
         *,
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
@@ -95,7 +96,7 @@ class StationKeyService:
         worker: type[Worker] = Worker,
         counters: Counters | None = None,
     ) -> None:
-        self._keystore = keystore
+        self._keystores = keystores
         self._ledger = LedgerThread(ledger, worker=worker)
         self._terms = terms or Terms()
         self._running = RunningTime(ledger.retention.running)
@@ -112,7 +113,7 @@ class StationKeyService:
         self._rejections = Rejections(self._ledger, self.counters.task_failures)
         active = ActiveDirectory(ledger.database.directory)
         self.custody = Custody(
-            keystore,
+            keystores,
             self._ledger,
             active,
             running=self._running,
@@ -131,14 +132,17 @@ class StationKeyService:
             profiles=profiles,
             rejections=self._rejections,
         )
-        self.pool = KeyPool(
-            keystore,
-            self._ledger,
-            running=self._running.now,
-            terms=pool or PoolTerms(rsa=0),
-            patience=deadline,
-            clock=clock,
-        )
+        self.pools = {
+            store: KeyPool(
+                store,
+                self._ledger,
+                running=self._running.now,
+                terms=pool or PoolTerms(rsa=0),
+                patience=deadline,
+                clock=clock,
+            )
+            for store in keystores
+        }
 
     async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
         """Answer a request. Never raises: an error is logged, recorded and ``rejected``.
@@ -335,29 +339,33 @@ class StationKeyService:
 
     async def _key_and_csr(self, request: GenerateCsrRequest, until: float) -> tuple[KeyRef, str]:
         """Return a key, made ahead or now, and its CSR in PEM, both recorded; one deadline for all attempts."""
+        store = self._keystores.making(request.data.certificate_type)
+        pool = self.pools[store]
         while True:
-            ahead = self.pool.take(request.algorithm)
+            ahead = pool.take(request.algorithm)
             try:
-                key, csr = await self._sign(request, None if ahead is None else ahead.key, until)
+                key, csr = await self._sign(request, store, None if ahead is None else ahead.key, until)
                 return key, await self._record(request, key, csr, ahead=ahead is not None)
             except Exception as error:
-                if ahead is None or not await self.pool.take_back(ahead, error):
+                if ahead is None or not await pool.take_back(ahead, error):
                     raise
 
-    async def _sign(self, request: GenerateCsrRequest, ahead: KeyRef | None, until: float) -> tuple[KeyRef, Csr]:
+    async def _sign(
+        self, request: GenerateCsrRequest, store: Store, ahead: KeyRef | None, until: float
+    ) -> tuple[KeyRef, Csr]:
         """Return the key and its CSR; at the deadline give up and discard both."""
         profile = self._profiles[request.data.certificate_type]
 
-        def sign(store: KeyStore) -> tuple[KeyRef, Csr]:
-            used = ahead or store.generate(request.algorithm)
-            with store.signer(used) as private_key:
+        def sign(opened: KeyStore) -> tuple[KeyRef, Csr]:
+            used = ahead or opened.generate(request.algorithm)
+            with opened.signer(used) as private_key:
                 return used, sign_csr(request, private_key, profile)
 
         turn, task = Turn.SHORT, Task.NEW_EC_KEY if ahead is None else Task.POOLED_KEY
         if ahead is None and is_rsa(request):
             turn, task = Turn.LONG, Task.NEW_RSA_KEY
         left = until - asyncio.get_running_loop().time()
-        return await on_keystore(self._keystore, sign, timeout=left, turn=turn, task=task)
+        return await on_keystore(store.thread, sign, timeout=left, turn=turn, task=task)
 
     async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr, *, ahead: bool) -> str:
         """Record the answer, verify the CSR while the ledger waits for the disk, and return the CSR in PEM.

@@ -256,12 +256,13 @@ class Statuses:
     async def _prove(self, reference: KeyRef, chain: Chain | None) -> None:
         """Have the key sign, and verify the signature with the certificate, if there is one."""
 
-        def sign(store: KeyStore) -> None:
-            with store.signer(reference) as private_key:
-                public_key = store.public_key(reference) if chain is None else chain.leaf.public_key()
+        def sign(opened: KeyStore) -> None:
+            with opened.signer(reference) as private_key:
+                public_key = opened.public_key(reference) if chain is None else chain.leaf.public_key()
                 prove(private_key, public_key, secrets.token_bytes(32))
 
-        await on_keystore(self._custody.keystore, sign, timeout=PROOF_DEADLINE, task=Task.PROOF)
+        store = self._custody.keystores.holding(reference)
+        await on_keystore(store.thread, sign, timeout=PROOF_DEADLINE, task=Task.PROOF)
 
     def _compare(self, key: KeyRecord, chain: Chain, about: Mapping[str, object]) -> None:
         expected = Expected(

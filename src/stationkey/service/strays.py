@@ -8,6 +8,7 @@ from typing import Final
 
 from stationkey.errors import StationKeyError
 from stationkey.keystore import KeyStore, Sweeping
+from stationkey.keystore.stores import Store
 from stationkey.keystore.worker import Task, Turn, on_keystore
 from stationkey.service.custody import PROOF_DEADLINE, Custody
 
@@ -22,22 +23,22 @@ class Strays:
 
     Args:
         custody: the keys.
-        scheme: of the key store.
+        store: the key store.
     """
 
-    def __init__(self, custody: Custody, scheme: str) -> None:
+    def __init__(self, custody: Custody, store: Store) -> None:
         self._custody = custody
-        self._scheme = scheme
+        self._store = store
 
     async def sweep(self) -> None:
         """Compare the ledger with the device once."""
-        living = await self._custody.ledger(lambda ledger: ledger.keys.refs(self._scheme))
+        living = await self._custody.ledger(lambda ledger: ledger.keys.refs(self._store.uri.scheme.name))
 
         def sweep(store: KeyStore) -> int:
             return store.sweep(living) if isinstance(store, Sweeping) else 0
 
         destroyed = await on_keystore(
-            self._custody.keystore, sweep, timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
+            self._store.thread, sweep, timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
         )
         if destroyed:
             log.warning("destroyed keys that a crash left in the key store", extra={"keys": destroyed})

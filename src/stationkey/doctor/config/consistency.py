@@ -96,7 +96,8 @@ def _broker(settings: Settings) -> Iterator[Finding]:
 
 def _tpm(settings: Settings) -> Iterator[Finding]:
     tpm = settings.tpm
-    if settings.keystore == "software:" and (tpm.key_auth or tpm.pcrs or tpm.session != "none"):
+    uris = {store.uri for store in settings.stores}
+    if uris == {"software:"} and (tpm.key_auth or tpm.pcrs or tpm.session != "none"):
         told = "[tpm] protects nothing: the keys are in software"
         yield warning("tpm_unused", told, "name a TPM as keystore")
     if tpm.key_auth is not None and tpm.session == "none":
@@ -104,7 +105,7 @@ def _tpm(settings: Settings) -> Iterator[Finding]:
         yield warning("key_auth_clear", told, 'session = "encrypted", if the TPM is a discrete chip')
     if tpm.pcrs and tpm.pcr_bank == "sha1":
         yield warning("sha1", '[tpm] pcr_bank = "sha1": SHA-1 is broken', 'pcr_bank = "sha256"')
-    if settings.allow_software_keys and settings.keystore != "software:":
+    if settings.allow_software_keys and "software:" not in uris:
         told = "software keys are allowed, and not used: a typo in keystore would leave the keys unprotected"
         yield warning("software_allowed", told, "remove allow_software_keys")
 

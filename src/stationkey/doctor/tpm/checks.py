@@ -10,7 +10,7 @@ import sys
 from typing import Final
 
 from stationkey.config.secrets import SecretReference
-from stationkey.config.settings import TpmTerms
+from stationkey.config.settings import DEFAULT_STORE, TpmTerms
 from stationkey.doctor.host.context import Context, path_of
 from stationkey.doctor.host.sockets import connections_to, listeners_on
 from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, warning
@@ -20,6 +20,7 @@ from stationkey.doctor.tpm.device import CHOICE, Way, holders, way_of
 from stationkey.doctor.tpm.facts import MANAGER_ADVICE, Seen
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
+from stationkey.keystore.stores import store_uris
 from stationkey.keystore.tpm2 import return_codes as rc
 
 PATIENCE: Final = 5.0
@@ -30,10 +31,17 @@ _RC_NOT_THE_TPM: Final = frozenset(range(1, 0x0B))  # layers of tpm2-tss itself,
 
 def _look_at_keystore(context: Context) -> tuple[str | None, ConfigurationError | None]:
     """Look at the URI, and ask whether the daemon would take it."""
-    keystore = context.configured.keystore
+    keystore, settings = context.configured.keystore, context.settings
+    stores = [store for store in settings.stores if keystore is not None or store.name != DEFAULT_STORE]
     try:
-        if keystore is not None:
-            keystore_opener(keystore, allow_software_keys=context.settings.allow_software_keys)
+        store_uris(stores)
+        for store in stores:
+            keystore_opener(
+                store.uri,
+                allow_software_keys=settings.allow_software_keys,
+                terms=settings.keystore_terms(store.uri),
+                state_dir=settings.state_dir,
+            )
     except ConfigurationError as error:
         return keystore, error
     return keystore, None
