@@ -11,10 +11,10 @@ from stationkey.config.file import read_table, settle
 from stationkey.config.settings import Settings
 from stationkey.contract.profiles import SECP256R1, Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, KeyStoreError
-from stationkey.keystore import KeyRef
+from stationkey.keystore import KeyRef, KeyStoreUri
 from stationkey.keystore.pkcs11 import keyfile
 from stationkey.keystore.pkcs11.uri import object_uri
-from stationkey.keystore.stores import KeyStores, checked_stores, store_uris
+from stationkey.keystore.stores import KeyStores, checked_stores
 
 TPM = "tpm2:swtpm:host=127.0.0.1,port=1"
 SE = "pkcs11:token=se?module-path=/usr/lib/se.so"
@@ -68,17 +68,16 @@ def test_a_key_is_in_the_store_that_made_it_and_else_nowhere(stores: KeyStores) 
 @pytest.mark.parametrize(
     ("uri", "held"),
     [
-        ("pkcs11:token=se", True),
-        ("pkcs11:token=se;serial=1", True),
-        ("pkcs11:manufacturer=%C3%84%2FB;token=s%65", True),
-        ("pkcs11:token=se;serial=2", False),
-        ("pkcs11:token=other", False),
+        ("pkcs11:token=se?module-path=/m", True),
+        ("pkcs11:token=se;serial=1?module-path=/m", True),
+        ("pkcs11:manufacturer=%C3%84%2FB;token=s%65?module-path=/m", True),
+        ("pkcs11:token=se;serial=2?module-path=/m", False),
+        ("pkcs11:token=other?module-path=/m", False),
         (TPM, False),
     ],
 )
 def test_a_key_in_a_token_is_found_by_what_names_its_token(uri: str, held: bool) -> None:
-    [parsed] = store_uris(settings(uri, {}, {}).stores).values()
-    assert parsed.holds(in_token("se")) is held
+    assert KeyStoreUri.parse(uri).holds(in_token("se")) is held
 
 
 @pytest.mark.parametrize(
