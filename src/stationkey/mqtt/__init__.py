@@ -1,1 +1,1 @@
-"""The broker: connection, TLS, and what is received and answered over it."""
+"""The broker: connection, TLS, and the messages received and answered over it."""

@@ -1,25 +1,24 @@
-"""How much of what a broker sends is kept."""
+"""Bounds of memory for what a broker sends."""
 
 from __future__ import annotations
 
 from typing import Final
 
 MAX_IN_HAND: Final = 64
-"""Messages in hand at a time, by default. The broker holds the rest: an RSA key takes its time."""
+"""Messages in flight, by default. The broker queues the rest: an RSA key takes long."""
 MAX_WAITING: Final = 1024
-"""How many messages of QoS 0 may wait for a free hand; what comes then is dropped, as QoS 0 permits. Those of QoS 1 the
-broker itself holds back, by Receive Maximum [MQTT 5 3.3.4] or by its own bound, if it counts right. Reading never
-pauses: behind the requests comes what the answers wait for, their acknowledgements."""
+"""QoS 0 messages that may wait to be processed; further ones are dropped, as QoS 0 permits. QoS 1 messages are held
+back by the broker, by Receive Maximum [MQTT 5 3.3.4] or its own bound, if it counts correctly. Reading never pauses:
+after the requests come the acknowledgements that the answers wait for."""
 MAX_RECEIVED_BYTES: Final = 8 * 1024 * 1024
-"""Bytes of memory that messages may take which came and are not taken up yet: payload, topic and `MESSAGE_OVERHEAD` of
-each. It bounds what a broker can fill here, whatever it sends (Mosquitto 2.0.11 sends more than it may to a client that
-publishes, its issue 2301). What comes beyond it is not acknowledged, and is asked for again by a new connection."""
+"""Bytes of memory for messages that wait to be processed: payload, topic and `MESSAGE_OVERHEAD` of each. It bounds the
+memory that a broker can fill (Mosquitto 2.0.11 exceeds the Receive Maximum towards a client that publishes, its issue
+2301). Messages beyond it are not acknowledged; a new connection has them redelivered."""
 MESSAGE_OVERHEAD: Final = 1024
-"""Bytes that a message takes beside its payload and topic, counted generously."""
+"""Upper estimate of the bytes of a message beside payload and topic."""
 MAX_UNSENT: Final = 4096
-"""Packets of ours that may wait for a broker to read them; one that reads nothing is left."""
+"""Packets that may wait for the broker to read them; a broker that reads nothing is disconnected."""
 PACKET_MARGIN: Final = 64 * 1024
-"""Bytes that a packet may be larger than the largest payload that is read; of a larger one no more is kept than that,
-and it is rejected by its id: see `stationkey.mqtt.packet_limit`. The broker is not asked to hold it back by Maximum
-Packet Size [MQTT 5 3.1.2.11.4]: Mosquitto 2.0.21 counts a message of QoS 1 that it drops as in flight for ever, and
-after `ReceiveMaximum` of them delivers nothing more."""
+"""Bytes that a packet may exceed the largest payload by. A larger packet is cut there and rejected by its id: see
+`stationkey.mqtt.packet_limit`. Maximum Packet Size [MQTT 5 3.1.2.11.4] is not set: Mosquitto 2.0.21 counts a QoS 1
+message that it drops as in flight forever, and delivers nothing after `ReceiveMaximum` of them."""

@@ -1,4 +1,4 @@
-"""The asking side: what Josev does, so that a charging station's side can be tried with no Josev at hand."""
+"""The requesting side: does what Josev does, to try a charging station without Josev."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ async def ask(
         terms: TLS and credentials for the broker.
 
     Returns:
-        The answer, or None where none came in time.
+        The answer, or None after the timeout.
 
     Raises:
-        BrokerError: the broker cannot be reached, refuses, or went away meanwhile.
-        ConfigurationError: what `terms` names cannot be read.
+        BrokerError: the broker cannot be reached, refuses, or disconnects.
+        ConfigurationError: a file of `terms` cannot be read.
         MessageError: the request has text that is not UTF-8.
     """
     payload = encode(request)
@@ -56,7 +56,7 @@ async def ask(
     try:
         async with asyncio.timeout(timeout):
             async with await connect(broker, client_id=client_id, persistent=False, terms=terms) as connection:
-                await connection.subscribe(response_topic)  # before asking: an answer may be quick
+                await connection.subscribe(response_topic)  # before the request: an answer may be quick
                 await connection.publish(request_topic, payload)
                 while True:
                     message = await connection.receive()
@@ -78,20 +78,20 @@ async def report_status(
     topic_prefix: str = "",
     terms: MqttTerms = PLAIN,
 ) -> None:
-    """Tell the charging station what became of a certificate, by ``certificate_installation_status``.
+    """Send a ``certificate_installation_status`` to the charging station.
 
     Args:
         broker: where the broker is.
         certificate_type: the type of the certificate.
-        status: what became of it.
+        status: its status.
         evse_id: EVSE that its key is for, or None.
         private_key_path: its key, or None.
         topic_prefix: see `stationkey.mqtt.topics.topics`.
         terms: TLS and credentials for the broker.
 
     Raises:
-        BrokerError: the broker cannot be reached, or does not take it.
-        ConfigurationError: what `terms` names cannot be read.
+        BrokerError: the broker cannot be reached, or refuses the message.
+        ConfigurationError: a file of `terms` cannot be read.
     """
     message = CertificateInstallationStatus(
         id=str(uuid.uuid4()),

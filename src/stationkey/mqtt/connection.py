@@ -1,10 +1,10 @@
-"""A connection to the broker: bytes in, bytes out, QoS 1 both ways, and an acknowledgement when it is asked for.
+"""A connection to the broker, QoS 1 both ways, with explicit acknowledgements.
 
-That is why this stands on paho-mqtt itself and not on aiomqtt, which leaves no say over acknowledgements (checked in
-2.5.1). What is received and answered over it is `stationkey.mqtt.gateway`'s.
+It uses paho-mqtt directly, because aiomqtt acknowledges by itself (checked in 2.5.1). `stationkey.mqtt.gateway` handles
+the messages.
 
-MQTT 5 first; a broker that knows only 3.1.1 is spoken to in that. Every socket has TCP_NODELAY: with Nagle's algorithm
-and delayed acknowledgements one request takes some 80 ms instead of one.
+MQTT 5 is tried first, then 3.1.1. Every socket has TCP_NODELAY: with Nagle's algorithm and delayed acknowledgements a
+request takes some 80 ms longer.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ log = logging.getLogger(__name__)
 KEEPALIVE: Final = 30
 """Seconds [MQTT 5 3.1.2.10]."""
 MQTT5_TIMEOUT: Final = 3.0
-"""Seconds for the answer to a CONNECT of MQTT 5, before 3.1.1 is tried: some brokers that know only 3.1.1 misread the
-longer packet, and wait for the rest of it for ever (amqtt 0.12 does)."""
+"""Seconds to wait for the answer to an MQTT 5 CONNECT before 3.1.1 is tried: some brokers that know only 3.1.1 misread
+the longer packet and wait for more bytes forever (amqtt 0.12)."""
 SESSION_EXPIRY: Final = 7 * 24 * 3600
-"""Seconds that the broker keeps our session while we are away [MQTT 5 3.1.2.11.2]: time for a repair."""
+"""Seconds that the broker keeps the session while we are disconnected [MQTT 5 3.1.2.11.2]: time for a repair."""
 PLAIN: Final = MqttTerms()
-"""No TLS beyond the URL's, and no credentials."""
+"""TLS only if the URL says so, and no credentials."""
 ONLINE: Final = b"online"
 OFFLINE: Final = b"offline"
 """The availability message [MQTT 5 3.1.2.5]."""
@@ -73,15 +73,15 @@ _UNSUPPORTED_PROTOCOL_VERSION: Final = 132
 
 
 class ConnectionLost(BrokerError):
-    """The connection ended while something was under way on it."""
+    """The connection ended during an operation."""
 
 
 class Overrun(ConnectionLost):
-    """The broker sent more than there was room for. The connection stands, and is to be left for another."""
+    """The broker sent more than there is room for. The connection works, but must be replaced."""
 
 
 class ProtocolRefused(BrokerError):
-    """The broker does not speak this version of MQTT, or said nothing to it: closed the connection, or kept silent."""
+    """The broker does not speak this version of MQTT: it says so, closes the connection, or does not answer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,20 +93,20 @@ class Message:
     mid: int
     qos: int
     received: float
-    """When, by the event loop's time."""
+    """Arrival, in the event loop's time."""
     topic: str = ""
     retained: bool = False
-    """Whether the broker had kept it from before the subscription."""
+    """Whether the broker retained it from before the subscription."""
     redelivered: bool = False
     """Whether the broker may have sent it before [MQTT 5 3.3.1.1, DUP]."""
 
     @property
     def size(self) -> int:
-        """About how many bytes it takes in memory."""
+        """Estimate of its memory in bytes."""
         return len(self.payload) + 4 * len(self.topic) + MESSAGE_OVERHEAD
 
     def acknowledge(self) -> None:
-        """Tell the broker that it need not send this again. Too late on a connection that was lost: then it will."""
+        """Acknowledge the message. Without effect on a lost connection: the broker redelivers it."""
         self.connection.acknowledge(self)
 
 
@@ -118,10 +118,9 @@ class MqttConnection:
         client_id: client identifier; with `persistent`, the broker's session belongs to it.
         persistent: keep the session (subscriptions, unacknowledged messages) at the broker between connections.
         terms: TLS and credentials.
-        will: a topic on which the broker is to keep `OFFLINE` once this connection ends without a DISCONNECT.
-        in_hand: how many messages the broker may send before one of them is acknowledged.
-        max_payload: payloads larger than this, and some margin, the broker is to keep to itself. Of one that comes all
-            the same the end is missing.
+        will: topic on which the broker retains `OFFLINE` if this connection ends without a DISCONNECT.
+        in_hand: messages that the broker may send before one of them is acknowledged.
+        max_payload: bytes of a payload; a payload that is larger by more than a margin is cut.
         protocol: MQTT version to speak.
     """
 
@@ -144,22 +143,24 @@ class MqttConnection:
         self._max_payload = max_payload
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: there will be no more
+        self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: no more messages
         self._received_bytes = 0
         self._overrun = False
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[tuple[int, int], asyncio.Future[ReasonCode]] = {}  # by type and identifier of the answer
-        self.lost: asyncio.Future[str] = self._loop.create_future()  # done, with the reason, when it has ended
+        self.lost: asyncio.Future[str] = (
+            self._loop.create_future()
+        )  # done with the reason when the connection has ended
         self.limits = ServerLimits()  # until the broker has accepted the connection
         self._unacknowledged = asyncio.Semaphore(self.limits.receive_maximum)
         self._loss = partial(ConnectionLost, reason="connection_lost")
-        self.resumed = False  # whether the broker had a session for us, or for another of our user name
+        self.resumed = False  # whether the broker had a session for us, or for a client with our user name
         self._sock: socket.socket | None = None
-        self._tls: BrokerSocket | None = None  # the same, with TLS; it stays at the end, to say why
+        self._tls: BrokerSocket | None = None  # the same, with TLS; kept after the end, to say why it ended
         self._keeper: asyncio.Task[None] | None = None
         self.is_v5 = protocol is MQTTProtocolVersion.MQTTv5
-        """Whether MQTT 5 is spoken, rather than 3.1.1, in which a broker cannot say that it refuses a publication."""
+        """Whether MQTT 5 is used; with 3.1.1 a broker cannot report that it refuses a publication."""
         self._client = client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
@@ -189,7 +190,7 @@ class MqttConnection:
         Raises:
             ProtocolRefused: the broker does not speak this version of MQTT.
             BrokerError: no connection.
-            ConfigurationError: a file of the settings is unreadable, or useless with this broker.
+            ConfigurationError: a file of the settings is unreadable, or not applicable to this broker.
         """
         properties = None
         arguments: dict[str, Any] = {}
@@ -204,7 +205,7 @@ class MqttConnection:
         except ssl.SSLError as error:
             raise no_handshake(str(self._broker), error) from None
         except (OSError, ValueError) as error:
-            self._drop("not connected")  # where it was the time: the thread goes on; see _watch
+            self._drop("not connected")  # after a timeout the thread goes on; see _watch
             why = getattr(error, "strerror", None) or str(error) or f"no connection within {CONNECT_TIMEOUT:g} s"
             hint = "does it speak TLS there?" if self._broker.tls and isinstance(error, ConnectionResetError) else ""
             raise BrokerError(f"no broker at {self._broker}: {why}", reason="broker_unreachable", hint=hint) from None
@@ -223,7 +224,7 @@ class MqttConnection:
         self._keeper = self._loop.create_task(self._keep_alive(), name="mqtt-keepalive")
 
     def _dial(self, arguments: dict[str, Any]) -> None:
-        """What of connecting blocks: files, name look-up, TCP, and TLS with a TPM perhaps; paho has no other way."""
+        """Do the blocking part of connecting: files, name resolution, TCP, TLS (perhaps with a TPM)."""
         we = introduction(self._terms, tls=self._broker.tls)
         self._client.username_pw_set(we.username, we.password)  # type: ignore[arg-type] # a password is binary data
         if we.tls is not None:
@@ -231,10 +232,10 @@ class MqttConnection:
         self._client.connect(self._broker.host, self._broker.port, KEEPALIVE, **arguments)
 
     async def close(self, *, forget: bool = False) -> None:
-        """Say DISCONNECT, as far as there is anybody to hear it, and close.
+        """Send DISCONNECT if possible, and close.
 
         Args:
-            forget: have the broker end a persistent session, too. With MQTT 5 only.
+            forget: have the broker end a persistent session, too (MQTT 5 only).
         """
         if self._keeper is not None:
             self._keeper.cancel()
@@ -253,12 +254,11 @@ class MqttConnection:
     async def subscribe(self, topic: str) -> None:
         """Subscribe at QoS 1.
 
-        A retained message comes once in a session, and not again at each reconnect, where the broker speaks MQTT 5
-        [3.8.3.1, Retain Handling].
+        With MQTT 5, a retained message comes once per session, not at each reconnect [3.8.3.1, Retain Handling].
 
         Raises:
-            BrokerError: the broker refuses, for want of rights perhaps.
-            ConnectionLost: it went away.
+            BrokerError: the broker refuses, for example for lack of rights.
+            ConnectionLost: the connection ended.
         """
         code, mid = self._client.subscribe_once(topic)
         granted = await self._answer(PacketTypes.SUBACK, code, mid)
@@ -266,7 +266,7 @@ class MqttConnection:
             raise BrokerError(
                 f"the broker refuses a subscription to {topic}",
                 reason="subscription_refused",
-                hint="look at its access control list",
+                hint="check its access control list",
             )
         if granted.value < 1:
             log.warning("the broker grants QoS 0 for %s: messages are lost while disconnected", topic)
@@ -280,26 +280,26 @@ class MqttConnection:
         await self._answer(PacketTypes.UNSUBACK, *self._client.unsubscribe(topic))
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
-        """Publish at QoS 1 and wait until the broker has it; at QoS 0 where it takes no more [MQTT-3.2.2-11].
+        """Publish at QoS 1 and wait for the PUBACK; at QoS 0 if the broker grants no more [MQTT-3.2.2-11].
 
         Args:
-            topic: where to.
-            payload: what.
-            retain: have the broker keep it for later subscribers, if it can [MQTT-3.2.2-14].
+            topic: the topic.
+            payload: the payload.
+            retain: have the broker retain it, if it can [MQTT-3.2.2-14].
 
         Returns:
             False if the broker reports that it has no subscriber, which not every broker does.
 
         Raises:
-            BrokerError: the message is too large, or refused (only MQTT 5 tells). Transient where it passes.
-            ConnectionLost: it went away; whether it has the message is not known.
+            BrokerError: the message is too large, or refused (reported by MQTT 5 only).
+            ConnectionLost: the connection ended; it is unknown whether the broker has the message.
         """
         self.limits.check_size(topic, payload)
         qos = min(1, self.limits.maximum_qos)
         retain = retain and self.limits.retain_available
         async with self._unacknowledged:
             info = self._client.publish(topic, payload, qos=qos, retain=retain)
-            self._client.loop_write()  # now, and not when the loop comes round
+            self._client.loop_write()  # now, not in the next turn of the event loop
             if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 return True
             reason = await self._answer(PacketTypes.PUBACK, info.rc, info.mid)
@@ -309,24 +309,24 @@ class MqttConnection:
 
     @property
     def waiting(self) -> int:
-        """How many messages `receive` would give at once."""
+        """Number of messages that `receive` would return at once."""
         return self._received.qsize()
 
     async def receive(self) -> Message:
-        """The next message.
+        """Return the next message.
 
         Raises:
-            Overrun: there was no room for what came next.
-            ConnectionLost: the connection has ended. What was received before comes first.
+            Overrun: there was no room for the next message.
+            ConnectionLost: the connection has ended, and every message received before was returned.
         """
         if self._overrun and self._received.empty():
             raise Overrun(
-                f"{self._broker} sent more than may be in hand; it is asked for the rest again",
+                f"{self._broker} sent more than may be in hand; reconnecting to have the rest redelivered",
                 reason="connection_lost",
             )
         message = await self._received.get()
         if message is None:
-            self._received.put_nowait(None)  # for whoever asks next
+            self._received.put_nowait(None)  # for the next caller
             raise self._connection_lost()
         self._received_bytes -= message.size
         self._dropping = self._dropping and not self._received.empty()
@@ -360,20 +360,20 @@ class MqttConnection:
 
     async def _keep_alive(self) -> None:
         try:
-            while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - it has to be asked
+            while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - paho must be polled
                 await asyncio.sleep(1.0)
             self._drop("no sign of life")
-        except Exception as error:  # noqa: BLE001 - the boundary of this task: its end is the connection's
+        except Exception as error:  # noqa: BLE001 - the boundary of this task: its error ends the connection
             self.abandon(error)
 
     def abandon(self, error: Exception) -> None:
-        """End the connection over an error that nobody handled: what was not acknowledged is redelivered."""
+        """End the connection after an unhandled error: unacknowledged messages are redelivered."""
         cause = unforeseen(error)
         self._loss = partial(ConnectionLost, reason=cause.reason)
         self._drop(cause.message)
 
     def _drop(self, why: str) -> None:
-        """End the connection from this side, whatever state it is in."""
+        """End the connection from this side, in any state."""
         sock = self._sock
         self._on_socket_close(self._client, None, sock)
         if sock is not None:
@@ -398,14 +398,14 @@ class MqttConnection:
             return refused(str(self._broker), self._tls.failure)
         if self._tls is not None:
             closed_without_a_word()
-        # Some brokers that know no MQTT 5 close the connection without a word.
+        # Some brokers without MQTT 5 close the connection without an answer.
         return ProtocolRefused(
             f"{self._broker} closed the connection: {why}",
             reason="broker_refuses",
-            hint="" if self._tls is None else "does it want a client certificate, and trust this one?",
+            hint="" if self._tls is None else "does it require a client certificate, and trust this one?",
         )
 
-    # paho's callbacks. Those about the socket come, during connect, from a thread of its own.
+    # paho's callbacks. During connect, those about the socket come from the connecting thread.
     def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
@@ -415,12 +415,12 @@ class MqttConnection:
 
     def _watch(self, sock: socket.socket) -> None:
         if self.lost.done():
-            sock.close()  # nobody waited for it any more
+            sock.close()  # the connection was given up meanwhile
         elif sock.fileno() != -1:
             self._loop.add_reader(sock, self._read, sock)
 
     def _read(self, sock: socket.socket) -> None:
-        """Read a packet. With TLS there may be more of them in what was decrypted, and the socket tells of none."""
+        """Read packets. With TLS, decrypted data may contain further packets, which the socket does not signal."""
         if sock.fileno() == -1:
             return
         try:
@@ -430,7 +430,7 @@ class MqttConnection:
         except MemoryError as error:
             self.abandon(error)
         except Exception as error:  # noqa: BLE001 - paho raises anything over an invalid packet
-            self._refuse(MALFORMED_PACKET, f"a packet that cannot be read ({type(error).__name__})")
+            self._refuse(MALFORMED_PACKET, f"an invalid packet ({type(error).__name__})")
         if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
             self._loop.call_soon(self._read, sock)
 
@@ -454,7 +454,7 @@ class MqttConnection:
             self._loop.call_soon_threadsafe(self._write, sock)
 
     def _write(self, sock: socket.socket) -> None:
-        """Send at once what the socket takes, and the rest when it takes more: hardly ever is there a rest."""
+        """Write as much as the socket takes now, and the rest when it is writable again."""
         try:
             if sock.fileno() != -1:
                 self._client.loop_write()
@@ -468,7 +468,7 @@ class MqttConnection:
             self._loop.add_writer(sock, self._read_on, sock)
 
     def _read_on(self, sock: socket.socket) -> None:
-        """Go on reading where TLS has to write for it, and now can."""
+        """Continue reading after TLS had to wait for a write."""
         self._loop.remove_writer(sock)
         self._read(sock)
 
@@ -533,7 +533,7 @@ class MqttConnection:
             self._received_bytes += received.size
             self._received.put_nowait(received)
         elif not self._dropping:
-            self._dropping = True  # said once, until all that waits has been taken
+            self._dropping = True  # logged once, until every waiting message was taken
             log.warning("QoS 0 messages dropped: they arrive faster than they are answered")
 
     def _on_publish(
@@ -549,7 +549,7 @@ class MqttConnection:
     def _on_unsubscribe(
         self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
     ) -> None:
-        # 3.1.1 gives no reason, and whether there was such a subscription is all the same.
+        # 3.1.1 gives no reason, and it does not matter whether the subscription existed.
         self._answered(PacketTypes.UNSUBACK, mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
 
     def _answered(self, kind: int, mid: int, reason: ReasonCode) -> None:
@@ -568,13 +568,13 @@ async def connect(
     in_hand: int = MAX_IN_HAND,
     max_payload: int = MAX_PAYLOAD,
 ) -> MqttConnection:
-    """A connection in MQTT 5, or in 3.1.1 where the broker knows no better; to be closed by ``async with``.
+    """Connect with MQTT 5, else 3.1.1; ``async with`` closes the connection.
 
-    The arguments are those of `MqttConnection`; the last two only a broker of MQTT 5 is told.
+    The arguments are those of `MqttConnection`; only an MQTT 5 broker is told the last two.
 
     Raises:
-        BrokerError: neither.
-        ConfigurationError: what `terms` names cannot be read, or is of no use with this broker.
+        BrokerError: neither version works.
+        ConfigurationError: a file of `terms` cannot be read, or is not applicable to this broker.
     """
     for protocol in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
         connection = MqttConnection(

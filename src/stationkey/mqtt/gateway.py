@@ -1,7 +1,7 @@
-"""The MQTT edge: requests in, answers out, and nothing lost while a broker or this process is away.
+"""The MQTT edge: receives requests and publishes answers, and loses none if broker or process stop.
 
-Requests are acknowledged to the broker only after their answer is with it: until then the broker holds them for the
-persistent session and sends them again.
+A request is acknowledged only after the broker has its answer: until then the broker keeps it in the persistent session
+and redelivers it.
 """
 
 from __future__ import annotations
@@ -49,46 +49,46 @@ from stationkey.system.tasks import keep_running, note_failure, unforeseen
 log = logging.getLogger(__name__)
 
 COPIES_SHARE: Final = 4
-"""One in so many of those in hand may be a copy of a request that is in hand already. It waits for the answer to that:
-one id said over and over would keep all others out while a key is made."""
+"""Divisor of the places that copies of requests in flight may take. A copy waits for the answer to the first: one id
+sent repeatedly would block all others while a key is made."""
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
-"""Seconds before the first reconnect, and at most; doubled in between, each shortened by up to a half at random so that
-the stations of a site do not all come back at the same moment."""
+"""Seconds before the first reconnect, and at most; doubled each time, and shortened by up to a half at random so that
+the stations of a site do not reconnect together."""
 GIVE_UP_AFTER: Final = 5
-"""How often the connection may end while an answer is the only one on its way, before that answer is given up: a broker
-that does not take a message and cannot say so closes the connection, and would for ever."""
+"""Connections that may end while an answer is the only one in flight, before that answer is given up: a broker that
+cannot report a refusal closes the connection each time."""
 QUOTA_FIRST: Final = 1.0
 QUOTA_LAST: Final = 60.0
-"""Seconds before an answer is published again that the broker had no room for; doubled in between."""
+"""Seconds before an answer is published again for which the broker had no room; doubled each time."""
 STEADY: Final = 10.0
-"""Seconds that a connection must have lasted for the next one to be tried for as soon as the first."""
+"""Seconds that a connection must last so that the reconnect delay starts over."""
 UNSTEADY_DELAY: Final = 1.0
-"""Seconds before the next one at most where it did not: each may cost a handshake, signed for in the TPM."""
+"""Longest reconnect delay in seconds after shorter connections: each may cost a TLS handshake signed by the TPM."""
 SIGN_OFF: Final = 1.0
-"""Seconds for the broker to take the last word on the availability topic."""
+"""Seconds allowed to publish ``offline`` on the availability topic."""
 
 
 class Answering(Protocol):
-    """The service as the edge needs it; `stationkey.service.requests.StationKeyService` implements it."""
+    """The service that the edge needs; implemented by `stationkey.service.requests.StationKeyService`."""
 
     def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
-        """Whether a request is a copy of one that is being answered, and `most` copies wait for that already."""
+        """Return whether a request is a copy of one in flight while `most` copies wait already."""
 
     async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
-        """Answer a request that has waited for so many seconds already."""
+        """Answer a request that has already waited for `waited` seconds."""
 
     async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
-        """Refuse a message that is wrong and has an id."""
+        """Reject an invalid message that has an id."""
 
     def pass_over(self, error: StationKeyError) -> None:
-        """Note a message that is wrong and cannot be answered."""
+        """Note an invalid message that cannot be answered."""
 
     async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
-        """Take note of what became of a certificate; of some other time, where the broker had `retained` it."""
+        """Handle a certificate status; `retained` if it is from an earlier time."""
 
     async def undelivered(self) -> list[GenerateCsrResponse]:
-        """Answers on record that no broker has confirmed."""
+        """Return the recorded answers that no broker has acknowledged."""
 
     async def delivered(self, response: GenerateCsrResponse) -> None:
         """Note that the broker has an answer."""
@@ -102,11 +102,11 @@ class _InHand:
     request_id: str | None = None
 
     def about(self) -> dict[str, object]:
-        """What a log line says of it."""
+        """Return the fields of a log line about it."""
         return {} if self.request_id is None else {"request_id": self.request_id}
 
     def takes_over(self, again: Message) -> bool:
-        """Whether `again` is this message, redelivered over a new connection; then it is the one to acknowledge.
+        """Take `again` as the message to acknowledge if it is this one, redelivered over a new connection.
 
         The same payload on the same connection is a second request, and gets its own answer.
         """
@@ -117,24 +117,24 @@ class _InHand:
 
 
 class MqttEdge:
-    """Takes requests from a broker to a service and its answers back, for as long as it runs.
+    """Passes requests from a broker to a service, and its answers back.
 
     Args:
         broker: where the broker is.
         service: answers the requests.
-        client_id: of the persistent session; the same at every start.
+        client_id: client identifier of the persistent session; the same at every start.
         topic_prefix: see `topics`.
         terms: TLS, credentials and availability topic.
-        queue: how many messages are in hand at a time; the broker holds the rest.
-        payload_bytes: how large a message may be.
-        retained: a message that the broker is to retain, or None.
-        failures: counts what goes wrong in its tasks.
-        on_ready: called whenever the subscription stands.
-        on_away: called whenever there is no connection: it was lost, or could not be made.
+        queue: messages in flight; the broker queues the rest.
+        payload_bytes: largest payload.
+        retained: a message to publish retained, or None.
+        failures: counts failures of its tasks.
+        on_ready: called after each subscription.
+        on_away: called whenever a connection is lost or fails.
         connect: makes a connection.
 
     Raises:
-        ConfigurationError: a topic that cannot be one.
+        ConfigurationError: a topic is invalid.
     """
 
     def __init__(
@@ -169,14 +169,14 @@ class MqttEdge:
         self._on_away = on_away
         self._connection: MqttConnection | None = None
         self._connected = asyncio.Event()
-        """There is a connection, or there will be none any more: `_ending`."""
+        """Set while connected, and from `_ending` on."""
         self._ending = False
         self._queue = queue
         self._payload_bytes = payload_bytes
         self._free = asyncio.Semaphore(queue)
         self._in_hand: set[_InHand] = set()
         self._suspects: Counter[str] = Counter()
-        """Answers that were on their way when a connection ended; how often they were alone."""
+        """Answers that were in flight when a connection ended, and how often each was the only one."""
         self._one_at_a_time = asyncio.Lock()
         self._given_up: deque[str] = deque(maxlen=queue)
         self._told: set[str] = set()
@@ -184,27 +184,27 @@ class MqttEdge:
 
     @property
     def connected(self) -> bool:
-        """Whether the subscription stands."""
+        """Whether it is connected and subscribed."""
         return self._connection is not None
 
     @property
     def in_hand(self) -> int:
-        """How many messages are being answered, or wait for their answer to be handed over."""
+        """Number of messages in flight."""
         return len(self._in_hand)
 
     @property
     def waiting(self) -> int:
-        """How many messages have come and wait for a free hand."""
+        """Number of received messages that wait to be processed."""
         return 0 if self._connection is None else self._connection.waiting
 
     async def run(self, stop: asyncio.Event, *, drain: float) -> None:
-        """Serve until `stop` is set; then finish what is in hand.
+        """Serve until `stop` is set; then finish the messages in flight.
 
         Args:
             stop: ends the service.
-            drain: seconds for messages in hand to be answered. The broker redelivers the others at the next start.
+            drain: seconds allowed to answer messages in flight. The broker redelivers the others at the next start.
         """
-        self._free = asyncio.Semaphore(self._queue)  # a run that failed may have left places taken
+        self._free = asyncio.Semaphore(self._queue)  # a failed run may have left places taken
         self._spawn(keep_running(self._deliver_recorded, "deliver-recorded", self._failures), "deliver-recorded")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         backoff, now = Backoff(FIRST_DELAY, LAST_DELAY, jitter=0.5), asyncio.get_running_loop().time
@@ -218,14 +218,14 @@ class MqttEdge:
                     since = now()
                     backoff.lower(UNSTEADY_DELAY)
                     await self._serve(connection, stopping, drain)
-                except Exception as raised:  # noqa: BLE001 - whatever a broker brought about, it ends no more than this
+                except Exception as raised:  # noqa: BLE001 - nothing that a broker causes ends more than this connection
                     self._on_away()
                     if now() - since > STEADY:
                         backoff.reset()
                     error, wait = self._judged(raised), backoff.next()
                     log.warning("%s; trying again in %.1f s", error, wait, extra={"reason": error.reason})
                     await asyncio.wait([stopping], timeout=wait)
-            await self._drain(drain)  # where there is no connection: what is in hand is written down at least
+            await self._drain(drain)  # without a connection, messages in flight are at least recorded
         finally:
             stopping.cancel()
             for task in self._tasks:
@@ -233,14 +233,14 @@ class MqttEdge:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _judged(self, error: Exception) -> StationKeyError:
-        """What a connection ended with; counted where it is the broker's fault or ours."""
+        """Return the error that ended a connection; count it if it is a fault of the broker or of ours."""
         match error:
             case ConnectionLost(reason="out_of_memory" | "internal_error" as reason):
                 with suppress(Exception):
                     self._failures.add("mqtt", reason)
             case ConnectionLost(reason="broker_violates_protocol"):
                 self._service.pass_over(error)
-            case BrokerError() | ConfigurationError():  # a secret or a certificate may just be exchanged
+            case BrokerError() | ConfigurationError():  # a secret or a certificate may be being replaced
                 pass
             case _:
                 note_failure(error, "mqtt", self._failures)
@@ -249,7 +249,7 @@ class MqttEdge:
         return error
 
     async def _connect(self) -> MqttConnection:
-        """A connection on which the subscription stands."""
+        """Return a connection that is subscribed."""
         connection = await self._open()
         self._tell_limits(connection)
         try:
@@ -262,12 +262,12 @@ class MqttEdge:
         return connection
 
     def _tell_limits(self, connection: MqttConnection) -> None:
-        """Log once per run what the broker does not grant, and the consequence."""
+        """Log once per run which limits the broker sets, and the consequence."""
         limits = connection.limits
         short = limits.session_expiry is not None and limits.session_expiry < SESSION_EXPIRY
         notes = {
-            "takes QoS 0 only: an answer that is lost on the way is not sent again": limits.maximum_qos < 1,
-            f"keeps the session for {limits.session_expiry} s: requests of a longer absence are lost": short,
+            "takes QoS 0 only: a lost answer is not sent again": limits.maximum_qos < 1,
+            f"keeps the session for {limits.session_expiry} s only: later requests are lost": short,
         }
         for words in [words for words, true in notes.items() if true and words not in self._told]:
             self._told.add(words)
@@ -291,7 +291,7 @@ class MqttEdge:
         except BrokerError as error:
             if error.reason != "broker_refuses" or not self._announces:
                 raise
-            try:  # some brokers refuse a client for the topic of its will; Mosquitto just does not publish it
+            try:  # some brokers refuse the client for its Last Will topic; Mosquitto only does not publish it
                 connection = await open_()
             except BrokerError:
                 raise error from None
@@ -301,7 +301,7 @@ class MqttEdge:
         return connection
 
     async def _announce(self, connection: MqttConnection, state: bytes) -> None:
-        """Have the broker keep `state` on the availability topic, if it takes it."""
+        """Publish `state`, retained, on the availability topic, if the broker allows it."""
         if self._availability is None or not self._announces:
             return
         try:
@@ -312,19 +312,19 @@ class MqttEdge:
             self._not_announced(error)
 
     def _not_announced(self, error: BrokerError) -> None:
-        """Say so once. Keys are given all the same."""
+        """Log it once; requests are served anyway."""
         if not self._told_unavailable:
             log.warning("availability is not published: %s", error, extra={"reason": error.reason})
         self._told_unavailable = True
 
     async def _sign_off(self, connection: MqttConnection) -> None:
-        """Say ourselves what the Last Will would say, which goes with a DISCONNECT [MQTT 5 3.14.4]."""
+        """Publish ``offline``, because a DISCONNECT deletes the Last Will [MQTT 5 3.14.4]."""
         with suppress(ConnectionLost, TimeoutError):
             async with asyncio.timeout(SIGN_OFF):
                 await self._announce(connection, OFFLINE)
 
     async def _serve(self, connection: MqttConnection, stopping: asyncio.Task[bool], drain: float) -> None:
-        """Serve on one connection until it is lost, or until told to stop and what is in hand is finished."""
+        """Serve on one connection until it is lost, or until stopped and drained."""
         async with connection:
             self._connection = connection
             self._connected.set()
@@ -363,9 +363,9 @@ class MqttEdge:
             if any(in_hand.takes_over(message) for in_hand in self._in_hand):
                 continue
             acquire = self._free.acquire()
-            # What is in hand may itself wait for the next connection, so a loss must be noticed meanwhile.
+            # Messages in flight may wait for the next connection, so a loss must be noticed meanwhile.
             if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
-                continue  # never acknowledged, so the broker sends it again
+                continue  # not acknowledged, so the broker redelivers it
             try:
                 self._spawn(self._handle(_InHand(message)), "answer")
             except BaseException:
@@ -373,19 +373,19 @@ class MqttEdge:
                 raise
 
     async def _leave(self, message: Message) -> None:
-        """Pass over a message of a topic that is not ours, and have the broker send no more of them.
+        """Ignore a message on another topic, and unsubscribe from that topic.
 
-        The session is the broker's, and keeps what was subscribed to by an earlier run with another prefix, or by
-        somebody who had our client id.
+        The broker's session keeps the subscriptions of an earlier run with another prefix, or of another client with
+        our client id.
         """
         words = f"received on {message.topic[:80]!r}, which is not subscribed"
         self._service.pass_over(MessageError(words, reason="topic_foreign"))
         message.acknowledge()
-        with suppress(ConnectionLost):  # then at the next one, over the next connection
+        with suppress(ConnectionLost):  # then with the next such message
             await message.connection.unsubscribe(message.topic)
 
     async def _drain(self, seconds: float) -> None:
-        """Let what is in hand be finished. From now on nothing waits for another connection."""
+        """Finish the messages in flight. From now on nothing waits for another connection."""
         self._ending = True
         self._connected.set()
         if not self._tasks:
@@ -402,17 +402,17 @@ class MqttEdge:
         task.add_done_callback(self._tasks.discard)
 
     async def _handle(self, in_hand: _InHand) -> None:
-        """Answer one message, and acknowledge it once the answer is with the broker."""
+        """Answer one message, and acknowledge it once the broker has the answer."""
         try:
             self._in_hand.add(in_hand)
             response = await self._respond(in_hand)
             if response is None or await self._deliver(response):
                 in_hand.message.acknowledge()
-        except MemoryError as error:  # it passes: redelivered over a new connection
+        except MemoryError as error:  # temporary: the message is redelivered over a new connection
             note_failure(error, "answer", self._failures, **in_hand.about())
             in_hand.message.connection.abandon(error)
         except Exception as error:  # noqa: BLE001 - the boundary of this task
-            # Acknowledged all the same: the broker would redeliver it for ever.
+            # Acknowledged anyway: the broker would redeliver it forever.
             note_failure(error, "answer", self._failures, **in_hand.about())
             in_hand.message.acknowledge()
         finally:
@@ -443,10 +443,10 @@ class MqttEdge:
         return None
 
     async def _deliver(self, response: GenerateCsrResponse) -> bool:
-        """Publish an answer; over a new connection where one is lost, for as long as it takes.
+        """Publish an answer, over new connections if needed.
 
         Returns:
-            Whether it is done with; False where the service ends first.
+            Whether the request can be acknowledged; False if the service ends first.
         """
         payload = encode(response)
         about = {"request_id": response.id}
@@ -465,10 +465,11 @@ class MqttEdge:
                     words = f"each of {GIVE_UP_AFTER} connections ended when an answer of {len(payload)} bytes was sent"
                     log.error("answer not delivered: %s", words, extra=about | {"reason": "publication_too_large"})
                     self._given_up.append(response.id)  # its request could not be acknowledged, and is redelivered
-                    # Noted as handed over below, though it was not: else it would end five connections at every start.
+                    # Recorded as delivered below although it was not: else it would end five connections at every
+                    # start.
                 except BrokerError as error:
                     if error.transient and self._ending:
-                        return False  # the broker sends the request again
+                        return False  # the broker redelivers the request
                     if error.transient:
                         await asyncio.sleep(quota.next())
                         continue
@@ -481,10 +482,10 @@ class MqttEdge:
             self._suspects.pop(response.id, None)
 
     async def _publish(self, request_id: str, payload: bytes) -> None:
-        """Publish an answer; alone, while any answer is on its way that was so when a connection ended.
+        """Publish an answer; alone, while any answer in flight was in flight when a connection ended.
 
         Raises:
-            ConnectionLost: noted in `_suspects`, which counts how often it was the only one on its way.
+            ConnectionLost: noted in `_suspects`, which counts how often it was the only one in flight.
             BrokerError: the broker refuses it.
         """
         alone = bool(self._suspects)
@@ -500,7 +501,7 @@ class MqttEdge:
                 raise
 
     async def _deliver_recorded(self) -> None:
-        """Publish what an earlier run answered and could not hand over."""
+        """Publish the answers that an earlier run could not deliver."""
         while self._connection is None:  # it may be lost again before this task runs
             if self._ending:
                 return

@@ -1,8 +1,7 @@
-"""MQTT packets in a stream of bytes: one that is too large is cut, and no more of it is kept.
+"""Cut MQTT packets that are too large, without keeping their rest.
 
-A packet may be 256 MiB [MQTT 5 1.5.5, 3.1.1 2.2.3], and its length comes first. To hang up would not do: a message of
-QoS 1 that was sent to a topic of ours would be waiting at the next connection, and at each one after. Nor does MQTT 5's
-Maximum Packet Size [3.1.2.11.4]: see `stationkey.mqtt.connection.PACKET_MARGIN`.
+A packet may be 256 MiB [MQTT 5 1.5.5, 3.1.1 2.2.3]. Disconnecting does not help: the broker redelivers a QoS 1 message
+at each connection. For MQTT 5's Maximum Packet Size [3.1.2.11.4] see `stationkey.mqtt.bounds.PACKET_MARGIN`.
 """
 
 from __future__ import annotations
@@ -11,28 +10,28 @@ from collections.abc import Callable
 from typing import Final
 
 _MORE: Final = 0x80
-"""In each byte of a length that another one follows: a Variable Byte Integer, of four bytes at most [MQTT 5 1.5.5]."""
+"""Bit of a length byte that is followed by another: a Variable Byte Integer of at most four bytes [MQTT 5 1.5.5]."""
 _LENGTH_BYTES: Final = 4
 _PIECE: Final = 64 * 1024
 _PIECES: Final = 16
-"""What is thrown away is read in pieces of so many bytes, and so many of them at a time: others want to be served."""
+"""Size of the pieces in which discarded bytes are read, and pieces per turn of the event loop."""
 
 
 class PacketBound:
-    """What stands between a socket and a reader of MQTT packets.
+    """A filter between a socket and a reader of MQTT packets.
 
-    A packet that is too large looks, to the reader, as if it ended at the bound: of a PUBLISH topic and packet
-    identifier are at the front, so that it can still be acknowledged, with a payload that lacks its end.
+    The reader sees a packet that is too large as ending at the bound. Topic and packet identifier of a PUBLISH come
+    first, so it can still be acknowledged.
 
     Args:
-        most: bytes of a packet, its fixed header apart, that are let through.
+        most: largest packet in bytes, without its fixed header.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._header = b""
         self._out = b""
-        """A fixed header that is to be given to the reader."""
+        """A fixed header to give to the reader."""
         self._body = 0
         self._surplus = 0
 
@@ -62,7 +61,7 @@ class PacketBound:
         return data
 
     def _read_header(self, receive: Callable[[int], bytes]) -> bool:
-        """Read a packet's type and length [MQTT 5 2.1]; whether they came before the end of the stream."""
+        """Read a packet's type and length [MQTT 5 2.1]; return whether they arrived before the end of the stream."""
         while not self._header[1:] or self._header[-1] & _MORE:
             if len(self._header[1:]) > _LENGTH_BYTES:  # an invalid length: the reader rejects it
                 self._out, self._header = self._header, b""
@@ -91,7 +90,7 @@ class PacketBound:
 
 
 def _variable(number: int) -> bytes:
-    """A Variable Byte Integer."""
+    """Encode a Variable Byte Integer."""
     encoded = b""
     while number >= _MORE:
         encoded += bytes([number % _MORE | _MORE])

@@ -1,4 +1,4 @@
-"""paho's client, which takes no more of a packet than it is to take, and no packet that a broker may not send."""
+"""paho's client, with bounded packets, and without packets that a broker must not send."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _FROM_BROKER: Final = frozenset(
         *(_CONNACK, 0x40, 0x90, 0xB0, 0xD0, 0xE0),  # CONNACK, PUBACK, SUBACK, UNSUBACK, PINGRESP, DISCONNECT
     }
 )
-"""First bytes of the packets that a broker may send to a client which subscribes and publishes at QoS 1 at most, flags
-included [MQTT 5 2.1.2, 2.1.3, 3.3.1; 3.8.3.1]. A PUBLISH of QoS 2 would be kept until its PUBREL comes."""
+"""First bytes, flags included, of the packets that a broker may send to a client that uses QoS 1 at most [MQTT 5 2.1.2,
+2.1.3, 3.3.1; 3.8.3.1]. A PUBLISH of QoS 2 would be kept until its PUBREL comes."""
 
 PROTOCOL_ERROR: Final = 0x82
 TOPIC_NAME_INVALID: Final = 0x90
@@ -34,7 +34,7 @@ MALFORMED_PACKET: Final = 0x81
 
 
 class ProtocolViolation(Exception):
-    """The broker sent a packet that it may not send.
+    """The broker violated the protocol.
 
     Args:
         code: reason code for the DISCONNECT.
@@ -47,7 +47,7 @@ class ProtocolViolation(Exception):
 
 
 class Client(paho.Client):
-    """See the module. The first three methods are where paho lets one in before it keeps anything."""
+    """See the module. The first three methods override paho's before it keeps anything."""
 
     bound: PacketBound
     _greeted = False
@@ -59,26 +59,26 @@ class Client(paho.Client):
         first = self._in_packet["command"]
         if first not in _FROM_BROKER:
             raise ProtocolViolation(PROTOCOL_ERROR, f"a packet that begins with 0x{first:02x}")
-        if (first == _CONNACK) is self._greeted:  # the first packet, and no other [MQTT-3.2.0-1, 3.2.0-2]
+        if (first == _CONNACK) is self._greeted:  # CONNACK is the first packet, and only that [MQTT-3.2.0-1, 3.2.0-2]
             raise ProtocolViolation(PROTOCOL_ERROR, "a second CONNACK" if self._greeted else "a packet before CONNACK")
         self._greeted = True
         return super()._packet_handle()
 
     def _handle_on_message(self, message: paho.MQTTMessage) -> None:
-        """Hand a message on. paho would first match it against filters, in a closure that holds the topic until gc."""
+        """Pass a message on without paho's filters, whose closure keeps the topic until garbage collection."""
         callback = self.on_message
         assert callback is not None
         callback(self, None, message)
 
     def subscribe_once(self, topic: str) -> tuple[MQTTErrorCode, int | None]:
-        """Subscribe at QoS 1, to retained messages only where the subscription is new [MQTT 5 3.8.3.1]."""
+        """Subscribe at QoS 1; retained messages come only for a new subscription [MQTT 5 3.8.3.1]."""
         if self._protocol is not MQTTProtocolVersion.MQTTv5:
             return self.subscribe(topic, qos=1)
         options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB)
         return self.subscribe(topic, options=options)
 
     def leave(self, *, forget: bool = False, code: int = 0) -> None:
-        """Send DISCONNECT; in MQTT 5 with a reason code, and with `forget` so that the broker ends the session."""
+        """Send DISCONNECT; in MQTT 5 with a reason code, and with `forget` to end the session."""
         if self._protocol is not MQTTProtocolVersion.MQTTv5:
             self.disconnect()
             return
@@ -89,5 +89,5 @@ class Client(paho.Client):
 
     @property
     def unsent(self) -> int:
-        """How many packets wait for the broker to read."""
+        """Number of packets that wait for the broker to read."""
         return len(self._out_packet)

@@ -1,4 +1,4 @@
-"""A message that the broker is to retain, published again at each connection and whenever it changes."""
+"""A retained message, published at each connection and whenever it changes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from stationkey.system.backoff import Backoff
 log = logging.getLogger(__name__)
 
 GIVE_UP_AFTER: Final = 5
-"""How often a connection may end while the message is on its way, before it is not published any more: a broker that
-does not take it may close the connection each time, and requests are served on that connection, too."""
+"""Connections that may end while the message is in flight, before it is given up: a broker that refuses it may close
+the connection each time, and requests are served on that connection, too."""
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 60.0
-"""Seconds before a publication is repeated that the broker had no room for; doubled in between."""
+"""Seconds before a publication is repeated for which the broker had no room; doubled each time."""
 
 
 class RetainedTopic:
-    """Keeps the last message of a topic with the broker. What goes wrong is logged once, and ends nothing else.
+    """Keeps the last message of a topic retained at the broker. A failure is logged once, and has no other effect.
 
     Args:
         topic: the topic, its prefix included.
@@ -35,7 +35,7 @@ class RetainedTopic:
         self._told: set[str] = set()
 
     def set(self, payload: bytes) -> None:
-        """Set the message; nothing is published if it is the one that the broker has."""
+        """Set the message; it is published unless the broker has it already."""
         if payload != self._payload:
             self._payload = payload
             self._changed.set()
@@ -45,7 +45,7 @@ class RetainedTopic:
         published = None
         backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         if not connection.limits.retain_available:
-            words = "the broker retains nothing: only who is subscribed at the moment gets it"
+            words = "the broker retains nothing: only present subscribers get it"
             self._tell(BrokerError(words, reason="broker_grants_less", transient=False))
         while self._lost < GIVE_UP_AFTER:
             self._changed.clear()

@@ -1,4 +1,4 @@
-"""What a broker's CONNACK grants [MQTT 5 3.2.2.3], and what its PUBACK says of a message [MQTT 5 3.4.2.1]."""
+"""The limits of a broker's CONNACK [MQTT 5 3.2.2.3], and the reason codes of its PUBACK [MQTT 5 3.4.2.1]."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _QUOTA_EXCEEDED: Final = 0x97
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """The limits that a client has to keep to; the defaults are those of a CONNACK that names none, and of 3.1.1.
+    """The limits for the client; the defaults are those of a CONNACK without limits, and of 3.1.1.
 
     Attributes:
         maximum_packet_size: bytes of a whole packet [MQTT-3.2.2-15]; None for no limit.
         maximum_qos: of a PUBLISH, 0 to 2 [MQTT-3.2.2-11].
         retain_available: whether a PUBLISH may be retained [MQTT-3.2.2-14].
         receive_maximum: PUBLISH packets of QoS 1 that may be unacknowledged [3.2.2.3.3].
-        session_expiry: seconds that the session is kept; None for what was asked for [3.2.2.3.2].
+        session_expiry: seconds that the session is kept; None if as requested [3.2.2.3.2].
 
     Raises:
         ProtocolViolation: a limit of 0, which is a protocol error [3.2.2.3.3, 3.2.2.3.6].
@@ -36,7 +36,7 @@ class ServerLimits:
     session_expiry: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse limits under which nothing could ever be published."""
+        """Refuse limits that allow no publication at all."""
         if not self.receive_maximum or self.maximum_packet_size == 0:
             raise ProtocolViolation(PROTOCOL_ERROR, "a CONNACK with a limit of 0")
 
@@ -56,7 +56,7 @@ class ServerLimits:
         )
 
     def check_size(self, topic: str, payload: bytes) -> None:
-        """Refuse a message that the broker does not take.
+        """Refuse a message that is too large for the broker.
 
         Raises:
             BrokerError: its packet would be larger than Maximum Packet Size.
@@ -64,7 +64,7 @@ class ServerLimits:
         size = _packet_size(len(topic.encode()) + len(payload) + _PUBLISH_OVERHEAD)
         if self.maximum_packet_size is not None and size > self.maximum_packet_size:
             raise BrokerError(
-                f"the packet has {size} bytes, and the broker takes {self.maximum_packet_size}",
+                f"the packet has {size} bytes, the broker's maximum is {self.maximum_packet_size}",
                 reason="publication_too_large",
                 hint="raise the broker's limit (Mosquitto: max_packet_size)",
                 transient=False,
@@ -82,10 +82,10 @@ def refused_publication(topic: str, code: int, words: str) -> BrokerError:
     Args:
         topic: of the message.
         code: reason code, 0x80 or more.
-        words: its name.
+        words: name of the reason code.
     """
     what = f"the broker refuses a message on {topic}: {words}"
     if code == _QUOTA_EXCEEDED:
-        return BrokerError(what, reason="publication_quota", hint="it is tried again")
-    hint = "look at the broker's access control list" if code == _NOT_AUTHORIZED else ""
+        return BrokerError(what, reason="publication_quota", hint="retrying")
+    hint = "check the broker's access control list" if code == _NOT_AUTHORIZED else ""
     return BrokerError(what, reason="publication_refused", hint=hint, transient=False)

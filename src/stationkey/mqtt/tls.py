@@ -1,7 +1,7 @@
 """TLS towards the broker: trust anchors, and our certificate.
 
-The broker's certificate is always verified, its name included; nothing here can turn that off. The client's key may be
-in a TPM; see `stationkey.mqtt.tpm_provider`.
+The broker's certificate is always verified, its name included; no setting turns that off. The client's key may be in a
+TPM; see `stationkey.mqtt.tpm_provider`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stationkey.system.pem import blocks
 log = logging.getLogger(__name__)
 
 MAX_PEM: Final = 1024 * 1024
-"""Bytes of a file with certificates or a key."""
+"""Largest file of certificates or a key, in bytes."""
 
 _HINTS: Final = {
     **dict.fromkeys((9, 10), "is this machine's clock right?"),
@@ -38,7 +38,7 @@ _HINTS: Final = {
 }
 """By OpenSSL's verify code [x509_vfy.h]: not yet valid, expired; another name, another address; an unknown issuer."""
 _NO_CERTIFICATE: Final = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
-"""Alerts of a broker to a client without a certificate, or with a key that does not work."""
+"""Alerts that a broker sends to a client without a certificate, or whose key does not work."""
 
 
 class BrokerSocket(ssl.SSLSocket):
@@ -46,14 +46,14 @@ class BrokerSocket(ssl.SSLSocket):
 
     Attributes:
         reading_wants_to_write: the last read could not go on before something is written [SSL_read(3)].
-        failure: what OpenSSL called the end of the connection, such as the broker's alert; None for no such end.
+        failure: OpenSSL's name for the end of the connection, such as the broker's alert, or None.
     """
 
     reading_wants_to_write = False
     failure: str | None = None
 
     def do_handshake(self, block: bool = False) -> None:
-        """As in `ssl`; where it fails, the socket is closed, which paho leaves to chance."""
+        """As in `ssl`; on failure the socket is closed, which paho does not do reliably."""
         try:
             super().do_handshake(block)
         except BaseException:
@@ -76,17 +76,17 @@ class BrokerSocket(ssl.SSLSocket):
 
 
 class BrokerContext(ssl.SSLContext):
-    """What every connection to the broker is made by: TLS 1.2 or above, and the broker's certificate verified.
+    """The TLS context of every connection to the broker: TLS 1.2 or later, the broker's certificate verified.
 
     Attributes:
-        server_name: the name in the broker's certificate where it is another than the host's, or None.
+        server_name: the name in the broker's certificate if it differs from the host, or None.
     """
 
     server_name: str | None = None
     sslsocket_class = BrokerSocket
 
     def __new__(cls) -> Self:
-        """Made with nothing but what has to be; see `introduction`."""
+        """Create the bare context; `introduction` adds the files."""
         context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)  # verifies certificate and name
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # With it, TLS 1.2 could make a write wait for a read. No broker needs it [RFC 9325 3.5].
@@ -94,7 +94,7 @@ class BrokerContext(ssl.SSLContext):
         return context
 
     def wrap_socket(self, sock: socket.socket, *arguments: Any, **options: Any) -> ssl.SSLSocket:
-        """As in `ssl`, with the name that is in the broker's certificate, and without Nagle's algorithm."""
+        """As in `ssl`, with the name in the broker's certificate, and without Nagle's algorithm."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.server_name is not None:
             options["server_hostname"] = self.server_name
@@ -103,7 +103,7 @@ class BrokerContext(ssl.SSLContext):
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What a context is made of."""
+    """The files of a context."""
 
     terms: MqttTerms
     ca: bytes | None
@@ -117,10 +117,10 @@ class _Files:
 
 @dataclass(frozen=True, slots=True)
 class Introduction:
-    """What a connection to the broker begins with.
+    """TLS context and credentials of a connection.
 
     Attributes:
-        tls: what to make TLS by, or None for none.
+        tls: the context, or None without TLS.
         username: user name, or None.
         password: password, or None.
     """
@@ -131,31 +131,31 @@ class Introduction:
 
 
 def introduction(terms: MqttTerms, *, tls: bool) -> Introduction:
-    """Read, now, what `terms` names. Blocks; a key in a TPM is loaded there.
+    """Read the files of `terms`. Blocks; a key in a TPM is loaded there.
 
     Args:
         terms: TLS and credentials.
-        tls: whether the broker is spoken to by TLS.
+        tls: whether TLS is used.
 
     Raises:
         ConfigurationError: a file is unreadable or invalid, or needs TLS.
-        BrokerError: the TPM does not give the key, now.
+        BrokerError: the TPM does not load the key now.
     """
     if not tls and any((terms.ca_file, terms.certificate_file, terms.key_file, terms.server_name)):
         raise ConfigurationError(
-            "the URL of the broker is one without TLS: CA file, certificate, key and server name would be of no use",
+            "the broker's URL is without TLS, but CA file, certificate, key or server name are set",
             reason="tls_options_unused",
-            hint="begin the URL with mqtts://, or take them out",
+            hint="begin the URL with mqtts://, or remove them",
         )
     username, password = _credentials(terms)
     return Introduction(_client_context(terms) if tls else None, username, password)
 
 
 async def check(broker: Broker, terms: MqttTerms) -> None:
-    """Look, before the first connection, whether there can be one by these terms. Nothing is connected to yet.
+    """Check the terms before the first connection, without connecting.
 
     Raises:
-        ConfigurationError: a file is unreadable or invalid, or useless with this broker.
+        ConfigurationError: a file is unreadable or invalid, or not applicable to this broker.
     """
     if terms.password is not None and not broker.tls and not is_loopback(broker.host):
         log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
@@ -167,7 +167,7 @@ async def check(broker: Broker, terms: MqttTerms) -> None:
 
 
 def _client_context(terms: MqttTerms) -> ssl.SSLContext:
-    """What to make a connection to the broker by."""
+    """Return the TLS context for a connection to the broker."""
     files = _read(terms)
     return _TPM.context(files) if files.key_is_in_tpm else _context(files)
 
@@ -195,12 +195,12 @@ def _read_pem(path: Path, name: str, *, reason: str) -> bytes:
 
 
 def _certificates(content: bytes) -> str:
-    """Return the certificates of a PEM file. Between them may stand keys, and comments in any encoding."""
+    """Return the certificates of a PEM file, without keys and comments between them."""
     return "\n".join(block.decode("ascii", "replace") for block in blocks(content, "CERTIFICATE"))
 
 
 def _context(files: _Files) -> ssl.SSLContext:
-    """The context of these files."""
+    """Return a context of these files."""
     context = BrokerContext()
     terms = files.terms
     context.server_name = terms.server_name
@@ -228,11 +228,11 @@ def _load_key(context: ssl.SSLContext, files: _Files) -> None:
     if b"PRIVATE KEY-----" not in files.key:
         raise ConfigurationError(f"{path} has no private key (PEM)", reason="client_key_unusable")
 
-    def refuse() -> NoReturn:  # or OpenSSL would ask at the terminal
+    def refuse() -> NoReturn:  # else OpenSSL would prompt on the terminal
         raise ConfigurationError(
             f"the private key in {path} needs a password or an authorisation value",
             reason="client_key_unusable",
-            hint="keep it without one, in a file for this user alone, or better in the TPM",
+            hint="store it without one, in a file for this user only, or better in the TPM",
         )
 
     try:
@@ -257,10 +257,10 @@ def _load_key(context: ssl.SSLContext, files: _Files) -> None:
 
 
 class _Tpm:
-    """The context that has a key in the TPM loaded.
+    """The context whose key is loaded in the TPM.
 
-    One for all connections, because each that has the key loaded takes one of the three slots that the kernel's
-    resource manager gives a process.
+    One for all connections, because each loaded key takes one of the three slots that the kernel's resource manager
+    gives a process.
     """
 
     def __init__(self) -> None:
@@ -269,12 +269,12 @@ class _Tpm:
         self._stale = False
 
     def context(self, files: _Files) -> ssl.SSLContext:
-        """The context of these files; the one there is, where nothing has changed since."""
+        """Return a context of these files; the existing one if nothing has changed."""
         with self._lock:
             if self._made is not None and self._made[0] == files and not self._stale:
                 return self._made[1]
             self._made = None
-            gc.collect()  # the key of the context before it leaves its slot only now
+            gc.collect()  # the previous context's key leaves its slot only now
             self._stale = False
             context = self._load(files)
             self._made = files, context
@@ -298,7 +298,7 @@ class _Tpm:
         Returns:
             Whether a key in a TPM was used at all.
         """
-        self._stale = True  # and no more here: the caller is the event loop, and the TPM may hang
+        self._stale = True  # not reloaded here: the caller is the event loop, and the TPM may hang
         return self._made is not None
 
 
@@ -306,11 +306,11 @@ _TPM: Final = _Tpm()
 
 
 def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
-    """What to say of a handshake that failed.
+    """Return the error for a failed handshake.
 
     Args:
         broker: its URL.
-        error: what `ssl` said.
+        error: of `ssl`.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         return BrokerError(
@@ -320,9 +320,9 @@ def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
         )
     if "_ALERT_" in (error.reason or ""):
         return refused(broker, error.reason)
-    # Which of the two it is depends on the Python, and so does whether there is a reason.
+    # Which of the two is raised, and whether it has a reason, depends on the Python version.
     hung_up = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-    why = "it hung up" if hung_up else _words(error.reason)
+    why = "connection closed by peer" if hung_up else _words(error.reason)
     return BrokerError(
         f"no TLS with {broker}: {why}",
         reason="broker_tls_failed",
@@ -331,25 +331,25 @@ def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
 
 
 def refused(broker: str, failure: str) -> BrokerError:
-    """What to say of a broker that ends TLS because it does not take our certificate, mostly [RFC 8446 6.2].
+    """Return the error for a broker that ends TLS, mostly because it refuses our certificate [RFC 8446 6.2].
 
     Args:
         broker: its URL.
-        failure: what OpenSSL calls it.
+        failure: OpenSSL's name for it.
     """
     if failure == _NO_CERTIFICATE and _TPM.failed():
         return BrokerError(f"no TLS with {broker}: the TPM did not sign with the client's key", reason="tls_tpm_failed")
     return BrokerError(
         f"{broker} refuses TLS with us: {_words(failure)}",
         reason="broker_refuses",
-        hint="does it want a client certificate, and trust this one?",
+        hint="does it require a client certificate, and trust this one?",
     )
 
 
 def closed_without_a_word() -> None:
-    """The broker ended a connection by TLS, and gave no reason: a reset takes an alert with it that was not read yet.
+    """Handle a TLS connection that the broker reset: a reset discards an alert that was not read yet.
 
-    So the TPM may not have signed; its key is reloaded for the next connection.
+    The TPM may have failed to sign, so its key is reloaded for the next connection.
     """
     _TPM.failed()
 

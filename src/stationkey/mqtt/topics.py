@@ -1,4 +1,4 @@
-"""The topics of requests, responses, availability and renewal, with a prefix before them."""
+"""The topics of requests, responses, availability and renewal, with their prefix."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from stationkey.contract.messages import REQUEST_TOPIC, RESPONSE_TOPIC
 from stationkey.errors import ConfigurationError
 
 MAX_PREFIX: Final = 1024
-"""Bytes of a topic prefix. MQTT would carry 64 KiB [MQTT 5 1.5.4]; no site needs that."""
+"""Largest topic prefix in bytes; MQTT allows 64 KiB [MQTT 5 1.5.4]."""
 
 
 def topics(prefix: str) -> tuple[str, str]:
-    """The topics of requests and of responses, `prefix` put before both.
+    """Return the topics of requests and responses, with `prefix`.
 
     Args:
-        prefix: a topic level or several; a ``/`` between it and the rest is added where it ends in none. May be empty.
+        prefix: one topic level or several, or empty; a missing ``/`` at its end is added.
 
     Raises:
-        ConfigurationError: it has a wildcard, a NUL or half a character, is too long, or begins with ``$``, which is
-            the broker's own.
+        ConfigurationError: it has a wildcard, a NUL or an unpaired surrogate, is too long, or begins with ``$``, which
+            is reserved for the broker.
     """
     if not _is_topic(prefix):
-        raise ConfigurationError(f"{prefix[:80]!r} cannot begin a topic", reason="topic_prefix_invalid")
+        raise ConfigurationError(f"{prefix[:80]!r} is not a valid topic prefix", reason="topic_prefix_invalid")
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     return prefix + REQUEST_TOPIC, prefix + RESPONSE_TOPIC
 
 
 def availability(prefix: str, topic: str) -> str:
-    """The availability topic, with `prefix` put before it as before the others.
+    """Return the availability topic, with `prefix`.
 
     Raises:
-        ConfigurationError: it cannot be a topic, or is one of the others.
+        ConfigurationError: it is not a valid topic, or is one of the others.
     """
     return _of_ours(prefix, topic, ("availability_topic_invalid", "the availability topic"))
 
 
 def renewal(prefix: str, topic: str, *, availability_topic: str | None = None) -> str:
-    """The topic of certificates that are due for renewal, with `prefix` put before it as before the others.
+    """Return the topic of certificates that are due for renewal, with `prefix`.
 
     Raises:
-        ConfigurationError: it cannot be a topic, or is one of the others.
+        ConfigurationError: it is not a valid topic, or is one of the others.
     """
     return _of_ours(prefix, topic, ("renewal_topic_invalid", "the renewal topic"), taken=availability_topic)
 
@@ -56,7 +56,7 @@ def _of_ours(prefix: str, topic: str, kind: tuple[str, str], *, taken: str | Non
 
 
 def _is_topic(text: str) -> bool:
-    """Whether messages may be published on it, or on what it begins [MQTT 5 4.7.1, 4.7.2, 4.7.3]."""
+    """Return whether a text is a valid topic to publish on, or a valid prefix [MQTT 5 4.7.1, 4.7.2, 4.7.3]."""
     if any("\ud800" <= character <= "\udfff" or character in "+#\0" for character in text):
         return False
     return len(text.encode()) <= MAX_PREFIX and not text.startswith("$")

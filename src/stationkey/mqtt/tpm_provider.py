@@ -1,12 +1,11 @@
 """tpm2-openssl in the OpenSSL that Python's `ssl` uses, for a TLS client whose key is in a TPM.
 
-`docs/tls.md` has the way for other programs: a configuration file, read when a process starts. Here the provider is put
-into OpenSSL when it is needed, by OpenSSL's own functions, and it can be had anew after the TPM was away. It also gets
-less to do: of its key managers what imports keys is hidden, so that OpenSSL finds it fit for the keys in the TPM and
-for no others. Otherwise the TPM would be asked to verify the other side's signatures too, and a broker whose authority
-has an RSA key of 4096 bits could not be spoken to by a TPM that knows no such key.
+Other programs load it by a configuration file when they start (`docs/tls.md`). Here it is loaded when needed, by
+OpenSSL's own functions, and can be reloaded after the TPM was away. Its key import functions are hidden, so that
+OpenSSL uses it for keys in the TPM only. Otherwise the TPM would also verify the peer's signatures, which fails for a
+broker whose authority has an RSA-4096 key if the TPM lacks such keys.
 
-The structures and numbers are those of OpenSSL 3's core_dispatch.h and core.h, which are its promise to providers.
+Structures and numbers are those of OpenSSL 3's core_dispatch.h and core.h, its stable interface for providers.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from typing import Any, Final
 from stationkey.errors import BrokerError, ConfigurationError
 
 MAX_OPENED: Final = 100
-"""How often a process has the provider anew. OpenSSL forgets nothing of the times before."""
+"""How often a process reloads the provider. OpenSSL never frees the earlier ones."""
 MAX_VAIN: Final = 4
-"""How often, where the time before brought nothing."""
+"""How often, if the provider never worked before."""
 DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
 
 _QUERY_OPERATION: Final = 1027
@@ -44,7 +43,7 @@ class _Dispatch(ctypes.Structure):
 
 
 class _Algorithm(ctypes.Structure):
-    """OSSL_ALGORITHM: what an algorithm is called and done by. A list of them ends without names."""
+    """OSSL_ALGORITHM: names and functions of an algorithm. A list of them ends without names."""
 
     _fields_ = (
         ("names", c_void_p),
@@ -60,13 +59,10 @@ _Unquery: Final = CFUNCTYPE(None, c_void_p, c_int, c_void_p)
 
 
 class TpmProvider:
-    """The provider, in this process's OpenSSL. Not for several threads at a time.
-
-    It is a part of the process, as OpenSSL is: there is one, `TPM_PROVIDER`.
-    """
+    """The provider in this process's OpenSSL. Not thread-safe; `TPM_PROVIDER` is the only instance."""
 
     def __init__(self) -> None:
-        self._kept: list[object] = []  # what OpenSSL has pointers to
+        self._kept: list[object] = []  # objects that OpenSSL has pointers to
         self._opened = 0
         self._name = b""
         self._handle: int | None = None
@@ -74,10 +70,10 @@ class TpmProvider:
         self._vain = 0
 
     def open(self, tcti: str | None) -> None:
-        """Have it, with a connection to the TPM; nothing is done where it is there, from here or by ``OPENSSL_CONF``.
+        """Load it and connect it to the TPM, unless it is loaded already, also by ``OPENSSL_CONF``.
 
         Args:
-            tcti: of the TPM; None for ``TPM2OPENSSL_TCTI`` of the environment, or else `DEFAULT_TCTI`.
+            tcti: TCTI of the TPM; None for ``TPM2OPENSSL_TCTI`` of the environment, or else `DEFAULT_TCTI`.
 
         Raises:
             ConfigurationError: it is not installed.
@@ -88,11 +84,11 @@ class TpmProvider:
         openssl = _openssl()
         if openssl.OSSL_PROVIDER_available(None, b"tpm2"):
             return  # by OPENSSL_CONF, which names the TPM
-        # Never without: tpm2-tss would take whatever TPM it finds, a simulator included.
+        # Always set: else tpm2-tss takes the first TPM it finds, a simulator included.
         os.environ["TPM2OPENSSL_TCTI"] = tcti or os.environ.get("TPM2OPENSSL_TCTI") or DEFAULT_TCTI
         os.environ.setdefault("TSS2_LOG", "all+none")  # the use of the key reports the error
-        # By a name of its own each time: what was had by a name once, OpenSSL gives back for ever, with its connection
-        # to a TPM that may have ended long ago.
+        # A new name each time: for a known name OpenSSL returns the old provider, whose connection to the TPM may have
+        # ended.
         name = f"stationkey-tpm2-{self._opened}".encode()
         if self._name != name:
             start = self._narrowed(_entry(openssl))
@@ -111,14 +107,14 @@ class TpmProvider:
         self._opened += 1
 
     def works(self) -> None:
-        """Note that a key was loaded by it."""
+        """Note that it has loaded a key."""
         self._worked = True
 
     def close(self) -> bool:
-        """Give it up, to have it anew: its connection to the TPM may have ended.
+        """Give it up, to load it again: its connection to the TPM may have ended.
 
-        Its connection may also be well, and OpenSSL keeps it for as long as the process lives. A resource manager has
-        few of them to give, so one that never worked is given up only `MAX_VAIN` times.
+        OpenSSL keeps a connection that still works until the process ends. A resource manager has few connections, so
+        a provider that never worked is given up only `MAX_VAIN` times.
 
         Returns:
             Whether it can be loaded again.
@@ -134,7 +130,7 @@ class TpmProvider:
         return True
 
     def _narrowed(self, entry: Callable[..., int]) -> Any:
-        """What starts the provider, without what imports keys."""
+        """Return the provider's start function, with key import hidden."""
 
         def start(handle: int, core: int, functions: Any, context: Any) -> int:
             if not entry(handle, core, functions, context):
@@ -145,7 +141,7 @@ class TpmProvider:
         return self._keep(_Init(start))
 
     def _hide(self, functions: dict[int, int]) -> dict[int, int]:
-        """The provider's functions, with replacements for the two by which OpenSSL learns its abilities."""
+        """Return the provider's functions, with the two replaced by which OpenSSL queries its algorithms."""
         ask, give_back = _Query(functions[_QUERY_OPERATION]), _Unquery(functions[_UNQUERY_OPERATION])
         shown: list[ctypes.Array[_Algorithm]] = []
 
@@ -183,7 +179,7 @@ TPM_PROVIDER: Final = TpmProvider()
 
 
 def _rows(table: Any, field: str) -> Iterator[Any]:
-    """The rows of a list of OpenSSL's, up to the one without `field`."""
+    """Yield the rows of an OpenSSL table, up to the one without `field`."""
     number = 0
     while getattr(table[number], field):
         yield table[number]
@@ -195,13 +191,13 @@ def _dispatch(table: Any) -> list[tuple[int, int]]:
 
 
 def _table(kind: type[Any], rows: Any) -> Any:
-    """A list as OpenSSL wants it, with its end."""
+    """Return an OpenSSL table of the rows, with its end mark."""
     made = [kind(*row) for row in rows]
     return (kind * (len(made) + 1))(*made)
 
 
 def _entry(openssl: ctypes.CDLL) -> Any:
-    """The function that starts tpm2-openssl."""
+    """Return the start function of tpm2-openssl."""
     try:
         directory = os.environ.get("OPENSSL_MODULES") or openssl.OPENSSL_info(_MODULES_DIRECTORY).decode()
         return _Init(("OSSL_provider_init", ctypes.CDLL(f"{directory}/tpm2.so")))
@@ -210,7 +206,7 @@ def _entry(openssl: ctypes.CDLL) -> Any:
 
 
 def _openssl() -> ctypes.CDLL:
-    """The library that Python's `ssl` uses, whichever it is: what a file needs is found through the file [dlsym(3)]."""
+    """Return the library that Python's `ssl` uses; dlsym(3) on the module also searches its dependencies."""
     openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
     try:
         openssl.OPENSSL_info.restype = c_char_p

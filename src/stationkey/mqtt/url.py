@@ -11,7 +11,7 @@ from stationkey.errors import ConfigurationError
 DEFAULT_PORT: Final = 1883
 DEFAULT_TLS_PORT: Final = 8883
 MAX_SHOWN: Final = 120
-"""Characters of a URL that are shown where it is wrong."""
+"""Characters of an invalid URL that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Broker:
         hint = "for example mqtt://127.0.0.1:1883, or with TLS mqtts://broker.local:8883"
         if "@" in url:  # checked first: the messages for other mistakes show the URL
             raise ConfigurationError(
-                "a broker URL must not carry a user name or password: everyone on the machine can read a command line",
+                "a broker URL must not contain a user name or password: every user can read a command line",
                 reason="broker_invalid",
             )
         try:
@@ -40,7 +40,7 @@ class Broker:
             tls = parts.scheme == "mqtts"
             port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
         except ValueError:
-            raise ConfigurationError(f"{_short(url)} is not a broker URL", reason="broker_invalid", hint=hint) from None
+            raise ConfigurationError(f"invalid broker URL {_short(url)}", reason="broker_invalid", hint=hint) from None
         if (
             parts.scheme not in {"mqtt", "mqtts"}
             or not parts.hostname
@@ -49,7 +49,7 @@ class Broker:
             or parts.fragment
             or port == 0
         ):
-            raise ConfigurationError(f"{_short(url)} is not a broker URL", reason="broker_invalid", hint=hint)
+            raise ConfigurationError(f"invalid broker URL {_short(url)}", reason="broker_invalid", hint=hint)
         return cls(parts.hostname, port, tls)
 
     def __str__(self) -> str:
@@ -58,5 +58,5 @@ class Broker:
 
 
 def _short(text: str) -> str:
-    """As much of it as fits into a line."""
+    """Return the beginning of a text that fits into a line."""
     return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…")

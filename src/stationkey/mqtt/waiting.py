@@ -1,4 +1,4 @@
-"""Blocking calls and coroutines that a connection waits for, within bounds."""
+"""Bounded waits of a connection for blocking calls and coroutines."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from stationkey.system.threads import Workers
 T = TypeVar("T")
 
 CONNECT_TIMEOUT: Final = 10.0
-"""Seconds for a broker to accept a connection, and for every later answer from it that is waited for."""
+"""Seconds to wait for a broker to accept a connection, and for each later answer."""
 MAX_CONNECTING: Final = 8
 """Attempts to connect that may hang: a call that blocks forever, such as of a TPM, must not cost a thread each time."""
 
 
 @cache
 def _connecting() -> Workers:
-    """Return the threads that connect; those of the whole process."""
+    """Return the process's threads for connecting."""
     return Workers("mqtt-connect", MAX_CONNECTING)
 
 
 async def in_thread(call: Callable[[], T]) -> T:
-    """Return the result of a blocking call, made in a thread without which the process can end.
+    """Return the result of a blocking call in a thread that does not keep the process alive.
 
     Raises:
-        BrokerError: `MAX_CONNECTING` of them hang, or this machine has no room for a thread.
+        BrokerError: `MAX_CONNECTING` calls hang, or no thread can be started.
     """
     try:
         future = _connecting().submit(call)
@@ -36,13 +36,13 @@ async def in_thread(call: Callable[[], T]) -> T:
         raise BrokerError(
             f"no thread to connect with: {error}",
             reason="broker_unreachable",
-            hint="does the look-up of a name hang, or the TPM?",
+            hint="does name resolution or the TPM hang?",
         ) from None
     return await asyncio.wrap_future(future)
 
 
 async def unless(end: asyncio.Future[Any], work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; or None where `end` comes first, and `work` was cancelled."""
+    """Return the result of `work`, or cancel it and return None if `end` comes first."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait([task, end], return_when=asyncio.FIRST_COMPLETED)
