@@ -88,10 +88,8 @@ def show(spans: list[tuple[float, float]], marks: list[tuple[str, float]]) -> No
 
 def serve() -> None:
     """The daemon, with its points noted."""
-    import tpm2_pytss  # noqa: PLC0415 - see `main`
-
-    from stationkey import cli  # noqa: PLC0415 - same
-    from stationkey.keystore.tpm2 import store  # noqa: PLC0415 - same
+    from stationkey import cli  # noqa: PLC0415 - see `main`
+    from stationkey.keystore.tpm2 import commands, store  # noqa: PLC0415 - same
     from stationkey.ledger.answers import Answers  # noqa: PLC0415 - same
     from stationkey.mqtt import connection, gateway  # noqa: PLC0415 - same
     from stationkey.service import requests  # noqa: PLC0415 - same
@@ -116,8 +114,8 @@ def serve() -> None:
     note(connection.MqttConnection, "_on_message", before="received")
     note(gateway, "decode", after="decoded")
     note(store.Tpm2KeyStore, "generate", before="begun", after="made")
-    note(tpm2_pytss.ESAPI, "create_loaded", after="created")
-    note(tpm2_pytss.ESAPI, "sign", before="digest", after="signed")
+    note(commands.Commands, "create_loaded", after="created")
+    note(commands.Commands, "sign", before="digest", after="signed")
     note(requests, "sign_csr", after="csr")
     note(Answers, "record", before="writing", after="written")
     note(connection.MqttConnection, "publish", before="publishing")

@@ -37,6 +37,7 @@ from stationkey.contract.profiles import Algorithm
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef
 from stationkey.keystore.tpm2 import device, signing
+from stationkey.keystore.tpm2.commands import Commands
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from stationkey.keystore.worker import KeyStoreThread
 
@@ -304,7 +305,7 @@ def test_objects_that_a_dead_program_left_in_the_tpm_do_not_keep_the_store_from_
 def test_slots_that_are_full_in_mid_life_are_emptied(
     swtpm: Swtpm, store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create_loaded = ESAPI.create_loaded
+    create_loaded = Commands.create_loaded
     codes: list[int] = []
 
     def noting(*arguments: Any) -> Any:
@@ -314,7 +315,7 @@ def test_slots_that_are_full_in_mid_life_are_emptied(
             codes.append(error.rc)
             raise
 
-    monkeypatch.setattr(ESAPI, "create_loaded", noting)
+    monkeypatch.setattr(Commands, "create_loaded", noting)
     one = store.generate(P256)
     store.unload()
     with connected(swtpm) as esapi:
@@ -331,7 +332,7 @@ def test_slots_that_stay_full_are_told(store: Tpm2KeyStore, monkeypatch: pytest.
     """As they may be behind a resource manager, where they are others' to empty."""
     store.within(0.1)
     with monkeypatch.context() as patch:
-        patch.setattr(ESAPI, "create_loaded", refuse_with(0x902))
+        patch.setattr(Commands, "create_loaded", refuse_with(0x902))
         assert reason_of(lambda: store.generate(P256)) == "tpm_full"
     assert works(store)
 
@@ -417,7 +418,7 @@ def test_each_failure_has_its_reason_and_tells_the_code(
     store: Tpm2KeyStore, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ESAPI, "create_loaded", refuse_with(code))
+        patch.setattr(Commands, "create_loaded", refuse_with(code))
         with pytest.raises(KeyStoreError, match=f"{code:#x}") as caught:
             store.generate(P256)
     assert caught.value.reason == reason

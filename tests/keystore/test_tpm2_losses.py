@@ -12,12 +12,12 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Swtpm
-from tpm2_pytss import ESAPI
 from tpm2_pytss.constants import ESYS_TR
 from tpm2_stores import P256, loaded_objects, refuse_with, store_of, works
 
 from protection import reason_of
 from stationkey.keystore import KeyRef
+from stationkey.keystore.tpm2.commands import Commands
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 
 pytest_plugins = ["tpm2_stores"]
@@ -204,7 +204,7 @@ def test_a_store_abandoned_in_mid_command_mends_nothing(
     with closing(store_of(swtpm)) as successor:
         key = successor.generate(P256)
         with successor.signer(key) as private, monkeypatch.context() as patch:
-            patch.setattr(ESAPI, "create_loaded", create_loaded)
+            patch.setattr(Commands, "create_loaded", create_loaded)
             assert reason_of(lambda: store.generate(P256)) == "keystore_timeout"
             assert isinstance(private, ec.EllipticCurvePrivateKey)
             private.sign(b"data", ec.ECDSA(hashes.SHA256()))

@@ -30,6 +30,7 @@ from protection import (
 from stationkey.config.settings import TpmTerms
 from stationkey.errors import Scope
 from stationkey.keystore.protocol import KeyRef
+from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.keyfile import KeyFile, read_pem
 from stationkey.keystore.tpm2.sealed import MAX_SEALED
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
@@ -171,7 +172,7 @@ def test_a_value_that_the_tpm_or_openssl_would_take_for_another_is_refused_befor
     opened: Opener, monkeypatch: pytest.MonkeyPatch, secret: bytes
 ) -> None:
     store = opened(key_auth=secret)
-    monkeypatch.setattr(ESAPI, "create_loaded", None)
+    monkeypatch.setattr(Context, "create_loaded", None)
     error = refusal(lambda: store.generate(P256))
     assert (error.reason, error.scope) == ("auth_value_unfit", Scope.STORE)
     assert "key_auth" in error.message
@@ -320,7 +321,7 @@ def test_a_value_that_cannot_be_kept_is_not_given_to_a_key(
     for place in ("fsync", "link"):
         with monkeypatch.context() as patch:
             patch.setattr(os, place, full)
-            patch.setattr(ESAPI, "create_loaded", None)
+            patch.setattr(Context, "create_loaded", None)
             assert refusal(lambda: store.generate(P256)).reason == "tpm_file_unusable"
         assert [file for file in sealed_files(tmp_path) if file.suffix == ".pem"] == []
     sign(store)

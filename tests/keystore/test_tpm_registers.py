@@ -16,6 +16,7 @@ from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_SIG_SCHEME
 
 from protection import P256, SECRET, Opener, leftovers, load_with_tools, refusal, sign, sign_with_tools, tool
 from stationkey.errors import Scope
+from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.keyfile import Command, KeyFile, policy_digest
 from stationkey.keystore.tpm2.pcr import PcrPolicy, Registers
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
@@ -131,7 +132,7 @@ def test_a_bank_that_is_not_active_is_refused_in_words_before_a_key_is_made(
     swtpm.kill()
     swtpm.start()
     store = opened(pcrs=(0,), pcr_bank="sha384")
-    monkeypatch.setattr(ESAPI, "create_loaded", None)
+    monkeypatch.setattr(Context, "create_loaded", None)
     for use in (lambda: store.supports(P256), lambda: store.generate(P256)):
         error = refusal(use)
         assert (error.reason, error.scope) == ("pcr_bank_inactive", Scope.STORE)

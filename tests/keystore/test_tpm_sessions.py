@@ -19,6 +19,7 @@ from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 
 from protection import P256, SECRET, Opener, Openers, leftovers, refusal, sign, tool
 from stationkey.errors import KeyStoreError, Scope
+from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from wire import Meddler, Noise, Wire, flipped, untouched
 
@@ -162,7 +163,7 @@ def test_a_refused_signature_leaves_nothing_in_the_tpm(
         raise TSS2_Exception(0x101)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ESAPI, "sign", refuse)
+        patch.setattr(Context, "sign", refuse)
         assert refusal(lambda: sign(store, key)).reason == "tpm_error"
     sign(store, key)
     store.close()

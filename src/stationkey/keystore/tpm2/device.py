@@ -86,6 +86,7 @@ class Device:
         self._resource_manager = guest or is_shared(tcti)
         self._esapi: Context | None = None
         self._srk: Any = None
+        self._srk_auth = b""
         self._sessions: Sessions | None = None
         self._parents: dict[int, Any] = {}
         # Of each parent: whether the TPM took its authorisation value on this context, and the hash of what was given,
@@ -272,7 +273,7 @@ class Device:
         if not self._resource_manager:
             directory = None if self._kept is None else self._kept.directory()
             esapi.keep_slots(directory, alone=serves_one_program(self._tcti))
-        auth = self._auth_of_parent(handle)
+        auth = self._srk_auth = self._auth_of_parent(handle)
         srk, public = self._find_srk(esapi) if present else self._make_srk(esapi, auth)
         if self._terms.session != "none":
             self._pin(esapi, srk, public)
@@ -383,11 +384,11 @@ class Device:
         return value
 
     @contextmanager
-    def _under(self, handle: int) -> Iterator[Any]:
-        """The session for a command that a parent authorises."""
+    def _under(self, handle: int, *, plain: bool = False) -> Iterator[Any]:
+        """The session for a command that a parent authorises; where it is `plain`, the authorisation value itself."""
         assert self._sessions is not None
         try:
-            yield self._sessions.authorising()
+            yield self._password(handle) if plain else self._sessions.authorising()
         except TSS2_Exception as error:
             code = rc.code(error)
             if code not in rc.WRONG_AUTH:
@@ -405,6 +406,10 @@ class Device:
                 raise errors.SessionInDoubtError(failure) from None
             raise failure from None
         self._accepted.add(handle)
+
+    def _password(self, handle: int) -> bytes:
+        """The authorisation value of a parent. There is an option for that of the SRK only."""
+        return self._srk_auth if handle == self._terms.srk_handle else b""
 
     def _parent(self, handle: int) -> Any:
         """A storage key by its persistent handle. The keys of another SRK than the present one go on being used."""

@@ -6,18 +6,19 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.padding import AsymmetricPadding, PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from tpm2_pytss.constants import TPM2_ALG
 from tpm2_pytss.cryptography import tpm_ecc_private_key, tpm_rsa_private_key
-from tpm2_pytss.types import TPM2B_PUBLIC, TPMS_SCHEME_HASH, TPMT_SIG_SCHEME, TPMT_SIGNATURE, TPMU_SIG_SCHEME
+from tpm2_pytss.types import TPMS_SCHEME_HASH, TPMT_SIG_SCHEME, TPMU_SIG_SCHEME
 
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType, RsaModulus
+from stationkey.x509.csr import PublicKey
 
-Sign = Callable[[bytes, Any, Any], TPMT_SIGNATURE]
-"""Signs data by a TPM_ALG_ID and one of cryptography's hashes."""
+Sign = Callable[[bytes, Any, Any], bytes]
+"""Signs data by a TPM_ALG_ID and one of cryptography's hashes; returns the TPMT_SIGNATURE, marshalled."""
 
 HASHES: Final[dict[str, Any]] = {"sha256": TPM2_ALG.SHA256, "sha384": TPM2_ALG.SHA384, "sha512": TPM2_ALG.SHA512}
 _POINTS: Final[dict[KeyType, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
@@ -46,8 +47,8 @@ class EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like 
     def sign(self, data: bytes, signature_algorithm: ec.ECDSA) -> bytes:
         """DER [RFC 3279 2.2.3]."""
         signature = self._sign(data, TPM2_ALG.ECDSA, signature_algorithm.algorithm)
-        # TPMT_SIGNATURE: two algorithm identifiers, then r and s [TPM 2.0 part 2, 11.2.4.2 and 11.3.4].
-        return encode_dss_signature(*_two_numbers(signature.marshal()[4:]))
+        # Two algorithm identifiers, then r and s [TPM 2.0 part 2, 11.3.2 and 11.3.4].
+        return encode_dss_signature(*_two_numbers(signature[4:]))
 
 
 class RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
@@ -70,7 +71,7 @@ class RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
         """As RFC 8017 8.2 has it."""
         if not isinstance(padding, PKCS1v15):
             raise ValueError(f"{padding.name} is not one of the contract's")  # noqa: TRY004 - as cryptography's own keys say it
-        return bytes(self._sign(data, TPM2_ALG.RSASSA, algorithm))
+        return self._sign(data, TPM2_ALG.RSASSA, algorithm)[6:]  # after two identifiers and the size [part 2, 11.3.1]
 
 
 @cache
@@ -82,19 +83,28 @@ def signing_scheme(scheme: Any, hash_name: str) -> TPMT_SIG_SCHEME:
     return TPMT_SIG_SCHEME(scheme=scheme, details=details)
 
 
-def public_der(kind: KeyType, public: TPM2B_PUBLIC) -> bytes:
-    """The subjectPublicKeyInfo of a key that the TPM made."""
-    if isinstance(kind, RsaModulus):
-        rsa_der: bytes = public.publicArea.to_der()
-        return rsa_der
-    point = ec.EllipticCurvePublicNumbers(*_two_numbers(public.publicArea.unique.ecc.marshal()), _POINTS[kind])
-    return point.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+def public_key(kind: KeyType, public: bytes) -> PublicKey:
+    """The public key in a TPM2B_PUBLIC [TPM 2.0 part 2, 12.2.4 and 12.2.5] made by `templates.key`.
+
+    Raises:
+        ValueError: it is none of this kind.
+    """
+    at = 12 + int.from_bytes(public[10:12], "big")  # after size, type, name algorithm, attributes and policy
+    if isinstance(kind, RsaModulus):  # symmetric, scheme, bits, exponent, modulus; an exponent of 0 stands for 65537
+        exponent, modulus = public[at + 6 : at + 10], public[at + 12 :]
+        return rsa.RSAPublicNumbers(_number(exponent) or 65537, _number(modulus)).public_key()
+    point = _two_numbers(public[at + 8 :])  # after symmetric, scheme, curve and KDF
+    return ec.EllipticCurvePublicNumbers(*point, _POINTS[kind]).public_key()
 
 
 def _two_numbers(marshalled: bytes) -> tuple[int, int]:
-    """Return two big-endian numbers, each after its length in two bytes: r and s, or the coordinates of a point.
+    """Return two numbers, each after its length in two bytes: r and s, or the coordinates of a point.
 
-    Reading them as attributes of tpm2-pytss takes ten times as long as marshalling the structure.
+    Reading them as attributes of tpm2-pytss takes ten times as long.
     """
-    middle = 2 + int.from_bytes(marshalled[:2], "big")
-    return int.from_bytes(marshalled[2:middle], "big"), int.from_bytes(marshalled[middle + 2 :], "big")
+    middle = 2 + _number(marshalled[:2])
+    return _number(marshalled[2:middle]), _number(marshalled[middle + 2 :])
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "big")

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tpm2_pytss.constants import TPM2_SE
+from tpm2_pytss.constants import ESYS_TR, TPM2_SE
 
 from stationkey.keystore.tpm2 import capabilities
 
@@ -162,7 +162,8 @@ class Slots:
             if method != "create_primary":  # the parent is persistent, and has that slot as long as the command lasts
                 handle = _first_free({*taken, handle}, _TRANSIENT[0])
             told = arguments[_PUBLIC[method]]
-            area = told.marshal()[_SIZE_FIELD:] if method == "load" else bytes(told.marshal())[_SIZE_FIELD:][:_HEAD]
+            area = _marshalled(told)[_SIZE_FIELD:]
+            area = area if method == "load" else area[:_HEAD]
         self._mine.coming = (f"{handle:x}", area.hex())
         self._write()
 
@@ -175,11 +176,11 @@ class Slots:
         """Write down what a command has loaded.
 
         Args:
-            resource: ESYS_TR of it.
+            resource: its ESYS_TR, or the TPM's own handle.
             public: TPM2B_PUBLIC of an object; None for a session.
         """
-        digest = "" if public is None else hashlib.sha256(public.marshal()).hexdigest()
-        name = f"{self._esapi.tr_get_tpm_handle(resource):x}"
+        digest = "" if public is None else hashlib.sha256(_marshalled(public)).hexdigest()
+        name = f"{self._esapi.tr_get_tpm_handle(resource) if isinstance(resource, ESYS_TR) else resource:x}"
         coming = () if self._mine.coming is None else (self._mine.coming[0],)  # the answer may be altered on the bus
         self._names[int(resource)] = (name, *coming)
         self._mine.loaded.update(dict.fromkeys((name, *coming), digest))
@@ -231,6 +232,10 @@ class Slots:
     def _flush(self, handles: Iterable[int]) -> None:
         for handle in handles:
             self._esapi.flush_context(self._esapi.tr_from_tpmpublic(handle))
+
+
+def _marshalled(structure: Any) -> bytes:
+    return structure if isinstance(structure, bytes) else bytes(structure.marshal())
 
 
 def _first_free(taken: set[int], first: int) -> int:

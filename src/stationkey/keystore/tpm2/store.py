@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
@@ -28,21 +28,21 @@ from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsuppor
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from tpm2_pytss import TSS2_Exception
-from tpm2_pytss.constants import TPM2_ALG, TPM2_RH, TPM2_ST
-from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS, TPMT_SIGNATURE, TPMT_TK_HASHCHECK
+from tpm2_pytss.constants import TPM2_ALG
+from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS
 
 from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import ALGORITHMS, Algorithm, EllipticCurve, KeyType
 from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
 from stationkey.keystore.protocol import KeyRef, Support
-from stationkey.keystore.tpm2 import capabilities, errors, templates
+from stationkey.keystore.tpm2 import capabilities, errors, signing, templates
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.device import Device
 from stationkey.keystore.tpm2.keyfile import SEALED, KeyFile, policy_digest
 from stationkey.keystore.tpm2.pcr import PcrPolicy
 from stationkey.keystore.tpm2.sealed import damaged
-from stationkey.keystore.tpm2.signing import HASHES, EccPrivateKey, RsaPrivateKey, public_der, signing_scheme
+from stationkey.keystore.tpm2.signing import HASHES, EccPrivateKey, RsaPrivateKey, signing_scheme
 from stationkey.keystore.tpm2.templates import KEY_ATTRIBUTES
 from stationkey.x509.csr import PrivateKey, PublicKey
 
@@ -51,7 +51,6 @@ __all__ = ["KEY_ATTRIBUTES", "Tpm2KeyStore"]
 T = TypeVar("T")
 
 _SCHEME: Final = "tpm2"
-_NO_TICKET: Final = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=TPM2_RH.NULL)  # the digest was made outside
 
 
 class Tpm2KeyStore(Device):
@@ -101,7 +100,8 @@ class Tpm2KeyStore(Device):
     @contextmanager
     def signer(self, key: KeyRef) -> Iterator[PrivateKey]:
         self._with_device(lambda: self._load(key))
-        public_key, sign = self.public_key(key), partial(self._sign, key)
+        known = None if self._loaded is None else self._loaded.public_key
+        public_key, sign = known or self.public_key(key), partial(self._sign, key)
         if isinstance(public_key, ec.EllipticCurvePublicKey):
             yield EccPrivateKey(sign, public_key)
         else:
@@ -145,7 +145,7 @@ class Tpm2KeyStore(Device):
         """See `stationkey.keystore.Lending`. TPM2_Certify takes the value of a key, whether or not it has a policy."""
 
         def command() -> T:
-            handle = None if key is None else self._load(key)
+            handle = None if key is None else self._load(key, lent=True)
             assert self._sessions is not None
             return use(self._context, handle, self._sessions.authorising())
 
@@ -227,7 +227,7 @@ class Tpm2KeyStore(Device):
                 raise
             raise damaged(path, scope) from None
         try:
-            with self._using(policy, auth=False) as session:
+            with self._using(policy) as session:
                 return bytes(self._context.unseal(handle, session))
         finally:
             self._context.flush_context(handle)
@@ -276,54 +276,63 @@ class Tpm2KeyStore(Device):
         policy = None
         if self._registers is not None:
             policy = PcrPolicy.of(self._registers, self._registers.read(self._context, self._watching()))
-        auth = self._new_auth(policy)
-        commands = policy.commands(auth=bool(auth)) if policy is not None else ()
-        handle, private, public = self._create_loaded(support.key_type, auth, policy_digest(commands))
-        file = KeyFile(public.marshal(), private.marshal(), self._terms.srk_handle, not auth, commands)
-        key = KeyRef(
-            scheme=_SCHEME,
-            key_type=support.key_type,
-            public=public_der(support.key_type, public),
-            private=file.der(),
-        )
-        self._keep_loaded(key, handle, policy, auth)
+        auth, plain = self._new_auth(policy), self._is_plain(policy)
+        handle, file = self._create_loaded(support.key_type, auth, policy, plain=plain)
+        try:
+            public_key = signing.public_key(support.key_type, file.public)
+        except ValueError:
+            raise errors.altered("an invalid public key") from None
+        public = public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        key = KeyRef(scheme=_SCHEME, key_type=support.key_type, public=public, private=file.der())
+        self._keep_loaded(_Loaded(key, handle, policy, auth, plain=plain, public_key=public_key))
         return key
 
-    def _create_loaded(self, kind: KeyType, auth: bytes, policy: bytes) -> tuple[Any, Any, Any]:
-        """Handle, wrapped private part and public part of a new key, by one command where the TPM has it."""
-        secret = templates.sensitive(auth=auth)
+    def _is_plain(self, policy: PcrPolicy | None) -> bool:
+        """Whether keys with this policy, or None, are used without a session: see `Context`."""
+        return policy is None and self._terms.session == "none"
+
+    def _create_loaded(
+        self, kind: KeyType, auth: bytes, policy: PcrPolicy | None, *, plain: bool
+    ) -> tuple[Any, KeyFile]:
+        """Handle and file of a new key, by one command where the TPM has it."""
+        commands = policy.commands(auth=bool(auth)) if policy is not None else ()
+        secret, digest = templates.sensitive(auth=auth), policy_digest(commands)
+        file = partial(KeyFile, parent=self._terms.srk_handle, empty_auth=not auth, policy=commands)
         if self._has_create_loaded:
             try:
-                with self._under(self._terms.srk_handle) as session:
-                    created: tuple[Any, Any, Any] = self._context.create_loaded(
-                        self._srk, secret, templates.marshalled_key(kind, policy), session
+                with self._under(self._terms.srk_handle, plain=plain) as session:
+                    handle, private, public = self._context.create_loaded(
+                        self._srk, secret, templates.marshalled_key(kind, digest), session
                     )
             except TSS2_Exception as error:
                 if rc.code(error) != rc.COMMAND_CODE:
                     raise
                 self._has_create_loaded = False
             else:
-                return created
-        template = TPM2B_PUBLIC(publicArea=templates.key(kind, policy))
+                return handle, file(public, private)
+        template = TPM2B_PUBLIC(publicArea=templates.key(kind, digest))
         with self._under(self._terms.srk_handle) as session:
-            private, public, *_ = self._context.create(self._srk, secret, template, session1=session)
-        with self._under(self._terms.srk_handle) as session:
-            return self._context.load(self._srk, private, public, session), private, public
+            wrapped, made, *_ = self._context.create(self._srk, secret, template, session1=session)
+        created = file(made.marshal(), wrapped.marshal())
+        return self._load_file(created, plain=plain), created
 
-    def _load(self, key: KeyRef) -> Any:
-        if self._loaded is not None and self._loaded.key == key:
-            return self._loaded.handle
+    def _load(self, key: KeyRef, *, lent: bool = False) -> Any:
+        """The handle of a key, loaded now if need be; an ESYS_TR if it is `lent`."""
+        loaded = self._loaded
+        if loaded is not None and loaded.key == key and not (lent and loaded.plain):
+            return loaded.handle
         file, policy = _file(key)
         self._make_room()
         auth = b"" if file.empty_auth else self._auth_of(file, policy)
+        plain = self._is_plain(policy) and not lent
         try:
-            handle = self._load_file(file)
+            handle = self._load_file(file, plain=plain)
         except ValueError:
             raise _damaged(key) from None
-        self._keep_loaded(key, handle, policy, auth)
+        self._keep_loaded(_Loaded(key, handle, policy, auth, plain=plain))
         return handle
 
-    def _load_file(self, file: KeyFile) -> Any:
+    def _load_file(self, file: KeyFile, *, plain: bool = False) -> Any:
         """Load under the parent that the file names.
 
         Raises:
@@ -332,27 +341,27 @@ class Tpm2KeyStore(Device):
         parent = self._parent(file.parent)
         try:
             private, public = TPM2B_PRIVATE.unmarshal(file.private)[0], TPM2B_PUBLIC.unmarshal(file.public)[0]
-            with self._under(file.parent) as session:
+            with self._under(file.parent, plain=plain) as session:
                 return self._context.load(parent, private, public, session)
         except TSS2_Exception as error:
             if error.rc & rc.LAYER == rc.MARSHALLING:
                 raise ValueError("damaged") from None
             raise
 
-    def _keep_loaded(self, key: KeyRef, handle: Any, policy: PcrPolicy | None, auth: bytes) -> None:
-        self._loaded = _Loaded(key, handle, policy, bool(auth))
-        if auth and self._esapi is not None:
-            self._context.tr_set_auth(handle, auth)
+    def _keep_loaded(self, loaded: _Loaded) -> None:
+        self._loaded = loaded
+        if loaded.auth and not loaded.plain and self._esapi is not None:
+            self._context.tr_set_auth(loaded.handle, loaded.auth)
 
     @contextmanager
-    def _using(self, policy: PcrPolicy | None, *, auth: bool) -> Iterator[Any]:
-        """The session for a command that a key authorises: by its policy, where it has one."""
+    def _using(self, policy: PcrPolicy | None, *, auth: bytes = b"", plain: bool = False) -> Iterator[Any]:
+        """The session for a command that a key authorises: by its policy, where it has one; see `_under`."""
         assert self._sessions is not None
         try:
             if policy is None:
-                yield self._sessions.authorising()
+                yield auth if plain else self._sessions.authorising()
                 return
-            yield self._shown(policy, auth=auth)
+            yield self._shown(policy, auth=bool(auth))
         except TSS2_Exception as error:
             code = rc.code(error)
             if policy is not None or code in rc.WRONG_AUTH:
@@ -388,18 +397,18 @@ class Tpm2KeyStore(Device):
             self._context.policy_auth_value(session)
         return session
 
-    def _sign(self, key: KeyRef, data: bytes, scheme: Any, algorithm: hashes.HashAlgorithm) -> TPMT_SIGNATURE:
+    def _sign(self, key: KeyRef, data: bytes, scheme: Any, algorithm: hashes.HashAlgorithm) -> bytes:
         digest = hashes.Hash(algorithm)
         digest.update(data)
         message, how = digest.finalize(), signing_scheme(scheme, algorithm.name)
         return self._with_device(lambda: self._sign_digest(key, message, how))
 
-    def _sign_digest(self, key: KeyRef, digest: bytes, how: Any) -> TPMT_SIGNATURE:
+    def _sign_digest(self, key: KeyRef, digest: bytes, how: Any) -> bytes:
         self._load(key)
         loaded = self._loaded
         assert loaded is not None
-        with self._using(loaded.policy, auth=loaded.auth) as session:
-            return self._context.sign(loaded.handle, digest, how, _NO_TICKET, session)
+        with self._using(loaded.policy, auth=loaded.auth, plain=loaded.plain) as session:
+            return self._context.sign(loaded.handle, digest, how, session)
 
     def _check(self, key: KeyRef) -> None:
         self._load(key)
@@ -427,12 +436,19 @@ class Tpm2KeyStore(Device):
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A key in one of the TPM's slots, and the authorisation that it needs."""
+    """A key in one of the TPM's slots, and the authorisation that it needs.
+
+    Attributes:
+        handle: ESYS_TR; where it is `plain`, the TPM's own.
+        public_key: if known.
+    """
 
     key: KeyRef
     handle: Any
     policy: PcrPolicy | None
-    auth: bool
+    auth: bytes = field(repr=False)
+    plain: bool
+    public_key: PublicKey | None = None
 
 
 def _own(key: KeyRef) -> None:
