@@ -6,14 +6,13 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from click.testing import CliRunner, Result
 from config_files import OVERRIDES
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from stationkey import cli, daemon
 from stationkey.config import file as file_module
@@ -466,22 +465,19 @@ def test_a_prefix_stands_before_both_topics(prefix: str, request_topic: str) -> 
 # An option is declared once. The sample is the manual.
 
 
-@dataclass(frozen=True, kw_only=True)
-class LargerPool(PoolTerms):
+class LargerPool(PoolTerms, frozen=True, kw_only=True):
     spare: Annotated[int, Meta(ge=0, le=9), Option("Keys kept for a bad day.")] = 3
     ways: Annotated[
         tuple[str, ...], Option("Not named as in the file.", Form(list[str], tuple), "how", metavar="WAY")
     ] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenTerms:
+class TokenTerms(Struct, frozen=True, kw_only=True):
     SCHEME: ClassVar[str] = "token"
     slot: Annotated[int, Option("Where the token is.")] = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class LargerSettings(Settings):
+class LargerSettings(Settings, frozen=True, kw_only=True):
     pool: LargerPool = LargerPool()
     token: TokenTerms = TokenTerms()
     colour: Annotated[Literal["red", "blue"], Option("At the top of the file.")] = "red"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import re
 import tomllib
@@ -13,6 +12,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from config_files import OVERRIDES
 from msgspec import Meta
+from msgspec.structs import fields
 
 from stationkey.config.file import read_file, settle
 from stationkey.config.options import options_of
@@ -50,7 +50,7 @@ def test_an_option_says_what_it_does_and_has_a_type(place: str) -> None:
 @pytest.mark.parametrize("kind", [Settings, Deadlines, Bounds, Terms, PoolTerms, PolicyTerms, TpmTerms, MqttTerms])
 def test_every_field_is_an_option_or_is_known_to_be_none(kind: type) -> None:
     declared = {option.path[-1] for option in options_of(kind)} | {option.path[0] for option in options_of(kind)}
-    others = {field.name for field in dataclasses.fields(kind)} - declared
+    others = {field.name for field in fields(kind)} - declared
 
     assert others <= {"profiles", "tcti"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pkgutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import KeyStore, KeyStoreUri, keystore_opener, registry
@@ -69,7 +69,7 @@ def test_a_secret_in_a_uri_is_not_shown() -> None:
 
 
 def test_a_store_without_protection_has_to_be_allowed(other: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = dataclasses.replace(other, protected=False)
+    bare = replace(other, protected=False)
     monkeypatch.setattr(registry, "SCHEMES", {"other": bare})
     with pytest.raises(ConfigurationError) as refused:
         keystore_opener("other:x")

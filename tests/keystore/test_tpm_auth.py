@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from peers import Swtpm
 from tpm2_pytss import ESAPI
 
@@ -75,7 +76,7 @@ def test_a_key_under_a_hierarchy_is_refused_in_words(opened: Opener) -> None:
     """As other programs write them: its parent is made anew at each use, and none of ours was."""
     store = opened()
     key = sign(store)
-    other = dataclasses.replace(key, private=dataclasses.replace(KeyFile.read(key.private), parent=0x40000001).der())
+    other = dataclasses.replace(key, private=replace(KeyFile.read(key.private), parent=0x40000001).der())
     assert refusal(lambda: sign(store, other)).reason == "parent_missing"
 
 
@@ -294,7 +295,7 @@ def test_a_damaged_value_is_told_and_not_overwritten(opened: Opener, tmp_path: P
         case "flipped":
             blob = read_pem(whole)
             assert blob is not None
-            broken = dataclasses.replace(blob, private=blob.private[:-1] + bytes([blob.private[-1] ^ 1]))
+            broken = replace(blob, private=blob.private[:-1] + bytes([blob.private[-1] ^ 1]))
             content = to_pem("TSS2 PRIVATE KEY", broken.der())
         case _:
             assert isinstance(damage, bytes)

@@ -8,6 +8,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from peers import Swtpm
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG
@@ -184,7 +185,7 @@ def test_a_register_that_changes_while_the_policy_is_shown_costs_a_second_try(
 def test_a_policy_of_another_kind_is_told_as_damage(opened: Opener, policy: tuple[Command, ...]) -> None:
     store = opened()
     key = sign(store)
-    other = dataclasses.replace(key, private=dataclasses.replace(KeyFile.read(key.private), policy=policy).der())
+    other = dataclasses.replace(key, private=replace(KeyFile.read(key.private), policy=policy).der())
     assert refusal(lambda: sign(store, other)).reason == "key_damaged"
 
 

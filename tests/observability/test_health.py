@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from parts import V2G, Station, station
@@ -114,7 +114,7 @@ class TestCondition:
     def test_each_trouble_is_told_and_only_then_is_it_not_well(
         self, change: dict[str, object], words: str, request: pytest.FixtureRequest
     ) -> None:
-        condition = dataclasses.replace(WELL, **change)  # type: ignore[arg-type] # names of the table are its fields
+        condition = replace(WELL, **change)
         quiet = {"well", "one key is another TPM's", "one algorithm is not there"}
         assert condition.healthy == (request.node.callspec.id in quiet)
         assert json.loads(condition.report())["status"] == ("ok" if condition.healthy else "trouble")
@@ -123,7 +123,7 @@ class TestCondition:
     def test_of_several_key_stores_the_one_in_trouble_is_named(self) -> None:
         [well] = WELL.stores
         away = StoreCondition("se", stuck=False, last=(0.1, Outcome("pkcs11_token_missing", Scope.DEVICE)))
-        condition = dataclasses.replace(WELL, stores=(well, away))
+        condition = replace(WELL, stores=(well, away))
         report = json.loads(condition.report())
         assert not condition.healthy
         assert report["keystore"] == report["keystores"]["se"]
@@ -136,7 +136,7 @@ class TestCondition:
 
     @pytest.mark.parametrize("scope", Scope)
     def test_what_is_unreachable_is_in_trouble(self, scope: Scope) -> None:
-        condition = dataclasses.replace(WELL, **in_store(last=(0.1, Outcome("tpm_error", scope))))
+        condition = replace(WELL, **in_store(last=(0.1, Outcome("tpm_error", scope))))
         assert condition.stores[0].reachable == (scope is not Scope.DEVICE)
         assert bool(condition.troubles) == (scope in {Scope.DEVICE, Scope.STORE})
 

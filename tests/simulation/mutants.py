@@ -10,12 +10,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 from unittest import mock
+
+from msgspec.structs import replace
 
 from stationkey.ledger import answers, database, lifecycle, transitions
 from stationkey.ledger.answers import Answers

@@ -8,10 +8,10 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from peers import Daemon, Mosquitto
 
 from secured import Authority, SecuredMosquitto

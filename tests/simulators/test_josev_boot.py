@@ -7,13 +7,13 @@ import gc
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 import websockets
+from msgspec.structs import replace
 from peers import Mosquitto
 from websockets.asyncio.server import ServerConnection, serve
 

@@ -9,12 +9,12 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from peers import Mosquitto
 from test_josev import CARRIED, CHARGING_STATION, IDENTITY, ORGANIZATION, V2G, Trial
 

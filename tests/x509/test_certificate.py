@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -11,6 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from msgspec.structs import replace
 
 from parts import CN, NOW, STATION, V2G, V2G20, Authority, C, O, pem, request, software_key
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
@@ -150,7 +150,7 @@ def test_each_difference_is_named_and_nothing_else_is(
 def test_an_rsa_key_is_not_missed_key_agreement_and_may_have_it() -> None:
     key = rsa.generate_private_key(65537, 2048)
     public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    wanted = dataclasses.replace(expected(V2G), public=public)
+    wanted = replace(expected(V2G), public=public)
 
     for bits in ({"digital_signature": True}, {"digital_signature": True, "key_agreement": True}):
         certificate = AUTHORITY.sign(CSRS[V2G], public_key=key.public_key(), instead=[usage(**bits)])

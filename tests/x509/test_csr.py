@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from csrs import P256, P521, REQUEST_ID, build, request_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from peers import Swtpm
 
 from stationkey.contract import messages
@@ -279,9 +279,9 @@ def test_the_country_goes_in_as_it_was_written(country: str) -> None:
 
 
 def test_a_profile_may_have_another_domain_component_or_none() -> None:
-    other = build(request_for(), dataclasses.replace(CHARGING_STATION, domain_component="CSMS"))
+    other = build(request_for(), replace(CHARGING_STATION, domain_component="CSMS"))
     assert subject_of(other)[-1] == ("domain_component", "IA5String", "CSMS")
-    none = build(request_for(CertificateType.V2G_CERTIFICATE), dataclasses.replace(V2G, domain_component=None))
+    none = build(request_for(CertificateType.V2G_CERTIFICATE), replace(V2G, domain_component=None))
     assert [attribute for attribute, *_ in subject_of(none)] == [
         "country_name",
         "organization_name",
@@ -290,7 +290,7 @@ def test_a_profile_may_have_another_domain_component_or_none() -> None:
 
 
 def test_a_profile_may_have_other_usages() -> None:
-    profile = dataclasses.replace(
+    profile = replace(
         V2G,
         key_usage=(KeyUsage.CONTENT_COMMITMENT, KeyUsage.KEY_ENCIPHERMENT, KeyUsage.DATA_ENCIPHERMENT),
         extended_key_usage=(ExtendedKeyUsage.CLIENT_AUTH, ExtendedKeyUsage.SERVER_AUTH),
@@ -305,9 +305,7 @@ def test_a_profile_may_have_other_usages() -> None:
 
 def test_an_rsa_key_is_asked_for_key_agreement_by_no_profile() -> None:
     """[RFC 3279 2.3.1, RFC 4055 1.2]."""
-    profile = dataclasses.replace(
-        V2G, key_usage=(KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_ENCIPHERMENT, KeyUsage.KEY_AGREEMENT)
-    )
+    profile = replace(V2G, key_usage=(KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_ENCIPHERMENT, KeyUsage.KEY_AGREEMENT))
     request = request_for(CertificateType.V2G_CERTIFICATE, Algorithm.RSA_SHA256)
 
     der = build(request, profile)
@@ -316,7 +314,7 @@ def test_an_rsa_key_is_asked_for_key_agreement_by_no_profile() -> None:
 
 
 def test_the_evse_id_goes_into_a_uri_where_the_profile_says_so() -> None:
-    der = build(request_for(), dataclasses.replace(CHARGING_STATION, evse_id_placement=EvseIdPlacement.SAN_URI))
+    der = build(request_for(), replace(CHARGING_STATION, evse_id_placement=EvseIdPlacement.SAN_URI))
     assert extensions_of(der)["subject_alt_name"] == (["urn:evse:DE*SEV*E123456789"], False)
     assert "URI:urn:evse:DE*SEV*E123456789" in openssl_text(der)
 
@@ -328,7 +326,7 @@ def test_the_evse_id_goes_into_the_serial_number_without_its_asterisks_where_the
     evse_id: str, serial_number: str
 ) -> None:
     """PrintableString has no asterisk. Its place is behind CN and before DC."""
-    profile = dataclasses.replace(V2G, evse_id_placement=EvseIdPlacement.SERIAL_NUMBER)
+    profile = replace(V2G, evse_id_placement=EvseIdPlacement.SERIAL_NUMBER)
     der = build(request_for(CertificateType.V2G_CERTIFICATE, evse_id=evse_id), profile)
     assert subject_of(der)[2:] == [
         ("common_name", "UTF8String", "9783161484100"),
@@ -339,7 +337,7 @@ def test_the_evse_id_goes_into_the_serial_number_without_its_asterisks_where_the
 
 @pytest.mark.parametrize("placement", [EvseIdPlacement.SAN_URI, EvseIdPlacement.SERIAL_NUMBER], ids=str)
 def test_without_an_evse_id_there_is_nothing_to_place(placement: EvseIdPlacement) -> None:
-    profile = dataclasses.replace(CHARGING_STATION, evse_id_placement=placement)
+    profile = replace(CHARGING_STATION, evse_id_placement=placement)
     request = messages.generate_csr(
         REQUEST_ID,
         GenerateCsrData(
@@ -363,7 +361,7 @@ names = st.text(st.characters(codec="utf-8"), max_size=70) | st.text("🔌電Ω�
 
 
 profiles = st.builds(
-    dataclasses.replace,
+    replace,
     st.sampled_from(list(PROFILES.values())),
     evse_id_placement=st.sampled_from(EvseIdPlacement),
     domain_component=st.none()
@@ -412,7 +410,7 @@ def test_every_request_that_is_accepted_gives_a_csr_with_exactly_its_subject(
 
 def test_the_longest_csr_fits_into_ocpp(signers: Signers) -> None:
     """The largest key, the longest names, the longest EVSE ID, every extension."""
-    profile = dataclasses.replace(
+    profile = replace(
         V2G,
         domain_component="x" * 64,
         key_usage=tuple(KeyUsage),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from asn1crypto import pem as asn1_pem  # type: ignore[import-untyped] # ships none
 from cryptography import x509
@@ -13,6 +11,7 @@ from cryptography.x509.oid import NameOID
 from csrs import P521, build, request_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from stationkey.contract.profiles import (
     PROFILES,
@@ -27,9 +26,7 @@ from stationkey.x509.csr import CsrSummary, build_csr, inspect_csr, to_pem
 
 
 def test_a_csr_is_told_to_a_person() -> None:
-    profile = dataclasses.replace(
-        PROFILES[CertificateType.V2G20_CERTIFICATE], evse_id_placement=EvseIdPlacement.SAN_URI
-    )
+    profile = replace(PROFILES[CertificateType.V2G20_CERTIFICATE], evse_id_placement=EvseIdPlacement.SAN_URI)
     request = request_for(
         CertificateType.V2G20_CERTIFICATE, Algorithm.ECDSA_SHA512, organization_name="Über Strom GmbH"
     )

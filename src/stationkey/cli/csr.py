@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 import click
+from msgspec import structs
 
 from stationkey.cli._options import json_option
 from stationkey.contract.profiles import PROFILES, CertificateType
@@ -34,7 +34,7 @@ def _read(file: Path) -> str:
 @json_option
 def csr_inspect(file: Path, as_json: bool) -> None:
     """Show subject, key, signature and extensions, and whether the signature proves possession of the key."""
-    shown = asdict(inspect_csr(_read(file)))
+    shown = structs.asdict(inspect_csr(_read(file)))
     if as_json:
         click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
         return

@@ -11,16 +11,16 @@ start rather than when a certificate is due.
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import re
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
+from typing import Any, Final, NamedTuple, TypeVar
 
-from msgspec import UNSET, ValidationError
+from msgspec import UNSET, Struct, ValidationError
+from msgspec.structs import fields, replace
 
 from stationkey.config.options import Declared, options_of
 from stationkey.config.settings import DEFAULT_DEVICE, DEFAULT_STORE, CsrOverrides, Settings
@@ -39,7 +39,7 @@ MAX_DOTS: Final = 250
 MAX_SAID: Final = 200
 """Characters of a message about an invalid file."""
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Struct)
 Given = Mapping[tuple[str, ...], Any]
 """Values that are set, by the fields that lead to each; see `Declared.path`."""
 
@@ -78,7 +78,7 @@ def read_table(
     lines: Mapping[str, int] | None = None,
     *,
     source: str,
-    declared: type = Settings,
+    declared: type[Struct] = Settings,
 ) -> Given:
     """Read what a configuration file would have, from elsewhere.
 
@@ -188,7 +188,7 @@ _FIXED: Final = {
 class _Reading:
     """The values read so far, and the errors in the rest; `root` declares the options."""
 
-    def __init__(self, source: str, root: type, lines: Mapping[str, int] | None = None) -> None:
+    def __init__(self, source: str, root: type[Struct], lines: Mapping[str, int] | None = None) -> None:
         self.given: dict[tuple[str, ...], Any] = {}
         self.complaints: list[ConfigurationError] = []
         self.lost: set[str] = set()
@@ -219,7 +219,7 @@ class _Reading:
                 path[-1]: value
                 for path, value in self._options(place, overrides, options_of(CsrOverrides, place)).items()
             }
-            profiles[CertificateType(name)] = dataclasses.replace(PROFILES[CertificateType(name)], **changes)
+            profiles[CertificateType(name)] = replace(PROFILES[CertificateType(name)], **changes)
         if profiles != PROFILES:
             self.given["profiles",] = MappingProxyType(profiles)
         self._refuse_contradictions()
@@ -275,11 +275,12 @@ class _Reading:
         return {}
 
     def _refuse_contradictions(self) -> None:
-        for name, hint in get_type_hints(self._root).items():
-            if not hasattr(hint, "contradiction"):
+        for option in fields(self._root):
+            if not hasattr(option.type, "contradiction"):
                 continue
+            name = option.name
             mine = [path for path in self.given if path[0] == name]
-            if words := build(hint, {path[1:]: self.given[path] for path in mine}).contradiction():
+            if words := build(option.type, {path[1:]: self.given[path] for path in mine}).contradiction():
                 self._refuse(name, f"[{name}]: {words}")
                 for path in mine:
                     del self.given[path]
@@ -316,10 +317,10 @@ def contradictory_stores(given: Given) -> Iterator[tuple[str, str]]:
 def build(declared: type[T], given: Given) -> T:
     """Return an instance with the given values, and defaults for the rest."""
     values: dict[str, Any] = {}
-    for name, hint in get_type_hints(declared).items():
-        inner = {path[1:]: value for path, value in given.items() if path[0] == name}
+    for option in fields(declared):
+        inner = {path[1:]: value for path, value in given.items() if path[0] == option.name}
         if inner:
-            values[name] = inner[()] if () in inner else build(hint, inner)
+            values[option.name] = inner[()] if () in inner else build(option.type, inner)
     return declared(**values)
 
 

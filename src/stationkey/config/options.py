@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, get_args, get_origin
 
 import msgspec
+from msgspec import NODEFAULT, Struct
+from msgspec.structs import fields
 
 FORM: Final = "form"
 """Name in msgspec's `Meta.extra` of words for a type that has a pattern."""
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(Struct, frozen=True):
     """How an option is written in the file, where that differs from the value that the program uses.
 
     Attributes:
@@ -29,8 +29,7 @@ class Form:
     read: Callable[[Any], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(Struct, frozen=True):
     """Annotation of a field that the configuration sets.
 
     Attributes:
@@ -51,8 +50,7 @@ class Option:
     example: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Declared:
+class Declared(Struct, frozen=True):
     """An option with what follows from where it is declared.
 
     Attributes:
@@ -101,26 +99,28 @@ def _toml(default: object) -> str:
     return json.dumps(plain, ensure_ascii=False) if plain and isinstance(plain, str | int | float) else ""
 
 
-def options_of(declared: type, table: str = "", path: tuple[str, ...] = ()) -> Iterator[Declared]:
+@cache
+def options_of(declared: type[Struct], table: str = "", path: tuple[str, ...] = ()) -> tuple[Declared, ...]:
     """Find the options among the fields of a class.
 
-    A field whose type is a dataclass is a table of the file. Inside that, it is more of the same table.
+    A field whose type is a struct is a table of the file. Inside that, it is more of the same table.
 
     Args:
         declared: the class.
         table: the table of the file that its options are in.
         path: the fields that lead to it.
     """
-    fields = getattr(declared, "__dataclass_fields__", {})
-    for name, hint in get_type_hints(declared, include_extras=True).items():
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from options_of(hint, table or name, (*path, name))
+    found: list[Declared] = []
+    for field in fields(declared):
+        name, hint = field.name, field.type
+        if isinstance(hint, type) and issubclass(hint, Struct):
+            found += options_of(hint, table or name, (*path, name))
         for option in get_args(hint) if get_origin(hint) is Annotated else ():
             if isinstance(option, Option):
                 home, _, own = (option.place or name).rpartition(".")
                 written = option.form.written if option.form else hint
-                default = fields[name].default if name in fields else None
-                shown = "" if default in {None, False, dataclasses.MISSING} else str(default)
-                example = option.example or _toml(default)
-                yield Declared(option, home or table, own, (*path, name), written, option.default or shown, example)
+                shown = "" if field.default in {None, False, NODEFAULT} else str(field.default)
+                example = option.example or _toml(field.default)
+                default = option.default or shown
+                found.append(Declared(option, home or table, own, (*path, name), written, default, example))
+    return tuple(found)

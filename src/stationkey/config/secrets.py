@@ -12,9 +12,10 @@ import logging
 import os
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from stationkey.errors import ConfigurationError
 from stationkey.system.files import opened_regular
@@ -46,8 +47,7 @@ def _warn(words: str) -> None:
     log.warning("%s", words)
 
 
-@dataclass(frozen=True, slots=True)
-class SecretReference:
+class SecretReference(Struct, frozen=True):
     """Where a secret is.
 
     Args:

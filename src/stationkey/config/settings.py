@@ -8,11 +8,10 @@ The environment has ``STATIONKEY_NAME`` for each option ``--name`` of the comman
 # The annotations are read at run time, so they are not postponed here.
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, Struct
 
 from stationkey.config.options import FORM, Form, Option
 from stationkey.config.secrets import SecretReference
@@ -95,8 +94,7 @@ _Registers = Annotated[tuple[Annotated[int, Meta(ge=0, le=23)], ...], Meta(max_l
 _MANY: Final = Meta(max_length=256)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyStoreChoice:
+class KeyStoreChoice(Struct, frozen=True, kw_only=True):
     """``[keystore_for]``: the key store of a certificate type, where that is not ``keystore``."""
 
     charging_station_certificate: Annotated[
@@ -115,8 +113,7 @@ class KeyStoreChoice:
     ] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class NamedStore:
+class NamedStore(Struct, frozen=True):
     """A key store of the configuration.
 
     Attributes:
@@ -135,8 +132,7 @@ class NamedStore:
         return "keystore" if self.name == DEFAULT_STORE else f"keystores.{self.name}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deadlines:
+class Deadlines(Struct, frozen=True, kw_only=True):
     """``[deadlines]``: seconds within which a request is answered, one way or the other.
 
     30 s is as long as a hung TPM may keep Josev waiting. RSA gets 60 s, because a hardware TPM searches for primes for
@@ -147,8 +143,7 @@ class Deadlines:
     rsa: Annotated[Seconds, Option("Seconds for a request for an RSA key.")] = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
+class Bounds(Struct, frozen=True, kw_only=True):
     """How many keys and records there may be.
 
     A CSMS may answer the first CSR after later ones were sent (OCTT TC_A_23), so there may be more than one pending
@@ -170,8 +165,7 @@ class Bounds:
     ] = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class Terms(Struct, frozen=True, kw_only=True):
     """``[lifecycle]``: how long keys and records last, in milliseconds, and how many there may be; days in the file.
 
     It is the running time of the daemon, all its runs together: a clock that is set right by years ends no key.
@@ -190,11 +184,10 @@ class Terms:
         int,
         Option("Days that an id is remembered; longer while its key is pending.", _DAYS, "answer_days", example="90"),
     ] = 90 * DAY
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds = Bounds()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolTerms:
+class PoolTerms(Struct, frozen=True, kw_only=True):
     """``[pool]``: keys made ahead, while the TPM has nothing else to do. Idle in seconds, age in milliseconds."""
 
     ec: Annotated[int, Meta(ge=0, le=64), Option("Keys kept ready for each elliptic curve; 0 for none.")] = 0
@@ -212,8 +205,7 @@ class PoolTerms:
     ] = 30 * DAY
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenewalTerms:
+class RenewalTerms(Struct, frozen=True, kw_only=True):
     """``[renewal]``: when a certificate is due for renewal, and who is told. Days in the file, milliseconds here."""
 
     before: Annotated[
@@ -257,8 +249,7 @@ class RenewalTerms:
     ] = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MqttTerms:
+class MqttTerms(Struct, frozen=True, kw_only=True):
     """``[mqtt]``: how the broker is spoken to, beside its URL.
 
     Attributes:
@@ -339,8 +330,7 @@ class MqttTerms:
         return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyTerms:
+class PolicyTerms(Struct, frozen=True, kw_only=True):
     """``[policy]``: what may be asked for, and how often. An empty tuple of names or patterns lets all through.
 
     See `stationkey.service.policy` for the patterns.
@@ -378,8 +368,7 @@ class PolicyTerms:
     payload_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024), Option("Bytes of a message at most.")] = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TpmTerms:
+class TpmTerms(Struct, frozen=True, kw_only=True):
     """``[tpm]``: how the TPM is used, and what keys in it are protected by besides. Secrets are named, never said.
 
     Attributes:
@@ -443,7 +432,7 @@ class TpmTerms:
     ] = None
 
 
-class CsrOverrides:
+class CsrOverrides(Struct):
     """``[csr.CERTIFICATE_TYPE]``: fields of a `CertificateProfile` that an operator's CA wants otherwise.
 
     What is not set stays as the profile has it; there is no instance of this.
@@ -480,8 +469,7 @@ class CsrOverrides:
     evse_id_placement: Annotated[EvseIdPlacement, Option("Where the EVSE ID goes.", place="evse_id")]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Struct, frozen=True, kw_only=True):
     """The daemon's settings: the options at the top of the file, and its tables.
 
     Attributes:
@@ -505,8 +493,8 @@ class Settings:
     keystores: Annotated[
         Mapping[str, str],
         Option("More key stores, by a name for each.", Form(_Stores, lambda stores: stores or UNSET)),
-    ] = field(default_factory=dict)
-    keystore_for: KeyStoreChoice = field(default_factory=KeyStoreChoice)
+    ] = {}
+    keystore_for: KeyStoreChoice = KeyStoreChoice()
     allow_software_keys: Annotated[bool, Option("Let software: be the key store. Its keys are not protected.")] = False
     state_dir: Annotated[Path, Option("Where the ledger is kept.", _PATH, metavar="DIR")] = Path("/var/lib/stationkey")
     topic_prefix: Annotated[
@@ -521,10 +509,10 @@ class Settings:
         ),
     ] = None
     log_format: Annotated[LogFormat, Option("Format of the log on standard error.")] = "text"
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    lifecycle: Terms = field(default_factory=Terms)
-    pool: PoolTerms = field(default_factory=PoolTerms)
-    renewal: RenewalTerms = field(default_factory=RenewalTerms)
+    deadlines: Deadlines = Deadlines()
+    lifecycle: Terms = Terms()
+    pool: PoolTerms = PoolTerms()
+    renewal: RenewalTerms = RenewalTerms()
     certificate_dir: Annotated[
         Path | None,
         Option(
@@ -534,9 +522,9 @@ class Settings:
             example='"/var/lib/josev/certificates"',
         ),
     ] = None
-    mqtt: MqttTerms = field(default_factory=MqttTerms)
-    policy: PolicyTerms = field(default_factory=PolicyTerms)
-    tpm: TpmTerms = field(default_factory=TpmTerms)
+    mqtt: MqttTerms = MqttTerms()
+    policy: PolicyTerms = PolicyTerms()
+    tpm: TpmTerms = TpmTerms()
     metrics: Annotated[
         str | None,
         Option(
@@ -546,7 +534,7 @@ class Settings:
             example='"127.0.0.1:9464"',
         ),
     ] = None
-    profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)
+    profiles: Mapping[CertificateType, CertificateProfile] = PROFILES
 
     @property
     def stores(self) -> tuple[NamedStore, ...]:
@@ -563,6 +551,7 @@ class Settings:
 
         A store that has none gets those of a TPM where no store is one, so that it can refuse what only a TPM keeps.
         """
-        tables = {getattr(table, "SCHEME", None): table for table in (getattr(self, one.name) for one in fields(self))}
+        values = [getattr(self, name) for name in self.__struct_fields__]
+        tables = {getattr(table, "SCHEME", None): table for table in values}
         schemes = {store.uri.partition(":")[0] for store in self.stores}
         return tables.get(uri.partition(":")[0], None if self.tpm.SCHEME in schemes else self.tpm)

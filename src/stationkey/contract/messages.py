@@ -20,7 +20,6 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -271,8 +270,7 @@ def decode_response(payload: bytes) -> GenerateCsrResponse | None:
     return response if is_usable_id(response.id) else None  # msgspec lets a line feed follow what matches a pattern
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
+class _Field(Struct, frozen=True):
     """A field of a message's ``data``, as its struct declares it; `words` are said of a value that breaks its rule."""
 
     words: str

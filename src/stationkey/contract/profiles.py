@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, Literal
+
+from msgspec import Struct
 
 
 class CertificateType(StrEnum):
@@ -42,8 +43,7 @@ DEFAULT_ALGORITHM: Final = Algorithm.ECDSA_SHA256
 """What a request without ``algorithm`` means (contract, decision 2)."""
 
 
-@dataclass(frozen=True, slots=True)
-class EllipticCurve:
+class EllipticCurve(Struct, frozen=True):
     """A named curve, spelled as in SEC 2 and RFC 5480."""
 
     name: str
@@ -52,8 +52,7 @@ class EllipticCurve:
         return self.name
 
 
-@dataclass(frozen=True, slots=True)
-class RsaModulus:
+class RsaModulus(Struct, frozen=True):
     """An RSA key size.
 
     Attributes:
@@ -75,8 +74,7 @@ RSA_2048: Final = RsaModulus(2048)
 RSA_3072: Final = RsaModulus(3072)
 
 
-@dataclass(frozen=True, slots=True)
-class AlgorithmProfile:
+class AlgorithmProfile(Struct, frozen=True):
     """The key and the signature that an `Algorithm` stands for.
 
     Attributes:
@@ -133,8 +131,7 @@ class EvseIdPlacement(StrEnum):
     """The subject's serialNumber attribute (2.5.4.5), a PrintableString, after CN."""
 
 
-@dataclass(frozen=True, slots=True)
-class TlsUse:
+class TlsUse(Struct, frozen=True):
     """How a service uses a key and its certificate in TLS.
 
     Attributes:
@@ -148,8 +145,7 @@ class TlsUse:
     suites: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CertificateProfile:
+class CertificateProfile(Struct, frozen=True, kw_only=True):
     """What the CSR for one certificate type contains.
 
     Subject order is C, O, CN, then DC where the profile has one. basicConstraints is always critical with CA:false,

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
+from msgspec import Struct
+
 from stationkey.contract.profiles import Algorithm, KeyType
 from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.schemes import SCHEMES
@@ -83,8 +85,7 @@ class KeyRef:
         return text + to_pem(scheme.pem_label, self.private)
 
 
-@dataclass(frozen=True, slots=True)
-class Support:
+class Support(Struct, frozen=True):
     """Whether a store can serve an algorithm. True where it can.
 
     Attributes:

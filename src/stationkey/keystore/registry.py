@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
 from urllib.parse import unquote
+
+from msgspec import Struct
 
 from stationkey.errors import ConfigurationError
 from stationkey.keystore.protocol import KeyRef, KeyStore
@@ -25,8 +26,7 @@ class Opener(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class KeyStoreUri:
+class KeyStoreUri(Struct, frozen=True):
     """The URI of a key store.
 
     Attributes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scheme:
+
+class Scheme(Struct, frozen=True, kw_only=True):
     """The properties of a kind of key store.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
@@ -80,7 +79,7 @@ def opener(
     """
     default = TpmTerms()
     given = terms or default
-    names = [one.name for one in fields(TpmTerms) if getattr(given, one.name) != getattr(default, one.name)]
+    names = [name for name in TpmTerms.__struct_fields__ if getattr(given, name) != getattr(default, name)]
     if names:
         raise ConfigurationError(
             f"[tpm] {', '.join(names)} cannot be had from a software key store",

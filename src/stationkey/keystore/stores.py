@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from stationkey.config.settings import DEFAULT_STORE, NamedStore, Settings
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
@@ -13,8 +14,7 @@ from stationkey.keystore.registry import KeyStoreUri, keystore_opener
 from stationkey.keystore.worker import KeyStoreThread
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Store:
+class Store(Struct, frozen=True, eq=False):
     """A key store with its thread.
 
     Attributes:

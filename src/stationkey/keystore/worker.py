@@ -21,9 +21,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any, Final, TypeVar
+
+from msgspec import Struct
 
 from stationkey.errors import KeyStoreError, Scope, StationKeyError
 from stationkey.keystore.protocol import Abandonable, KeyStore, Timed
@@ -78,8 +79,7 @@ class Task(StrEnum):
     OTHER = OTHER
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(Struct, frozen=True):
     run: Callable[[KeyStore], Any]
     expires: float
     timeout: float
@@ -88,8 +88,7 @@ class _Job:
     task: str
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """How a job ended.
 
     Attributes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
+from msgspec import Struct
 
 from stationkey.ledger.database import Database
 from stationkey.ledger.migrations import LIVING
@@ -15,8 +15,7 @@ _HINT: Final = "renewal hint "
 """Prefix of a name in `meta`; the id of a key follows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
+class Hint(Struct, frozen=True):
     """The last hint that a certificate is due.
 
     Attributes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from stationkey.ledger.database import Database
 from stationkey.ledger.overview import IGNORED, REJECTED, Happening, read_happening
@@ -12,8 +13,7 @@ REQUEST: Final = "generate_csr"
 STATUS: Final = "certificate_installation_status"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """How far the record was read: the last event of a key, and the last rejection."""
 
     event: int = 0

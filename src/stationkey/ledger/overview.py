@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from stationkey.ledger.database import Database
 from stationkey.ledger.lifecycle import MADE_AHEAD, KeyState
@@ -18,8 +19,7 @@ _SCANNED: Final = 10
 """How many events are read for each that is wanted: those of keys made ahead are passed over."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyGlance:
+class KeyGlance(Struct, frozen=True, kw_only=True):
     """A living key with an owner.
 
     Attributes:
@@ -45,8 +45,7 @@ class KeyGlance:
     failed: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Happening:
+class Happening(Struct, frozen=True, kw_only=True):
     """A rejected request, or an event of a key.
 
     Attributes:
@@ -70,8 +69,7 @@ class Happening:
     message_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Overview:
+class Overview(Struct, frozen=True):
     """The keys of the ledger, those in use first, and what happened last, newest first."""
 
     keys: tuple[KeyGlance, ...]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.contract.profiles import EllipticCurve, KeyType, RsaModulus
@@ -30,8 +30,7 @@ _YEAR_9999: Final = 253_402_300_799
 """The first and last second, in Unix time, of what Python and certificates [RFC 5280 4.1.2.5] can express."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(Struct, frozen=True):
     """An accepted answer.
 
     Attributes:
@@ -52,8 +51,7 @@ class Answered:
         return not self.csr
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyRecord:
+class KeyRecord(Struct, frozen=True, kw_only=True):
     """A key without its private part.
 
     Attributes:
@@ -107,8 +105,7 @@ class KeyRecord:
         return bool(self.certificate_type)
 
 
-@dataclass(frozen=True, slots=True)
-class EventRecord:
+class EventRecord(Struct, frozen=True):
     """An event of a key.
 
     Attributes:
@@ -128,8 +125,7 @@ class EventRecord:
     message_id: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class Figures(Struct, frozen=True, kw_only=True):
     """Counts for metrics.
 
     Attributes:

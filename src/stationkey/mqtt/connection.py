@@ -15,11 +15,11 @@ import socket
 import ssl
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Self
 
 import paho.mqtt.client as paho
+from msgspec import Struct
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -84,8 +84,7 @@ class ProtocolRefused(BrokerError):
     """The broker does not speak this version of MQTT: it says so, closes the connection, or does not answer."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Message:
+class Message(Struct, frozen=True, eq=False):
     """A message received, not acknowledged yet."""
 
     payload: bytes

@@ -12,9 +12,10 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol
+
+from msgspec import Struct
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import (
@@ -94,8 +95,7 @@ class Answering(Protocol):
         """Note that the broker has an answer."""
 
 
-@dataclass(slots=True, eq=False)
-class _InHand:
+class _InHand(Struct, eq=False):
     """A message that is being answered."""
 
     message: Message

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final, Self
+
+from msgspec import Struct
 
 from stationkey.errors import BrokerError
 from stationkey.mqtt.paho_client import PROTOCOL_ERROR, ProtocolViolation
@@ -14,8 +15,7 @@ _NOT_AUTHORIZED: Final = 0x87
 _QUOTA_EXCEEDED: Final = 0x97
 
 
-@dataclass(frozen=True, slots=True)
-class ServerLimits:
+class ServerLimits(Struct, frozen=True):
     """The limits for the client; the defaults are those of a CONNACK without limits, and of 3.1.1.
 
     Attributes:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, Self
 
+from msgspec import Struct
+
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
 from stationkey.errors import BrokerError, ConfigurationError
@@ -101,8 +103,7 @@ class BrokerContext(ssl.SSLContext):
         return super().wrap_socket(sock, *arguments, **options)
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
+class _Files(Struct, frozen=True):
     """The files of a context."""
 
     terms: MqttTerms

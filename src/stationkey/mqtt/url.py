@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from stationkey.errors import ConfigurationError
 
@@ -14,8 +15,7 @@ MAX_SHOWN: Final = 120
 """Characters of an invalid URL that are shown."""
 
 
-@dataclass(frozen=True, slots=True)
-class Broker:
+class Broker(Struct, frozen=True):
     """Where the broker is: ``mqtt://HOST[:PORT]``, or ``mqtts://HOST[:PORT]`` for TLS."""
 
     host: str

@@ -15,10 +15,11 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final, Self
 from urllib.parse import urlsplit
+
+from msgspec import Struct, field
 
 from stationkey.system.addresses import is_loopback
 from stationkey.system.listener import BACKLOG, Listener
@@ -36,8 +37,7 @@ MAX_IGNORED: Final = 64 * 1024
 _REQUEST_LINE: Final = re.compile(r"([!-~]+) ([!-~]+) HTTP/(\d)\.(\d)")
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Struct, frozen=True):
     """What a page says, with header fields of its own."""
 
     body: bytes
@@ -57,8 +57,7 @@ class _Refused(Exception):
         self.status = status
 
 
-@dataclass(slots=True, eq=False)
-class _Connection:
+class _Connection(Struct, eq=False):
     writer: asyncio.StreamWriter
     answering: bool = False
     task: asyncio.Task[None] | None = field(default_factory=asyncio.current_task)

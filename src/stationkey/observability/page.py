@@ -14,11 +14,12 @@ import base64
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from stationkey._version import __version__
 from stationkey.contract.profiles import PROFILES, CertificateType
@@ -66,8 +67,7 @@ _OUTCOMES: Final = {
 """What an event of the ledger is called here, and how it is coloured."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
+class _Template(Struct, frozen=True):
     template: Template
     fields: dict[str, str]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from stationkey.ledger import Figures
 from stationkey.ledger.overview import KeyGlance
@@ -13,8 +14,7 @@ _DOCTOR: Final = "run stationkey doctor on the station; the log has the reason"
 _RENEW: Final = "have Josev renew them; stationkey request asks for a CSR by hand"
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True):
     """Something that an operator should know.
 
     Attributes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
+
+from msgspec import Struct
 
 from stationkey._version import __version__
 from stationkey.errors import Scope
@@ -13,8 +14,7 @@ from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState
 
 
-@dataclass(frozen=True, slots=True)
-class StoreCondition:
+class StoreCondition(Struct, frozen=True):
     """How a key store is at a moment.
 
     Attributes:
@@ -55,8 +55,7 @@ class StoreCondition:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
+class Condition(Struct, frozen=True, kw_only=True):
     """How the daemon is at a moment.
 
     Attributes:

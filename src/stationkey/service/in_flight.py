@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.errors import RequestRefused
 from stationkey.ledger import content_digest
 
 
-@dataclass(slots=True)
-class _Flight:
+class _Flight(Struct):
     """The requests with one id: their content and number."""
 
     digest: bytes

@@ -12,10 +12,12 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+from msgspec import Struct, field, structs
 
 from stationkey.contract.active_names import ActiveName, read_name
 from stationkey.contract.messages import CertificateInstallationStatus
@@ -41,8 +43,7 @@ DEADLINE: Final = 30.0
 """Seconds allowed for reading everything."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unread:
+class Unread(Struct, frozen=True):
     """Something in the certificate directory that may hide a certificate."""
 
     path: str
@@ -52,8 +53,7 @@ class Unread:
         return f"{self.path}, because: {self.part.cause}"
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """Content of the certificate directory at one moment.
 
     Attributes:
@@ -75,8 +75,7 @@ class Snapshot:
         return next((unread for unread in self.unread if unread.part.may_hold(public)), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(Struct, frozen=True):
     """The result of reading for one status.
 
     Attributes:
@@ -205,7 +204,7 @@ def read_directory(directory: Path, own: frozenset[tuple[int, int]] = frozenset(
         snapshot = reading.snapshot()
         if not reading.changed():
             return snapshot
-    return replace(snapshot, unread=(*snapshot.unread, Unread(str(directory), Unparsed("keeps changing"))))
+    return structs.replace(snapshot, unread=(*snapshot.unread, Unread(str(directory), Unparsed("keeps changing"))))
 
 
 class _Reading:

@@ -7,9 +7,10 @@ newest. An uncertain choice raises `StatusUnfit`, with a hint how to name the ke
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from msgspec import Struct
 
 from stationkey.contract.active_names import ActiveName
 from stationkey.contract.messages import CertificateInstallationStatus
@@ -39,8 +40,7 @@ class Repeated(Exception):
         self.key_id = key_id
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """The key that a status means, and its certificate if that can be read."""
 
     key: KeyRecord
@@ -190,8 +190,7 @@ def _key_named(ledger: Ledger, path: str) -> KeyRecord | None:
     return keys[0] if len(keys) == 1 else None
 
 
-@dataclass(frozen=True, slots=True)
-class _InUse:
+class _InUse(Struct, frozen=True):
     """An active key whose certificate exists, or may exist.
 
     Attributes:

@@ -19,9 +19,10 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
+
+from msgspec import Struct
 
 from stationkey.config.settings import PoolTerms
 from stationkey.contract.profiles import Algorithm, KeyType, RsaModulus
@@ -55,8 +56,7 @@ class _OtherKind(KeyStoreError):
     scope = Scope.KEY
 
 
-@dataclass(frozen=True, slots=True)
-class Ahead:
+class Ahead(Struct, frozen=True):
     """A key made ahead.
 
     Attributes:

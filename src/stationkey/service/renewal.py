@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
+
+from msgspec import Struct
 
 from stationkey.config.settings import RenewalTerms
 from stationkey.contract.profiles import CertificateType
@@ -46,8 +47,7 @@ _CLOCK_BEHIND: Final = ("clock_behind", "certificates not watched: the clock is 
 """Reason and words of each log line."""
 
 
-@dataclass(frozen=True, slots=True)
-class DueCertificate:
+class DueCertificate(Struct, frozen=True):
     """The certificate of an active key that should be renewed.
 
     Attributes:

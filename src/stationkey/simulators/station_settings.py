@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
@@ -15,8 +16,7 @@ from stationkey.simulators.client_certificate import ClientCertificate
 from stationkey.simulators.ocpp import OcppVersion
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StationSettings:
+class StationSettings(Struct, frozen=True, kw_only=True):
     """Who the station is, and whom it talks to.
 
     Attributes:
@@ -61,4 +61,4 @@ class StationSettings:
     tls: ssl.SSLContext | None = None
     client: ClientCertificate | None = None
     renew_before: float = 0.0
-    profiles: Mapping[CertificateType, CertificateProfile] = field(default_factory=lambda: PROFILES)
+    profiles: Mapping[CertificateType, CertificateProfile] = PROFILES

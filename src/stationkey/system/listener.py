@@ -10,9 +10,10 @@ import ipaddress
 import os
 import socket
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
+
+from msgspec import Struct
 
 from stationkey.errors import ConfigurationError
 from stationkey.system.addresses import is_loopback
@@ -27,8 +28,7 @@ _MAX_PORT: Final = 65535
 _HINT: Final = "for example 127.0.0.1:9464, [::1]:9464 or unix:/run/stationkey/metrics.sock"
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(Struct, frozen=True):
     """Where to listen: a loopback address and a port, or the path of a socket."""
 
     host: str = ""

@@ -20,9 +20,10 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, TextIO, cast
+
+from msgspec import Struct
 
 from stationkey.system.text import printable
 
@@ -87,8 +88,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(event, default=str)
 
 
-@dataclass(slots=True)
-class _Kind:
+class _Kind(Struct):
     """What was said of one kind in the minute under way."""
 
     written: int = 0

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
+from msgspec import Struct
 
 from stationkey.contract.profiles import CertificateProfile
 from stationkey.errors import KeyStoreError, StationKeyError
@@ -99,8 +100,7 @@ def read_chain(content: bytes) -> Chain | None:
     return chain if chain is not None and _unreadable(chain.own) is None else None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Unparsed:
+class Unparsed(Struct, frozen=True):
     """Something in a file that may be a certificate and could not be parsed.
 
     Attributes:
@@ -213,8 +213,7 @@ def _number_of(public: bytes) -> bytes:
     return key.public_numbers().n.to_bytes((key.key_size + 7) // 8)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
+class Expected(Struct, frozen=True, kw_only=True):
     """The request, to compare the certificate with."""
 
     profile: CertificateProfile

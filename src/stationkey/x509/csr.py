@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Final, TypeVar
 
@@ -16,6 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsuppor
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from msgspec import Struct
 
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.contract.profiles import (
@@ -227,8 +227,7 @@ def key_type(public_key: object) -> KeyType:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class CsrSummary:
+class CsrSummary(Struct, frozen=True):
     """What a person wants to know of a CSR.
 
     Attributes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from msgspec import Struct
 
 from stationkey.x509.certificate import read_chain
 
@@ -22,8 +23,7 @@ class Due(StrEnum):
     """The clock is before the certificate's start: it is not set, and says nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class RenewalRule:
+class RenewalRule(Struct, frozen=True):
     """The rule by which a certificate becomes due.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from judging import FAILURE, NOT_CHECKED, OK, ROOT, STATION, WARNING, facts, judge, reasons, worst
+from msgspec.structs import replace
 
 from stationkey.config.settings import DAY
 from stationkey.contract.profiles import CertificateType
@@ -44,7 +45,7 @@ def key(**changes: Any) -> KeyRecord:
         installed=2,
         request_ids=(),
     )
-    return dataclasses.replace(record, **changes)
+    return replace(record, **changes)
 
 
 class TestState:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import socket
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
+
+from msgspec.structs import replace
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
@@ -111,7 +112,7 @@ def _look_at_tls(context: Context) -> tuple[Broker, str, str, Exception | None, 
         return broker, "", "", None, now
     if mqtt.ca_file is not None and mqtt.ca_file.exists() and not os.access(mqtt.ca_file, os.R_OK):
         return hidden(mqtt.ca_file)
-    bare = dataclasses.replace(mqtt, certificate_file=None, key_file=None, username=None, password=None)
+    bare = replace(mqtt, certificate_file=None, key_file=None, username=None, password=None)
     try:
         tls = introduction(bare, tls=True).tls
         assert tls is not None
@@ -207,7 +208,7 @@ def _at_hand(context: Context) -> MqttTerms | Finding:
     for path in () if context.sees_all else paths:
         if look_at(path, follow=True).kind in {"file", "unseen"} and not os.access(path, os.R_OK):
             return hidden(path)
-    return dataclasses.replace(terms, **found)  # type: ignore[arg-type] # each is a field that had a reference before
+    return replace(terms, **found)
 
 
 def _look_at_login(context: Context) -> tuple[Broker, Visit, bool] | Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from msgspec.structs import replace
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
@@ -66,7 +66,7 @@ def _look_at_tls(context: Context) -> tuple[list[TlsFile], ConfigurationError | 
     terms = MqttTerms(ca_file=mqtt.ca_file, server_name=mqtt.server_name)
     if certificate is not None and not any(file.in_tpm for file in files):
         own = SecretReference(str(certificate)), SecretReference(str(key))
-        terms = dataclasses.replace(terms, certificate_file=own[0], key_file=own[1])
+        terms = replace(terms, certificate_file=own[0], key_file=own[1])
     try:
         introduction(terms, tls=True)
     except ConfigurationError as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
+
+from msgspec.structs import replace
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import Settings
@@ -70,7 +71,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         return  # broker.url says it
     if plain:
         try:
-            introduction(dataclasses.replace(mqtt, username=None, password=None), tls=False)
+            introduction(replace(mqtt, username=None, password=None), tls=False)
         except ConfigurationError as error:
             yield refusal(error)
     if plain and mqtt.password is not None and not is_loopback(host):

@@ -6,9 +6,11 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+from msgspec.structs import replace
 
 from stationkey.config.file import Parts, read_file, read_parts, settle
 from stationkey.config.options import options_of

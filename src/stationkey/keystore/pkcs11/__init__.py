@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,7 @@ def opener(
     """
     token = TokenUri.parse(location)
     given, default = terms or TpmTerms(), TpmTerms()
-    if names := [one.name for one in fields(TpmTerms) if getattr(given, one.name) != getattr(default, one.name)]:
+    if names := [name for name in TpmTerms.__struct_fields__ if getattr(given, name) != getattr(default, name)]:
         raise ConfigurationError(
             f"[tpm] {', '.join(names)} does not apply to a pkcs11 key store",
             reason="tpm_terms_without_tpm",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from msgspec import Struct
 
 from stationkey.config.secrets import MAX_SECRET, SecretReference
 from stationkey.errors import ConfigurationError
@@ -65,8 +66,7 @@ def identifier_of(uri: str) -> bytes:
         raise ValueError("not the URI of a key") from None
 
 
-@dataclass(frozen=True, slots=True)
-class PinSource:
+class PinSource(Struct, frozen=True):
     """Where the PIN of a token is: a file, a systemd credential, or a command that prints it.
 
     Args:
@@ -118,8 +118,7 @@ class PinSource:
         return pin
 
 
-@dataclass(frozen=True, slots=True)
-class TokenUri:
+class TokenUri(Struct, frozen=True):
     """A token, and how to get at it.
 
     Attributes:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
+from msgspec import Struct
 from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_SESSION
 from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMT_SYM_DEF
@@ -76,8 +76,7 @@ def endorsement(esapi: Context, auth: bytes) -> Iterator[Hierarchy]:
         yield Hierarchy(esapi, session, has_auth=bool(auth))
 
 
-@dataclass(frozen=True, slots=True)
-class Hierarchy:
+class Hierarchy(Struct, frozen=True):
     """What can be done with the authorisation of the endorsement hierarchy."""
 
     esapi: Context
@@ -139,8 +138,7 @@ class Hierarchy:
 # Endorsement keys.
 
 
-@dataclass(slots=True)
-class _Found:
+class _Found(Struct):
     """An endorsement key, as far as known."""
 
     public: bytes | None = None

@@ -6,11 +6,11 @@ tpm2-pytss's class for it knows no policy. Without a policy, the bytes here are 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 from cryptography.hazmat import asn1
 from cryptography.x509 import ObjectIdentifier
+from msgspec import Struct
 
 from stationkey.system.pem import blocks, from_pem
 
@@ -42,8 +42,7 @@ class _File:
     private: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Struct, frozen=True):
     """A policy command.
 
     Attributes:
@@ -56,8 +55,7 @@ class Command:
     policy: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyFile:
+class KeyFile(Struct, frozen=True):
     """A key, or sealed data, as stored outside the TPM.
 
     Attributes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Final
 
+from msgspec import Struct
 from tpm2_pytss.types import TPML_PCR_SELECTION
 
 from stationkey.errors import KeyStoreError, Scope
@@ -18,8 +18,7 @@ _MAP: Final = 3  # bytes of the bit map of 24 registers [TPM 2.0 part 2, 10.6]
 _SELECTION: Final = 4 + 2 + 1 + _MAP
 
 
-@dataclass(frozen=True, slots=True)
-class Registers:
+class Registers(Struct, frozen=True):
     """Some of the registers of one bank.
 
     Attributes:
@@ -85,8 +84,7 @@ class Registers:
         return values
 
 
-@dataclass(frozen=True, slots=True)
-class PcrPolicy:
+class PcrPolicy(Struct, frozen=True):
     """Values of registers that the use of a key is bound to.
 
     Attributes:

@@ -24,10 +24,10 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import Struct
 from tpm2_pytss.constants import ESYS_TR, TPM2_SE
 
 from stationkey.keystore.tpm2 import capabilities
@@ -54,8 +54,7 @@ def serves_one_program(tcti: str) -> bool:
     return name == "device" and _ONE_PROGRAM.fullmatch(os.path.realpath(path)) is not None
 
 
-@dataclass(slots=True)
-class _Contents:
+class _Contents(Struct):
     """What one store has loaded.
 
     Attributes:
@@ -65,7 +64,7 @@ class _Contents:
     """
 
     boot: list[int]
-    loaded: dict[str, str] = field(default_factory=dict)
+    loaded: dict[str, str] = {}
     coming: tuple[str, str] | None = None
 
 

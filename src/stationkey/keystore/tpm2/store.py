@@ -13,11 +13,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any, Final, TypeVar
+
+from msgspec.structs import replace
 
 # tpm2-tss prints every TPM error to standard error by itself; here each becomes an exception with its own words, and a
 # line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins,
