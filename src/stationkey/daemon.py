@@ -1,4 +1,4 @@
-"""The composition root: puts the parts together, and takes them apart again."""
+"""The composition root: starts and stops the parts of the daemon."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRAIN: Final = 7.0
-"""Seconds that requests in hand get after SIGTERM; with what closing takes, the process ends within 10."""
+"""Seconds that requests in flight get after SIGTERM; with closing, the process ends within 10."""
 FIRST_LOOK: Final = 10.0
-"""Seconds that the key store gets at start to say what it is, before the daemon goes on without having heard."""
+"""Seconds to wait at start for the key store's description, before the daemon goes on without it."""
 
 
 async def serve(settings: Settings) -> signal.Signals:
@@ -80,7 +80,7 @@ async def serve(settings: Settings) -> signal.Signals:
             received: list[signal.Signals] = []
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, _stopping, number, received, stop, health)
-            # A TPM that hangs must not keep a signal waiting.
+            # A hung TPM must not delay a signal.
             stopped = asyncio.create_task(stop.wait(), name="stop")
             await unless(stopped, check(broker, settings.mqtt))
             degraded = await unless(stopped, _introduce(settings, keystores, health)) or ""
@@ -99,7 +99,7 @@ async def serve(settings: Settings) -> signal.Signals:
                 counters=counters,
             )
             await service.custody.show_active()
-            # What has been made so far stays: the garbage collector need not look at it again and again.
+            # The objects of the start are permanent: exclude them from garbage collection.
             gc.freeze()
             due = _renewal_topic(settings)
             edge = MqttEdge(
@@ -138,7 +138,7 @@ async def serve(settings: Settings) -> signal.Signals:
                 await service.aclose()
             log.info("stopped", extra=dict(service.counters.outcomes()))
         finally:
-            await watching.aclose()  # last, so that there are signs of life until then
+            await watching.aclose()  # last, so that keep-alives are sent until then
             keystores.close()
             ledger.close()
         return received[0]
@@ -147,7 +147,7 @@ async def serve(settings: Settings) -> signal.Signals:
 
 
 async def _introduce(settings: Settings, keystores: KeyStores, health: Health) -> str:
-    """Log which key stores these are and what they can do; refuse to start if none of them will ever do.
+    """Log the key stores and their algorithms; refuse to start if none of them can ever serve.
 
     Returns:
         Why one of them cannot serve yet; empty if all can.
@@ -160,12 +160,12 @@ async def _introduce(settings: Settings, keystores: KeyStores, health: Health) -
     for store, failure in zip(keystores, failures, strict=True):
         if failure is not None:
             about = {"reason": failure.reason, "certificate_types": ",".join(sorted(store.types))}
-            log.error("requests will be rejected until this is over: %s", failure, extra=about)
+            log.error("rejecting requests until the key store works: %s", failure, extra=about)
     return "; ".join(failure.message for failure in failures if failure is not None)
 
 
 async def _introduce_one(store: Store, health: Health) -> StationKeyError | None:
-    """Log what a key store is and can do, or return why it cannot say so."""
+    """Log a key store and its algorithms, or return why it does not answer."""
 
     def look(opened: KeyStore) -> tuple[str, dict[Algorithm, str]]:
         supported = {algorithm: opened.supports(algorithm) for algorithm in store.algorithms}
@@ -184,7 +184,7 @@ async def _introduce_one(store: Store, health: Health) -> StationKeyError | None
 
 
 def _renewal_topic(settings: Settings) -> RetainedTopic | None:
-    """Return the topic of what is due for renewal, if there is one."""
+    """Return the topic of due certificates, if one is configured."""
     topic = settings.renewal.topic
     if topic is None:
         return None
@@ -197,7 +197,7 @@ def _show_due(topic: RetainedTopic | None, due: tuple[DueCertificate, ...]) -> N
 
 
 def _note_unhandled(failures: Counts, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Count and log what a callback of the event loop, or a task that nobody waits for, did not handle."""
+    """Count and log an exception that a callback or a task of the event loop did not handle."""
     error = context.get("exception")
     if error is None:
         loop.default_exception_handler(context)
@@ -206,7 +206,7 @@ def _note_unhandled(failures: Counts, loop: asyncio.AbstractEventLoop, context: 
 
 
 def _ready(health: Health, degraded: str) -> None:
-    """Log that the subscription stands, and at the first time why requests are rejected, if that is still so."""
+    """Log the subscription, and at the first time why requests are rejected, if they still are."""
     if degraded and health.condition().troubles and not health.connections:
         log.warning("serving degraded: %s", degraded)
     else:
@@ -217,17 +217,17 @@ def _ready(health: Health, degraded: str) -> None:
 def _stopping(number: signal.Signals, received: list[signal.Signals], stop: asyncio.Event, health: Health) -> None:
     received.append(number)
     if not stop.is_set():
-        log.info("stopping: finishing messages in hand")
+        log.info("stopping: finishing messages in flight")
         health.stopping()
     stop.set()
 
 
 @asynccontextmanager
 async def _watching(settings: Settings, keystores: KeyStores, broker: str, failures: Counts) -> AsyncIterator[Health]:
-    """Tell how the daemon is: systemd, where it is there, and whoever asks at ``[metrics] listen``, where that is set.
+    """Report health to systemd, if it is there, and at ``[metrics] listen``, if set.
 
     Raises:
-        ConfigurationError: nobody can or should ask there.
+        ConfigurationError: the address is unusable or not allowed.
     """
     health = Health(
         keystores,
@@ -238,7 +238,7 @@ async def _watching(settings: Settings, keystores: KeyStores, broker: str, failu
     )
     async with health.watching(probing=settings.metrics is not None), AsyncExitStack() as stack:
         if settings.metrics is not None:
-            from stationkey.observability.http import Endpoint  # noqa: PLC0415 - nobody else pays for it
+            from stationkey.observability.http import Endpoint  # noqa: PLC0415 - loaded only if configured
             from stationkey.system.listener import Address, Listener  # noqa: PLC0415 - same
 
             listener = stack.enter_context(Listener(Address.parse(settings.metrics)))
@@ -249,7 +249,7 @@ async def _watching(settings: Settings, keystores: KeyStores, broker: str, failu
 
 
 def _pages(health: Health, *, names: bool) -> Mapping[str, Page]:
-    from http import HTTPStatus  # noqa: PLC0415 - nobody pays for these who does not want them
+    from http import HTTPStatus  # noqa: PLC0415 - loaded only if configured
 
     from stationkey.observability.http import Reply  # noqa: PLC0415 - same
     from stationkey.observability.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415 - same
@@ -258,7 +258,7 @@ def _pages(health: Health, *, names: bool) -> Mapping[str, Page]:
 
     @cache
     def page() -> StatusPage:
-        from stationkey.observability.page import StatusPage  # noqa: PLC0415 - nobody pays for it who does not ask
+        from stationkey.observability.page import StatusPage  # noqa: PLC0415 - loaded when the page is first requested
 
         return StatusPage(health, names=names)
 
@@ -272,7 +272,7 @@ def _pages(health: Health, *, names: bool) -> Mapping[str, Page]:
         return Reply(await exposition.text(), CONTENT_TYPE)
 
     async def how() -> Reply:
-        await health.figures()  # shows whether the ledger answers
+        await health.figures()  # checks whether the ledger answers
         condition = health.condition()
         status = HTTPStatus.OK if condition.healthy else HTTPStatus.SERVICE_UNAVAILABLE
         return Reply(condition.report(), "application/json", status)
@@ -281,7 +281,7 @@ def _pages(health: Health, *, names: bool) -> Mapping[str, Page]:
 
 
 def run(settings: Settings) -> signal.Signals:
-    """`serve`, from a program without an event loop.
+    """Run `serve` in an event loop.
 
     Raises:
         StationKeyError: it cannot start.

@@ -1,8 +1,8 @@
-"""The error family: whose fault it is, the answer on the wire, what the operator should do.
+"""The error family: whose fault it is, the answer on the wire, and what the operator should do.
 
-Every failure that a person may meet is a `StationKeyError`. The MQTT answer, the exit code of the command and the log
-line are all made from the same object, so they cannot disagree. No message in here ever carries a secret: no
-authorisation value, no private blob, no password.
+Every failure that a user may see is a `StationKeyError`. The MQTT answer, the command's exit status and the log line
+are made from the same object, so they cannot disagree. No message contains a secret: no authorisation value, no private
+blob, no password.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from enum import StrEnum
 
 
 class Fault(StrEnum):
-    """Who can put it right."""
+    """Where the fault must be corrected."""
 
     REQUEST = "request"
-    """The asking side sent something that the contract, a profile or the policy does not allow."""
+    """The requester: a message violates the contract, a profile or the policy."""
     DEVICE = "device"
-    """The key store: the TPM is gone, hung, full, locked, or has not got the algorithm."""
+    """The key store: the TPM is gone, hung, full, locked, or lacks the algorithm."""
     OPERATOR = "operator"
     """The configuration, the command line or the rights on this machine."""
     STORAGE = "storage"
@@ -44,9 +44,9 @@ class StationKeyError(Exception):
     Args:
         message: one sentence for a person, without secrets.
         reason: a stable, lower-case identifier for logs, metrics and the ledger, for example ``country_name_invalid``.
-        hint: what to do about it, or an empty string where the message says it all.
-        transient: whether the same may succeed later with nothing changed by hand; None for what its class says.
-        scope: how much fails for the same reason; None for what its class says.
+        hint: what to do about it, or an empty string.
+        transient: whether a retry may succeed without a change by hand; None for the default of the class.
+        scope: how much fails for the same reason; None for the default of the class.
 
     Declare a reason where it is raised, with its `transient` and `scope`. Control flow uses these, not the reason.
     """
@@ -73,10 +73,10 @@ class StationKeyError(Exception):
 
 
 class MessageError(StationKeyError):
-    """A message on ``josev/cs`` is ours and is wrong.
+    """A message for stationkey on ``josev/cs`` is invalid.
 
-    `request_id` is the id to reject, character for character as it came, or None where the message carries no usable
-    one and so cannot be answered (contract, decision 4).
+    `request_id` is the id to reject, unchanged, or None if the message has no usable id and cannot be answered
+    (contract, decision 4).
     """
 
     fault = Fault.REQUEST
@@ -87,7 +87,7 @@ class MessageError(StationKeyError):
 
 
 class RequestRefused(StationKeyError):
-    """A well-formed request that may not be served: an id used twice with different content, or against the policy."""
+    """A valid request that must not be served: an id used again with other content, or refused by the policy."""
 
     fault = Fault.REQUEST
 
@@ -105,7 +105,7 @@ class KeyStoreError(StationKeyError):
 
 
 class ConfigurationError(StationKeyError):
-    """The configuration file, an option or the environment asks for something that cannot be. Refused at start."""
+    """The configuration file, an option or the environment is invalid. Refused at start."""
 
     fault = Fault.OPERATOR
 

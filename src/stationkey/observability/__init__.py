@@ -1,1 +1,1 @@
-"""Health, status and metrics, and the HTTP server that shows them."""
+"""Health, status, metrics and the status page, and their HTTP server."""

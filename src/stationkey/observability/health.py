@@ -1,11 +1,10 @@
-"""How the daemon is: what `/health` and systemd are told, and whether the key store still answers.
+"""The daemon's health, for `/health` and systemd, with probes of idle key stores.
 
-**Stuck** is a key store with a call out for longer than its whole time. Only then do the signs of life for systemd's
-watchdog stop, for only then does a new process help: the call is given up with the old one. A TPM that is gone fails at
-once, and no restart brings it back. A TPM that works for minutes at an RSA key has minutes for that. Where nobody wants
-anything, nobody would notice: so each key store is asked a small question now and then.
+A key store is **stuck** if a call takes longer than its whole time. Only then do the keep-alives for systemd's watchdog
+stop, because only then a new process helps. A TPM that is gone fails at once, and a restart does not bring it back. An
+RSA key may take minutes. A hang of an idle key store would not be noticed, so it is probed periodically.
 
-The ledger's thread hangs where the disk does. The signs of life stop then, too.
+If the disk hangs, the ledger's thread hangs, and keep-alives stop, too.
 """
 
 from __future__ import annotations
@@ -33,37 +32,37 @@ from stationkey.x509.renewal import Due
 log = logging.getLogger(__name__)
 
 FRESH: Final = 1.0
-"""Seconds for which figures of the ledger are good: however often they are asked for, requests wait for no more."""
+"""Seconds for which figures of the ledger are reused, so that frequent queries do not delay requests."""
 LEDGER_PATIENCE: Final = 2.0
-"""Seconds that they are waited for."""
+"""Seconds to wait for them."""
 EXPIRIES: Final = 32
-"""Of how many active keys it is told when the certificate expires. EVSE IDs come over MQTT, and there are many."""
+"""Active keys whose expiry is shown: any number of EVSE IDs may come over MQTT."""
 PROBE_INTERVAL: Final = 30.0
-"""Seconds between two questions to a key store that nobody wants anything of, at the most."""
+"""Longest time in seconds between two probes of an idle key store."""
 LOOK_INTERVAL: Final = 5.0
-"""Seconds between two looks at what nobody tells: that a call to the key store hangs, and that it does no more."""
+"""Seconds between two checks whether a call to the key store hangs, which causes no event."""
 STATUS_INTERVAL: Final = 30.0
-"""Seconds between two looks at whether the line of status is still true, where nothing is told meanwhile."""
+"""Seconds between two checks of the status line without an event."""
 STATUS_PAUSE: Final = 1.0
-"""Seconds between two lines of status at least."""
+"""Shortest time in seconds between two status lines."""
 
 
 class Connecting(Protocol):
-    """What is looked at of the edge; `stationkey.mqtt.gateway.MqttEdge` has it."""
+    """The part of `stationkey.mqtt.gateway.MqttEdge` that is watched."""
 
     @property
     def connected(self) -> bool:
-        """Whether requests can come."""
+        """Whether the broker can deliver requests."""
         ...
 
     @property
     def in_hand(self) -> int:
-        """How many messages are being answered."""
+        """Number of messages in flight."""
         ...
 
     @property
     def waiting(self) -> int:
-        """How many messages wait for that."""
+        """Number of messages that wait to be processed."""
         ...
 
 
@@ -74,15 +73,15 @@ class Health:
         keystores: the key stores.
         manager: systemd, if there is one.
         broker: URL of the broker, without secrets.
-        patience: seconds that the key store may take for a small question.
+        patience: seconds that the key store may take for a probe.
         clock: Unix time in seconds.
-        failures: counts what goes wrong in its tasks.
+        failures: counts failures of its tasks.
 
     Attributes:
         service: the service, as soon as there is one.
-        edge: the edge to the broker, likewise.
-        connections: how often the broker's subscription has stood.
-        descriptions: what a key store is, in words, by its name; empty until it has said so.
+        edge: the edge to the broker, as soon as there is one.
+        connections: number of subscriptions in this run.
+        descriptions: description of each key store by its name; missing until it has answered.
     """
 
     def __init__(
@@ -114,35 +113,35 @@ class Health:
         self._looking: asyncio.Future[Figures | None] | None = None
         self._silent = False  # whether the ledger did not answer the last time
 
-    # What the daemon reports.
+    # Called by the daemon.
 
     def connected(self) -> None:
-        """The broker's subscription stands."""
+        """Note that the edge is subscribed at the broker."""
         self.connections += 1
         self._settled(connected=True)
 
     def away(self) -> None:
-        """There is no connection to the broker: it was lost, or could not be made."""
+        """Note that the connection to the broker was lost or failed."""
         self._settled(connected=False)
 
     def watch(self, service: StationKeyService, edge: Connecting) -> None:
-        """These are the parts of the daemon."""
+        """Set the parts of the daemon to watch."""
         self.service, self.edge = service, edge
 
     def stopping(self) -> None:
-        """The daemon was told to end."""
+        """Note that the daemon is shutting down."""
         if not self._stopping:
             self._stopping = True
             self._manager.stopping()
             self._news.set()
 
     def keys_changed(self) -> None:
-        """Keys may have become active, or may have ended."""
-        self._looked_at = -FRESH  # what was seen before is of no use
+        """Discard the figures: keys may have become active or may have ended."""
+        self._looked_at = -FRESH
         self._news.set()
 
     def _settled(self, *, connected: bool) -> None:
-        """A try at the broker is over. Whether the first one succeeded is not for the service manager to wait for."""
+        """Note the end of a connection attempt. Even a failed first one makes the service ready for systemd."""
         if connected is not self._connected:
             self._connected = connected
             self._changed_at = self._clock()
@@ -151,10 +150,10 @@ class Health:
             self._manager.ready()
         self._news.set()
 
-    # What can be asked.
+    # Queries.
 
     def condition(self) -> Condition:
-        """How the daemon is now."""
+        """Return the current condition of the daemon."""
         renewal = None if self.service is None else self.service.renewal
         due = () if renewal is None else renewal.due
         expired = sum(certificate.state is Due.EXPIRED for certificate in due)
@@ -174,7 +173,7 @@ class Health:
         )
 
     async def figures(self) -> Figures | None:
-        """What the ledger has on record, as it was `FRESH` seconds ago at the most; None where it cannot be asked."""
+        """Return the figures of the ledger, at most `FRESH` seconds old; None if it cannot be queried."""
         now = time.monotonic()
         if self._looking is None or (self._looking.done() and now - self._looked_at >= FRESH):
             self._looked_at = now
@@ -193,17 +192,17 @@ class Health:
             return None
         try:
             return await self.service.figures(expiries=EXPIRIES)
-        except LedgerError:  # told by `ledger_trouble`
+        except LedgerError:  # `ledger_trouble` has it
             return None
 
-    # What goes on meanwhile.
+    # Background tasks.
 
     @asynccontextmanager
     async def watching(self, *, probing: bool = False) -> AsyncIterator[None]:
-        """Tell systemd what it wants to know, for the length of a block.
+        """Notify systemd while the block runs.
 
         Args:
-            probing: ask the key store now and then, though there be no watchdog.
+            probing: probe the key store also without a watchdog.
         """
         works: dict[str, Work] = {}
         if self._manager.watchdog is not None or probing:
@@ -214,7 +213,7 @@ class Health:
             yield
 
     async def _feed(self, watchdog: float | None) -> None:
-        """Give signs of life while neither key store nor ledger hangs. The event loop gives them, so it lives."""
+        """Send keep-alives from the event loop while neither key store nor ledger hangs."""
         interval = PROBE_INTERVAL if watchdog is None else watchdog / 2
         before, ledger_was_stuck = self.condition(), False
         look, fed_at = min(interval, LOOK_INTERVAL), -interval
@@ -237,11 +236,11 @@ class Health:
                 if watchdog is not None and not (now.stuck or ledger_stuck):
                     self._manager.alive()
                 self._probe(interval)
-            # Looked at more often than fed: /health knows at once, and the log and the line of status are to agree.
+            # Checked more often than fed, so that log and status line agree with /health.
             await asyncio.sleep(look)
 
     def _probe(self, interval: float) -> None:
-        """Ask each key store whose last sign of life is old; a busy one will give one, or be stuck."""
+        """Probe each key store whose last result is old; a busy one will give a result, or be stuck."""
         for store in self.keystores:
             thread, last = store.thread, store.thread.last
             fresh = last is not None and last[0] < min(interval, PROBE_INTERVAL) / 2
@@ -252,12 +251,12 @@ class Health:
                 probe.add_done_callback(partial(self._probed, store.name))
 
     def _probed(self, name: str, probe: Future[str]) -> None:
-        """Keep what a key store says it is; called on its thread."""
+        """Store a key store's description; called on its thread."""
         if not probe.cancelled() and probe.exception() is None:
             self.descriptions[name] = probe.result()
 
     async def _tell(self) -> None:
-        """Keep the line of status true, from the first try at the broker on."""
+        """Keep the status line current, from the first connection attempt on."""
         told = ""
         while not self._ready:
             await self._news.wait()

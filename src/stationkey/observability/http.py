@@ -1,12 +1,11 @@
-"""A small HTTP server for this machine alone: figures and health are asked for here, and nothing can be changed.
+"""A small read-only HTTP server for this machine: metrics, health and the status page.
 
-It stands on asyncio's streams, in the event loop that answers requests. So what it reads is read on one thread, what it
-costs is bounded in one place, and a loop that hangs does not say that it is well. Whoever connects gets one request, of
-bounded length, in bounded time. When all places are taken the connection that has waited longest has to go, so that
-nobody who only holds connections open keeps others out.
+It uses asyncio's streams in the event loop that answers requests, so its cost is bounded in one place, and a hung loop
+is not reported as healthy. A connection gets one request, of bounded length, in bounded time. A new connection beyond
+the limit closes the one that has waited longest, so that idle connections do not block others.
 
-What listens is on a loopback address or in the file system. A web page in a browser on this machine can reach a
-loopback address too, and by DNS rebinding read what comes back. So the Host asked for has to be a loopback name.
+It listens on a loopback address or a UNIX socket. A web page in a browser on this machine can reach a loopback address
+by DNS rebinding, so the Host must be a loopback name.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from stationkey.system.listener import BACKLOG, Listener
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 16
-"""How many connections there may be at a time. Prometheus holds one, for milliseconds."""
+"""Most open connections. Prometheus needs one, for milliseconds."""
 MAX_HEAD: Final = 8 * 1024
 """Bytes of request line and header fields."""
 TIME_LIMIT: Final = 5.0
-"""Seconds that a connection may last, all in all."""
+"""Longest duration of a connection in seconds."""
 MAX_IGNORED: Final = 64 * 1024
-"""Bytes after the head that are read and thrown away, so that the answer is not lost with them."""
+"""Bytes after the head that are read and discarded, so that the response is not lost by a reset."""
 _REQUEST_LINE: Final = re.compile(r"([!-~]+) ([!-~]+) HTTP/(\d)\.(\d)")
 
 
 class Reply(Struct, frozen=True):
-    """What a page says, with header fields of its own."""
+    """The content of a page, with its header fields."""
 
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
@@ -50,7 +49,7 @@ Page = Callable[[], Awaitable[Reply]]
 
 
 class _Refused(Exception):
-    """The request gets no page, and this status."""
+    """The request gets this status and no page."""
 
     def __init__(self, status: HTTPStatus) -> None:
         super().__init__(status.phrase)
@@ -64,13 +63,13 @@ class _Connection(Struct, eq=False):
 
 
 class Endpoint:
-    """Shows pages to whoever asks at a listener; for the length of an ``async with`` block.
+    """Serves pages at a listener while an ``async with`` block runs.
 
     Args:
-        listener: where; closed by its owner.
+        listener: where to listen; closed by its owner.
         pages: by path, such as ``/metrics``.
-        for_machines: the paths that any Host may be used for over a UNIX socket, as a proxy passes it on. The others
-            are for browsers, which may reach a socket by a port that ssh forwards.
+        for_machines: paths that accept any Host over a UNIX socket, because a proxy passes it on. The others are for
+            browsers, which may reach the socket by a port that ssh forwards.
     """
 
     def __init__(self, listener: Listener, pages: Mapping[str, Page], *, for_machines: Collection[str] = ()) -> None:
@@ -78,7 +77,7 @@ class Endpoint:
         self._pages = pages
         self._for_machines = for_machines
         self._any_host = listener.address.path is not None
-        self._open: dict[_Connection, None] = {}  # in the order of their coming
+        self._open: dict[_Connection, None] = {}  # in order of arrival
         self._server: asyncio.Server | None = None
         self._ending = False
 
@@ -98,7 +97,7 @@ class Endpoint:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from its beginning to its end."""
+        """Serve one connection."""
         self._make_room()
         connection = _Connection(writer)
         self._open[connection] = None
@@ -112,16 +111,16 @@ class Endpoint:
                 while ignored < MAX_IGNORED and (more := await reader.read(MAX_HEAD)):
                     ignored += len(more)
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
-            pass  # it was too slow, or has gone
+            pass  # too slow, or closed by the peer
         except asyncio.CancelledError:
-            if not self._ending:  # else the end is in order, and asyncio would log it as a fault
+            if not self._ending:  # else shutting down; asyncio would log the cancellation as an error
                 raise
         finally:
             self._open.pop(connection, None)
             writer.transport.abort()
 
     def _make_room(self) -> None:
-        """End the connection that has waited longest for its request, or the oldest where none does."""
+        """Close the connection that has waited longest for its request, or the oldest if none waits."""
         if len(self._open) < MAX_CONNECTIONS:
             return
         oldest = next((one for one in self._open if not one.answering), next(iter(self._open)))
@@ -129,7 +128,7 @@ class Endpoint:
         oldest.writer.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader, connection: _Connection) -> bytes:
-        """Head and body of the response to the one request of a connection."""
+        """Return head and body of the response to the connection's only request."""
         method = ""
         try:
             try:
@@ -144,7 +143,7 @@ class Endpoint:
         return _response(reply, with_body=method != "HEAD")
 
     def _find(self, lines: list[str]) -> tuple[str, Page]:
-        """Method and page of a request [RFC 9112 2 and 3]."""
+        """Return method and page of a request [RFC 9112 2 and 3]."""
         request = _REQUEST_LINE.fullmatch(lines[0])
         if request is None:
             raise _Refused(HTTPStatus.BAD_REQUEST)
@@ -174,12 +173,12 @@ async def _shown(page: Page) -> Reply:
     try:
         return await page()
     except Exception:
-        log.exception("a page could not be made; this is a fault of stationkey")
+        log.exception("page failed; this is a bug of stationkey")
         return Reply(b"a fault of stationkey; see its log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether a Host field [RFC 9110 7.2] means this machine by a name that no other can have."""
+    """Return whether a Host field [RFC 9110 7.2] is a loopback name."""
     return is_loopback(re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]"))
 
 

@@ -1,4 +1,4 @@
-"""What is made when it is asked for, and kept for a moment: no flood of questions makes more work."""
+"""Texts that are made on request and cached for a moment, so that many requests cost little."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 FRESH: Final = 1.0
-"""Seconds for which a text is kept."""
+"""Seconds for which a text is cached."""
 
 
 class Kept:
-    """A text, as it was `FRESH` seconds ago at the most.
+    """A text that is at most `FRESH` seconds old.
 
     Args:
-        make: makes it; called by one asker at a time.
+        make: makes it; never called concurrently.
     """
 
     def __init__(self, make: Callable[[], Awaitable[bytes]]) -> None:

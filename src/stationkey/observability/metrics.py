@@ -1,8 +1,8 @@
-"""Figures for Prometheus. All is counted elsewhere, in plain numbers; here it is given names when it is asked for.
+"""Metrics for Prometheus, made on request from plain counters.
 
-Names follow Prometheus' conventions: base units, ``_total`` for what only grows. `docs/metrics.md` lists them all. No
-label is longer or more varied than what this project's own tables hold, but for the EVSE IDs of the keys that expire
-first, which are bounded in number and in form. No name of a person, an operator or a station is a label.
+Names follow Prometheus' conventions: base units, ``_total`` for counters. `docs/metrics.md` lists them all. Label
+values come from this project's own tables, except EVSE IDs of the keys that expire first, which are bounded in number
+and form. No label has the name of a person, an operator or a station.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ UNANSWERABLE: Final = (
     "payload_too_large",
     "topic_foreign",
 )
-"""Reasons why a message cannot be answered, shown at 0 from the start; one that is not here begins with its first."""
+"""Reasons why a message cannot be answered, exposed at 0 from the start; others appear with their first message."""
 COMMAND_FAILURES: Final = ("command_failed", "command_hangs", "command_timeout", "command_unstartable")
 """Reasons why ``[renewal] command`` fails."""
 _PREFIX: Final = "stationkey_"
@@ -51,10 +51,10 @@ L = TypeVar("L", bound=tuple[str, ...])
 
 
 class _Process(ProcessCollector):
-    """What the kernel says of this process, also where it shows nothing of others.
+    """The process metrics of the library, also under ``ProcSubset=pid``.
 
-    The library reads the time of boot from ``/proc/stat``, which ``ProcSubset=pid`` of the unit hides, and then shows
-    nothing at all.
+    The library reads the boot time from ``/proc/stat``, which ``ProcSubset=pid`` of the unit hides, and then exposes
+    nothing.
     """
 
     def _boot_time(self) -> float:
@@ -62,13 +62,13 @@ class _Process(ProcessCollector):
 
 
 class Exposition(Collector):
-    """The text that Prometheus reads.
+    """The metrics in the text format of Prometheus.
 
     Args:
         health: knows the parts.
 
     Attributes:
-        text: gives all figures, at most a second old.
+        text: returns all metrics, at most a second old.
     """
 
     def __init__(self, health: Health) -> None:
@@ -85,7 +85,7 @@ class Exposition(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Every figure; called by the registry."""
+        """Yield every metric; called by the registry."""
         condition, figures = self._now
         yield _info(
             "build", "Version of stationkey and of Python.", version=__version__, python=platform.python_version()
@@ -94,8 +94,8 @@ class Exposition(Collector):
         yield from _of_keystores(self._health.keystores)
         if self._health.edge is not None:
             edge = self._health.edge
-            yield _gauge("messages_in_hand", "Messages that are being answered.", edge.in_hand)
-            yield _gauge("messages_waiting", "Messages that have come and wait for that.", edge.waiting)
+            yield _gauge("messages_in_hand", "Messages in flight.", edge.in_hand)
+            yield _gauge("messages_waiting", "Messages that wait to be processed.", edge.waiting)
         if self._health.service is not None:
             yield from _of_service(self._health.service)
         if figures is not None:
@@ -116,13 +116,13 @@ def _of_keystores(keystores: KeyStores) -> Iterator[Metric]:
     )
     yield _gauges(
         "keystore_jobs_in_hand",
-        "Jobs that a key store works at: one or none.",
+        "Jobs that a key store is working on: one or none.",
         ("store",),
         {(name,): thread.busy for name, thread in threads.items()},
     )
     yield _gauges(
         "keystore_threads_abandoned",
-        "Threads that were given up in a call and still are.",
+        "Abandoned threads that still hang in a call.",
         ("store",),
         {(name,): thread.abandoned for name, thread in threads.items()},
     )
@@ -134,7 +134,7 @@ def _of_keystores(keystores: KeyStores) -> Iterator[Metric]:
     )
     durations = HistogramMetricFamily(
         _PREFIX + "keystore_job_seconds",
-        "How long a job had a key store, its wait left out.",
+        "Duration of a job, without its wait.",
         labels=("task", "store"),
     )
     for name, thread in threads.items():
@@ -144,13 +144,11 @@ def _of_keystores(keystores: KeyStores) -> Iterator[Metric]:
 
 
 def _of_condition(condition: Condition) -> Iterator[Metric]:
-    yield _gauge("ready", "Whether it serves, as far as the broker lets it.", condition.ready)
-    yield _gauge("healthy", "Whether /health says so.", condition.healthy)
-    yield _gauge("broker_connected", "Whether the subscription at the broker stands.", condition.connected)
-    yield _counter("broker_connections", "How often the subscription has stood.", condition.connections)
-    yield _gauge(
-        "broker_changed_timestamp_seconds", "Since when the broker is connected, or is not.", condition.changed
-    )
+    yield _gauge("ready", "Whether it serves, apart from the broker.", condition.ready)
+    yield _gauge("healthy", "Whether /health returns 200.", condition.healthy)
+    yield _gauge("broker_connected", "Whether it is subscribed at the broker.", condition.connected)
+    yield _counter("broker_connections", "Connections so far.", condition.connections)
+    yield _gauge("broker_changed_timestamp_seconds", "When the connection last changed.", condition.changed)
     reachable = {(store.name,): store.reachable for store in condition.stores}
     yield _gauges("keystore_reachable", "Whether a key store answered the last time.", ("store",), reachable)
     stuck = {(store.name,): store.stuck for store in condition.stores}
@@ -166,24 +164,24 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
     types = [str(certificate_type) for certificate_type in CertificateType]
     yield _counters(
         "requests",
-        "Requests for a CSR, by what became of them.",
+        "Requests for a CSR, by outcome.",
         ("certificate_type", "outcome", "reason"),
         counters.requests,
         [(certificate_type, outcome, "") for certificate_type in types for outcome in ("accepted", "repeated")],
     )
     rejected = sum(count for (_, outcome, _), count in counters.requests.items() if outcome == "rejected")
-    # Too many reasons there are to show each at 0 from the start; so that the first burst has a rate, the sum is there.
-    yield _counter("rejected_requests", "Requests that were rejected, for whatever reason.", rejected)
+    # There are too many reasons to expose each at 0 from the start; the sum gives the first burst a rate.
+    yield _counter("rejected_requests", "Rejected requests of all reasons.", rejected)
     yield _counters(
         "statuses",
-        "Messages about installed certificates, by what became of them.",
+        "Certificate statuses, by outcome.",
         ("status", "outcome", "reason"),
         counters.statuses,
         [(status, "applied", "") for status in ("installed", "failed_installation", "deleted")],
     )
     yield _counters(
         "unanswerable_messages",
-        "Messages without a usable id, by what was wrong.",
+        "Messages without a usable id, by reason.",
         ("reason",),
         counters.unanswerable,
         [(reason,) for reason in UNANSWERABLE],
@@ -196,13 +194,13 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
         [("mqtt", "internal_error")],
     )
     answers = HistogramMetricFamily(
-        _PREFIX + "answer_seconds", "How long a new CSR took, from the message to the answer.", labels=("algorithm",)
+        _PREFIX + "answer_seconds", "Duration of a new CSR, from message to answer.", labels=("algorithm",)
     )
     for algorithm, durations in counters.answers.items():
         answers.add_metric((algorithm,), _buckets(durations.cumulative()), durations.sum)
     yield answers
     yield _counter(
-        "certificate_differences", "What in installed certificates differed from their profiles.", counters.differences
+        "certificate_differences", "Differences of installed certificates from their profiles.", counters.differences
     )
     yield _counter("restorations", "Keys that Josev went back to.", counters.restorations)
     yield _counters(
@@ -214,20 +212,20 @@ def _of_service(service: StationKeyService) -> Iterator[Metric]:
     )
     yield _counters(
         "renewal_commands",
-        "Runs of [renewal] command, by what became of them.",
+        "Runs of [renewal] command, by outcome.",
         ("outcome",),
         counters.renewal_commands,
         [(outcome,) for outcome in ("ok", *COMMAND_FAILURES)],
     )
     yield _gauge("unusable_keys", "Keys that the key store could not load at the start.", counters.unusable)
     yield _counter(
-        "running_seconds", "How long the daemon has run with this ledger, all runs together.", service.running / 1000
+        "running_seconds", "Running time of the daemon with this ledger, all runs together.", service.running / 1000
     )
     pools = {store.name: pool for store, pool in service.pools.items()}
     ready = {(str(kind), name): count for name, pool in pools.items() for kind, count in pool.ready().items()}
-    yield _gauges("pool_keys_ready", "Keys made ahead that are ready.", ("key_type", "store"), ready)
+    yield _gauges("pool_keys_ready", "Keys made ahead, ready.", ("key_type", "store"), ready)
     wanted = {(str(kind), name): count for name, pool in pools.items() for kind, count in pool.wanted().items()}
-    yield _gauges("pool_keys_wanted", "Keys made ahead that there should be.", ("key_type", "store"), wanted)
+    yield _gauges("pool_keys_wanted", "Keys made ahead, configured.", ("key_type", "store"), wanted)
 
 
 def _of_ledger(figures: Figures) -> Iterator[Metric]:
@@ -237,7 +235,7 @@ def _of_ledger(figures: Figures) -> Iterator[Metric]:
         for state in living
         for certificate_type in CertificateType
     }
-    yield _gauges("keys", "Keys that live and have an owner.", ("state", "certificate_type"), keys)
+    yield _gauges("keys", "Keys with an owner that are not destroyed.", ("state", "certificate_type"), keys)
     yield _gauges(
         "certificate_expiry_timestamp_seconds",
         "When the certificate of an active key expires.",
@@ -274,7 +272,7 @@ def _counter(name: str, words: str, value: float) -> Metric:
 def _counters(
     name: str, words: str, labels: tuple[str, ...], counts: Counts, always: list[tuple[str, ...]] | None = None
 ) -> Metric:
-    """`always` are there from the start, at 0: what appears only with its first event has no rate then."""
+    """Return a counter; label values in `always` are exposed at 0 from the start, so that their first event counts."""
     family = CounterMetricFamily(_PREFIX + name, words, labels=labels)
     for each, value in {**dict.fromkeys(always or [], 0), **dict(counts.items())}.items():
         family.add_metric(each, float(value))

@@ -1,10 +1,10 @@
-"""The status page: what a person sees in a browser at ``[metrics] listen``.
+"""The status page for a browser at ``[metrics] listen``.
 
-HTML is made by the template beside this file, with every value escaped; there is no script, and the
-Content-Security-Policy allows none. Jinja2 is loaded when somebody first asks.
+The template beside this file makes HTML with every value escaped; there is no script, and the Content-Security-Policy
+allows none. Jinja2 is loaded when the page is first requested.
 
-A loopback port is open to every user of this machine: nothing that a request named is shown there but what ``/metrics``
-shows too. Over a UNIX socket, which only its owner and group can open, requests are shown with their names.
+Every user of this machine can open a loopback port, so there the page shows no names from requests except those in
+``/metrics``. Over a UNIX socket, which only its owner and group can open, it shows them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 KEYS: Final = 48
-"""How many keys are shown at most."""
+"""Most keys shown."""
 HAPPENINGS: Final = 20
-"""How many requests and statuses are shown."""
+"""Most requests and statuses shown."""
 
 _MINUTE: Final = 60
 _HOUR: Final = 3600
@@ -59,12 +59,12 @@ _OUTCOMES: Final = {
     KeyEvent.INSTALLATION_FAILED: ("installation failed", "bad"),
     KeyEvent.COMPROMISE_REPORTED: ("key reported as compromised", "bad"),
     KeyEvent.DELETED: ("certificate deleted", ""),
-    KeyEvent.EXPIRED: ("key destroyed: its time is over", ""),
+    KeyEvent.EXPIRED: ("key expired", ""),
     KeyEvent.REPLACED: ("key replaced", ""),
     KeyEvent.RETIRED: ("key retired", ""),
     KeyEvent.DESTRUCTION_ORDERED: ("key destroyed by an operator", ""),
 }
-"""What an event of the ledger is called here, and how it is coloured."""
+"""Name and colour of each event of the ledger."""
 
 
 class _Template(Struct, frozen=True):
@@ -73,11 +73,11 @@ class _Template(Struct, frozen=True):
 
 
 class StatusPage:
-    """The page in both its forms.
+    """The status page, with and without reload.
 
     Args:
         health: knows the parts.
-        names: whether what requests named may be shown.
+        names: whether names from requests may be shown.
         clock: Unix time in seconds.
     """
 
@@ -94,7 +94,7 @@ class StatusPage:
         return await self._shown(self._once)
 
     async def live(self) -> Reply:
-        """Return the page that asks again by itself."""
+        """Return the page that reloads itself."""
         return await self._shown(self._live)
 
     async def _shown(self, kept: Kept) -> Reply:
@@ -120,7 +120,7 @@ class StatusPage:
             return None
 
     def _view(self, figures: Figures | None, overview: Overview | None) -> dict[str, Any]:
-        """Everything that the template shows."""
+        """Return the values of the template."""
         now, condition, service = self._clock(), self._health.condition(), self._health.service
         keys = () if overview is None else overview.keys
         running = 0 if service is None else service.running
@@ -185,7 +185,7 @@ class StatusPage:
         }
 
     def _pool(self) -> list[tuple[str, int, int]]:
-        """Each kind of key, how many are ready, and how many there should be."""
+        """Return for each key type how many keys are ready and how many are configured."""
         service = self._health.service
         if service is None:
             return []
@@ -196,7 +196,7 @@ class StatusPage:
         ]
 
     def _requests(self) -> dict[str, int]:
-        """How many requests there were in this run, by outcome."""
+        """Return the number of requests in this run, by outcome."""
         totals = dict.fromkeys(("accepted", "repeated", "rejected"), 0)
         if self._health.service is not None:
             for (_, outcome, _), count in self._health.service.counters.requests.items():
@@ -239,8 +239,8 @@ class StatusPage:
 
 
 def _load() -> _Template:
-    """The template, and the header fields that allow its style and nothing else."""
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415 - nobody pays for it who does not ask for the page
+    """Return the template, and header fields that allow its style sheet only."""
+    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415 - loaded when the page is first requested
 
     here = Path(__file__).parent
     style = (here / "page.css").read_text(encoding="utf-8")
@@ -261,7 +261,7 @@ def _load() -> _Template:
 
 
 def _kind(certificate_type: str) -> str:
-    """What a certificate type is called; by its own name if this version does not know it."""
+    """Return the display name of a certificate type; an unknown one is its own name."""
     return _TITLES.get(certificate_type, printable(certificate_type))
 
 
@@ -270,7 +270,7 @@ def _count(figures: Figures | None, state: KeyState) -> int | None:
 
 
 def _moment(seconds: float, now: float) -> dict[str, str]:
-    """A time for a machine, for a person, and from now."""
+    """Return a time in the forms for machines and people, and relative to now."""
     at = datetime.fromtimestamp(seconds, UTC)
     apart = _span(abs(seconds - now))
     return {
@@ -282,7 +282,7 @@ def _moment(seconds: float, now: float) -> dict[str, str]:
 
 
 def _span(seconds: float) -> str:
-    """How long, in the largest unit of which there are two."""
+    """Return a duration in the largest unit of which it has at least two."""
     for unit, words in ((_DAY, "days"), (_HOUR, "h"), (_MINUTE, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:,.0f} {words}"
@@ -290,5 +290,5 @@ def _span(seconds: float) -> str:
 
 
 def _left(begun: float, ends: float, now: float) -> int:
-    """Percent of a certificate's time that is left."""
+    """Return the percentage of a certificate's time that is left."""
     return round(100 * min(1.0, max(0.0, (ends - now) / max(1.0, ends - begun))))

@@ -1,4 +1,4 @@
-"""What the daemon itself knows of that an operator should: the part of ``stationkey doctor`` that costs nothing."""
+"""Problems that the daemon knows without a check: the part of ``stationkey doctor`` that costs nothing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from stationkey.ledger.overview import KeyGlance
 from stationkey.observability.health import Health
 
 _DOCTOR: Final = "run stationkey doctor on the station; the log has the reason"
-_RENEW: Final = "have Josev renew them; stationkey request asks for a CSR by hand"
+_RENEW: Final = "have Josev renew them; stationkey request requests a CSR by hand"
 
 
 class Problem(Struct, frozen=True):
-    """Something that an operator should know.
+    """A problem that needs the operator's attention.
 
     Attributes:
-        words: what is wrong.
+        words: the problem.
         advice: what to do.
         serious: whether requests fail now; else it is a notice.
     """
@@ -29,12 +29,12 @@ class Problem(Struct, frozen=True):
 
 
 def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...]) -> list[Problem]:
-    """Return what is wrong, the serious first.
+    """Return the problems, the serious ones first.
 
     Args:
         health: knows the parts.
-        figures: what the ledger has on record, if it can be read.
-        keys: the living keys.
+        figures: of the ledger, if it can be read.
+        keys: the keys that are not destroyed.
     """
     condition, service = health.condition(), health.service
     abandoned = sum(store.thread.abandoned for store in health.keystores)
@@ -43,7 +43,7 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
     unknown = 0 if figures is None else figures.unknown
     failed = sum(key.failed for key in keys)
     rows: list[tuple[object, Problem]] = [
-        (condition.stopping, Problem("stopping: requests in hand are finished first", "", serious=True)),
+        (condition.stopping, Problem("stopping: finishing requests in flight", "", serious=True)),
         (not condition.connected, Problem(f"no connection to the broker {condition.broker}", _DOCTOR, serious=True)),
         *(
             (store.last is None, Problem(f"{condition.called(store)} has not answered yet", "", serious=True))
@@ -54,14 +54,14 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
         (
             not all(store.uri.scheme.protected for store in health.keystores),
             Problem(
-                "software keys: anyone who can read the state directory has them", "use a TPM on a station in service"
+                "software keys: anyone who can read the state directory can copy them", "use a TPM on a station in service"
             ),
         ),
-        (abandoned, Problem(f"calls to the key store that do not return: {abandoned}", _DOCTOR)),
+        (abandoned, Problem(f"hung calls to the key store: {abandoned}", _DOCTOR)),
         (
             unusable,
             Problem(
-                f"keys that this key store cannot use: {unusable}",
+                f"unusable keys: {unusable}",
                 "is it another TPM, or was it cleared? docs/operations.md says what to do",
             ),
         ),
@@ -73,7 +73,7 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
         (condition.due, Problem(f"certificates due for renewal: {condition.due}", _RENEW)),
         (
             condition.clock_behind,
-            Problem("the clock is before the newest certificate: which are due is unknown", "set the clock"),
+            Problem("the clock is before the newest certificate: renewal is not watched", "set the clock"),
         ),
         (
             unknown,

@@ -1,4 +1,4 @@
-"""How the daemon is at a moment, as a value: for ``/health``, for ``systemctl status`` and for the metrics."""
+"""The daemon's condition at one moment, for ``/health``, ``systemctl status`` and metrics."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from stationkey.ledger.lifecycle import KeyState
 
 
 class StoreCondition(Struct, frozen=True):
-    """How a key store is at a moment.
+    """A key store's condition at one moment.
 
     Attributes:
         name: in the configuration.
         stuck: a call to it hangs; see `stationkey.observability.health`.
-        last: how many seconds ago it did something last, and how that ended.
+        last: age in seconds and outcome of its last job.
     """
 
     name: str
@@ -29,14 +29,14 @@ class StoreCondition(Struct, frozen=True):
 
     @property
     def reachable(self) -> bool:
-        """Whether there is a key store to speak with."""
+        """Whether the key store answered the last time."""
         return not self.stuck and (self.last is None or self.last[1].scope is not Scope.DEVICE)
 
     def trouble(self, name: str) -> str:
-        """Return what is wrong with it, in words; empty if nothing is.
+        """Return its problem as text; empty if it works.
 
         Args:
-            name: what the words call it.
+            name: its name in the text.
         """
         if self.stuck:
             return f"{name} hangs"
@@ -45,7 +45,7 @@ class StoreCondition(Struct, frozen=True):
         return ""
 
     def report(self) -> dict[str, object]:
-        """Return the same for JSON."""
+        """Return the condition for JSON."""
         ago, outcome = self.last or (None, None)
         return {
             "reachable": self.reachable,
@@ -56,21 +56,21 @@ class StoreCondition(Struct, frozen=True):
 
 
 class Condition(Struct, frozen=True, kw_only=True):
-    """How the daemon is at a moment.
+    """The daemon's condition at one moment.
 
     Attributes:
-        ready: it serves, as far as the broker lets it.
-        stopping: it was told to end.
+        ready: it serves, apart from the broker.
+        stopping: it is shutting down.
         broker: URL of the broker.
-        connected: whether the broker's subscription stands.
-        connections: how often it has stood in this run.
-        changed: since when it stands, or does not; Unix time in seconds.
+        connected: whether it is subscribed at the broker.
+        connections: number of subscriptions in this run.
+        changed: when `connected` last changed; Unix time in seconds.
         stores: the key stores.
-        ledger: reason of the ledger's last failure, or ``no_answer``; an empty text where there is nothing wrong.
-        due: certificates of active keys that are due for renewal, those that are expired left out.
+        ledger: reason of the ledger's last failure, or ``no_answer``; empty if it works.
+        due: certificates of active keys that are due for renewal, without the expired ones.
         expired: certificates of active keys that are expired.
-        clock_behind: the clock is before the newest certificate, so nobody knows which are due.
-        watchdog: whether systemd waits for signs of life.
+        clock_behind: the clock is before the newest certificate, so it is unknown which are due.
+        watchdog: whether systemd expects keep-alives.
     """
 
     ready: bool
@@ -92,12 +92,12 @@ class Condition(Struct, frozen=True, kw_only=True):
         return any(store.stuck for store in self.stores)
 
     def called(self, store: StoreCondition) -> str:
-        """Return what a key store is called, in words; by its name if there are others."""
+        """Return the text for a key store, with its name if there are several."""
         return "the key store" if len(self.stores) == 1 else f"key store {store.name}"
 
     @property
     def troubles(self) -> list[str]:
-        """What is wrong with key stores and ledger, in words."""
+        """Return the problems of key stores and ledger, as text."""
         troubles = [trouble for store in self.stores if (trouble := store.trouble(self.called(store)))]
         if self.ledger:
             troubles.append(f"the ledger fails ({self.ledger})")
@@ -105,12 +105,12 @@ class Condition(Struct, frozen=True, kw_only=True):
 
     @property
     def healthy(self) -> bool:
-        """Whether the next request would be answered, as far as is known."""
+        """Whether the next request would be served, as far as is known."""
         well = all(store.last is not None for store in self.stores) and not self.troubles
         return self.ready and not self.stopping and self.connected and well
 
     def report(self) -> bytes:
-        """The same as JSON."""
+        """Return the condition as JSON."""
         worst = next((store for store in self.stores if store.trouble("it")), self.stores[0])
         report = {
             "status": "ok" if self.healthy else "trouble",
@@ -132,7 +132,7 @@ class Condition(Struct, frozen=True, kw_only=True):
         return json.dumps(report, indent=2).encode() + b"\n"
 
     def sentence(self, figures: Figures | None) -> str:
-        """The same in a line, for ``systemctl status``."""
+        """Return the condition as one line, for ``systemctl status``."""
         parts = [f"{'connected to' if self.connected else 'no connection to'} {self.broker}", *self.troubles]
         if self.stopping:
             parts.insert(0, "stopping")
