@@ -54,7 +54,8 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
         (
             not all(store.uri.scheme.protected for store in health.keystores),
             Problem(
-                "software keys: anyone who can read the state directory can copy them", "use a TPM on a station in service"
+                "software keys: anyone who can read the state directory can copy them",
+                "use a TPM on a station in service",
             ),
         ),
         (abandoned, Problem(f"hung calls to the key store: {abandoned}", _DOCTOR)),

@@ -1,4 +1,4 @@
-"""Which hosts are this machine."""
+"""Recognise the hosts that are this machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine by an address or a name that no other can have.
+    """Return whether a host is always this machine.
 
-    The name is ``localhost`` alone, in either case [RFC 6761 6.3]; another name may resolve to this machine today and
-    to another one tomorrow. An address is one of 127.0.0.0/8, ::1, or the former written as IPv6 [RFC 4291 2.5.5.2].
+    The only such name is ``localhost``, in either case [RFC 6761 6.3]; another name may resolve to another machine
+    tomorrow. Addresses are 127.0.0.0/8, ::1, and the former as IPv6 [RFC 4291 2.5.5.2].
 
     Args:
         host: an address without brackets or port, or a name.

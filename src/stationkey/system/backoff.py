@@ -1,4 +1,4 @@
-"""The delays between tries."""
+"""Delays between retries."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class Backoff:
     """Delays that double from `first` to `limit`.
 
     Args:
-        first: seconds before the second try.
-        limit: seconds before any try, at most.
-        jitter: the share of a delay by which it may be shortened at random, so that many do not try at the same moment.
+        first: first delay in seconds.
+        limit: longest delay in seconds.
+        jitter: share of a delay by which it may be shortened at random, so that many clients do not retry together.
     """
 
     def __init__(self, first: float, limit: float, *, jitter: float = 0.0) -> None:
@@ -19,7 +19,7 @@ class Backoff:
         self._limit = limit
         self._jitter = jitter
         self.delay = first
-        """Seconds of the next delay, without jitter."""
+        """Next delay in seconds, without jitter."""
 
     def next(self) -> float:
         """Return the seconds to wait now."""
@@ -32,5 +32,5 @@ class Backoff:
         self.delay = min(self.delay, delay)
 
     def reset(self) -> None:
-        """Begin again with the first delay."""
+        """Start over with the first delay."""
         self.delay = self._first

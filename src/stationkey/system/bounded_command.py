@@ -1,7 +1,6 @@
-"""Run an operator's program: no shell, a time limit, bounded output, nothing of it left behind.
+"""Run an operator's program without a shell, with a timeout and bounded output, and kill its process group in the end.
 
-The program runs on a thread of its own: to start it may block for ever, if its file is on a mount that hangs, and the
-event loop must not notice.
+It is started on a separate thread, because the start blocks forever if its file is on a hung mount.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from stationkey.system.threads import Worker
 T = TypeVar("T")
 
 ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
-"""All that a program finds in its environment, beside what its caller adds."""
+"""Environment of a program, besides the caller's variables."""
 OUTPUT: Final = 512
-"""Characters of its output that are kept; the rest is read and dropped."""
+"""Characters of its output that are kept; the rest is discarded."""
 _GRACE: Final = 5.0
-"""Seconds after SIGKILL until a program, or its start, counts as hung."""
+"""Seconds after SIGKILL after which a program, or its start, counts as hung."""
 _LOOK: Final = 0.05
-"""Seconds between two looks at whether the program has ended: no file tells it where a child of it has the output."""
+"""Seconds between two checks whether the program has ended: its output stays open if a child has it."""
 _PART: Final = 65_536
 
-# vfork, the default, keeps every thread waiting until the program is started. This is its documented switch.
+# vfork, the default, blocks every thread until the program is started. This is the documented switch.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - see above
 
 
@@ -44,14 +43,14 @@ class CommandFailed(StationKeyError):
 
 
 class BoundedCommand:
-    """A program with its arguments, run as often as wanted, one run at a time.
+    """A program with its arguments, one run at a time.
 
     Args:
         arguments: the program's absolute path, then its arguments.
-        timeout: seconds for a run. Then the program is killed, with all of its process group.
+        timeout: seconds allowed for a run. Then the program is killed, with its process group.
 
     Raises:
-        RuntimeError: this machine has no room for another thread.
+        RuntimeError: no thread can be started.
     """
 
     def __init__(self, arguments: Sequence[str], *, timeout: float) -> None:
@@ -75,7 +74,7 @@ class BoundedCommand:
         return await self._on_thread(partial(self._run, environment))
 
     async def check(self) -> None:
-        """Look whether the program can be started, without starting it.
+        """Check that the program can be started, without starting it.
 
         Raises:
             CommandFailed: it is missing, or this user may not execute it.
@@ -83,13 +82,13 @@ class BoundedCommand:
         await self._on_thread(self._check)
 
     def close(self) -> None:
-        """Kill a program that runs, and end the thread."""
+        """Kill a running program, and end the thread."""
         self._stopping.set()
         self._worker.close(1.0)
 
     async def _on_thread(self, call: Callable[[], T]) -> T:
         if not self._worker.idle:
-            raise CommandFailed("the command of the last time still hangs", reason="command_hangs")
+            raise CommandFailed("the previous run still hangs", reason="command_hangs")
         try:
             async with asyncio.timeout(self._timeout + _GRACE):
                 return await asyncio.wrap_future(self._worker.submit(call))
@@ -132,20 +131,20 @@ def run_bounded(
     given: bytes = b"",
     grace: float = _GRACE,
 ) -> tuple[int | None, bytes]:
-    """Run a program without a shell, and kill all of its process group in the end. Blocks.
+    """Run a program without a shell, and kill its process group in the end. Blocks.
 
     Args:
         arguments: its absolute path, then its arguments.
-        environment: all that it finds in its environment.
+        environment: its whole environment.
         timeout: seconds.
-        limit: bytes of its output that are kept; the rest is read and dropped.
-        with_errors: whether its standard error is a part of its output.
-        stop: asked now and then whether to kill it at once.
+        limit: bytes of its output that are kept; the rest is discarded.
+        with_errors: whether to include its standard error.
+        stop: polled; returns whether to kill it at once.
         given: its standard input.
-        grace: seconds after SIGKILL that its end is waited for.
+        grace: seconds to wait for its end after SIGKILL.
 
     Returns:
-        Its exit status, negative for a signal, or None if its time was over; and its output.
+        Its exit status, negative for a signal, or None after the timeout; and its output.
 
     Raises:
         CommandFailed: it could not be started.
@@ -167,7 +166,7 @@ def run_bounded(
         raise _unstartable(arguments[0], str(error.strerror)) from None
     output = bytearray()
     ended = _watch(program, output, until=time.monotonic() + timeout, limit=limit, stop=stop)
-    # Before the program is reaped: its group's number cannot belong to another process yet.
+    # Before the program is reaped: its group's number cannot be reused yet.
     with suppress(OSError):
         os.killpg(program.pid, signal.SIGKILL)
     assert program.stdout is not None
@@ -180,7 +179,7 @@ def run_bounded(
 def _watch(
     program: subprocess.Popen[bytes], output: bytearray, *, until: float, limit: int, stop: Callable[[], bool]
 ) -> bool:
-    """Read the program's output until it ends; False if its time is over first."""
+    """Read the program's output until it ends; return False after the timeout."""
     assert program.stdout is not None
     descriptor = program.stdout.fileno()
     os.set_blocking(descriptor, False)
@@ -192,9 +191,9 @@ def _watch(
             output += part[: max(0, limit - len(output))]
         elif not open_:
             time.sleep(_LOOK)
-        # Seen, and not reaped yet.
+        # Ended, and not reaped yet.
         if os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            with suppress(BlockingIOError):  # what it wrote between the last read and its end
+            with suppress(BlockingIOError):  # output between the last read and its end
                 output += os.read(descriptor, _PART)[: max(0, limit - len(output))]
             return True
     return False

@@ -1,7 +1,7 @@
-"""What happened, counted in plain numbers: they cost next to nothing, whether or not anybody asks for them.
+"""Counters as plain numbers, which cost next to nothing.
 
-`stationkey.observability.metrics` shows them to Prometheus, where that is wanted. Labels are words of this project's
-own, and how many of them there can be is bounded all the same.
+`stationkey.observability.metrics` exposes them to Prometheus. Labels are this project's own words, and bounded in
+number.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from collections import Counter
 from typing import Final
 
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-"""Upper bounds in seconds: from a signature in a fast TPM to the search for an RSA key's primes in a slow one."""
+"""Upper bounds in seconds: from a signature in a fast TPM to an RSA key in a slow one."""
 
 MAX_SERIES: Final = 256
-"""The most combinations of labels; further ones are counted as `OTHER`. There are dozens."""
+"""Most combinations of labels; further ones are counted as `OTHER`. There are dozens."""
 OTHER: Final = "other"
 UNKNOWN: Final = "unknown"
-"""The certificate type of a message that does not tell one that we know."""
+"""The certificate type of a message without a known one."""
 
 
 class Counts:
-    """How often something happened, by a fixed number of labels. For one thread."""
+    """A counter by a fixed number of labels. Not thread-safe."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, ...]] = Counter()
 
     def add(self, *labels: str) -> None:
-        """Count one more with these labels."""
+        """Add one for these labels."""
         if labels not in self._counts and len(self._counts) >= MAX_SERIES:
             labels = (OTHER,) * len(labels)
         self._counts[labels] += 1
 
     def items(self) -> list[tuple[tuple[str, ...], int]]:
-        """The labels, each with its count, as they are now."""
+        """Return each combination of labels with its count."""
         return list(self._counts.items())
 
 
 class Durations:
-    """How long something took, in `BUCKETS`. For one thread, or under a lock."""
+    """A histogram of durations, in `BUCKETS`. Not thread-safe."""
 
     __slots__ = ("_counts", "_sum")
 
@@ -47,22 +47,22 @@ class Durations:
         self._sum = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one more."""
+        """Add a duration."""
         self._counts[bisect_left(BUCKETS, seconds)] += 1
         self._sum += seconds
 
     @property
     def sum(self) -> float:
-        """Seconds, all together."""
+        """Sum of the durations in seconds."""
         return self._sum
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of durations."""
         return sum(self._counts)
 
     def cumulative(self) -> list[int]:
-        """For each of `BUCKETS`, how many took no longer; last, how many in all."""
+        """Return for each of `BUCKETS` how many took no longer, then the number of all."""
         total, counts = 0, []
         for count in self._counts:
             total += count
@@ -71,16 +71,16 @@ class Durations:
 
 
 class Counters:
-    """The counters of this run, from which log, health and metrics are made.
+    """The counters of this run, for log, health and metrics.
 
     Attributes:
         requests: by certificate type, outcome (``accepted``, ``repeated``, ``rejected``) and reason of the rejection.
         statuses: by status, outcome (``applied``, ``repeated``, ``refused``) and reason of the refusal.
         unanswerable: messages that carry no usable id, by reason.
         answers: how long a new CSR took, by algorithm.
-        differences: what in installed certificates differed from their profiles.
+        differences: differences of installed certificates from their profiles.
         restorations: keys that Josev went back to.
-        unusable: keys that the present key store could not load at the start.
+        unusable: keys that the key store could not load at the start.
         not_shown: failures to write the files under ``active/``, by reason.
         hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
         task_failures: errors that a task of the daemon did not handle, by task and reason.
@@ -101,7 +101,7 @@ class Counters:
         self.task_failures = Counts()
 
     def answered(self, algorithm: str, seconds: float) -> None:
-        """Note how long a new CSR took; `algorithm` is one of `stationkey.contract.profiles.Algorithm`."""
+        """Add the duration of a new CSR; `algorithm` is one of `stationkey.contract.profiles.Algorithm`."""
         self.answers.setdefault(algorithm, Durations()).add(seconds)
 
     def outcomes(self) -> Counter[str]:

@@ -1,9 +1,8 @@
-"""Read files that may be a trap, and write files that are there whole or not at all.
+"""Read untrusted files, and write files atomically.
 
-A path may lead to a FIFO, a device, a link or a file without end. `opened_regular` and `read_regular` wait for none of
-them: they open without blocking, take regular files only, and read no more than a bound. A file that vanishes is a
-`FileNotFoundError`. `read_bounded` and `write_text` are for the paths that an operator gives a command, where a pipe is
-fine.
+A path may lead to a FIFO, a device, a link or an endless file. `opened_regular` and `read_regular` open without
+blocking, accept regular files only, and read up to a limit. A file that vanishes is a `FileNotFoundError`.
+`read_bounded` and `write_text` are for paths on an operator's command line, where a pipe is fine.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from stationkey.errors import ConfigurationError
 MAX_FILE: Final = 256 * 1024
 """Largest file that a command reads, in bytes."""
 UNFINISHED: Final = ".new"
-"""Ends the name of a file that is being written."""
+"""Suffix of a file that is being written."""
 
 
 class NotRegular(OSError):
@@ -33,7 +32,7 @@ class NotRegular(OSError):
 
 
 class TooLarge(OSError):
-    """A file has more bytes than are read of it."""
+    """The file is larger than the limit."""
 
     def __init__(self, path: str | Path, limit: int) -> None:
         super().__init__(errno.EFBIG, f"more than {limit} bytes", str(path))
@@ -43,7 +42,7 @@ class TooLarge(OSError):
 def opened_regular(
     path: str | Path, *, follow: bool, directory: int | None = None
 ) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """Open a regular file for reading, without waiting for anybody.
+    """Open a regular file for reading, without blocking.
 
     Args:
         path: the file.
@@ -74,7 +73,7 @@ def read_regular(path: str | Path, *, limit: int, follow: bool, directory: int |
 
     Args:
         path: the file.
-        limit: bytes that it may have.
+        limit: largest size in bytes.
         follow: whether the last part of the path may be a symbolic link.
         directory: descriptor of the directory that `path` is relative to, or None.
 
@@ -91,7 +90,7 @@ def read_regular(path: str | Path, *, limit: int, follow: bool, directory: int |
 
 
 def read_bounded(path: Path) -> bytes:
-    """A file of `MAX_FILE` bytes at the most; standard input for ``-``.
+    """Return the content of a file of at most `MAX_FILE` bytes; of standard input for ``-``.
 
     Raises:
         ConfigurationError: it cannot be read, or is too large.
@@ -114,9 +113,9 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Write a file, or replace it atomically.
 
     Args:
-        path: where.
-        text: what.
-        private: only the owner may read it, also if others could read the old file.
+        path: the file.
+        text: its content.
+        private: make it readable for the owner only, also if others could read the old file.
 
     Raises:
         ConfigurationError: it cannot be written.
@@ -132,23 +131,23 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
 
 
 def exchange(path: Path, content: bytes) -> None:
-    """Put `content` in the place of a file, or make it, with mode 0600. `sync_directory` makes that outlive power.
+    """Replace or create a file with mode 0600, atomically; `sync_directory` makes that durable.
 
     Raises:
-        OSError: it cannot be written; the file is as it was.
+        OSError: it cannot be written; the file is unchanged.
     """
     _write(path, content).replace(path)
 
 
 def make(path: Path, content: bytes) -> bool:
-    """Create a file with mode 0600, durably; False, and nothing changed, if it exists.
+    """Create a file with mode 0600, durably; return False and change nothing if it exists.
 
     Raises:
         OSError: it cannot be written.
     """
     unfinished = _write(path, content)
     try:
-        os.link(unfinished, path, follow_symlinks=False)  # a rename would take the place of one that is there
+        os.link(unfinished, path, follow_symlinks=False)  # a rename would replace an existing file
     except FileExistsError:
         return False
     finally:
@@ -158,9 +157,9 @@ def make(path: Path, content: bytes) -> bool:
 
 
 def give(descriptor: int, owner: Path) -> None:
-    """Give a file that root creates the owner of `owner`.
+    """Change the owner of a file that root created to that of `owner`.
 
-    As SQLite does with its files: an operator's ``sudo stationkey`` must not lock the daemon out.
+    SQLite does the same with its files: ``sudo stationkey`` must not lock the daemon out.
     """
     if os.geteuid() == 0:
         status = owner.stat()
@@ -168,7 +167,7 @@ def give(descriptor: int, owner: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make what was renamed, made or removed in a directory outlive a loss of power."""
+    """Make renames, creations and removals in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

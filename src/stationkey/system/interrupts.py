@@ -1,4 +1,4 @@
-"""What Ctrl-C does to a command: it ends with status 130, and never with a traceback."""
+"""End a command with status 130 on Ctrl-C, never with a traceback."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import signal
 from typing import Final
 
 EXIT_INTERRUPTED: Final = 130
-"""Exit status of a command that SIGINT ended, as shells have it: 128 and the number of the signal."""
+"""Exit status of a command that SIGINT ended, as in shells: 128 plus the signal's number."""
 
 
 def leave_at_once() -> None:
-    """Let SIGINT end the process as it is: in an import or at exit, an exception would show as a traceback."""
+    """Let SIGINT end the process at once: in an import or at exit, an exception would print a traceback."""
     _exchange(signal.default_int_handler, _leave)
 
 
@@ -25,6 +25,6 @@ def _leave(*_: object) -> None:
 
 
 def _exchange(now: object, then: signal._HANDLER) -> None:
-    """Set another handler, if it is ours to set: a shell that starts a command in the background ignores SIGINT."""
+    """Replace the handler, unless SIGINT is ignored: a shell sets that for a command in the background."""
     if signal.getsignal(signal.SIGINT) is now:
         signal.signal(signal.SIGINT, then)

@@ -1,6 +1,6 @@
-"""Where figures and health may be asked for: a loopback address, or a socket in the file system. Nowhere else.
+"""The listening socket of metrics and health: a loopback address or a UNIX socket.
 
-There is neither TLS nor a password here, so what other machines could reach is refused.
+It has no TLS and no password, so an address that other machines can reach is refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ BACKLOG: Final = 128
 SOCKET_MODE: Final = 0o660
 _UNIX: Final = "unix:"
 _MAX_UNIX: Final = 107
-"""Bytes of a path to a socket [unix(7)]."""
+"""Longest path to a socket in bytes [unix(7)]."""
 _MAX_PORT: Final = 65535
 _HINT: Final = "for example 127.0.0.1:9464, [::1]:9464 or unix:/run/stationkey/metrics.sock"
 
 
 class Address(Struct, frozen=True):
-    """Where to listen: a loopback address and a port, or the path of a socket."""
+    """A loopback address and a port, or the path of a UNIX socket."""
 
     host: str = ""
     port: int = 0
@@ -71,13 +71,13 @@ class Address(Struct, frozen=True):
 
 
 class Listener:
-    """A socket that listens at an address, until it is closed. The file of a UNIX socket is removed then.
+    """A socket that listens at an address. Closing it removes the file of a UNIX socket.
 
     Args:
-        address: where.
+        address: where to listen.
 
     Raises:
-        ConfigurationError: it is in use, or may not be used.
+        ConfigurationError: it is in use, or not permitted.
     """
 
     def __init__(self, address: Address) -> None:
@@ -114,11 +114,11 @@ class Listener:
         return listening
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._file is not None and self.address.path is not None:
             with contextlib.suppress(OSError):
                 there = self.address.path.lstat()
-                if (there.st_dev, there.st_ino) == self._file:  # and not another one's by now
+                if (there.st_dev, there.st_ino) == self._file:  # not replaced by another program's meanwhile
                     self.address.path.unlink()
         self.socket.close()
 
@@ -134,7 +134,7 @@ def _invalid(words: str) -> ConfigurationError:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a killed run, at which nobody listens."""
+    """Remove the socket of a killed run, if no program listens at it."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

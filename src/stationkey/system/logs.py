@@ -1,9 +1,9 @@
-"""Logs: one readable line an event, or one JSON object an event. Values are escaped, so that no name can forge a line.
+"""Logs: one text line or one JSON object for each event. Values are escaped, so that no name can forge a line.
 
 Plain `logging` with two formatters: structlog would cost 60 ms at start and 5 MiB (see ``docs/architecture.md``).
 
-Anybody who reaches the broker can make the daemon say something, thousands of times a second. So of each kind of line
-only so many are written in a minute, and then one that says how many more there were: see `BoundedHandler`.
+A client of the broker can cause thousands of log lines a second. So the lines of each kind are limited per minute, and
+the suppressed ones are counted: see `BoundedHandler`.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from stationkey.system.text import printable
 MINUTE: Final = 60.0
 """Seconds."""
 LINES_A_MINUTE: Final[Mapping[int, int]] = {logging.DEBUG: 600, logging.INFO: 600, logging.WARNING: 20}
-"""How many lines of one kind are written in a minute, by their level; above these as many as at the highest. What is
-served, or comes again, is worth more lines than what is refused."""
+"""Most lines of one kind per minute, by level; higher levels as the highest. Served and repeated requests get more
+lines than refused ones."""
 MAX_KINDS: Final = 256
 """Kinds that are distinguished in a minute; the others count as one."""
 PATIENCE: Final = 0.5
-"""Seconds that the reader of standard error has, once, to make room."""
+"""Seconds to wait, once, for the reader of standard error to make room."""
 
 _ATOMIC: Final = select.PIPE_BUF
-"""Bytes that a pipe or socket which is ready to be written to takes at once [poll(2), pipe(7)]: 4,096 on Linux."""
+"""Bytes that a writable pipe or socket accepts at once [poll(2), pipe(7)]: 4,096 on Linux."""
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN: Final = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
-    """What was given as ``extra``."""
+    """Return the fields given as ``extra``."""
     return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
@@ -62,7 +62,7 @@ class TextFormatter(logging.Formatter):
     """``2026-11-23T10:00:00.000Z INFO accepted request_id=… key_id=…``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; the traceback of an internal error follows on indented lines."""
+        """Return one line; the traceback of an internal error follows on indented lines."""
         pairs = "".join(f" {name}={_value(value)}" for name, value in fields_of(record).items())
         line = f"{_timestamp(record)} {record.levelname:<7} {printable(record.getMessage())}{pairs}"
         if not record.exc_info:
@@ -75,7 +75,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object: ``time``, ``level``, ``event``, and the fields of the event."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, ASCII."""
+        """Return one line of ASCII."""
         event: dict[str, object] = {
             "time": _timestamp(record),
             "level": record.levelname.lower(),
@@ -89,7 +89,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Kind(Struct):
-    """What was said of one kind in the minute under way."""
+    """The lines of one kind in the current minute."""
 
     written: int = 0
     withheld: int = 0
@@ -99,14 +99,13 @@ class _Kind(Struct):
 class Outlet(io.TextIOBase):
     """Standard error, without blocking.
 
-    A pipe that nobody reads, a terminal that was stopped (Ctrl-S) or a journal that hangs would stop the event loop,
-    and all requests, with the first line that has no room. Here that line is lost, and so are those that come until
-    there is room again; how many they are is counted.
+    An unread pipe, a stopped terminal (Ctrl-S) or a hung journal would block the event loop, and all requests, at the
+    first line without room. Here lines without room are lost and counted.
 
     Args:
         descriptor: the file descriptor; it is not closed.
         encoding: of the text; characters outside it are escaped.
-        patience: seconds that the first line is kept for, so that a burst before a slow reader is not lost.
+        patience: seconds to wait with the first line without room, so that a burst before a slow reader is not lost.
     """
 
     def __init__(self, descriptor: int, *, encoding: str = "utf-8", patience: float = PATIENCE) -> None:
@@ -119,9 +118,9 @@ class Outlet(io.TextIOBase):
         self.lost = 0
 
     def write(self, text: str) -> int:
-        """Write `text` whole, or count it as lost."""
+        """Write all of `text`, or count it as lost."""
         data = text.encode(self._encoding, "backslashreplace")
-        if self._torn:  # the line before has no end
+        if self._torn:  # the previous line is incomplete
             data = b"\n" + data
         for begin in range(0, len(data), _ATOMIC):
             if not self.has_room():
@@ -129,34 +128,33 @@ class Outlet(io.TextIOBase):
                 self._torn = self._torn or begin > 0
                 break
             piece = data[begin : begin + _ATOMIC]
-            with suppress(OSError):  # closed by the reader: no reason to end
+            with suppress(OSError):  # closed by the reader: go on
                 os.write(self._descriptor, piece)
         else:
             self._torn = False
         return len(text)
 
     def has_room(self) -> bool:
-        """Whether `_ATOMIC` bytes are taken without waiting, or at least within the patience that is left."""
+        """Return whether `_ATOMIC` bytes can be written at once, or within the patience that is left."""
         return bool(self._room.poll(0 if self.lost else self._patience * 1000))
 
 
 class BoundedHandler(logging.StreamHandler[TextIO]):
-    """Writes at most `LINES_A_MINUTE` of each kind, and then the last of the minute, with the number that is missing.
+    """Writes at most `LINES_A_MINUTE` of each kind, and then the last one with the number of suppressed lines.
 
-    Of one kind are lines with the same words around what is filled in, and the same ``reason``. The last one of the
-    minute that was withheld is written at the minute's end (or at `close`), with a field ``unwritten``: how many like
-    it were not. What this remembers is bounded, too.
+    Lines of one kind have the same text apart from their values, and the same ``reason``. The last suppressed line of a
+    minute is written at its end (or at `close`), with the field ``unwritten``: the number of others. Memory is bounded.
 
     Args:
         stream: where the lines go.
-        minute: how long a minute is, in seconds.
+        minute: length of a minute in seconds.
     """
 
     def __init__(self, stream: TextIO, *, minute: float = MINUTE) -> None:
         super().__init__(stream)
         self._minute = minute
         self._kinds: dict[object, _Kind] = {}
-        self._ends = 0.0  # when the minute under way does
+        self._ends = 0.0  # the current minute
         self._withheld = threading.Event()
         self._ending = threading.Event()
         # From the start: `emit` is called on the event loop, which must not start a thread; see `system.threads`.
@@ -174,13 +172,13 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
             self._write(record)
             return
         kind.withheld += 1
-        # As text, so that the error and its causes are not kept for a minute.
+        # As text, so that the exception and its causes are not kept in memory.
         kind.last = copy(record)
         kind.last.msg, kind.last.args, kind.last.exc_info = record.getMessage(), (), None
         self._withheld.set()
 
     def _tell_in_time(self) -> None:
-        """Wait for the end of each minute in which lines were withheld: there may be no later line to tell at."""
+        """Wait for the end of each minute with suppressed lines, because there may be no later line."""
         while not self._ending.is_set():
             self._withheld.wait()
             if not self._ending.wait(max(0.0, self._ends - time.monotonic())):
@@ -194,7 +192,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         return self._kinds.setdefault(key, _Kind())
 
     def tell(self) -> None:
-        """End the minute: write the number of withheld lines."""
+        """End the minute: write the number of suppressed lines."""
         assert self.lock is not None
         with self.lock:
             self._withheld.clear()
@@ -216,7 +214,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
     def close(self) -> None:
-        """Write what was withheld; nothing is written after it."""
+        """Write the number of suppressed lines, and nothing afterwards."""
         self.tell()
         self._ending.set()
         self._withheld.set()
@@ -225,10 +223,10 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
 
 def set_up(log_format: str, *, stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send the logs of this process to `stream` (default: standard error), as ``text`` or ``json``."""
-    # What no format of ours shows need not be found out; the caller's line alone is a third of what a record costs.
-    logging._srcfile = None  # noqa: SLF001 - the way that Python's "Logging HOWTO" gives
+    # Skip fields that our formats do not show: finding the caller's line alone is a third of a record's cost.
+    logging._srcfile = None  # noqa: SLF001 - as in Python's "Logging HOWTO"
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    # What a library warns of, such as a certificate with a negative serial number, is a line like every other.
+    # Log warnings of libraries, such as a certificate with a negative serial number.
     logging.captureWarnings(capture=True)
     handler = BoundedHandler(stream or _standard_error())
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
@@ -241,5 +239,5 @@ def _standard_error() -> TextIO:
     """Return standard error as an `Outlet` if it can be polled; else unchanged."""
     try:
         return cast("TextIO", Outlet(sys.stderr.fileno(), encoding=sys.stderr.encoding))
-    except (AttributeError, OSError, ValueError):  # closed at the start; or in memory, and no descriptor
+    except (AttributeError, OSError, ValueError):  # closed at the start, or without a descriptor
         return sys.stderr

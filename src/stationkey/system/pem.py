@@ -1,4 +1,4 @@
-"""PEM [RFC 7468]: bytes between lines that name them, in base64."""
+"""PEM [RFC 7468]: labelled base64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def to_pem(label: str, der: bytes) -> bytes:
 
 
 def blocks(content: bytes, label: str) -> list[bytes]:
-    """Return each block of this label, its lines included. Anything may stand between them [RFC 7468 2]."""
+    """Return each block of this label with its begin and end lines; other text may be in between [RFC 7468 2]."""
     begin, end = f"-----BEGIN {label}-----".encode("ascii"), f"-----END {label}-----".encode("ascii")
     found, at = [], 0
     while (opened := content.find(begin, at)) >= 0 and (closed := content.find(end, opened)) >= 0:

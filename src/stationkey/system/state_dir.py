@@ -1,8 +1,8 @@
-"""The state directory: all that the station keeps, for the one daemon that may write there.
+"""The state directory: all persistent state, for the one daemon that may write there.
 
-Who can put a link, a FIFO or another directory in the place of what the daemon opens can make it write, read or wait
-elsewhere; and root, who comes with ``sudo stationkey keys``, anywhere. So what is opened is looked at first, and root
-becomes whom the directory belongs to (`as_owner`).
+A user who can put a link, a FIFO or another directory in the place of the daemon's files can make the daemon, or root
+with ``sudo stationkey keys``, read, write or block elsewhere. So files are checked before they are opened, and root
+acts as the owner of the directory (`as_owner`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DATABASE_NAME: Final = "ledger.sqlite3"
 _FILES: Final = (LOCK_NAME, *(f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")))
 """The files that are opened; the suffixes are SQLite's."""
 _DIRECTORIES: Final = ("active", "tpm")
-"""The directories. Files in them are opened without following links; a link in place of a directory is followed."""
+"""The directories. Files in them are opened without following links; a link to a directory is followed."""
 
 _MAX_LINKS: Final = 40
 """As many as the kernel follows [path_resolution(7)]."""
@@ -41,15 +41,13 @@ _KINDS: Final = {
 
 
 class StateDirectory:
-    """The directory that holds all of the station's state, for the one process that may write there.
+    """The state directory, locked for the one process that may write there.
 
-    Made with mode 0700 where it is missing. One that others can enter is closed to them if it is ours alone to close:
-    empty, or holding a ledger.
+    Created with mode 0700 if missing. One that is open to others is closed to them if it is empty or has a ledger.
 
     Raises:
-        ConfigurationError: it cannot be made or entered, should not be taken over, or others can put another in its
-            place.
-        LedgerError: another process uses it, or something in it is not what this daemon put there.
+        ConfigurationError: it cannot be created or entered, has other files, or other users could exchange it.
+        LedgerError: another process uses it, or a file in it is not the daemon's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,8 +57,8 @@ class StateDirectory:
             if _refuse_foreign(path, path.stat(), os.geteuid()):
                 path.chmod(0o700)
             refuse_planted(path)
-            # What a backup has put back is as open as the copy was. No links: that was just looked at, and nobody else
-            # may write here.
+            # A restored backup has the modes of the copy. No links: that was just checked, and no other user may
+            # write here.
             for file in (path / name for name in _FILES):
                 status = _lstat(file)
                 if status is not None and status.st_mode & 0o177:
@@ -80,23 +78,23 @@ class StateDirectory:
 
     @property
     def database(self) -> Path:
-        """Where the ledger is."""
+        """Path of the ledger."""
         return self.path / DATABASE_NAME
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Release the lock."""
         os.close(self._lock)
 
 
 def _refuse_foreign(path: Path, status: os.stat_result, user: int) -> bool:
-    """Whether a directory is still to be closed to others; refuses one that is another's, or may hold others' files."""
+    """Return whether a directory must be closed to others; refuse another user's, or one with other files."""
     if status.st_uid != user:
         raise ConfigurationError(
             f"the state directory {path} belongs to another user (uid {status.st_uid}; this is {user})",
             reason="state_dir_foreign",
             hint=f"name a directory in it, for example --state-dir {path / 'stationkey'}"
             if status.st_uid == 0 and os.access(path, os.W_OK | os.X_OK, effective_ids=True)
-            else "run as that user, or give the directory and all that is in it to this one",
+            else "run as that user, or change the owner of the directory and its files to this user",
         )
     mode = stat.S_IMODE(status.st_mode)
     if not mode & 0o077:
@@ -112,17 +110,17 @@ def _refuse_foreign(path: Path, status: os.stat_result, user: int) -> bool:
 
 
 def refuse_unfit(path: Path, *, user: int) -> Path:
-    """What a daemon of `user` says of a state directory when it starts, before it opens or changes anything.
+    """Check a state directory as the daemon does at start, before anything is opened or changed.
 
     Args:
         path: of the state directory; it may be missing.
-        user: number of the user that the daemon runs as.
+        user: uid of the daemon.
 
     Returns:
-        Where it leads.
+        The resolved path.
 
     Raises:
-        ConfigurationError: the daemon would not take it.
+        ConfigurationError: the daemon would refuse it.
     """
     real, found = _settled(path, user=user)
     if found is not None:
@@ -143,21 +141,21 @@ def _unusable(path: Path, error: OSError | ValueError) -> ConfigurationError:
 
 
 def settled(path: Path) -> Path:
-    """Resolve `path`, if nobody else can redirect it.
+    """Resolve `path`, if no other user can redirect it.
 
-    That is the case where each directory and each link on the way belongs to root or to whom the state directory
-    belongs, and no others may write in these directories [unlink(2), rename(2): the right to write in a directory is
-    the right to exchange what is in it]. A sticky one, such as ``/tmp``, may be open. A right of the group opens
-    nothing where nobody else is in that group; a right of others opens nothing in a container of this user alone.
+    Each directory and link on the way must belong to root or to the owner of the state directory, and no other user may
+    write in these directories [unlink(2), rename(2): the right to write in a directory is the right to exchange its
+    files]. Sticky directories, such as ``/tmp``, may be open. Group rights are harmless if the group has no other
+    member, rights of others in a container of this user alone.
 
     Raises:
-        ConfigurationError: others can exchange it, or the way there is closed or no way.
+        ConfigurationError: other users can exchange it, or it cannot be reached.
     """
     return _settled(path, user=os.geteuid())[0]
 
 
 def _settled(path: Path, *, user: int) -> tuple[Path, os.stat_result | None]:
-    """The same, and what is there; None for nothing yet, which would then be made by `user`."""
+    """Do the same, and return the status too; None if it does not exist yet, and `user` would create it."""
     try:
         real, met = _walked(path)
         found = _lstat(real)
@@ -184,7 +182,7 @@ def _settled(path: Path, *, user: int) -> tuple[Path, os.stat_result | None]:
 
 
 def _others_may_write(directory: os.stat_result, user: int) -> bool:
-    """Whether anyone but root, the directory's owner and `user` can exchange files in a directory."""
+    """Return whether another user than root, the owner and `user` can exchange files in a directory."""
     mode = directory.st_mode
     if mode & stat.S_ISVTX:
         return False
@@ -194,10 +192,9 @@ def _others_may_write(directory: os.stat_result, user: int) -> bool:
 
 
 def _own(group: int, user: int) -> bool:
-    """Whether `user` is the only member of a group, by the machine's user database.
+    """Return whether `user` is the only member of a group, by the user database.
 
-    A container's volume belongs to such a group: its processes have it (``runAsGroup``, ``fsGroup``), and no user by
-    name.
+    A container's volume has such a group: its processes have it (``runAsGroup``, ``fsGroup``), but no named user.
     """
     users = pwd.getpwall()
     members = {entry.pw_uid for entry in users if entry.pw_gid == group}
@@ -209,9 +206,9 @@ def _own(group: int, user: int) -> bool:
 
 
 def _alone(user: int) -> bool:
-    """Whether every process that this one can meet is `user`'s: the first of its PID namespace is [pid_namespaces(7)].
+    """Return whether all visible processes are `user`'s: the first of the PID namespace is [pid_namespaces(7)].
 
-    So it is in a container that is started as a user other than root.
+    That is so in a container that was started as another user than root.
     """
     try:
         return user != 0 and Path("/proc/1").stat().st_uid == user
@@ -220,9 +217,9 @@ def _alone(user: int) -> bool:
 
 
 def _walked(path: Path) -> tuple[Path, list[tuple[Path, os.stat_result]]]:
-    """Where a path leads, and each directory that is looked into and each link that is followed on the way there.
+    """Return the resolved path, and each directory and link on the way.
 
-    The root directory is not among them: whose that is, his is the machine. What is missing at the end stays missing.
+    The root directory is left out: its owner owns the machine. Missing parts at the end stay missing.
     """
     ahead = [*reversed(path.absolute().parts[1:])]
     here, links = Path("/"), 0
@@ -254,14 +251,14 @@ def _walked(path: Path) -> tuple[Path, list[tuple[Path, os.stat_result]]]:
 
 
 def refuse_planted(directory: Path) -> None:
-    """Look at what is about to be opened in a state directory: its owner's, and each file with one name.
+    """Check the files of a state directory before they are opened: regular, the owner's, without a second hard link.
 
-    Opening a FIFO would wait for ever, SQLite follows a link in place of the database, and a file with a second name
-    (a hard link) is changed under that name too.
+    Opening a FIFO would block forever, SQLite follows a link in place of the database, and a file with a second hard
+    link is changed under that name too.
 
     Raises:
         ConfigurationError: the directory is closed to this user.
-        LedgerError: something else is there. Nothing was opened.
+        LedgerError: a file is something else. Nothing was opened.
     """
     try:
         owner = directory.stat().st_uid
@@ -280,9 +277,9 @@ def refuse_planted(directory: Path) -> None:
         else:
             continue
         raise LedgerError(
-            f"{path} {what}, and not what stationkey made",
+            f"{path} {what}; stationkey did not create it",
             reason="state_file_foreign",
-            hint="nothing was touched; find out who put it there, and move it away",
+            hint="nothing was opened; find out where it comes from, and move it away",
         )
 
 
@@ -296,10 +293,10 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 @contextmanager
 def visit(directory: Path) -> Iterator[Path]:
-    """For a command beside the daemon: the state directory, looked at, and for root as its owner; see `as_owner`.
+    """Yield the checked state directory for a command beside the daemon; root acts as its owner, see `as_owner`.
 
     Raises:
-        ConfigurationError: it is closed to this user, or others can put another in its place.
+        ConfigurationError: it is closed to this user, or other users could exchange it.
         LedgerError: a file in it is not the daemon's.
     """
     real, owner = _settled(directory, user=os.geteuid())
@@ -312,13 +309,13 @@ def visit(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def as_owner(owner: os.stat_result) -> Iterator[None]:
-    """For root: act as the owner of a directory within the block.
+    """Let root act as the owner of a directory within the block.
 
-    Whatever that user has put there, links above all, then leads root no further than he can go himself; and what is
-    made belongs to him, so that ``sudo stationkey keys`` does not lock the daemon out. For other users nothing changes.
+    Links that this user planted then give root no more rights than that user has, and created files belong to that
+    user, so that ``sudo stationkey keys`` does not lock the daemon out. For other users nothing changes.
 
     Args:
-        owner: what was seen of the directory when it was looked at; asked anew, it might be another by now.
+        owner: status of the directory when it was checked; a new one might be of another directory.
 
     Raises:
         ConfigurationError: root cannot become that user here.
@@ -347,9 +344,9 @@ def as_owner(owner: os.stat_result) -> Iterator[None]:
 
 @contextmanager
 def without_daemon(path: Path) -> Iterator[bool]:
-    """Keep a daemon from starting on a state directory while the block runs; False where one runs there already.
+    """Prevent a daemon from starting on a state directory while the block runs; yield False if one runs already.
 
-    Changes nothing in the directory: where no daemon has ever been, there is none to be kept away.
+    Changes nothing in the directory.
     """
     lock = None
     with suppress(OSError):  # missing or not ours: the block reports it

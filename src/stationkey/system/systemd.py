@@ -1,6 +1,6 @@
 """Notifications to systemd: ready, stopping, a status line, and watchdog keep-alives [sd_notify(3)].
 
-One datagram each; the packages for it have not been kept since 2017. Without ``NOTIFY_SOCKET`` nothing is sent.
+One datagram each. Without ``NOTIFY_SOCKET`` nothing is sent.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Final, Self
 log = logging.getLogger(__name__)
 
 PATIENCE: Final = 1.0
-"""Seconds that something which is said once may wait for room at the other end. What is said again and again waits for
-none: nothing on the event loop may block."""
+"""Seconds that a notification which is sent once may wait for room. Repeated ones do not wait, because the event loop
+must not block."""
 
 
 class ServiceManager:
@@ -23,7 +23,7 @@ class ServiceManager:
 
     Args:
         address: ``NOTIFY_SOCKET``: a path, or ``@`` and an abstract name; empty for none.
-        watchdog: seconds within which it wants a sign of life; None where it wants none.
+        watchdog: seconds within which it expects a keep-alive, or None.
     """
 
     def __init__(self, address: str = "", *, watchdog: float | None = None) -> None:
@@ -32,29 +32,29 @@ class ServiceManager:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
-        """Return the one that the environment names. A watchdog for another process is ignored."""
+        """Return the service manager of the environment. A watchdog for another process is ignored."""
         microseconds, process = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
         wanted = microseconds.isdecimal() and int(microseconds) > 0 and process in {"", str(os.getpid())}
         return cls(environment.get("NOTIFY_SOCKET", ""), watchdog=int(microseconds) / 1e6 if wanted else None)
 
     def __bool__(self) -> bool:
-        """Whether there is one."""
+        """Return whether there is a service manager."""
         return bool(self._address)
 
     def ready(self) -> None:
-        """The service has started."""
+        """Report that the service has started."""
         self._tell("READY=1", patience=PATIENCE)
 
     def stopping(self) -> None:
-        """The service is about to end."""
+        """Report that the service is stopping."""
         self._tell("STOPPING=1", patience=PATIENCE)
 
     def status(self, line: str) -> None:
-        """One line for ``systemctl status``. Everybody on the machine can read it."""
+        """Set the line of ``systemctl status``, which every user can read."""
         self._tell("STATUS=" + line.replace("\n", " "))
 
     def alive(self) -> None:
-        """A sign of life for the watchdog."""
+        """Send a keep-alive to the watchdog."""
         self._tell("WATCHDOG=1")
 
     def _tell(self, state: str, *, patience: float = 0.0) -> None:

@@ -1,7 +1,7 @@
-"""Tasks that last as long as the daemon, and the boundary around each of them.
+"""Long-running tasks, each restarted after an unhandled error.
 
-An error that a task does not handle is counted, logged with its reason, and the task is started again after a delay.
-It ends neither the task nor the daemon.
+An unhandled error is counted and logged with its reason, and the task is restarted after a delay. It does not end the
+daemon.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ log = logging.getLogger(__name__)
 
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 60.0
-"""Seconds before a task that failed is started again; doubled in between, and back to the first after `RETRY_LAST`
-seconds without a failure."""
+"""Seconds before a failed task is restarted; doubled each time, and reset after `RETRY_LAST` seconds without a
+failure."""
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 """Starts the task's coroutine."""
 
 
 def note_failure(error: BaseException, task: str, failures: Counts, **about: object) -> None:
-    """Count an error that a task did not handle, by task and reason, and log it with `about`. Never raises."""
+    """Count an unhandled error by task and reason, and log it with `about`. Never raises."""
     reason = unforeseen(error).reason
-    with suppress(Exception):  # where memory is short, even this may fail
+    with suppress(Exception):  # even this may fail without memory
         failures.add(task, reason)
         log.error("task failed", extra={"task": task, "reason": reason, **about}, exc_info=error)
 
 
 def unforeseen(error: BaseException) -> StationKeyError:
-    """Return the error by which one is known that no code foresaw."""
+    """Return the `StationKeyError` for an unforeseen exception."""
     match error:
         case StationKeyError():
             return error
@@ -47,7 +47,7 @@ def unforeseen(error: BaseException) -> StationKeyError:
 
 
 async def keep_running(work: Work, task: str, failures: Counts, *, backoff: Backoff | None = None) -> None:
-    """Run `work` to its end; start it again, after a delay, whenever it fails.
+    """Run `work` to its end; restart it after a delay whenever it fails.
 
     Args:
         work: starts the task's coroutine.
@@ -75,7 +75,7 @@ async def keep_running(work: Work, task: str, failures: Counts, *, backoff: Back
 
 @asynccontextmanager
 async def background(works: Mapping[str, Work], failures: Counts) -> AsyncIterator[None]:
-    """Keep tasks running for the length of a block, then cancel them.
+    """Keep tasks running while the block runs, then cancel them.
 
     Args:
         works: the tasks, by name.

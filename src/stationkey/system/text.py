@@ -1,10 +1,10 @@
-"""Text of others, made fit to be shown."""
+"""Make untrusted text safe to print."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line: what would move a cursor, turn the writing round or hide itself becomes its number."""
+    """Return `text` on one line, with control, invisible and bidirectional characters escaped."""
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in text)

@@ -1,9 +1,9 @@
 """Threads for calls that may block forever: a device, a disk, a name server.
 
-A call that hangs costs its thread. Nobody waits for it longer than they want to, and the process ends without it.
+A hung call costs its thread only: callers stop waiting, and the process ends without it.
 
-Start workers before they are needed, and none from the event loop: `threading.Thread.start` waits for the first
-instruction of the thread, for ever if there is no memory for it.
+Start workers before they are needed, and not on the event loop: `threading.Thread.start` waits for the thread's first
+instruction, forever if memory is short.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    """A daemon thread that runs calls one after another, and knows since when the call in hand runs.
+    """A daemon thread that runs calls one after another, and knows how long the current call has been running.
 
-    Users take this class as an argument: the simulation of the tests passes its own, which runs the calls
-    in virtual time.
+    Users take this class as an argument: the tests' simulation passes its own, which runs calls in virtual time.
 
     Args:
         name: of the thread.
-        clock: seconds, never set back.
+        clock: seconds of a monotonic clock.
 
     Raises:
-        RuntimeError: this machine has no room for another thread.
+        RuntimeError: no thread can be started.
     """
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +40,7 @@ class Worker:
         self._clock = clock
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._queued = 0  # calls, the one in hand included
+        self._queued = 0  # calls, the current one included
         self._begun: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -55,7 +54,7 @@ class Worker:
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Queue a call, and return a future with its result or its error.
 
-        Only the wait for it can be cancelled: the call is made in any case.
+        Cancelling the future only cancels the wait: the call is made.
         """
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
@@ -64,12 +63,12 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether no call is in hand or waits."""
+        """Return whether no call runs or waits."""
         return not self._queued
 
     @property
     def running_for(self) -> float:
-        """Seconds since the call in hand began; 0 between calls."""
+        """Return the seconds since the current call began; 0 between calls."""
         begun = self._begun
         return 0.0 if begun is None else self._clock() - begun
 
@@ -79,7 +78,7 @@ class Worker:
                 self._begun = self._clock()
                 call()
             except BaseException:
-                with suppress(Exception):  # where memory is short, the line may fail, too
+                with suppress(Exception):  # the log line may fail without memory
                     log.exception("a call on the thread %s failed", self.name)
             self._begun = None
             with self._lock:
@@ -92,7 +91,7 @@ class Worker:
             timeout: seconds to wait for that, or None for no limit.
 
         Returns:
-            Whether it has ended. A thread that hangs in a call is left behind.
+            Whether it has ended. A hung thread is abandoned.
         """
         self._calls.put(None)
         self._thread.join(timeout)
@@ -100,16 +99,16 @@ class Worker:
 
 
 class Workers:
-    """Up to `limit` workers with one call each, so that a call that hangs keeps no other waiting.
+    """Up to `limit` workers with one call each, so that a hung call blocks no other.
 
-    The worker that takes a call starts the next worker first, if no other is idle: the caller never starts a thread.
+    A worker that takes a call first starts the next worker if none is idle: the caller never starts a thread.
 
     Args:
         name: of the threads, before their number.
-        limit: how many calls may hang.
+        limit: most calls that may hang.
 
     Raises:
-        RuntimeError: this machine has no room for another thread.
+        RuntimeError: no thread can be started.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -123,7 +122,7 @@ class Workers:
         """Run a call on an idle worker.
 
         Raises:
-            RuntimeError: all workers have a call in hand.
+            RuntimeError: all workers are busy.
         """
         with self._lock:
             worker = next((worker for worker in self._workers if worker.idle), None)
@@ -145,7 +144,7 @@ class Workers:
             self._started += 1
             number = self._started
         try:
-            worker = Worker(f"{self._name}-{number}")  # not under the lock, which the caller takes
+            worker = Worker(f"{self._name}-{number}")  # without the lock, which the caller takes
         except (RuntimeError, MemoryError) as error:
             log.warning("thread %s-%d not started: %s", self._name, number, error)
             with self._lock:
@@ -158,5 +157,5 @@ class Workers:
 def _settle(future: Future[T], call: Callable[[], T]) -> None:
     try:
         future.set_result(call())
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is for the one who waits
+    except BaseException as error:  # noqa: BLE001 - passed to the caller who waits
         future.set_exception(error)
