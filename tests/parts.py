@@ -267,7 +267,7 @@ def dump(database: Path) -> list[str]:
 async def station(
     state_dir: Path,
     *,
-    keystore: str = "software:",
+    keystore: str | KeyStores = "software:",
     tpm: TpmTerms | None = None,
     terms: Terms | None = None,
     certificate_dir: Path | None = None,
@@ -278,8 +278,10 @@ async def station(
     clocks = clocks or Clocks()
     state_dir.mkdir(mode=0o700, exist_ok=True)  # noqa: ASYNC240 - nothing else runs yet
     with closing(Ledger(state_dir / DATABASE_NAME)) as ledger:
-        opener = keystore_opener(keystore, allow_software_keys=True, terms=tpm, state_dir=state_dir)
-        keystores = KeyStores.only(keystore, KeyStoreThread(opener))
+        if isinstance(keystore, str):
+            opener = keystore_opener(keystore, allow_software_keys=True, terms=tpm, state_dir=state_dir)
+            keystore = KeyStores.only(keystore, KeyStoreThread(opener))
+        keystores = keystore
         # The service takes the machine's own clock, which no test could wait for.
         with mock.patch("stationkey.service.requests.RunningTime", partial(RunningTime, clock=lambda: clocks.machine)):
             service = StationKeyService(

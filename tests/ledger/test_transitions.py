@@ -110,18 +110,24 @@ def test_a_key_cannot_be_made_ahead_twice(ledger: Ledger, path: Path) -> None:
 
 
 def test_how_long_the_last_key_of_each_type_took_to_make_is_on_record(ledger: Ledger) -> None:
-    assert ledger.keys.seconds_to_make() == {}
+    scheme = a_key().scheme
+    assert ledger.keys.seconds_to_make(scheme) == {}
     made: list[tuple[float, KeyType]] = [(0.25, SECP256R1), (31.5, RSA_3072), (29.25, RSA_3072)]
     for seconds, key_type in made:
         ledger.transitions.make_ahead(replace(a_key(), key_type=key_type), now=0, due=1, seconds=seconds)
-    assert ledger.keys.seconds_to_make() == {"secp256r1": 0.25, "RSA-3072": 29.25}
+    assert ledger.keys.seconds_to_make(scheme) == {"secp256r1": 0.25, "RSA-3072": 29.25}
+    assert ledger.keys.seconds_to_make("pkcs11") == {}
 
 
 def test_a_key_made_ahead_ages_out_and_leaves_no_record(ledger: Ledger, path: Path) -> None:
     old, young = ahead(ledger, due=100), ahead(ledger, due=200)
     destroyed = answer(ledger)
     bring(ledger, destroyed, KeyEvent.EXPIRED)
-    assert (ledger.retention.next_due(), ledger.retention.due(99), ledger.retention.due(100)) == (100, [], [old.key_id])
+    assert (ledger.retention.next_due(), ledger.retention.due(99), ledger.retention.due(100)) == (
+        100,
+        [],
+        [(old.key_id, "")],
+    )
 
     state = ledger.transitions.apply(old.key_id, KeyEvent.EXPIRED, reason="made ahead, and not needed in time", now=0)
 

@@ -162,9 +162,9 @@ async def test_an_expiry_that_an_operator_was_faster_than_stops_nothing(
     keys = [await here.key(V2G, evse_id) for evse_id in (E1, E2, None)]
     due = Retention.due
 
-    def then_the_operator(retention: Retention, running: int) -> list[str]:
+    def then_the_operator(retention: Retention, running: int) -> list[tuple[str, str]]:
         found = due(retention, running)
-        if keys[1] in found:
+        if (keys[1], str(V2G)) in found:
             here.ledger.transitions.apply(keys[1], KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
         return found
 

@@ -94,7 +94,7 @@ def _out_of_order(_: Any) -> Any:
     async def at_once(self: Statuses, status: Any) -> None:
         message = {"message_id": status.id}
         try:
-            await self._settle(status, message)
+            await self._settle(status, next(iter(self._lines.values())), message)
         except Exception as error:  # noqa: BLE001 - as the original
             self.refuse(status, error)  # type: ignore[arg-type] # as the original
 

@@ -146,11 +146,16 @@ class Keys:
             ).fetchall()
         return [(read_key_ref(*row), due) for *row, due in rows]
 
-    def seconds_to_make(self) -> dict[str, float]:
-        """Return, by key type, the seconds that the last key made ahead took."""
+    def seconds_to_make(self, scheme: str) -> dict[str, float]:
+        """Return, by key type, the seconds that the last key made ahead took in a kind of key store.
+
+        Args:
+            scheme: of the key store's URI.
+        """
+        prefix = f"{MAKING}{scheme} "
         with self._database.reading() as sql:
-            rows = sql.execute("SELECT name, value FROM meta WHERE name > ?", (MAKING,)).fetchall()
-        return {name.removeprefix(MAKING): float(value) for name, value in rows if name.startswith(MAKING)}
+            rows = sql.execute("SELECT name, value FROM meta WHERE name > ?", (prefix,)).fetchall()
+        return {name.removeprefix(prefix): float(value) for name, value in rows if name.startswith(prefix)}
 
     def history(self, key_id: str) -> list[EventRecord]:
         """Return the events of a key, oldest first."""

@@ -23,7 +23,7 @@ DAMAGED: Final = (
 )
 
 MAKING: Final = "seconds to make "
-"""Prefix of a name in `meta`; a key type follows."""
+"""Prefix of a name in `meta`; a scheme and a key type follow."""
 
 _YEAR_1: Final = -62_135_596_800
 _YEAR_9999: Final = 253_402_300_799

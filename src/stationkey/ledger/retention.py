@@ -53,14 +53,14 @@ class Retention:
                 [(pending_due, KeyState.PRE_ACTIVATION), (grace_due, KeyState.DEACTIVATED)],
             )
 
-    def due(self, running: int) -> list[str]:
-        """Return the ids of expired keys, the first to expire first."""
+    def due(self, running: int) -> list[tuple[str, str]]:
+        """Return the ids and certificate types of expired keys, the first to expire first."""
         with self._database.reading() as sql:
             rows = sql.execute(
-                f"SELECT key_id FROM key WHERE due <= ? AND {LIVING} ORDER BY due LIMIT ?",  # noqa: S608 - `LIVING` is this package's own text
+                f"SELECT key_id, certificate_type FROM key WHERE due <= ? AND {LIVING} ORDER BY due LIMIT ?",  # noqa: S608 - `LIVING` is this package's own text
                 (running, _DUE),
             ).fetchall()
-        return [row[0] for row in rows]
+        return [(key_id, certificate_type) for key_id, certificate_type in rows]
 
     def is_due(self, key_id: str, running: int) -> bool:
         """Return whether a key is expired; an event since `due` may have changed that."""

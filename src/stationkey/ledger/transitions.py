@@ -76,7 +76,8 @@ class Transitions:
             number = _keep_secret(sql, cursor, key)
             note(sql, number, MADE_AHEAD, INITIAL, reason="", now=now, message_id=None)
             sql.execute(
-                "INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (MAKING + str(key.key_type), str(seconds))
+                "INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)",
+                (f"{MAKING}{key.scheme} {key.key_type}", str(seconds)),
             )
 
     def apply(

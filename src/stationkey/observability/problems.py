@@ -38,7 +38,8 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
     """
     condition, service = health.condition(), health.service
     abandoned = sum(store.thread.abandoned for store in health.keystores)
-    unusable = 0 if service is None else service.counters.unusable
+    unconfigured = 0 if service is None else service.counters.unconfigured
+    unusable = 0 if service is None else service.counters.unusable - unconfigured
     not_shown = [] if service is None else service.counters.not_shown.items()
     unknown = 0 if figures is None else figures.unknown
     failed = sum(key.failed for key in keys)
@@ -64,6 +65,13 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
             Problem(
                 f"unusable keys: {unusable}",
                 "is it another TPM, or was it cleared? docs/operations.md says what to do",
+            ),
+        ),
+        (
+            unconfigured,
+            Problem(
+                f"keys in a key store that the configuration does not name: {unconfigured}",
+                "name it in [keystores], and in [keystore_for] existing_keys; the log says which",
             ),
         ),
         *(

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+from stationkey.contract.profiles import CertificateType
 from stationkey.errors import KeyStoreError, LedgerError
 from stationkey.keystore import KeyRef
 from stationkey.keystore.schemes import SCHEMES
@@ -45,9 +46,6 @@ class Custody:
         counters: counts outcomes.
         clock: Unix time in seconds.
         on_change: called when keys may have become active, or may have ended.
-
-    Attributes:
-        one_at_a_time: held while a key is read and then changed.
     """
 
     def __init__(
@@ -65,7 +63,9 @@ class Custody:
         self.ledger = ledger
         self.running = running
         self.counters = counters
-        self.one_at_a_time = asyncio.Lock()
+        locks = {store: asyncio.Lock() for store in keystores}
+        self._locks = {str(kind): locks[keystores.making(kind)] for kind in CertificateType}
+        self._no_type = asyncio.Lock()  # of a key made ahead
         self._active = active
         self._clock = clock
         self._on_change = on_change
@@ -73,6 +73,13 @@ class Custody:
     def now(self) -> int:
         """Return Unix time in milliseconds."""
         return int(self._clock() * 1000)
+
+    def one_at_a_time(self, certificate_type: str) -> asyncio.Lock:
+        """Return the lock that is held while a key of a certificate type is read and then changed.
+
+        It is the same for all types whose keys are made in one key store: another one may hang meanwhile.
+        """
+        return self._locks.get(certificate_type) or self._no_type
 
     async def change(self, step: Callable[[Ledger], T]) -> T:
         """Take a step of the ledger and update ``active/``, in one crossing to the ledger's thread."""

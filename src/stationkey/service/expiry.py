@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from functools import partial
 from typing import Final
 
@@ -49,8 +50,10 @@ class Expiry:
                 pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
             )
         )
-        for key_id in await self._custody.ledger(lambda ledger: ledger.retention.due(running)):
-            async with self._custody.one_at_a_time:
+        due = await self._custody.ledger(lambda ledger: ledger.retention.due(running))
+        locks = [(self._custody.one_at_a_time(certificate_type), key_id) for key_id, certificate_type in due]
+        for lock, key_id in sorted(locks, key=lambda one: one[0].locked()):  # last what a proof in a frozen store holds
+            async with lock:
                 await self._expire(key_id, running)
         while await self._custody.ledger(
             lambda ledger: ledger.retention.forget(
@@ -100,17 +103,22 @@ class Expiry:
     async def tell_unusable(self) -> None:
         """Log the keys that the key store cannot use, because it is another TPM or was cleared.
 
-        One key at a time, so that a request waits for at most one. Waits while the TPM is away.
+        One key of each kind of store at a time, so that a request waits for at most one. Waits while the store is away.
         """
+        keys: defaultdict[str, list[KeyRecord]] = defaultdict(list)
         try:
             for key in await self._custody.ledger(lambda ledger: ledger.keys.usable()):
-                if not key.has_owner:
-                    continue  # made ahead: see `KeyPool`
-                backoff = Backoff(RETRY_FIRST, RETRY_LAST)
-                while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - no event says when the key store is back
-                    await asyncio.sleep(backoff.next())
+                if key.has_owner:  # else made ahead: see `KeyPool`
+                    keys[key.scheme].append(key)
+            await asyncio.gather(*(self._tell_unusable(kind) for kind in keys.values()))
         except LedgerError as error:
             log.error("key check incomplete: %s", error, extra={"reason": error.reason})
+
+    async def _tell_unusable(self, keys: list[KeyRecord]) -> None:
+        for key in keys:
+            backoff = Backoff(RETRY_FIRST, RETRY_LAST)
+            while not await self._tell_if_unusable(key):  # noqa: ASYNC110 - no event says when the key store is back
+                await asyncio.sleep(backoff.next())
 
     async def _tell_if_unusable(self, key: KeyRecord) -> bool:
         """Try a key and log if it is unusable; return False if the key store is away."""
@@ -124,6 +132,7 @@ class Expiry:
             if error.transient:
                 return False
             self._custody.counters.unusable += 1
+            self._custody.counters.unconfigured += error.reason == "keystore_unconfigured"
             log.error(
                 "this key cannot be used: %s",
                 error,

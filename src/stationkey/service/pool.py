@@ -199,7 +199,7 @@ class KeyPool:
 
         kinds = await on_keystore(self._thread, look, timeout=LOOK_DEADLINE, task=Task.LOOK)
         wanted = {algorithm: kind for algorithm, kind in kinds.items() if kind is not None and self._size(kind)}
-        made = await self._ledger(lambda ledger: ledger.keys.seconds_to_make())
+        made = await self._ledger(lambda ledger: ledger.keys.seconds_to_make(self._store.uri.scheme.name))
         self.seconds_to_make = {kind: made[str(kind)] for kind in wanted.values() if str(kind) in made}
         ready: dict[KeyType, deque[Ahead]] = {kind: deque() for kind in wanted.values()}
         # In turn with requests: there are few such keys, each takes milliseconds, and a station may never be idle.

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from stationkey.config.settings import DAY, Terms
@@ -44,6 +45,23 @@ UNKNOWN_LIFE: Final = 365 * DAY
 """Assumed validity of an unreadable certificate, in milliseconds."""
 
 
+@dataclass(slots=True)
+class _Line:
+    """The statuses about the keys of one key store, which wait in order.
+
+    Attributes:
+        turn: held by the status that is handled.
+        waiting: how many there are.
+        trouble: what the first of them waits for.
+        crowded: whether one was given up because each takes long.
+    """
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0
+    trouble: StationKeyError | None = None
+    crowded: bool = False
+
+
 class Statuses:
     """Applies each status to its key.
 
@@ -72,10 +90,7 @@ class Statuses:
         self._finder = finder
         self._terms = terms
         self._profiles = profiles
-        self._in_order = asyncio.Lock()
-        self._waiting = 0
-        self._trouble: StationKeyError | None = None
-        self._crowded = False
+        self._lines = {store: _Line() for store in custody.keystores}
 
     async def note_status(self, status: CertificateInstallationStatus) -> None:
         """Apply a status to its key. A status that cannot be applied is logged and counted; no key is guessed.
@@ -83,26 +98,27 @@ class Statuses:
         While the TPM is away or the disk is full, the status and later ones wait in order: ``deleted`` must not
         overtake ``installed``. A status is acknowledged to the broker once it is handled. If `MAX_WAITING` of them
         wait, further ones are given up: at once if something is away, else after `PATIENCE`, and then at once until
-        none waits.
+        none waits. Certificate types whose keys are made in different key stores do not wait for each other.
         """
-        beyond = self._waiting >= MAX_WAITING
-        if beyond and (self._trouble is not None or self._crowded):
-            self.refuse(status, self._trouble or _crowd())
+        line = self._lines[self._custody.keystores.making(status.data.certificate_type)]
+        beyond = line.waiting >= MAX_WAITING
+        if beyond and (line.trouble is not None or line.crowded):
+            self.refuse(status, line.trouble or _crowd())
             return
-        self._waiting += 1
+        line.waiting += 1
         try:
-            await self._take_turn(PATIENCE if beyond else None)
+            await self._take_turn(line, PATIENCE if beyond else None)
             try:
-                await self._settle(status, _about(status))
+                await self._settle(status, line, _about(status))
             finally:
-                self._in_order.release()
+                line.turn.release()
         except StationKeyError as error:
             self.refuse(status, error)
         finally:
-            self._waiting -= 1
-            self._crowded = self._crowded and self._waiting > 0
+            line.waiting -= 1
+            line.crowded = line.crowded and line.waiting > 0
 
-    async def _take_turn(self, patience: float | None) -> None:
+    async def _take_turn(self, line: _Line, patience: float | None) -> None:
         """Wait until earlier statuses are handled; the caller releases the turn.
 
         Raises:
@@ -110,29 +126,29 @@ class Statuses:
         """
         try:
             async with asyncio.timeout(patience):
-                await self._in_order.acquire()
+                await line.turn.acquire()
         except TimeoutError:
-            self._crowded = True
-            raise self._trouble or _crowd() from None
+            line.crowded = True
+            raise line.trouble or _crowd() from None
 
-    async def _settle(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
+    async def _settle(self, status: CertificateInstallationStatus, line: _Line, about: Mapping[str, object]) -> None:
         """Apply a status as soon as key store and ledger are available."""
         backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         try:
             while True:
                 try:
-                    async with self._custody.one_at_a_time:
+                    async with self._custody.one_at_a_time(status.data.certificate_type):
                         await self._note(status, about)
                     return
                 except (KeyStoreError, LedgerError) as error:
                     if not error.transient:
                         raise
-                    self._trouble = error
+                    line.trouble = error
                     delay = backoff.next()
                     log.warning("%s; trying again in %g s", error, delay, extra={**about, "reason": error.reason})
                 await asyncio.sleep(delay)
         finally:
-            self._trouble = None
+            line.trouble = None
 
     def refuse(self, status: CertificateInstallationStatus, error: StationKeyError) -> None:
         """Log, count and record a status that changes nothing."""

@@ -80,7 +80,8 @@ class Counters:
         answers: how long a new CSR took, by algorithm.
         differences: differences of installed certificates from their profiles.
         restorations: keys that Josev went back to.
-        unusable: keys that the key store could not load at the start.
+        unusable: keys that no key store could load at the start.
+        unconfigured: those of them whose key store the configuration does not name.
         not_shown: failures to write the files under ``active/``, by reason.
         hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
         task_failures: errors that a task of the daemon did not handle, by task and reason.
@@ -95,6 +96,7 @@ class Counters:
         self.differences = 0
         self.restorations = 0
         self.unusable = 0
+        self.unconfigured = 0
         self.not_shown = Counts()
         self.hints = Counts()
         self.renewal_commands = Counts()
