@@ -14,6 +14,7 @@ import pytest
 from showing import Edge
 
 from parts import STATION, V2G, V2G20, Station, request, station
+from stationkey.config.settings import PoolTerms
 from stationkey.contract.profiles import Algorithm
 from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore import KeyRef, KeyStoreUri
@@ -169,7 +170,7 @@ async def test_a_key_made_ahead_is_used_only_for_types_of_its_own_store(tmp_path
         made = chip.generate(Algorithm.ECDSA_SHA512)
         here.ledger.transitions.make_ahead(made, now=0, due=10**12, seconds=0.1)
         for pool in here.service.pools.values():
-            pool._terms = replace(pool._terms, ec=1)  # noqa: SLF001 - as configured
+            pool._terms = PoolTerms(ec=1, rsa=0)  # noqa: SLF001 - as configured
             await pool._begin()  # noqa: SLF001 - what its task does first
         assert {store.name: sum(pool.ready().values()) for store, pool in here.service.pools.items()} == {
             "default": 2,
