@@ -17,7 +17,7 @@ import stationkey
 from stationkey import errors
 from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
 from stationkey.keystore.tpm2.errors import of_code
-from stationkey.openssl.check import EXIT_TPM, TlsCheckFailed
+from stationkey.openssl.failures import EXIT_DEVICE, TlsCheckFailed
 
 SOURCE: Final = Path(stationkey.__file__).parent
 REASONS: Final = re.findall(
@@ -159,8 +159,8 @@ def test_a_class_gives_what_the_place_does_not() -> None:
     )
 
 
-@pytest.mark.parametrize("exit_code", [EXIT_TPM, EXIT_TPM + 1])
+@pytest.mark.parametrize("exit_code", [EXIT_DEVICE, EXIT_DEVICE + 1])
 def test_of_a_check_of_tls_the_exit_status_says_it(exit_code: int) -> None:
     failed = TlsCheckFailed("no", reason="tls_tpm_failed", exit_code=exit_code)
-    assert failed.transient == (exit_code == EXIT_TPM)
-    assert (failed.scope is Scope.DEVICE) == (exit_code == EXIT_TPM)
+    assert failed.transient == (exit_code == EXIT_DEVICE)
+    assert (failed.scope is Scope.DEVICE) == (exit_code == EXIT_DEVICE)

@@ -29,7 +29,7 @@ from stationkey.mqtt.client import ask
 from stationkey.mqtt.connection import connect
 from stationkey.mqtt.topics import topics
 from stationkey.mqtt.url import Broker
-from stationkey.openssl import check
+from stationkey.openssl.check import setup_of
 
 COMMON_NAME = {
     CertificateType.CHARGING_STATION_CERTIFICATE: "9783161484100",
@@ -112,8 +112,7 @@ class ChargingStation(CertifiedStation):
 
     def openssl_environment(self) -> dict[str, str]:
         """The environment of a program that uses the active keys, as docs/tls.md has it."""
-        configuration = write(self.directory / "openssl.cnf", check.openssl_configuration(tcti=self.tcti))
-        return {**os.environ, **self.environment, **check.environment(configuration, tcti=self.tcti)}
+        return {**os.environ, **self.environment, **setup_of(self.keystore).write(self.directory / "openssl.cnf")}
 
 
 class TokenStation(CertifiedStation):

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -25,19 +19,14 @@ from authority import Authority, write
 from charging import COMMON_NAME, ChargingStation
 from cryptography.hazmat.primitives.asymmetric import ec
 from outside import BOUND
-from peers import free_port
 from reasons import command
+from servers import AT_A_TIME, HANDSHAKES, NODE, PROGRAMS, serving, sixty
 
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.openssl import together
-from stationkey.openssl.servers import PLAIN_PORT, PORT, SERVERS
+from stationkey.openssl.servers import SERVERS
 
 V2G = CertificateType.V2G_CERTIFICATE
-HANDSHAKES, AT_A_TIME = 60, 6
-MODULES = subprocess.check_output(["openssl", "version", "-m"], text=True).split('"')[1]
-NODE = Path(sys.executable).with_name("node")
-CREDENTIAL = re.compile(r"/run/credentials/[a-z0-9]+\.service/secc\.pem")
-"""Where systemd puts it [systemd.exec(5), LoadCredential=]."""
 
 
 @pytest.fixture(scope="module")
@@ -50,45 +39,6 @@ def secc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ChargingSta
         yield station, write(directory / "root.pem", authority.root)
 
 
-def nginx(directory: Path, text: str) -> list[str]:
-    paths = "".join(f"{name}_temp_path {directory};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    write(directory / "server.conf", text.replace("http {", f"http {{\naccess_log off;\n{paths}"))
-    more = f"daemon off; pid {directory / 'pid'}; error_log stderr;"
-    return ["nginx", "-p", str(directory), "-e", "stderr", "-c", str(directory / "server.conf"), "-g", more]
-
-
-def haproxy(directory: Path, text: str) -> list[str]:
-    write(directory / "server.conf", text)
-    return ["haproxy", "-db", "-f", str(directory / "server.conf")]
-
-
-def apache(directory: Path, text: str) -> list[str]:
-    write(directory / "server.conf", text.replace("/run/apache2", str(directory)))
-    return ["apache2", "-D", "FOREGROUND", "-d", str(directory), "-f", str(directory / "server.conf")]
-
-
-def stunnel(directory: Path, text: str) -> list[str]:
-    return ["stunnel", str(write(directory / "server.conf", text))]
-
-
-def python(directory: Path, text: str) -> list[str]:
-    return [sys.executable, "-I", str(write(directory / "server.py", text))]
-
-
-def node(directory: Path, text: str) -> list[str]:
-    return [str(NODE), "--openssl-shared-config", str(write(directory / "server.js", text))]
-
-
-PROGRAMS = {
-    "nginx": nginx,
-    "haproxy": haproxy,
-    "haproxy-tcp": haproxy,
-    "apache": apache,
-    "stunnel": stunnel,
-    "python": python,
-    "node": node,
-}
-
 ASKED = ["dpkg-query", "--show", "--showformat", "${source:Upstream-Version}", "tpm2-openssl"]
 PROVIDER = subprocess.check_output(ASKED, text=True)
 CONCURRENT = tuple(map(int, PROVIDER.split("."))) >= (1, 3)
@@ -97,32 +47,9 @@ SERVED = [server for server in SERVERS if CONCURRENT or server != "stunnel"]
 """stunnel aborts with tpm2-openssl 1.1.1; haproxy-tcp serves in its place."""
 
 
-def handshake(port: int, root: Path, version: ssl.TLSVersion) -> str:
-    """One new session; "ok", or what went wrong."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.minimum_version = context.maximum_version = version
-    context.load_verify_locations(root)
-    try:
-        with (
-            socket.create_connection(("127.0.0.1", port), BOUND) as connection,
-            context.wrap_socket(connection) as session,
-        ):
-            session.sendall(b"GET / HTTP/1.1\r\nHost: secc\r\nConnection: close\r\n\r\n")
-            return "ok" if session.recv(64).startswith(b"HTTP/1.1 204") else "no answer"
-    except OSError as error:
-        return str(error)
-
-
-def listens(port: int, server: subprocess.Popen[bytes]) -> bool:
-    for _ in range(int(BOUND * 10)):
-        with socket.socket() as trying:
-            if trying.connect_ex(("127.0.0.1", port)) == 0:
-                return True
-        if server.poll() is not None:
-            return False
-        time.sleep(0.1)
-    return False
+def as_printed(station: ChargingStation, server: str, directory: Path) -> AbstractContextManager[int]:
+    """A server as printed; gives its port."""
+    return serving(server, SERVERS[server], station.active(V2G), directory, station.openssl_environment())
 
 
 def test_each_server_is_tried() -> None:
@@ -139,69 +66,13 @@ def test_printing_and_checking_exclude_each_other() -> None:
     assert command("tls-config", "--for", "nginx", "--check", "v2g_certificate").exit_code == 2
 
 
-class Plain(BaseHTTPRequestHandler):
-    """The service behind haproxy or stunnel."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def plain_server() -> Iterator[int]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Plain) as server, ThreadPoolExecutor(1) as thread:
-        thread.submit(server.serve_forever)
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-
-
-@contextmanager
-def serving(station: ChargingStation, server: str, directory: Path) -> Iterator[int]:
-    """A server as printed, on a port of its own; its log is told where a test in the block fails."""
-    port = free_port()
-    file = directory / "secc.pem"
-    shutil.copy(station.active(V2G), file)
-    text = CREDENTIAL.sub(str(file), SERVERS[server].replace(str(PORT), str(port)))
-    environment = {**station.openssl_environment(), "CREDENTIALS_DIRECTORY": str(directory), "OPENSSL_MODULES": MODULES}
-    log = directory / "log"
-    with (
-        plain_server() as plain,
-        log.open("wb") as said,
-        subprocess.Popen(
-            PROGRAMS[server](directory, text.replace(str(PLAIN_PORT), str(plain))),
-            env=environment,
-            stdout=said,
-            stderr=said,
-            process_group=0,  # Apache ends the whole group
-        ) as running,
-    ):
-        try:
-            assert listens(port, running)
-            yield port
-        except AssertionError as error:
-            error.add_note(log.read_text())
-            raise
-        finally:
-            os.killpg(running.pid, signal.SIGTERM)  # node stands behind a wrapper
-            running.wait(BOUND)
-
-
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["TLS1.2", "TLS1.3"])
 @pytest.mark.parametrize("server", SERVED)
 def test_a_server_as_printed_serves_sixty_handshakes_six_at_a_time(
     secc: tuple[ChargingStation, Path], server: str, version: ssl.TLSVersion, tmp_path: Path
 ) -> None:
-    station, root = secc
-    with serving(station, server, tmp_path) as port, ThreadPoolExecutor(AT_A_TIME) as cars:
-        seen = Counter(cars.map(lambda _: handshake(port, root, version), range(HANDSHAKES)))
-        assert seen == {"ok": HANDSHAKES}
+    with as_printed(secc[0], server, tmp_path) as port:
+        assert sixty(port, secc[1], version) == {"ok": HANDSHAKES}
 
 
 def gnutls_car(port: int, root: Path) -> str:
@@ -224,7 +95,7 @@ def test_a_server_as_printed_serves_gnutls_six_at_a_time(
     secc: tuple[ChargingStation, Path], server: str, tmp_path: Path
 ) -> None:
     station, root = secc
-    with serving(station, server, tmp_path) as port, ThreadPoolExecutor(AT_A_TIME) as cars:
+    with as_printed(station, server, tmp_path) as port, ThreadPoolExecutor(AT_A_TIME) as cars:
         seen = Counter(cars.map(lambda _: gnutls_car(port, root), range(HANDSHAKES)))
         assert seen == {"ok": HANDSHAKES}
 
@@ -256,7 +127,7 @@ def test_a_server_as_printed_serves_node_six_at_a_time(
     secc: tuple[ChargingStation, Path], server: str, version: str, tmp_path: Path
 ) -> None:
     station, root = secc
-    with serving(station, server, tmp_path) as port:
+    with as_printed(station, server, tmp_path) as port:
         arguments = map(str, (port, root, version, HANDSHAKES, AT_A_TIME))
         done = subprocess.run([NODE, "-e", NODE_CARS, *arguments], stdout=subprocess.PIPE, check=True, timeout=BOUND)
         assert json.loads(done.stdout) == {"ok": HANDSHAKES}

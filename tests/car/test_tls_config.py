@@ -29,7 +29,7 @@ from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError
 from stationkey.keystore import keystore_opener
-from stationkey.openssl import check
+from stationkey.openssl import check, failures
 
 CHARGING_STATION, V2G, V2G20 = CertificateType
 CLIENT_ONLY = [(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False)]
@@ -115,7 +115,7 @@ def bench(tpm: Swtpm, authority: Authority, tmp_path: Path) -> Bench:
 
 def test_the_configuration_loads_default_before_tpm2_and_prefers_only_the_tpms_signatures() -> None:
     parser = configparser.ConfigParser()
-    parser.read_string("[top]\n" + check.openssl_configuration(tcti=TCTI))
+    parser.read_string("[top]\n" + check.setup_of(f"tpm2:{TCTI}").configuration)
     start = parser[parser["top"]["openssl_conf"]]
     assert list(parser[start["providers"]]) == ["default", "tpm2"]
     assert parser[start["alg_section"]]["default_properties"] == "?tpm2.signature=yes"
@@ -126,7 +126,7 @@ def test_openssl_itself_reads_the_configuration(bench: Bench, tmp_path: Path) ->
     arguments = ["tls-config", "--keystore", bench.tpm.uri, "--out", str(configuration)]
     done = command(*arguments)
     assert (done.exit_code, done.output) == (0, "")
-    variables = check.environment(configuration, tcti=bench.tpm.tcti)
+    variables = check.setup_of(bench.tpm.uri).write(configuration)
     listed = subprocess.run(
         ["openssl", "list", "-providers"], env=variables, capture_output=True, text=True, check=True
     )
@@ -139,14 +139,14 @@ def test_openssl_itself_reads_the_configuration(bench: Bench, tmp_path: Path) ->
 def test_what_is_printed_names_both_variables_that_a_service_needs(bench: Bench) -> None:
     done = command("tls-config", "--keystore", bench.tpm.uri)
     assert done.exit_code == 0
-    assert done.stdout == check.openssl_configuration(tcti=bench.tpm.tcti)
+    assert done.stdout == check.setup_of(bench.tpm.uri).configuration
     assert "OPENSSL_CONF" in done.stdout
     assert f"TPM2OPENSSL_TCTI  {bench.tpm.tcti}" in done.stdout
 
 
 def test_a_tcti_cannot_add_lines_to_the_configuration() -> None:
     with pytest.raises(ConfigurationError) as refused:
-        check.openssl_configuration(tcti="device:/dev/tpm0\n[evil]")
+        check.setup_of("tpm2:device:/dev/tpm0\n[evil]")
     assert refused.value.reason == "keystore_uri_invalid"
 
 
@@ -188,7 +188,7 @@ def test_a_key_for_clients_finds_no_room_in_a_tpm_without_resource_manager(bench
     """Three slots are too few for a TLS client; test_wss.py shows the same with a resource manager."""
     bench.active(CHARGING_STATION)
     done = bench.check(CHARGING_STATION)
-    assert done.exit_code == check.EXIT_TPM, done.output
+    assert done.exit_code == failures.EXIT_DEVICE, done.output
     assert done.reason == "tls_tpm_failed"
     assert "no room" in done.stderr  # words: other faults have this reason as well
     assert "tpm2:device:/dev/tpmrm0" in done.stderr  # words: what helps
@@ -227,7 +227,7 @@ def test_a_wrong_authorisation_value_is_told(bench: Bench, given: str | None, re
     if given is not None:
         bench.protected(key_auth=given)
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == reason
     assert SECRET not in done.output
 
@@ -237,7 +237,7 @@ def test_a_sealed_value_that_is_lost_is_told(bench: Bench) -> None:
     for file in (bench.state_dir / "tpm").iterdir():
         file.unlink()
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == "key_auth_wrong"
     assert list((bench.state_dir / "tpm").iterdir()) == [], "a check makes nothing"
 
@@ -245,7 +245,7 @@ def test_a_sealed_value_that_is_lost_is_told(bench: Bench) -> None:
 def test_a_policy_is_told_as_what_openssl_cannot_use(bench: Bench) -> None:
     bench.active(V2G, terms=bench.protected(pcrs=(0, 7)))
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == "tls_policy"
 
 
@@ -253,7 +253,7 @@ def test_a_root_key_with_an_authorisation_value_is_told_as_what_openssl_cannot_u
     other = Bench(swtpm, bench.authority, bench.state_dir)
     other.active(V2G, terms=other.protected(srk_auth=SECRET))
     done = other.check(V2G)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == "tls_tpm_failed"
     assert "storage root key" in done.stderr  # words: other faults have this reason as well
 
@@ -269,11 +269,10 @@ def test_openssl_is_given_the_value_through_a_pipe(bench: Bench, auth: str) -> N
     assert giving.returncode == 0
     assert len(value) == (32 if auth == "generated" else len(SECRET))
     configuration = bench.state_dir / "openssl.cnf"
-    configuration.write_text(check.openssl_configuration(tcti=bench.tpm.tcti))
     asked = ["openssl", "req", "-new", "-key", str(file), "-passin", "stdin", "-subj", "/CN=x", "-verify"]
     done = subprocess.run(
         [*asked, "-noout"],
-        env=os.environ | check.environment(configuration, tcti=bench.tpm.tcti),
+        env=os.environ | check.setup_of(bench.tpm.uri).write(configuration),
         input=value,
         capture_output=True,
         check=False,
@@ -331,7 +330,7 @@ def test_a_value_that_is_not_clear_is_not_given(bench: Bench, keys: tuple[str, .
 def test_a_missing_provider_is_told_with_the_package_to_install(bench: Bench, tmp_path: Path) -> None:
     bench.active(V2G)
     done = bench.check(V2G, OPENSSL_MODULES=str(tmp_path))
-    assert done.exit_code == check.EXIT_PROVIDER
+    assert done.exit_code == failures.EXIT_MODULE
     assert done.reason == "tls_provider_missing"
     assert "tpm2-openssl" in done.stderr  # words: the package
 
@@ -339,7 +338,7 @@ def test_a_missing_provider_is_told_with_the_package_to_install(bench: Bench, tm
 def test_a_tpm_that_is_not_there_is_told(bench: Bench) -> None:
     bench.active(V2G)
     done = bench.check(V2G, keystore="tpm2:device:/dev/null/none")
-    assert done.exit_code == check.EXIT_TPM
+    assert done.exit_code == failures.EXIT_DEVICE
     assert done.reason == "tls_tpm_failed"
 
 
@@ -349,7 +348,7 @@ def test_a_tpm_that_hangs_is_told_within_the_bound(bench: Bench, swtpm: Swtpm, m
     swtpm.freeze()
     done = bench.check(V2G, keystore=swtpm.uri)
     swtpm.thaw()
-    assert done.exit_code == check.EXIT_TPM
+    assert done.exit_code == failures.EXIT_DEVICE
     assert done.reason == "tls_tpm_failed"
     assert "hangs" in done.stderr  # words: other faults have this reason as well
 
@@ -357,7 +356,7 @@ def test_a_tpm_that_hangs_is_told_within_the_bound(bench: Bench, swtpm: Swtpm, m
 def test_a_key_of_another_tpm_is_told(bench: Bench, swtpm: Swtpm) -> None:
     Bench(swtpm, bench.authority, bench.state_dir).active(V2G)
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == "tls_tpm_failed"
     assert "another TPM" in done.stderr  # words: other faults have this reason as well
 
@@ -365,7 +364,7 @@ def test_a_key_of_another_tpm_is_told(bench: Bench, swtpm: Swtpm) -> None:
 def test_an_expired_certificate_is_told(bench: Bench) -> None:
     bench.active(V2G, days=-1)
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == "tls_handshake_failed"
     assert "expired" in done.stderr  # words: other faults have this reason as well
 
@@ -373,7 +372,7 @@ def test_an_expired_certificate_is_told(bench: Bench) -> None:
 def test_a_key_that_no_car_of_iso15118_2_can_use_is_told(bench: Bench) -> None:
     bench.active(V2G, Algorithm.RSA_SHA256)
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == "tls_handshake_failed"
 
 
@@ -382,7 +381,7 @@ def test_a_certificate_of_another_key_is_told(bench: Bench) -> None:
     head, mark, _ = one.read_text().partition("-----BEGIN CERTIFICATE-----")
     write(one, head + mark + other.read_text().partition(mark)[2])
     done = bench.check(one)
-    assert done.exit_code == check.EXIT_KEY
+    assert done.exit_code == failures.EXIT_KEY
     assert done.reason == "tls_handshake_failed"
     assert "belong together" in done.stderr  # words: other faults have this reason as well
 
@@ -410,7 +409,7 @@ def test_a_chain_of_which_a_sub_ca_is_missing_is_told(bench: Bench, tmp_path: Pa
     for certificates, options, reason in cases:
         _with_certificates(file, "".join(certificates))
         done = command("tls-config", "--check", V2G, *options, *bench.options())
-        assert done.exit_code == (0 if reason is None else check.EXIT_KEY), done.output
+        assert done.exit_code == (0 if reason is None else failures.EXIT_KEY), done.output
         assert reason is None or done.reason == reason
 
 
@@ -430,7 +429,7 @@ def test_trust_anchors_that_cannot_be_read_are_told(bench: Bench, tmp_path: Path
     if content is not None:
         write(roots, content)
     done = command("tls-config", "--check", V2G, "--trust-anchors", str(roots), *bench.options())
-    assert done.exit_code == (check.EXIT_FILE if content is None else check.EXIT_KEY)
+    assert done.exit_code == (failures.EXIT_FILE if content is None else failures.EXIT_KEY)
     assert done.reason == ("tls_file_missing" if content is None else "tls_chain_incomplete")
 
 
@@ -449,7 +448,7 @@ def test_what_is_missing_under_active_is_told(bench: Bench, content: str | None,
         file = bench.active(V2G)
         write(file, file.read_text().partition("-----END TSS2 PRIVATE KEY-----\n")[2])
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_FILE
+    assert done.exit_code == failures.EXIT_FILE
     assert done.reason == reason
 
 
@@ -483,7 +482,7 @@ def test_what_the_daemons_user_planted_under_active_leads_root_nowhere_and_keeps
     PLANTED[plant](file, right)
     named = ["--check", str(V2G)] if name == "tls-config" else [str(V2G)]
     done = command(name, *named, *bench.options())
-    assert done.exit_code == check.EXIT_FILE, done.output
+    assert done.exit_code == failures.EXIT_FILE, done.output
     assert done.reason == "tls_file_missing"
     assert str(file) in done.stderr
 
@@ -492,7 +491,7 @@ def test_a_link_in_the_place_of_active_leads_root_nowhere(bench: Bench, tmp_path
     directory = bench.active(V2G).parent
     directory.symlink_to(directory.rename(tmp_path / "elsewhere"))
     done = bench.check(V2G)
-    assert done.exit_code == check.EXIT_FILE
+    assert done.exit_code == failures.EXIT_FILE
     assert done.reason == "tls_file_missing"
     assert str(directory) in done.stderr
 

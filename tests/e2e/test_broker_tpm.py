@@ -25,7 +25,7 @@ from peers import Bus, ResourceManager, Swtpm
 
 from secured import Authority, SecuredMosquitto, commands, write_secret
 from stationkey.contract.profiles import Algorithm
-from stationkey.openssl.check import environment, openssl_configuration
+from stationkey.openssl.check import setup_of
 
 MAKE_KEY = """\
 import sys
@@ -135,9 +135,7 @@ def test_a_command_does_so_too(site: Site) -> None:
 
 def test_it_does_so_where_openssl_is_told_of_the_tpm_already(site: Site) -> None:
     """Then the TPM verifies as well, so the authority has a key that it knows."""
-    configuration = site.directory / "openssl.cnf"
-    configuration.write_text(openssl_configuration(tcti=site.resource_manager.tcti))
-    variables = environment(configuration, tcti=site.resource_manager.tcti)
+    variables = setup_of(f"tpm2:{site.resource_manager.tcti}").write(site.directory / "openssl.cnf")
     brokers = Authority(site.directory / "brokers")
     with SecuredMosquitto(site.directory / "another", brokers.broker(), site.clients) as broker:
         here = replace(site, brokers=brokers, broker=broker)

@@ -26,7 +26,7 @@ from stationkey.config.settings import TpmTerms
 from stationkey.keystore import KeyRef
 from stationkey.keystore.tpm2.slots import serves_one_program
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
-from stationkey.openssl import check
+from stationkey.openssl.check import setup_of
 from wire import Wire
 
 ROUNDS: Final = 5
@@ -48,8 +48,6 @@ def tls_server(tpm: Swtpm, folder: Path, key: KeyRef, store: Tpm2KeyStore) -> It
     store.close()
     file = folder / "secc.pem"
     file.write_bytes(key.pem() + certificate)
-    configuration = folder / "openssl.cnf"
-    configuration.write_text(check.openssl_configuration(tcti=tpm.tcti))
     port = free_port()
     context = ssl.create_default_context(cadata=certificate.decode())
     context.check_hostname = False
@@ -63,7 +61,7 @@ def tls_server(tpm: Swtpm, folder: Path, key: KeyRef, store: Tpm2KeyStore) -> It
             assert session.version()
 
     command = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(file), "-key", str(file)]
-    environment = os.environ | check.environment(configuration, tcti=tpm.tcti)
+    environment = os.environ | setup_of(tpm.uri).write(folder / "openssl.cnf")
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as server:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
-PIN = "12345678"
+PIN = "73519284"
 SO_PIN = "87654321"
 
 

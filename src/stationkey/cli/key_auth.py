@@ -8,18 +8,18 @@ import click
 
 from stationkey.cli._options import Configured, TypeOrFile, configured
 from stationkey.errors import ConfigurationError
-from stationkey.keystore import keystore_opener
 from stationkey.openssl import check
 
 
 @click.command("key-auth")
 @click.argument("named", type=TypeOrFile())
-@configured(keystore="The TPM that the keys are in.", state_dir="Where active/ is.")
+@configured(keystore="The TPM or the token that the keys are in.", state_dir="Where active/ is.")
 def key_auth(named: str, settings: Configured) -> None:
     """Write the authorisation value of a key to a pipe, for a service that uses it.
 
     The key is the active one of a certificate type, or the one in FILE.pem. A value that the TPM has
     sealed ([tpm] key_auth = "generated") is unsealed. Anyone with the value, the file and the TPM can sign with it.
+    For a key in a PKCS#11 token the value is the PIN, and who has that can use all that is in the token.
     """
     if sys.stdout.isatty():
         raise ConfigurationError(
@@ -28,10 +28,7 @@ def key_auth(named: str, settings: Configured) -> None:
             hint="for example: openssl s_server -passin fd:3 3< <(stationkey key-auth TYPE)",
         )
     settled = settings()
-    open_store = keystore_opener(
-        settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir, guest=True
-    )
-    values: set[bytes] = {check.password_of(one, open_store) for one in check.files_of(named, settled.state_dir)}
+    values = {check.password_of(one, check.access_to(one, settled)) for one in check.files_of(named, settled.state_dir)}
     if len(values) != 1 or values == {b""}:
         words = "the keys have different authorisation values" if len(values) > 1 else "the key has none"
         raise ConfigurationError(

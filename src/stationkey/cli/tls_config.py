@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import click
@@ -16,7 +15,7 @@ from stationkey.openssl.servers import SERVERS
 
 
 @click.command("tls-config")
-@configured(keystore="The TPM that the keys are in.", state_dir="Where active/ is.")
+@configured(keystore="The TPM or the token that the keys are in.", state_dir="Where active/ is.")
 @click.option(
     "--check",
     "checked",
@@ -47,16 +46,17 @@ def tls_config(
 ) -> None:
     """Print the OpenSSL configuration that makes a service use the active keys.
 
-    Set OPENSSL_CONF to it and TPM2OPENSSL_TCTI to the TPM for the service; the daemon needs neither.
+    It says at its head which environment variables a service needs; the daemon needs none of them. For a token, it is
+    for pkcs11-provider, or for the engine of libengine-pkcs11-openssl if only that is installed here.
 
-    With --check, a server's key is also tried with six handshakes at a time, behind a resource manager. If only these
-    fail, that is a warning: the server needs one thread and one worker process.
+    With --check, a server's key is also tried with six handshakes at a time, if it is in a token, or in a TPM behind a
+    resource manager. If only these fail, that is a warning: the server needs one thread and one worker process.
 
     \b
     Exit status: 0 all is well, 2 wrong usage, 1 anything else; and with --check
       3 the key or its chain is not fit for a handshake
-      4 the TPM cannot be reached, is full, or hangs
-      5 OpenSSL has no tpm2 provider
+      4 the TPM or token cannot be reached, is full, or hangs
+      5 OpenSSL has no provider or engine for it
       6 there is no such key and chain
     """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
     if checked is not None and server is not None:
@@ -69,13 +69,11 @@ def tls_config(
         command = [sys.executable, "-m", "stationkey", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=variables, check=False).returncode)  # noqa: S603 - the command itself
 
-    from stationkey.keystore import keystore_opener  # noqa: PLC0415 - see the module's docstring
-    from stationkey.openssl import check  # noqa: PLC0415 - same
+    from stationkey.openssl import check  # noqa: PLC0415 - see the module's docstring
     from stationkey.openssl.together import check_together  # noqa: PLC0415 - same
 
     settled = settings()
-    tcti = check.tcti_of(settled.keystore)
-    text = check.openssl_configuration(tcti=tcti) if server is None else SERVERS[server]
+    text = "" if checked is not None and out is None else check.setup_of(settled.keystore).text(server)
     if out is not None:
         try:
             out.write_text(text, encoding="utf-8")
@@ -85,17 +83,10 @@ def tls_config(
         if out is None:
             click.echo(text, nl=False)
         return
-    files = check.files_of(checked, settled.state_dir)
     anchors = None if trust_anchors is None else check.key_file(trust_anchors).content
-    open_store = keystore_opener(
-        settled.keystore, terms=settled.keystore_terms, state_dir=settled.state_dir, guest=True
-    )
-    with tempfile.TemporaryDirectory(prefix="stationkey-") as directory:
-        configuration = Path(directory, "openssl.cnf")
-        configuration.write_text(text, encoding="utf-8")
-        for one in files:
-            password = check.password_of(one, open_store)
-            made = check.check(one, configuration=configuration, tcti=tcti, password=password, anchors=anchors)
-            together = check_together(one, configuration=configuration, tcti=tcti, password=password)
-            for found in (*made, *together):
-                click.echo(f"{one.name}: {found}")
+    for one in check.files_of(checked, settled.state_dir):
+        access = check.access_to(one, settled)
+        password = check.password_of(one, access)
+        made = check.check(one, setup=access.setup, password=password, anchors=anchors)
+        for found in (*made, *check_together(one, setup=access.setup, password=password)):
+            click.echo(f"{one.name}: {found}")

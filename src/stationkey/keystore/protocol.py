@@ -181,7 +181,23 @@ class Timed(Protocol):
 
 
 @runtime_checkable
-class Protecting(Protocol):
+class Locking(Protocol):
+    """A store whose keys may need a value to be used: an authorisation value, or a PIN."""
+
+    def auth_value(self, private: bytes) -> bytes:
+        """Return that value of a key; empty if it has none.
+
+        Args:
+            private: as in `KeyRef`.
+
+        Raises:
+            KeyStoreError: it is not known, the device does not give it out, or does not accept it.
+        """
+        ...
+
+
+@runtime_checkable
+class Protecting(Locking, Protocol):
     """A store whose keys may need more than to be loaded: an authorisation value, or a policy."""
 
     def check(self, key: KeyRef, *, as_new: bool = False) -> None:
@@ -193,17 +209,6 @@ class Protecting(Protocol):
 
         Raises:
             KeyStoreError: it cannot, or is not.
-        """
-        ...
-
-    def auth_value(self, private: bytes) -> bytes:
-        """Return the authorisation value of a key; empty if it has none.
-
-        Args:
-            private: as in `KeyRef`.
-
-        Raises:
-            KeyStoreError: it is not known, or the device does not give it out.
         """
         ...
 

@@ -1,8 +1,4 @@
-"""TLS with the active keys: the OpenSSL configuration for it, and a handshake on loopback that proves it.
-
-A key under ``active/`` is a ``TSS2 PRIVATE KEY``. OpenSSL uses it through the provider of tpm2-openssl, if the
-providers are loaded in one order and preferred by one property query; all others tried fail at least TLS 1.2.
-"""
+"""A TLS handshake on loopback with an active key, which proves that a service can use it."""
 
 from __future__ import annotations
 
@@ -15,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Final
 
 from cryptography import x509
@@ -27,110 +24,90 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from stationkey.config.settings import Settings
 from stationkey.contract.active_names import DIRECTORY_NAME, read_name
-from stationkey.contract.profiles import PROFILES, CertificateType, TlsUse
-from stationkey.errors import ConfigurationError, Fault, KeyStoreError, Scope, StationKeyError
-from stationkey.keystore import KeyStore, KeyStoreUri, Protecting
-from stationkey.keystore.tpm2 import keyfile
+from stationkey.contract.profiles import PROFILES, SECP256R1, CertificateType, TlsUse
+from stationkey.errors import ConfigurationError, KeyStoreError
+from stationkey.keystore import KeyRef, KeyStore, KeyStoreUri, Locking, keystore_opener
+from stationkey.keystore.schemes import SCHEMES
+from stationkey.openssl.failures import EXIT_DEVICE, EXIT_FILE, EXIT_KEY, EXIT_MODULE, TlsCheckFailed
+from stationkey.openssl.setups import Setup
 from stationkey.system.files import MAX_FILE, read_regular
+from stationkey.system.pem import blocks, from_pem
+from stationkey.system.threads import Worker
 from stationkey.x509.certificate import UNREADABLE, Chain, read_chain, untrusted
 from stationkey.x509.lenient import name_text
 
 TIMEOUT: Final = 30.0
-"""Seconds that a hung TPM may keep the check waiting."""
+"""Seconds that a hung TPM or token may keep the check waiting."""
 _GRACE: Final = 5.0
 """Seconds for the process with the key to give the key up: on a bare TPM, one that is killed leaves it in its slot."""
 
-EXIT_KEY: Final = 3
-EXIT_TPM: Final = 4
-EXIT_PROVIDER: Final = 5
-EXIT_FILE: Final = 6
-
-_CONFIGURATION: Final = """\
-# OpenSSL with the keys under active/, which are in the TPM. Made by: stationkey tls-config
-#
-# Only for the services that use such a key: it replaces the system's openssl.cnf.
-# They need two environment variables:
-#   OPENSSL_CONF      where this file is
-#   TPM2OPENSSL_TCTI  {tcti}
-# Without the second, tpm2-tss takes whatever TPM it finds, a simulator on port 2321 included.
-
-openssl_conf = stationkey_init
-
-[stationkey_init]
-providers = stationkey_providers
-alg_section = stationkey_algorithms
-ssl_conf = stationkey_ssl
-
-# The order matters: default before tpm2.
-[stationkey_providers]
-default = stationkey_default
-tpm2 = stationkey_tpm2
-
-[stationkey_default]
-activate = 1
-
-[stationkey_tpm2]
-activate = 1
-
-# Signatures by the TPM where it has the key; everything else in software.
-[stationkey_algorithms]
-default_properties = ?tpm2.signature=yes
-
-# As Debian has it. The suites of ISO 15118-2 pass.
-[stationkey_ssl]
-system_default = stationkey_tls
-
-[stationkey_tls]
-MinProtocol = TLSv1.2
-CipherString = DEFAULT@SECLEVEL=2
-"""
+_SETUPS: Final = {"tpm2": "stationkey.openssl.tpm2:setup", "pkcs11": "stationkey.openssl.pkcs11:setup"}
+"""By `stationkey.keystore.schemes.Scheme.openssl_provider`, the function that returns the setup for a location."""
 
 
-class TlsCheckFailed(StationKeyError):
-    """The check found what would keep a service from using the key. `exit_code` says where the fault lies."""
-
-    def __init__(self, message: str, *, reason: str, exit_code: int, hint: str = "") -> None:
-        of_device = exit_code == EXIT_TPM
-        scope = Scope.DEVICE if of_device else Scope.REQUEST
-        super().__init__(message, reason=reason, hint=hint, transient=of_device, scope=scope)
-        self.exit_code = exit_code
-        self.fault = Fault.DEVICE if of_device else Fault.OPERATOR
-
-
-def openssl_configuration(*, tcti: str) -> str:
-    """The OpenSSL configuration file, in text, that makes a service use the active keys.
+def setup_of(keystore: str) -> Setup:
+    """Return what OpenSSL needs to use the keys of a key store.
 
     Args:
-        tcti: of the TPM, written as a comment: tpm2-openssl 1.1 takes it from the environment only.
+        keystore: its URI.
 
     Raises:
-        ConfigurationError: the TCTI has a line break in it.
-    """
-    if not tcti.isprintable():
-        raise ConfigurationError("the TCTI has a control character in it", reason="keystore_uri_invalid")
-    return _CONFIGURATION.format(tcti=tcti)
-
-
-def environment(configuration: Path, *, tcti: str) -> dict[str, str]:
-    """What a service needs in its environment, beside the configuration file itself."""
-    return {"OPENSSL_CONF": str(configuration), "TPM2OPENSSL_TCTI": tcti}
-
-
-def tcti_of(keystore: str) -> str:
-    """The TCTI in a key-store URI.
-
-    Raises:
-        ConfigurationError: it names no TPM.
+        ConfigurationError: invalid URI, or the keys need nothing.
     """
     where = KeyStoreUri.parse(keystore)
-    if where.scheme.openssl_provider != "tpm2" or not where.location:
+    make = _SETUPS.get(where.scheme.openssl_provider or "")
+    if make is None or not where.location:
         raise ConfigurationError(
-            f"the key store {where} is not a TPM: its keys need no OpenSSL configuration",
+            f"the keys of the key store {where} need no OpenSSL configuration",
             reason="keystore_uri_invalid",
             hint="for example tpm2:device:/dev/tpmrm0",
         )
-    return where.location
+    made: Setup = resolve_name(make)(where.location)
+    return made
+
+
+_LABELS: Final = [scheme.pem_label for scheme in SCHEMES.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a key is used.
+
+    Attributes:
+        setup: of OpenSSL.
+        open_store: opens the key store that the key is in.
+    """
+
+    setup: Setup
+    open_store: Callable[[], KeyStore]
+
+
+def access_to(file: KeyFile, settings: Settings) -> Access:
+    """Return how the key in a file is used: by the key store that it is in, or else by that of ``keystore``.
+
+    Raises:
+        ConfigurationError: invalid configuration of the key store.
+    """
+    uris = [store.uri for store in settings.stores if _holds(KeyStoreUri.parse(store.uri), file)]
+    uri = uris[0] if uris else settings.keystore
+    return Access(
+        setup_of(uri),
+        keystore_opener(uri, terms=settings.keystore_terms(uri), state_dir=settings.state_dir, guest=True),
+    )
+
+
+def _holds(store: KeyStoreUri, file: KeyFile) -> bool:
+    label = store.scheme.pem_label
+    try:
+        keys = [
+            KeyRef(scheme=store.scheme.name, key_type=SECP256R1, public=b"", private=from_pem(block))
+            for block in blocks(file.content, label)  # the private part alone tells where a key is
+        ]
+        return any(store.holds(key) for key in keys)
+    except (ValueError, KeyStoreError):
+        return False  # the check says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,49 +217,45 @@ def _unreadable(path: Path, error: OSError) -> TlsCheckFailed:
     return _no_file(f"{path} cannot be read: {why}", hint=hint)
 
 
-def password_of(file: KeyFile, open_store: Callable[[], KeyStore]) -> bytes:
-    """The authorisation value of the key in `file`, which a service has to give OpenSSL as the key's password.
+def password_of(file: KeyFile, access: Access) -> bytes:
+    """Return the value that a service has to give OpenSSL as the key's password.
 
     Args:
         file: key, leaf and chain, such as those under ``active/``.
-        open_store: opens the key store; asked only where the key has such a value, and closed again.
+        access: see `access_to`. The key store is opened only if the key needs a value, and closed again. A token is
+            asked for the key, so that OpenSSL is given no PIN that the token refuses.
 
     Returns:
-        The value; empty if the key has none.
+        The authorisation value of a key in a TPM, or the PIN of the token; empty if there is none.
 
     Raises:
-        TlsCheckFailed: it is unavailable, or useless: OpenSSL cannot satisfy a policy.
+        TlsCheckFailed: the value is unavailable, or useless: OpenSSL cannot satisfy a policy.
     """
-    try:
-        key = keyfile.read_pem(file.content)
-    except ValueError:
-        return b""  # the check says so
-    if key is None:
+    private = access.setup.locked_part(file.name, file.content)
+    if private is None:
         return b""
-    if key.policy:
-        raise TlsCheckFailed(
-            f"{file.name}: the key is bound to PCRs, and OpenSSL's tpm2 provider cannot use such a key",
-            reason="tls_policy",
-            exit_code=EXIT_KEY,
-            hint="keys that services use through OpenSSL must be made without [tpm] pcrs",
-        )
-    if key.empty_auth:
-        return b""
-    store = open_store()
+
+    def ask() -> bytes:
+        store = access.open_store()
+        try:
+            return store.auth_value(private) if isinstance(store, Locking) else b""
+        finally:
+            store.close()
+
     try:
-        return store.auth_value(key.der()) if isinstance(store, Protecting) else b""
+        # On a thread of its own: a module that hangs is left behind, and errors that it leaves in OpenSSL are this
+        # thread's, where `ssl` would take them for its own.
+        return Worker("keystore").submit(ask).result(TIMEOUT)
+    except TimeoutError:
+        raise _hung(access.setup, file) from None
     except KeyStoreError as error:
-        code = EXIT_TPM if error.transient else EXIT_KEY
+        code = EXIT_DEVICE if error.transient else EXIT_KEY
         raise TlsCheckFailed(
             f"{file.name}: {error.message}", reason=error.reason, exit_code=code, hint=error.hint
         ) from None
-    finally:
-        store.close()
 
 
-def check(
-    file: KeyFile, *, configuration: Path, tcti: str, password: bytes = b"", anchors: bytes | None = None
-) -> list[Handshake]:
+def check(file: KeyFile, *, setup: Setup, password: bytes = b"", anchors: bytes | None = None) -> list[Handshake]:
     """Make a TLS handshake on loopback with the key and chain in `file`, for each version that its type needs.
 
     The side with the key runs in a process of its own, as a service would. The other side verifies the chain as far as
@@ -290,8 +263,7 @@ def check(
 
     Args:
         file: key, leaf and chain, such as those under ``active/``.
-        configuration: of OpenSSL; see `openssl_configuration`.
-        tcti: of the TPM.
+        setup: for the key store of the key.
         password: of the key; see `password_of`.
         anchors: the roots that the other side trusts, PEM.
 
@@ -300,15 +272,22 @@ def check(
     """
     chain = chain_of(file)
     _refuse_incomplete(file, chain, anchors)
+    if not setup.installed():
+        raise TlsCheckFailed(
+            f"{file.name}: OpenSSL cannot read a key that is in a {setup.device}: its {setup.description} is missing",
+            reason="tls_provider_missing",
+            exit_code=EXIT_MODULE,
+            hint=f"install {setup.install}; or set OPENSSL_MODULES to where its {setup.module}.so is; this is "
+            f"{ssl.OPENSSL_VERSION}",
+        )
     use = use_of(file, chain)
-    variables = {**os.environ, **environment(configuration, tcti=tcti), "TSS2_LOG": "all+WARNING"}
     with contextlib.ExitStack() as stack:
         listener = None
         if use.role == "client":
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             listener.settimeout(TIMEOUT)
         port = 0 if listener is None else listener.getsockname()[1]
-        holder = stack.enter_context(holding(use, file, port, variables, password))
+        holder = stack.enter_context(holding(setup, use, file, port, password))
         try:
             holder.expect_loaded()
             if listener is None:
@@ -318,7 +297,7 @@ def check(
             return made
         except (OSError, ValueError) as error:  # ssl's errors are among them
             said = holder.end()
-            raise _explained(file, error, said, loaded=holder.loaded, late=holder.late) from None
+            raise _explained(setup, file, error, said, loaded=holder.loaded, late=holder.late) from None
 
 
 def chain_of(file: KeyFile) -> Chain:
@@ -333,7 +312,7 @@ def chain_of(file: KeyFile) -> Chain:
             f"{file.name} has no certificate",
             hint="with [josev] certificate_dir in the configuration of the daemon, it puts the chain beside the key",
         )
-    if b"PRIVATE KEY-----" not in file.content:
+    if not any(f"{label}-----".encode() in file.content for label in _LABELS):
         raise _no_file(f"{file.name} has no private key")
     return chain
 
@@ -376,10 +355,16 @@ def use_of(file: KeyFile, chain: Chain) -> TlsUse:
 
 
 class Holder:
-    """The process with the key."""
+    """The process with the key.
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    Args:
+        process: `handshake.py`.
+        variables: its environment.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], variables: dict[str, str]) -> None:
         self._process = process
+        self.variables = variables
         self.loaded = False
         self.late = False
 
@@ -399,7 +384,7 @@ class Holder:
             raise ValueError("the key was not loaded")
 
     def end(self) -> str:
-        """Wait for its end, so that the TPM's slot is free, and return its standard error."""
+        """Wait for its end, so that the slot of a TPM is free, and return its standard error."""
         try:
             return self._process.communicate(timeout=_GRACE)[1]
         except subprocess.TimeoutExpired:
@@ -424,38 +409,43 @@ def _in_memory(content: bytes) -> Iterator[int]:
 
 @contextmanager
 def holding(
-    use: TlsUse, file: KeyFile, port: int, variables: dict[str, str], password: bytes, *, threaded: int = 0
+    setup: Setup, use: TlsUse, file: KeyFile, port: int, password: bytes, *, threaded: int = 0
 ) -> Iterator[Holder]:
     """Start the process with the key, for a handshake with each version, or for `threaded` ones at any time."""
-    # Command line and environment are no places for a password: others can read the one, and children get the other.
-    reading, writing = os.pipe()
-    with os.fdopen(writing, "wb") as pipe:
-        pipe.write(password)
-    numbers = (threaded or len(use.versions), int(threaded > 0), port, reading)
-    command = [sys.executable, "-I", str(Path(__file__).with_name("handshake.py")), use.role]
+    numbers = (threaded or len(use.versions), int(threaded > 0), port)
     with (
-        os.fdopen(reading),
         _in_memory(file.content) as content,
-        subprocess.Popen(  # noqa: S603 - our own script, and no shell
-            # OpenSSL takes a key by path only: this path leads to the checked file, even if it was exchanged since.
-            [*command, f"/proc/self/fd/{content}", *map(str, numbers)],
+        # No password in the command line or the environment: others can read the one, and children get the other.
+        _in_memory(password) as secret,
+        tempfile.TemporaryDirectory(prefix="stationkey-") as directory,
+    ):
+        Path(directory, "pin").symlink_to(f"/proc/self/fd/{secret}")
+        # OpenSSL takes a key by path only: this path leads to the checked file, even if it was exchanged since.
+        arguments = [use.role, f"/proc/self/fd/{content}", setup.module if setup.engine else "", *map(str, numbers)]
+        variables = {
+            **os.environ,
+            **setup.write(Path(directory, "openssl.cnf")),
+            "CREDENTIALS_DIRECTORY": directory,
+            "TSS2_LOG": "all+WARNING",
+        }
+        with subprocess.Popen(  # noqa: S603 - our own script, and no shell
+            [sys.executable, "-I", str(Path(__file__).with_name("handshake.py")), *arguments],
             env=variables,
-            pass_fds=(reading, content),
+            pass_fds=(secret, content),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-        ) as process,
-    ):
-        holder = Holder(process)
-        guard = threading.Timer(TIMEOUT, holder.too_late)
-        guard.start()
-        try:
-            yield holder
-        finally:
-            guard.cancel()
-            process.kill()  # ended by itself, if all is well
+        ) as process:
+            holder = Holder(process, variables)
+            guard = threading.Timer(TIMEOUT, holder.too_late)
+            guard.start()
+            try:
+                yield holder
+            finally:
+                guard.cancel()
+                process.kill()  # ended by itself, if all is well
 
 
 def shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listener: socket.socket | None) -> Handshake:
@@ -513,56 +503,24 @@ def _no_file(message: str, *, hint: str = "") -> TlsCheckFailed:
     return TlsCheckFailed(message, reason="tls_file_missing", exit_code=EXIT_FILE, hint=hint)
 
 
-_TPM_SIGNS: Final[Sequence[tuple[str, str, str]]] = (
-    # Messages of tpm2-tss, their meaning, and what to do.
-    ("tcti", "the TPM cannot be reached", "is --keystore right, and may this user open the device (group tss)?"),
-    (
-        "0x00000902",
-        "the TPM has no room for the key",
-        "without a resource manager no slot is free for a TLS client; use tpm2:device:/dev/tpmrm0, or tpm2-abrmd",
-    ),
-    (
-        "Esys_Load() Esys Finish ErrorCode (0x000009a2)",
-        "the storage root key has an authorisation value, and OpenSSL's tpm2 provider cannot give it",
-        "keys that services use through OpenSSL must hang on a storage root key without [tpm] srk_auth",
-    ),
-    *(
-        (code, "the authorisation value is not the key's", "[tpm] key_auth must name the value that it was made with")
-        for code in ("0x000009a2", "0x0000098e")
-    ),
-    ("0x000001df", "the key is another TPM's", "a key works only in the TPM that made it; ask for a new one"),
-    ("0x0000018b", "the TPM has no primary key where the file says", "was the TPM cleared? Then ask for new keys"),
-)
-
-_TPMS_OWN: Final = frozenset({"tcti", "0x00000902", "0x0000018b"})
-"""Signs of a fault that is not the key's."""
+def _hung(setup: Setup, file: KeyFile) -> TlsCheckFailed:
+    message = f"{file.name}: no handshake in {TIMEOUT:g} s: the {setup.device} hangs"
+    return TlsCheckFailed(message, reason=setup.reason, exit_code=EXIT_DEVICE)
 
 
-def _explained(file: KeyFile, error: Exception, said: str, *, loaded: bool, late: bool) -> TlsCheckFailed:
+def _explained(setup: Setup, file: KeyFile, error: Exception, said: str, *, loaded: bool, late: bool) -> TlsCheckFailed:
     """Return the error, by the output of the process with the key."""
-    for sign, meaning, hint in _TPM_SIGNS:
-        if sign in said:
-            code = EXIT_TPM if sign in _TPMS_OWN else EXIT_KEY
-            return TlsCheckFailed(f"{file.name}: {meaning}", reason="tls_tpm_failed", exit_code=code, hint=hint)
+    for sign in setup.signs:
+        if sign.text in said:
+            code = EXIT_DEVICE if sign.of_device else EXIT_KEY
+            return TlsCheckFailed(f"{file.name}: {sign.meaning}", reason=setup.reason, exit_code=code, hint=sign.hint)
     if late:
-        return TlsCheckFailed(
-            f"{file.name}: no handshake in {TIMEOUT:g} s: the TPM hangs", reason="tls_tpm_failed", exit_code=EXIT_TPM
-        )
+        return _hung(setup, file)
+    why = "the key cannot be read"
+    hint = "is it in the key store that --keystore names?"
     if loaded:
         why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else str(error)
-        return TlsCheckFailed(f"{file.name}: no handshake: {why}", reason="tls_handshake_failed", exit_code=EXIT_KEY)
-    if "KEY_VALUES_MISMATCH" in said:
-        return TlsCheckFailed(
-            f"{file.name}: the key and the first certificate do not belong together",
-            reason="tls_handshake_failed",
-            exit_code=EXIT_KEY,
-        )
-    if b"TSS2 PRIVATE KEY" not in file.content:
-        return TlsCheckFailed(f"{file.name}: the key cannot be read", reason="tls_handshake_failed", exit_code=EXIT_KEY)
-    # No message of tpm2-tss, so it was not called: OpenSSL has no provider for such a key.
-    return TlsCheckFailed(
-        f"{file.name}: OpenSSL cannot read a key that is in a TPM: its tpm2 provider is missing",
-        reason="tls_provider_missing",
-        exit_code=EXIT_PROVIDER,
-        hint=f"install tpm2-openssl, or set OPENSSL_MODULES to where its tpm2.so is; this is {ssl.OPENSSL_VERSION}",
-    )
+        why, hint = f"no handshake: {why}", ""
+    elif "KEY_VALUES_MISMATCH" in said:
+        why, hint = "the key and the first certificate do not belong together", ""
+    return TlsCheckFailed(f"{file.name}: {why}", reason="tls_handshake_failed", exit_code=EXIT_KEY, hint=hint)

@@ -1,6 +1,7 @@
 """What TLS servers are configured with so that they serve an active key; printed by ``tls-config --for``.
 
-Tried with each by `tests/car/test_servers.py`, 60 handshakes, six at a time; stunnel needs tpm2-openssl 1.3.0 for it.
+Tried with each by `tests/car/test_servers.py` and `test_token_servers.py`, 60 handshakes, six at a time; stunnel needs
+tpm2-openssl 1.3.0 for it.
 """
 
 from __future__ import annotations
@@ -132,4 +133,28 @@ https
   .listen({PORT});
 """,
 }
-"""A whole configuration, or program, for each, with key and chain where ``LoadCredential=secc.pem:`` puts them."""
+"""A whole configuration, or program, for each, with a key in a TPM, and the chain with it where
+``LoadCredential=secc.pem:`` puts them."""
+
+_ANY: Final = "Also without harm with more than one."
+TOKEN_BY_PROVIDER: Final = {
+    name: SERVERS[name].replace(_ONE, _ANY) for name in ("nginx", "haproxy", "haproxy-tcp", "python")
+}
+"""The same for a key in a PKCS#11 token, by pkcs11-provider, which reads the same file."""
+
+_BY_FILE: Final = "ssl_certificate_key /run/credentials/nginx.service/secc.pem;"
+TOKEN_BY_ENGINE: Final = {
+    "nginx": """\
+# nginx takes the URI of a key only from its configuration. So let systemd write it at each start, in nginx.service.d/:
+#   [Service]
+#   Environment=OPENSSL_CONF=/etc/stationkey/openssl.cnf
+#   LoadCredential=secc.pem:/var/lib/stationkey/active/v2g_certificate.pem
+#   LoadCredential=pin:/etc/stationkey/pin
+#   RuntimeDirectory=secc
+#   WorkingDirectory=/run/secc
+#   ExecStartPre=
+#   ExecStartPre=sed -n 's|^pkcs11:.*|ssl_certificate_key "engine:pkcs11:&?pin-source=%d/pin";|w key' %d/secc.pem
+"""
+    + SERVERS["nginx"].replace(_ONE, _ANY).replace(_BY_FILE, "include /run/secc/key;"),
+}
+"""The same by the engine, for what can name one."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Final
 
-from stationkey.keystore.tpm2.device import is_shared
-from stationkey.openssl.check import KeyFile, chain_of, environment, holding, shake, use_of
+from stationkey.openssl.check import KeyFile, chain_of, holding, shake, use_of
+from stationkey.openssl.setups import Setup
 
 AT_A_TIME: Final = 6
 HANDSHAKES: Final = 12
@@ -28,37 +26,35 @@ class Together:
 
     Attributes:
         failed: how many of `HANDSHAKES` failed.
-        provider: version of tpm2-openssl; empty if it is not known, or nothing failed.
+        module: package and version of OpenSSL's module.
     """
 
     failed: int
-    provider: str = ""
+    module: str
 
     def __str__(self) -> str:
         result = "ok"
         if self.failed:
-            provider = f"tpm2-openssl {self.provider}".rstrip()
-            advice = f"with this {provider}, give a TLS server one thread and one worker process (docs/tls.md)"
+            advice = f"with this {self.module}, give a TLS server one thread and one worker process (docs/tls.md)"
             result = f"warning: {self.failed} failed; {advice}"
         return f"{HANDSHAKES} handshakes, {AT_A_TIME} at a time: {result}"
 
 
-def check_together(file: KeyFile, *, configuration: Path, tcti: str, password: bytes = b"") -> list[Together]:
+def check_together(file: KeyFile, *, setup: Setup, password: bytes = b"") -> list[Together]:
     """Make TLS handshakes, `AT_A_TIME` at a time, with a server that has a thread for each connection.
 
     To be called after `check`, which raises what fails one at a time. A server whose threads break each other's calls
     may crash and leave its key in the TPM, where only a resource manager removes it.
 
     Returns:
-        Nothing for the key of a client, or without a resource manager.
+        Nothing for the key of a client, or in a TPM without a resource manager.
     """
     chain = chain_of(file)
     use = use_of(file, chain)
-    if use.role == "client" or not is_shared(tcti):
+    if use.role == "client" or not setup.shared:
         return []
-    variables = {**os.environ, **environment(configuration, tcti=tcti)}
     with (
-        holding(use, file, 0, variables, password, threaded=HANDSHAKES) as holder,
+        holding(setup, use, file, 0, password, threaded=HANDSHAKES) as holder,
         ThreadPoolExecutor(AT_A_TIME) as pool,
     ):
 
@@ -77,11 +73,12 @@ def check_together(file: KeyFile, *, configuration: Path, tcti: str, password: b
         else:
             failed = sum(pool.map(fails, islice(cycle(use.versions), HANDSHAKES)))
         holder.end()
-    return [Together(failed, _provider_version(variables) if failed else "")]
+        version = _provider_version(setup, holder.variables) if failed else ""
+    return [Together(failed, f"{setup.package} {version}".rstrip())]
 
 
-def _provider_version(variables: dict[str, str]) -> str:
-    """The version of tpm2-openssl, as OpenSSL lists it; empty if it does not."""
+def _provider_version(setup: Setup, variables: dict[str, str]) -> str:
+    """Return the version of the provider, as OpenSSL lists it; empty if it does not."""
     try:
         listed = subprocess.run(
             ["openssl", "list", "-providers"],  # noqa: S607 - as PATH has it, for a message
@@ -93,5 +90,5 @@ def _provider_version(variables: dict[str, str]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    found = re.search(r"^  tpm2\n(?:    .*\n)*?    version: (\S+)", listed.stdout, re.MULTILINE)
+    found = re.search(rf"^  {setup.module}\n(?:    .*\n)*?    version: (\S+)", listed.stdout, re.MULTILINE)
     return found[1] if found else ""

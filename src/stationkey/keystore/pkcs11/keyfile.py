@@ -10,6 +10,7 @@ from typing import Final
 
 from cryptography.hazmat import asn1
 
+LABEL: Final = "PKCS#11 PROVIDER URI"
 _VERSION: Final = asn1.decode_der(asn1.TLV, b"\x1a\x19PKCS#11 Provider URI v1.0")
 """A VisibleString, which cryptography has no type for."""
 

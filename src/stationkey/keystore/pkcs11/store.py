@@ -169,6 +169,15 @@ class Pkcs11KeyStore:
 
         yield _private_key(self.public_key(key), sign)
 
+    def auth_value(self, private: bytes) -> bytes:
+        """Return the PIN, which the token has just accepted. See `stationkey.keystore.Locking`."""
+        try:
+            identifier = identifier_of(keyfile.uri_of(private))
+        except ValueError:
+            raise KeyStoreError("the key cannot be read", reason="key_damaged", scope=Scope.KEY) from None
+        self._connection.call("C_FindObjects", partial(_private, identifier=identifier))
+        return self._connection.pin()
+
     def public_key(self, key: KeyRef) -> PublicKey:
         try:
             return _loaded(key.public)

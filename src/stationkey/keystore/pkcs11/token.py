@@ -123,6 +123,10 @@ class Connection:
             "model": token.model,
         }
 
+    def pin(self) -> bytes:
+        """Return the PIN; empty if the token needs none."""
+        return self._uri.pin.read().encode() if self._uri.pin is not None else b""
+
     def _open(self) -> Any:
         if self._given_up.is_set():
             raise KeyStoreError(
