@@ -16,7 +16,7 @@ from stationkey.doctor.host.machine import CHECKS as MACHINE
 from stationkey.doctor.report import Finding, Level, Report
 from stationkey.doctor.runner import AnyCheck, run
 from stationkey.doctor.state.checks import CHECKS as STATE
-from stationkey.doctor.tpm.checks import CHECKS as KEY_STORE
+from stationkey.doctor.tpm.device import CHECKS as KEY_STORE
 from stationkey.doctor.tpm.state import CHECKS as TPM
 
 __all__ = ["AREAS", "CHECKS", "Finding", "Level", "Options", "Report", "examine"]

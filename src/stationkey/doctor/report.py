@@ -34,9 +34,7 @@ class Finding:
     """One line of the report: printable and of bounded length, whatever texts are put in.
 
     Attributes:
-        level: how bad it is.
         reason: stable word for it; docs/doctor.md lists them all.
-        message: what was seen.
         advice: what to do; empty where there is nothing to do.
         stops: whether the checks that depend on this one cannot be made.
         id: stable name of the check, such as ``tpm.lockout``; the runner sets it.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar, TypeVarTuple
@@ -56,43 +56,40 @@ class _Running:
         self.check = check
         self.because = check.id
         """The check that those after this one are not checked because of."""
-        self.found: list[Finding] = []
         self._context = context
         self._before = [earlier[name] for name in check.after]
         self._unread = unread
-        self.thread = threading.Thread(target=self._run, name=f"doctor-{check.id}", daemon=True)
-        self.thread.start()
+        self.future = _submit(check.id, self._find)
 
-    def _run(self) -> None:
+    def _find(self) -> list[Finding]:
         if any(name in self._unread for name in self.check.reads):
-            self._blocked_by("config.file")
-            return
+            return self._blocked_by("config.file")
         for before in self._before:
-            before.thread.join()
-            if any(finding.stops for finding in before.found):
-                self._blocked_by(before.because)
-                return
+            if any(finding.stops for finding in before.future.result()):
+                return self._blocked_by(before.because)
         try:
             seen = self.check.look(self._context)
             found = seen if isinstance(seen, Finding) else self.check.judge(*seen)
-            self.found = [found] if isinstance(found, Finding) else list(found)
+            return [found] if isinstance(found, Finding) else list(found)
         except BaseException as error:  # noqa: BLE001 - a fault of one check must not affect the others
             # Not the message: that of an unforeseen exception may contain a secret.
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
-            self.found = [unknown(f"the check itself failed ({where})", "please report it", "check_failed")]
+            return [unknown(f"the check itself failed ({where})", "please report it", "check_failed")]
 
-    def _blocked_by(self, name: str) -> None:
-        self.because, self.found = name, [unknown(f"it depends on {name}", "", "depends")]
+    def _blocked_by(self, name: str) -> list[Finding]:
+        self.because = name
+        return [unknown(f"it depends on {name}", "", "depends")]
 
     def findings(self, end: float) -> list[Finding]:
         """Wait until `end` at most, then return what was found."""
-        self.thread.join(max(0.0, end - time.monotonic()))
-        if self.thread.is_alive():
-            self.found = [failure("deadline", "no result in time", "a disk or a name server that does not answer?")]
-            if hung := [before.because for before in self._before if before.thread.is_alive()]:
-                self._blocked_by(hung[0])
-        return [replace(finding, id=self.check.id) for finding in self.found]
+        try:
+            found = self.future.result(max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            found = [failure("deadline", "no result in time", "a disk or a name server that does not answer?")]
+            if hung := [before.because for before in self._before if not before.future.done()]:
+                found = self._blocked_by(hung[0])
+        return [replace(finding, id=self.check.id) for finding in found]
 
 
 def run(
@@ -113,20 +110,25 @@ def run(
     for check in checks:
         running[check.id] = _Running(check, context, running, unread)
     found = [finding for one in running.values() for finding in one.findings(end)]
-    return found, any(one.thread.is_alive() for one in running.values())
+    return found, not all(one.future.done() for one in running.values())
 
 
 def within(seconds: float, call: Callable[[], T], otherwise: T) -> T:
     """Return what `call` returns, or `otherwise` if that takes longer than `seconds`. Exceptions are passed on."""
-    worker = Worker("doctor-look")
-    future = worker.submit(call)
-    worker.close(0)
+    future = _submit("look", call)
     try:
         return future.result(seconds)
     except TimeoutError:
         if future.done():  # its own
             raise
         return otherwise
+
+
+def _submit(name: str, call: Callable[[], T]) -> Future[T]:
+    worker = Worker(f"doctor-{name}")
+    future = worker.submit(call)
+    worker.close(0)
+    return future
 
 
 def ask(command: Sequence[str], *, seconds: float, given: str = "") -> tuple[int | None, str]:

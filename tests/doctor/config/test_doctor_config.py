@@ -10,7 +10,8 @@ from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, judge, re
 
 from stationkey.config.secrets import SecretReference
 from stationkey.doctor import Level
-from stationkey.doctor.config import checks, consistency
+from stationkey.doctor.config import checks
+from stationkey.doctor.config.consistency import named_secrets
 from stationkey.doctor.host.context import Configured, Unit
 
 
@@ -36,7 +37,7 @@ class TestConfiguration:
         assert "/x;" in found.advice
 
     def test_no_file_is_needed(self) -> None:
-        configured = Configured(file=None, complaints=(), settings=settings(), keystore=None)
+        configured = Configured(file=None, complaints=(), settings=settings())
         assert worst(judge("config.file", configured)) is OK
 
     @pytest.mark.parametrize(
@@ -100,6 +101,6 @@ class TestConfiguration:
         text = '[mqtt]\nusername_file = "/a"\npassword_file = "/b"\n[tpm]\n' + "\n".join(
             f'{name} = "/{name}"' for name in ("owner_auth", "srk_auth", "endorsement_auth", "key_auth")
         )
-        found = dict(consistency.named_secrets(settings(text, tmp_path)))
+        found = {option.place: reference for option, reference in named_secrets(settings(text, tmp_path)).items()}
         assert len(found) == 6
-        assert found["[tpm] key_auth"] == SecretReference("/key_auth")
+        assert found["tpm.key_auth"] == SecretReference("/key_auth")

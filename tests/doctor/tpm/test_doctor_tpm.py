@@ -25,8 +25,8 @@ from judging import (
 from stationkey.doctor import Level
 from stationkey.doctor.host.files import User
 from stationkey.doctor.report import Finding
-from stationkey.doctor.tpm.device import Chip, Way
-from stationkey.doctor.tpm.facts import Seen
+from stationkey.doctor.tpm.device import Chip
+from stationkey.doctor.tpm.facts import Seen, Way
 from stationkey.doctor.tpm.state import CHECKS
 
 

@@ -78,7 +78,6 @@ def resolve(context: Context) -> _Addresses | str:
 
 
 def _judge_name(broker: Broker, addresses: _Addresses | str) -> Finding:
-    """Judge what the name resolves to. `addresses`: or why there are none."""
     if isinstance(addresses, str):
         advice = "correct the name, or name an address; does the name server answer (resolvectl query)?"
         return failure("unresolved", f"{broker.host} does not resolve: {addresses}", advice)
@@ -86,7 +85,6 @@ def _judge_name(broker: Broker, addresses: _Addresses | str) -> Finding:
 
 
 def _look_at_port(context: Context) -> tuple[Broker, str]:
-    """Connect; the text says why that is not possible."""
     broker = _broker_of(context)
     try:
         with socket.create_connection((broker.host, broker.port), _PATIENCE):
@@ -96,7 +94,6 @@ def _look_at_port(context: Context) -> tuple[Broker, str]:
 
 
 def _judge_port(broker: Broker, why: str) -> Finding:
-    """Judge whether anything listens. `why`: it does not, or an empty text."""
     if why:
         advice = (
             "does the broker run (systemctl status mosquitto), on this address and port, without a firewall between?"
@@ -177,7 +174,6 @@ def _speaks_tls(broker: Broker) -> bool:
 
 
 def _look_at_visit(context: Context) -> tuple[Visit] | Finding:
-    """Visit the broker, once for all checks."""
     seen = context.once(_visit)
     return seen if isinstance(seen, Finding) else (seen,)
 
@@ -212,7 +208,6 @@ def _at_hand(context: Context) -> MqttTerms | Finding:
 
 
 def _look_at_login(context: Context) -> tuple[Broker, Visit, bool] | Finding:
-    """Visit the broker, and see whether a port that does not let us in has TLS."""
     seen, broker = context.once(_visit), _broker_of(context)
     if isinstance(seen, Finding):
         return seen

@@ -57,21 +57,15 @@ class Visit:
     """What was seen at a broker so far.
 
     Attributes:
-        requests: the topic that we read.
-        responses: the topic that we write to.
         at: the broker, as the options of Mosquitto's clients name it.
-        refused: why there is no connection, or None.
+        refused: why there is no connection.
         named: whether we have a user name or a certificate there.
-        mqtt5: whether MQTT 5 is spoken.
         maximum_qos: that the broker grants a message of ours.
-        own: what we may do.
         why: what the broker said where we may not do what we must.
         too_large: what the broker said to a message of `LARGE` octets where it does not take it, or an empty text.
-        subscribed: whether a subscription to the topic of requests is granted.
         josev: whether somebody is subscribed to the topic of responses; None where the broker does not say.
         retained: topics that a message lies on.
-        single: seconds that one exchange takes, or None.
-        pair: seconds that two at once take, or None.
+        single: seconds that one exchange takes; `pair`: two at once.
         anonymous: what somebody without a name may do; None where he is not let in.
         anonymous_why: why that is not known, or an empty text.
         in_its_place: we were taken for the running daemon, and so went at once.
@@ -152,7 +146,6 @@ async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running
 async def _enter(
     broker: Broker, terms: MqttTerms, client_id: str, *, persistent: bool = False, goes_if_resumed: bool = False
 ) -> MqttConnection | StationKeyError:
-    """Connect, or return why there is no connection."""
     try:
         async with asyncio.timeout(_LOGIN):
             connection = await connect(broker, client_id=client_id, persistent=persistent, terms=terms)
@@ -262,7 +255,6 @@ class _Round:
         self._seen.single, self._seen.pair = _usual(singles), _usual(pairs)
 
     async def _weigh(self) -> None:
-        """Whether the broker takes a message as large as an answer."""
         _, _, self._seen.too_large = await self._publish(self._connection, self._seen.responses, _harmless(LARGE))
 
     async def _try_as(self, stranger: MqttConnection) -> None:

@@ -25,6 +25,7 @@ from stationkey.system.files import read_regular
 
 MONTH: Final = timedelta(days=30)
 """Renew one month before expiry [A03.FR.02]."""
+FILES: Final = ("ca_file", "certificate_file", "key_file")
 _MAX_FILE: Final = 1024 * 1024
 _TPM_KEY: Final = b"-----BEGIN TSS2 PRIVATE KEY-----"
 _DER: Final = b"\x30"
@@ -57,8 +58,8 @@ def _look_at_tls(context: Context) -> tuple[list[TlsFile], ConfigurationError | 
     key = certificate if mqtt.key_file is None else path_of(mqtt.key_file)
     if mqtt.certificate_file is not None and (certificate is None or key is None):
         return unknown("the client's certificate or key comes from systemd, and is not at hand")
-    named = (("ca_file", mqtt.ca_file), ("certificate_file", certificate), ("key_file", key))
-    files = [_open(role, path, user) for role, path in named if path is not None]
+    paths = (mqtt.ca_file, certificate, key)
+    files = [_open(role, path, user) for role, path in zip(FILES, paths, strict=True) if path is not None]
     if not files:
         return ok("no certificate is named for the connection to the broker")
     if not all(file.readable for file in files):

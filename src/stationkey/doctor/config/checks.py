@@ -37,7 +37,6 @@ _LOADING: Final = ("LoadCredential", "LoadCredentialEncrypted", "SetCredential",
 
 
 def _look_at_file(context: Context) -> tuple[Configured] | Finding:
-    """Look at what came of the file."""
     facts = context.configured.file
     if facts is not None and facts.kind in {"file", "unseen"} and not os.access(facts.path, os.R_OK):
         return hidden(facts.path)
@@ -62,7 +61,6 @@ def _judge_file(configured: Configured) -> Finding:
 
 
 def _look_at_rights(context: Context) -> tuple[Facts, User] | Finding:
-    """Look at the file itself."""
     facts, user = context.configured.file, context.daemon.user
     if facts is None or facts.kind != "file":
         return unknown("no file is named") if facts is None else unknown(f"{facts.path} is not a file to look at")
@@ -117,9 +115,9 @@ class SecretSeen:
 
 
 def _look_at_secrets(context: Context) -> tuple[list[SecretSeen], User, Unit | None] | Finding:
-    """Look at every secret that is named."""
     user = context.daemon.user
-    seen = [_look_at(where, reference, user) for where, reference in named_secrets(context.settings)]
+    named = [one for one in named_secrets(context.settings).items() if one[0].name not in certificates.FILES]
+    seen = [_look_at(f"[{option.table}] {option.name}", reference, user) for option, reference in named]
     return (seen, user, context.unit) if seen else ok("no secret is named")
 
 
@@ -173,7 +171,6 @@ def _judge_credential(secret: SecretSeen, unit: Unit | None) -> Finding:
 
 
 def _look_at_certificate_dir(context: Context) -> tuple[Facts, User, int] | Finding:
-    """Look at the directory that Josev installs certificates to, and count what is in it."""
     path, user, number = context.settings.certificate_dir, context.daemon.user, 0
     if path is None:
         told = "[josev] certificate_dir is not set: a status is matched to a key by the order of messages alone"

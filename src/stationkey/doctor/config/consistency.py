@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
+from stationkey.config.options import Declared, options_of
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import Settings
 from stationkey.contract.profiles import ALGORITHMS, PROFILES, RsaModulus
@@ -25,11 +27,9 @@ from stationkey.system.listener import Address
 
 _SHORT: Final = 5.0
 """Seconds. A busy TPM takes that long now and then."""
-_TPM_SECRETS: Final = ("owner_auth", "srk_auth", "endorsement_auth", "key_auth")
 
 
 def _look_at_settings(context: Context) -> tuple[Settings, Path | None, int | None]:
-    """Look at the settings; and at what keeps the daemon from listening: a missing directory, or a port in use."""
     settings = context.settings
     try:
         address = Address.parse(settings.metrics) if settings.metrics else None
@@ -128,26 +128,22 @@ def _policy(settings: Settings) -> Iterator[Finding]:
 
 def _paths(settings: Settings) -> Iterator[Finding]:
     """Find relative paths: they lead elsewhere for a service than for the shell that they were tried in."""
-    mqtt = settings.mqtt
-    sources = [reference.source for _, reference in named_secrets(settings)]
-    sources += [file.source for file in (mqtt.certificate_file, mqtt.key_file) if file is not None]
+    sources = [reference.source for reference in named_secrets(settings).values()]
     # Without a slash it may be the secret itself, set in the wrong place; config.secrets tells that.
     named = [source for source in sources if "/" in source and not source.startswith("credential:")]
-    named += [str(path) for path in (settings.state_dir, settings.certificate_dir, mqtt.ca_file) if path is not None]
+    named += [
+        str(path) for path in (settings.state_dir, settings.certificate_dir, settings.mqtt.ca_file) if path is not None
+    ]
     if relative := [path for path in named if not path.startswith("/")]:
         told = f"{listed(relative)} is relative to where the daemon is started; ~ is not expanded"
         yield warning("path_relative", told, "write the whole path")
 
 
-def named_secrets(settings: Settings) -> Iterator[tuple[str, SecretReference]]:
-    """Return every secret that the settings name, and by which setting."""
-    for where, value in (
-        ("[mqtt] username_file", settings.mqtt.username),
-        ("[mqtt] password_file", settings.mqtt.password),
-        *((f"[tpm] {name}", getattr(settings.tpm, name)) for name in _TPM_SECRETS),
-    ):
-        if isinstance(value, SecretReference):
-            yield where, value
+def named_secrets(settings: Settings) -> dict[Declared, SecretReference]:
+    """Return every file with a secret in it that the settings name."""
+    by_field = {option.path: option for option in options_of(Settings)}  # the last one of a field is its file
+    named = ((option, reduce(getattr, path, cast("Any", settings))) for path, option in by_field.items())
+    return {option: value for option, value in named if isinstance(value, SecretReference)}
 
 
 CHECK: Final = Check("config.sense", _look_at_settings, _judge_settings)

@@ -7,20 +7,18 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from msgspec.structs import replace
-
-from stationkey.config.file import Parts, read_file, read_parts, settle
+from stationkey.config.file import Parts, read_parts, settle
 from stationkey.config.options import options_of
 from stationkey.config.secrets import SecretReference
-from stationkey.config.settings import DEFAULT_DEVICE, Settings
+from stationkey.config.settings import DEFAULT_DEVICE, NamedStore, Settings
 from stationkey.doctor.host.files import Facts, User, look_at
-from stationkey.doctor.host.ledger_reader import Contents, read_ledger
 from stationkey.doctor.runner import ask, within
-from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.system.state_dir import DATABASE_NAME, LOCK_NAME
+from stationkey.errors import ConfigurationError
+from stationkey.system.state_dir import LOCK_NAME
 
 T = TypeVar("T")
 
@@ -33,10 +31,6 @@ _SYSTEMD: Final = Path("/run/systemd/system")
 _LOCKS: Final = Path("/proc/locks")
 _PATIENCE: Final = 1.5
 """Seconds for each thing that has to be known before the checks begin."""
-_LEDGER_PATIENCE: Final = 2.0
-"""Seconds that a check of something else waits for the ledger."""
-_NONE: Final = "none:"
-"""Stands for the key store where none is named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +51,14 @@ class Configured:
     """The settings, as far as they can be read.
 
     Attributes:
-        file: what there is at the path of the configuration file; None where none is named.
-        complaints: what is wrong with the file.
+        file: at the path of the configuration file; None where none is named.
         settings: what the daemon would run by, with the default in place of all that is wrong.
-        keystore: URI, or None where none is named and there is no default.
         unread: top-level names of the file that cannot be read and that no option replaces.
     """
 
     file: Facts | None
     complaints: tuple[str, ...]
     settings: Settings
-    keystore: str | None
     unread: frozenset[str] = frozenset()
 
 
@@ -104,11 +95,8 @@ class Context:
     """All that a check may look at.
 
     Attributes:
-        options: as they were given.
-        configured: the settings, as far as they can be read.
-        settings: the same, with defaults for the rest.
-        daemon: the daemon, as far as it is known.
-        unit: its systemd unit; None if there is no systemd, or it does not answer.
+        settings: as far as they can be read, with defaults for the rest.
+        unit: the daemon's; None if there is no systemd, or it does not answer.
         me: who runs the doctor.
     """
 
@@ -127,6 +115,10 @@ class Context:
         """Whether what is closed to this user is closed to the daemon, too."""
         return self.me.uid in {0, self.daemon.user.uid}
 
+    def stores(self, scheme: str) -> list[NamedStore]:
+        """Return the key stores of a kind."""
+        return [store for store in self.settings.stores if store.uri.partition(":")[0] == scheme]
+
     def once(self, look: Callable[[Context], T]) -> T:
         """Take a look that several checks share, once; each gets the same value, or the same error."""
         with self._lock:
@@ -138,23 +130,6 @@ class Context:
             except Exception as error:  # noqa: BLE001 - raised below, to each who asks
                 shared.set_exception(error)
         return shared.result()
-
-    def ledger(self) -> Contents | str:
-        """Return what is in the ledger; see `read_ledger`."""
-        return self.once(_ledger)
-
-    def ledger_soon(self) -> Contents | None:
-        """Read the ledger for a check that can do without; None if it cannot be read, or not within 2 s."""
-        try:
-            late: Contents | str = "it takes too long"
-            contents = within(_LEDGER_PATIENCE, self.ledger, late)
-        except (StationKeyError, OSError):
-            return None  # the check of the ledger says why
-        return None if isinstance(contents, str) else contents
-
-
-def _ledger(context: Context) -> Contents | str:
-    return read_ledger(context.settings.state_dir / DATABASE_NAME, running=context.daemon.running)
 
 
 def survey(options: Options) -> Context:
@@ -168,24 +143,20 @@ def survey(options: Options) -> Context:
 
 
 def _read_configuration(options: Options) -> Configured:
-    """Read the configuration file, and of a wrong one what can be used."""
     path = options.config_file
     if path is None:
         return _settle(options, Parts({}, (), frozenset()))
     facts = look_at(path, follow=True)
-    if facts.there and facts.kind != "file":  # to open a pipe would be to wait for ever
-        return _settle(options, Parts({}, (f"{path} is not a file: {facts.kind}",), None), facts)
     try:
-        return _settle(options, Parts(read_file(path), (), frozenset()), facts)
-    except ConfigurationError:
         return _settle(options, read_parts(path), facts)
     except (OSError, ValueError):  # a name with a NUL in it, for example
         return _settle(options, Parts({}, (f"{path} cannot be read",), None), facts)
 
 
 def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Configured:
-    settings = settle(
-        parts.given,
+    given, complaints = parts.given, parts.complaints
+    settle_with = partial(
+        settle,
         broker=options.broker,
         topic_prefix=options.topic_prefix,
         keystore=options.keystore,
@@ -193,14 +164,18 @@ def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Confi
         state_dir=options.state_dir,
         needs_keystore=Path(DEFAULT_DEVICE).exists(),
     )
+    try:
+        settings = settle_with(given)
+    except ConfigurationError as error:  # the file is at odds with the command line
+        given = {path: value for path, value in given.items() if path[0] not in {"keystores", "keystore_for"}}
+        settings, complaints = settle_with(given), (*complaints, error.message)
     everything = frozenset(option.table or option.name for option in options_of(Settings))
-    given = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
+    replaced = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
     return Configured(
         file=facts,
-        complaints=parts.complaints,
-        settings=replace(settings, keystore=settings.keystore or _NONE),
-        keystore=settings.keystore or None,
-        unread=(everything if parts.lost is None else parts.lost) - given,
+        complaints=complaints,
+        settings=settings,
+        unread=(everything if parts.lost is None else parts.lost) - replaced,
     )
 
 
@@ -270,7 +245,6 @@ def find_lock(lines: list[str], *, device: int, inode: int) -> tuple[bool, int |
 
 
 def _user_of(pid: int) -> User | None:
-    """Whom a process runs as."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -39,7 +39,10 @@ class User:
     @property
     def name(self) -> str:
         """Name, or number where there is none: as a command takes it."""
-        return user_name(self.uid)
+        try:
+            return pwd.getpwuid(self.uid).pw_name
+        except (KeyError, OverflowError):
+            return str(self.uid)
 
     @classmethod
     def present(cls) -> User:
@@ -59,14 +62,6 @@ class User:
     def numbered(cls, uid: int) -> User:
         """A user by its number; one without a name is in no group."""
         return cls.named(str(uid)) or cls(uid, uid)
-
-
-def user_name(uid: int) -> str:
-    """Return the name of a user, or its number where there is none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except (KeyError, OverflowError):
-        return str(uid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

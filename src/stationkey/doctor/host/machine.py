@@ -20,6 +20,7 @@ from stationkey.doctor.host.context import UNIT, Context, Daemon, Unit
 from stationkey.doctor.host.files import User, look_at
 from stationkey.doctor.report import Finding, failure, hidden, ok, unknown, warning
 from stationkey.doctor.runner import Check, ask
+from stationkey.doctor.state.keys import contents_soon
 from stationkey.errors import ConfigurationError
 from stationkey.system.state_dir import DATABASE_NAME
 
@@ -55,10 +56,9 @@ def _text(path: Path) -> str:
 
 
 def _look_at_time(context: Context) -> tuple[float, float | None]:
-    """Read the clock, and find the latest time that is on record in the state directory."""
     facts = look_at(context.settings.state_dir / DATABASE_NAME)
     times = [facts.modified] if facts.there else []
-    if (contents := context.ledger_soon()) is not None:
+    if (contents := contents_soon(context)) is not None:
         times += [key.created_at / 1000 for key in contents.keys]
     return time.time(), max(times, default=None)
 
@@ -102,7 +102,6 @@ def _judge_synchronised(synchronised: bool | None) -> Finding:
 
 
 def _look_at_battery(_: Context) -> tuple[float, float | None]:
-    """Read the clock, and the one that runs without power."""
     with suppress(OSError, ValueError):
         return time.time(), float(_RTC.read_text(encoding="ascii"))
     return time.time(), None
@@ -119,7 +118,6 @@ def _judge_battery(now: float, battery: float | None) -> Finding:
 
 
 def _look_at_user(context: Context) -> tuple[User, Daemon, tuple[int, frozenset[str]] | None]:
-    """Look at who runs this, whom the daemon runs as, and who is in the group of the TPM."""
     try:
         entry = grp.getgrnam(_TSS_GROUP)
     except KeyError:
@@ -143,7 +141,6 @@ def _judge_user(me: User, daemon: Daemon, tss: tuple[int, frozenset[str]] | None
 
 
 def _look_at_unit(context: Context) -> tuple[Unit, Daemon] | Finding:
-    """Look at the unit and the daemon."""
     return (context.unit, context.daemon) if context.unit else unknown("systemd does not answer")
 
 
@@ -168,15 +165,17 @@ def _judge_unit(unit: Unit, daemon: Daemon) -> Finding:
 
 
 def _look_at_sandbox(context: Context) -> tuple[Unit, str, str, tuple[str, ...]] | Finding:
-    """Look at the unit, and at what the daemon needs: device, state directory, addresses of the broker."""
-    unit, (scheme, _, path) = context.unit, (context.configured.keystore or "").rpartition(":")
+    unit, [path, *_] = (
+        context.unit,
+        [store.uri.removeprefix("tpm2:device:") for store in context.stores("tpm2")] or [""],
+    )
     if unit is None or not unit.installed:
         return unknown("no unit is visible")
     addresses: tuple[str, ...] = ()
     with suppress(ConfigurationError):  # broker.url tells it
         if unit["IPAddressDeny"] and not isinstance(found := context.once(resolve), str):
             addresses = tuple(dict.fromkeys(str(address[0]).partition("%")[0] for _, address in found))
-    return unit, path if scheme == "tpm2:device" else "", str(context.settings.state_dir), addresses
+    return unit, path if path.startswith("/") else "", str(context.settings.state_dir), addresses
 
 
 def _judge_sandbox(unit: Unit, device: str, state_dir: str, broker: tuple[str, ...]) -> Finding:
@@ -212,7 +211,6 @@ def _lets_reach(unit: Unit, address: str) -> bool:
 
 
 def _look_at_core_dumps(context: Context) -> tuple[str, str, Unit | None]:
-    """Look at where the kernel writes core dumps, and at the limits of the daemon."""
     pid = context.daemon.pid
     limits = "" if pid is None else _text(Path(f"/proc/{pid}/limits"))
     return _text(Path("/proc/sys/kernel/core_pattern")).strip(), limits, context.unit
@@ -233,7 +231,6 @@ def _judge_core_dumps(pattern: str, limits: str, unit: Unit | None) -> Finding:
 
 
 def _judge_memory(text: str) -> Finding:
-    """Judge the memory that is available, by ``/proc/meminfo``."""
     found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     if found is None:
         return unknown("the kernel does not say")
@@ -242,8 +239,10 @@ def _judge_memory(text: str) -> Finding:
     return warning("low", told, "free some: the kernel ends processes") if free < _LITTLE_MEMORY else ok(told)
 
 
-def _look_at_openssl(context: Context) -> tuple[str, str, str | None, str, bool]:
+def _look_at_openssl(context: Context) -> tuple[str, str, str | None, str, bool] | Finding:
     """Ask for the version, and load the provider in a process of its own. The TPM is not asked for that."""
+    if not context.stores("tpm2"):
+        return ok("no key store is a TPM")
     _, said = ask(["openssl", "version", "-v", "-m"], seconds=_PATIENCE)
     version = said.splitlines()[0].split()[1] if said.startswith("OpenSSL ") else ""
     found = re.search(r'MODULESDIR: "([^"]*)"', said)
@@ -290,15 +289,15 @@ def _judge_openssl(version: str, modules: str, complaint: str | None, provider: 
     return ok(f"{what} has the {f'tpm2 provider {provider}'.rstrip()}, and it can be loaded")
 
 
-_NEEDED: Final = ("broker", "keystore", "state_dir")
+_STORES: Final = ("keystore", "keystores", "keystore_for")
 CHECKS: Final = (
     Check("clock.time", _look_at_time, _judge_time),
     Check("clock.synchronised", _look_at_synchronisation, _judge_synchronised),
     Check("clock.battery", _look_at_battery, _judge_battery),
     Check("machine.user", _look_at_user, _judge_user),
     Check("machine.unit", _look_at_unit, _judge_unit),
-    Check("machine.sandbox", _look_at_sandbox, _judge_sandbox, reads=_NEEDED),
+    Check("machine.sandbox", _look_at_sandbox, _judge_sandbox, reads=(*_STORES, "broker", "state_dir")),
     Check("machine.core_dumps", _look_at_core_dumps, _judge_core_dumps),
     Check("machine.memory", lambda _: (_text(Path("/proc/meminfo")),), _judge_memory),
-    Check("software.openssl", _look_at_openssl, _judge_openssl, ("tpm.keystore",)),
+    Check("software.openssl", _look_at_openssl, _judge_openssl, reads=_STORES),
 )

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from stationkey.config.file import SYSTEM_FILE
 from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.doctor.host.context import Context, Daemon
-from stationkey.doctor.host.files import ENTER, READ, WRITE, Facts, User, look_at, octal, permits, user_name
+from stationkey.doctor.host.files import ENTER, READ, WRITE, Facts, User, look_at, octal, permits
 from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, unknown, warning
 from stationkey.doctor.runner import Check
 from stationkey.doctor.state import keys
@@ -37,7 +37,6 @@ _REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "
 
 
 def _look_at_directory(context: Context) -> tuple[Facts, User, Facts, StationKeyError | None, bool]:
-    """Look at the directory, and ask what the daemon would say of it at its start."""
     path, user = context.settings.state_dir, context.daemon.user
     facts, refused = look_at(path, follow=True, user=user), None
     try:
@@ -63,7 +62,7 @@ def _judge_directory(
     facts: Facts, user: User, nearest: Facts, refused: StationKeyError | None, writable: bool
 ) -> Finding:
     """Judge the directory itself. `nearest` is the one to make it in, `writable` what the kernel says of it."""
-    path, mode, owner = facts.path, octal(facts.mode), user_name(facts.uid)
+    path, mode, owner = facts.path, octal(facts.mode), User.numbered(facts.uid).name
     if facts.closed is not None:
         advice = f"let it: setfacl -m u:{user.name}:x {facts.closed}; or set another state_dir"
         return failure("unreachable", f"the daemon's user {user.name} may not enter {facts.closed}", advice)
@@ -94,7 +93,6 @@ def _judge_directory(
 
 
 def _look_at_files(context: Context) -> tuple[list[Facts], User, StationKeyError | None] | Finding:
-    """Look at what is in the directory, and ask what the daemon would say of it at its start."""
     path, refused = context.settings.state_dir, None
     try:
         inside = [look_at(entry) for entry in sorted(path.iterdir()) if entry.name in _OURS]
@@ -125,7 +123,6 @@ def _judge_files(inside: list[Facts], user: User, refused: StationKeyError | Non
 
 
 def _look_at_daemon(context: Context) -> tuple[Daemon, str] | Finding:
-    """Look at who holds the lock, and at the state of that process [proc(5), /proc/PID/stat]."""
     lock = context.settings.state_dir / LOCK_NAME
     if not context.daemon.running and look_at(lock).kind == "unseen":
         return hidden(lock)
@@ -154,7 +151,6 @@ def _judge_daemon(daemon: Daemon, state: str) -> Finding:
 
 
 def _look_at_command(context: Context) -> tuple[str, Path, Facts | None, float] | Finding:
-    """Look at the command line and the environment of the running daemon, and when it was started."""
     pid = context.daemon.pid
     if pid is None:
         return unknown("no daemon is visible")
@@ -200,7 +196,6 @@ def _place(context: Context) -> Path:
 
 
 def _look_at_room(context: Context) -> tuple[Path, int, int | None, int] | Finding:
-    """Look at what is free."""
     path = _place(context)
     try:
         room = os.statvfs(path)
@@ -239,7 +234,6 @@ class Mount(NamedTuple):
 
 
 def _look_at_filesystem(context: Context) -> tuple[Path, Mount | None] | Finding:
-    """Look at the mount that the directory is on."""
     path = _place(context)
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()

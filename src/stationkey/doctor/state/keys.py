@@ -1,10 +1,14 @@
-"""The ledger, the keys on record, and whether the files under ``active/`` match it."""
+"""The ledger, read without a trace; the keys on record, and whether the files under ``active/`` match it."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -15,25 +19,113 @@ from stationkey.contract.profiles import CertificateType
 from stationkey.doctor.config.certificates import MONTH
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import Facts, look_at
-from stationkey.doctor.host.ledger_reader import Contents
 from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, unknown, warning
-from stationkey.doctor.runner import Check
-from stationkey.errors import LedgerError
-from stationkey.ledger import KeyRecord
+from stationkey.doctor.runner import Check, within
+from stationkey.errors import LedgerError, StationKeyError
+from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.ledger.migrations import SCHEMA_VERSION
 from stationkey.system.files import read_regular
 from stationkey.system.state_dir import DATABASE_NAME
 
 _MAX_FILE: Final = 1024 * 1024
+_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a directory of our own in it, closed to others
+_MAX_COPIED: Final = 64 * 1024 * 1024
+_LOG: Final = "-wal"
+_PATIENCE: Final = 2.0
+"""Seconds that a check of something else waits for the ledger."""
 _LONG: Final = timedelta(days=7).total_seconds()
 """After which somebody should ask where a certificate is."""
 _PASSING: Final = frozenset({"ledger_older", "ledger_busy"})
 """Reasons of the ledger by which nothing is lost."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What matters of a ledger.
+
+    Attributes:
+        keys: all on record.
+        active_files: what each file under ``active/`` should hold, by its name.
+        running: milliseconds of running time.
+        wrapped: the private part of each active key in a TPM, wrapped by that, by the key's name.
+    """
+
+    keys: tuple[KeyRecord, ...]
+    active_files: dict[str, bytes] = field(repr=False)
+    running: int
+    wrapped: dict[str, bytes] = field(repr=False)
+
+
+def read_ledger(path: Path, *, running: bool) -> Contents | str:
+    """Read a ledger, and leave no trace.
+
+    SQLite makes files beside a database even to read it, and they would be this user's. So a ledger that nobody has
+    open is read in place. If its last run was cut short, part of its content is in a log: then both are copied to
+    memory, and read there.
+
+    Args:
+        path: of the database.
+        running: whether the daemon has it open.
+
+    Returns:
+        What is in it; or why it cannot be read without a trace.
+
+    Raises:
+        LedgerError: it is damaged, busy or of another version.
+    """
+    facts, log = look_at(path), look_at(path.with_name(path.name + _LOG))
+    if facts.kind != "file":
+        return f"no ledger at {path}" if facts.kind == "missing" else f"{path} is not a file to read"
+    if running:
+        return _contents(Ledger(path, read_only=True))
+    if not log.there or log.size == 0:
+        return _contents(Ledger(path, read_only=True, alone=True))
+    if log.kind != "file" or facts.size + log.size > _MAX_COPIED or not _MEMORY.is_dir():
+        return "the last run of the daemon was cut short; start it once, and the ledger is in order"
+    with tempfile.TemporaryDirectory(prefix="stationkey-doctor-", dir=_MEMORY) as directory:
+        copy = Path(directory, DATABASE_NAME)
+        try:
+            shutil.copyfile(path, copy, follow_symlinks=False)
+            shutil.copyfile(log.path, copy.with_name(log.path.name), follow_symlinks=False)
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+        return _contents(Ledger(copy, read_only=True))
+
+
+def _contents(opened: Ledger) -> Contents:
+    with closing(opened) as ledger:
+        keys = ledger.keys.all()
+        active = [key.key_id for key in keys if key.state is KeyState.ACTIVE and key.scheme == "tpm2"]
+        references = {key_id: ledger.keys.ref(key_id) for key_id in active}
+        return Contents(
+            keys=tuple(keys),
+            active_files=ledger.keys.active_files(),
+            running=ledger.retention.running,
+            wrapped={key_id: one.private for key_id, one in references.items() if one is not None},
+        )
+
+
+def contents(context: Context) -> Contents | str:
+    """Read the ledger, once for all checks; see `read_ledger`."""
+    return context.once(_read)
+
+
+def contents_soon(context: Context) -> Contents | None:
+    """Read it for a check that can do without; None if it cannot be read, or not within 2 s."""
+    try:
+        late: Contents | str = "it takes too long"
+        found = within(_PATIENCE, lambda: contents(context), late)
+    except (StationKeyError, OSError):
+        return None  # the check of the ledger says why
+    return None if isinstance(found, str) else found
+
+
+def _read(context: Context) -> Contents | str:
+    return read_ledger(context.settings.state_dir / DATABASE_NAME, running=context.daemon.running)
+
+
 def _look_at_ledger(context: Context) -> tuple[Facts, Contents | LedgerError | str] | Finding:
-    """Look at the ledger, and read it without a trace."""
     path = context.settings.state_dir / DATABASE_NAME
     facts = look_at(path)
     if facts.kind == "unseen" or (facts.kind == "file" and not os.access(path, os.R_OK)):
@@ -41,7 +133,7 @@ def _look_at_ledger(context: Context) -> tuple[Facts, Contents | LedgerError | s
     if facts.kind != "file" or facts.size == 0:
         return facts, "there is nothing to read"
     try:
-        return facts, context.ledger()
+        return facts, contents(context)
     except LedgerError as error:
         return facts, error
 
@@ -67,11 +159,10 @@ def _judge_ledger(facts: Facts, contents: Contents | LedgerError | str) -> Findi
 
 
 def _look_at_keys(context: Context) -> tuple[Sequence[KeyRecord], float, int, tuple[CertificateType, ...]] | Finding:
-    """Look at the keys on record."""
-    contents = context.ledger()
-    if isinstance(contents, str):
-        return unknown(contents)
-    return contents.keys, time.time(), contents.running, context.settings.policy.certificate_types
+    found = contents(context)
+    if isinstance(found, str):
+        return unknown(found)
+    return found.keys, time.time(), found.running, context.settings.policy.certificate_types
 
 
 def _judge_keys(
@@ -132,18 +223,16 @@ def _judge_key(key: KeyRecord, now: float) -> Iterator[Finding]:
 
 
 def _look_at_active(context: Context) -> tuple[Facts, Mapping[str, bytes | None], Mapping[str, bytes], str] | Finding:
-    """Look at what is under ``active/``, and at what should be."""
-    contents, directory = context.ledger(), context.settings.state_dir / DIRECTORY_NAME
-    if isinstance(contents, str):
-        return unknown(contents)
+    found, directory = contents(context), context.settings.state_dir / DIRECTORY_NAME
+    if isinstance(found, str):
+        return unknown(found)
     facts = look_at(directory)
-    expected = contents.active_files
     try:
         present = _files_in(directory) if facts.kind == "directory" else {}
     except OSError:
         return hidden(directory)
     when = "within a minute; if it does not, its log says why" if context.daemon.running else "at its start"
-    return facts, present, expected, f"the daemon corrects it {when}"
+    return facts, present, found.active_files, f"the daemon corrects it {when}"
 
 
 def _files_in(directory: Path) -> dict[str, bytes | None]:

@@ -1,82 +1,74 @@
-"""The way to the TPM, as far as it can be seen from outside: device, driver, who else has it."""
+"""The way to the TPM, as far as it can be seen from outside, and whether it answers."""
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
-import re
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from stationkey.config.settings import DEFAULT_DEVICE, NamedStore
+from stationkey.contract.profiles import CertificateType
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.host.files import READ, WRITE, Facts, User, look_at, octal, permits
-from stationkey.doctor.host.sockets import connections_to
-from stationkey.doctor.report import Finding, failure, hidden, ok, warning
+from stationkey.doctor.host.sockets import connections_to, listeners_on
+from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, warning
 from stationkey.doctor.runner import Check
-from stationkey.system.addresses import is_loopback
+from stationkey.doctor.tpm.facts import BARE, MANAGED, MANAGER_ADVICE, PATIENCE, Seen, Way, ask_tpm, way_of
+from stationkey.errors import ConfigurationError
+from stationkey.keystore import KeyStoreUri, keystore_opener
+from stationkey.keystore.stores import store_uris
+from stationkey.keystore.tpm2 import return_codes as rc
 
 _SYS: Final = Path("/sys/class/tpm")
-_MANAGED: Final = re.compile(r"/dev/tpmrm\d+")
-_BARE: Final = re.compile(r"/dev/tpm\d+")
 _CLASSES: Final = frozenset({"tpm", "tpmrm"})
 CHOICE: Final = 'keystore = "tpm2:device:/dev/tpmrm0"'
 """The usual key store, for advice."""
+_RC_NOT_THE_TPM: Final = frozenset(range(1, 0x0B))  # layers of tpm2-tss itself, shifted
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """A TCTI, taken apart.
-
-    Attributes:
-        tcti: as tpm2-tss takes it.
-        name: the kind: ``device``, ``swtpm``, ``tabrmd`` and others.
-        path: of the device, or of a socket.
-        host: of a simulator.
-        port: of a simulator.
-    """
-
-    tcti: str
-    name: str
-    path: Path | None = None
-    host: str = ""
-    port: int = 0
-
-    @classmethod
-    def parse(cls, tcti: str) -> Way:
-        """Take a TCTI apart as tpm2-tss does, its defaults filled in."""
-        name, _, rest = tcti.partition(":")
-        short = name.removeprefix("libtss2-tcti-").partition(".")[0]
-        if short == "device":
-            return cls(tcti=tcti, name=short, path=Path(rest) if rest else None)
-        if short in {"swtpm", "mssim"}:
-            options = dict(option.split("=", 1) for option in rest.split(",") if "=" in option)
-            port = options.get("port", "2321")
-            path = Path(options["path"]) if "path" in options else None
-            return cls(
-                tcti=tcti,
-                name=short,
-                path=path,
-                host=options.get("host", "localhost"),
-                port=int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0,  # noqa: PLR2004 - 65535
+def _look_at_keystores(context: Context) -> tuple[list[NamedStore], list[str], list[ConfigurationError]]:
+    """Ask the daemon's own rules whether it would take the key stores, and find the types without one."""
+    settings, stores = context.settings, list(context.settings.stores)
+    homeless = [str(kind) for kind in CertificateType if not any(kind in store.types for store in stores)]
+    refused = []
+    try:
+        store_uris(stores)
+    except ConfigurationError as error:
+        return stores, homeless, [error]
+    for store in stores:
+        try:
+            keystore_opener(
+                store.uri,
+                allow_software_keys=settings.allow_software_keys,
+                terms=settings.keystore_terms(store.uri),
+                state_dir=settings.state_dir,
             )
-        return cls(tcti=tcti, name=short)
+        except ConfigurationError as error:
+            refused.append(error)
+    return stores, homeless, refused
 
-    @property
-    def is_local(self) -> bool:
-        """Whether a simulator is on this machine."""
-        return is_loopback(self.host)
 
-    @property
-    def is_simulator(self) -> bool:
-        """Whether what is at its end is a program, by its kind."""
-        return self.name in {"swtpm", "mssim", "libtpms"}
-
-    @property
-    def is_managed(self) -> bool:
-        """Whether a resource manager is in between, so that several programs can use the TPM."""
-        return self.name == "tabrmd" or (self.path is not None and _MANAGED.fullmatch(str(self.path)) is not None)
+def _judge_keystores(
+    stores: list[NamedStore], homeless: list[str], refused: list[ConfigurationError]
+) -> Iterator[Finding]:
+    if homeless:
+        told = f"no key store is named for {listed(homeless)}, and this machine has no {DEFAULT_DEVICE}"
+        advice = "the daemon does not start: is there a TPM (ls -l /dev/tpm*)? Then name it as keystore"
+        yield failure("not_named", told, advice)
+    yield from (refusal(error, "correct keystore in the configuration") for error in refused)
+    for store in () if refused else stores:
+        what = (
+            f"the key store of {', '.join(sorted(store.types)) or 'older keys alone'} is {KeyStoreUri.parse(store.uri)}"
+        )
+        if store.uri == "software:":
+            advice = f"for trying only; on a station, {CHOICE}"
+            yield warning("software", f"{what}: who can read the disk has the keys", advice)
+        else:
+            yield ok(what)
 
 
 class Chip(NamedTuple):
@@ -96,7 +88,6 @@ class Chip(NamedTuple):
 
 
 def _chip(facts: Facts | None) -> Chip:
-    """Ask the kernel. `facts`: of the device file that is named, or None."""
     found = sorted(_SYS.glob("*"))
     major = ""
     with suppress(IndexError, OSError, ValueError):
@@ -115,16 +106,12 @@ def _is_tpm(facts: Facts) -> bool:
     except OSError:
         kind = "misc"  # not said; the first driver of a TPM was one of these
     name = str(facts.path)
-    return kind in _CLASSES or (kind == "misc" and bool(_BARE.fullmatch(name) or _MANAGED.fullmatch(name)))
+    return kind in _CLASSES or (kind == "misc" and bool(BARE.fullmatch(name) or MANAGED.fullmatch(name)))
 
 
-def way_of(context: Context) -> Way:
-    """Return the way to the TPM that is configured."""
-    return Way.parse((context.configured.keystore or "").partition(":")[2])
-
-
-def _look_at_device(context: Context) -> tuple[Way, Facts | None, Chip, User]:
-    """Look at the device file or the socket on the way to the TPM, and at what the kernel says."""
+def _look_at_device(context: Context) -> tuple[Way, Facts | None, Chip, User] | Finding:
+    if not context.stores("tpm2"):
+        return ok("no key store is a TPM", stops=True)
     way, user = way_of(context), context.daemon.user
     facts = None if way.path is None else look_at(way.path, follow=True, user=user)
     return way, facts, _chip(facts), user
@@ -179,7 +166,6 @@ def _judge_missing(path: Path, chip: Chip) -> Finding:
 
 
 def _group_name(gid: int) -> str:
-    """Return the name of a group, or its number."""
     try:
         return grp.getgrgid(gid).gr_name
     except (KeyError, OverflowError):
@@ -206,4 +192,81 @@ def holders(way: Way) -> list[str]:
     return found
 
 
-CHECK: Final = Check("tpm.device", _look_at_device, _judge_device, ("tpm.keystore",))
+def _judge_manager(way: Way) -> Finding:
+    if way.is_managed:
+        return ok("a resource manager is in between: other programs can use the TPM, too")
+    if way.name == "device" and way.path is None:
+        return warning("no_device", "the device is not named, and tpm2-tss chooses one", CHOICE)
+    told = f"no resource manager ({way.tcti}): no other program, such as a TLS service, can use the TPM meanwhile"
+    return warning("no_manager", told, MANAGER_ADVICE)
+
+
+def _look_at_tpm(context: Context) -> tuple[Seen, list[str]] | Finding:
+    """Ask the TPM, unless the running daemon has it and it takes one program at a time; and see who else has it."""
+    way = way_of(context)
+    lost = way.is_simulator and way.is_local and way.port and not connections_to(way.port)
+    if context.daemon.running and not way.is_managed and not lost:
+        return ok("the TPM is in use by the running daemon; stop the daemon to examine it", stops=True)
+    return context.once(ask_tpm), holders(way)
+
+
+def _judge_reachable(seen: Seen, others: list[str]) -> Finding:
+    way = seen.way
+    who = f"; it is held by {listed(others)}" if others else ""
+    answered = "properties" in seen.values or "properties" in seen.errors
+    code = seen.errors.get("properties", 0)
+    if "open" in seen.values and answered and seen.hung:
+        return failure("hung", f"the TPM at {way.tcti} answered some questions, and then no more", "reset it")
+    if "open" in seen.values and not seen.hung and code & rc.LAYER and code & rc.LAYER >> 16 in _RC_NOT_THE_TPM:
+        told = f"the TPM at {way.tcti} was lost while it was asked ({code:#x})"
+        return failure("lost", told, "is it still there? dmesg | grep -i tpm says more")
+    if "open" in seen.values and not seen.hung:
+        return ok(f"the TPM at {way.tcti} answers")
+    if seen.hung:
+        advice = "reset the TPM (a chip: switch the station off and on); then see dmesg | grep -i tpm"
+        if way.name == "tabrmd":
+            advice = "does tpm2-abrmd hang (systemctl status tpm2-abrmd)? Else " + advice
+        if others:
+            advice = "end that program, or put a resource manager in between: " + MANAGER_ADVICE
+        return failure("silent", f"the TPM at {way.tcti} does not answer within {PATIENCE:g} s{who}", advice)
+    if "device" in seen.errors:
+        return _judge_opening(way, seen.errors["device"], who)
+    code = seen.errors.get("open", 0)
+    if code in {rc.TCTI_VALUE, rc.TCTI_UNKNOWN}:
+        blank = " It must have no blanks." if way.tcti != "".join(way.tcti.split()) else ""
+        advice = f"is libtss2-tcti-{way.name.strip()} installed? For example tpm2:device:/dev/tpmrm0.{blank}"
+        return failure("tcti", f"invalid TCTI {way.tcti!r} ({code:#x})", advice)
+    if code:
+        return failure("unreachable", f"the TPM at {way.tcti} cannot be reached ({code:#x}){who}", _reach_advice(way))
+    told = f"the program that asks the TPM does not run: {seen.said or 'it ended without a message'}"
+    return failure("no_tss", told, "are tpm2-tss (Debian: libtss2-esys) and tpm2-pytss installed?")
+
+
+def _reach_advice(way: Way) -> str:
+    if way.is_simulator and way.path is not None:
+        return f"does the simulator listen at {way.path}, and as {way.name}?"
+    if way.is_simulator and way.is_local and listeners_on(way.port):
+        return f"is the port {way.port} right? That of swtpm's --server is meant, not that of its --ctrl"
+    if way.is_simulator:
+        return f"start the simulator at {way.host}:{way.port}, or name the TPM of this machine as keystore"
+    if way.name == "tabrmd":
+        return "systemctl status tpm2-abrmd; its user must be able to open /dev/tpm0, and ours to ask it (group tss)"
+    return "dmesg | grep -i tpm says what the driver reports"
+
+
+def _judge_opening(way: Way, code: int, who: str) -> Finding:
+    if code in {errno.EACCES, errno.EPERM}:
+        return hidden(way.path)
+    if code == errno.EBUSY:
+        told, advice = f"another program has {way.path} open{who}", "end it, or have both use a resource manager: "
+        return failure("busy", told, advice + MANAGER_ADVICE)
+    told = f"{way.path} cannot be opened ({errno.errorcode.get(code, code)}){who}"
+    return failure("not_opened", told, _reach_advice(way))
+
+
+CHECKS: Final = (
+    Check("tpm.keystore", _look_at_keystores, _judge_keystores, reads=("keystore", "keystores", "keystore_for")),
+    Check("tpm.device", _look_at_device, _judge_device, ("tpm.keystore",)),
+    Check("tpm.manager", lambda context: (way_of(context),), _judge_manager, ("tpm.device",)),
+    Check("tpm.reachable", _look_at_tpm, _judge_reachable, ("tpm.device",)),
+)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import Settings, TpmTerms
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType
+from stationkey.doctor.host.context import Context, path_of
 from stationkey.doctor.report import Finding, unknown
-from stationkey.doctor.tpm.device import Way
+from stationkey.doctor.runner import ask
+from stationkey.doctor.state.keys import contents_soon
+from stationkey.errors import ConfigurationError
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.system.addresses import is_loopback
 
 # TPM_PT [TPM 2.0 part 2, 6.13].
 PT_FAMILY: Final = 0x100
@@ -56,7 +66,63 @@ SIGN: Final = 1 << 18
 SRK_NEEDED: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | RESTRICTED | DECRYPT
 FAILURE_MODE: Final = 0x101
 NEEDS_TEST: Final = 0x153
+MANAGED: Final = re.compile(r"/dev/tpmrm\d+")
+BARE: Final = re.compile(r"/dev/tpm\d+")
+PATIENCE: Final = 5.0
+"""Seconds for all questions together. The slowest of them takes a chip some tens of milliseconds."""
+_MAX_KEYS: Final = 16
 MANAGER_ADVICE: Final = 'keystore = "tpm2:device:/dev/tpmrm0", or tpm2-abrmd and "tpm2:tabrmd"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A TCTI, taken apart.
+
+    Attributes:
+        name: the kind: ``device``, ``swtpm``, ``tabrmd`` and others.
+        path: of the device, or of a socket of a simulator.
+    """
+
+    tcti: str
+    name: str
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, tcti: str) -> Way:
+        """Take a TCTI apart as tpm2-tss does, its defaults filled in."""
+        name, _, rest = tcti.partition(":")
+        short = name.removeprefix("libtss2-tcti-").partition(".")[0]
+        if short == "device":
+            return cls(tcti=tcti, name=short, path=Path(rest) if rest else None)
+        if short not in {"swtpm", "mssim"}:
+            return cls(tcti=tcti, name=short)
+        options = dict(option.split("=", 1) for option in rest.split(",") if "=" in option)
+        path = Path(options["path"]) if "path" in options else None
+        number = re.fullmatch(r"[0-9]{1,5}", options.get("port", "2321"))
+        host = options.get("host", "localhost")
+        return cls(tcti=tcti, name=short, path=path, host=host, port=int(number[0]) if number else 0)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a simulator is on this machine."""
+        return is_loopback(self.host)
+
+    @property
+    def is_simulator(self) -> bool:
+        """Whether what is at its end is a program, by its kind."""
+        return self.name in {"swtpm", "mssim", "libtpms"}
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether a resource manager is in between, so that several programs can use the TPM."""
+        return self.name == "tabrmd" or (self.path is not None and MANAGED.fullmatch(str(self.path)) is not None)
+
+
+def way_of(context: Context) -> Way:
+    """Return the way to the TPM that is configured."""
+    return Way.parse(context.stores("tpm2")[0].uri.partition(":")[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +192,47 @@ class Seen:
         if why := self.lacks(*wanted):
             return unknown(why)
         return (self, *(self.values[one] for one in wanted))
+
+
+def ask_tpm(context: Context) -> Seen:
+    """Ask the TPM in a process of its own, `stationkey.doctor.tpm.probe`."""
+    keys, purposes = _active_keys(context)
+    running, tpm = context.daemon.running, context.settings.tpm
+    seen = Seen(way=way_of(context), settings=context.settings, daemon_running=running, keys=purposes)
+    asked = {
+        "tcti": seen.way.tcti,
+        "srk": tpm.srk_handle,
+        "ak": tpm.ak_handle,
+        "keys": keys if seen.may_try_keys else {},
+        "owner_auth": _owner_auth(tpm),
+        "try_srk": seen.may_try_keys,
+    }
+    # -P: no module of the working directory.
+    command = [sys.executable, "-P", "-m", "stationkey.doctor.tpm.probe", str(os.getpid())]
+    return seen.answered(*ask(command, seconds=PATIENCE, given=json.dumps(asked)))
+
+
+def _owner_auth(settings: TpmTerms) -> str | None:
+    """Return the owner's authorisation value in base64, but not if it must not cross the bus in the clear."""
+    path = None if settings.owner_auth is None or settings.session != "none" else path_of(settings.owner_auth)
+    try:
+        return None if path is None else base64.b64encode(SecretReference(str(path)).read()).decode("ascii")
+    except ConfigurationError:
+        return None  # config.secrets says why
+
+
+def _active_keys(context: Context) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the active keys, wrapped, in base64, and what each is for; nothing if the ledger cannot be read."""
+    contents = contents_soon(context)
+    if contents is None:
+        return {}, {}
+    wrapped = dict(list(contents.wrapped.items())[:_MAX_KEYS])
+    purposes = {
+        key.key_id: f"{key.certificate_type} {key.evse_id or ''}".strip()
+        for key in contents.keys
+        if key.key_id in wrapped
+    }
+    return {name: base64.b64encode(key).decode("ascii") for name, key in wrapped.items()}, purposes
 
 
 def text_of(*words: int) -> str:

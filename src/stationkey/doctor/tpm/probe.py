@@ -8,7 +8,7 @@ Argument: the number of the process that waits for it, with which it ends. Stand
 ``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null, "try_srk": BOOLEAN,
 "keys": {NAME: base64 of the wrapped key}}``. Output: lines of
 ``{"part": NAME, "value": ...}`` or ``{"part": NAME, "error": RETURN CODE}``.
-Judged in `stationkey.doctor.tpm.checks`.
+Judged in `stationkey.doctor.tpm.state`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,6 @@ def banks(esapi: ESAPI) -> dict[str, list[int]]:
 
 
 def _rsa_sizes(esapi: ESAPI) -> list[int]:
-    """The RSA sizes that it makes, of those that matter here."""
     sizes = []
     for bits in _RSA:
         none, scheme = TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL), TPMT_RSA_SCHEME(scheme=TPM2_ALG.NULL)
@@ -99,7 +98,6 @@ def _rsa_sizes(esapi: ESAPI) -> list[int]:
 
 
 def _object_at(esapi: ESAPI, handle: int) -> dict[str, int] | None:
-    """What there is at a persistent handle; None where nothing is."""
     if not capabilities.persistent(esapi, handle):
         return None
     public = esapi.read_public(esapi.tr_from_tpmpublic(handle))[0].publicArea

@@ -11,8 +11,7 @@ from stationkey.doctor.host.context import Context
 from stationkey.doctor.report import Finding, failure, listed, ok, unknown, warning
 from stationkey.doctor.runner import Check
 from stationkey.doctor.tpm import facts
-from stationkey.doctor.tpm.checks import ask_tpm
-from stationkey.doctor.tpm.facts import CURVES, HASHES, Seen, text_of
+from stationkey.doctor.tpm.facts import CURVES, HASHES, Seen, ask_tpm, text_of
 from stationkey.keystore.tpm2 import return_codes as rc
 
 _CURVES: Final = MappingProxyType({1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"})
