@@ -101,6 +101,7 @@ async def serve(settings: Settings) -> signal.Signals:
             await service.custody.show_active()
             # The objects of the start are permanent: exclude them from garbage collection.
             gc.freeze()
+            gc.enable()
             due = _renewal_topic(settings)
             edge = MqttEdge(
                 broker,

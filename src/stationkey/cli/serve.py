@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 
@@ -22,6 +23,7 @@ def serve(settings: Configured) -> None:
     \b
     Exit status: 0 after SIGTERM, 130 after Ctrl-C, both in order; 2 wrong usage, 1 anything else.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    gc.disable()  # nothing is garbage yet; `daemon` enables it when it is ready
     settled = settings()
     from stationkey import daemon  # noqa: PLC0415 - see the module's docstring
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -77,6 +76,8 @@ def meant(name: str, table: str, known: Mapping[str, Iterable[str]]) -> str:
     if elsewhere:
         places = (f"in [{one}]" if one else "at the top, before all tables" for one in elsewhere)
         return f"; it belongs {' or '.join(places)}"
+    import difflib  # noqa: PLC0415 - only a typo needs it
+
     if close := difflib.get_close_matches(name, here, 1):
         return f"; did you mean {close[0]}?"
     for one, names in known.items():
