@@ -28,8 +28,8 @@ on how often a test may ask."""
 class Scene(Rig):
     """A rig with an asker."""
 
-    def __init__(self, folder: Path, *, tpm: bool) -> None:
-        super().__init__(folder, tpm=tpm, config=CONFIG)
+    def __init__(self, folder: Path, *, tpm: bool, keystore: str = "") -> None:
+        super().__init__(folder, tpm=tpm, keystore=keystore, config=CONFIG)
         self.asker = Asker(self.broker)
 
     def peers(self) -> list[contextlib.AbstractContextManager[Any]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
 import pytest
+from asker import until
 from scene import Scene
-from truth import events_brought, judge, keys_with_an_owner
+from softhsm import Token
+from truth import events_brought, judge, keys_in_token, keys_with_an_owner
 
 KILLS: Final = max(300, int(os.environ.get("STATIONKEY_KILLS", "0")))
 """How many times the daemon is killed; the environment may ask for more."""
@@ -18,6 +21,8 @@ LOAD: Final = 8
 """How many requests are without an answer at any time: under load, but the broker is not flooded."""
 POOLED_KILLS: Final = max(60, int(os.environ.get("STATIONKEY_KILLS", "0")) // 5)
 """The same of a daemon that makes keys ahead."""
+TOKEN_KILLS: Final = int(os.environ.get("STATIONKEY_KILLS", "0")) or 12
+"""The same of a daemon with its keys in a PKCS#11 token."""
 POOL: Final = "[pool]\nec = 6\nrsa = 0\nidle_seconds = 0.0\n"
 
 
@@ -37,17 +42,33 @@ def test_no_kill_at_a_random_moment_loses_or_doubles_a_key_made_ahead(tmp_path: 
     assert keys_with_an_owner(state_dir)
 
 
-def kill_at_random(folder: Path, *, kills: int, pool: str = "") -> Path:
+@pytest.mark.long
+def test_no_kill_at_a_random_moment_loses_or_leaves_a_key_in_a_token(tmp_path: Path) -> None:
+    """The same, and the token has the keys on record and no other of ours. It goes on while the daemon is away."""
+    token = Token.make("kills", tmp_path)
+    with token.apart() as keystore:
+        state_dir = kill_at_random(tmp_path / "station", kills=TOKEN_KILLS, moments=0.5, token=(keystore, token))
+    keys = keys_in_token(state_dir)
+    assert keys > 0
+    assert Counter(kind for kind, _ in token.objects()) == {"Private": keys, "Public": keys}
+    token.remove()
+
+
+def kill_at_random(
+    folder: Path, *, kills: int, moments: float = 0.12, pool: str = "", token: tuple[str, Token] | None = None
+) -> Path:
     """Kill a daemon under load again and again, then hold what it left against what it said; its state directory.
 
-    With a pool the load begins a while after the daemon, so that there are keys made ahead to be asked for.
+    Each kill comes within `moments` seconds after the start. With a pool the load begins a while after the daemon, so
+    that there are keys made ahead to be asked for.
     """
     seed = int(os.environ.get("STATIONKEY_SEED", "0")) or random.SystemRandom().getrandbits(32)
     print(f"STATIONKEY_SEED={seed} {kills} kills")  # noqa: T201 - shown where the test fails
     chance = random.Random(seed)
     statuses: dict[str, str] = {}
     installed: set[str] = set()
-    with Scene(folder, tpm=True) as scene:
+    folder.mkdir(exist_ok=True)
+    with Scene(folder, tpm=token is None, keystore=token[0] if token else "") as scene:
         scene.config.write_text(scene.config.read_text() + pool)
         asker, daemon = scene.asker, scene.daemon
         daemon.start()  # from here on the broker holds a session for it
@@ -67,7 +88,7 @@ def kill_at_random(folder: Path, *, kills: int, pool: str = "") -> Path:
                 moment = chance.uniform(0.0, 0.4)  # while it starts
             else:
                 daemon.start()
-                moment = chance.uniform(0.0, 0.12)
+                moment = chance.uniform(0.0, moments)
             time.sleep(moment)  # the moment is what is drawn, not something waited for
             if pool:
                 asker.keep_up(LOAD)
@@ -77,6 +98,9 @@ def kill_at_random(folder: Path, *, kills: int, pool: str = "") -> Path:
         daemon.start()
         asker.wait_for_all()
         asker.ask()  # the broker keeps the order: whatever it held is in hand by now
+        if token:
+            kept = keys_in_token(scene.state_dir)
+            until(lambda: len(token[1].objects()) == 2 * kept, "what crashes left in the token is destroyed", bound=90)
         daemon.terminate()
 
         assert asker.taken >= asker.requests.keys() | statuses.keys()

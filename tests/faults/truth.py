@@ -17,7 +17,9 @@ from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.x509.certificate import prove
 
-STATE_FILES: Final = frozenset({"lock", "ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "active", "tpm"})
+STATE_FILES: Final = frozenset(
+    {"lock", "ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "active", "tpm", "pkcs11"}
+)
 """All that a state directory may hold."""
 
 
@@ -39,7 +41,7 @@ def judge(state_dir: Path, keystore: str, accepted: Mapping[str, str]) -> None:
     the answer and the event that say why it was made; but for those made ahead, which have no owner, and sign as well.
     No two CSRs are for one key. Every file is one that the documents name, and ``active/`` shows what the ledger says.
     """
-    store = keystore_opener(keystore, allow_software_keys=True)()
+    store = keystore_opener(keystore, allow_software_keys=True, state_dir=state_dir)()
     ledger = Ledger(state_dir / "ledger.sqlite3", make=False)
     try:
         for request_id, csr in accepted.items():
@@ -115,6 +117,11 @@ def keys_with_an_owner(state_dir: Path) -> list[str]:
             " WHERE certificate_type > '' AND event = 'made ahead' ORDER BY number",
         )
     ]
+
+
+def keys_in_token(state_dir: Path) -> int:
+    """How many keys have their private part in a token."""
+    return int(_rows(state_dir, "SELECT count(*) FROM secret")[0][0])
 
 
 def events_brought(state_dir: Path, message_ids: Iterable[str]) -> dict[str, int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 # linux/sched.h, linux/mount.h
 _NEWNS: Final = 0x00020000
 _NEWIPC: Final = 0x08000000
-_BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 0x40000
+_RECURSIVE, _PRIVATE = 0x4000, 0x40000
 _DETACH: Final = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -24,13 +24,8 @@ def _call(name: str, *arguments: object) -> None:
 
 
 @contextmanager
-def own_namespaces(*, empty: tuple[Path, ...], bound: dict[Path, Path]) -> Iterator[None]:
-    """Let this thread, and what it starts, see other directories, and no shared memory. Takes root.
-
-    Args:
-        empty: directories that are empty for it.
-        bound: the directory that it sees, by the place where it sees it.
-    """
+def own_namespaces(*, empty: tuple[Path, ...]) -> Iterator[None]:
+    """Let this thread, and what it starts, see some directories `empty`, and no shared memory. Takes root."""
     with ExitStack() as way_back:
 
         def opened(path: str) -> int:
@@ -50,10 +45,9 @@ def own_namespaces(*, empty: tuple[Path, ...], bound: dict[Path, Path]) -> Itera
             os.chdir(here)
 
         way_back.callback(return_to_the_others)
-        if os.path.ismount("/"):  # in a chroot it need not be one
+        with suppress(OSError):  # in a chroot / need not be a mount point
             _call("mount", b"none", b"/", None, _RECURSIVE | _PRIVATE, None)
-        for place in (*empty, *bound):
-            source, kind, flags = (bytes(bound[place]), None, _BIND) if place in bound else (b"none", b"tmpfs", 0)
-            _call("mount", source, bytes(place), kind, flags, None)
+        for place in empty:
+            _call("mount", b"none", bytes(place), b"tmpfs", 0, None)
             way_back.callback(_call, "umount2", bytes(place), _DETACH)
         yield

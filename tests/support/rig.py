@@ -17,6 +17,7 @@ class Rig:
     Args:
         folder: where all of it keeps its files.
         tpm: whether the keys are in a TPM; else they are software keys, for what has nothing to do with where they are.
+        keystore: URI of another key store than these, which the test has made.
         config: the content of the configuration file.
         broker: another than a plain Mosquitto.
 
@@ -24,7 +25,9 @@ class Rig:
         daemon: ended with the rig; a test may put another in its place.
     """
 
-    def __init__(self, folder: Path, *, tpm: bool, config: str = "", broker: Mosquitto | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, tpm: bool, keystore: str = "", config: str = "", broker: Mosquitto | None = None
+    ) -> None:
         self.folder = folder
         self.state_dir = folder / "state"
         self.config = folder / "stationkey.toml"
@@ -32,7 +35,7 @@ class Rig:
         self.broker = broker or Mosquitto(folder / "broker")
         self.tpm = Swtpm(folder / "tpm")
         self.has_tpm = tpm
-        self.keystore = self.tpm.uri if tpm else SOFTWARE
+        self.keystore = keystore or (self.tpm.uri if tpm else SOFTWARE)
         self.daemon = Daemon(folder / "daemon", *self.options())
         self._open = contextlib.ExitStack()
 
@@ -40,7 +43,7 @@ class Rig:
         """The options of a daemon in this rig."""
         options = ["--broker", broker or self.broker.url, "--state-dir", str(self.state_dir)]
         options += ["--config", str(self.config), "--keystore", self.keystore]
-        return options if self.has_tpm else [*options, "--allow-software-keys"]
+        return [*options, "--allow-software-keys"] if self.keystore == SOFTWARE else options
 
     def peers(self) -> list[contextlib.AbstractContextManager[Any]]:
         """What is started with the rig, in this order, and ended with it."""

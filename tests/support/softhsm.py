@@ -8,10 +8,14 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import pytest
+from peers import Peer
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 PIN = "73519284"
@@ -46,6 +50,24 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+class _Server(Peer):
+    """p11-kit's, which starts a process with SoftHSM for each that connects."""
+
+    program = "p11-kit"
+
+    def __init__(self, token: Token) -> None:
+        super().__init__(token.directory / "server")
+        self.label = token.label
+        self.socket = self.directory / "socket"
+
+    def command(self) -> list[str]:
+        where = ("--provider", str(SOFTHSM), "--name", str(self.socket))
+        return ["server", "--foreground", *where, f"pkcs11:token={self.label}"]
+
+    def listening(self) -> bool:
+        return self.socket.is_socket()
+
+
 @dataclass
 class Token:
     """A token that was initialised.
@@ -71,6 +93,17 @@ class Token:
     def uri(self) -> str:
         """The key store in it."""
         return f"pkcs11:token={self.label}?module-path={SOFTHSM}&pin-source=file:{self.directory}/pin"
+
+    @contextmanager
+    def apart(self) -> Iterator[str]:
+        """Keep it in a process of its own, which outlives one that uses it, as a device does; the key store in it.
+
+        SoftHSM in a process that is killed while it logs in loses the token: it writes over the file with the PIN.
+        """
+        with pytest.MonkeyPatch.context() as patch, _Server(self) as server:
+            patch.setenv("P11_KIT_SERVER_ADDRESS", f"unix:path={server.socket}")
+            [client] = Path("/usr/lib").glob("*/pkcs11/p11-kit-client.so")
+            yield self.uri.replace(str(SOFTHSM), str(client))
 
     @property
     def shimmed(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from stationkey.contract.profiles import Algorithm
 
 _LABEL: Final = "other"
 _SLOT: Final = 3
+"""Of the soft token, in Debian's configuration."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,13 @@ class _Pkcsslotd(Peer):
 @contextmanager
 def opencryptoki(directory: Path) -> Iterator[OtherToken]:
     """The soft token, in namespaces of this thread's own."""
-    settings = directory / "etc"
-    settings.mkdir()
-    (settings / "opencryptoki.conf").write_text(
-        f"version opencryptoki-3.1\nslot {_SLOT}\n{{\nstdll = libpkcs11_sw.so\n}}\n"
-    )
-    places = (Path("/run"), Path("/var/lib/opencryptoki"))
-    with own_namespaces(empty=places, bound={Path("/etc/opencryptoki"): settings}):
-        for made in (Path("/run/lock/opencryptoki"), Path("/var/lib/opencryptoki/swtok/TOK_OBJ")):
-            made.mkdir(parents=True)
-            shutil.chown(made, group="pkcs11")
+    places = (Path("/run"), Path("/dev/shm"), Path("/var/lib/opencryptoki"))
+    with own_namespaces(empty=places):
+        # Debian's daemon becomes this user, since 13.
+        user = next((entry.pw_name for entry in pwd.getpwall() if entry.pw_name == "pkcsslotd"), "root")
+        for made in ("/run/lock/opencryptoki", "/run/opencryptoki", "/var/lib/opencryptoki/swtok/TOK_OBJ"):
+            Path(made).mkdir(parents=True)
+            shutil.chown(made, user, "pkcs11")
         with _Pkcsslotd(directory) as daemon:
             module = _module("libopencryptoki")
             uri = _initialised(module, directory, "--slot", str(_SLOT))

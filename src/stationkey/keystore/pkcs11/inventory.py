@@ -6,16 +6,21 @@ leaves in the token has a file, and an object without one is somebody else's.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from stationkey.errors import KeyStoreError
-from stationkey.system.files import make, sync_directory
+from stationkey.system.files import sync_directory
 
+_LOOKS: Final = 10
+"""How often a key on record that the token does not have is looked for, before its file goes: a token may finish after
+a crash what it was asked before, and an RSA key takes long."""
 _NAME: Final = re.compile(r"[0-9a-f]{32}")
 LABEL: Final = "stationkey {}"
 """CKA_LABEL of a key, by its CKA_ID in hexadecimal."""
@@ -30,6 +35,7 @@ class Inventory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._missed: Counter[bytes] = Counter()
         self._known = {bytes.fromhex(name) for name in self._names()}  # by earlier processes, or once in the ledger
 
     def new(self) -> bytes:
@@ -43,7 +49,9 @@ class Inventory:
             if not self.directory.exists():
                 self.directory.mkdir(mode=0o700)
                 sync_directory(self.directory.parent)
-            make(self.directory / identifier.hex(), b"")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            os.close(os.open(self.directory / identifier.hex(), flags, 0o600))
+            sync_directory(self.directory)
         except OSError as error:
             raise KeyStoreError(
                 f"cannot record a key in {self.directory}: {error.strerror}", reason="state_dir_unusable"
@@ -52,8 +60,15 @@ class Inventory:
 
     def drop(self, identifier: bytes) -> None:
         """Forget a key that the token does not have any more."""
+        del self._missed[identifier]  # a Counter takes that for one that it does not have
         with suppress(OSError):  # it is looked for again at the next start
             (self.directory / identifier.hex()).unlink(missing_ok=True)
+
+    def drop_missing(self, identifier: bytes) -> None:
+        """Forget a key that the token has not made, if it was looked for often enough."""
+        self._missed[identifier] += 1
+        if self._missed[identifier] >= _LOOKS:
+            self.drop(identifier)
 
     def ended(self, living: Collection[bytes]) -> list[bytes]:
         """Return the keys on record here that are certainly none of the ledger's any more.

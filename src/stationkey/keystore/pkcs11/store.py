@@ -190,10 +190,14 @@ class Pkcs11KeyStore:
     def sweep(self, living: Collection[KeyRef]) -> int:
         """Destroy what the ledger knows no more: see `stationkey.keystore.Sweeping`."""
         kept = {_identifier(key) for key in living if key.scheme == _SCHEME}
-        ended = self._inventory.ended(kept)
-        for identifier in ended:
-            self._end(identifier)
-        return len(ended)
+        destroyed = 0
+        for identifier in self._inventory.ended(kept):
+            if self._destroyed(identifier):
+                self._inventory.drop(identifier)
+                destroyed += 1
+            else:
+                self._inventory.drop_missing(identifier)
+        return destroyed
 
     def unload(self) -> None:
         """Nothing to do: a token has no slots to clear."""
@@ -205,8 +209,11 @@ class Pkcs11KeyStore:
         self._connection.close()
 
     def _end(self, identifier: bytes) -> None:
-        self._connection.call("C_DestroyObject", partial(_destroy, identifier=identifier))
+        self._destroyed(identifier)
         self._inventory.drop(identifier)
+
+    def _destroyed(self, identifier: bytes) -> bool:
+        return self._connection.call("C_DestroyObject", partial(_destroy, identifier=identifier))
 
 
 def _identifier(key: KeyRef) -> bytes:
@@ -371,9 +378,10 @@ def _der(public_key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> bytes:
     return public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def _destroy(session: Any, *, identifier: bytes) -> None:
-    """Destroy a key, and make sure that it is gone."""
-    for item in _objects(session, identifier):
+def _destroy(session: Any, *, identifier: bytes) -> bool:
+    """Destroy a key, make sure that it is gone, and return whether it was there."""
+    there = _objects(session, identifier)
+    for item in there:
         item.destroy()
     if left := _objects(session, identifier):
         raise KeyStoreError(
@@ -382,3 +390,4 @@ def _destroy(session: Any, *, identifier: bytes) -> None:
             transient=True,
             scope=Scope.DEVICE,
         )
+    return bool(there)
