@@ -96,7 +96,7 @@ async def test_the_command_goes_on_where_a_trigger_leads_to_nothing(
         ]
     told = capsys.readouterr().out
     assert {"2.0.1", "v2g20_certificate"} <= set(told.replace(":", " ").split())  # words: what by what
-    assert told.count("CS001: no end to the") == 2  # words: what the command prints of each
+    assert told.count("CS001: no result for the") == 2  # words: what the command prints of each
 
 
 async def test_the_command_keeps_its_authorities_and_asks_for_passwords(tmp_path: Path) -> None:

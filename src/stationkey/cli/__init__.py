@@ -1,8 +1,8 @@
-"""The ``stationkey`` command: a group of commands, each in a file of its own.
+"""The ``stationkey`` command: a group of commands, one module each.
 
-A command ``do-this`` is the module ``do_this.py`` beside this one, with a `click.Command` named ``do_this`` in it.
-Nothing else names it. It is imported when it is asked for; ``stationkey --help`` and completion read its docstring from
-the source. Modules that begin with an underscore hold what several commands share.
+A command ``do-this`` is the `click.Command` named ``do_this`` in the module ``do_this.py`` of this package. It is
+imported when it is run; ``stationkey --help`` and completion read its docstring from the source. Modules that begin
+with an underscore are shared by several commands.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _EXTRAS: Final = {
     "pkcs11": {"pkcs11"},
     "josev": {"jsonschema", "ocpp", "paho", "websockets"},
 }
-"""The libraries that come with each extra in pyproject.toml."""
+"""The libraries of each extra in pyproject.toml."""
 _UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
-"""Errors of a standard output that takes nothing. A pipe whose reader has ended is not one: click ends quietly."""
+"""Errors of a standard output that cannot be written. A broken pipe is not among them: click ends quietly."""
 _WITHOUT_OUTPUT: Final = {"doctor", "serve"}
-"""Commands that are of use without a standard output: by exit status, by the log on standard error."""
+"""Commands that are useful without a standard output: by exit status, or the log on standard error."""
 _HELP: Final = {"-h", "--help"}
 
 
 class _Commands(click.Group):
-    """Find each command in its file, and turn an error of ours into words on standard error and an exit status."""
+    """Find each command in its module, and turn a `StationKeyError` into a message and an exit status."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         names = (module.name for module in iter_modules(__path__))
@@ -67,7 +67,7 @@ class _Commands(click.Group):
         return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def _described(self, ctx: click.Context) -> list[click.Command]:
-        """Return a command of the same name and help for each of ours, without importing any."""
+        """Return a stand-in with name and help for each command, without importing any."""
         return [click.Command(name, help=_docstring(name.replace("-", "_"))) for name in self.list_commands(ctx)]
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
@@ -82,14 +82,14 @@ class _Commands(click.Group):
             if error.errno not in _UNWRITABLE or error.filename is not None:
                 raise
             if sys.stdout is sys.__stdout__:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would retry at exit
             _fail(f"standard output cannot be written: {error.strerror}")
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort) as stop:
-            # A question that Ctrl-C ends raises Abort, as one does whose answer is no.
+            # A prompt raises Abort both for Ctrl-C and for the answer no.
             if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
             ctx.exit(EXIT_INTERRUPTED)
@@ -109,7 +109,7 @@ def _fail(words: str) -> NoReturn:
 
 
 def _docstring(module: str) -> str | None:
-    """Return the docstring of the function that has the same name as its module, from the source."""
+    """Return the docstring of the function with the name of its module, from the source."""
     tree = ast.parse(Path(__path__[0], f"{module}.py").read_text(encoding="utf-8"))
     functions = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == module)
     return next((ast.get_docstring(node) for node in functions), None)
@@ -119,7 +119,7 @@ def _missing(error: ModuleNotFoundError) -> StationKeyError:
     """Return the error for a library that is not installed.
 
     Raises:
-        ModuleNotFoundError: `error` itself, if a module of ours is missing.
+        ModuleNotFoundError: `error`, if a module of stationkey is missing.
     """
     library = (error.name or "stationkey").partition(".")[0]
     if library == "stationkey":
@@ -133,7 +133,7 @@ def _missing(error: ModuleNotFoundError) -> StationKeyError:
 
 
 def _without(command: str, missing: StationKeyError) -> click.Command:
-    """Return a command that only says what it is missing."""
+    """Return a command that only reports the missing library."""
 
     @click.command(command, context_settings={"ignore_unknown_options": True}, add_help_option=False)
     @click.argument("anything", nargs=-1)
@@ -155,9 +155,9 @@ def _without(command: str, missing: StationKeyError) -> click.Command:
 def main() -> None:
     """Create TPM-protected keys on an EV charging station.
 
-    stationkey answers Josev's generate_csr over MQTT with a certificate signing request for a key that is made in the
-    station's TPM and never leaves it.
+    stationkey answers Josev's generate_csr over MQTT with a certificate signing request for a key that is created in
+    the station's TPM and never leaves it.
 
-    Options that the environment can set too are marked with the variable's name in each command's --help.
+    COMMAND --help shows each option, with its environment variable if it has one.
     """
     clean_up_first()  # the command is imported now

@@ -1,4 +1,4 @@
-"""Options that several commands have. Those of the configuration are made from `stationkey.config.settings`."""
+"""Options of several commands. Those of the configuration are made from `stationkey.config.settings`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from stationkey.contract.profiles import CertificateType
 from stationkey.errors import ConfigurationError, KeyStoreError, MessageError, StationKeyError
 
 PREFIX: Final = "STATIONKEY"
-"""Of the environment variable of each option that has one."""
+"""Prefix of the options' environment variables."""
 CONFIG_TEXT: Final = "Configuration file (TOML)."
-CLIENT_TEXT: Final = "Configuration file (TOML) that says where the broker is. Its login is the daemon's, and not used."
+CLIENT_TEXT: Final = "Configuration file (TOML) with the broker's URL. The daemon's login in it is not used."
 BROKER: Final = (
     *("broker", "topic_prefix", "mqtt.ca_file", "mqtt.certificate_file", "mqtt.key_file", "mqtt.server_name"),
     *("mqtt.username", "mqtt.password_file"),
 )
-"""By which a client of the broker reaches it. There is no option for a password itself, which all could read."""
+"""Options of a client of the broker. There is none for a password itself, because every user could read it."""
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 Configured = Callable[[], Settings]
-"""Reads the configuration: a command looks at its own arguments first."""
-# What may not be read is said in our words, and by the same exit status as all that is wrong with a file.
+"""Reads the configuration, after a command has checked its own arguments."""
+# An unreadable file is reported in our words, with the exit status of every problem with a file.
 _path: Final = click.Path(path_type=Path, readable=False)
 _DECLARED: Final = {option.place: option for option in options_of(Settings)}
 CHECKED: Final = {
@@ -45,21 +45,21 @@ CHECKED: Final = {
     "keystores": ("stationkey.keystore", "KeyStoreUri.parse"),
     "metrics.listen": ("stationkey.system.listener", "Address.parse"),
 }
-"""Who reads the text of an option, and refuses it: module and name, so that only the options that are given cost."""
+"""Module and name of the parser that checks an option's text, loaded only for options that are given."""
 _OF_A_CLIENT: Final = (("broker",), ("topic_prefix",), ("mqtt", "ca_file"), ("mqtt", "server_name"))
-"""What a command that plays another client of the broker takes from the system's file: the login is the daemon's."""
+"""Options that another client of the broker takes from the system's file, whose login is the daemon's."""
 CHOSEN: Final = "stationkey.configuration"
-"""Name in click's `meta` of the configuration file that is read."""
+"""Name of the configuration file in click's `meta`."""
 _TERMS: Final[dict[str, dict[str, Any]]] = {
     "state_dir": {"type": _path},
     "allow_software_keys": {"is_flag": True},
     "log_format": {"type": click.Choice(get_args(LogFormat))},
 }
-"""What `click.option` has to know of an option that is not text."""
+"""Arguments of `click.option` for an option that is not text."""
 
 
 class TypeOrFile(click.ParamType):  # type: ignore[type-arg] # generic in the newest click alone
-    """A certificate type, or a file: a name that is neither is most likely a type that was mistyped."""
+    """A certificate type or a file: any other text is most likely a mistyped type."""
 
     name = "type|file"
 
@@ -74,23 +74,23 @@ class TypeOrFile(click.ParamType):  # type: ignore[type-arg] # generic in the ne
 
 
 def option(name: str, *names: str, **terms: Any) -> Decorator:
-    """An option that is also read from the environment."""
+    """Return an option that is also read from the environment."""
     variable = name.removeprefix("--").replace("-", "_").upper()
     return click.option(name, *names, envvar=f"{PREFIX}_{variable}", show_envvar=True, **terms)
 
 
 def checked(place: str, value: str) -> None:
-    """Refuse the text of an option of `CHECKED` that its reader refuses.
+    """Check the text of an option of `CHECKED` with its parser.
 
     Raises:
-        StationKeyError: by its reader.
+        StationKeyError: of the parser.
     """
     module, reader = CHECKED[place]
     attrgetter(reader)(import_module(module))(value)
 
 
 def refused_texts(path: Path, given: Given) -> Iterator[ConfigurationError]:
-    """Yield what is wrong with the options of `CHECKED` in a file that is otherwise valid."""
+    """Yield the errors of the options of `CHECKED` in a file that is otherwise valid."""
     for place in CHECKED:
         value = given.get((place.removesuffix(".listen"),))
         texts = {f".{name}": text for name, text in value.items()} if isinstance(value, Mapping) else {"": value}
@@ -104,7 +104,7 @@ def refused_texts(path: Path, given: Given) -> Iterator[ConfigurationError]:
 
 
 def _read(path: Path | None, told: dict[str, Any] | None) -> Given:
-    """Read a file, and refuse the options of `CHECKED` in it that nothing in `told` replaces, unless that is None."""
+    """Read a file; unless `told` is None, check the options of `CHECKED` in it that `told` does not replace."""
     filed = read_file(path)
     if path is not None and told is not None:
         for error in refused_texts(path, {name: value for name, value in filed.items() if not told.get(name[0])}):
@@ -113,7 +113,7 @@ def _read(path: Path | None, told: dict[str, Any] | None) -> Given:
 
 
 def chosen_file(given: Path | None) -> Path | None:
-    """Return the configuration file to read: the given one, or that of the system where this user may read it.
+    """Return the configuration file to read: the given one, or that of the system if this user may read it.
 
     An empty STATIONKEY_CONFIG names none.
     """
@@ -126,7 +126,7 @@ def chosen_file(given: Path | None) -> Path | None:
 
 @contextmanager
 def wrong_usage() -> Iterator[None]:
-    """Make what is wrong with a value of the command line or the environment wrong usage: exit status 2."""
+    """Turn the error of a value of the command line or the environment into wrong usage: exit status 2."""
     try:
         yield
     except (ConfigurationError, MessageError, KeyStoreError) as error:
@@ -138,11 +138,11 @@ def _texts(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting_option(place: str, text: str = "") -> Decorator:
-    """Return the option ``--TABLE-NAME`` for an option of the configuration. None is what is not given.
+    """Return the option ``--TABLE-NAME`` for an option of the configuration; its value is None if not given.
 
     Args:
-        place: where it is in the file, such as ``mqtt.ca_file``.
-        text: what it does for this command, where that is not what is declared.
+        place: its place in the file, such as ``mqtt.ca_file``.
+        text: its help for this command, if not the declared one.
     """
     declared = _DECLARED[place]
     default = f"  [default: {declared.default}]" if declared.default else ""
@@ -152,7 +152,7 @@ def setting_option(place: str, text: str = "") -> Decorator:
 
 
 def config_option(text: str = CONFIG_TEXT) -> Decorator:
-    """``--config``, which a command gets as `config_file`."""
+    """Return the option ``--config``, which a command gets as `config_file`."""
     return option("--config", "config_file", metavar="FILE", type=_path, help=text)
 
 
@@ -164,15 +164,15 @@ def configured(
     needs_keystore: bool = True,
     **texts: str,
 ) -> Decorator:
-    """Give a command options of the configuration. It gets what they come to as its argument `settings`.
+    """Give a command options of the configuration. It gets the settings as its argument `settings`.
 
     Args:
-        places: where they are in the file.
-        file: what ``--config`` does for this command; empty for no such option.
-        client: whether it plays another client of the broker, and takes `_OF_A_CLIENT` from the file alone.
+        places: places of the options in the file.
+        file: help of ``--config`` for this command; empty for no such option.
+        client: whether it is another client of the broker, which takes only `_OF_A_CLIENT` from the file.
         serves: whether it uses all options, so that those of `CHECKED` in the file are checked here.
         needs_keystore: see `stationkey.config.file.settle`.
-        texts: more options at the top of the file, and what they do for this command.
+        texts: more options at the top of the file, with their help for this command.
     """
     places += tuple(texts)
 

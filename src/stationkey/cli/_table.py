@@ -1,4 +1,4 @@
-"""Lists for a terminal: as many columns as fit, the most important first, a part at a time."""
+"""Tables for a terminal: as many columns as fit, the most important first, a part of the rows at a time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rich.cells import cell_len, set_cell_size
 from stationkey.system.text import printable
 
 PLAIN_WIDTH: Final = 80
-"""Columns where standard output is not a terminal and ``COLUMNS`` is not set."""
+"""Columns if standard output is not a terminal and ``COLUMNS`` is not set."""
 SHORT_ID: Final = 10
-"""Characters of an id in a list: enough to tell any keys of a station apart. A command takes them for the id."""
+"""Characters of an id in a list: unique among the keys of a station. Commands accept them as the id."""
 _PART: Final = 1000
-"""How many rows are lined up with each other: any number of rows is listed in bounded memory."""
+"""Rows that are aligned together, so that a list needs bounded memory."""
 _GAP: Final = "  "
 _LEAST: Final = 20
 """Columns for a value, however narrow the terminal is."""
 _NOTE_LINES: Final = 3
-"""Lines of a note at most."""
+"""Most lines of a note."""
 
 
 class Column(NamedTuple):
@@ -31,8 +31,8 @@ class Column(NamedTuple):
 
     Attributes:
         heading: its heading.
-        rank: which columns are left out first where not all fit: those of the highest rank.
-        most: characters of a cell at most; a longer one ends in an ellipsis where there is no room for it.
+        rank: columns of the highest rank are left out first if not all fit.
+        most: most characters of a cell; a longer one ends in an ellipsis if there is no room.
     """
 
     heading: str
@@ -52,12 +52,12 @@ def listed(columns: tuple[Column, ...], rows: Iterable[tuple[str, ...]], *, empt
 
 
 def lined_up(columns: tuple[Column, ...], parts: Iterable[Iterable[tuple[str, ...]]], *, empty: str) -> Iterator[str]:
-    """Yield the lines of a table. Which columns there are is decided by the first part; a later one may be wider.
+    """Yield the lines of a table. The first part decides which columns are shown; a later one may be wider.
 
     Args:
-        columns: what is in the cells.
-        parts: the rows as they come. What a row has beyond its cells is a note, which goes below it.
-        empty: the line where there are no rows.
+        columns: the columns.
+        parts: the rows as they come. A value after the last cell of a row is a note, shown below it.
+        empty: the line for a table without rows.
     """
     room = width()
     widths = [cell_len(column.heading) for column in columns]
@@ -87,7 +87,7 @@ def _noted(note: str, room: int) -> Iterator[str]:
 
 
 def _chosen(columns: tuple[Column, ...], widths: list[int], room: int) -> list[int]:
-    """Return which columns fit, each at its least width."""
+    """Return the columns that fit, each at its minimum width."""
     shown = list(range(len(columns)))
     while len(shown) > 1:
         least = [min(widths[at], columns[at].most or widths[at]) for at in shown]
@@ -103,12 +103,12 @@ def _total(widths: list[int]) -> int:
 
 
 def _fit(text: str, limit: int) -> str:
-    """Return a text of so many columns; a Chinese character takes two."""
+    """Cut or pad a text to a number of columns; a wide character takes two."""
     return set_cell_size(text, limit) if cell_len(text) <= limit else set_cell_size(text, limit - 1) + "…"
 
 
 def labelled(name: str, words: str, *, indent: int) -> Iterator[str]:
-    """Yield the lines of a value with its name before it; a long one goes on below, as wide as the terminal is."""
+    """Yield the lines of a named value, wrapped to the width of the terminal."""
     room = max(width() - indent, _LEAST) if sys.stdout.isatty() else None
     first, *more = (textwrap.wrap(printable(words), room) or [""]) if room else [printable(words)]
     yield f"{name:<{indent}}{first}\n"
@@ -116,7 +116,7 @@ def labelled(name: str, words: str, *, indent: int) -> Iterator[str]:
 
 
 def write(lines: Iterable[str]) -> None:
-    """Write lines to standard output as they come, here, where a closed pipe is reported."""
+    """Write lines to standard output as they come; a closed pipe is reported here."""
     for line in lines:
         sys.stdout.write(line)
     sys.stdout.flush()

@@ -63,17 +63,18 @@ def attest(
     timeout: float,
     settings: Configured,
 ) -> None:
-    """Print evidence that KEY was created in this station's TPM and cannot leave it, as one JSON document.
+    """Print evidence that a key was created in the TPM.
 
-    KEY is a key's id, or a unique prefix of it. Works while the daemon runs, if the TPM has a resource manager
-    (/dev/tpmrm0). stationkey verify-attestation verifies the evidence on any machine.
+    KEY is a key's id, or a unique prefix of it. The evidence, one JSON document, shows that the key was created in this
+    station's TPM and cannot leave it; stationkey verify-attestation verifies it on any machine. Works while the daemon
+    runs, if the TPM has a resource manager (/dev/tpmrm0).
     """
     if only_ak == (key_id is not None):
-        raise click.UsageError("name a KEY, or give --ak")
+        raise click.UsageError("give a KEY, or --ak")
     if only_ak and (nonce is not None or challenge_file is not None):
-        raise click.UsageError("--ak takes neither --nonce nor --challenge: it attests nothing yet")
+        raise click.UsageError("--ak excludes --nonce and --challenge")
     if nonce is not None and challenge_file is not None:
-        raise click.UsageError("--challenge brings a nonce of its own")
+        raise click.UsageError("--challenge excludes --nonce: a challenge contains a nonce")
     station = _Station(settings(), timeout)
     if key_id is None:
         text = station.attestation_key(as_json=as_json)
@@ -86,7 +87,7 @@ def attest(
 
 
 class _Station:
-    """What the command works on: the ledger, to read in, and the TPM, as a guest, for `timeout` seconds at a time."""
+    """Access to ledger and TPM beside the daemon, each TPM job within `timeout` seconds."""
 
     def __init__(self, settings: Settings, timeout: float) -> None:
         self._tpm = settings.tpm
@@ -97,7 +98,7 @@ class _Station:
             raise _not_in_a_tpm()
 
     def evidence(self, key_id: str, nonce: bytes | None, challenge_file: Path | None) -> str:
-        """The evidence for a key, in JSON."""
+        """Return the evidence for a key, in JSON."""
         key, about = self._on_record(key_id)
         challenge = None if challenge_file is None else _read_challenge(challenge_file)
         qualifying = qualifying_data(nonce if challenge is None else challenge.nonce)
@@ -110,7 +111,7 @@ class _Station:
         return write_evidence(replace(self._in_tpm(work), about=about))
 
     def attestation_key(self, *, as_json: bool) -> str:
-        """The attestation key: its name and PEM, or JSON with the endorsement keys."""
+        """Return the attestation key: its name and PEM, or JSON with the endorsement keys."""
 
         def work(store: Lending, terms: AttestationTerms) -> AttestationKey:
             from stationkey.keystore.tpm2 import attest  # noqa: PLC0415 - --help needs no TPM stack
@@ -124,7 +125,7 @@ class _Station:
         return f"name {public.name.hex()}\n{public_pem(public.spki)}"
 
     def _on_record(self, key_id: str) -> tuple[KeyRef, dict[str, str]]:
-        """A key with its private part, and what is told people of it."""
+        """Return a key with its private part, and its description for people."""
         with opened_ledger(self._state_dir) as ledger:
             record = ledger.keys.named(key_id)
             scheme = SCHEMES.get(record.scheme)
@@ -133,9 +134,7 @@ class _Station:
             key = ledger.keys.ref(record.key_id)
             answer = ledger.answers.find(record.request_ids[0]) if record.request_ids else None
         if key is None:
-            raise ConfigurationError(
-                f"key {record.key_id} is destroyed: there is nothing left to attest", reason="attest_key_destroyed"
-            )
+            raise ConfigurationError(f"key {record.key_id} is destroyed", reason="attest_key_destroyed")
         about = {
             "key_id": record.key_id,
             "state": str(record.state),
@@ -156,7 +155,7 @@ class _Station:
         return AttestationTerms(ak_handle=self._tpm.ak_handle, endorsement_auth=b"" if auth is None else auth.read())
 
     def _in_tpm(self, work: Callable[[Lending, AttestationTerms], T]) -> T:
-        """The result of `work` on the key store's thread; never waited for longer than the time that it has."""
+        """Return the result of `work` on the key store's thread, within the timeout."""
         terms = self._terms()
         opener = keystore_opener(self._keystore, terms=self._tpm, state_dir=self._state_dir, guest=True)
 
@@ -170,13 +169,15 @@ class _Station:
             try:
                 return thread.submit(job, timeout=self._timeout).result(self._timeout)
             except concurrent.futures.TimeoutError:
-                raise overdue() if shared else self._in_use("the TPM does not answer; a program may hold it") from None
+                raise (
+                    overdue() if shared else self._in_use("the TPM does not answer; another program may use it")
+                ) from None
             finally:
                 thread.close()
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Keep the daemon away from a TPM that serves one program at a time; whether several can use this one."""
+        """Prevent the daemon from starting on a TPM that serves one program; yield whether several can use it."""
         from stationkey.keystore.tpm2.device import is_shared  # noqa: PLC0415 - --help needs no TPM stack
 
         if is_shared(self._keystore.partition(":")[2]):
@@ -191,13 +192,13 @@ class _Station:
         return KeyStoreError(
             f"{why}, and {self._keystore} serves one program at a time",
             reason="tpm_in_use",
-            hint="put a resource manager in between (/dev/tpmrm0, or tpm2-abrmd), or stop the daemon for the moment",
+            hint="use a resource manager (/dev/tpmrm0, or tpm2-abrmd), or stop the daemon meanwhile",
         )
 
 
 def _not_in_a_tpm() -> KeyStoreError:
     return KeyStoreError(
-        "this key is in no TPM, so there is nothing that could attest where it was made",
+        "this key is not in a TPM, so it cannot be attested",
         reason="attest_no_tpm",
         hint="keys of software: can be copied by anyone who can read the state directory",
     )

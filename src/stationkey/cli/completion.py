@@ -9,7 +9,7 @@ from click.shell_completion import get_completion_class
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print a script that completes stationkey's commands and options.
+    """Print a completion script for the shell.
 
     For bash: stationkey completion bash > /etc/bash_completion.d/stationkey
     """

@@ -20,19 +20,19 @@ _LINE: Final = re.compile(r": line (\d+): ")
 
 @click.group()
 def config() -> None:
-    """Look at the configuration file."""
+    """Check the configuration file."""
 
 
 @config.command("check")
 @click.argument("file", required=False, envvar=f"{PREFIX}_CONFIG", type=click.Path(path_type=Path, readable=False))
 def config_check(file: Path | None) -> None:
-    """Say everything that is wrong with a configuration file: line, option, and what it must be.
+    """List every error of a configuration file.
 
-    FILE is by default what STATIONKEY_CONFIG names, or /etc/stationkey/stationkey.toml. Looks at the file alone;
-    stationkey doctor looks at what it names.
+    Each with its line, its option and the expected form. FILE is by default that of STATIONKEY_CONFIG, or
+    /etc/stationkey/stationkey.toml. Checks the file only; stationkey doctor also checks the files that it names.
 
     \b
-    Exit status: 0 the daemon would take it, 1 it would not, 2 wrong usage.
+    Exit status: 0 valid, 1 invalid, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     path = chosen_file(file) or configuration.SYSTEM_FILE
     found = _problems(path)
@@ -44,7 +44,7 @@ def config_check(file: Path | None) -> None:
 
 
 def _problems(path: Path) -> list[str]:
-    """Return what is wrong with a file, in the order of its lines."""
+    """Return the errors of a file, in the order of its lines."""
     parts = read_parts(path)
     told = [*parts.complaints, *(str(error) for error in refused_texts(path, parts.given))]
     if not told and ("keystores",) in parts.given:

@@ -1,4 +1,4 @@
-"""``stationkey csms``: a small CSMS to try a station's side with."""
+"""``stationkey csms``: a small CSMS, to try a station."""
 
 from __future__ import annotations
 
@@ -19,39 +19,42 @@ from stationkey.simulators.csms.server import Csms, SecurityProfile
 from stationkey.simulators.pki import Hierarchy, Misbehaviour
 
 TRIGGER_TIMEOUT: Final = 60.0
-"""Seconds to wait for one certificate before the next is asked for."""
+"""Seconds to wait for one certificate before the next is triggered."""
 
 
 @click.command()
 @click.option(
-    "--listen", metavar="HOST:PORT", default="127.0.0.1:9000", help="Where to listen; port 0 takes a free one."
+    "--listen", metavar="HOST:PORT", default="127.0.0.1:9000", help="Where to listen; port 0 takes a free port."
 )
-@click.option("--organization", metavar="NAME", required=True, help="What O of every CSR must be.")
+@click.option("--organization", metavar="NAME", required=True, help="The required O of every CSR.")
 @click.option(
     "--pki-dir",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where the authorities and their keys are kept; made where it is empty. Without it they last for one run.",
+    help="Directory of the authorities and their keys; filled if empty. Without it they are made for one run.",
 )
 @click.option(
     "--password-file",
     metavar="FILE",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The stations' passwords, a line each: STATION-ID:PASSWORD.",
+    help="The stations' passwords, one line each: STATION-ID:PASSWORD.",
 )
-@click.option("--tls", is_flag=True, help="wss, with a certificate of the CSMS's own authority.")
+@click.option("--tls", is_flag=True, help="Use wss, with a certificate of the CSMS's own authority.")
+@click.option("--client-certificates", is_flag=True, help="Use wss with client certificates (security profile 3).")
 @click.option(
-    "--client-certificates", is_flag=True, help="wss, and stations show their certificate (security profile 3)."
-)
-@click.option(
-    "--misbehave", "misbehaviour", type=click.Choice([mode.value for mode in Misbehaviour]), help="What to do wrong."
+    "--misbehave",
+    "misbehaviour",
+    metavar="MODE",
+    type=click.Choice([mode.value for mode in Misbehaviour]),
+    help=f"Do something wrong, to test a station: {', '.join(Misbehaviour)}.",
 )
 @click.option(
     "--trigger",
     "triggers",
     type=click.Choice([kind.value for kind in CertificateType]),
     multiple=True,
-    help="Ask each station for a CSR of this type when it has booted. May be given more than once.",
+    metavar="CERTIFICATE_TYPE",
+    help=f"Trigger a CSR of this type from each station that boots; can be repeated: {', '.join(CertificateType)}.",
 )
 def csms(
     listen: str,
@@ -63,13 +66,13 @@ def csms(
     misbehaviour: str | None,
     triggers: tuple[str, ...],
 ) -> None:
-    """Play a CSMS, to try a station's side with. For trials only: its authorities' keys are not protected.
+    """Play a CSMS, to try a station.
 
-    It speaks OCPP 1.6, 2.0.1 and 2.1, checks every CSR strictly and says why it refuses one, signs it with its own
-    V2G root and CPO Sub-CAs, and prints what happens, until Ctrl-C.
+    For trials only: its authorities' keys are not protected. It speaks OCPP 1.6, 2.0.1 and 2.1, checks every CSR
+    strictly, signs it with its own V2G root and CPO Sub-CAs, and prints what happens, until Ctrl-C.
 
     \b
-    A station connects to ws://HOST:PORT/STATION-ID, and authenticates itself
+    A station connects to ws://HOST:PORT/STATION-ID, and authenticates
       not at all                            by default
       by password (profile 1)               with --password-file
       by password, over wss (profile 2)     with --password-file and --tls
@@ -105,7 +108,7 @@ async def _run(server: Csms, anchors: Path, triggers: list[CertificateType]) -> 
     try:
         await server.__aenter__()
     except OSError as error:
-        why = error.strerror or str(error)  # asyncio gives no number where it tried several addresses
+        why = error.strerror or str(error)  # asyncio gives no errno after trying several addresses
         raise ConfigurationError(f"cannot listen: {why}", reason="csms_cannot_listen") from None
     try:
         _say(f"listening on {server.url}/STATION-ID")
@@ -119,7 +122,7 @@ async def _run(server: Csms, anchors: Path, triggers: list[CertificateType]) -> 
 
 
 async def _tell(server: Csms, triggers: list[CertificateType]) -> None:
-    """Print what happens, and trigger what is to be triggered."""
+    """Print what happens, and trigger CSRs."""
     settled = asyncio.Condition()
     async with asyncio.TaskGroup() as tasks:
         async for event in server.stream():
@@ -131,7 +134,7 @@ async def _tell(server: Csms, triggers: list[CertificateType]) -> None:
 
 
 async def ask(server: Csms, station_id: str, triggers: list[CertificateType], settled: asyncio.Condition) -> None:
-    """Ask a station for one certificate after the other."""
+    """Trigger one certificate after the other at a station."""
     for kind in triggers:
         begin = len(server.events)
 
@@ -143,7 +146,7 @@ async def ask(server: Csms, station_id: str, triggers: list[CertificateType], se
                 async with settled, asyncio.timeout(TRIGGER_TIMEOUT):
                     await settled.wait_for(is_settled)
         except TimeoutError:
-            _say(f"{station_id}: no end to the {kind} in {TRIGGER_TIMEOUT:g} s")
+            _say(f"{station_id}: no result for the {kind} within {TRIGGER_TIMEOUT:g} s")
         except StationKeyError as error:
             _say(f"{station_id}: {error}")
 
@@ -165,7 +168,7 @@ def _address(listen: str) -> tuple[str, int]:
 
 
 def _hierarchy(directory: Path, curve: EllipticCurve, organization: str) -> Hierarchy:
-    """The authorities of one curve, from `directory` or made there."""
+    """Return the authorities of one curve, read from `directory` or created there."""
     place = directory / curve.name
     if not place.exists():
         Hierarchy.make(curve, organization=organization, now=datetime.now(UTC)).save(place)

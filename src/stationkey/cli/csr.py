@@ -1,4 +1,4 @@
-"""``stationkey csr``: read a CSR, and say whether a CSMS would sign it. Needs no station."""
+"""``stationkey csr``: show a CSR, and check whether a CSMS would sign it. Needs no station."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _FILE: Final = click.argument("file", type=click.Path(path_type=Path, dir_okay=F
 
 @click.group()
 def csr() -> None:
-    """Read certificate signing requests, this station's or any other's. FILE is PEM; - is standard input."""
+    """Inspect and check CSRs of any station.
+
+    FILE is PEM; - is standard input.
+    """
 
 
 def _read(file: Path) -> str:
@@ -33,7 +36,10 @@ def _read(file: Path) -> str:
 @_FILE
 @json_option
 def csr_inspect(file: Path, as_json: bool) -> None:
-    """Show subject, key, signature and extensions, and whether the signature proves possession of the key."""
+    """Show subject, key, signature and extensions.
+
+    Also says whether the signature proves possession of the key.
+    """
     shown = structs.asdict(inspect_csr(_read(file)))
     if as_json:
         click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
@@ -49,16 +55,17 @@ def csr_inspect(file: Path, as_json: bool) -> None:
 @_FILE
 @click.option(
     "--certificate-type",
+    metavar="TYPE",
     type=click.Choice([str(name) for name in PROFILES]),
     required=True,
-    help="What the certificate is for.",
+    help=f"Certificate type: {', '.join(PROFILES)}.",
 )
-@click.option("--organization-name", metavar="O", help="The CSMS's OrganizationName, which O has to be.")
+@click.option("--organization-name", metavar="O", help="The required O: the CSMS's OrganizationName.")
 @json_option
 def csr_check(file: Path, certificate_type: str, organization_name: str | None, as_json: bool) -> None:
-    """Say why a strict CSMS would not sign a CSR, and what in it differs from the profile.
+    """Check whether a strict CSMS would sign a CSR.
 
-    The exit status is 1 if it would not be signed.
+    Prints each fault, and each difference from the profile. Exit status 1 if it would not be signed.
     """
     kind = CertificateType(certificate_type)
     differences: list[str] = []

@@ -40,7 +40,7 @@ _COLUMN: Final = 10
 @option(
     "--log-format",
     metavar="text|json",
-    help="As for serve: whether it is one is said in the report.",
+    help="As for serve; the report says if it is invalid.",
 )
 @config_option()
 @click.option("--all", "everything", is_flag=True, help="Show every check, not problems only.")
@@ -49,30 +49,30 @@ _COLUMN: Final = 10
 )
 @json_option
 def doctor(everything: bool, html: Path | None, as_json: bool, **options: Any) -> None:
-    """Check everything that the station needs, and say what to do.
+    """Check the station, and say what to do.
 
-    Takes the options and the environment of serve. Changes nothing, on this machine and in the TPM. Works whether the
-    daemon runs or not, and takes some seconds at most. Run as root, it sees most.
+    Takes the options and the environment of serve. Changes nothing, on this machine and in the TPM. Works with and
+    without a running daemon, within seconds. Run it as root: other users may see less.
 
     \b
-    Exit status: 0 no failure (there may be warnings), 1 at least one failure, 2 wrong usage.
+    Exit status: 0 no failure (maybe warnings), 1 a failure, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter must not end it
-    logging.getLogger("stationkey").addHandler(logging.NullHandler())  # what is seen is in the report, and only there
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
+    logging.getLogger("stationkey").addHandler(logging.NullHandler())  # the report has everything
     options["config_file"] = chosen_file(options["config_file"])
     report, left_behind = examine(Options(**options))
     written = 0 if html is None else _write(report, html)
     status = max(written, _print(report, as_json=as_json, everything=everything))
     if left_behind:
-        # A thread is stuck in a system call. To wait for it would be to hang.
+        # A thread may hang in a system call: do not wait for it.
         os._exit(status)
     sys.exit(status)
 
 
 def _write(report: Report, file: Path) -> int:
     """Write the report as a page, and return the exit status."""
-    from stationkey.doctor.page import page  # noqa: PLC0415 - loaded only by who asks for a page
+    from stationkey.doctor.page import page  # noqa: PLC0415 - loaded only for --html
 
     try:
         write_text(file, page(report), private=True)
@@ -84,7 +84,7 @@ def _write(report: Report, file: Path) -> int:
 
 def _print(report: Report, *, as_json: bool, everything: bool) -> int:
     """Print a report, and return the exit status."""
-    if sys.stdout is None:  # closed by whoever started this, and who wants the exit status alone
+    if sys.stdout is None:  # closed: the caller wants the exit status only
         return report.exit_code
     try:
         if as_json:
@@ -95,7 +95,7 @@ def _print(report: Report, *, as_json: bool, everything: bool) -> int:
                 click.echo(line, color=False if os.environ.get("NO_COLOR") else None)
     except OSError as error:
         if error.errno == errno.EPIPE:
-            raise  # whoever reads has read enough; click ends quietly
+            raise  # the reader has closed the pipe; click ends quietly
         click.echo(f"stationkey: the report cannot be written: {error.strerror}", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried again at the end
         return 1
@@ -108,14 +108,14 @@ def shown(report: Report, *, width: int, everything: bool = False) -> Iterator[s
     Args:
         report: all findings.
         width: columns.
-        everything: also what is as it should be, and what depends on a check that failed.
+        everything: also checks without a problem, and those skipped for a failed check.
     """
     yield click.style(report.summary, bold=True)
     findings = [one for one in report.findings if everything or one.matters]
     for area, group in groupby(findings, key=lambda finding: AREAS[finding.id]):
         yield ""
         yield click.style(area, bold=True)
-        # What was not checked for the same reason is one line.
+        # Checks skipped for the same reason are one line.
         for (level, _), same in groupby(
             group,
             key=lambda finding: (finding.level, finding.message if finding.level is Level.NOT_CHECKED else finding),

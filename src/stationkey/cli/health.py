@@ -1,4 +1,4 @@
-"""``stationkey health``: how the daemon is, for a field engineer, a script or a container."""
+"""``stationkey health``: the daemon's health, for a field engineer, a script or a container."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_REPORT: Final = 64 * 1024
 
 
 class _Connection(http.client.HTTPConnection):
-    """To an address of ours, which may be a socket in the file system."""
+    """A connection to a loopback address or a UNIX socket."""
 
     def __init__(self, address: Address) -> None:
         super().__init__(address.host or "localhost", address.port or None, timeout=PATIENCE)
@@ -36,10 +36,10 @@ class _Connection(http.client.HTTPConnection):
 
 
 def ask(address: Address) -> tuple[bool, str]:
-    """Whether the daemon that listens at an address is well, and its report in JSON.
+    """Return whether the daemon at an address is healthy, and its report in JSON.
 
     Raises:
-        StationKeyError: nobody answers there.
+        StationKeyError: no answer.
     """
     connection = _Connection(address)
     try:
@@ -48,16 +48,16 @@ def ask(address: Address) -> tuple[bool, str]:
         return response.status == http.client.OK, response.read(MAX_REPORT).decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
         raise StationKeyError(
-            f"no answer at {address}: {getattr(error, 'strerror', None) or 'what answers does not speak HTTP'}",
+            f"no answer at {address}: {getattr(error, 'strerror', None) or 'the answer is not HTTP'}",
             reason="health_unreachable",
-            hint="is stationkey serve running, with [metrics] listen set to this?",
+            hint="is stationkey serve running, with [metrics] listen set to this address?",
         ) from None
     finally:
         connection.close()
 
 
 def _authority(address: str) -> str:
-    """Return the address in a URL, or what is not a URL as it is; the path is always that of the report."""
+    """Return the address of a URL, or the unchanged text if it is none; the path is always ``/health``."""
     authority = address.removeprefix("http://") if address.startswith("http://") else ""
     return authority.partition("/")[0] or address
 

@@ -41,33 +41,31 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 @click.option("--common-name", required=True, help="CN of the CSRs: SECC ID, or serial number of the station.")
 @click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
 @click.option("--country-name", required=True, help="C: two letters.")
-@click.option("--evse-id", help="EVSE that the V2G keys are for.")
+@click.option("--evse-id", help="EVSE of the V2G keys.")
+@click.option("--state-dir", type=click.Path(path_type=Path), default="josev-state", help="Directory of pending CSRs.")
 @click.option(
-    "--state-dir", type=click.Path(path_type=Path), default="josev-state", help="Where pending CSRs are kept."
+    "--certificate-dir", type=click.Path(path_type=Path), required=True, help="Directory to install certificates in."
 )
-@click.option(
-    "--certificate-dir", type=click.Path(path_type=Path), required=True, help="Where certificates are installed."
-)
-@click.option("--trust-anchors", type=_FILE, required=True, help="Roots (PEM) that certificates must lead to.")
+@click.option("--trust-anchors", type=_FILE, required=True, help="Roots (PEM) that chains must lead to.")
 @click.option("--password-file", type=_FILE, help="Password for basic authentication.")
-@click.option("--ca-file", type=_FILE, help="Whom to trust as the CSMS (wss://).")
+@click.option("--ca-file", type=_FILE, help="Authorities (PEM) to trust for the CSMS (wss://).")
 @click.option(
     "--client-certificate",
     type=_FILE,
-    help="Key and certificate (PEM) for security profile 3, read again at each connection: "
-    "active/charging_station_certificate.pem, say.",
+    help="Key and certificate (PEM) for security profile 3, such as active/charging_station_certificate.pem; read "
+    "again at each connection.",
 )
 @click.option(
     "--renewed-attempts",
     type=click.IntRange(min=1, max=100),
     default=3,
-    help="Connections with a renewed certificate before the one before it is tried, then in turn.",
+    help="Attempts with a renewed client certificate before both are tried in turn.",
 )
 @click.option(
     "--renew-before",
     type=click.FloatRange(min=0, max=36_500),
     default=30.0,
-    help="Days before its end from which a certificate is renewed; 0 for never.",
+    help="Days before its end when a certificate is renewed; 0 for never.",
 )
 @click.option(
     "--wait-minimum", type=click.FloatRange(min=0, min_open=True), default=30.0, help="CertSigningWaitMinimum, seconds."
@@ -76,15 +74,15 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 @click.option(
     "--algorithm",
     type=click.Choice([str(name) for name in Algorithm]),
-    help="What --renew asks for.  [default: by the profile]",
+    help="Algorithm of --renew.  [default: by the profile]",
 )
 @click.option(
     "--renew",
     multiple=True,
     type=click.Choice([str(name) for name in CertificateType]),
-    help="Renew this at once, without a trigger; can be repeated.",
+    help="Renew this certificate type at once; can be repeated.",
 )
-@click.option("--once", is_flag=True, help="End when what --renew names is done.")
+@click.option("--once", is_flag=True, help="End after --renew.")
 def josev(
     csms: str,
     versions: tuple[str, ...],
@@ -99,11 +97,11 @@ def josev(
     settings: Configured,
     **others: Any,  # fields of the settings
 ) -> None:
-    """Play Josev between a charging station and a CSMS.
+    """Play Josev, between a charging station and a CSMS.
 
-    Connects to the CSMS over OCPP and to the charging station's side over MQTT. On a trigger of the CSMS, by --renew,
-    or when a certificate is due, it asks for a CSR, has it signed, verifies and installs the certificate, and tells the
-    charging station. A renewed client certificate that the CSMS refuses is discarded, and the one before restored.
+    For trials. Connects to the CSMS over OCPP, and to stationkey over MQTT. On a trigger of the CSMS, by --renew, or
+    when a certificate is due, it requests a CSR, has it signed, verifies and installs the certificate, and reports the
+    status. If the CSMS refuses a renewed client certificate, it restores the previous one.
     """
     if not csms.startswith(("ws://", "wss://")):
         raise click.BadParameter(f"{csms!r} does not begin with ws:// or wss://", param_hint="--csms")

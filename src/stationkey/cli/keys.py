@@ -1,4 +1,4 @@
-"""``stationkey keys``: the keys on record."""
+"""``stationkey keys``: the keys in the ledger."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _EVENT_COLUMNS: Final = (
 )
 
 _COMPLETED = 100
-"""How many ids a shell is offered at most."""
+"""Most ids that completion offers."""
 _EMPTYING = 0.5
 """Seconds to wait until the write-ahead log can be emptied; other processes take milliseconds."""
 
@@ -56,14 +56,17 @@ _configured = configured(state_dir="Where the ledger is kept.", needs_keystore=F
 
 @click.group()
 def keys() -> None:
-    """Look at the keys on record, and end them. Works while the daemon runs."""
+    """List, show and end keys.
+
+    Works while the daemon runs.
+    """
 
 
 @contextmanager
 def opened_ledger(directory: Path, *, write: bool = False) -> Iterator[Ledger]:
-    """Open the ledger of a state directory beside the daemon; a root user becomes its owner meanwhile."""
+    """Open the ledger of a state directory beside the daemon; root acts as its owner meanwhile."""
     with ExitStack() as stack:
-        if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises where the folder above is closed to this user
+        if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises if the parent directory is closed to this user
             directory = stack.enter_context(visit(directory))
         ledger = Ledger(directory / DATABASE_NAME, read_only=not write, make=False)
         stack.callback(ledger.close)
@@ -71,7 +74,7 @@ def opened_ledger(directory: Path, *, write: bool = False) -> Iterator[Ledger]:
 
 
 def _renewal(terms: RenewalTerms, key: KeyRecord) -> str | None:
-    """Return whether the certificate of an active key is due for renewal (`Due`), or None if that is not asked."""
+    """Return whether the certificate of an active key is due for renewal (`Due`), or None if not asked for."""
     if key.state is not KeyState.ACTIVE or key.not_after is None:
         return None
     from stationkey.x509.renewal import RenewalRule  # noqa: PLC0415 - a ledger without active keys needs no X.509
@@ -110,7 +113,7 @@ def utc(milliseconds: int) -> str:
 
 
 def _age(milliseconds: int) -> str:
-    """How long ago, by this machine's clock: days, or hours, or minutes."""
+    """Return an age by this machine's clock, in days, hours or minutes."""
     minutes = max(0, int(time.time() - milliseconds / 1000)) // 60
     for unit, length in (("d", 24 * 60), ("h", 60)):
         if minutes >= length:
@@ -122,7 +125,7 @@ def _age(milliseconds: int) -> str:
 @_configured
 @json_option
 def keys_list(settings: Configured, as_json: bool) -> None:
-    """List the keys, in the order in which they were made."""
+    """List the keys, oldest first."""
     with opened_ledger(settings().state_dir) as ledger:
         found = ledger.keys.stream()
         renewal = partial(_renewal, settings().renewal)
@@ -133,7 +136,7 @@ def keys_list(settings: Configured, as_json: bool) -> None:
 
 
 def _json_array(items: Iterable[object]) -> Iterator[str]:
-    """Write a JSON array as `json.dumps` with an indent of 2 does, item by item."""
+    """Yield a JSON array in the format of `json.dumps` with indent 2, item by item."""
     before = "["
     for item in items:
         yield before + "\n" + indent(json.dumps(item, indent=2), "  ")
@@ -162,7 +165,7 @@ def _key_row(key: KeyRecord, renewal: str | None) -> tuple[str, ...]:
 
 
 def complete_key_id(context: click.Context, _parameter: click.Parameter, beginning: str) -> list[str]:
-    """Return the ids that a word may become; none if the ledger cannot be read."""
+    """Return the ids with this prefix; none if the ledger cannot be read."""
     given, file = context.params.get("state_dir"), context.params.get("config_file")
     try:
         settings = settle(read_file(file), needs_keystore=False, state_dir=given)
@@ -180,7 +183,10 @@ _key_id = click.argument("key_id", metavar="ID", shell_complete=complete_key_id)
 @_configured
 @json_option
 def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
-    """Show one key. ID is its name, or as much of its beginning as no other key has."""
+    """Show one key.
+
+    ID is its id, or a unique prefix of it.
+    """
     with opened_ledger(settings().state_dir) as ledger:
         shown = _key_json(ledger.keys.named(key_id), partial(_renewal, settings().renewal))
     if as_json:
@@ -195,7 +201,7 @@ def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
 @_key_id
 @_configured
 def keys_export_csr(key_id: str, settings: Configured) -> None:
-    """Print the CSR (PEM) that was answered with a key, as long as the key is not destroyed."""
+    """Print the CSR (PEM) of a key that is not destroyed."""
     with opened_ledger(settings().state_dir) as ledger:
         key = ledger.keys.named(key_id)
         answers = [ledger.answers.find(request_id) for request_id in reversed(key.request_ids)]
@@ -204,7 +210,7 @@ def keys_export_csr(key_id: str, settings: Configured) -> None:
         raise StationKeyError(
             f"no CSR on record for {key.key_id} ({key.state})",
             reason="csr_not_found",
-            hint="it goes with the key, and after [lifecycle] answer_days; a key made ahead has none yet",
+            hint="it is deleted with the key, and after [lifecycle] answer_days; a key made ahead has none yet",
             scope=Scope.KEY,
         )
     click.echo(csr, nl=False)
@@ -215,7 +221,7 @@ def keys_export_csr(key_id: str, settings: Configured) -> None:
 @_configured
 @json_option
 def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
-    """Show everything that happened to a key, first to last, with time and reason."""
+    """Show the events of a key, with time and reason."""
     with opened_ledger(settings().state_dir) as ledger:
         events = ledger.keys.history(ledger.keys.named(key_id).key_id)
     if as_json:
@@ -236,7 +242,7 @@ def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
 
 
 def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, ask: str | None = None) -> None:
-    """Do to a key what the operator orders, in the ledger and under active/."""
+    """Apply an operator's order to a key, in the ledger and under active/."""
     with opened_ledger(settings().state_dir, write=True) as ledger:
         key = ledger.keys.named(key_id)
         if ask is not None:
@@ -244,7 +250,7 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
             click.confirm(f"{ask} {named}?", abort=True, err=True)
             if (now := ledger.keys.named(key.key_id).state) != key.state:
                 raise StationKeyError(
-                    f"{key.key_id} has become {now} meanwhile; nothing was changed",
+                    f"the state of {key.key_id} changed to {now} meanwhile; nothing was changed",
                     reason="key_changed",
                     hint="retry",
                 )
@@ -265,14 +271,14 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
 
 
 def _clean_up(ledger: Ledger, done: str) -> None:
-    """Write active/ and wipe what is left of destroyed keys.
+    """Write active/ and wipe the traces of destroyed keys.
 
     Args:
         ledger: with the new state of the key.
-        done: what was done, for the beginning of the message.
+        done: the change, for the beginning of the message.
 
     Raises:
-        StationKeyError: something was not done; the message says what, after what was.
+        StationKeyError: a step failed; the message says what was done and what was not.
     """
     failed: dict[str, StationKeyError] = {}
     for what, act in {
@@ -292,12 +298,12 @@ def _clean_up(ledger: Ledger, done: str) -> None:
 
 
 def _emptied(ledger: Ledger) -> bool:
-    """Empty the write-ahead log in between what other processes read and write; without a lock while it waits."""
+    """Empty the write-ahead log when no other process uses it; holds no lock while waiting."""
     end = time.monotonic() + _EMPTYING
     while not ledger.database.checkpoint():
         if time.monotonic() > end:
             return False
-        time.sleep(0.01)  # SQLite tells nobody when a reader ends
+        time.sleep(0.01)  # SQLite has no event for the end of a reader
     return True
 
 
@@ -310,7 +316,10 @@ _reason = click.option("--reason", default="by the operator", help="For the hist
 @_reason
 @_configured
 def keys_retire(key_id: str, reason: str, settings: Configured) -> None:
-    """Take an active key out of use. It is kept for the grace period, and then destroyed."""
+    """Take an active key out of use.
+
+    It is kept for the grace period, and then destroyed.
+    """
     _order(key_id, KeyEvent.RETIRED, reason, settings)
 
 
@@ -319,7 +328,10 @@ def keys_retire(key_id: str, reason: str, settings: Configured) -> None:
 @_reason
 @_configured
 def keys_restore(key_id: str, reason: str, settings: Configured) -> None:
-    """Go back to a deactivated key: it becomes active again, and the key in its place the one to go back to."""
+    """Make a deactivated key active again.
+
+    The active key in its place is deactivated, and can be restored in turn.
+    """
     _order(key_id, KeyEvent.RESTORED, reason, settings)
 
 
@@ -328,7 +340,10 @@ def keys_restore(key_id: str, reason: str, settings: Configured) -> None:
 @_reason
 @_configured
 def keys_confirm(key_id: str, reason: str, settings: Configured) -> None:
-    """Say that the station connected with an active key. The grace period of the key before begins."""
+    """Confirm that the station connected with a key.
+
+    The grace period of the key before begins.
+    """
     _order(key_id, KeyEvent.CONFIRMED, reason, settings)
 
 
@@ -338,7 +353,10 @@ def keys_confirm(key_id: str, reason: str, settings: Configured) -> None:
 @_reason
 @_configured
 def keys_destroy(key_id: str, yes: bool, reason: str, settings: Configured) -> None:
-    """Destroy a key for good: its private part is wiped from the ledger and from active/."""
+    """Destroy a key permanently.
+
+    Its private part is wiped from the ledger and from active/.
+    """
     ask = None if yes else "Destroy"
     _order(key_id, KeyEvent.DESTRUCTION_ORDERED, reason, settings, ask=ask)
 
@@ -349,7 +367,10 @@ def keys_destroy(key_id: str, yes: bool, reason: str, settings: Configured) -> N
 @_reason
 @_configured
 def keys_mark_compromised(key_id: str, yes: bool, reason: str, settings: Configured) -> None:
-    """Say that a key may be known to others. It is taken out of use at once; have its certificate revoked."""
+    """Mark a key as possibly known to others.
+
+    It is taken out of use at once. Have its certificate revoked.
+    """
     ask = None if yes else "Mark as compromised"
     _order(key_id, KeyEvent.COMPROMISE_REPORTED, reason, settings, ask=ask)
 
@@ -358,7 +379,7 @@ def keys_mark_compromised(key_id: str, yes: bool, reason: str, settings: Configu
 @_key_id
 @_configured
 def keys_export_public(key_id: str, settings: Configured) -> None:
-    """Print the public part of a key, as a PEM PUBLIC KEY."""
+    """Print the public key (PEM) of a key."""
     with opened_ledger(settings().state_dir) as ledger:
         key = ledger.keys.named(key_id)
     # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].

@@ -1,4 +1,4 @@
-"""``stationkey request``. The MQTT client is imported when it is used: ``--help`` needs none."""
+"""``stationkey request``. The MQTT client is imported when needed, not for ``--help``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ EXIT_NO_ANSWER: Final = 4
 
 
 @click.command()
-@click.argument("certificate_type", type=click.Choice([str(name) for name in CertificateType]))
+@click.argument(
+    "certificate_type", metavar="CERTIFICATE_TYPE", type=click.Choice([str(name) for name in CertificateType])
+)
 @click.option("--common-name", required=True, help="CN: SECC ID, or serial number of the station.")
 @click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
 @click.option("--country-name", required=True, help="C: two letters.")
@@ -43,18 +45,24 @@ def request(
     as_json: bool,
     settings: Configured,
 ) -> None:
-    """Ask for a CSR, as Josev does, and print it.
+    """Request a CSR, as Josev does, and print it.
 
-    CERTIFICATE_TYPE says what the certificate is for. What is asked goes out as it is given: whether it is right is
-    for the charging station to say.
+    The request is sent unchecked: the charging station validates it.
 
     \b
-    Exit status: 0 accepted, 3 rejected, 4 no answer in time, 2 wrong usage, 1 anything else.
+    CERTIFICATE_TYPE is one of
+      charging_station_certificate
+      v2g_certificate
+      v2g20_certificate
+
+    \b
+    Exit status: 0 accepted, 3 rejected, 4 no answer in time, 2 wrong usage,
+    1 anything else.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     from stationkey.mqtt.client import ask  # noqa: PLC0415 - see the module's docstring
 
     if request_id is not None and not messages.is_usable_id(request_id):
-        raise click.BadParameter("not a UUID of the form 8-4-4-4-12: it could not be answered", param_hint="--id")
+        raise click.BadParameter("not a UUID of the form 8-4-4-4-12", param_hint="--id")
     asked = messages.generate_csr(
         request_id or str(uuid.uuid4()),
         messages.GenerateCsrData(
@@ -78,7 +86,7 @@ def request(
     elif response.data.csr is not UNSET:
         click.echo(response.data.csr, nl=False)
     if response.data.status == "accepted" and response.data.csr is UNSET:
-        raise StationKeyError(f"{asked.id} was accepted, but the answer has no CSR in it", reason="csr_missing")
+        raise StationKeyError(f"{asked.id} was accepted, but the answer contains no CSR", reason="csr_missing")
     if response.data.status == "rejected":
         click.echo(f"stationkey: {asked.id} was rejected; the log of the charging station says why", err=True)
         click.echo(f"  on the station itself: stationkey requests {asked.id}", err=True)

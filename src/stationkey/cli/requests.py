@@ -1,4 +1,4 @@
-"""``stationkey requests``: what was asked for and reported, and what became of it."""
+"""``stationkey requests``: the last requests and statuses, with outcome and reason."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _COLUMNS: Final = (
     Column("EVSE", 2, most=20),
 )
 _LOOK: Final = 1.0
-"""Seconds between two looks with --follow; the daemon writes rejections once a second."""
+"""Seconds between two queries with --follow; the daemon writes rejections once a second."""
 _MOST: Final = 10_000
 
 
 @click.command()
 @click.argument("message_id", metavar="[ID]", default="")
-@click.option("--limit", type=click.IntRange(1, _MOST), default=20, help="How many of the newest.")
-@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--limit", type=click.IntRange(1, _MOST), default=20, help="Number of messages, the newest.")
+@click.option("--follow", is_flag=True, help="Also print new ones, until Ctrl-C.")
 @configured(state_dir="Where the ledger is kept.", needs_keystore=False)
 @json_option
 def requests(message_id: str, limit: int, follow: bool, as_json: bool, settings: Configured) -> None:
-    """Show the last requests and statuses: the outcome of each, its reason, and the reason in words.
+    """Show the last requests and statuses.
 
-    ID is the id of a message, or its beginning: then all that is on record of it is shown. Works while the daemon runs,
-    and while it does not. --json prints one object a line.
+    Each with its outcome and the reason. With ID, a message's id or the beginning of it, show everything on record
+    about that message. Works with and without a running daemon. --json prints one object per line.
     """
     show = _print_json if as_json else _print_whole if message_id else _print_rows
     with opened_ledger(settings().state_dir) as ledger:
@@ -54,14 +54,14 @@ def _found(database: Database, message_id: str, limit: int, *, follow: bool) -> 
     """Yield the newest messages, and with `follow` those that come after them; no empty list.
 
     Raises:
-        StationKeyError: there is none with this id.
+        StationKeyError: no message has this id.
     """
     found, place = newest(database, limit, beginning=message_id)
     if message_id and not found and not follow:
         raise StationKeyError(
             f"no message on record has an id that begins with {message_id}",
             reason="message_not_found",
-            hint="stationkey requests shows the last ones; one without a valid id is in the log alone",
+            hint="stationkey requests shows the last ones; a message without a valid id is only in the log",
         )
     while True:
         if found:
@@ -86,7 +86,7 @@ def _print_rows(found: Iterable[list[Happening]]) -> None:
 
 
 def _row(message: Happening) -> tuple[str, ...]:
-    """Return the cells of a message, and its reason with the words for it as a note."""
+    """Return the cells of a message, and its reason as a note."""
     return (
         utc(message.at),
         message.message_id[:SHORT_ID],
@@ -104,7 +104,7 @@ def _print_json(found: Iterable[list[Happening]]) -> None:
 
 
 def _as_object(message: Happening) -> dict[str, str | None]:
-    """Return a message as JSON has it."""
+    """Return a message for JSON."""
     return {
         "at": utc(message.at),
         "id": message.message_id,

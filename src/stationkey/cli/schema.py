@@ -2,10 +2,10 @@
 
 Both are made from `stationkey.contract`.
 
-The documents of attestation are no messages, and on no wire; their schemas are those of `stationkey.attestation`.
+The schemas of attestation documents, which are not messages, are those of `stationkey.attestation`.
 
-What a schema language cannot say (no control characters in a name, an id used once) stands in the descriptions and in
-``docs/contract.md``; `stationkey.contract.messages.decode` holds to all of it.
+Rules that a schema cannot express (no control characters in a name, an id used once) are in the descriptions and in
+``docs/contract.md``; `stationkey.contract.messages.decode` enforces all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
     "certificate_installation_status.update": messages.CertificateInstallationStatus,
     "renewal.update": renewal.RenewalUpdate,
 }
-"""Every message of the contract, by the name that the command knows it by."""
+"""Every message of the contract, by its name for the command."""
 
 ASYNCAPI: Final = "asyncapi"
 NAMES: Final = (*MESSAGES, ASYNCAPI, *documents.SCHEMAS)
@@ -36,14 +36,14 @@ Json = dict[str, Any]
 
 
 def document(name: str) -> Json:
-    """The schema of one message or document, or the AsyncAPI document, by its name in `NAMES`."""
+    """Return the schema of a message or document, or the AsyncAPI document, by its name in `NAMES`."""
     if name in documents.SCHEMAS:
         return documents.json_schema(name)
     return asyncapi() if name == ASYNCAPI else json_schema(name)
 
 
 def json_schema(name: str) -> Json:
-    """The JSON Schema (2020-12) of the message `name`."""
+    """Return the JSON Schema (2020-12) of the message `name`."""
     (reference,), components = _components([MESSAGES[name]], "#/$defs/{name}")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -54,7 +54,7 @@ def json_schema(name: str) -> Json:
 
 
 def _components(structs: list[type[msgspec.Struct]], template: str) -> tuple[tuple[Json, ...], dict[str, Json]]:
-    """References to the schemas of `structs`, and these with all that they refer to."""
+    """Return references to the schemas of `structs`, and all schemas that they need."""
     references, components = msgspec.json.schema_components(structs, ref_template=template)
     if messages.GenerateCsrData.__name__ in components:
         data = components[messages.GenerateCsrData.__name__]
@@ -82,7 +82,7 @@ def _components(structs: list[type[msgspec.Struct]], template: str) -> tuple[tup
 
 
 def asyncapi() -> Json:
-    """The AsyncAPI 3.0 document of the charging station's side."""
+    """Return the AsyncAPI 3.0 document of the charging station's side."""
     structs = list(MESSAGES.values())
     references, components = _components(structs, "#/components/schemas/{name}")
     names = [struct.__name__ for struct in structs]
@@ -166,7 +166,7 @@ def asyncapi() -> Json:
     "name", required=False, shell_complete=lambda *words: [name for name in NAMES if name.startswith(words[2])]
 )
 def schema(name: str | None) -> None:
-    """Print the contract: the JSON Schema of a message or of evidence, or the AsyncAPI document.
+    """Print JSON Schemas and the AsyncAPI document.
 
     \b
     NAME is one of

@@ -1,4 +1,4 @@
-"""``stationkey serve``. The daemon and its libraries are imported when it starts: ``--help`` needs none of them."""
+"""``stationkey serve``. The daemon and its libraries are imported when it starts, not for ``--help``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def serve(settings: Configured) -> None:
     Options on the command line win over the environment, which wins over the configuration file.
 
     \b
-    Exit status: 0 after SIGTERM, 130 after Ctrl-C, both in order; 2 wrong usage, 1 anything else.
+    Exit status: 0 after SIGTERM, 130 after Ctrl-C, 2 wrong usage,
+    1 anything else.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     gc.disable()  # nothing is garbage yet; `daemon` enables it when it is ready
     settled = settings()

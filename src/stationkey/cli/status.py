@@ -49,13 +49,14 @@ _HAPPENING_COLUMNS: Final = (
 @configured("broker", "keystore", state_dir="Where the ledger is kept.", needs_keystore=False)
 @json_option
 def status(watch: bool, as_json: bool, settings: Configured) -> None:
-    """Show how the station is: daemon, broker, TPM, ledger, keys with their expiry, and what happened last.
+    """Show the station's state on one screen.
 
-    The daemon is asked for its health where [metrics] listen is set; keys and events are read from the ledger. Changes
-    nothing, and asks the TPM nothing.
+    Daemon, broker, TPM, ledger, keys with their expiry, and the last events. The daemon's health is shown if [metrics]
+    listen is set. Changes nothing, and does not use the TPM.
 
     \b
-    Exit status: 0 the daemon runs and is healthy as far as is known, 1 it is not, 2 wrong usage.
+    Exit status: 0 the daemon runs and is healthy, as far as is known,
+    1 it does not run or is not healthy, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
     while True:
         found = look(settings())
@@ -71,7 +72,7 @@ def status(watch: bool, as_json: bool, settings: Configured) -> None:
 
 
 def look(settings: Settings) -> dict[str, Any]:
-    """Return how the station is, as JSON has it. What cannot be seen says why."""
+    """Return the station's state, for JSON; unknown parts say why."""
     health: dict[str, Any] | None = None
     file = click.get_current_context().meta.get(CHOSEN)
     unasked = "[metrics] listen is not set"

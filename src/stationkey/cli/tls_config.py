@@ -1,4 +1,4 @@
-"""``stationkey tls-config``. OpenSSL is loaded when its configuration is known to be out of the way."""
+"""``stationkey tls-config``. OpenSSL is loaded only after its configuration was set aside."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from stationkey.openssl.servers import SERVERS
     "--check",
     "checked",
     type=TypeOrFile(),
-    help="Instead of printing: make TLS handshakes with the active key of a certificate type, or with key and chain in "
-    "FILE.pem.",
+    help="Instead: test TLS handshakes with the active key of a certificate type, or with key and chain in FILE.pem.",
 )
 @click.option(
     "--trust-anchors",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="With --check: the roots that the other side trusts, PEM; the chain must lead to one.",
+    help="With --check: roots (PEM); the chain must lead to one of them.",
 )
 @click.option(
     "--for",
     "server",
     type=click.Choice(sorted(SERVERS)),
-    help="Instead: print the configuration of a TLS server that serves with an active key.",
+    help="Instead: print the configuration of a TLS server with an active key.",
 )
 @click.option(
     "--out",
@@ -53,18 +52,18 @@ def tls_config(
     resource manager. If only these fail, that is a warning: the server needs one thread and one worker process.
 
     \b
-    Exit status: 0 all is well, 2 wrong usage, 1 anything else; and with --check
-      3 the key or its chain is not fit for a handshake
+    Exit status: 0 success, 2 wrong usage, 1 anything else; and with --check
+      3 the handshake fails because of the key or its chain
       4 the TPM or token cannot be reached, is full, or hangs
       5 OpenSSL has no provider or engine for it
-      6 there is no such key and chain
+      6 key and chain do not exist
     """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
     if checked is not None and server is not None:
         raise click.UsageError("--for and --check exclude each other")
     if checked is None and trust_anchors is not None:
         raise click.UsageError("--trust-anchors needs --check")
     if checked is not None and "OPENSSL_CONF" in os.environ:
-        # This process is the other side, with a key in software, and OpenSSL has read its configuration already.
+        # This process is the peer, with a software key, and OpenSSL has read its configuration already.
         variables = {name: value for name, value in os.environ.items() if name != "OPENSSL_CONF"}
         command = [sys.executable, "-m", "stationkey", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=variables, check=False).returncode)  # noqa: S603 - the command itself

@@ -1,4 +1,4 @@
-"""``stationkey verify-attestation``: no TPM, no tpm2-tss, and nothing of the station is loaded for it."""
+"""``stationkey verify-attestation``: needs no TPM, no tpm2-tss and no station."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def _nonce(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 
 def nonce_option(command: Command) -> Command:
-    """The option ``--nonce``, of both sides."""
-    help_ = "8 to 64 random bytes of the verifier's, in hexadecimal."
+    """Add the option ``--nonce``, of both sides."""
+    help_ = "8 to 64 random bytes of the verifier, in hexadecimal."
     return click.option("--nonce", callback=_nonce, metavar="HEX", help=help_)(command)
 
 
 def public_pem(spki: bytes) -> str:
-    """A subjectPublicKeyInfo as a PEM PUBLIC KEY."""
+    """Return a subjectPublicKeyInfo as a PEM PUBLIC KEY."""
     return to_pem("PUBLIC KEY", spki).decode("ascii")
 
 
@@ -65,9 +65,9 @@ def public_pem(spki: bytes) -> str:
 @_file_option(
     "--make-challenge",
     "challenge_out",
-    "Instead of a verdict: make a challenge for the attestation key in EVIDENCE, by --ek or --ek-ca.",
+    "Instead: make a challenge for the attestation key in EVIDENCE, by --ek or --ek-ca.",
 )
-@_file_option("--secret-out", "secret_out", "With it: file for its secret, until the evidence comes.")
+@_file_option("--secret-out", "secret_out", "With --make-challenge: file for the secret.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify_attestation(
     evidence_file: Path,
@@ -83,33 +83,35 @@ def verify_attestation(
     secret_out: Path | None,
     as_json: bool,
 ) -> None:
-    """Verify evidence of stationkey attest: was the key created in a TPM, and can it not leave it?
+    """Verify evidence of stationkey attest.
 
-    The attestation key in it is trusted by --ak (and --ak-ca), or by --secret. If only the TPM's endorsement key is
-    known: make a challenge, let the station answer it (attest KEY --challenge), and verify the answer with --secret.
+    That is, that the key was created in a TPM and cannot leave it. The attestation key is trusted by --ak (and
+    --ak-ca), or by --secret. If only the TPM's endorsement key is known: make a challenge, let the station answer it
+    (attest KEY
+    --challenge), and verify the answer with --secret.
     EVIDENCE is - for standard input. Needs no TPM.
 
     \b
     Exit status: 0 verified, 3 not verified, 2 wrong usage, 1 anything else.
     """  # noqa: D301 - click's mark for "do not rewrap" is a backspace, which a raw string has not
     if (challenge_out is None) != (secret_out is None):
-        raise click.UsageError("--make-challenge and --secret-out go together")
+        raise click.UsageError("--make-challenge and --secret-out need each other")
     if ak_ca is not None and ak_file is None:
-        raise click.UsageError("--ak-ca says who has signed the certificate of --ak: give that too")
+        raise click.UsageError("--ak-ca needs a certificate as --ak")
     try:
         if challenge_out is not None and secret_out is not None:
             if ak_file or secret_file or csr_file or certificate_file or nonce is not None:
-                raise click.UsageError("--make-challenge takes --ek or --ek-ca, and judges nothing yet")
+                raise click.UsageError("--make-challenge excludes the options of a verdict; it needs --ek or --ek-ca")
             done = _make_challenge(read_bounded(evidence_file), ek_file, ek_ca, challenge_out, secret_out)
             click.echo(json.dumps({"verified": None, "challenged": done}) if as_json else done)
             return
         if (ak_file is None) == (secret_file is None):
             raise click.UsageError(
                 "give --ak, or --secret of a challenge"
-                + (": an endorsement key signs nothing, so make a challenge first" if ek_file or ek_ca else "")
+                + (": with an endorsement key, make a challenge first" if ek_file or ek_ca else "")
             )
         if ek_ca is not None or (ek_file is not None and secret_file is None):
-            raise click.UsageError("an endorsement key is believed when the challenge is made: --make-challenge")
+            raise click.UsageError("--ek-ca, and --ek without --secret, need --make-challenge")
         anchor = _anchor(ak_file, ak_ca, secret_file, ek_file)
         verdict = _judge(read_bounded(evidence_file), anchor, nonce, csr_file, certificate_file)
     except NotVerified as error:
@@ -172,16 +174,16 @@ def _anchor(ak_file: Path | None, ak_ca: Path | None, secret_file: Path | None, 
 def _make_challenge(
     document: bytes, ek_file: Path | None, ek_ca: Path | None, challenge_out: Path, secret_out: Path
 ) -> str:
-    """Make a challenge, and say for what."""
+    """Make a challenge, and return its description."""
     told = documents.read_either(document)
     ak = verifier.read_ak_public(told)
     authorities = None if ek_ca is None else _read(ek_ca, read_authorities)
     if ek_file is not None:
         ek, certificate = _read(ek_file, read_key)
-        believed = "the one that was given"
+        believed = "the given one"
         if authorities is not None:
             if certificate is None:
-                raise click.UsageError("--ek-ca says who has signed the certificate of --ek, and that is a public key")
+                raise click.UsageError("--ek-ca needs a certificate as --ek, not a public key")
             issuer = trust.check_issued(certificate, authorities, trust.EK_CERTIFICATE, datetime.now(UTC))
             believed = f"certified by {issuer} as an endorsement key"
     elif authorities is not None:
@@ -189,7 +191,7 @@ def _make_challenge(
     else:
         raise click.UsageError("--make-challenge needs --ek or --ek-ca")
     challenge, secret = credential.make_challenge(ek, ak.name, believed=believed)
-    # The secret first: a challenge without its secret would be of no use.
+    # The secret first: a challenge without its secret is useless.
     write_text(secret_out, documents.write_secret(secret), private=True)
     write_text(challenge_out, documents.write_challenge(challenge))
     return f"challenged attestation key {ak.name.hex()} in the TPM whose endorsement key is {believed}"
