@@ -250,7 +250,7 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
             click.confirm(f"{ask} {named}?", abort=True, err=True)
             if (now := ledger.keys.named(key.key_id).state) != key.state:
                 raise StationKeyError(
-                    f"the state of {key.key_id} changed to {now} meanwhile; nothing was changed",
+                    f"{key.key_id} has become {now} meanwhile; nothing was changed",
                     reason="key_changed",
                     hint="retry",
                 )

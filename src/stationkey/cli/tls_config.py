@@ -43,7 +43,7 @@ from stationkey.openssl.servers import SERVERS
 def tls_config(
     settings: Configured, checked: str | None, trust_anchors: Path | None, server: str | None, out: Path | None
 ) -> None:
-    """Print the OpenSSL configuration that makes a service use the active keys.
+    """Print an OpenSSL configuration for the active keys.
 
     It says at its head which environment variables a service needs; the daemon needs none of them. For a token, it is
     for pkcs11-provider, or for the engine of libengine-pkcs11-openssl if only that is installed here.
