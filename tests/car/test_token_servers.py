@@ -119,7 +119,7 @@ def as_on_this_system(text: str, directory: Path) -> str:
     if start := re.search(r"(?m)^#   ExecStartPre=(sed .*)$", text):
         subprocess.run(start[1].replace("%d", str(directory)), shell=True, cwd=directory, check=True)
         text = text.replace("/run/secc", str(directory))
-    return f"user root; env SOFTHSM2_CONF;\n{text}" if "worker_processes" in text else text
+    return text.replace("worker_processes", "user root; env SOFTHSM2_CONF; worker_processes")
 
 
 @each_type

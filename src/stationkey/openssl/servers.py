@@ -136,11 +136,14 @@ https
 """A whole configuration, or program, for each, with a key in a TPM, and the chain with it where
 ``LoadCredential=secc.pem:`` puts them."""
 
-_ANY: Final = "Also without harm with more than one."
-TOKEN_BY_PROVIDER: Final = {
-    name: SERVERS[name].replace(_ONE, _ANY) for name in ("nginx", "haproxy", "haproxy-tcp", "python")
-}
-"""The same for a key in a PKCS#11 token, by pkcs11-provider, which reads the same file."""
+
+def _for_token(server: str) -> str:
+    """Return the same without what is said of tpm2-openssl 1.1.1."""
+    return "".join(line for line in SERVERS[server].splitlines(keepends=True) if "1.1.1" not in line)
+
+
+TOKEN_BY_PROVIDER: Final = {server: _for_token(server) for server in ("nginx", "node", "python", "stunnel")}
+"""The same for a key in a PKCS#11 token, by pkcs11-provider. haproxy aborts with its version 1.0."""
 
 _BY_FILE: Final = "ssl_certificate_key /run/credentials/nginx.service/secc.pem;"
 TOKEN_BY_ENGINE: Final = {
@@ -155,6 +158,6 @@ TOKEN_BY_ENGINE: Final = {
 #   ExecStartPre=
 #   ExecStartPre=sed -n 's|^pkcs11:.*|ssl_certificate_key "engine:pkcs11:&?pin-source=%d/pin";|w key' %d/secc.pem
 """
-    + SERVERS["nginx"].replace(_ONE, _ANY).replace(_BY_FILE, "include /run/secc/key;"),
+    + _for_token("nginx").replace(_BY_FILE, "include /run/secc/key;"),
 }
 """The same by the engine, for what can name one."""
