@@ -56,7 +56,7 @@ class Device:
     Attributes:
         restart: powers it off and on, where there is something to power.
         refused: the reason why no key is made for an algorithm.
-        by_engine: whether OpenSSL can use a token through its pkcs11 engine.
+        by_engine: for what OpenSSL can use a token through its pkcs11 engine.
     """
 
     uri: str
@@ -65,7 +65,7 @@ class Device:
     state_dir: Path | None = None
     restart: Callable[[], None] = lambda: None
     refused: dict[Algorithm, str] = dataclasses.field(default_factory=dict)
-    by_engine: bool = True
+    by_engine: frozenset[Algorithm] = frozenset(Algorithm)
     keys: dict[Algorithm, KeyRef] = dataclasses.field(default_factory=dict)
 
     @property
@@ -324,9 +324,10 @@ def test_openssl_signs_with_the_pem_file_of_a_key(
         providers = ["-engine", "pkcs11", "-keyform", "engine", "-passin", f"pass:{PIN}"]
         environment["PKCS11_MODULE_PATH"] = device.uri.partition("module-path=")[2].partition("&")[0]
     command = ("dgst", *providers, digest, "-sign", file, "-out", "signature", "data")
-    if device.terms.pcrs or not device.by_engine:
+    if device.terms.pcrs or algorithm not in device.by_engine:
         # tpm2-openssl, 1.1.1 and 1.3.0, does not know a key file with a policy.
-        assert "private key from" in openssl(tmp_path, environment, *command, fails=True)
+        said = openssl(tmp_path, environment, *command, fails=True)
+        assert "private key from" in said or "Error signing data" in said
         assert (tmp_path / "signature").read_bytes() == b""
         return
     openssl(tmp_path, environment, *command)

@@ -32,14 +32,13 @@ class OtherToken:
         uri: the key store in it.
         restart: powers it off and on.
         refused: the reason why no key is made for an algorithm.
-        by_engine: whether OpenSSL can use it through its pkcs11 engine. Not so tpm2-pkcs11, which itself needs OpenSSL,
-            and gets the engine for its own encryption.
+        by_engine: for what OpenSSL can use it through its pkcs11 engine.
     """
 
     uri: str
     restart: Callable[[], None]
     refused: dict[Algorithm, str]
-    by_engine: bool = True
+    by_engine: frozenset[Algorithm] = frozenset(Algorithm)
 
 
 def _module(name: str) -> Path:
@@ -134,4 +133,8 @@ def tpm2_pkcs11(directory: Path) -> Iterator[OtherToken]:
         for name, value in {**places, **manager.environment, "TPM2_PKCS11_LOG_LEVEL": "0"}.items():
             patch.setenv(name, value)
         uri = _initialised(_module("libtpm2_pkcs11"), directory)
-        yield OtherToken(uri, restart, {Algorithm.ECDSA_SHA512: "pkcs11_refused"}, by_engine=False)
+        # It needs OpenSSL itself, and up to Debian 12 gets the engine for that. For RSA the engine wants a key that
+        # decrypts.
+        curves = int(_run("pkg-config", "--modversion", "tss2-esys").partition(".")[0]) >= 4
+        by_engine = frozenset({Algorithm.ECDSA_SHA256} if curves else ())
+        yield OtherToken(uri, restart, {Algorithm.ECDSA_SHA512: "pkcs11_refused"}, by_engine)
