@@ -31,7 +31,7 @@ from stationkey.observability.health import Health
 from stationkey.service.policy import Policy
 from stationkey.service.renewal import DueCertificate
 from stationkey.service.requests import StationKeyService
-from stationkey.service.strays import Strays
+from stationkey.service.strays import Strays, tell_left_behind
 from stationkey.system.backoff import Backoff
 from stationkey.system.counters import Counters, Counts
 from stationkey.system.hardening import close_to_others
@@ -120,6 +120,7 @@ async def serve(settings: Settings) -> signal.Signals:
             tasks: dict[str, Work] = {
                 "sweep": service.expiry.run,
                 "tell-unusable": service.expiry.tell_unusable,
+                "tell-left-behind": partial(tell_left_behind, service.custody, settings.state_dir),
                 "learn-ids": service.learn_ids,
                 "renewal-watch": partial(service.renewal.run, partial(_show_due, due)),
             }

@@ -80,7 +80,7 @@ def reason_of(call: Callable[[], object]) -> tuple[str, bool, Scope]:
 
 
 def recorded(token: Token) -> set[str]:
-    return {path.name for path in (token.directory / "pkcs11").iterdir()} - {"pin-refused"}
+    return {path.name for path in (token.directory / "pkcs11").iterdir() if "pin-refused" not in path.name}
 
 
 @pytest.mark.parametrize("algorithm", [EC, Algorithm.ECDSA_SHA512, Algorithm.RSA_SHA256], ids=str)
@@ -313,7 +313,7 @@ def test_a_pin_that_was_refused_is_not_tried_again(token: Token, opened: Open) -
             assert reason_of(lambda: store.supports(EC)) == ("pkcs11_pin_wrong", False, Scope.STORE)  # noqa: B023
     assert token.calls("C_Login") == 1
 
-    remembered = token.directory / "pkcs11/pin-refused"
+    [remembered] = (token.directory / "pkcs11").glob("pin-refused*")
     assert b"wrong" not in remembered.read_bytes()
     assert stat.S_IMODE(remembered.stat().st_mode) == 0o600
 

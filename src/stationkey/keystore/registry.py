@@ -80,8 +80,11 @@ class KeyStoreUri(Struct, frozen=True):
         Raises:
             KeyStoreError: the record of the key is corrupt.
         """
-        here, there = (_attributes(location) for location in (self.location, key.location))
-        return key.scheme == self.scheme.name and (not self.scheme.locate or here <= there)
+        return key.scheme == self.scheme.name and self.has(key.location)
+
+    def has(self, location: str) -> bool:
+        """Return whether a key of this kind of store with this location is in this store."""
+        return not self.scheme.locate or _attributes(self.location) <= _attributes(location)
 
     def __str__(self) -> str:
         """Return the URI without what may be secret in it."""

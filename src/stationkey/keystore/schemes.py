@@ -24,8 +24,8 @@ class Scheme(Struct, frozen=True, kw_only=True):
         locate: for a key that tells its device, the function that reads its URI from its private part, as
             ``module:function``.
         protected: whether its keys are protected. One without protection is for trying only, and never a fallback.
-        resident: whether its keys stay in the device, so that a crash can leave one there: see
-            `stationkey.keystore.Sweeping`.
+        recorded: for a store whose keys stay in the device, the function that reads from a state directory the URIs of
+            those that were made there and not destroyed there yet, as ``module:function``.
         attests: whether it can prove that it made a key.
         pem_label: of the PEM file with a key.
         pem_text: function, as ``module:function``, that gives the text before that from the DER; None for no text.
@@ -41,11 +41,16 @@ class Scheme(Struct, frozen=True, kw_only=True):
     device: str = ""
     locate: str = ""
     protected: bool
-    resident: bool = False
+    recorded: str = ""
     attests: bool
     pem_label: str
     pem_text: str | None = None
     openssl_provider: str | None
+
+    @property
+    def resident(self) -> bool:
+        """Whether its keys stay in the device, so that a crash can leave one there: see `Sweeping`."""
+        return bool(self.recorded)
 
 
 _SCHEMES: Final = (
@@ -68,7 +73,7 @@ _SCHEMES: Final = (
         device="(?<=module-path=)[^&]*",  # which takes one C_Initialize in a process
         locate="stationkey.keystore.pkcs11.keyfile:uri_of",
         protected=True,
-        resident=True,
+        recorded="stationkey.keystore.pkcs11.inventory:recorded",
         attests=False,
         pem_label="PKCS#11 PROVIDER URI",
         pem_text="stationkey.keystore.pkcs11.keyfile:uri_line",

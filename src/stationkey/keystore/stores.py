@@ -92,6 +92,11 @@ class KeyStores:
             scope=Scope.KEY,
         )
 
+    def have(self, uri: str) -> bool:
+        """Return whether a key with this URI is in one of the stores."""
+        scheme, _, location = uri.partition(":")
+        return any(store.uri.scheme.name == scheme and store.uri.has(location) for store in self._stores)
+
     def close(self) -> None:
         """End the threads and close the stores."""
         for store in self._stores:

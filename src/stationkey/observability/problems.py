@@ -39,6 +39,7 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
     condition, service = health.condition(), health.service
     abandoned = sum(store.thread.abandoned for store in health.keystores)
     unconfigured = 0 if service is None else service.counters.unconfigured
+    left_behind = 0 if service is None else service.counters.left_behind
     unusable = 0 if service is None else service.counters.unusable - unconfigured
     not_shown = [] if service is None else service.counters.not_shown.items()
     unknown = 0 if figures is None else figures.unknown
@@ -72,6 +73,13 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
             Problem(
                 f"keys in a key store that the configuration does not name: {unconfigured}",
                 "name it in [keystores], and in [keystore_for] existing_keys; the log says which",
+            ),
+        ),
+        (
+            left_behind,
+            Problem(
+                f"destroyed keys still in a key store that the configuration does not name: {left_behind}",
+                "name it in [keystore_for] existing_keys until they are gone; docs/pkcs11.md has more",
             ),
         ),
         *(

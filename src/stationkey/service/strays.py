@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Final
 
-from stationkey.errors import StationKeyError
+from stationkey.errors import LedgerError, StationKeyError
 from stationkey.keystore import KeyStore, Sweeping
+from stationkey.keystore.schemes import SCHEMES
 from stationkey.keystore.stores import Store
 from stationkey.keystore.worker import Task, Turn, on_keystore
 from stationkey.service.custody import PROOF_DEADLINE, Custody
@@ -16,6 +20,30 @@ log = logging.getLogger(__name__)
 
 _SWEEP: Final = 60.0
 """Seconds between two looks."""
+
+
+async def tell_left_behind(custody: Custody, state_dir: Path) -> None:
+    """Log how many destroyed keys are still in a device that the configuration does not name.
+
+    They stay on record there, and are destroyed once the configuration names the device again.
+    """
+    for scheme in SCHEMES.values():
+        if scheme.resident and (recorded := resolve_name(scheme.recorded)(state_dir)):
+            await _tell_left_behind(custody, scheme.name, recorded)
+
+
+async def _tell_left_behind(custody: Custody, scheme: str, recorded: Collection[str]) -> None:
+    try:
+        keys = await custody.ledger(lambda ledger: ledger.keys.refs(scheme))
+    except LedgerError as error:
+        log.error("key stores not compared with the ledger: %s", error, extra={"reason": error.reason})
+        return
+    ended = set(recorded) - {f"{key.scheme}:{key.location}" for key in keys}
+    left = sorted(uri for uri in ended if not custody.keystores.have(uri))
+    custody.counters.left_behind += len(left)
+    if left:
+        about = {"keys": len(left), "keystore": left[0].partition(";id=")[0], "reason": "keystore_unconfigured"}
+        log.warning("destroyed keys are still in a key store that the configuration does not name", extra=about)
 
 
 class Strays:

@@ -82,6 +82,7 @@ class Counters:
         restorations: keys that Josev went back to.
         unusable: keys that no key store could load at the start.
         unconfigured: those of them whose key store the configuration does not name.
+        left_behind: destroyed keys that such a key store still had at the start.
         not_shown: failures to write the files under ``active/``, by reason.
         hints: hints that a certificate is due for renewal, by certificate type and ``due`` or ``expired``.
         task_failures: errors that a task of the daemon did not handle, by task and reason.
@@ -97,6 +98,7 @@ class Counters:
         self.restorations = 0
         self.unusable = 0
         self.unconfigured = 0
+        self.left_behind = 0
         self.not_shown = Counts()
         self.hints = Counts()
         self.renewal_commands = Counts()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from stationkey.config.settings import TpmTerms
 from stationkey.errors import ConfigurationError
-from stationkey.keystore.pkcs11.inventory import Inventory
+from stationkey.keystore.pkcs11.inventory import DIRECTORY_NAME, Inventory
 from stationkey.keystore.pkcs11.uri import TokenUri
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def opener(
             reason="extra_missing",
             hint="it belongs to the extra [pkcs11]; docs/install.md says how to add one",
         )
-    inventory = Inventory(state_dir / "pkcs11")
+    inventory = Inventory(state_dir / DIRECTORY_NAME)
 
     def open_store() -> KeyStore:
         from stationkey.keystore.pkcs11.store import Pkcs11KeyStore  # noqa: PLC0415 - only who needs it pays for it

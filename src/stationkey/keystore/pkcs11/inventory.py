@@ -1,4 +1,6 @@
-"""The record of what this station has in a token: a file for each key, named by its CKA_ID, in the state directory.
+"""The record of what this station has in tokens: a file for each key, named by its CKA_ID, in the state directory.
+
+Its content is the URI of the key, by which its token is known. A file that a crash left empty is of any token.
 
 The file is there, durably, before the token makes the key, and goes after the key is destroyed. So whatever a crash
 leaves in the token has a file, and an object without one is somebody else's.
@@ -10,18 +12,23 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from stationkey.errors import KeyStoreError
-from stationkey.system.files import sync_directory
+from stationkey.keystore.pkcs11.uri import object_uri
+from stationkey.system.files import read_regular, sync_directory
 
 _LOOKS: Final = 10
 """How often a key on record that the token does not have is looked for, before its file goes: a token may finish after
 a crash what it was asked before, and an RSA key takes long."""
 _NAME: Final = re.compile(r"[0-9a-f]{32}")
+DIRECTORY_NAME: Final = "pkcs11"
+"""Of the files, in the state directory."""
+_URI: Final = 4096
+"""Bytes of a file at most."""
 LABEL: Final = "stationkey {}"
 """CKA_LABEL of a key, by its CKA_ID in hexadecimal."""
 
@@ -38,8 +45,11 @@ class Inventory:
         self._missed: Counter[bytes] = Counter()
         self._known = {bytes.fromhex(name) for name in self._names()}  # by earlier processes, or once in the ledger
 
-    def new(self) -> bytes:
+    def new(self, token: Mapping[str, str]) -> bytes:
         """Record a key that is about to be made, durably, and return its CKA_ID.
+
+        Args:
+            token: what names the token, by attribute.
 
         Raises:
             KeyStoreError: the file cannot be written.
@@ -50,7 +60,8 @@ class Inventory:
                 self.directory.mkdir(mode=0o700)
                 sync_directory(self.directory.parent)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            os.close(os.open(self.directory / identifier.hex(), flags, 0o600))
+            with open(os.open(self.directory / identifier.hex(), flags, 0o600), "wb") as file:  # noqa: PTH123 - a descriptor
+                file.write(object_uri(token, identifier).encode())
             sync_directory(self.directory)
         except OSError as error:
             raise KeyStoreError(
@@ -71,7 +82,7 @@ class Inventory:
             self.drop(identifier)
 
     def ended(self, living: Collection[bytes]) -> list[bytes]:
-        """Return the keys on record here that are certainly none of the ledger's any more.
+        """Return the keys on record here, of all tokens, that are certainly none of the ledger's any more.
 
         A key of this process that was never in the ledger may be on its way there; one of an earlier process is not.
 
@@ -82,8 +93,36 @@ class Inventory:
         self._known |= names & set(living)
         return sorted((names & self._known) - set(living))
 
+    def is_in(self, identifier: bytes, token: Mapping[str, str]) -> bool:
+        """Return whether a key is in a token, as far as is recorded.
+
+        Args:
+            identifier: CKA_ID of the key.
+            token: what names the token, by attribute.
+        """
+        return self._uri(identifier.hex()) in {"", object_uri(token, identifier)}
+
+    def uris(self) -> set[str]:
+        """Return the URIs of the keys on record."""
+        return {self._uri(name) for name in self._names()} - {""}
+
+    def _uri(self, name: str) -> str:
+        try:
+            return read_regular(self.directory / name, limit=_URI, follow=False).decode(errors="replace")
+        except OSError:
+            return ""
+
     def _names(self) -> list[str]:
         try:
             return [path.name for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
         except FileNotFoundError:
             return []
+
+
+def recorded(state_dir: Path) -> set[str]:
+    """Return the URIs of the keys that a station has in tokens, or is making there.
+
+    Args:
+        state_dir: its state directory.
+    """
+    return Inventory(state_dir / DIRECTORY_NAME).uris()

@@ -62,7 +62,8 @@ class Pkcs11KeyStore:
 
     def __init__(self, uri: str, token: TokenUri, inventory: Inventory) -> None:
         self.uri = uri
-        self._connection = Connection(token, inventory.directory / "pin-refused")
+        place = hashlib.sha256(uri.partition("?")[0].encode()).hexdigest()[:16]
+        self._connection = Connection(token, inventory.directory / f"pin-refused-{place}")
         self._inventory = inventory
         self._proven: set[Algorithm] = set()
 
@@ -134,7 +135,7 @@ class Pkcs11KeyStore:
             raise UnsupportedAlgorithm(
                 f"{algorithm} cannot be served: {support.missing}", reason="algorithm_unsupported_by_token"
             )
-        identifier = self._inventory.new()
+        identifier = self._inventory.new(self._connection.names())
         try:
             public = self._connection.call(
                 "C_GenerateKeyPair", partial(_generate, kind=support.key_type, identifier=identifier), again=False
@@ -190,8 +191,13 @@ class Pkcs11KeyStore:
     def sweep(self, living: Collection[KeyRef]) -> int:
         """Destroy what the ledger knows no more: see `stationkey.keystore.Sweeping`."""
         kept = {_identifier(key) for key in living if key.scheme == _SCHEME}
+        ended = self._inventory.ended(kept)
+        if not ended:
+            return 0
+        self._connection.call("C_GetTokenInfo", lambda _: None)
+        names = self._connection.names()
         destroyed = 0
-        for identifier in self._inventory.ended(kept):
+        for identifier in [identifier for identifier in ended if self._inventory.is_in(identifier, names)]:
             if self._destroyed(identifier):
                 self._inventory.drop(identifier)
                 destroyed += 1
@@ -213,7 +219,12 @@ class Pkcs11KeyStore:
         self._inventory.drop(identifier)
 
     def _destroyed(self, identifier: bytes) -> bool:
-        return self._connection.call("C_DestroyObject", partial(_destroy, identifier=identifier))
+        def destroy(session: Any) -> bool:
+            if not self._inventory.is_in(identifier, self._connection.names()):
+                raise NoSuchKey  # it stays on record, to be destroyed in its own token
+            return _destroy(session, identifier=identifier)
+
+        return self._connection.call("C_DestroyObject", destroy)
 
 
 def _identifier(key: KeyRef) -> bytes:
