@@ -1,11 +1,11 @@
-"""Read the configuration file, and put the command line and the environment over it.
+"""Read the configuration file, and merge command line and environment over it.
 
-Precedence: command line, environment, file, default. The command line and the environment are read by `stationkey.cli`.
-What may be in the file follows from the annotations of `stationkey.config.settings`.
+Precedence: command line, environment, file, default. `stationkey.cli` reads command line and environment. The
+annotations of `stationkey.config.settings` declare the options of the file.
 
-What a CA may want otherwise than the standards' profiles can be overridden for each certificate type. What no
-station's certificate may have (CA:true, a subject without C, O or CN, an uncritical keyUsage) cannot, and is refused at
-start rather than when a certificate is due.
+Fields of a CSR can be overridden for each certificate type, for a CA that differs from the standards' profiles.
+Overrides that no station's certificate may have (CA:true, a subject without C, O or CN, an uncritical keyUsage) are
+refused at start.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stationkey.system.files import opened_regular
 from stationkey.system.text import printable
 
 SYSTEM_FILE: Final = Path("/etc/stationkey/stationkey.toml")
-"""Read by every command that is given no other, where this user may."""
+"""Read by every command by default, if this user may."""
 MAX_FILE: Final = 256 * 1024
 """Bytes; the packaged file, with every option explained, has 15 KB."""
 MAX_DOTS: Final = 250
@@ -48,8 +48,8 @@ class Parts(NamedTuple):
     """What can be used of a file.
 
     Attributes:
-        given: all that is right in it.
-        complaints: the errors in the rest.
+        given: the valid values.
+        complaints: the errors of the others.
         lost: top-level names with unusable values; None if all of it is unusable.
     """
 
@@ -62,8 +62,8 @@ def read_file(path: Path | None) -> Given:
     """Read a configuration file; None sets nothing.
 
     Raises:
-        ConfigurationError: it cannot be read, everybody may write to it, it is no TOML, or something in it is invalid;
-            the message names where.
+        ConfigurationError: it cannot be read, every user may write to it, or it is invalid; the message names the
+            place.
     """
     if path is None:
         return {}
@@ -80,22 +80,22 @@ def read_table(
     source: str,
     declared: type[Struct] = Settings,
 ) -> Given:
-    """Read what a configuration file would have, from elsewhere.
+    """Read options from a table.
 
     Args:
-        table: as TOML has it.
-        lines: the line of each place, where there are lines.
-        source: where it is from, for messages.
+        table: as parsed from TOML.
+        lines: the line of each place, if known.
+        source: its origin, for messages.
         declared: the class that declares the options.
 
     Raises:
-        ConfigurationError: something in it is invalid; the message names where.
+        ConfigurationError: a value is invalid; the message names the place.
     """
     reading = _Reading(source, declared, lines)
     reading.take(table)
     if reading.complaints:
         first, *more = reading.complaints
-        first.hint = first.hint or ("stationkey config check shows all that is wrong" if more else "")
+        first.hint = first.hint or ("stationkey config check lists all errors" if more else "")
         raise first
     return reading.given
 
@@ -103,7 +103,7 @@ def read_table(
 def read_parts(path: Path) -> Parts:
     """Read the valid part of a file that `read_file` refuses, and the errors in the rest.
 
-    For who wants to see every mistake at once; the daemon takes the whole file, or none of it. Never raises.
+    To report every error at once; the daemon accepts the whole file or nothing. Never raises.
     """
     complaints: list[ConfigurationError] = []
     try:
@@ -120,7 +120,7 @@ def read_parts(path: Path) -> Parts:
 
 
 def place_of(path: Path, place: str) -> str:
-    """Return where an option is in a file that was read, for the beginning of a message."""
+    """Return file, line and name of an option, for the beginning of a message."""
     _, lines = _table(path, _content(path)[0])
     return f"{path}: line {lines[place]}: {place}" if place in lines else f"{path}: {place}"
 
@@ -148,7 +148,7 @@ def _content(path: Path) -> tuple[bytes, bool]:
 
 
 def _table(path: Path, content: bytes) -> tuple[dict[str, object], dict[str, int]]:
-    """Return what is in a file, and the line of each place."""
+    """Return the table of a file, and the line of each place."""
     try:
         text = content.removeprefix(codecs.BOM_UTF8).decode()  # a byte order mark, invisible in editors
     except UnicodeDecodeError:
@@ -163,7 +163,7 @@ def _table(path: Path, content: bytes) -> tuple[dict[str, object], dict[str, int
 
 
 def _said(words: object) -> str:
-    """Return what is said of the file, which may show a piece of it, as one short line for a terminal."""
+    """Return a message, which may quote the file, as one short printable line."""
     text = printable(str(words))
     return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
 
@@ -182,7 +182,7 @@ _FIXED: Final = {
     ),
     "key_usage_critical": "keyUsage is always critical [RFC 5280 4.2.1.3]",
 }
-"""What one might want to override, and why it cannot be."""
+"""Options that do not exist on purpose, and why."""
 
 
 class _Reading:
@@ -230,7 +230,7 @@ class _Reading:
             del self.given[path]
 
     def _options(self, table: str, values: object, options: Iterable[Declared]) -> dict[tuple[str, ...], Any]:
-        """Return what one table sets."""
+        """Return the values of one table."""
         known = {option.name: option for option in options if option.table == table}
         given: dict[tuple[str, ...], Any] = {}
         for name, value in self._mapping(table, values).items():
@@ -295,7 +295,7 @@ class _Reading:
 
 
 def contradictory_stores(given: Given) -> Iterator[tuple[str, str]]:
-    """Yield what is contradictory about the key stores: the place of an option, and words that begin with it."""
+    """Yield the contradictions about key stores: the place of an option, and a message that begins with it."""
     stores: Mapping[str, str] = given.get(("keystores",), {})
     chosen = {".".join(path): name for path, name in given.items() if path[0] == "keystore_for"}
     existing: tuple[str, ...] = chosen.pop(_EXISTING, ())
@@ -329,8 +329,8 @@ def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> S
 
     Args:
         given: the values of the file.
-        needs_keystore: whether a key store must be there; without, `Settings.keystore` may be empty.
-        options: fields of `Settings`; None, and an empty text where that is not a value, for those not given.
+        needs_keystore: whether a key store is required; if not, `Settings.keystore` may be empty.
+        options: fields of `Settings`; None, or an empty text if that is not a value, for those not given.
 
     Raises:
         ConfigurationError: no key store is named, and this machine has no ``/dev/tpmrm0``.
@@ -347,16 +347,16 @@ def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> S
     for _, words in contradictory_stores(given):
         raise ConfigurationError(words, reason="config_invalid")
     for uri in (keystore, *given.get(("keystores",), {}).values()):
-        if uri.startswith("tpm2:"):  # a key of the client's that is in a TPM is in this one
+        if uri.startswith("tpm2:"):  # a client key in a TPM is in this one
             given["mqtt", "tcti"] = uri.removeprefix("tpm2:")
     return build(Settings, given)
 
 
 def default_keystore() -> str:
-    """The URI of this machine's TPM behind the kernel's resource manager.
+    """Return the URI of this machine's TPM behind the kernel's resource manager.
 
     Raises:
-        ConfigurationError: it has none. No other is ever chosen.
+        ConfigurationError: there is none. No other key store is ever chosen.
     """
     if Path(DEFAULT_DEVICE).exists():
         return f"tpm2:device:{DEFAULT_DEVICE}"

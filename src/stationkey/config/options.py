@@ -1,4 +1,4 @@
-"""What an option is. Options are declared where their values are: as annotations in `stationkey.config.settings`."""
+"""Declaration of options, as annotations of the fields in `stationkey.config.settings`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import fields
 
 FORM: Final = "form"
-"""Name in msgspec's `Meta.extra` of words for a type that has a pattern."""
+"""Name in msgspec's `Meta.extra` of the description of a type with a pattern."""
 
 
 class Form(Struct, frozen=True):
-    """How an option is written in the file, where that differs from the value that the program uses.
+    """The form of an option in the file, if it differs from the program's value.
 
     Attributes:
         written: its type in the file, bounds included, as msgspec takes it.
-        read: parses the written value. It returns UNSET if that does not set the option, and raises
-            ValueError, or an error of ours, where it is invalid.
+        read: parses the written value. Returns UNSET if that does not set the option, raises ValueError or a
+            `StationKeyError` if it is invalid.
     """
 
     written: Any
@@ -34,12 +34,11 @@ class Option(Struct, frozen=True):
 
     Attributes:
         help: what it does, in one line. Also the text of ``--help``.
-        form: see `Form`; None where it is written as its field's type says.
-        place: where it is in the file, where that is not the field's own name in the table of its class: a name, or
-            ``table.name``.
+        form: see `Form`; None if it is written as the type of its field.
+        place: its name in the file, or ``table.name``, if that is not the field's name in the table of its class.
         metavar: the placeholder of its value in ``--help``, if it is an option there.
-        default: words for the default, where the field's own does not say it.
-        example: what may be in the file, in TOML, where the field's own default does not show it.
+        default: text of the default, if the field's own value does not show it.
+        example: a value in TOML, if the default does not show the form.
     """
 
     help: str
@@ -51,15 +50,15 @@ class Option(Struct, frozen=True):
 
 
 class Declared(Struct, frozen=True):
-    """An option with what follows from where it is declared.
+    """An option, with its place and type by its declaration.
 
     Attributes:
         option: its annotation.
         table: the table of the file that it is in; empty at the top.
         name: its name there.
-        path: the field that it sets, by the names of the fields that lead to it.
+        path: the names of the fields that lead to the field that it sets.
         written: its type in the file.
-        default: its default as text; empty if it has none, or an empty one.
+        default: its default as text; empty if none or an empty one.
     """
 
     option: Option
@@ -72,7 +71,7 @@ class Declared(Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        """Where it is in the file, such as ``pool.rsa``."""
+        """Its place in the file, such as ``pool.rsa``."""
         return f"{self.table}.{self.name}".removeprefix(".")
 
     @property
@@ -85,7 +84,7 @@ class Declared(Struct, frozen=True):
 
         Raises:
             ValueError: it is invalid.
-            ConfigurationError: it names a secret in a way that is invalid.
+            ConfigurationError: it is an invalid reference to a secret.
         """
         if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
             raise ValueError("a text has a NUL character in it")
@@ -94,7 +93,7 @@ class Declared(Struct, frozen=True):
 
 
 def _toml(default: object) -> str:
-    """Return a default as it is written in the file; empty where it cannot be."""
+    """Return a default in TOML; empty if that is not possible."""
     plain = str(default) if isinstance(default, Path) else default
     return json.dumps(plain, ensure_ascii=False) if plain and isinstance(plain, str | int | float) else ""
 
@@ -103,7 +102,7 @@ def _toml(default: object) -> str:
 def options_of(declared: type[Struct], table: str = "", path: tuple[str, ...] = ()) -> tuple[Declared, ...]:
     """Find the options among the fields of a class.
 
-    A field whose type is a struct is a table of the file. Inside that, it is more of the same table.
+    A field whose type is a struct is a table of the file; a struct inside that belongs to the same table.
 
     Args:
         declared: the class.

@@ -1,7 +1,7 @@
-"""Secrets by reference: the configuration says where a secret is, never its value.
+"""Secrets by reference: the configuration names the place of a secret, never its value.
 
-A reference is the path of a file, or ``credential:NAME`` for one that systemd hands over (``LoadCredential=`` and its
-encrypted kin, [systemd.exec(5)]). What is read goes to whoever asked and into no message, log line or repr.
+A reference is the path of a file, or ``credential:NAME`` for a systemd credential (``LoadCredential=`` and
+``LoadCredentialEncrypted=`` [systemd.exec(5)]). The value is in no message, log line or repr.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.system.files import opened_regular
 
 MAX_SECRET: Final = 4096
-"""Bytes. A longer file is not a secret."""
+"""Largest secret in bytes."""
 
 _CREDENTIAL: Final = "credential:"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def _oddity(secret: bytes) -> str:
-    """What an editor may have put into a secret that is a text; an empty string for nothing."""
+    """Return what an editor may have added to a text secret; empty if nothing."""
     if secret.startswith(codecs.BOM_UTF8):
         return "begins with a byte order mark"
     try:
@@ -48,7 +48,7 @@ def _warn(words: str) -> None:
 
 
 class SecretReference(Struct, frozen=True):
-    """Where a secret is.
+    """The place of a secret.
 
     Args:
         source: a path, or ``credential:NAME``.
@@ -67,38 +67,38 @@ class SecretReference(Struct, frozen=True):
             right = self.source != "" and "\0" not in self.source
         if not right:
             raise ConfigurationError(
-                f"{self.source[:80]!r} names no secret",
+                f"{self.source[:80]!r} is not a valid reference to a secret",
                 reason="secret_invalid",
                 hint="give the path of a file, or credential:NAME for one from systemd's LoadCredential=",
             )
 
     @property
     def path(self) -> Path:
-        """The file that it is in.
+        """Return the file of the secret.
 
         Raises:
-            ConfigurationError: it is a credential, and systemd has handed none over.
+            ConfigurationError: it is a credential, and systemd passed none to this process.
         """
         if not self.source.startswith(_CREDENTIAL):
             return Path(self.source)
         directory = os.environ.get("CREDENTIALS_DIRECTORY")
         if not directory:
             raise ConfigurationError(
-                f"{self.source} is to come from systemd, and systemd has handed over no credentials",
+                f"{self.source} is a systemd credential, but systemd passed none to this process",
                 reason="secret_unreadable",
                 hint="add LoadCredential= or LoadCredentialEncrypted= to the unit, or name a file",
             )
         return Path(directory, self.source.removeprefix(_CREDENTIAL))
 
     def read(self, *, limit: int = MAX_SECRET) -> bytes:
-        """The secret, without the line feed that an editor puts at the end.
+        """Return the secret, without a line feed at its end.
 
         Args:
-            limit: bytes that it may have.
+            limit: its largest size in bytes.
 
         Raises:
-            ConfigurationError: it cannot be read, is empty or too long, or others than its owner and his group may read
-                it. The message names the file, and nothing of what is in it.
+            ConfigurationError: it cannot be read, is empty or too long, or others than its owner and group may read it.
+                The message names the file, and shows nothing of its content.
         """
         path = self.path
         try:

@@ -1,9 +1,9 @@
 """Every option of the service: type, bounds, default, place in the file and help, once.
 
-`stationkey.config.file` reads a file by these annotations and `stationkey.cli` makes its options from them; the sample
-file and the README are compared with them by a test. A new option is a field here and its consumer.
+`stationkey.config.file` reads a file by these annotations, and `stationkey.cli` makes its options from them; a test
+compares the sample file and the documents. A new option is a field here and its consumer.
 
-The environment has ``STATIONKEY_NAME`` for each option ``--name`` of the command line.
+The environment variable of a command-line option ``--name`` is ``STATIONKEY_NAME``.
 """
 # The annotations are read at run time, so they are not postponed here.
 
@@ -29,7 +29,7 @@ from stationkey.contract.profiles import (
 DAY: Final = 86_400_000
 """Milliseconds."""
 DEFAULT_DEVICE: Final = "/dev/tpmrm0"
-"""The kernel's resource manager: the one TPM device that several programs can share."""
+"""The kernel's resource manager, through which several programs can share the TPM."""
 SRK_HANDLE: Final = 0x81000001
 """Where the SRK persists [TCG TPM v2.0 Provisioning Guidance 7.5.1]."""
 DEFAULT_STORE: Final = "default"
@@ -95,7 +95,7 @@ _MANY: Final = Meta(max_length=256)
 
 
 class KeyStoreChoice(Struct, frozen=True, kw_only=True):
-    """``[keystore_for]``: the key store of a certificate type, where that is not ``keystore``."""
+    """``[keystore_for]``: the key store of a certificate type, if not ``keystore``."""
 
     charging_station_certificate: Annotated[
         str | None, Option("Key store of charging_station_certificate, by its name.", _TEXT, example='"se"')
@@ -109,7 +109,7 @@ class KeyStoreChoice(Struct, frozen=True, kw_only=True):
     existing_keys: Annotated[
         tuple[_StoreName, ...],
         Meta(max_length=7),
-        Option("Key stores that make no keys any more, and serve those that they made.", example='["old"]'),
+        Option("Key stores that create no new keys, and serve their existing ones.", example='["old"]'),
     ] = ()
 
 
@@ -133,10 +133,9 @@ class NamedStore(Struct, frozen=True):
 
 
 class Deadlines(Struct, frozen=True, kw_only=True):
-    """``[deadlines]``: seconds within which a request is answered, one way or the other.
+    """``[deadlines]``: seconds within which a request is accepted or rejected.
 
-    30 s is as long as a hung TPM may keep Josev waiting. RSA gets 60 s, because a hardware TPM searches for primes for
-    tens of seconds.
+    A hung TPM delays Josev for at most 30 s. RSA gets 60 s, because a hardware TPM takes tens of seconds for a key.
     """
 
     ec: Annotated[Seconds, Option("Seconds for a request for an elliptic-curve key.")] = 30.0
@@ -144,42 +143,42 @@ class Deadlines(Struct, frozen=True, kw_only=True):
 
 
 class Bounds(Struct, frozen=True, kw_only=True):
-    """How many keys and records there may be.
+    """Limits on keys and records.
 
-    A CSMS may answer the first CSR after later ones were sent (OCTT TC_A_23), so there may be more than one pending
-    key; eight are more than any retry scheme sends in a row. EVSE IDs come over MQTT, and there are many of them.
+    A CSMS may answer the first CSR after later ones were sent (OCTT TC_A_23), so several keys may be pending; eight are
+    more than retries need. Any number of EVSE IDs may come over MQTT.
     """
 
     pending_limit: Annotated[
-        int, Meta(ge=1, le=100), Option("Pending keys for one certificate type and EVSE at most.")
+        int, Meta(ge=1, le=100), Option("Most pending keys for one certificate type and EVSE.")
     ] = 8
-    pending_total: Annotated[int, Meta(ge=1, le=10_000), Option("Pending keys in all, without keys made ahead.")] = 256
-    active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Active keys in all.")] = 256
+    pending_total: Annotated[
+        int, Meta(ge=1, le=10_000), Option("Most pending keys in all, without keys made ahead.")
+    ] = 256
+    active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Most active keys in all.")] = 256
     root_limit: Annotated[
         int,
         Meta(ge=1, le=8),
         Option("Roots with an active key each, for one certificate type and EVSE; 1 to not tell roots apart."),
     ] = 1
     history_limit: Annotated[
-        int, Meta(ge=0, le=100_000), Option("Destroyed keys that stay on record: years of renewals, in a MiB or two.")
+        int, Meta(ge=0, le=100_000), Option("Destroyed keys kept on record: years of renewals, in 1 to 2 MiB.")
     ] = 1000
 
 
 class Terms(Struct, frozen=True, kw_only=True):
-    """``[lifecycle]``: how long keys and records last, in milliseconds, and how many there may be; days in the file.
+    """``[lifecycle]``: periods of keys and records in milliseconds (days in the file), and limits.
 
-    It is the running time of the daemon, all its runs together: a clock that is set right by years ends no key.
+    Periods are running time of the daemon, all its runs together: setting a wrong clock ends no key.
     """
 
-    pending: Annotated[
-        int, Option("Days of a key whose certificate does not come.", _DAYS, "pending_days", example="30")
-    ] = 30 * DAY
+    pending: Annotated[int, Option("Days that a pending key is kept.", _DAYS, "pending_days", example="30")] = 30 * DAY
     failed: Annotated[
-        int, Option("Days of a key after its certificate failed to install.", _DAYS, "failed_days", example="1")
+        int, Option("Days that a key is kept after a failed installation.", _DAYS, "failed_days", example="1")
     ] = 1 * DAY
-    grace: Annotated[
-        int, Option("Days of a key after it was replaced or retired.", _DAYS, "grace_days", example="7")
-    ] = 7 * DAY
+    grace: Annotated[int, Option("Days that a replaced or retired key is kept.", _DAYS, "grace_days", example="7")] = (
+        7 * DAY
+    )
     answers: Annotated[
         int,
         Option("Days that an id is remembered; longer while its key is pending.", _DAYS, "answer_days", example="90"),
@@ -188,7 +187,7 @@ class Terms(Struct, frozen=True, kw_only=True):
 
 
 class PoolTerms(Struct, frozen=True, kw_only=True):
-    """``[pool]``: keys made ahead, while the TPM has nothing else to do. Idle in seconds, age in milliseconds."""
+    """``[pool]``: keys made ahead while the TPM is idle. Idle in seconds, age in milliseconds."""
 
     ec: Annotated[int, Meta(ge=0, le=64), Option("Keys kept ready for each elliptic curve; 0 for none.")] = 0
     rsa: Annotated[int, Meta(ge=0, le=16), Option("RSA keys kept ready, of the size that the TPM makes.")] = 1
@@ -206,18 +205,16 @@ class PoolTerms(Struct, frozen=True, kw_only=True):
 
 
 class RenewalTerms(Struct, frozen=True, kw_only=True):
-    """``[renewal]``: when a certificate is due for renewal, and who is told. Days in the file, milliseconds here."""
+    """``[renewal]``: when a certificate is due for renewal, and the hints. Days in the file, milliseconds here."""
 
     before: Annotated[
         int,
-        Option(
-            "Days before the end of a certificate from which it is due for renewal.", _DAYS, "before_days", example="30"
-        ),
+        Option("Days before its end when a certificate is due for renewal.", _DAYS, "before_days", example="30"),
     ] = 30 * DAY
     life_divisor: Annotated[
         int,
         Meta(ge=1, le=100),
-        Option("The life of a certificate divided by this is the most that before_days may be."),
+        Option("A certificate is due for at most its life divided by this."),
     ] = 3
     repeat: Annotated[
         int,
@@ -242,7 +239,7 @@ class RenewalTerms(Struct, frozen=True, kw_only=True):
     topic: Annotated[
         str | None,
         Option(
-            "Topic on which the broker retains the certificates due for renewal; topic_prefix goes before it.",
+            "Topic on which the certificates due for renewal are retained; with topic_prefix.",
             _TEXT,
             example='"stationkey/renewal"',
         ),
@@ -250,17 +247,17 @@ class RenewalTerms(Struct, frozen=True, kw_only=True):
 
 
 class MqttTerms(Struct, frozen=True, kw_only=True):
-    """``[mqtt]``: how the broker is spoken to, beside its URL.
+    """``[mqtt]``: TLS and credentials for the broker.
 
     Attributes:
-        tcti: of the TPM that a ``TSS2 PRIVATE KEY`` in `key_file` is in. Follows from the key store; None for that of
-            the environment, ``TPM2OPENSSL_TCTI``.
+        tcti: TCTI of the TPM of a ``TSS2 PRIVATE KEY`` in `key_file`: that of the key store; None for that of the
+            environment, ``TPM2OPENSSL_TCTI``.
     """
 
     ca_file: Annotated[
         Path | None,
         Option(
-            "Certificates (PEM) that the broker's must lead to.",
+            "Authorities (PEM) to trust for the broker.",
             _PATH,
             metavar="FILE",
             default="those of this machine",
@@ -279,7 +276,7 @@ class MqttTerms(Struct, frozen=True, kw_only=True):
     key_file: Annotated[
         SecretReference | None,
         Option(
-            "Its private key (PEM), where it is not in the same file; it may be a TPM's.",
+            "Its private key (PEM), if in another file; may be a key in the TPM.",
             _SECRET,
             metavar="FILE",
             example='"credential:client.key"',
@@ -296,7 +293,7 @@ class MqttTerms(Struct, frozen=True, kw_only=True):
         str | SecretReference | None,
         Option("User name at the broker.", _TEXT, metavar="NAME", example='"stationkey"'),
         Option(
-            "Where the user name is, instead: a path, or credential:NAME.",
+            "File of the user name instead: a path, or credential:NAME.",
             _SECRET,
             "username_file",
             example='"credential:mqtt-username"',
@@ -305,7 +302,7 @@ class MqttTerms(Struct, frozen=True, kw_only=True):
     password: Annotated[
         SecretReference | None,
         Option(
-            "Where the password for the broker is: a path, or credential:NAME.",
+            "File of the password for the broker: a path, or credential:NAME.",
             _SECRET,
             "password_file",
             metavar="FILE",
@@ -315,7 +312,7 @@ class MqttTerms(Struct, frozen=True, kw_only=True):
     availability_topic: Annotated[
         str | None,
         Option(
-            "Topic on which the broker keeps online or offline; topic_prefix goes before it.",
+            "Topic on which online or offline is retained; with topic_prefix.",
             _TEXT,
             example='"stationkey/availability"',
         ),
@@ -331,7 +328,7 @@ class MqttTerms(Struct, frozen=True, kw_only=True):
 
 
 class PolicyTerms(Struct, frozen=True, kw_only=True):
-    """``[policy]``: what may be asked for, and how often. An empty tuple of names or patterns lets all through.
+    """``[policy]``: which requests are served, and how often. An empty tuple of names or patterns allows all.
 
     See `stationkey.service.policy` for the patterns.
     """
@@ -343,10 +340,10 @@ class PolicyTerms(Struct, frozen=True, kw_only=True):
         tuple(Algorithm)
     )
     organization_names: Annotated[
-        _Names, _MANY, Option("O that is served, each in full.", example='["Operator GmbH"]')
+        _Names, _MANY, Option("Names (O) that are served, compared exactly.", example='["Operator GmbH"]')
     ] = ()
     country_names: Annotated[
-        _Countries, _MANY, Option("C that is served, each in full, in either case.", example='["DE", "FR"]')
+        _Countries, _MANY, Option("Countries (C) that are served, in either case.", example='["DE", "FR"]')
     ] = ()
     common_names: Annotated[
         _Patterns, _MANY, Option("Patterns of CN, one of which must match.", example='["DE-ABC-S-*"]')
@@ -354,22 +351,20 @@ class PolicyTerms(Struct, frozen=True, kw_only=True):
     evse_ids: Annotated[
         _Patterns, _MANY, Option("Patterns of the EVSE ID, one of which must match.", example='["DE*ABC*E*"]')
     ] = ()
-    secc_id: Annotated[Severity, Option("Where a certificate type takes a SECC ID as its CN and it is not one.")] = (
-        "warn"
-    )
-    off_profile: Annotated[Severity, Option("Where the profile prefers another algorithm.")] = "warn"
+    secc_id: Annotated[Severity, Option("For a CN that should be a SECC ID and is not one.")] = "warn"
+    off_profile: Annotated[Severity, Option("For another algorithm than the profile prefers.")] = "warn"
     requests_per_minute: Annotated[
         float,
         Meta(ge=0, le=60_000),
-        Option("How fast the allowance of a certificate type grows again; 0 for no limit."),
+        Option("Growth of each certificate type's allowance; 0 for no limit."),
     ] = 60.0
-    burst: Annotated[int, Meta(ge=1, le=100_000), Option("How large the allowance is at most.")] = 600
-    queue: Annotated[int, Meta(ge=1, le=1024), Option("Messages in hand at a time; the broker holds the rest.")] = 64
-    payload_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024), Option("Bytes of a message at most.")] = 64 * 1024
+    burst: Annotated[int, Meta(ge=1, le=100_000), Option("Largest allowance of a certificate type.")] = 600
+    queue: Annotated[int, Meta(ge=1, le=1024), Option("Messages in flight; the broker queues the rest.")] = 64
+    payload_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024), Option("Largest message in bytes.")] = 64 * 1024
 
 
 class TpmTerms(Struct, frozen=True, kw_only=True):
-    """``[tpm]``: how the TPM is used, and what keys in it are protected by besides. Secrets are named, never said.
+    """``[tpm]``: use of the TPM, and additional protection of its keys. Secrets are references.
 
     Attributes:
         SCHEME: of the key stores whose options these are.
@@ -384,16 +379,16 @@ class TpmTerms(Struct, frozen=True, kw_only=True):
     ] = SRK_HANDLE
     owner_auth: Annotated[
         SecretReference | None,
-        Option("Where the authorisation value of the owner hierarchy is.", _SECRET, example='"credential:owner-auth"'),
+        Option("File of the owner hierarchy's authorisation value.", _SECRET, example='"credential:owner-auth"'),
     ] = None
     srk_auth: Annotated[
         SecretReference | None,
-        Option("Where the authorisation value of the storage root key is.", _SECRET, example='"credential:srk-auth"'),
+        Option("File of the storage root key's authorisation value.", _SECRET, example='"credential:srk-auth"'),
     ] = None
     endorsement_auth: Annotated[
         SecretReference | None,
         Option(
-            "Where the authorisation value of the endorsement hierarchy is.",
+            "File of the endorsement hierarchy's authorisation value.",
             _SECRET,
             example='"credential:endorsement-auth"',
         ),
@@ -401,7 +396,7 @@ class TpmTerms(Struct, frozen=True, kw_only=True):
     key_auth: Annotated[
         SecretReference | Literal["generated"] | None,
         Option(
-            "Where the authorisation value of new keys is; generated for a random one that the TPM seals.",
+            "File of new keys' authorisation value; generated for a random one sealed by the TPM.",
             Form(_Text, _key_auth),
             example='"generated"',
         ),
@@ -417,11 +412,11 @@ class TpmTerms(Struct, frozen=True, kw_only=True):
     pcr_bank: Annotated[
         str,
         Option(
-            "Hash of the bank that these registers are of.",
+            "Bank (hash) of these registers.",
             Form(Literal["sha1", "sha256", "sha384", "sha512"], lambda bank: bank),
         ),
     ] = "sha256"
-    session: Annotated[TpmSession, Option("Protection of what crosses the bus to the TPM.")] = "none"
+    session: Annotated[TpmSession, Option("Protection of the bus to the TPM.")] = "none"
     ak_handle: Annotated[
         int | None,
         Option(
@@ -433,9 +428,9 @@ class TpmTerms(Struct, frozen=True, kw_only=True):
 
 
 class CsrOverrides(Struct):
-    """``[csr.CERTIFICATE_TYPE]``: fields of a `CertificateProfile` that an operator's CA wants otherwise.
+    """``[csr.CERTIFICATE_TYPE]``: overrides of a `CertificateProfile` for an operator's CA.
 
-    What is not set stays as the profile has it; there is no instance of this.
+    Unset fields stay as in the profile; this class has no instances.
     """
 
     domain_component: Annotated[
@@ -457,7 +452,7 @@ class CsrOverrides(Struct):
     key_usage: Annotated[
         tuple[KeyUsage, ...],
         Option(
-            "keyUsage; digitalSignature must be there.",
+            "keyUsage; must contain digitalSignature.",
             Form(tuple[KeyUsage, ...], _key_usage),
             example='["digitalSignature"]',
         ),
@@ -465,15 +460,15 @@ class CsrOverrides(Struct):
     extended_key_usage: Annotated[
         tuple[ExtendedKeyUsage, ...], Option("extendedKeyUsage; empty for none.", example='["serverAuth"]')
     ]
-    extended_key_usage_critical: Annotated[bool, Option("Whether a CA must know extendedKeyUsage.")]
-    evse_id_placement: Annotated[EvseIdPlacement, Option("Where the EVSE ID goes.", place="evse_id")]
+    extended_key_usage_critical: Annotated[bool, Option("Whether extendedKeyUsage is critical.")]
+    evse_id_placement: Annotated[EvseIdPlacement, Option("Place of the EVSE ID in the CSR.", place="evse_id")]
 
 
 class Settings(Struct, frozen=True, kw_only=True):
     """The daemon's settings: the options at the top of the file, and its tables.
 
     Attributes:
-        profiles: the profile of each certificate type, with what ``[csr]`` overrides.
+        profiles: the profile of each certificate type, with the overrides of ``[csr]``.
     """
 
     broker: Annotated[
@@ -492,18 +487,20 @@ class Settings(Struct, frozen=True, kw_only=True):
     ]
     keystores: Annotated[
         Mapping[str, str],
-        Option("More key stores, by a name for each.", Form(_Stores, lambda stores: stores or UNSET)),
+        Option("Further key stores, by name.", Form(_Stores, lambda stores: stores or UNSET)),
     ] = {}
     keystore_for: KeyStoreChoice = KeyStoreChoice()
-    allow_software_keys: Annotated[bool, Option("Let software: be the key store. Its keys are not protected.")] = False
-    state_dir: Annotated[Path, Option("Where the ledger is kept.", _PATH, metavar="DIR")] = Path("/var/lib/stationkey")
+    allow_software_keys: Annotated[bool, Option("Allow the key store software:, whose keys are not protected.")] = False
+    state_dir: Annotated[Path, Option("State directory, which contains the ledger.", _PATH, metavar="DIR")] = Path(
+        "/var/lib/stationkey"
+    )
     topic_prefix: Annotated[
-        str, Option("Put before both topics; a / is added where it ends in none.", metavar="PREFIX", example='"site1"')
+        str, Option("Prefix of all topics; a missing / at its end is added.", metavar="PREFIX", example='"site1"')
     ] = ""
     client_id: Annotated[
         str | None,
         Option(
-            "MQTT client identifier; empty for one that the state directory keeps.",
+            "MQTT client identifier; empty for a generated one, kept in the state directory.",
             Form(Annotated[str, Meta(max_length=64)], lambda text: text or UNSET),
             example='"stationkey-1"',
         ),
@@ -516,7 +513,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     certificate_dir: Annotated[
         Path | None,
         Option(
-            "Where Josev puts the certificates that it installs.",
+            "Directory in which Josev installs certificates.",
             _PATH,
             "josev.certificate_dir",
             example='"/var/lib/josev/certificates"',
@@ -528,7 +525,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     metrics: Annotated[
         str | None,
         Option(
-            "Where status page, metrics and health are served: 127.0.0.1:PORT, [::1]:PORT or unix:PATH.",
+            "Address of status page, metrics and health: 127.0.0.1:PORT, [::1]:PORT or unix:PATH.",
             _TEXT,
             "metrics.listen",
             example='"127.0.0.1:9464"',
@@ -538,7 +535,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def stores(self) -> tuple[NamedStore, ...]:
-        """The key stores, that of ``keystore`` first."""
+        """Return the key stores, that of ``keystore`` first."""
         uris = {DEFAULT_STORE: self.keystore} if self.keystore else {}
         chosen = {kind: getattr(self.keystore_for, kind) or DEFAULT_STORE for kind in CertificateType}
         return tuple(
@@ -549,7 +546,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     def keystore_terms(self, uri: str) -> object:
         """Return the options of a key store: the table with its scheme.
 
-        A store that has none gets those of a TPM where no store is one, so that it can refuse what only a TPM keeps.
+        If no key store is a TPM, a store without options gets those of a TPM, so that it can refuse them.
         """
         values = [getattr(self, name) for name in self.__struct_fields__]
         tables = {getattr(table, "SCHEME", None): table for table in values}

@@ -1,4 +1,4 @@
-"""What is said of a configuration file: what an option must be, where it is, which one was meant."""
+"""Messages about a configuration file: the expected form of an option, its line, and suggestions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _LENGTH: Final = re.compile(r" of \d+ to \d+ characters")
 _LINE: Final = re.compile(r"\(at line (\d+)")
 _FORM: Final = '(an option is NAME = VALUE, with text in quotes, e.g. broker = "mqtt://127.0.0.1:1883")'
 _HANDLES: Final = 0x8000_0000
-"""From here on a number is a handle of a TPM, which is written in hexadecimal."""
+"""Numbers from here on are TPM handles, and shown in hexadecimal."""
 _QUOTES_AND_SPACES: Final = re.compile(r"""["'\s]""")
 
 
 def required(written: Any, value: object) -> str:
-    """Return what a value must be, such as ``a whole number, at least 0 and at most 16``.
+    """Return the expected form of a value, such as ``a whole number, at least 0 and at most 16``.
 
     Args:
         written: its type in the file, as msgspec takes it.
-        value: what is there; the length of a text is only said of a text.
+        value: the invalid value; the length of a text is mentioned only for a text.
     """
     words = _describe(inspect.type_info(written))
     return words if isinstance(value, str | list) else _LENGTH.sub("", words)
@@ -62,11 +62,11 @@ def _one_of(values: Iterable[object]) -> str:
 
 
 def meant(name: str, table: str, known: Mapping[str, Iterable[str]]) -> str:
-    """Return which option may have been meant by an unknown one, as the end of a sentence; empty if none.
+    """Return a suggestion for an unknown option, as the end of a sentence; empty if none.
 
     Args:
-        name: what is in the file.
-        table: where; empty at the top.
+        name: the unknown name.
+        table: its table; empty at the top.
         known: the names in each table.
     """
     here = list(known.get(table, ()))
@@ -89,7 +89,7 @@ def meant(name: str, table: str, known: Mapping[str, Iterable[str]]) -> str:
 def lines_of(text: str) -> dict[str, int]:
     """Return the line on which each table and option begins, by its place such as ``pool.rsa``.
 
-    Read line by line, so what looks like an option inside a text of several lines counts where there is no other.
+    Read line by line, so a line inside a multi-line text may be taken for an option if there is no other of its name.
     """
     found: dict[str, int] = {}
     table = ""
@@ -103,10 +103,10 @@ def lines_of(text: str) -> dict[str, int]:
 
 
 def not_toml(error: str, text: str) -> str:
-    """Return what is wrong with a text that is not TOML, and where.
+    """Return the error of a text that is not valid TOML, with its line.
 
     Args:
-        error: what `tomllib` says of it; the place is taken from its end.
+        error: the error of `tomllib`, which ends with the place.
         text: the text.
     """
     place = _LINE.search(error)
