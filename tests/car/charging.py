@@ -11,7 +11,7 @@ import re
 import subprocess
 import threading
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,15 @@ class CertifiedStation(Rig):
         directory: for all files, those of tests as well.
         tpm: whether its keys are in a TPM.
         more: goes into its configuration file.
+
+    Attributes:
+        environment: what a program needs to reach its keys.
+        python_needs: a statement that comes first in a Python program that uses them.
     """
 
     station: Station
+    environment: Mapping[str, str]
+    python_needs = ""
 
     def __init__(self, directory: Path, *, tpm: bool, more: str = "") -> None:
         self.directory = directory
@@ -85,6 +91,10 @@ class CertifiedStation(Rig):
         self.station.wait_for(file=str(active))
         return active
 
+    def openssl_environment(self) -> dict[str, str]:
+        """The environment of a program that uses the active keys, as docs/tls.md has it."""
+        return {**os.environ, **self.environment, **setup_of(self.keystore).write(self.directory / "openssl.cnf")}
+
 
 class ChargingStation(CertifiedStation):
     """A running station with a TPM.
@@ -110,10 +120,6 @@ class ChargingStation(CertifiedStation):
     def peers(self) -> list[AbstractContextManager[Any]]:
         return [*super().peers(), self._bus, self._manager, self.daemon]
 
-    def openssl_environment(self) -> dict[str, str]:
-        """The environment of a program that uses the active keys, as docs/tls.md has it."""
-        return {**os.environ, **self.environment, **setup_of(self.keystore).write(self.directory / "openssl.cnf")}
-
 
 class TokenStation(CertifiedStation):
     """A running station with a PKCS#11 token."""
@@ -122,6 +128,10 @@ class TokenStation(CertifiedStation):
         super().__init__(directory, tpm=False)
         self.token = Token.make("secc", directory)
         self.keystore = self.token.uri
+        self.environment = {"CREDENTIALS_DIRECTORY": str(self.token.directory)}
+        if setup_of(self.keystore).engine:
+            self.python_needs = "import engine_key"
+            self.environment["PYTHONPATH"] = str(Path(__file__).parent)
         self.daemon = self.station = Station(directory, *self.options())
 
     def peers(self) -> list[AbstractContextManager[Any]]:

@@ -2,7 +2,8 @@
 
 SECC and EVCC run in a network namespace of their own, with link-local addresses on a pair of virtual Ethernet devices:
 SDP by multicast, TLS, SupportedAppProtocol, and every message up to SessionStop, in EXI. The SECC's key and chain are
-symbolic links to the file under ``active/``; its private key is in the TPM.
+symbolic links to the file under ``active/``. The private key of -2 is in a TPM, that of -20 in a PKCS#11 token: no TPM
+chip has its curve.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from authority import Authority, write
-from charging import ChargingStation
+from charging import ChargingStation, TokenStation
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from stationkey.contract.profiles import Algorithm, CertificateType
@@ -41,8 +42,8 @@ exec "$@"
 """
 
 
-def run(module: str) -> tuple[str, ...]:
-    return (str(PYTHON), "-c", f"from iso15118.{module}.main import run; run()")
+def run(module: str, before: str = "") -> tuple[str, ...]:
+    return (str(PYTHON), "-c", f"{before}\nfrom iso15118.{module}.main import run; run()")
 
 
 @contextmanager
@@ -73,9 +74,10 @@ def wait_for(program: tuple[subprocess.Popen[str], list[str]], text: str) -> str
 
 
 @pytest.mark.parametrize(
-    ("kind", "algorithm", "curve", "protocol", "loop"),
+    ("station_of", "kind", "algorithm", "curve", "protocol", "loop"),
     [
         pytest.param(
+            ChargingStation,
             CertificateType.V2G_CERTIFICATE,
             Algorithm.ECDSA_SHA256,
             ec.SECP256R1(),
@@ -84,6 +86,7 @@ def wait_for(program: tuple[subprocess.Popen[str], list[str]], text: str) -> str
             id="iso15118-2",
         ),
         pytest.param(
+            TokenStation,
             CertificateType.V2G20_CERTIFICATE,
             Algorithm.ECDSA_SHA512,
             ec.SECP521R1(),
@@ -94,7 +97,13 @@ def wait_for(program: tuple[subprocess.Popen[str], list[str]], text: str) -> str
     ],
 )
 def test_a_car_charges_from_sdp_to_session_stop(
-    tmp_path: Path, kind: CertificateType, algorithm: Algorithm, curve: ec.EllipticCurve, protocol: str, loop: str
+    tmp_path: Path,
+    station_of: type[ChargingStation | TokenStation],
+    kind: CertificateType,
+    algorithm: Algorithm,
+    curve: ec.EllipticCurve,
+    protocol: str,
+    loop: str,
 ) -> None:
     """-2 by TLS 1.2; -20 by TLS 1.3, in which the SECC asks for the car's certificate and verifies it."""
     authority, oem = Authority(curve), Authority(ec.SECP521R1(), "OEM")
@@ -127,11 +136,11 @@ def test_a_car_charges_from_sdp_to_session_stop(
         "PYTHONUNBUFFERED": "1",
         "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",  # short runs, few cores
     }
-    with ChargingStation(tmp_path / "station") as station:
+    with station_of(tmp_path / "station") as station:
         active = asyncio.run(station.install(kind, authority, algorithm))
         (certificates / "cpoCertChain.pem").symlink_to(active)
         (keys / "seccLeaf.key").symlink_to(active)
-        in_namespace = (*NAMESPACE, "sh", "-ec", NETWORK, "sh", *run("secc"))
+        in_namespace = (*NAMESPACE, "sh", "-ec", NETWORK, "sh", *run("secc", station.python_needs))
         with spoken(in_namespace, {**station.openssl_environment(), **settings}) as secc:
             wait_for(secc, "UDP server started")
             beside = ("nsenter", "--target", str(secc[0].pid), "--net", *SAME_USER)

@@ -6,7 +6,6 @@ Debian 12 has the engine of libp11, Debian 13 pkcs11-provider besides, which is 
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import re
 import ssl
@@ -26,7 +25,7 @@ from servers import handshake, running, serving, sixty
 from softhsm import PIN, SOFTHSM
 
 from stationkey.contract.profiles import Algorithm, CertificateType
-from stationkey.openssl import check, failures, together
+from stationkey.openssl import failures, together
 from stationkey.openssl.servers import TOKEN_BY_ENGINE, TOKEN_BY_PROVIDER
 
 CHARGING_STATION, V2G, V2G20 = CertificateType
@@ -68,8 +67,7 @@ class Secc:
 
     @property
     def environment(self) -> dict[str, str]:
-        configured = check.setup_of(self.station.keystore).write(self.station.directory / "openssl.cnf")
-        return {**os.environ, **configured, "CREDENTIALS_DIRECTORY": str(self.pin.parent)}
+        return self.station.openssl_environment()
 
 
 @pytest.fixture(scope="module")
