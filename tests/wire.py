@@ -168,3 +168,25 @@ def _exactly(source: socket.socket, count: int) -> bytes:
             return b""
         data += more
     return data
+
+
+class WithoutP521:
+    """Has the TPM say that it lacks secp521r1, as most chips do: changes the answers of TPM2_GetCapability."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.answers = 0
+        wire.responses = self._response
+
+    def _response(self, message: bytes) -> bytes:
+        """Change a list of curves: moreData, TPM_CAP_ECC_CURVES, count and curves [TPM 2.0 part 2, 6.12, 10.8.3]."""
+        start = HEADER + 1 + 4
+        if message[HEADER + 1 : start] != bytes.fromhex("00000008"):
+            return message
+        count = int.from_bytes(message[start : start + 4], "big")
+        if len(message) != start + 4 + 2 * count:
+            return message
+        curves = [message[at : at + 2] for at in range(start + 4, len(message), 2)]
+        others = [curve for curve in curves if curve != bytes.fromhex("0005")]
+        self.answers += 1
+        body = message[6:start] + len(others).to_bytes(4, "big") + b"".join(others)
+        return message[:2] + (6 + len(body)).to_bytes(4, "big") + body
