@@ -192,6 +192,7 @@ def test_a_command_whose_library_is_not_installed_says_so(say_hello: Path) -> No
         pytest.param([*ASK, "--id", "{123e4567-e89b-12d3-a456-426614174000}"], "UUID", id="id in braces"),
         pytest.param([*ASK, "--id", ""], "UUID", id="id empty"),
         pytest.param([*ASK, "--timeout", "0"], "x>0", id="no time"),
+        pytest.param([*ASK, "--timeout", "nan"], "'nan'", id="time no number"),
         pytest.param([*ASK, "--timeout", "soon"], "'soon'", id="time in words"),
         pytest.param(["schema", "generate_csr"], "generate_csr.request", id="unknown schema"),
         pytest.param(["completion", "csh"], "'csh'", id="unknown shell"),

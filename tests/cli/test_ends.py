@@ -103,6 +103,14 @@ def test_a_closed_standard_output_ends_in_words_and_nothing_is_done(arguments: l
     assert (done.returncode, done.stderr) == (1, "stationkey: standard output is closed; nothing was done\n")
 
 
+def test_a_closed_standard_input_is_an_empty_one() -> None:
+    command = ["sh", "-c", '"$@" <&-', "sh", *STATIONKEY, "csr", "inspect", "-"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("stationkey: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_pipe_whose_reader_has_ended_ends_it_quietly(state: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -64,6 +64,11 @@ def test_80_columns_are_enough_and_nobody_else_writes_to_the_terminal(state: lis
     assert not any(line.startswith("spoof") for line in shown.splitlines())
 
 
+def test_a_terminal_that_knows_no_colours_gets_none(state: list[str]) -> None:
+    assert "\x1b[1m" in on_a_terminal("status", *state, TERM="xterm", NO_COLOR="")
+    assert "\x1b" not in on_a_terminal("status", *state, TERM="dumb", NO_COLOR="")
+
+
 @contextmanager
 def following(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A command that goes on, and ends with the test whatever comes of that."""

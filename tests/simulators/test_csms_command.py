@@ -129,6 +129,7 @@ async def test_the_command_keeps_its_authorities_and_asks_for_passwords(tmp_path
         pytest.param(["--listen", "192.0.2.1:9000"], "csms_cannot_listen", "192.0.2.1", id="not-an-address-of-ours"),
         pytest.param(["--password-file", "bad"], "csms_password_file", "bad, line 2", id="password-file"),
         pytest.param(["--pki-dir", "."], "pki_unreadable", "secp256r1", id="pki"),
+        pytest.param(["--pki-dir", "bad/pki"], "pki_unwritable", "bad/pki", id="pki-nowhere"),
         pytest.param(
             ["--client-certificates", "--listen", "192.0.2.1:0"],
             "csms_cannot_listen",

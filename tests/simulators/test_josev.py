@@ -254,9 +254,10 @@ async def test_a_csms_that_knows_another_organisation_refuses_in_words(trial: Tr
     """A00.FR.509, A02.FR.13."""
     async with Csms(organization="Somebody Else") as csms, trial.josev(trial.settings(csms)) as station:
         await csms.connected(IDENTITY)
-        with pytest.raises(SigningRefused):
+        with pytest.raises(SigningRefused) as refusal:
             await station.renew(CHARGING_STATION)
         assert "Somebody Else" in (await csms.next(EventKind.CSR_REJECTED)).words
+        assert "Somebody Else" in refusal.value.message  # words: the CSMS's own
 
 
 async def test_one_trigger_at_a_time(trial: Trial) -> None:

@@ -113,7 +113,7 @@ def read_key(data: bytes) -> tuple[PublicKey, x509.Certificate | None]:
         else:
             key = serialization.load_pem_public_key(data)
     except UNREADABLE:
-        raise _unreadable("a file should have a public key or a certificate in PEM, and has not") from None
+        raise _unreadable("no public key or certificate (PEM) in it") from None
     if not isinstance(key, PublicKey):
         raise _unreadable("a file has a key that is neither ECC nor RSA")
     return key, certificate
@@ -128,7 +128,7 @@ def read_authorities(data: bytes) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(data)
     except UNREADABLE:
-        raise _unreadable("a CA file should have certificates in PEM, and has not") from None
+        raise _unreadable("no certificate (PEM) in it") from None
 
 
 def choose_ek(

@@ -76,6 +76,8 @@ class _Commands(click.Group):
         return super().make_context(info_name, args, *more, **extra)
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        if sys.stdin is None:  # closed: a file that is opened would take its place
+            sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - for as long as the process
         try:
             return super().main(*args, **extra)
         except OSError as error:
@@ -152,7 +154,8 @@ def _without(command: str, missing: StationKeyError) -> click.Command:
     },
 )
 @click.version_option(__version__, prog_name="stationkey", message="%(prog)s %(version)s")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Create TPM-protected keys on an EV charging station.
 
     stationkey answers Josev's generate_csr over MQTT with a certificate signing request for a key that is created in
@@ -161,3 +164,5 @@ def main() -> None:
     COMMAND --help shows each option, with its environment variable if it has one.
     """
     clean_up_first()  # the command is imported now
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        context.color = False

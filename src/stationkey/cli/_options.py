@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -71,6 +72,16 @@ class TypeOrFile(click.ParamType):  # type: ignore[type-arg] # generic in the ne
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         found = [CompletionItem(str(name)) for name in CertificateType if name.startswith(incomplete)]
         return found or click.File().shell_complete(ctx, param, incomplete)
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: nan is in every range of click's."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 def option(name: str, *names: str, **terms: Any) -> Decorator:

@@ -21,7 +21,7 @@ from stationkey.attestation.documents import (
 )
 from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
-from stationkey.cli._options import Configured, configured
+from stationkey.cli._options import Configured, Number, configured
 from stationkey.cli.keys import complete_key_id, opened_ledger
 from stationkey.cli.verify_attestation import FILE, READ, nonce_option, public_pem
 from stationkey.config.settings import Settings
@@ -51,7 +51,7 @@ T = TypeVar("T")
 )
 @click.option("--json", "as_json", is_flag=True, help="With --ak: print JSON, with the TPM's endorsement keys.")
 @click.option("--out", metavar="FILE", type=FILE, help="Write to a file instead of printing.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds for the TPM.")
+@click.option("--timeout", type=Number(min=0, min_open=True), default=60.0, help="Seconds for the TPM.")
 @configured(keystore="The TPM that the keys are in.", state_dir="Where the ledger is.")
 def attest(
     key_id: str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import tempfile
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.simulators.csms.events import Event, EventKind
 from stationkey.simulators.csms.server import Csms, SecurityProfile
 from stationkey.simulators.pki import Hierarchy, Misbehaviour
+from stationkey.system.files import read_bounded_text, write_text
 
 TRIGGER_TIMEOUT: Final = 60.0
 """Seconds to wait for one certificate before the next is triggered."""
@@ -98,18 +100,19 @@ def csms(
             misbehaviour=None if misbehaviour is None else Misbehaviour(misbehaviour),
         )
         anchors = directory / "trust-anchors.pem"
-        anchors.write_text(server.trust_anchors_pem())
-        asyncio.run(_run(server, anchors, [CertificateType(kind) for kind in triggers]))
+        write_text(anchors, server.trust_anchors_pem())
+        asyncio.run(_run(server, listen, anchors, [CertificateType(kind) for kind in triggers]))
 
 
-async def _run(server: Csms, anchors: Path, triggers: list[CertificateType]) -> None:
+async def _run(server: Csms, listen: str, anchors: Path, triggers: list[CertificateType]) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)  # Ctrl-C cancels this
     try:
         await server.__aenter__()
     except OSError as error:
-        why = error.strerror or str(error)  # asyncio gives no errno after trying several addresses
-        raise ConfigurationError(f"cannot listen: {why}", reason="csms_cannot_listen") from None
+        # asyncio writes its own text into strerror, and gives no errno after trying several addresses.
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigurationError(f"cannot listen at {listen}: {why}", reason="csms_cannot_listen") from None
     try:
         _say(f"listening on {server.url}/STATION-ID")
         _say(f"trust anchors in {anchors}")
@@ -170,14 +173,19 @@ def _address(listen: str) -> tuple[str, int]:
 def _hierarchy(directory: Path, curve: EllipticCurve, organization: str) -> Hierarchy:
     """Return the authorities of one curve, read from `directory` or created there."""
     place = directory / curve.name
-    if not place.exists():
-        Hierarchy.make(curve, organization=organization, now=datetime.now(UTC)).save(place)
+    try:
+        if not place.exists():
+            Hierarchy.make(curve, organization=organization, now=datetime.now(UTC)).save(place)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--pki-dir {directory} cannot be used: {error.strerror}", reason="pki_unwritable"
+        ) from None
     return Hierarchy.load(place)
 
 
 def _passwords(file: Path) -> dict[str, str]:
     passwords = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(read_bounded_text(file).splitlines(), 1):
         station_id, colon, password = line.partition(":")
         if not line.strip() or line.startswith("#"):
             continue

@@ -40,7 +40,11 @@ def csr_inspect(file: Path, as_json: bool) -> None:
 
     Also says whether the signature proves possession of the key.
     """
-    shown = structs.asdict(inspect_csr(_read(file)))
+    pem = _read(file)
+    try:
+        shown = structs.asdict(inspect_csr(pem))
+    except StationKeyError as error:
+        raise StationKeyError(f"{file}: {error.message}", reason=error.reason, hint=error.hint) from None
     if as_json:
         click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
         return

@@ -92,7 +92,7 @@ def _print(report: Report, *, as_json: bool, everything: bool) -> int:
         else:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PLAIN_WIDTH
             for line in shown(report, width=min(max(columns, _WIDTHS[0]), _WIDTHS[1]), everything=everything):
-                click.echo(line, color=False if os.environ.get("NO_COLOR") else None)
+                click.echo(line)
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise  # the reader has closed the pipe; click ends quietly

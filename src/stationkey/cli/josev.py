@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from stationkey.cli._options import BROKER, CLIENT_TEXT, Configured, configured
+from stationkey.cli._options import BROKER, CLIENT_TEXT, Configured, Number, configured
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.connection import connect
@@ -22,8 +22,10 @@ from stationkey.simulators.client_certificate import ClientCertificate
 from stationkey.simulators.josev import Station
 from stationkey.simulators.ocpp import OcppVersion
 from stationkey.simulators.station_settings import StationSettings
+from stationkey.system.files import read_bounded_text
 
-_FILE = click.Path(path_type=Path, exists=True)
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
 _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 
 
@@ -42,10 +44,8 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 @click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
 @click.option("--country-name", required=True, help="C: two letters.")
 @click.option("--evse-id", help="EVSE of the V2G keys.")
-@click.option("--state-dir", type=click.Path(path_type=Path), default="josev-state", help="Directory of pending CSRs.")
-@click.option(
-    "--certificate-dir", type=click.Path(path_type=Path), required=True, help="Directory to install certificates in."
-)
+@click.option("--state-dir", type=_DIRECTORY, default="josev-state", help="Directory of pending CSRs.")
+@click.option("--certificate-dir", type=_DIRECTORY, required=True, help="Directory to install certificates in.")
 @click.option("--trust-anchors", type=_FILE, required=True, help="Roots (PEM) that chains must lead to.")
 @click.option("--password-file", type=_FILE, help="Password for basic authentication.")
 @click.option("--ca-file", type=_FILE, help="Authorities (PEM) to trust for the CSMS (wss://).")
@@ -63,12 +63,12 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 )
 @click.option(
     "--renew-before",
-    type=click.FloatRange(min=0, max=36_500),
+    type=Number(min=0, max=36_500),
     default=30.0,
     help="Days before its end when a certificate is renewed; 0 for never.",
 )
 @click.option(
-    "--wait-minimum", type=click.FloatRange(min=0, min_open=True), default=30.0, help="CertSigningWaitMinimum, seconds."
+    "--wait-minimum", type=Number(min=0, min_open=True), default=30.0, help="CertSigningWaitMinimum, seconds."
 )
 @click.option("--repeat-times", type=click.IntRange(min=0, max=100), default=3, help="CertSigningRepeatTimes.")
 @click.option(
@@ -112,7 +112,7 @@ def josev(
         broker=Broker.parse(settled.broker),
         mqtt=settled.mqtt,
         topic_prefix=settled.topic_prefix,
-        password=None if password_file is None else password_file.read_text().strip(),
+        password=None if password_file is None else read_bounded_text(password_file).strip(),
         tls=_tls(csms, ca_file),
         client=_client(csms, ca_file, client_certificate, renewed_attempts),
         renew_before=0.0 if once else renew_before,
@@ -168,8 +168,8 @@ def _tls(csms: str, ca_file: Path | None) -> ssl.SSLContext | None:
     try:
         return _context(ca_file)
     except OSError as error:
-        why = "the certificate is not in PEM" if isinstance(error, ssl.SSLError) else error.strerror
-        raise ConfigurationError(f"TLS to the CSMS cannot be set up: {why}", reason="tls_invalid") from None
+        why = "no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ConfigurationError(f"--ca-file {ca_file} cannot be used: {why}", reason="tls_invalid") from None
 
 
 def _context(ca_file: Path | None) -> ssl.SSLContext:

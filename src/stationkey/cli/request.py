@@ -10,7 +10,7 @@ from typing import Final
 import click
 from msgspec import UNSET
 
-from stationkey.cli._options import BROKER, CLIENT_TEXT, Configured, configured, json_option
+from stationkey.cli._options import BROKER, CLIENT_TEXT, Configured, Number, configured, json_option
 from stationkey.contract import messages
 from stationkey.contract.profiles import Algorithm, CertificateType
 from stationkey.errors import StationKeyError
@@ -30,7 +30,7 @@ EXIT_NO_ANSWER: Final = 4
 @click.option("--algorithm", type=click.Choice([str(name) for name in Algorithm]), help="Key and signature.")
 @click.option("--evse-id", help="EVSE that the key is for.")
 @click.option("--id", "request_id", metavar="UUID", help="Id of the request.  [default: a new one]")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds to wait.")
+@click.option("--timeout", type=Number(min=0, min_open=True), default=30.0, help="Seconds to wait.")
 @configured(*BROKER, file=CLIENT_TEXT, client=True, needs_keystore=False)
 @json_option
 def request(

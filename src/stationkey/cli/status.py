@@ -12,7 +12,7 @@ from typing import Any, Final
 import click
 
 from stationkey.cli._options import CHOSEN, Configured, configured, json_option
-from stationkey.cli._table import SHORT_ID, Column, labelled, listed, write
+from stationkey.cli._table import SHORT_ID, Column, labelled, listed
 from stationkey.cli.health import ask
 from stationkey.cli.keys import opened_ledger, utc
 from stationkey.config.settings import DEFAULT_STORE, Settings
@@ -63,9 +63,10 @@ def status(watch: bool, as_json: bool, settings: Configured) -> None:
         if as_json:
             click.echo(json.dumps(found, indent=2 if not watch else None))
         else:
-            if watch and sys.stdout.isatty():
+            if watch and os.environ.get("TERM") != "dumb":
                 click.clear()
-            write(lines(found))
+            for line in lines(found):
+                click.echo(line, nl=False)
         if not watch:
             sys.exit(0 if found["healthy"] else 1)
         time.sleep(_INTERVAL)
@@ -81,10 +82,12 @@ def look(settings: Settings) -> dict[str, Any]:
             health = json.loads(ask(Address.parse(settings.metrics))[1])
         except (StationKeyError, ValueError) as error:
             unasked = str(error)
-    runs = health is not None or holder_of(look_at(settings.state_dir / LOCK_NAME))[0]
+    lock = look_at(settings.state_dir / LOCK_NAME)
+    runs = health is not None or holder_of(lock)[0]
+    silent = "unknown" if lock.kind == "unseen" else "not running"
     found: dict[str, Any] = {
         "healthy": runs and (health is None or health.get("status") == "ok"),
-        "daemon": "running" if runs else "not running",
+        "daemon": "running" if runs else silent,
         "health": health,
         "health_unknown": None if health else unasked,
         "configuration": None if file is None else str(file),
@@ -128,7 +131,7 @@ def look(settings: Settings) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield the screen."""
-    health = found["health"] or {}
+    health, seen = found["health"] or {}, found["ledger"] == "ok"
     broker, keystores, ledger = (health.get(part, {}) for part in ("broker", "keystores", "ledger"))
     stores = found["keystores"] or {DEFAULT_STORE: "default"}
     several = len(stores) > 1
@@ -140,12 +143,14 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             for name, uri in stores.items()
         ),
         ("file", found["configuration"] or "no configuration file: the defaults apply"),
-        ("ledger", f"{found['state_dir']}, {ledger.get('trouble') or found['ledger']}"),
+        ("ledger", f"{found['state_dir']}, {ledger.get('trouble') or 'ok'}" if seen else found["ledger"]),
     ]
     for name, words in shown:
         first, *more = labelled(name, words, indent=11)
-        yield first.replace(name, _style(name), 1)
+        yield first.replace(name, click.style(name, bold=True), 1)
         yield from more
+    if not seen:
+        return
     yield "\n"
     yield from listed(_KEY_COLUMNS, map(_key_row, found["keys"]), empty="no keys yet")
     yield "\n"
@@ -155,11 +160,6 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 def _state(part: dict[str, Any], **wanted: bool) -> str:
     ((name, good),) = wanted.items()
     return "" if name not in part else f", {name}" if part[name] is good else f", NOT {name}"
-
-
-def _style(name: str) -> str:
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return click.style(name, bold=True) if colour else name
 
 
 def _key_row(key: dict[str, Any]) -> tuple[str, ...]:

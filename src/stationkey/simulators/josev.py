@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import os
 import ssl
 import time
 import uuid
@@ -143,7 +144,9 @@ class Station:
                 except (OSError, TimeoutError, websockets.WebSocketException) as error:
                     if self._settings.client is not None and isinstance(error, _REFUSALS):
                         self._settings.client.refused()
-                    self._tell(f"no CSMS at {self._settings.csms}: {error}; trying again in {backoff.delay:g} s", None)
+                    # asyncio writes its own text into the strerror of a refused connection.
+                    why = os.strerror(error.errno) if isinstance(error, ConnectionError) and error.errno else error
+                    self._tell(f"no CSMS at {self._settings.csms}: {why}; trying again in {backoff.delay:g} s", None)
                 except StationKeyError as error:
                     self._tell(f"BootNotification failed: {error}; reconnecting in {backoff.delay:g} s", None)
                 finally:

@@ -109,6 +109,18 @@ def read_bounded(path: Path) -> bytes:
     return data
 
 
+def read_bounded_text(path: Path) -> str:
+    """Return the text of a file; see `read_bounded`.
+
+    Raises:
+        ConfigurationError: it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        return read_bounded(path).decode()
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{path} is not UTF-8", reason="file_unreadable") from None
+
+
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Write a file, or replace it atomically.
 
