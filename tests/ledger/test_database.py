@@ -24,6 +24,9 @@ from stationkey.ledger.migrations import SCHEMA_VERSION
 
 pytest_plugins = ["ledgers"]
 
+PAGE = 1024
+"""Bytes of a page of a new ledger."""
+
 
 def test_what_a_flood_has_left_is_taken_off_the_file_in_steps(fast_ledger: Ledger, path: Path) -> None:
     for _ in range(1200):
@@ -36,7 +39,7 @@ def test_what_a_flood_has_left_is_taken_off_the_file_in_steps(fast_ledger: Ledge
         steps += 1
     fast_ledger.database.checkpoint()
 
-    assert path.stat().st_size < large - 64 * 4096
+    assert path.stat().st_size < large - 256 * PAGE
     assert 1 < steps < 10
     assert fast_ledger.database._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
 
@@ -190,14 +193,14 @@ def damage_the_history(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'event'").fetchone()
     content = bytearray(path.read_bytes())
-    content[4096 * (page - 1) : 4096 * page] = b"\xa5" * 4096
+    content[PAGE * (page - 1) : PAGE * page] = b"\xa5" * PAGE
     path.write_bytes(content)
 
 
 def test_a_large_database_is_checked_whole_only_after_an_end_that_was_not_in_order(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stationkey.ledger.database._CHECKED_WHOLE", 5)
+    monkeypatch.setattr("stationkey.ledger.database._CHECKED_WHOLE", 5 * PAGE)
     with closing(Ledger(path)) as ledger:
         key_id = answer(ledger)
     damage_the_history(path)
@@ -231,7 +234,7 @@ def test_a_small_database_is_always_checked_whole(path: Path) -> None:
         pytest.param(lambda content, _: b"garbage" * 3 + content[21:], id="the header"),
         pytest.param(lambda content, _: content[: len(content) // 2], id="the length"),
         pytest.param(
-            lambda content, page: content[: 4096 * (page - 1)] + bytes(4096) + content[4096 * page :],
+            lambda content, page: content[: PAGE * (page - 1)] + bytes(PAGE) + content[PAGE * page :],
             id="the private parts",
         ),
     ],
@@ -239,7 +242,7 @@ def test_a_small_database_is_always_checked_whole(path: Path) -> None:
 def test_a_large_database_that_is_damaged_where_it_matters_most_is_refused_always(
     path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes, int], bytes]
 ) -> None:
-    monkeypatch.setattr("stationkey.ledger.database._CHECKED_WHOLE", 5)
+    monkeypatch.setattr("stationkey.ledger.database._CHECKED_WHOLE", 5 * PAGE)
     with closing(Ledger(path)) as ledger:
         answer(ledger)
     with closing(sqlite3.connect(path)) as connection:
@@ -257,6 +260,7 @@ def test_a_large_database_that_is_damaged_where_it_matters_most_is_refused_alway
     [
         pytest.param("journal_mode", "wal", id="readers do not wait for writers"),
         pytest.param("synchronous", 2, id="a commit survives a loss of power"),
+        pytest.param("page_size", PAGE, id="little is written for an answer"),
         pytest.param("secure_delete", 1, id="what is deleted is zeroed"),
         pytest.param("auto_vacuum", 2, id="the file can become smaller"),
         pytest.param("temp_store", 2, id="no copy goes to a temporary file"),

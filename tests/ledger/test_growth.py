@@ -160,3 +160,16 @@ def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation
     assert queries
     through_all = [plan for plan in plans if re.match(r"SCAN (key|answer|event)\b", plan)]
     assert set(through_all) <= {"SCAN key USING COVERING INDEX key_living", "SCAN key USING INDEX key_living"}
+
+
+@pytest.mark.parametrize("bounds", [Bounds(), Bounds(pending_total=1000)], ids=["one key ends for each", "none ends"])
+def test_an_answer_writes_at_most_32_kib_to_the_log(fast_ledger: Ledger, path: Path, bounds: Bounds) -> None:
+    log = Path(f"{path}-wal")
+    for number in range(400):
+        if number == 300:
+            fast_ledger.database.checkpoint()
+        asked = request(V2G, f"DE*ABC*E{number % 200}")
+        answer(fast_ledger, asked, running=number, bounds=bounds)
+        fast_ledger.answers.mark_delivered(asked.id)
+
+    assert 0 < log.stat().st_size <= 100 * 32 * 1024

@@ -87,7 +87,7 @@ def test_one_step_of_forgetting_is_small(ledger: Ledger, monkeypatch: pytest.Mon
     assert ledger.retention.forget(keep=0, answered_before=0) == 3
 
 
-@pytest.mark.parametrize("seed", [7, 15, 37, 44])
+@pytest.mark.parametrize("seed", [5, 18, 96, 116])
 def test_no_piece_of_a_destroyed_key_is_left_wherever_its_row_had_been(
     fast_ledger: Ledger, path: Path, seed: int
 ) -> None:
