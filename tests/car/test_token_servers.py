@@ -25,7 +25,7 @@ from servers import handshake, running, serving, sixty
 from softhsm import PIN, SOFTHSM
 
 from stationkey.contract.profiles import Algorithm, CertificateType
-from stationkey.openssl import failures, together
+from stationkey.openssl import check, failures, together
 from stationkey.openssl.servers import TOKEN_BY_ENGINE, TOKEN_BY_PROVIDER
 
 CHARGING_STATION, V2G, V2G20 = CertificateType
@@ -174,9 +174,9 @@ def test_the_pin_is_in_nothing_that_the_station_writes(secc: Secc) -> None:
 # tls-config --check.
 
 
-def checked(secc: Secc, kind: CertificateType, *, keystore: str = "", **environment: str) -> Ended:
-    options = ("--keystore", keystore or secc.station.keystore, "--state-dir", str(secc.station.state_dir))
-    done = command("tls-config", "--check", kind, *options, **environment)
+def checked(secc: Secc, kind: CertificateType, *options: str, keystore: str = "", **environment: str) -> Ended:
+    options = options or ("--keystore", keystore or secc.station.keystore)
+    done = command("tls-config", "--check", kind, "--state-dir", str(secc.station.state_dir), *options, **environment)
     assert PIN not in done.output
     return done
 
@@ -201,6 +201,13 @@ def test_a_good_key_is_checked_as_a_car_or_a_csms_would(secc: Secc, kind: Certif
     assert (done.exit_code, done.output) == (0, "".join(f"{kind}.pem: {line}\n" for line in said))
 
 
+def test_the_key_store_is_the_one_that_the_key_is_in(secc: Secc, tmp_path: Path) -> None:
+    lines = ['keystore = "tpm2:device:/dev/null/none"', f'keystores.se = "{secc.station.keystore}"']
+    file = write(tmp_path / "stationkey.toml", "\n".join([*lines, 'keystore_for.v2g20_certificate = "se"', ""]))
+    done = checked(secc, V2G20, "--config", str(file))
+    assert done.exit_code == 0, done.output
+
+
 def test_a_missing_module_of_openssl_is_told_with_the_packages(secc: Secc, tmp_path: Path) -> None:
     nowhere = {"OPENSSL_MODULES": str(tmp_path), "OPENSSL_ENGINES": str(tmp_path)}
     done = checked(secc, V2G, **nowhere)
@@ -223,6 +230,19 @@ def test_a_token_that_is_away_is_told(secc: Secc, tmp_path: Path) -> None:
     done = checked(secc, V2G)
     bring_back()
     assert (done.exit_code, done.reason) == (failures.EXIT_DEVICE, "pkcs11_token_missing")
+
+
+@pytest.mark.parametrize("function", ["C_FindObjectsInit", "C_Sign"], ids=["asked first", "in the handshake"])
+def test_a_token_that_hangs_is_told_within_the_bound(
+    secc: Secc, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = secc.station.token
+    monkeypatch.setattr(check, "TIMEOUT", 1.0)
+    keystore = token.shimmed
+    token.order(f"{function} hang")
+    done = checked(secc, V2G, keystore=keystore)
+    token.order()
+    assert (done.exit_code, done.reason) == (failures.EXIT_DEVICE, "tls_token_failed")
 
 
 def test_a_path_cannot_add_lines_to_the_configuration() -> None:
