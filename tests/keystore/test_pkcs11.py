@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pkcs11
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -324,6 +325,14 @@ def test_a_pin_that_was_refused_is_not_tried_again(token: Token, opened: Open) -
     pin.write_text(PIN)
     sign(store, store.generate(EC))
     assert not remembered.exists()
+
+
+def test_a_token_with_a_login_already_is_used(token: Token, opened: Open) -> None:
+    store = opened(token, token.shimmed)
+    module = pkcs11.lib(token.shimmed.partition("module-path=")[2].partition("&")[0])
+    with module.get_token(token_label=token.label).open(user_pin=PIN):
+        sign(store, store.generate(EC))
+        assert token.calls("C_Login") == 2
 
 
 @pytest.mark.parametrize("code", [0x5, 0x6, 0x30, 0x32, 0xB3, 0x101])

@@ -195,7 +195,10 @@ class Connection:
             if self._was_refused(pin):
                 raise errors.pin_kept_back("the token refused it before")
         try:
-            session = self.token.open(rw=True, user_pin=pin)
+            try:
+                session = self.token.open(rw=True, user_pin=pin)
+            except pkcs11.UserAlreadyLoggedIn:  # by another session, and a login is one for all of them
+                session = self.token.open(rw=True)
         except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange):
             assert pin is not None
             self._remember(pin)
