@@ -1,4 +1,4 @@
-# make demo   try it: installs what is missing, answers requests with keys in a simulated TPM, ends by itself
+# make demo   try it: installs what is missing, answers requests with keys in a simulated TPM and a PKCS#11 token, ends by itself
 # make check  the quick part: lint, types, and every test that starts no process
 # make test   every check: lint, types, all tests
 # make coverage  all tests once more, with branch coverage of the daemon and the commands too; takes twice as long

@@ -1,6 +1,6 @@
-"""``make demo``: the real daemon between a broker and a TPM simulator, asked for every kind of CSR there is.
+"""``make demo``: the real daemon between a broker, a TPM simulator and a PKCS#11 token, asked for every kind of CSR.
 
-Then the whole circle, from a CSMS's trigger to a TLS session with the key in the TPM; and all of it is gone again.
+Then the whole circle, from a CSMS's trigger to a TLS session with the key in its device; and all of it is gone again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,33 @@ STATIONKEY = [sys.executable, "-m", "stationkey"]
 SECC_ID = "DE-ABC-S-STATION42"
 SERIAL_NUMBER = "9783161484100"
 ORGANIZATION = "Über Strom GmbH"
+PLACES = {CertificateType.V2G20_CERTIFICATE: "PKCS#11 token"}
+"""Where the keys of a certificate type are; those of the others are in the TPM."""
+CONFIG = """\
+keystore = "{tpm}"
+[keystores]
+token = "{token}"
+[keystore_for]
+v2g20_certificate = "token"
+[josev]
+certificate_dir = "{folder}/certificates"
+"""
+
+
+def soft_token(folder: Path) -> str:
+    """Initialise a token of SoftHSM, in the place of a secure element; return the key store in it."""
+    (folder / "tokens").mkdir(parents=True)
+    (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder}/tokens\n")
+    os.environ["SOFTHSM2_CONF"] = str(folder / "softhsm2.conf")
+    pin = secrets.token_hex(4)
+    (folder / "pin").write_text(pin)
+    (folder / "pin").chmod(0o600)
+    subprocess.run(
+        ["softhsm2-util", "--init-token", "--free", "--label", "demo", "--so-pin", secrets.token_hex(4), "--pin", pin],
+        capture_output=True,
+        check=True,
+    )
+    return f"pkcs11:token=demo?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:{folder}/pin"
 
 
 def ask(broker: Mosquitto, certificate_type: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -51,12 +78,12 @@ def openssl_verifies(csr: str) -> bool:
 
 def show_accepted(console: Console, broker: Mosquitto) -> bool:
     """Ask for every certificate type with every algorithm that the contract allows it."""
-    console.print("One certificate signing request of each kind, every key created in the TPM:\n")
+    console.print("One certificate signing request of each kind, every key created in its device:\n")
     everything_right = True
     for profile in PROFILES.values():
         certificate_type = profile.certificate_type
         common_name = SECC_ID if profile.secc_id else SERIAL_NUMBER
-        console.print(f"[bold]{certificate_type}")
+        console.print(f"[bold]{certificate_type}[/], by the {PLACES.get(certificate_type, 'TPM')}")
         shown = None
         for algorithm in [profile.required_algorithm] if profile.required_algorithm else list(ALGORITHMS):
             started = time.perf_counter()
@@ -146,26 +173,13 @@ def until_active(state_dir: Path) -> bool:
     return False
 
 
-def show_handshakes(console: Console, keystore: str, state_dir: Path) -> bool:
-    """A TLS session with each active key, signed for in the TPM."""
-    console.print("A TLS handshake on loopback with each active key, which is in the TPM all the while:")
+def show_handshakes(console: Console, config: Path, state_dir: Path) -> bool:
+    """A TLS session with each active key, signed for in its device."""
+    console.print("A TLS handshake on loopback with each active key, which does not leave its device:")
     everything_right = True
     for certificate_type in CertificateType:
-        checked = subprocess.run(
-            [
-                *STATIONKEY,
-                "tls-config",
-                "--keystore",
-                keystore,
-                "--state-dir",
-                str(state_dir),
-                "--check",
-                certificate_type,
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        where = ("--config", str(config), "--state-dir", str(state_dir))
+        checked = run("tls-config", "--check", certificate_type, *where)
         everything_right &= checked.returncode == 0
         for line in (checked.stdout if checked.returncode == 0 else checked.stderr).splitlines():
             console.print(f"  {line}", markup=False)
@@ -207,8 +221,7 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 80)
     with tempfile.TemporaryDirectory(prefix="stationkey-demo-") as name:
         folder = Path(name)
-        (folder / "stationkey.toml").write_text(f'[josev]\ncertificate_dir = "{folder}/certificates"\n')
-        state_dir = folder / "state"
+        config, state_dir = folder / "stationkey.toml", folder / "state"
         with (
             Mosquitto(folder / "broker") as broker,
             Swtpm(folder / "tpm") as tpm,
@@ -217,20 +230,21 @@ def main() -> int:
         ):
             os.environ.update(manager.environment)
             keystore = f"tpm2:{manager.tcti}"
+            config.write_text(CONFIG.format(tpm=keystore, token=soft_token(folder / "token"), folder=folder))
             daemon = Daemon(
                 folder / "daemon",
-                *("--broker", broker.url, "--keystore", keystore),
-                *("--state-dir", str(state_dir), "--config", str(folder / "stationkey.toml")),
+                *("--broker", broker.url, "--state-dir", str(state_dir), "--config", str(config)),
             )
             with daemon:
                 console.print(
                     f"Mosquitto at {broker.url}, a TPM 2.0 (swtpm) behind a resource manager as in a station,"
+                    " a PKCS#11 token (SoftHSM) in the place of a secure element, and stationkey serve between them."
                 )
-                console.print("and stationkey serve between them. Asking with stationkey request, as Josev would:\n")
+                console.print("Asking with stationkey request, as Josev would:\n")
                 right = show_accepted(console, broker) and show_rejected(console, broker, daemon)
                 right = asyncio.run(show_circle(console, broker, folder)) and right
                 right = until_active(state_dir) and right
-                right = show_handshakes(console, keystore, state_dir) and right
+                right = show_handshakes(console, config, state_dir) and right
                 right = show_evidence(console, keystore, state_dir, folder) and right
                 daemon.terminate()
     console.print("Everything that was started is stopped, and its files are gone.")
