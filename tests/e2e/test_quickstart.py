@@ -46,7 +46,7 @@ def test_its_commands_lead_to_an_active_certificate(mosquitto: Mosquitto, swtpm:
         **os.environ,
         "PATH": f"{Path(STATIONKEY[0]).parent}:{os.environ['PATH']}",
         "STATIONKEY_STATE_DIR": str(tmp_path / "state"),
-        "STATIONKEY_BROKER": mosquitto.url,
+        "STATIONKEY_CONFIG": str(file),
     }
 
     def shell(script: str) -> str:
