@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -136,7 +137,7 @@ def lifecycle(**options: float) -> Terms:
 
 
 def test_the_document_gives_every_default_as_it_is_and_a_reason() -> None:
-    told = {name: (int(value), reason) for name, value, reason in _rows("Bounds")}
+    told = {name: (json.loads(value.strip("`")), reason) for name, value, reason in _rows("Bounds")}
 
     assert set(told) == {option.name for option in options_of(Settings) if option.table == "lifecycle"}
     assert lifecycle(**{name: value for name, (value, _) in told.items()}) == Terms()

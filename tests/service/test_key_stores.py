@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from showing import Edge
 
-from parts import STATION, V2G, V2G20, Station, request, station
-from stationkey.config.settings import PoolTerms
+from parts import E1, E2, STATION, V2G, V2G20, Station, request, station
+from stationkey.config.settings import Bounds, PoolTerms, Terms
 from stationkey.contract.profiles import Algorithm
 from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore import KeyRef, KeyStoreUri
@@ -163,6 +163,20 @@ async def test_a_key_whose_store_is_no_longer_named_is_told_and_changed_by_no_gu
     async with station(tmp_path / "state", keystore=of_two(chip)) as again:
         await again.told("installed", V2G, private_key_path=f"/keys/{keys[0]}.pem")
         assert again.states(keys[0]) == [KeyState.ACTIVE]
+
+
+async def test_the_limits_hold_for_each_store(tmp_path: Path, chip: Chip) -> None:
+    bounds = Bounds(pending_total=2, pending_in={"se": 1}, active_limit=1)
+    async with station(tmp_path / "state", keystore=of_two(chip), terms=Terms(bounds=bounds)) as here:
+        in_se = [await here.key(V2G20, evse_id) for evse_id in (E1, E2)]
+        in_chip = [await here.key(kind, evse_id) for kind, evse_id in ((V2G, E1), (V2G, E2), (STATION, None))]
+        gone, pending = KeyState.DESTROYED, KeyState.PRE_ACTIVATION
+        assert here.states(*in_se, *in_chip) == [gone, pending, gone, pending, pending]
+
+        for kind, key in ((V2G20, in_se[1]), (V2G, in_chip[1]), (STATION, in_chip[2])):
+            await here.told("installed", kind, private_key_path=f"/keys/{key}.pem")
+        assert here.states(in_se[1], *in_chip[1:]) == [KeyState.ACTIVE, KeyState.ACTIVE, pending]
+        assert here.counts["too_many_active"] == 1
 
 
 async def test_a_key_made_ahead_is_used_only_for_types_of_its_own_store(tmp_path: Path, chip: Chip) -> None:

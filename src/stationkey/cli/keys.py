@@ -257,7 +257,7 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
         at, state = int(time.time() * 1000), KeyState.ACTIVE
         match event:
             case KeyEvent.RESTORED:
-                bounds = settings().lifecycle.bounds
+                bounds = settings().bounds_of(key.certificate_type)
                 ledger.transitions.restore(key.key_id, reason=reason, now=at, bounds=bounds)
             case KeyEvent.CONFIRMED:
                 ledger.transitions.confirm(key.key_id, reason=reason, now=at)

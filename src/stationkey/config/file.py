@@ -303,6 +303,9 @@ def contradictory_stores(given: Given) -> Iterator[tuple[str, str]]:
         if name not in {DEFAULT_STORE, *stores}:
             guess = meant(name, "keystores", {"keystores": stores})
             yield place, f"{place}: [keystores] has no {name}{guess}"
+    limited: Mapping[str, int] = given.get(("lifecycle", "bounds", "pending_in"), {})
+    if strange := [name for name in limited if name not in {DEFAULT_STORE, *stores}]:
+        yield "lifecycle.pending_in", f"lifecycle.pending_in: [keystores] has no {strange[0]}"
     if both := [name for name in existing if name in chosen.values()]:
         yield _EXISTING, f"{_EXISTING}: {both[0]} is chosen for new keys, too"
     for name in [name for name in stores if name not in {*chosen.values(), *existing}]:

@@ -7,11 +7,12 @@ The environment variable of a command-line option ``--name`` is ``STATIONKEY_NAM
 """
 # The annotations are read at run time, so they are not postponed here.
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import UNSET, Meta, Struct
+from msgspec.structs import replace
 
 from stationkey.config.options import FORM, Form, Option
 from stationkey.config.secrets import SecretReference
@@ -90,6 +91,10 @@ _Stores = Annotated[
     dict[_StoreName, Annotated[str, Meta(min_length=1, max_length=4096)]],
     Meta(max_length=7, extra={FORM: 'a table of NAME = "URI", 7 at most, a name of a-z, 0-9, - and _'}),
 ]
+_Limits = Annotated[
+    dict[_StoreName, Annotated[int, Meta(ge=1, le=10_000)]],
+    Meta(max_length=7, extra={FORM: "a table of NAME = LIMIT, 7 at most, a limit from 1 to 10000"}),
+]
 _Registers = Annotated[tuple[Annotated[int, Meta(ge=0, le=23)], ...], Meta(max_length=24)]
 _MANY: Final = Meta(max_length=256)
 
@@ -147,15 +152,24 @@ class Bounds(Struct, frozen=True, kw_only=True):
 
     A CSMS may answer the first CSR after later ones were sent (OCTT TC_A_23), so several keys may be pending; eight are
     more than retries need. Any number of EVSE IDs may come over MQTT.
+
+    Attributes:
+        types: certificate types whose keys are counted together: those of one key store.
     """
 
     pending_limit: Annotated[
         int, Meta(ge=1, le=100), Option("Most pending keys for one certificate type and EVSE.")
     ] = 8
     pending_total: Annotated[
-        int, Meta(ge=1, le=10_000), Option("Most pending keys in all, without keys made ahead.")
+        int, Meta(ge=1, le=10_000), Option("Most pending keys in a key store, without keys made ahead.")
     ] = 256
-    active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Most active keys in all.")] = 256
+    pending_in: Annotated[
+        Mapping[str, int],
+        Option(
+            "The same for a key store with little room, by its name.", Form(_Limits, lambda limits: limits or UNSET)
+        ),
+    ] = {}
+    active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Most active keys in a key store.")] = 256
     root_limit: Annotated[
         int,
         Meta(ge=1, le=8),
@@ -164,6 +178,18 @@ class Bounds(Struct, frozen=True, kw_only=True):
     history_limit: Annotated[
         int, Meta(ge=0, le=100_000), Option("Destroyed keys kept on record: years of renewals, in 1 to 2 MiB.")
     ] = 1000
+
+    types: tuple[CertificateType, ...] = tuple(CertificateType)
+
+    def within(self, store: str, types: Iterable[CertificateType]) -> "Bounds":
+        """Return the limits of one key store.
+
+        Args:
+            store: its name.
+            types: certificate types whose keys are made in it.
+        """
+        total = self.pending_in.get(store, self.pending_total)
+        return replace(self, types=tuple(sorted(types)), pending_total=total)
 
 
 class Terms(Struct, frozen=True, kw_only=True):
@@ -535,13 +561,21 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def stores(self) -> tuple[NamedStore, ...]:
-        """Return the key stores, that of ``keystore`` first."""
+        """The key stores, that of ``keystore`` first."""
         uris = {DEFAULT_STORE: self.keystore} if self.keystore else {}
-        chosen = {kind: getattr(self.keystore_for, kind) or DEFAULT_STORE for kind in CertificateType}
-        return tuple(
-            NamedStore(name, uri, frozenset(kind for kind, store in chosen.items() if store == name))
-            for name, uri in {**uris, **self.keystores}.items()
-        )
+        return tuple(NamedStore(name, uri, self._types_of(name)) for name, uri in {**uris, **self.keystores}.items())
+
+    def bounds_of(self, certificate_type: str) -> Bounds:
+        """Return the limits of the key store of a certificate type."""
+        store = self._store_of(certificate_type)
+        return self.lifecycle.bounds.within(store, self._types_of(store))
+
+    def _store_of(self, certificate_type: str) -> str:
+        chosen = {str(kind): getattr(self.keystore_for, kind) for kind in CertificateType}
+        return chosen.get(certificate_type) or DEFAULT_STORE
+
+    def _types_of(self, store: str) -> frozenset[CertificateType]:
+        return frozenset(kind for kind in CertificateType if self._store_of(kind) == store)
 
     def keystore_terms(self, uri: str) -> object:
         """Return the options of a key store: the table with its scheme.

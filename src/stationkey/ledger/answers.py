@@ -9,7 +9,7 @@ from stationkey.config.settings import Bounds
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.ledger.database import Database
 from stationkey.ledger.lifecycle import CSR_ANSWERED, INITIAL, KeyEvent, KeyState
-from stationkey.ledger.migrations import LIVING
+from stationkey.ledger.migrations import LIVING, of_types
 from stationkey.ledger.records import Answered, content_digest
 from stationkey.ledger.transitions import advance, give_owner, note
 
@@ -23,7 +23,7 @@ _PART: Final = 1000
 _PENDING_OWNERS: Final = (
     "SELECT certificate_type, evse_id, own FROM (SELECT certificate_type, evse_id, count(*) AS own,"  # noqa: S608 - `LIVING` is this package's own text
     " min(asked) AS oldest, sum(count(*)) OVER (PARTITION BY certificate_type) AS of_type FROM key"
-    f" WHERE state = :pending AND certificate_type > '' AND {LIVING} GROUP BY certificate_type, evse_id) AS waiting"
+    f" WHERE state = :pending AND {{types}} AND {LIVING} GROUP BY certificate_type, evse_id) AS waiting"
     " ORDER BY of_type DESC, EXISTS (SELECT 1 FROM key WHERE state = :active AND certificate_type ="
     f" waiting.certificate_type AND evse_id = waiting.evse_id AND {LIVING}), own DESC, oldest LIMIT 2"
 )
@@ -129,27 +129,32 @@ class Answers:
 
 def _make_room(sql: sqlite3.Connection, owner: tuple[str, str], bounds: Bounds, *, now: int) -> list[str]:
     """Destroy the oldest pending keys beyond the bounds and return their ids. Keys made ahead do not count."""
-    pending = f"SELECT count(*) FROM key WHERE state = ?1 AND {LIVING} AND certificate_type"  # noqa: S608 - `LIVING` is this package's own text
+    types, named = of_types(bounds.types)
     own, every = sql.execute(
-        f"SELECT ({pending} = ?2 AND evse_id = ?3), ({pending} > '')", (INITIAL, *owner)
+        "SELECT total(certificate_type = :type AND evse_id = :evse_id), count(*) FROM key"  # noqa: S608 - `LIVING` and `types` are this package's own text
+        f" WHERE state = :pending AND {types} AND {LIVING}",
+        {"type": owner[0], "evse_id": owner[1], "pending": INITIAL, **named},
     ).fetchone()
     crowded = []
     if own > bounds.pending_limit:
-        crowded = _end_oldest(sql, owner, count=own - bounds.pending_limit, now=now)
+        crowded = _end_oldest(sql, owner, count=int(own) - bounds.pending_limit, now=now)
     # The owner's own keys come first: each that goes saves one of another owner.
     for _ in range(every - len(crowded) - bounds.pending_total):
-        crowded += _end_oldest(sql, _most_crowded(sql, owner), count=1, now=now)
+        crowded += _end_oldest(sql, _most_crowded(sql, owner, bounds), count=1, now=now)
     return crowded
 
 
-def _most_crowded(sql: sqlite3.Connection, newest: tuple[str, str]) -> tuple[str, str]:
+def _most_crowded(sql: sqlite3.Connection, newest: tuple[str, str], bounds: Bounds) -> tuple[str, str]:
     """Return the owner that loses a pending key for the one that `newest` just got.
 
     From the certificate type with the most pending keys: requests for one type cost another type a key only if that
     has more. Among its EVSEs first one without an active key, because EVSE IDs are easily made up; then the one with
     the most pending keys; then the one with the oldest.
     """
-    owners = sql.execute(_PENDING_OWNERS, {"pending": INITIAL, "active": KeyState.ACTIVE}).fetchall()
+    types, named = of_types(bounds.types)
+    owners = sql.execute(
+        _PENDING_OWNERS.format(types=types), {"pending": INITIAL, "active": KeyState.ACTIVE, **named}
+    ).fetchall()
     others = [row[:2] for row in owners if row[:2] != newest or row[2] > 1]
     return others[0] if others else newest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 _VERSION_1: Final = """
@@ -180,6 +181,13 @@ MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
 """Entry n takes a database from version n to n + 1; version 0 is empty."""
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 """The ``user_version`` that this code reads and writes."""
+
+
+def of_types(types: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """Return a condition for keys of some certificate types, and its named arguments."""
+    named = {f"type_{number}": str(kind) for number, kind in enumerate(types)}
+    return f"certificate_type IN ({', '.join(f':{name}' for name in named)})", named
+
 
 LIVING: Final = "state != 'destroyed'"
 """Condition of living keys, written as in the index `key_living`, which SQLite otherwise does not use."""

@@ -14,7 +14,7 @@ from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.errors import LedgerError, Scope
 from stationkey.ledger.database import Database
 from stationkey.ledger.lifecycle import INITIAL, MADE_AHEAD, IllegalTransition, KeyEvent, KeyState, step
-from stationkey.ledger.migrations import LIVING
+from stationkey.ledger.migrations import LIVING, of_types
 from stationkey.ledger.records import MAKING, read_state
 
 if TYPE_CHECKING:
@@ -408,29 +408,26 @@ def _displace(
         due = kept.useful_until if held else grace_due
         sql.execute("UPDATE key SET previous = 1, due = ?, root = ? WHERE key_id = ?", (due, root, kept.key_id))
         if bounds is not None:
-            _release_beyond(sql, bounds.active_limit, grace_due)
+            _release_beyond(sql, bounds, grace_due)
     return [rival.key_id for rival in replaced]
 
 
-def _release_beyond(sql: sqlite3.Connection, limit: int, grace_due: int | None) -> None:
-    """Begin the grace period of keys to go back to, the oldest first, if there are more than `limit`.
+def _release_beyond(sql: sqlite3.Connection, bounds: Bounds, grace_due: int | None) -> None:
+    """Begin the grace period of keys to go back to, the oldest first, if there are more than may be active.
 
     Only of owners without an active key: somebody has deleted the certificates of many EVSEs. Of the others there are
     no more than active keys.
     """
-    (count,) = sql.execute(f"SELECT count(*) FROM key {_KEPT}", {"deactivated": KeyState.DEACTIVATED}).fetchone()  # noqa: S608 - `_KEPT` is this module's own text
-    if count > limit:
+    types, named = of_types(bounds.types)
+    kept = {"deactivated": KeyState.DEACTIVATED, **named}
+    (count,) = sql.execute(f"SELECT count(*) FROM key {_KEPT} AND {types}", kept).fetchone()  # noqa: S608 - `_KEPT` and `types` are this package's own text
+    if count > bounds.active_limit:
         sql.execute(
             "UPDATE key SET previous = 0, due = :due WHERE number IN (SELECT number FROM key AS kept"  # noqa: S608 - same
-            f" {_KEPT} AND NOT EXISTS (SELECT 1 FROM key WHERE state = :active AND {LIVING}"
+            f" {_KEPT} AND {types} AND NOT EXISTS (SELECT 1 FROM key WHERE state = :active AND {LIVING}"
             " AND (certificate_type, evse_id, root) = (kept.certificate_type, kept.evse_id, kept.root))"
             " ORDER BY installed LIMIT :beyond)",
-            {
-                "due": grace_due,
-                "active": KeyState.ACTIVE,
-                "deactivated": KeyState.DEACTIVATED,
-                "beyond": count - limit,
-            },
+            {**kept, "due": grace_due, "active": KeyState.ACTIVE, "beyond": count - bounds.active_limit},
         )
 
 
@@ -460,11 +457,12 @@ def _confirm_successor(sql: sqlite3.Connection, key_id: str, *, now: int) -> Non
 
 
 def _refuse_beyond(sql: sqlite3.Connection, key_id: str, bounds: Bounds) -> None:
+    types, named = of_types(bounds.types)
     active, own = sql.execute(
-        "SELECT count(*), sum((certificate_type, evse_id) ="  # noqa: S608 - `LIVING` is this package's own text
-        " (SELECT certificate_type, evse_id FROM key WHERE key_id = ?))"
-        f" FROM key WHERE state = ? AND {LIVING}",
-        (key_id, KeyState.ACTIVE),
+        "SELECT count(*), sum((certificate_type, evse_id) ="  # noqa: S608 - `LIVING` and `types` are this package's own text
+        " (SELECT certificate_type, evse_id FROM key WHERE key_id = :key_id))"
+        f" FROM key WHERE state = :active AND {types} AND {LIVING}",
+        {"key_id": key_id, "active": KeyState.ACTIVE, **named},
     ).fetchone()
     if active > bounds.active_limit:
         raise LedgerError(

@@ -99,6 +99,9 @@ class StationKeyService:
         self._keystores = keystores
         self._ledger = LedgerThread(ledger, worker=worker)
         self._terms = terms or Terms()
+        self._bounds = {
+            kind: self._terms.bounds.within(store.name, store.types) for store in keystores for kind in store.types
+        }
         self._running = RunningTime(ledger.retention.running)
         self._profiles = profiles
         self._policy = policy or Policy(PolicyTerms(), profiles)
@@ -129,6 +132,7 @@ class StationKeyService:
             self._josev_files,
             KeyFinder(active.path, roots=self._terms.bounds.root_limit > 1),
             terms=self._terms,
+            bounds=self._bounds,
             profiles=profiles,
             rejections=self._rejections,
         )
@@ -383,7 +387,7 @@ class StationKeyService:
                 now=self._now(),
                 running=running,
                 due=running + self._terms.pending,
-                bounds=self._terms.bounds,
+                bounds=self._bounds[request.data.certificate_type],
                 ahead=ahead,
             )
         )

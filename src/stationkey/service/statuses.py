@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from stationkey.config.settings import DAY, Terms
+from stationkey.config.settings import DAY, Bounds, Terms
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
 from stationkey.errors import KeyStoreError, LedgerError, Scope, StationKeyError
@@ -69,7 +69,8 @@ class Statuses:
         custody: the keys.
         files: reads Josev's files.
         finder: finds the key of a status.
-        terms: periods and limits.
+        terms: periods.
+        bounds: limits, by certificate type.
         rejections: records the statuses that change nothing.
         profiles: of each certificate type, overrides included.
     """
@@ -81,6 +82,7 @@ class Statuses:
         finder: KeyFinder,
         *,
         terms: Terms,
+        bounds: Mapping[CertificateType, Bounds],
         rejections: Rejections,
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
     ) -> None:
@@ -89,6 +91,7 @@ class Statuses:
         self._files = files
         self._finder = finder
         self._terms = terms
+        self._bounds = bounds
         self._profiles = profiles
         self._lines = {store: _Line() for store in custody.keystores}
 
@@ -211,7 +214,7 @@ class Statuses:
                 now=self._custody.now(),
                 grace_due=self._custody.running.now() + self._terms.grace,
                 message_id=status.id,
-                bounds=self._terms.bounds,
+                bounds=self._bounds[status.data.certificate_type],
             )
         )
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
@@ -226,7 +229,7 @@ class Statuses:
                 now=self._custody.now(),
                 grace_due=self._custody.running.now() + self._terms.grace,
                 message_id=status.id,
-                bounds=self._terms.bounds,
+                bounds=self._bounds[status.data.certificate_type],
             )
         )
         self._custody.counters.restorations += 1
