@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
@@ -78,11 +78,14 @@ class KeyRef:
     def pem(self) -> bytes:
         """Return the key as a PEM file that OpenSSL can use.
 
-        A ``TSS2 PRIVATE KEY``, a ``PRIVATE KEY``, or the URI of the key on a line and as a ``PKCS#11 PROVIDER URI``.
+        A ``TSS2 PRIVATE KEY``, a ``PRIVATE KEY``, or the URI of the key on a line, for engines and GnuTLS, and as a
+        ``PKCS#11 PROVIDER URI``.
         """
-        scheme = SCHEMES[self.scheme]
-        text = resolve_name(scheme.pem_text)(self.private) if scheme.pem_text else b""
-        return text + to_pem(scheme.pem_label, self.private)
+        pem = to_pem(SCHEMES[self.scheme].pem_label, self.private)
+        with suppress(KeyStoreError):  # of a corrupt record: told when the key is used
+            if location := self.location:
+                return f"{self.scheme}:{location}\n".encode() + pem
+        return pem
 
 
 class Support(Struct, frozen=True):

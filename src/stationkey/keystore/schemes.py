@@ -28,7 +28,6 @@ class Scheme(Struct, frozen=True, kw_only=True):
             those that were made there and not destroyed there yet, as ``module:function``.
         attests: whether it can prove that it made a key.
         pem_label: of the PEM file with a key.
-        pem_text: function, as ``module:function``, that gives the text before that from the DER; None for no text.
         openssl_provider: what OpenSSL needs to use such a file, or None if it needs nothing.
     """
 
@@ -44,7 +43,6 @@ class Scheme(Struct, frozen=True, kw_only=True):
     recorded: str = ""
     attests: bool
     pem_label: str
-    pem_text: str | None = None
     openssl_provider: str | None
 
     @property
@@ -76,7 +74,6 @@ _SCHEMES: Final = (
         recorded="stationkey.keystore.pkcs11.inventory:recorded",
         attests=False,
         pem_label="PKCS#11 PROVIDER URI",
-        pem_text="stationkey.keystore.pkcs11.keyfile:uri_line",
         openssl_provider="pkcs11",
     ),
     Scheme(

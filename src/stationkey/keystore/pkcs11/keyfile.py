@@ -37,11 +37,3 @@ def uri_of(der: bytes) -> str:
         ValueError: invalid file.
     """
     return asn1.decode_der(_File, der).uri
-
-
-def uri_line(der: bytes) -> bytes:
-    """Return the URI as a line, for engines and GnuTLS, which cannot read the PEM; empty for an invalid file."""
-    try:
-        return uri_of(der).encode() + b"\n"
-    except ValueError:
-        return b""
