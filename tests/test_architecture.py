@@ -48,7 +48,7 @@ HOMES: dict[str, set[str]] = {
     "rich": {"cli"},
     "paho": {"mqtt"},
     "tpm2_pytss": {"keystore.tpm2", "doctor.tpm"},  # the doctor asks, and changes nothing: the key store may not
-    "pkcs11": {"keystore.pkcs11"},
+    "pkcs11": {"keystore.pkcs11", "doctor.pkcs11"},
     "sqlite3": {"ledger"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
     # authorities of a trial and the other side of a handshake are X.509 too. The judge of evidence has its own eyes.

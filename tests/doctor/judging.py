@@ -19,12 +19,12 @@ OK, WARNING, FAILURE, NOT_CHECKED = Level.OK, Level.WARNING, Level.FAILURE, Leve
 ROOT, STATION, STRANGER = User(0, 0), User(990, 990, frozenset({109})), User(1234, 1234)
 
 
-def settings(text: str = "", tmp_path: Path | None = None) -> Settings:
+def settings(text: str = "", tmp_path: Path | None = None, *, keystore: str = "tpm2:device:/dev/tpmrm0") -> Settings:
     file: Given = {}
     if tmp_path is not None:
         (tmp_path / "c.toml").write_text(text)
         file = read_file(tmp_path / "c.toml")
-    return settle(file, keystore="tpm2:device:/dev/tpmrm0")
+    return settle(file, keystore=keystore)
 
 
 _ROWS = {check.id: check for rows in CHECKS.values() for check in rows}

@@ -43,6 +43,7 @@ _COLUMN: Final = 10
     help="As for serve; the report says if it is invalid.",
 )
 @config_option()
+@click.option("--try-keys", is_flag=True, help="Have each PKCS#11 token make a key, sign with it and destroy it.")
 @click.option("--all", "everything", is_flag=True, help="Show every check, not problems only.")
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write every check to a page."

@@ -35,6 +35,7 @@ class Check(Generic[*Ts]):
         after: ids of earlier checks that it depends on. If one of them stops, it is not checked, because of that one.
         reads: top-level names of the configuration file that say where to look. If one of them cannot be read, it is
             not checked, because of ``config.file``.
+        about: which of several things of a kind it looks at; each message begins with it.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Check(Generic[*Ts]):
     judge: Callable[[*Ts], Finding | Iterable[Finding]]
     after: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    about: str = ""
 
 
 AnyCheck: TypeAlias = Check[*tuple[Any, ...]]
@@ -89,7 +91,8 @@ class _Running:
             found = [failure("deadline", "no result in time", "a disk or a name server that does not answer?")]
             if hung := [before.because for before in self._before if not before.future.done()]:
                 found = self._blocked_by(hung[0])
-        return [replace(finding, id=self.check.id) for finding in found]
+        about = f"{self.check.about}: " if self.check.about else ""
+        return [replace(finding, id=self.check.id, message=about + finding.message) for finding in found]
 
 
 def run(
@@ -98,7 +101,7 @@ def run(
     """Run all checks.
 
     Args:
-        checks: each after those it depends on.
+        checks: each after those it depends on; of several with the same id, on the latest before it.
         context: what they may look at.
         unread: top-level names of the configuration file that cannot be read.
         deadline: seconds for all of them.
@@ -106,11 +109,12 @@ def run(
     Returns:
         The findings, in the order of the checks; and whether a thread that never ended was left behind.
     """
-    end, running = time.monotonic() + deadline, dict[str, _Running]()
+    end, latest, running = time.monotonic() + deadline, dict[str, _Running](), list[_Running]()
     for check in checks:
-        running[check.id] = _Running(check, context, running, unread)
-    found = [finding for one in running.values() for finding in one.findings(end)]
-    return found, not all(one.future.done() for one in running.values())
+        latest[check.id] = _Running(check, context, latest, unread)
+        running.append(latest[check.id])
+    found = [finding for one in running for finding in one.findings(end)]
+    return found, not all(one.future.done() for one in running)
 
 
 def within(seconds: float, call: Callable[[], T], otherwise: T) -> T:

@@ -24,6 +24,7 @@ from judging import (
 
 from stationkey.doctor import Level
 from stationkey.doctor.host.files import User
+from stationkey.doctor.probes import Answers
 from stationkey.doctor.report import Finding
 from stationkey.doctor.tpm.device import Chip
 from stationkey.doctor.tpm.facts import Seen, Way
@@ -127,10 +128,15 @@ def chip(
 ) -> Seen:
     """A TPM as it should be, but for what is said otherwise."""
     merged = PROPERTIES | (properties or {})
-    answers = VALUES | {"properties": None} | merged | values
+    answers = VALUES | {"properties": merged} | values
     lost = errors or {}
     told = {part: value for part, value in answers.items() if part not in lost}
-    return Seen(way=Way.parse(tcti), settings=settings(text, tmp_path), values=told, errors=lost, keys=keys or {})
+    return Seen(
+        way=Way.parse(tcti),
+        settings=settings(text, tmp_path),
+        keys=keys or {},
+        answers=Answers(values=told, errors=lost),
+    )
 
 
 def judged(name: str, seen: Seen) -> list[Finding]:
@@ -256,7 +262,9 @@ class TestTpm:
     )
     def test_what_becomes_of_a_key_that_is_tried(self, code: int, level: Level, expected: set[str]) -> None:
         seen = chip()
-        seen = dataclasses.replace(seen, values={**seen.values, "keys": {"k": code}}, keys={"k": "v2g"})
+        seen = dataclasses.replace(
+            seen, answers=Answers(values=seen.answers.values | {"keys": {"k": code}}), keys={"k": "v2g"}
+        )
         found = judged("tpm.keys", seen)
         assert worst(found) is level
         assert reasons(found) == expected
@@ -296,7 +304,7 @@ class TestTpm:
 
     @pytest.mark.parametrize("name", TOLD)
     def test_a_tpm_that_tells_nothing_keeps_no_judge_from_ending(self, name: str) -> None:
-        seen = dataclasses.replace(chip(), values={"open": None}, keys={"k": "v2g"})
+        seen = dataclasses.replace(chip(), answers=Answers(values={"open": None}), keys={"k": "v2g"})
         assert worst(judged(name, seen)) in {OK, FAILURE, NOT_CHECKED}
 
     @pytest.mark.parametrize(
@@ -315,12 +323,12 @@ class TestTpm:
         ],
     )
     def test_why_it_cannot_be_reached(self, answers: dict[str, Any], level: Level, expected: set[str]) -> None:
-        seen = dataclasses.replace(chip(tcti=BARE), **{"values": {}, **answers})
+        seen = dataclasses.replace(chip(tcti=BARE), answers=Answers(**answers))
         finding = judge("tpm.reachable", seen, ["x"])
         assert worst(finding) is level
         assert reasons(finding) == expected
 
     def test_lines_that_are_no_answers_are_passed_over(self) -> None:
         printed = 'noise\n{"part": "open", "value": 1}\n{"part": "x", "error": 5}\n{"part": "y", "fault": "E"}\n[1]\n'
-        seen = chip().answered(0, printed)
+        seen = Answers.read(0, printed)
         assert (seen.values, seen.errors, seen.hung) == ({"open": 1}, {"x": 5}, False)

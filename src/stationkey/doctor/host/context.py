@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, TypeVarTuple
 
 from stationkey.config.file import Parts, read_parts, settle
 from stationkey.config.options import options_of
@@ -21,6 +21,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.system.state_dir import LOCK_NAME
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 UNIT: Final = "stationkey.service"
 USER: Final = "stationkey"
@@ -44,6 +45,7 @@ class Options:
     allow_software_keys: bool | None = None
     state_dir: Path | None = None
     log_format: str | None = None
+    try_keys: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,7 @@ class Context:
         self.daemon = daemon
         self.unit = unit
         self.me = User.present()
-        self._shared: dict[Callable[[Context], Any], Future[Any]] = {}
+        self._shared: dict[object, Future[Any]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -119,14 +121,14 @@ class Context:
         """Return the key stores of a kind."""
         return [store for store in self.settings.stores if store.uri.partition(":")[0] == scheme]
 
-    def once(self, look: Callable[[Context], T]) -> T:
+    def once(self, look: Callable[[Context, *Ts], T], *about: *Ts) -> T:
         """Take a look that several checks share, once; each gets the same value, or the same error."""
         with self._lock:
-            first = look not in self._shared
-            shared: Future[T] = self._shared.setdefault(look, Future())
+            first = (look, about) not in self._shared
+            shared: Future[T] = self._shared.setdefault((look, about), Future())
         if first:
             try:
-                shared.set_result(look(self))
+                shared.set_result(look(self, *about))
             except Exception as error:  # noqa: BLE001 - raised below, to each who asks
                 shared.set_exception(error)
         return shared.result()

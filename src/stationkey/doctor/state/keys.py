@@ -22,6 +22,7 @@ from stationkey.doctor.host.files import Facts, look_at
 from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, unknown, warning
 from stationkey.doctor.runner import Check, within
 from stationkey.errors import LedgerError, StationKeyError
+from stationkey.keystore.pkcs11.uri import identifier_of
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.ledger.migrations import SCHEMA_VERSION
@@ -49,12 +50,14 @@ class Contents:
         active_files: what each file under ``active/`` should hold, by its name.
         running: milliseconds of running time.
         wrapped: the private part of each active key in a TPM, wrapped by that, by the key's name.
+        in_tokens: CKA_ID of each key in a PKCS#11 token.
     """
 
     keys: tuple[KeyRecord, ...]
     active_files: dict[str, bytes] = field(repr=False)
     running: int
     wrapped: dict[str, bytes] = field(repr=False)
+    in_tokens: frozenset[bytes] = frozenset()
 
 
 def read_ledger(path: Path, *, running: bool) -> Contents | str:
@@ -103,6 +106,7 @@ def _contents(opened: Ledger) -> Contents:
             active_files=ledger.keys.active_files(),
             running=ledger.retention.running,
             wrapped={key_id: one.private for key_id, one in references.items() if one is not None},
+            in_tokens=frozenset(identifier_of(f"pkcs11:{key.location}") for key in ledger.keys.refs("pkcs11")),
         )
 
 

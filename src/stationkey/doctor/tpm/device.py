@@ -215,14 +215,14 @@ def _judge_reachable(seen: Seen, others: list[str]) -> Finding:
     who = f"; it is held by {listed(others)}" if others else ""
     answered = "properties" in seen.values or "properties" in seen.errors
     code = seen.errors.get("properties", 0)
-    if "open" in seen.values and answered and seen.hung:
+    if "open" in seen.values and answered and seen.answers.hung:
         return failure("hung", f"the TPM at {way.tcti} answered some questions, and then no more", "reset it")
-    if "open" in seen.values and not seen.hung and code & rc.LAYER and code & rc.LAYER >> 16 in _RC_NOT_THE_TPM:
+    if "open" in seen.values and not seen.answers.hung and code & rc.LAYER and code & rc.LAYER >> 16 in _RC_NOT_THE_TPM:
         told = f"the TPM at {way.tcti} was lost while it was asked ({code:#x})"
         return failure("lost", told, "is it still there? dmesg | grep -i tpm says more")
-    if "open" in seen.values and not seen.hung:
+    if "open" in seen.values and not seen.answers.hung:
         return ok(f"the TPM at {way.tcti} answers")
-    if seen.hung:
+    if seen.answers.hung:
         advice = "reset the TPM (a chip: switch the station off and on); then see dmesg | grep -i tpm"
         if way.name == "tabrmd":
             advice = "does tpm2-abrmd hang (systemctl status tpm2-abrmd)? Else " + advice
@@ -238,7 +238,7 @@ def _judge_reachable(seen: Seen, others: list[str]) -> Finding:
         return failure("tcti", f"invalid TCTI {way.tcti!r} ({code:#x})", advice)
     if code:
         return failure("unreachable", f"the TPM at {way.tcti} cannot be reached ({code:#x}){who}", _reach_advice(way))
-    told = f"the program that asks the TPM does not run: {seen.said or 'it ended without a message'}"
+    told = f"the program that asks the TPM does not run: {seen.answers.said or 'it ended without a message'}"
     return failure("no_tss", told, "are tpm2-tss (Debian: libtss2-esys) and tpm2-pytss installed?")
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
-import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +12,10 @@ from typing import Any, Final
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import Settings, TpmTerms
-from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType
+from stationkey.contract.profiles import SECP256R1, SECP521R1, CertificateType, KeyType
 from stationkey.doctor.host.context import Context, path_of
+from stationkey.doctor.probes import Answers, ask_device
 from stationkey.doctor.report import Finding, unknown
-from stationkey.doctor.runner import ask
 from stationkey.doctor.state.keys import contents_soon
 from stationkey.errors import ConfigurationError
 from stationkey.keystore.tpm2 import return_codes as rc
@@ -130,21 +127,32 @@ class Seen:
     """A TPM that was asked, the way to it, and what is wanted of it.
 
     Attributes:
-        values: what it answered: parts by name, see `stationkey.doctor.tpm.probe`, and properties by number.
-        errors: the return code of each part that the TPM refused.
-        hung: whether an answer did not come.
-        said: what the program that asked complained about.
+        answers: see `stationkey.doctor.tpm.probe`; an error is a return code.
         keys: what each key that was tried is for, by its name.
     """
 
     way: Way
     settings: Settings
     daemon_running: bool = False
-    values: Mapping[str | int, Any] = field(default_factory=dict)
-    errors: Mapping[str, int] = field(default_factory=dict)
-    hung: bool = False
-    said: str = ""
+    answers: Answers = field(default_factory=Answers)
     keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str | int, Any]:
+        """Return what it answered: parts by name, and properties by number."""
+        properties = self.answers.values.get("properties") or {}
+        return self.answers.values | {int(number): value for number, value in properties.items()}
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Return the return code of each part that the TPM refused."""
+        return self.answers.errors
+
+    @property
+    def types(self) -> frozenset[CertificateType]:
+        """Return the certificate types whose keys are made in it."""
+        stores = [store for store in self.settings.stores if store.uri.startswith("tpm2:")]
+        return frozenset[CertificateType]().union(*(store.types for store in stores))
 
     @property
     def tpm(self) -> TpmTerms:
@@ -159,23 +167,6 @@ class Seen:
         might take the last slot from a daemon at work.
         """
         return self.tpm.srk_auth is None and (self.way.is_managed or not self.daemon_running)
-
-    def answered(self, status: int | None, output: str) -> Seen:
-        """Return it with what the program printed before its end, or until it was killed (None)."""
-        found: dict[str, dict[Any, Any]] = {"value": {}, "error": {}}
-        said = ""
-        for line in filter(str.strip, output.splitlines()):
-            try:
-                part = json.loads(line)
-            except ValueError:
-                said = line
-                continue
-            if isinstance(part, dict):
-                for kind in found.keys() & part.keys():
-                    found[kind][part["part"]] = part[kind]
-        values = found["value"]
-        values |= {int(number): value for number, value in values.get("properties", {}).items()}
-        return replace(self, values=values, errors=found["error"], hung=status is None, said=said)
 
     def lacks(self, *wanted: str | int) -> str:
         """Return why a part or a property is not there, or an empty text. In failure mode a TPM tells few."""
@@ -207,9 +198,8 @@ def ask_tpm(context: Context) -> Seen:
         "owner_auth": _owner_auth(tpm),
         "try_srk": seen.may_try_keys,
     }
-    # -P: no module of the working directory.
-    command = [sys.executable, "-P", "-m", "stationkey.doctor.tpm.probe", str(os.getpid())]
-    return seen.answered(*ask(command, seconds=PATIENCE, given=json.dumps(asked)))
+    answers = ask_device("stationkey.doctor.tpm.probe", asked, seconds=PATIENCE)
+    return replace(seen, answers=answers)
 
 
 def _owner_auth(settings: TpmTerms) -> str | None:

@@ -2,23 +2,15 @@
 
 A process, and not a thread: a TPM command has no time limit, and one that waits in a dead driver cannot be interrupted.
 It makes no key, starts no TPM, and unloads nothing but the keys that it loaded itself, to see whether this TPM takes
-them. What is found out is printed line by line, so that whoever waits has it even if the next answer never comes.
-
-Argument: the number of the process that waits for it, with which it ends. Standard input:
-``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null, "try_srk": BOOLEAN,
-"keys": {NAME: base64 of the wrapped key}}``. Output: lines of
-``{"part": NAME, "value": ...}`` or ``{"part": NAME, "error": RETURN CODE}``.
-Judged in `stationkey.doctor.tpm.state`.
+them. Standard input: ``{"tcti": ..., "srk": HANDLE, "ak": HANDLE or null, "owner_auth": base64 or null,
+"try_srk": BOOLEAN, "keys": {NAME: base64 of the wrapped key}}``. An error is a return code; see
+`stationkey.doctor.probes`. Judged in `stationkey.doctor.tpm.state`.
 """
 
 from __future__ import annotations
 
 import base64
-import ctypes
-import json
 import os
-import signal
-import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -38,12 +30,12 @@ from tpm2_pytss.types import (
     TPMU_PUBLIC_PARMS,
 )
 
+from stationkey.doctor.probes import asked_by, say
 from stationkey.keystore.tpm2 import capabilities
 
 _RSA: Final = (2048, 3072)
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
 _RC_SUCCESS: Final = 0
-_PR_SET_PDEATHSIG: Final = 1
 _NODA: Final = 1 << 10
 _A_KEY: Final = TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT
 _FORMAT_ONE: Final = 0xBF
@@ -52,11 +44,6 @@ _NO_AUTHORISATION: Final = frozenset({0x8E, 0xA2})
 """TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH."""
 _OF_PARAMETER: Final = 0xC0
 """The bits that an error about a parameter has."""
-
-
-def say(part: str, **what: object) -> None:
-    """One line, at once."""
-    print(json.dumps({"part": part, **what}), flush=True)  # noqa: T201 - how it answers
 
 
 def look(part: str, question: Callable[[], object]) -> bool:
@@ -162,20 +149,9 @@ def opens(path: str) -> bool:
     return True
 
 
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process with the one that started it: a TPM that hangs would hold it for ever.
-
-    Also where that was ended before it could be asked for [prctl(2), PR_SET_PDEATHSIG].
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
 def main() -> None:
     """Ask all of it."""
-    _end_with(int(sys.argv[1]))
-    asked = json.load(sys.stdin)
+    asked = asked_by()
     name, _, path = asked["tcti"].partition(":")
     if name == "device" and path and not opens(path):
         return

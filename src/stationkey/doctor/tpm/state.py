@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterator, Mapping, Sized
 from types import MappingProxyType
 from typing import Any, Final
 
-from stationkey.contract.profiles import ALGORITHMS, PROFILES, SECP256R1, Algorithm, EllipticCurve
+from stationkey.contract.profiles import ALGORITHMS, SECP256R1, Algorithm, EllipticCurve
+from stationkey.doctor.abilities import judge_types
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.report import Finding, failure, listed, ok, unknown, warning
 from stationkey.doctor.runner import Check
 from stationkey.doctor.tpm import facts
 from stationkey.doctor.tpm.facts import CURVES, HASHES, Seen, ask_tpm, text_of
+from stationkey.doctor.tpm.models import judge_model
 from stationkey.keystore.tpm2 import return_codes as rc
 
 _CURVES: Final = MappingProxyType({1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"})
@@ -21,6 +23,10 @@ _WANTED: Final = 2
 _NEW_CERTIFICATES: Final = "request new certificates (/usr/share/doc/stationkey/docs/operations.md, Another TPM)"
 
 
+WAY_OUT: Final = (
+    'have its keys in a secure element: [keystores] se = "pkcs11:…" and [keystore_for] TYPE = "se" '
+    "(/usr/share/doc/stationkey/docs/pkcs11.md)"
+)
 _WEAKNESSES: Final = {
     "IFX": (
         "CVE-2017-15361, ROCA",
@@ -123,24 +129,8 @@ def _judge_certificate_types(
     if storage:
         told = f"this TPM lacks {listed(storage)}, and so cannot have the storage root key"
         yield failure("no_storage", told, "another TPM is needed")
-    policy, any_works = seen.settings.policy, False
-    for certificate_type in policy.certificate_types:
-        profile = PROFILES[certificate_type]
-        allowed = [one for one in policy.algorithms if profile.required_algorithm in {None, one}]
-        works = [algorithm for algorithm in allowed if not _missing_for(algorithm, seen)]
-        wanted = profile.required_algorithm or profile.preferred_algorithm
-        any_works = any_works or bool(works)
-        if not works:
-            lacks = listed(sorted({_missing_for(one, seen) for one in allowed})) or "an algorithm to be served"
-            told = f"{certificate_type} is not possible: the TPM lacks {lacks}, and requests for it are rejected"
-            yield warning("not_possible", told, "use another TPM, or remove it from [policy] certificate_types")
-        elif wanted is not None and wanted not in works:
-            told = f"{certificate_type} works with {listed(works)} only, and its profile wants {wanted}"
-            yield warning("not_preferred", told, f"does the CA accept it? For {wanted} another TPM is needed")
-        else:
-            yield ok(f"{certificate_type} works, with {listed(works)}")
-    if not any_works:
-        yield failure("none_possible", "none of the certificate types that are served is possible", "use another TPM")
+    missing = {algorithm: _missing_for(algorithm, seen) for algorithm in Algorithm}
+    yield from judge_types(seen.types, seen.settings.policy, missing, WAY_OUT)
 
 
 def _judge_hierarchies(_: Seen, flags: int) -> Finding:
@@ -346,12 +336,13 @@ _TPM: Final = ("tpm",)
 """The section of the configuration file."""
 _ABILITIES: Final = ("algorithms", "curves", "rsa")
 CHECKS: Final = (
+    Check("tpm.certificate_types", _Told(*_ABILITIES), _judge_certificate_types, _ANSWERS),
+    Check("tpm.model", _Told(*facts.PT_MAKER), judge_model, _ANSWERS),
     Check("tpm.started", _Told(), _judge_started, _ANSWERS),
     Check("tpm.self_test", _Told(), _judge_self_test, _ANSWERS),
     Check("tpm.version", _Told(facts.PT_FAMILY, facts.PT_REVISION), _judge_version, _ANSWERS),
     Check("tpm.firmware", _Told(*facts.PT_MAKER, *facts.PT_FIRMWARE), _judge_firmware, _ANSWERS),
     Check("tpm.simulated", _Told(*facts.PT_MAKER), _judge_simulated, _ANSWERS),
-    Check("tpm.certificate_types", _Told(*_ABILITIES), _judge_certificate_types, _ANSWERS),
     Check("tpm.hierarchies", _Told(facts.PT_STARTUP_CLEAR), _judge_hierarchies, _ANSWERS),
     Check("tpm.srk", _Told("srk", facts.PT_PERMANENT, facts.PT_PERSISTENT_AVAIL), _judge_srk, _ANSWERS, _TPM),
     Check("tpm.authorisation", _Told(facts.PT_PERMANENT), _judge_authorisation, _ANSWERS, _TPM),

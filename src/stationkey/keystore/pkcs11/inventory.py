@@ -8,6 +8,7 @@ leaves in the token has a file, and an object without one is somebody else's.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -101,6 +102,11 @@ class Inventory:
             token: what names the token, by attribute.
         """
         return self._uri(identifier.hex()) in {"", object_uri(token, identifier)}
+
+    def refused_pin(self, uri: str) -> Path:
+        """Return the file that remembers the PIN that the token of a key store refused."""
+        place = hashlib.sha256(uri.partition("?")[0].encode()).hexdigest()[:16]
+        return self.directory / f"pin-refused-{place}"
 
     def uris(self) -> set[str]:
         """Return the URIs of the keys on record."""

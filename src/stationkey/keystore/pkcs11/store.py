@@ -62,8 +62,7 @@ class Pkcs11KeyStore:
 
     def __init__(self, uri: str, token: TokenUri, inventory: Inventory) -> None:
         self.uri = uri
-        place = hashlib.sha256(uri.partition("?")[0].encode()).hexdigest()[:16]
-        self._connection = Connection(token, inventory.directory / f"pin-refused-{place}")
+        self._connection = Connection(token, inventory.refused_pin(uri))
         self._inventory = inventory
         self._proven: set[Algorithm] = set()
 

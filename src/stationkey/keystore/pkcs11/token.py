@@ -192,7 +192,7 @@ class Connection:
             if flags & TokenFlag.USER_PIN_FINAL_TRY:
                 raise errors.pin_kept_back("one more wrong PIN locks the token")
             pin = self._uri.pin.read()
-            if self._was_refused(pin):
+            if was_refused(self._refused, pin):
                 raise errors.pin_kept_back("the token refused it before")
         try:
             try:
@@ -219,17 +219,19 @@ class Connection:
                 self._module.finalize()
             self._module = None
 
-    def _was_refused(self, pin: str) -> bool:
-        try:
-            mark = read_regular(self._refused, limit=_MARK, follow=False)
-        except OSError:
-            return False
-        return len(mark) == _MARK and secrets.compare_digest(mark[_SALT:], _digest(pin, mark[:_SALT]))
-
     def _remember(self, pin: str) -> None:
         salt = os.urandom(_SALT)
         self._refused.parent.mkdir(mode=0o700, exist_ok=True)
         exchange(self._refused, salt + _digest(pin, salt))
+
+
+def was_refused(record: Path, pin: str) -> bool:
+    """Return whether a token refused this PIN before, by the file that remembers it."""
+    try:
+        mark = read_regular(record, limit=_MARK, follow=False)
+    except OSError:
+        return False
+    return len(mark) == _MARK and secrets.compare_digest(mark[_SALT:], _digest(pin, mark[:_SALT]))
 
 
 def _digest(pin: str, salt: bytes) -> bytes:

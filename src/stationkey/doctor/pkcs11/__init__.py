@@ -1,0 +1,1 @@
+"""Checks of PKCS#11 tokens."""
