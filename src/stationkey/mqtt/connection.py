@@ -298,7 +298,6 @@ class MqttConnection:
         retain = retain and self.limits.retain_available
         async with self._unacknowledged:
             info = self._client.publish(topic, payload, qos=qos, retain=retain)
-            self._client.loop_write()  # now, not in the next turn of the event loop
             if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 return True
             reason = await self._answer(PacketTypes.PUBACK, info.rc, info.mid)
@@ -448,7 +447,7 @@ class MqttConnection:
 
     def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
         if threading.get_ident() == self._thread:
-            self._loop.call_soon(self._write, sock)
+            self._write(sock)  # at once: paho asks only when a packet is complete
         else:
             self._loop.call_soon_threadsafe(self._write, sock)
 
