@@ -409,8 +409,23 @@ def test_a_trial_shows_what_the_mechanism_list_promises_in_vain(token: Token, op
     assert token.objects() == {}
     assert recorded(token) == set()
 
-    token.order(f"{order} once")  # a key of the session cannot be had, one of the token can
+
+def test_a_trial_key_that_a_session_cannot_have_is_made_in_the_token(token: Token, opened: Open) -> None:
+    store = opened(token, token.shimmed)
+    assert isinstance(store, Trying)
+    token.order("C_SignInit 0x70 once")  # CKR_MECHANISM_INVALID
     assert store.try_out(EC)
+    assert token.calls("C_GenerateKeyPair") == 2
+    assert token.objects() == {}
+    assert recorded(token) == set()
+
+
+def test_a_key_that_is_for_more_than_signing_is_destroyed(token: Token, opened: Open) -> None:
+    """A module that refuses to be told what a key is not for makes it by its own defaults: SoftHSM's allow all."""
+    store = opened(token, token.shimmed)
+    token.order("C_GenerateKeyPair 0x12 once")  # CKR_ATTRIBUTE_TYPE_INVALID
+    assert reason_of(lambda: store.generate(EC)) == ("pkcs11_key_unprotected", False, Scope.STORE)
+    assert token.calls("C_GenerateKeyPair") == 2
     assert token.objects() == {}
     assert recorded(token) == set()
 

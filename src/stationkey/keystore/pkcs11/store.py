@@ -17,7 +17,20 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from pkcs11 import Attribute, DeviceMemory, KeyType, Mechanism, MechanismFlag, NoSuchKey, ObjectClass, PKCS11Error
+from pkcs11 import (
+    Attribute,
+    AttributeSensitive,
+    AttributeTypeInvalid,
+    AttributeValueInvalid,
+    DeviceMemory,
+    KeyType,
+    Mechanism,
+    MechanismFlag,
+    NoSuchKey,
+    ObjectClass,
+    PKCS11Error,
+    TemplateInconsistent,
+)
 from pkcs11.constants import DEFAULT
 from pkcs11.util.ec import encode_named_curve_parameters
 
@@ -49,6 +62,13 @@ _BORN_INSIDE: Final = {
     Attribute.NEVER_EXTRACTABLE: True,
 }
 """What a key has to say of itself [PKCS #11 4.9]."""
+_USES: Final = {
+    Attribute.SIGN_RECOVER: False,
+    Attribute.DECRYPT: False,
+    Attribute.UNWRAP: False,
+    Attribute.DERIVE: False,
+}
+"""What a key is not for. Some modules refuse attributes that they do not know, so these are left out if need be."""
 
 
 class Pkcs11KeyStore:
@@ -333,22 +353,24 @@ def _generate(session: Any, *, kind: Kind, identifier: bytes, store: bool = True
         Attribute.EXTRACTABLE: False,
         Attribute.PRIVATE: True,
         Attribute.SIGN: True,
-        Attribute.SIGN_RECOVER: False,
-        Attribute.DECRYPT: False,
-        Attribute.UNWRAP: False,
-        Attribute.DERIVE: False,
     }
     # Nothing is asked of the public part: tpm2-pkcs11 takes usages of both parts for bits of the one key.
     public_template = dict.fromkeys((Attribute.VERIFY, Attribute.ENCRYPT, Attribute.WRAP), DEFAULT)
-    templates = {"public_template": public_template, "private_template": private_template}
-    try:
+
+    def make(uses: dict[Attribute, Any]) -> Any:
+        templates = {"public_template": public_template, "private_template": private_template | uses}
         if isinstance(kind, EllipticCurve):
             curve = session.create_domain_parameters(
                 KeyType.EC, {Attribute.EC_PARAMS: encode_named_curve_parameters(kind.name)}, local=True
             )
-            public, private = curve.generate_keypair(**named, **templates)
-        else:
-            public, private = session.generate_keypair(KeyType.RSA, kind.bits, **named, **templates)
+            return curve.generate_keypair(**named, **templates)
+        return session.generate_keypair(KeyType.RSA, kind.bits, **named, **templates)
+
+    try:
+        try:
+            public, private = make(_USES)
+        except (AttributeTypeInvalid, AttributeValueInvalid, TemplateInconsistent):
+            public, private = make(dict.fromkeys(_USES, DEFAULT))
     except DeviceMemory:
         raise errors.full(sum(1 for _ in session.get_objects())) from None
     if isinstance(kind, EllipticCurve):
@@ -358,17 +380,25 @@ def _generate(session: Any, *, kind: Kind, identifier: bytes, store: bool = True
             int.from_bytes(public[Attribute.PUBLIC_EXPONENT]), int.from_bytes(public[Attribute.MODULUS])
         )
         der = _der(numbers.public_key())
-    told = {attribute: private[attribute] for attribute in _BORN_INSIDE}
-    if told != _BORN_INSIDE:
-        wrong = next(attribute for attribute, value in _BORN_INSIDE.items() if told[attribute] != value)
-        raise KeyStoreError(
-            f"the token made a key whose CKA_{wrong.name} is {told[wrong]}, so it may leave the token",
-            reason="pkcs11_key_unprotected",
-            hint="such a key is not used; is the token in a mode for tests?",
-            scope=Scope.STORE,
-        )
+    for attribute, wanted in (_BORN_INSIDE | _USES).items():
+        told = _told(private, attribute)
+        if told != wanted and (told is not None or attribute in _BORN_INSIDE):
+            raise KeyStoreError(
+                f"the token made a key whose CKA_{attribute.name} is {'unknown' if told is None else told}, so it may "
+                "leave the token or do more than sign",
+                reason="pkcs11_key_unprotected",
+                hint="such a key is not used; is the token in a mode for tests?",
+                scope=Scope.STORE,
+            )
     _private(session, identifier=identifier)  # some modules choose CKA_ID by themselves
     return der
+
+
+def _told(item: Any, attribute: Attribute) -> bool | None:
+    try:
+        return bool(item[attribute])
+    except (AttributeTypeInvalid, AttributeSensitive):
+        return None
 
 
 def _ec_public(point: bytes, curve: ec.EllipticCurve) -> bytes:
