@@ -294,7 +294,7 @@ async def test_never_accepts_and_sends_nothing(make: Make) -> None:
 
 async def test_reject_refuses_a_good_csr(make: Make) -> None:
     async with make(misbehaviour=Misbehaviour.REJECT) as csms, connected(csms) as station:
-        assert await station.sign(V2G, csr_for(V2G)) == ("Rejected", "this CSMS was told to refuse every CSR")
+        assert await station.sign(V2G, csr_for(V2G)) == ("Rejected", "this CSMS is set to refuse every CSR")
 
 
 async def test_unknown_request_id_sends_one_that_was_never_used(make: Make) -> None:

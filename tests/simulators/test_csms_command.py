@@ -116,7 +116,7 @@ async def test_the_command_keeps_its_authorities_and_asks_for_passwords(tmp_path
                 async with connect(url, subprotocols=version, ssl=context):
                     pass
             assert refusal.value.response.status_code == 401
-            await csms.until("CS001: not let in")
+            await csms.until("CS001: connection refused")
         assert "se:cret" not in "".join(csms.lines)  # words: the secret is not in it
     assert anchors[0] == anchors[1]
 

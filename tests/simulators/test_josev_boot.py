@@ -262,7 +262,7 @@ async def test_a_callerror_to_sign_certificate_is_final_only_where_it_says_so(
     (tmp_path / "josev" / "josev-pending.json").write_text(pending)
     more = {"wait_minimum": 0.01, "repeat_times": 2, "broker": Broker.parse(mosquitto.url)}
     async with played(Failing(accepted()), tmp_path, **more) as (station, told, _running):
-        await heard(told, "sending the CSR that was pending")
+        await heard(told, "sending the pending CSR")
         await station.settled()
 
     assert csrs == ["CSR"] * sent

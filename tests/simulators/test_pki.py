@@ -262,7 +262,7 @@ def test_what_is_saved_is_loaded_and_its_keys_are_nobody_elses_to_read(
     keys = sorted((tmp_path / "pki").glob("*.key"))
     assert len(keys) == 5
     assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}
-    assert "for trying and for tests only" in (tmp_path / "pki" / "README").read_text()
+    assert "for trials and tests only" in (tmp_path / "pki" / "README").read_text()
     loaded = Hierarchy.load(tmp_path / "pki")
     assert loaded.trust_anchors_pem() == hierarchies[curve].trust_anchors_pem()
     chain = loaded.issue(csr_for(V2G, key_for(SECP256R1)), PROFILES[V2G], now=NOW)

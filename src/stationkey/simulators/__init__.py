@@ -1,1 +1,1 @@
-"""The other side, for trying: Josev, a CSMS and its authority. A station needs none of it."""
+"""The other sides, for trials: Josev, a CSMS and its authority. Never used on a station."""

@@ -1,7 +1,7 @@
-"""The station's certificates towards its CSMS: the one in use, and a renewed one until it has connected.
+"""The station's client certificates for its CSMS: the current one, and a renewed one until it has connected.
 
-A renewed certificate is tried first. While the CSMS refuses it, the station goes back to the one before, or tries both
-in turn [A02.FR.28]. The one that connects is kept, and the other one discarded, not before [A02.FR.10].
+A renewed certificate is tried first. If the CSMS refuses it, the station tries the previous one, then both in turn
+[A02.FR.28]. The first that connects is kept, and only then the other is discarded [A02.FR.10].
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from stationkey.errors import ConfigurationError
 from stationkey.x509.certificate import Chain, read_chain
 
 PREVIOUS: Final = ".previous.pem"
-"""Ending of the name of the file beside it that has the key before, and its chain."""
+"""Suffix of the file with the previous key and its chain."""
 
 
 class Outcome(Enum):
-    """What a connection means for the renewed certificate."""
+    """The result of a connection for the renewed certificate."""
 
     NOTHING = auto()
-    """There is none."""
+    """There is no renewed certificate."""
     CONFIRMED = auto()
-    """It has connected: the one before can be discarded [A02.FR.10]."""
+    """It has connected: the previous one can be discarded [A02.FR.10]."""
     DISCARDED = auto()
-    """The one before has connected: the renewed one is discarded [A02.FR.29]."""
+    """The previous one has connected: the renewed one is discarded [A02.FR.29]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class ClientCertificate:
     """Chooses the certificate for each connection.
 
     Args:
-        file: key and chain (PEM), ``active/charging_station_certificate.pem`` say; read before each connection.
+        file: key and chain (PEM), such as ``active/charging_station_certificate.pem``; read before each connection.
         context: makes a context that trusts the CSMS.
-        attempts: connections that a renewed certificate gets before the one before has its first.
+        attempts: connections with a renewed certificate before the previous one is tried.
 
     Raises:
         ConfigurationError: the file cannot be used.
@@ -62,15 +62,15 @@ class ClientCertificate:
 
     @property
     def previous(self) -> Path | None:
-        """The file with the key before, or None if there is none."""
+        """The file with the previous key, or None."""
         path = self._file.with_name(self._file.stem + PREVIOUS)
         return path if path.exists() else None
 
     def refresh(self) -> bool:
-        """Read the file, and return whether there is a renewed certificate that has not connected yet."""
+        """Read the file, and return whether a renewed certificate has not connected yet."""
         try:
             found = self._load(self._file)
-        except ConfigurationError:  # its key is not in place yet, or no longer
+        except ConfigurationError:  # its key is not in place
             return self._renewed is not None
         if found.chain.leaf == self._in_use.chain.leaf:
             self._renewed = None
@@ -90,11 +90,11 @@ class ClientCertificate:
         return self._used.tls
 
     def refused(self) -> None:
-        """The CSMS did not let the station in."""
+        """Note that the CSMS refused the connection."""
         self._refused += 1
 
     def connected(self) -> Outcome:
-        """The CSMS let the station in. The certificate that it did not use is forgotten."""
+        """Note that the CSMS accepted the connection; discard the other certificate."""
         renewed, self._refused = self._renewed, 0
         if renewed is None:
             return Outcome.NOTHING
@@ -111,9 +111,9 @@ class ClientCertificate:
             tls = self._context()
             tls.load_cert_chain(file)
         except OSError as error:
-            words = "it is not in PEM, or the key is not that of the certificate"
+            words = "not PEM, or the key does not fit the certificate"
             why = words if isinstance(error, ssl.SSLError) else error.strerror
             raise ConfigurationError(f"{file} cannot be used for TLS: {why}", reason="tls_invalid") from None
         if chain is None:
-            raise ConfigurationError(f"{file} has no certificate that can be read", reason="tls_invalid")
+            raise ConfigurationError(f"{file} has no readable certificate", reason="tls_invalid")
         return _Candidate(chain, tls)

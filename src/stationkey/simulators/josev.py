@@ -1,9 +1,9 @@
-"""Josev's part between charging station and CSMS, for trying and for tests: trigger, CSR, signature, installation.
+"""Josev's part between charging station and CSMS, for trials and tests: trigger, CSR, signature, installation.
 
-A trigger from the CSMS, or an order, starts a *renewal*: a CSR is asked for over MQTT and carried to the CSMS by
-SignCertificate; the certificate that comes back by CertificateSigned is verified, stored, and reported to the charging
-station by ``certificate_installation_status``. What is pending is written down, so that a restart goes on with the same
-CSR. Whoever's charging station answers, ours or another's: nothing here knows how it makes its keys.
+A trigger of the CSMS, or an order, starts a *renewal*: a CSR is requested over MQTT and sent to the CSMS by
+SignCertificate; the certificate in CertificateSigned is verified, stored, and reported to the charging station by
+``certificate_installation_status``. Pending CSRs are on disk, so that a restart continues with the same CSR. It works
+with any implementation of the charging station's side.
 """
 
 from __future__ import annotations
@@ -69,33 +69,33 @@ from stationkey.x509.renewal import Due, RenewalRule
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT: Final = 90.0
-"""Seconds for the charging station to answer: it may have to find an RSA key."""
+"""Seconds for the charging station to answer: it may have to make an RSA key."""
 BOOT_RETRY: Final = 10.0
-"""Seconds until BootNotification is sent again where the CSMS names no interval [2.0.1 B02.FR.04, B03.FR.02]."""
+"""Seconds until BootNotification is repeated if the CSMS gives no interval [2.0.1 B02.FR.04, B03.FR.02]."""
 PASSING_ERRORS: Final = frozenset({"InternalError", "GenericError", "SecurityError"})
-"""Codes of a CALLERROR that say nothing about the call itself [OCPP-J 4.3]: the same call may succeed later."""
+"""Codes of a CALLERROR that are not about the call itself [OCPP-J 4.3]: the same call may succeed later."""
 RECONNECT_FIRST: Final = 0.5
 RECONNECT_LAST: Final = 60.0
-"""Seconds between tries to reach the CSMS; doubled in between."""
+"""Seconds between attempts to reach the CSMS; doubled each time."""
 WATCH: Final = 60.0
-"""Seconds between two looks at which certificates are due for renewal."""
+"""Seconds between two checks for certificates that are due for renewal."""
 ASK_AGAIN: Final = 86_400.0
-"""Seconds before the renewal of one certificate is tried again."""
+"""Seconds before the renewal of one certificate is retried."""
 _CLIENT: Final = next(kind for kind, profile in PROFILES.items() if profile.tls_use.role == "client")
-"""The certificate that the station connects to the CSMS with."""
+"""The type of the station's client certificate."""
 SWITCH_LOOK: Final = 0.1
 SWITCH_TIMEOUT: Final = 30.0
 """Seconds for the charging station to put the key of a renewed client certificate in place."""
 _REFUSALS: Final = (ssl.SSLError, websockets.InvalidHandshake, ConnectionResetError, BrokenPipeError)
-"""How a connection ends that a CSMS does not want. A CSMS that cannot be reached refuses no certificate."""
+"""Errors by which a CSMS refuses a connection. An unreachable CSMS refuses no certificate."""
 
 
 class SigningRefused(StationKeyError):
-    """The CSMS will not sign, or the charging station made no CSR. Not tried again [A02.FR.20]."""
+    """The CSMS refuses to sign, or the charging station made no CSR. Not retried [A02.FR.20]."""
 
 
 def waits(minimum: float, repeats: int) -> list[float]:
-    """How long to wait for the certificate after each time that the CSR was sent, in seconds [A02.FR.17-19].
+    """Return the seconds to wait for the certificate after each sending of the CSR [A02.FR.17-19].
 
     Args:
         minimum: ``CertSigningWaitMinimum``, seconds.
@@ -105,11 +105,11 @@ def waits(minimum: float, repeats: int) -> list[float]:
 
 
 class Station:
-    """Plays Josev towards a charging station's side and a CSMS.
+    """Plays Josev towards a charging station and a CSMS.
 
     Args:
-        settings: who and whom.
-        on_event: told of everything that happens, in words for a person, with the certificate type where there is one.
+        settings: the settings.
+        on_event: called with a text for people at each event, and with the certificate type if any.
 
     Raises:
         ConfigurationError: the trust anchors or the file of pending CSRs cannot be read.
@@ -128,12 +128,12 @@ class Station:
         self._renewing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked: dict[CertificateType, float] = {}
-        """When the renewal of a certificate that is due was tried, by the loop's clock."""
+        """Time of the last renewal attempt of each certificate that is due, in the loop's time."""
 
     # The connection to the CSMS.
 
     async def run(self) -> None:
-        """Stay connected to the CSMS and do what it triggers, until cancelled."""
+        """Stay connected to the CSMS and serve its triggers, until cancelled."""
         backoff = Backoff(RECONNECT_FIRST, RECONNECT_LAST)
         watching = asyncio.create_task(self._watch(), name="josev-watch")
         try:
@@ -190,9 +190,9 @@ class Station:
                 await asyncio.gather(listening, beating, return_exceptions=True)
 
     async def _boot(self, csms: OcppConnection) -> None:
-        """Have the CSMS accept this station [B01-B03; 1.6 4.2], then send its heartbeats [G02; 1.6 4.6].
+        """Boot until the CSMS accepts the station [B01-B03; 1.6 4.2], then send heartbeats [G02; 1.6 4.6].
 
-        Until it is accepted nothing else is sent: requests wait.
+        Until then nothing else is sent.
 
         Raises:
             StationKeyError: the connection closed, or the answer was an error or invalid.
@@ -208,13 +208,13 @@ class Station:
             await asyncio.sleep(wait)
         client = self._settings.client
         if client is not None and (outcome := client.connected()) is not Outcome.NOTHING:
-            self._spawn(self._settle(csms, client, outcome))  # before any renewal that waits for the connection
+            self._spawn(self._settle(csms, client, outcome))  # before renewals that wait for the connection
         self._connected.set()
         self._tell(f"connected to {self._settings.csms}, OCPP {csms.version.number}", None)
         self._resume()
         while interval > 0:
             await asyncio.sleep(interval)
-            with contextlib.suppress(CallError, PayloadInvalid):  # a heartbeat that fails changes nothing
+            with contextlib.suppress(CallError, PayloadInvalid):  # a failed heartbeat has no effect
                 await csms.call("Heartbeat", {})
 
     async def _called(self, action: str, payload: Payload) -> Payload:
@@ -236,9 +236,9 @@ class Station:
         raise CallError("NotImplemented", action)
 
     async def _invalid(self, action: str, payload: Payload, error: PayloadInvalid) -> None:
-        """A call against the schema was refused. A certificate that was in it is refused like any other bad one.
+        """Refuse the certificate of a call that violates the schema, such as a too long chain [A02.FR.16].
 
-        A chain that is too long is one such [A02.FR.16]. The last CSR that was sent is the one that it must be for.
+        It is taken as the answer to the last CSR that was sent.
         """
         inner = payload.get("messageId") if action == "DataTransfer" else action
         if inner == "CertificateSigned" and self._csms is not None:
@@ -247,14 +247,14 @@ class Station:
             await self._refuse(self._csms, kind, CertificateInvalid(str(error), reason="chain_unreadable"))
 
     def _resume(self) -> None:
-        """Send what was pending before a restart: the same CSR, not a new one [A02.FR.17]."""
+        """Resend the CSRs that were pending before a restart [A02.FR.17]."""
         for pending in self._file.pending:
             self._spawn(self._again(pending))
 
     async def _again(self, pending: Pending) -> None:
         async with self._renewing:
             if pending in self._file.pending:
-                self._tell("sending the CSR that was pending", pending.certificate_type)
+                self._tell("sending the pending CSR", pending.certificate_type)
                 await self._carry_and_tell(pending)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -263,16 +263,16 @@ class Station:
         task.add_done_callback(self._tasks.discard)
 
     async def settled(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until all renewals have ended."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # A renewal.
 
     async def _triggered(self, csms: OcppConnection, certificate_type: CertificateType) -> TriggerStatus:
-        """Answer a trigger. One renewal at a time: another is rejected while one is under way."""
+        """Answer a trigger; reject it while a renewal of this type is in progress."""
         if self._renewing.locked():
-            self._tell("a trigger is refused: a renewal is under way", certificate_type)
+            self._tell("trigger rejected: a renewal is in progress", certificate_type)
             return TriggerStatus.REJECTED
         try:
             carriage(certificate_type, csms.version)
@@ -287,7 +287,7 @@ class Station:
         try:
             await self.renew(certificate_type, triggered=triggered)
         except StationKeyError as error:
-            log.debug("%s", error)  # told already
+            log.debug("%s", error)  # reported already
 
     async def _watch(self) -> None:
         """Renew each certificate that is due, while the CSMS is connected [A03.FR.02]."""
@@ -316,16 +316,16 @@ class Station:
         """Renew a certificate: a new CSR [A02.FR.02], signed by the CSMS, verified, installed and reported.
 
         Args:
-            certificate_type: which.
-            algorithm: what to ask for; by default what its profile prefers.
-            triggered: whether the CSMS wants it. Otherwise the CSR names the root of the present certificate, where
+            certificate_type: the certificate type.
+            algorithm: the algorithm; by default the one that its profile prefers.
+            triggered: whether the CSMS triggered it. Otherwise the CSR names the root of the current certificate, if
                 the version can [A03.FR.23].
 
         Raises:
-            NotCarried: the CSMS's OCPP version cannot carry it; nothing was asked or sent.
-            SigningRefused: the charging station or the CSMS said no.
-            CertificateInvalid: what came back must not be installed.
-            StationKeyError: anything else that ended it. A certificate that comes late is still installed.
+            NotCarried: the CSMS's OCPP version cannot carry it; nothing was requested or sent.
+            SigningRefused: the charging station or the CSMS refused.
+            CertificateInvalid: the certificate must not be installed.
+            StationKeyError: any other failure. A late certificate is still installed.
         """
         await self._connected.wait()
         async with self._renewing:
@@ -355,7 +355,7 @@ class Station:
         return None if root is None else certificate_hash(root)
 
     async def _carry_and_tell(self, pending: Pending) -> None:
-        """Carry a CSR; where the CSMS refuses for good, tell the charging station that its key will not be used."""
+        """Have a CSR signed; if the CSMS refuses, report a failed installation to the charging station."""
         try:
             await self._carry(pending)
         except StationKeyError as error:
@@ -392,12 +392,12 @@ class Station:
         return response.data.csr
 
     async def _carry(self, pending: Pending) -> None:
-        """Send the CSR, and the same one again while no certificate comes [A02.FR.17-19]."""
+        """Send the CSR, and repeat it while no certificate comes [A02.FR.17-19]."""
         for attempt, wait in enumerate(waits(self._settings.wait_minimum, self._settings.repeat_times)):
             accepted, why = await self._send(pending)
             if not accepted:
                 self._file.remove(pending)
-                told = f"the CSMS refuses to sign: {why}" if why else "the CSMS refuses to sign, and gives no reason"
+                told = f"the CSMS refuses to sign: {why}" if why else "the CSMS refuses to sign, without a reason"
                 raise SigningRefused(told, reason="csms_rejected")  # [A02.FR.20]
             again = " again" if attempt else ""
             self._tell(f"SignCertificate was sent{again} and accepted", pending.certificate_type)
@@ -407,12 +407,12 @@ class Station:
                 continue
             return
         raise StationKeyError(
-            "no certificate came; should it come late, it is still taken",
+            "no certificate came; a late one is still accepted",
             reason="csms_silent",
         )
 
     async def _send(self, pending: Pending) -> tuple[bool, str]:
-        """Send a CSR; whether the CSMS will sign it, and why not. Without an answer it may have been taken."""
+        """Send a CSR; return whether the CSMS will sign it, and why not. No answer counts as accepted."""
         csms = await self._connection()
         call = sign_certificate(
             pending.certificate_type,
@@ -427,7 +427,7 @@ class Station:
             self._tell(f"SignCertificate: {error}", pending.certificate_type)
             return True, ""
         except CallError as error:
-            self._tell(f"SignCertificate is answered with an error: {error}", pending.certificate_type)
+            self._tell(f"SignCertificate answered with an error: {error}", pending.certificate_type)
             return error.code in PASSING_ERRORS, str(error)
         status = read_status(call.action, answer, csms.version)
         return status == "Accepted", read_status_info(answer) or ("" if status == "Rejected" else status)
@@ -442,7 +442,7 @@ class Station:
     async def _signed(
         self, csms: OcppConnection, certificate_type: CertificateType | None, chain_pem: str, request_id: int | None
     ) -> tuple[bool, str]:
-        """Whether a certificate is taken, and why not. Verified first [A02.FR.06]; what follows does not hold it up."""
+        """Verify a certificate [A02.FR.06]; return whether it is accepted, and why not. Installation follows later."""
         try:
             chain = read_signed(chain_pem)
             if self._is_installed(chain, certificate_type):
@@ -466,11 +466,11 @@ class Station:
         if request_id is not None:
             candidates = [p for p in candidates if p.request_id == request_id]
             if not candidates:
-                raise CertificateInvalid(f"request id {request_id} is not known", reason="request_id_unknown")
+                raise CertificateInvalid(f"unknown request id {request_id}", reason="request_id_unknown")
         return candidates
 
     def _is_installed(self, chain: Chain, certificate_type: CertificateType | None) -> bool:
-        """Whether a certificate is the one that is installed: the CSMS did not see the first answer."""
+        """Return whether a certificate is installed already: the CSMS did not get the first answer."""
         for kind in CertificateType:
             if certificate_type not in {None, kind}:
                 continue
@@ -489,7 +489,7 @@ class Station:
         return self._settings.evse_id if self._settings.profiles[certificate_type].secc_id else None
 
     def _place(self, certificate_type: CertificateType, evse_id: str | None) -> Path:
-        """Where a certificate is installed."""
+        """Return the file that a certificate is installed in."""
         return self._settings.certificate_dir / file_name((str(certificate_type), evse_id or ""))
 
     def _expected(self, pending: Pending) -> Expected:
@@ -505,7 +505,7 @@ class Station:
     def _install(self, pending: Pending, chain: Chain) -> None:
         self._settings.certificate_dir.mkdir(parents=True, exist_ok=True)
         place = self._place(pending.certificate_type, pending.evse_id)
-        if place.exists():  # to go back to, until the new one has connected
+        if place.exists():  # kept until the new one has connected
             write_atomically(self._before(place), place.read_bytes())
         write_atomically(place, chain.pem().encode())
         pending.answered.set()
@@ -522,41 +522,41 @@ class Station:
                 while not client.refresh():  # noqa: ASYNC110 - another program writes the file
                     await asyncio.sleep(SWITCH_LOOK)
         except TimeoutError:
-            self._tell("the renewed key is not in place: staying with the certificate in use", _CLIENT)
+            self._tell("the renewed key is not in place: keeping the current certificate", _CLIENT)
             return
         self._tell("reconnecting with the renewed certificate", _CLIENT)
         await csms.close()  # [A02.FR.08]
 
     async def _settle(self, csms: OcppConnection, client: ClientCertificate, outcome: Outcome) -> None:
-        """Discard the certificate that did not connect, and tell the charging station which one did.
+        """Discard the certificate that did not connect, and report that to the charging station.
 
-        No renewal begins meanwhile: the charging station must hear of this one first.
+        No renewal begins meanwhile: the charging station must get this report first.
         """
         async with self._renewing:
             place = self._place(_CLIENT, None)
             before = self._before(place)
             if outcome is Outcome.CONFIRMED:
                 self._tell(
-                    "connected with the renewed certificate; the one before is discarded", _CLIENT
+                    "connected with the renewed certificate; the previous one is discarded", _CLIENT
                 )  # [A02.FR.10]
                 before.unlink(missing_ok=True)
                 if client.previous is not None:
                     await self._report(_CLIENT, None, "deleted", client.previous)
                 return
-            self._tell("connected with the certificate before; the renewed one is discarded", _CLIENT)  # [A02.FR.28]
-            await self._event(csms, DISCARDED_CERTIFICATE_EVENT, "the CSMS does not let it in", _CLIENT)  # [A02.FR.29]
+            self._tell("connected with the previous certificate; the renewed one is discarded", _CLIENT)  # [A02.FR.28]
+            await self._event(csms, DISCARDED_CERTIFICATE_EVENT, "the CSMS refuses it", _CLIENT)  # [A02.FR.29]
             if before.exists():
                 before.replace(place)
             await self._report(_CLIENT, None, "installed", client.previous)
 
     def _before(self, place: Path) -> Path:
-        """Where the certificate before the one that is installed is kept."""
+        """Return the file of the previous certificate."""
         return self._settings.state_dir / f"before-{place.name}"
 
     async def _refuse(
         self, csms: OcppConnection, certificate_type: CertificateType | None, error: CertificateInvalid
     ) -> None:
-        """Tell the CSMS by a security event, and the charging station that nothing was installed [A02.FR.06/07]."""
+        """Send a security event to the CSMS, and `failed_installation` to the charging station [A02.FR.06/07]."""
         await self._event(csms, INVALID_CERTIFICATE_EVENT, str(error), certificate_type)
         if certificate_type is not None:
             await self._report(certificate_type, self._settings.evse_id, "failed_installation")
@@ -567,7 +567,7 @@ class Station:
         try:
             await csms.call(*security_event(csms.version, event, timestamp=datetime.now(UTC), tech_info=words))
         except StationKeyError as failure:
-            self._tell(f"the security event was not taken: {failure}", certificate_type)
+            self._tell(f"security event not accepted: {failure}", certificate_type)
 
     async def _report(
         self,

@@ -1,10 +1,9 @@
-"""How a CSR and its certificate travel between a charging station and its CSMS, for each version of OCPP.
+"""Messages that carry a CSR and its certificate between charging station and CSMS, for each version of OCPP.
 
-What a certificate type needs is data: `CARRIAGES` has a `Carriage` for each certificate type and version, and
-`NOT_CARRIED` names the others, which are refused before anything is sent. A type in neither is an error at import. The
-rest makes the payloads of both sides and reads them, as plain dictionaries in OCPP's own spelling, each validated
-against the official schema that the ``ocpp`` library ships. Pure: nothing in here sends anything; see
-`stationkey.simulators.ocpp_connection` for that.
+`CARRIAGES` has a `Carriage` for each certificate type and version, and `NOT_CARRIED` the others, which are refused
+before anything is sent. A type in neither is an error at import. The rest builds and reads the payloads of both sides,
+as dictionaries with OCPP's names, each validated by the official schema of the ``ocpp`` library. Pure:
+`stationkey.simulators.ocpp_connection` sends.
 
 Sources: OCPP 1.6 security whitepaper (edition 3), the application note "Using ISO 15118 Plug & Charge with OCPP 1.6",
 OCPP 2.0.1 and 2.1 part 2 (A02, A03) and their schemas.
@@ -29,7 +28,7 @@ from stationkey.contract.profiles import CertificateType
 from stationkey.errors import Fault, StationKeyError
 
 Payload = dict[str, Any]
-"""What a call or its result carries: a JSON object, its keys as in OCPP."""
+"""Payload of a call or its result: a JSON object with OCPP's names."""
 
 PNC_VENDOR_ID: Final = "org.openchargealliance.iso15118pnc"
 """``vendorId`` of the DataTransfer that carries 2.0.1 payloads over 1.6."""
@@ -39,7 +38,7 @@ INVALID_CERTIFICATE_EVENT: Final = "InvalidChargingStationCertificate"
 DISCARDED_CERTIFICATE_EVENT: Final = "DiscardedRenewedClientCertificate"
 """The security event of A02.FR.29 (errata 2025-01 of 2.0.1)."""
 _EVENTS_OF_16: Final = MappingProxyType({INVALID_CERTIFICATE_EVENT: "InvalidChargePointCertificate"})
-"""What the 1.6 security whitepaper calls the same event."""
+"""The name of the same event in the 1.6 security whitepaper."""
 
 CSR_LIMIT: Final = 5500
 """Longest ``csr`` in every version so far, in characters."""
@@ -59,7 +58,7 @@ class OcppVersion(StrEnum):
 
     @property
     def number(self) -> str:
-        """``1.6``, ``2.0.1`` or ``2.1``: what people, and the library's schemas, call it."""
+        """``1.6``, ``2.0.1`` or ``2.1``, as in the library's schemas."""
         return self.value.removeprefix("ocpp")
 
 
@@ -70,10 +69,10 @@ class NotCarried(StationKeyError):
 
 
 class PayloadInvalid(StationKeyError):
-    """A payload, ours or the other side's, that is against the official schema, or cannot be understood.
+    """A payload, ours or the peer's, violates the official schema, or is otherwise invalid.
 
     Attributes:
-        keyword: the schema's keyword that is not met (``required``, ``maxLength``, ...), or an empty string.
+        keyword: the violated keyword of the schema (``required``, ``maxLength``, ...), or an empty string.
     """
 
     fault = Fault.REQUEST
@@ -88,7 +87,7 @@ class UnknownAction(PayloadInvalid):
 
 
 class Call(NamedTuple):
-    """A request: which message, and what it carries."""
+    """A request: its message and payload."""
 
     action: str
     payload: Payload
@@ -96,17 +95,17 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carriage:
-    """How one certificate type travels in one version of OCPP.
+    """The messages for one certificate type in one version of OCPP.
 
     Attributes:
         by_data_transfer: whether the payloads are those of 2.0.1, as a JSON string in DataTransfer with vendorId
             `PNC_VENDOR_ID` and the message's name as messageId (1.6 Plug & Charge).
-        certificate_type: value of ``certificateType``; None where the message has no such field.
-        trigger: value of ``requestedMessage`` with which the CSMS asks for a new CSR.
-        trigger_action: the message that asks so.
+        certificate_type: value of ``certificateType``; None if the message has no such field.
+        trigger: value of ``requestedMessage`` by which the CSMS triggers a new CSR.
+        trigger_action: the message of the trigger.
         carries_request_id: whether SignCertificate and CertificateSigned may have a ``requestId`` [A02.FR.24], and the
             former a ``hashRootCertificate``.
-        is_default: whether a message that names no type, and could, is about this one.
+        is_default: whether a message without a type, which may have one, is about this one.
     """
 
     certificate_type: str | None
@@ -163,7 +162,7 @@ NOT_CARRIED: Final = frozenset(
 
 
 def undecided(types: Iterable[CertificateType]) -> set[tuple[CertificateType, OcppVersion]]:
-    """Return what neither `CARRIAGES` nor `NOT_CARRIED` says anything of."""
+    """Return the pairs that are neither in `CARRIAGES` nor in `NOT_CARRIED`."""
     return set(itertools.product(types, OcppVersion)) - CARRIAGES.keys() - NOT_CARRIED
 
 
@@ -171,33 +170,33 @@ assert not undecided(CertificateType), "each certificate type needs its row for 
 
 
 def carriage(certificate_type: CertificateType, version: OcppVersion) -> Carriage:
-    """How `certificate_type` travels in `version`.
+    """Return the carriage of `certificate_type` in `version`.
 
     Raises:
-        NotCarried: it cannot.
+        NotCarried: this version cannot carry it.
     """
     if (certificate_type, version) in NOT_CARRIED:
         able = [known.number for kind, known in CARRIAGES if kind is certificate_type]
         raise NotCarried(
             f"OCPP {version.number} cannot carry a {certificate_type}",
             reason="ocpp_not_carried",
-            hint=f"it takes a CSMS that speaks OCPP {' or '.join(able)}",
+            hint=f"use a CSMS with OCPP {' or '.join(able)}",
         )
     return CARRIAGES[certificate_type, version]
 
 
 def validate(action: str, payload: object, version: OcppVersion, *, result: bool = False) -> None:
-    """Hold a payload against the official schema of its message.
+    """Validate a payload by the official schema of its message.
 
     Args:
         action: name of the message, such as ``SignCertificate``.
-        payload: what it carries.
-        version: whose schema.
+        payload: its payload.
+        version: of OCPP.
         result: whether it is the answer to a call.
 
     Raises:
         UnknownAction: this version has no such message.
-        PayloadInvalid: the payload is against the schema.
+        PayloadInvalid: the payload violates the schema.
     """
     try:
         if _ACTION.fullmatch(action) is None:  # it becomes a part of a file's name
@@ -236,11 +235,11 @@ def sign_certificate(
     """SignCertificate [A02.FR.02, A02.FR.03].
 
     Args:
-        certificate_type: what the CSR is for.
-        version: what the CSMS speaks.
+        certificate_type: of the CSR.
+        version: of the connection.
         csr: the CSR in PEM.
-        request_id: to recognise the answer by [A02.FR.24]; 2.1 only.
-        hash_root_certificate: a CertificateHashDataType that says under which root; 2.1 only.
+        request_id: identifies the answer [A02.FR.24]; 2.1 only.
+        hash_root_certificate: CertificateHashDataType of the wanted root; 2.1 only.
 
     Raises:
         NotCarried: this version cannot carry the type, the CSR's length, or an option that is given.
@@ -273,7 +272,7 @@ def security_event(version: OcppVersion, event_type: str, *, timestamp: datetime
 
 
 class TriggerStatus(StrEnum):
-    """How a station answers a trigger."""
+    """A station's answer to a trigger."""
 
     ACCEPTED = "Accepted"
     REJECTED = "Rejected"
@@ -301,15 +300,15 @@ def certificate_signed_answer(action: str, version: OcppVersion, *, accepted: bo
 
 
 def read_trigger(action: str, payload: Payload, version: OcppVersion) -> CertificateType | None:
-    """Which certificate's CSR a call from the CSMS asks for.
+    """Return the certificate type that a call of the CSMS triggers a CSR for.
 
-    TriggerMessage, in 1.6 ExtendedTriggerMessage, and the TriggerMessage inside DataTransfer.
+    Reads TriggerMessage, in 1.6 ExtendedTriggerMessage, and TriggerMessage inside DataTransfer.
 
     Returns:
-        None where the call is no trigger, or triggers something else.
+        None if the call is not a trigger for a CSR.
 
     Raises:
-        PayloadInvalid: against the schema.
+        PayloadInvalid: it violates the schema.
     """
     validate(action, payload, version)
     by_data_transfer = action == "DataTransfer"
@@ -328,11 +327,11 @@ def read_trigger(action: str, payload: Payload, version: OcppVersion) -> Certifi
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """What CertificateSigned brings.
+    """The content of CertificateSigned.
 
     Attributes:
-        certificate_type: which certificate; None where 2.x leaves it out, as it may: it answers what is pending.
-        chain_pem: leaf first; not yet verified in any way.
+        certificate_type: None if missing, which 2.x allows: it answers the pending CSR.
+        chain_pem: leaf first; not verified.
         request_id: of the SignCertificate that it answers [A02.FR.24], or None.
     """
 
@@ -397,12 +396,11 @@ def trigger(certificate_type: CertificateType, version: OcppVersion) -> Call:
 
 @dataclass(frozen=True, slots=True)
 class SignRequest:
-    """What SignCertificate brings.
+    """The content of SignCertificate.
 
     Attributes:
-        certificate_type: what the CSR is for. 2.x may leave it out, which means a charging station certificate that
-            serves for both; it is read as `CHARGING_STATION_CERTIFICATE`.
-        csr: PEM, not yet checked in any way.
+        certificate_type: of the CSR. If missing, which 2.x allows, `CHARGING_STATION_CERTIFICATE`.
+        csr: PEM, not checked.
         request_id: 2.1, or None.
         hash_root_certificate: 2.1, or None.
     """
@@ -459,7 +457,7 @@ def certificate_signed(
     return _carry(how, "CertificateSigned", payload, version, checked=checked)
 
 
-# --- What they share -------------------------------------------------------------------------------------------------
+# --- Both sides ------------------------------------------------------------------------------------------------------
 
 
 def to_timestamp(moment: datetime) -> str:

@@ -1,8 +1,8 @@
 """One OCPP-J connection [OCPP-J 4]: calls, results and errors over a WebSocket, for either side of it.
 
-The ``ocpp`` library parses and writes the frames, and its official schemas judge every payload in both directions. Its
-own ``ChargePoint`` is not used: it leaves calls that it does not know unanswered in 2.1, and turns payloads into
-dataclasses and back.
+The ``ocpp`` library parses and writes the frames, and its official schemas validate every payload in both directions.
+Its ``ChargePoint`` is not used: in 2.1 it does not answer unknown calls, and it converts payloads to dataclasses and
+back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Answered(NamedTuple):
-    """The payload of a result, and what is to be done once it is sent; cancelled when the connection is closed."""
+    """The payload of a result, and a task to run after it was sent; cancelled when the connection is closed."""
 
     payload: Payload
     after: Callable[[], Awaitable[None]]
@@ -41,22 +41,22 @@ Answer = Callable[[str, Payload], Awaitable[Payload | Answered]]
 """Answers a call: action and payload in, payload of the result out. May raise `CallError` or `PayloadInvalid`."""
 
 Invalid = Callable[[str, Payload, PayloadInvalid], Awaitable[None]]
-"""Action, payload, and what is wrong with it."""
+"""Called with action, payload, and the error of an invalid call."""
 
 MAX_FRAGMENTS: Final = 1024
 """Fragments of one message; a message of OCPP has a few, or is whole."""
 
 MAX_UNREAD: Final = 1024 * 1024
-"""Bytes that may wait for the other side to read; answers to pings are sent whether it reads or not."""
+"""Bytes that may wait for the peer to read; pings are answered whether it reads or not."""
 MAX_ANSWERING: Final = 64
-"""Calls of the other side in hand at a time; OCPP-J allows it one that is not answered [OCPP-J 4.1.1]."""
+"""Unanswered calls of the peer; OCPP-J allows one [OCPP-J 4.1.1]."""
 
 CALL_TIMEOUT: Final = 30.0
 """Seconds to wait for the answer to a call."""
 
 
 class CallError(StationKeyError):
-    """A call that is answered by a CALLERROR [OCPP-J 4.2.3], the other side's or ours.
+    """A call was answered with a CALLERROR [OCPP-J 4.2.3], by the peer or by us.
 
     Args:
         code: such as ``NotImplemented``, ``FormationViolation`` or ``InternalError``.
@@ -72,13 +72,13 @@ class CallError(StationKeyError):
 
 
 class NotAnswered(StationKeyError):
-    """A call got no answer: the connection is closed, or the other side is silent."""
+    """A call got no answer: the connection is closed, or the peer does not answer."""
 
     fault = Fault.REQUEST
 
 
 class Bounded(Connection):
-    """A WebSocket that is closed where the library has no bound.
+    """A WebSocket with bounds that the library lacks.
 
     A message may have too many fragments (`max_size` does not count empty ones), and a peer may ping and never read.
     """
@@ -89,7 +89,7 @@ class Bounded(Connection):
         """Count the fragments of a message as they arrive."""
         if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
             if self._fragments > MAX_FRAGMENTS:
-                return  # of the same batch as the one that was too many
+                return  # of the same batch as the excess fragment
             self._fragments = 0 if event.fin else self._fragments + 1
             if self._fragments > MAX_FRAGMENTS:
                 self.protocol.fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
@@ -110,15 +110,15 @@ class BoundedClient(Bounded, ClientConnection):
 
 
 class OcppConnection:
-    """Calls and answers over one open WebSocket, which somebody else opens and closes.
+    """Calls and answers over one open WebSocket, which the caller opens and closes.
 
-    Calls may be made while others are answered. One call of ours is on its way at a time [OCPP-J 4.1.1].
+    Both directions work at the same time. One call of ours is in flight at a time [OCPP-J 4.1.1].
 
     Args:
         websocket: its subprotocol is `version`.
         version: of OCPP.
-        answer: answers the other side's calls.
-        invalid: told of a call that was refused because it is against the schema, after the refusal was sent.
+        answer: answers the peer's calls.
+        invalid: called after a call that violates the schema was refused.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class OcppConnection:
         self._pending: tuple[str, asyncio.Future[Payload]] | None = None
 
     async def run(self) -> None:
-        """Receive until the connection is closed. Each call is answered in a task of its own, beside the receiving."""
+        """Receive until the connection is closed. Each call is answered in its own task."""
         answering: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as tasks:
             with contextlib.suppress(ConnectionClosed):
@@ -149,24 +149,24 @@ class OcppConnection:
                     elif message is not None:
                         self._take(message)
             for task in answering:
-                task.cancel()  # nobody is left to be answered
+                task.cancel()  # the peer is gone
             if self._pending is not None and not self._pending[1].done():
                 self._pending[1].set_exception(NotAnswered("the connection was closed", reason="ocpp_not_answered"))
 
     async def call(
         self, action: str, payload: Payload, *, timeout: float = CALL_TIMEOUT, checked: bool = True
     ) -> Payload:
-        """Call the other side and return the payload of its result. `run` must be running.
+        """Call the peer and return the payload of its result. `run` must be running.
 
         Args:
             action: the message.
-            payload: what it carries.
+            payload: its payload.
             timeout: seconds to wait for the answer.
-            checked: whether `payload` is held against the schema; False is for playing a faulty side.
+            checked: whether `payload` is validated; False plays a faulty side.
 
         Raises:
-            PayloadInvalid: the payload, or that of the result, is against the schema.
-            CallError: the other side answered with an error.
+            PayloadInvalid: the payload, or that of the result, violates the schema.
+            CallError: the peer answered with an error.
             NotAnswered: it did not answer.
         """
         if checked:
@@ -180,13 +180,13 @@ class OcppConnection:
                     await self._websocket.send(call.to_json())
                     result = await future
             except TimeoutError:
-                raise NotAnswered(f"no answer to {action} in {timeout:g} s", reason="ocpp_not_answered") from None
+                raise NotAnswered(f"no answer to {action} within {timeout:g} s", reason="ocpp_not_answered") from None
             except ConnectionClosed:
                 raise NotAnswered("the connection was closed", reason="ocpp_not_answered") from None
             finally:
                 self._pending = None
                 if not future.cancel() and not future.cancelled():
-                    future.exception()  # taken note of: the caller may be gone, and asyncio would say it was never seen
+                    future.exception()  # retrieved: the caller may be gone, and asyncio would warn
         validate(action, result, self.version, result=True)
         return result
 
@@ -195,7 +195,7 @@ class OcppConnection:
         await self._websocket.close()
 
     def _take(self, message: Any) -> None:
-        """A result or an error: for the call on its way, or late and of no use."""
+        """Handle a result or an error of the call in flight, or a late one."""
         if self._pending is None or message.unique_id != self._pending[0] or self._pending[1].done():
             log.warning("answer without a call")
         elif isinstance(message, messages.CallResult):
@@ -220,7 +220,7 @@ class OcppConnection:
             frame = _error(call, _code(error.keyword, self.version), str(error))
             if self._invalid is not None:
                 after = partial(self._invalid, call.action, call.payload, error)
-        except Exception:  # a fault of ours; the other side waits for an answer all the same
+        except Exception:  # a bug of ours; the peer still gets an answer
             log.exception("%s cannot be answered", call.action)
             frame = _error(call, "InternalError", "")
         with contextlib.suppress(ConnectionClosed):
@@ -230,7 +230,7 @@ class OcppConnection:
 
 
 def _read(frame: str | bytes) -> Any:
-    """The message in a frame, or None where there is none."""
+    """Return the message in a frame, or None if it is invalid."""
     try:
         message = messages.unpack(frame)
     except (OCPPError, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
@@ -243,7 +243,7 @@ def _read(frame: str | bytes) -> Any:
 
 
 def _error(call: Any, code: str, description: str) -> str:
-    """A CALLERROR; its description has 255 characters at most."""
+    """Return a CALLERROR; its description is cut to 255 characters."""
     return str(messages.CallError(call.unique_id, code, description[:255], {}).to_json())
 
 
@@ -252,7 +252,7 @@ _CODES: Final = {
     "required": ("OccurenceConstraintViolation", "OccurrenceConstraintViolation"),
     "additionalProperties": ("FormationViolation", "FormatViolation"),
 }
-"""The error codes for keywords of the schema that are not met, in 1.6 and since."""
+"""The error codes for violated keywords of the schema, in 1.6 and later."""
 
 
 def _code(keyword: str, version: OcppVersion) -> str:

@@ -1,4 +1,4 @@
-"""CSRs that wait for a certificate, on disk: a restart goes on with the same CSR [A02.FR.17]."""
+"""Pending CSRs, on disk, so that a restart continues with the same CSR [A02.FR.17]."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from stationkey.contract.profiles import CertificateType
 from stationkey.errors import ConfigurationError
 
 MAX_PENDING: Final = 8
-"""CSRs of one certificate type that may wait for a certificate. The oldest go first; a CSMS may answer the first of
-several [OCTT TC_A_23]."""
+"""Most pending CSRs of one certificate type; a CSMS may answer the first of several [OCTT TC_A_23]. The oldest are
+dropped first."""
 
 
 class Pending(msgspec.Struct, kw_only=True, eq=False, dict=True):
@@ -49,10 +49,10 @@ class _Content(msgspec.Struct):
 
 
 class PendingFile:
-    """The pending CSRs, on disk: exchanged atomically with every change.
+    """The file of pending CSRs, replaced atomically with every change.
 
     Args:
-        path: the file; it need not be there yet.
+        path: the file; it may be missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,12 +66,12 @@ class PendingFile:
             raise ConfigurationError(
                 f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}",
                 reason="pending_unreadable",
-                hint="remove it to start over; certificates for the CSRs in it are then refused",
+                hint="remove it to start over; certificates for its CSRs are then refused",
             ) from None
         self.pending, self.last_request_id = content.pending, content.last_request_id
 
     def add(self, pending: Pending) -> None:
-        """Write a CSR down; the oldest of its type makes room."""
+        """Save a CSR; beyond the limit, drop the oldest of its type."""
         same = [other for other in self.pending if other.certificate_type is pending.certificate_type]
         for old in same[: max(0, len(same) - MAX_PENDING + 1)]:
             self.pending.remove(old)
@@ -79,20 +79,20 @@ class PendingFile:
         self.save()
 
     def remove(self, pending: Pending) -> None:
-        """Take one off that has its certificate, or will never have one."""
+        """Remove a CSR that is no longer pending."""
         if pending in self.pending:
             self.pending.remove(pending)
             self.save()
 
     def save(self) -> None:
-        """Write the file anew."""
+        """Write the file."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = _Content(self.last_request_id, self.pending)
         write_atomically(self._path, msgspec.json.format(msgspec.json.encode(content), indent=1))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Exchange a file: whoever reads it has the old content or the new."""
+    """Replace a file atomically: a reader gets the old or the new content."""
     unfinished = path.with_name(path.name + ".new")
     unfinished.write_bytes(content)
     unfinished.replace(path)

@@ -1,8 +1,8 @@
-"""A small public-key infrastructure to try and to test with: V2G root, CPO Sub-CAs, and the CSMS's own authority.
+"""A small public-key infrastructure for trials and tests: V2G root, CPO Sub-CAs, and the CSMS's own authority.
 
-The private keys of these authorities are in software, and in files where `Hierarchy.save` is told so: nothing that they
-sign should ever be trusted outside a trial. The leaves follow `stationkey.contract.profiles`, and so ISO 15118-2 Annex
-F and ISO 15118-20 Annex B by their public descriptions.
+The private keys of these authorities are in software, and in files if `Hierarchy.save` is called: do not trust their
+certificates outside a trial. The leaves follow `stationkey.contract.profiles`, and so ISO 15118-2 Annex F and ISO
+15118-20 Annex B by their public descriptions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LEAF_DAYS: Final = 60
 
 
 class Misbehaviour(StrEnum):
-    """What a CSMS, or its CA, can be told to do wrong."""
+    """Misbehaviour of a CSMS or its CA."""
 
     ANSWER_FIRST_OF_THREE = "answer_first_of_three"
     """Answer nothing until the third SignCertificate, and then the first [OCTT TC_A_23]."""
@@ -48,19 +48,19 @@ class Misbehaviour(StrEnum):
     EXPIRED = "expired"
     """The certificate ended a day ago."""
     WRONG_DC = "wrong_dc"
-    """The certificate has another DC than the profile's (one where it has none)."""
+    """The certificate has another DC than the profile, or one if the profile has none."""
     ROOT_IN_CHAIN = "root_in_chain"
-    """The root comes along as the last of the chain."""
+    """The root is the last certificate of the chain."""
     CHAIN_TOO_LONG = "chain_too_long"
     """The chain has more than 10000 characters."""
     NEVER = "never"
     """SignCertificate is accepted; CertificateSigned never comes."""
     REJECT = "reject"
-    """SignCertificate is rejected whatever it brings."""
+    """SignCertificate is always rejected."""
     UNKNOWN_REQUEST_ID = "unknown_request_id"
-    """CertificateSigned carries a requestId that was never used (2.1; in other versions it has none to carry)."""
+    """CertificateSigned has a requestId that was never used (2.1; other versions have none)."""
     REFUSE_RENEWED = "refuse_renewed"
-    """A certificate that it has signed in this run lets no station in (security profile 3)."""
+    """A client certificate that it signed in this run is refused (security profile 3)."""
     ACCEPT_RENEWED_LATE = "accept_renewed_late"
     """The same, for the first two connections with that certificate."""
 
@@ -70,12 +70,12 @@ _HASHES: Final = {SECP256R1.name: HASHES["sha256"], SECP521R1.name: HASHES["sha5
 _AUTHORITY_LIFETIME: Final = timedelta(days=3650)
 _COUNTRY: Final = "DE"
 _STATUS_URL: Final = "http://pki.invalid"
-"""OCSP responder and CRLs are below it, by the certificates. Nothing answers there."""
+"""Address of OCSP responder and CRLs in the certificates. No service runs there."""
 _WRONG_DC: Final = "MO"
 """DC of a contract's authority; no station's certificate has it."""
 _README: Final = """\
-The authorities of `stationkey csms`: for trying and for tests only.
-Their private keys are in these files, in the clear. Trust nothing that they have signed outside a trial.
+The authorities of `stationkey csms`: for trials and tests only.
+Their private keys are in these files, in the clear. Do not trust their certificates outside a trial.
 """
 
 

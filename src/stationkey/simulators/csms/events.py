@@ -1,4 +1,4 @@
-"""What happens at the CSMS, as values: each event says itself in one line."""
+"""Events of the CSMS, as values that print as one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stationkey.simulators.ocpp import OcppVersion
 
 
 class EventKind(StrEnum):
-    """What happened; a comment names the fields of `Event` that say more."""
+    """The kind of an event; a comment names the fields of `Event` that it sets."""
 
     CONNECTED = "connected"  # version; certificate, with security profile 3
     DISCONNECTED = "disconnected"
@@ -34,9 +34,9 @@ _TEXTS: Final[Mapping[EventKind, tuple[str, str]]] = MappingProxyType(
     {
         EventKind.CONNECTED: ("connected, OCPP {version}", ", {words}"),
         EventKind.DISCONNECTED: ("disconnected", ""),
-        EventKind.CONNECTION_REFUSED: ("not let in", ": {words}"),
+        EventKind.CONNECTION_REFUSED: ("connection refused", ": {words}"),
         EventKind.BOOTED: ("BootNotification of {vendor} {model}, accepted", ""),
-        EventKind.TRIGGERED: ("told to ask for a {certificate_type}: {status}", ""),
+        EventKind.TRIGGERED: ("trigger for a {certificate_type}: {status}", ""),
         EventKind.CSR_ACCEPTED: ("SignCertificate for a {certificate_type}, accepted", ""),
         EventKind.CSR_REJECTED: ("SignCertificate for a {certificate_type}, rejected", ": {words}"),
         EventKind.CERTIFICATE_SENT: (
@@ -51,29 +51,29 @@ _TEXTS: Final[Mapping[EventKind, tuple[str, str]]] = MappingProxyType(
         EventKind.STATUS_REPORTED: ("status of a connector: {status}", ""),
     }
 )
-"""The line of each event, and what is added to it where there are words."""
+"""The line of each event, and the part that is added if there are words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that happened. `str(event)` says it in one line.
+    """An event. `str(event)` is one line.
 
     Attributes:
-        kind: what; it says which of the other fields are set.
-        station_id: whose, by the last part of the URL that it connected to.
-        version: of OCPP that is spoken.
-        certificate: the station's own, with which it connected.
+        kind: its kind, which determines the other fields that are set.
+        station_id: id of the station, the last part of the URL that it connected to.
+        version: of OCPP.
+        certificate: the station's client certificate.
         vendor: of the station.
         model: of the station.
-        certificate_type: what the message is about.
-        csr: the PEM as it came.
+        certificate_type: of the message.
+        csr: the unchanged PEM.
         chain_pem: the chain that is sent.
         request_id: the message's ``requestId``, or None.
         hash_root_certificate: the message's ``hashRootCertificate``, or None.
-        status: what was answered or reported.
+        status: answered or reported status.
         type: of a security event.
         reason: stable word for why a CSR was rejected.
-        words: what to tell a person.
+        words: text for people.
     """
 
     kind: EventKind
@@ -94,7 +94,7 @@ class Event:
 
     @property
     def accepted(self) -> bool:
-        """Whether the station took the certificate."""
+        """Whether the station accepted the certificate."""
         return self.status == "Accepted"
 
     def __str__(self) -> str:

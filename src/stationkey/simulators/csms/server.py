@@ -1,7 +1,7 @@
-"""A small CSMS to try and to test a station's side with: OCPP 1.6, 2.0.1 and 2.1, its own CA, and manners bad at will.
+"""A small CSMS to try and test a station: OCPP 1.6, 2.0.1 and 2.1, with its own CA, and misbehaviour on request.
 
-It checks each CSR as strictly as the standards allow, signs it, and keeps all that happens as `Csms.events`. It is
-no product for charging: it answers what has to do with certificates and refuses all the rest.
+It checks each CSR as strictly as the standards allow, signs it, and records all events (`Csms.events`). It serves
+messages about certificates only.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from stationkey.simulators.pki import Hierarchy, Misbehaviour, certificate_hash,
 from stationkey.x509.csr_check import CsrRefused, check_csr, from_pem, refused
 
 EVENT_TIMEOUT: Final = 10.0
-"""Seconds that the waiting methods wait."""
+"""Default timeout of the waiting methods, in seconds."""
 CLOSING_TIMEOUT: Final = 2.0
-"""Seconds to wait for the connections to end. One whose handshake is not finished ends with the event loop."""
+"""Seconds to wait for the connections to end. An unfinished handshake ends with the event loop."""
 HEARTBEAT_INTERVAL: Final = 300
-"""Seconds, as BootNotification's answer says."""
+"""Interval in the answer to BootNotification, in seconds."""
 _THREE: Final = 3
 _LATE: Final = 2
 """Connections with a renewed certificate that `Misbehaviour.ACCEPT_RENEWED_LATE` refuses."""
@@ -59,7 +59,7 @@ class SecurityProfile(IntEnum):
     """How a station and the CSMS authenticate each other [OCPP 2.0.1 part 2, A00]."""
 
     NONE = 0
-    """Neither does; for trying only."""
+    """No authentication; for trials only."""
     BASIC = 1
     """ws, and the station's password."""
     TLS = 2
@@ -69,7 +69,7 @@ class SecurityProfile(IntEnum):
 
 
 class CsmsError(StationKeyError):
-    """The CSMS cannot do as told: the station is not connected, or did not come in time."""
+    """The station is not connected, or did not connect in time."""
 
     fault = Fault.OPERATOR
 
@@ -86,16 +86,16 @@ class Csms:
             answered = await csms.next(EventKind.CERTIFICATE_ANSWERED)
 
     Args:
-        organization: what O of a CSR must be [A00.FR.509], and O of its own CA where it makes one.
+        organization: required O of a CSR [A00.FR.509], and O of its own CA if it makes one.
         hierarchy: signs charging station and ISO 15118-2 certificates, and its own server certificate; P-256, new.
         hierarchy_20: signs ISO 15118-20 certificates; P-521, new.
         host: address to listen on.
-        port: 0 takes a free one.
-        security_profile: which authentication is asked for.
-        passwords: of the stations, by their ids, for profiles 1 and 2. Profile 2 without is TLS with no password.
-        versions: of OCPP that it speaks; of those the station's first choice is taken.
-        misbehaviour: what to do wrong; may be set while it runs.
-        clock: what time it is.
+        port: 0 takes a free port.
+        security_profile: required authentication.
+        passwords: of the stations, by their ids, for profiles 1 and 2. Profile 2 without passwords is TLS only.
+        versions: of OCPP; the first of them in the station's list is used.
+        misbehaviour: misbehaviour; may be set while it runs.
+        clock: returns the current time.
 
     Raises:
         ConfigurationError: profile 1 without passwords.
@@ -167,36 +167,38 @@ class Csms:
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def hierarchy(self, certificate_type: CertificateType) -> Hierarchy:
-        """What signs certificates of this type."""
+        """Return the authorities for certificates of this type."""
         algorithm = PROFILES[certificate_type].required_algorithm or DEFAULT_ALGORITHM
         return self._hierarchy_20 if SECP521R1 in ALGORITHMS[algorithm].key_types else self._hierarchy
 
     def trust_anchors_pem(self, certificate_type: CertificateType | None = None) -> str:
-        """The root for a certificate type, or all of them: what the station verifies chains with [A02.FR.06]."""
+        """Return the root for a certificate type, or all roots, for the station to verify chains [A02.FR.06]."""
         types = CertificateType if certificate_type is None else (certificate_type,)
         return "".join(self.hierarchy(known).trust_anchors_pem(known) for known in types)
 
     async def connected(self, station_id: str, *, timeout: float = EVENT_TIMEOUT) -> OcppVersion:
-        """Wait until a station is connected; which version of OCPP it speaks.
+        """Wait until a station is connected, and return its version of OCPP.
 
         Raises:
-            CsmsError: it does not come in time.
+            CsmsError: it does not connect in time.
         """
         try:
             async with asyncio.timeout(timeout):
                 while station_id not in self._stations:
                     await self._happened.wait()
         except TimeoutError:
-            raise CsmsError(f"{station_id} did not connect in {timeout:g} s", reason="csms_station_absent") from None
+            raise CsmsError(
+                f"{station_id} did not connect within {timeout:g} s", reason="csms_station_absent"
+            ) from None
         return self._stations[station_id].version
 
     async def trigger(self, station_id: str, certificate_type: CertificateType) -> str:
-        """Ask a station for a CSR; what it answered (``Accepted``, ``Rejected``, ``NotImplemented``, an error's code).
+        """Trigger a CSR; return the answer (``Accepted``, ``Rejected``, ``NotImplemented``, an error's code).
 
         Raises:
-            NotCarried: the version that the station speaks cannot. Nothing was sent.
+            NotCarried: the station's version cannot carry it. Nothing was sent.
             CsmsError: the station is not connected.
-            NotAnswered: it is, and does not answer.
+            NotAnswered: the station does not answer.
         """
         connection = self._stations.get(station_id)
         if connection is None:
@@ -211,10 +213,10 @@ class Csms:
         return status
 
     async def next(self, kind: EventKind, *, timeout: float = EVENT_TIMEOUT) -> Event:
-        """The first event of this kind that `next` has not returned before, past or still to come.
+        """Return the next event of this kind that `next` has not returned yet, past or future.
 
         Raises:
-            CsmsError: none comes in time.
+            CsmsError: no such event within the timeout.
         """
         index = self._cursors.get(kind, 0)
         try:
@@ -228,10 +230,10 @@ class Csms:
                             return event
                     await self._happened.wait()
         except TimeoutError:
-            raise CsmsError(f"no {kind} in {timeout:g} s", reason="csms_nothing_happened") from None
+            raise CsmsError(f"no {kind} within {timeout:g} s", reason="csms_nothing_happened") from None
 
     async def stream(self) -> AsyncIterator[Event]:
-        """All events from the first on, as they happen, without end."""
+        """Yield all events from the first on, as they happen, without end."""
         index = 0
         while True:
             while index < len(self.events):
@@ -275,7 +277,7 @@ class Csms:
         return response
 
     def _stranger(self, websocket: ServerConnection, station_id: str, request: Request) -> str | None:
-        """Why a station is not let in, or None."""
+        """Return why a station is refused, or None."""
         if self._security_profile is SecurityProfile.MUTUAL_TLS:
             certificate = _peer_certificate(websocket)
             assert certificate is not None  # or TLS would have refused
@@ -283,7 +285,7 @@ class Csms:
             if [name.value for name in names] != [self.organization]:
                 return f"O of the station's certificate is not {self.organization!r} [A00.FR.509]"
             if certificate in self._signed and self._refuses(certificate):
-                return "this CSMS was told to refuse the renewed certificate"
+                return "this CSMS is set to refuse the renewed certificate"
         elif self._security_profile is not SecurityProfile.NONE and self._passwords is not None:
             credentials = _credentials(request)
             if credentials is None:
@@ -295,7 +297,7 @@ class Csms:
         return None
 
     def _refuses(self, renewed: x509.Certificate) -> bool:
-        """Whether a certificate that was signed in this run is refused; counts how often it came."""
+        """Return whether a certificate of this run is refused; count its connections."""
         self._signed[renewed] += 1
         late = self.misbehaviour is Misbehaviour.ACCEPT_RENEWED_LATE and self._signed[renewed] <= _LATE
         return late or self.misbehaviour is Misbehaviour.REFUSE_RENEWED
@@ -330,7 +332,7 @@ class Csms:
         )
         try:
             if older is not None:
-                await older.close()  # a station has one connection; the other side of this one is most likely gone
+                await older.close()  # a station has one connection; the older one is most likely dead
             await connection.run()
         finally:
             if self._stations.get(station_id) is connection:
@@ -363,7 +365,7 @@ class Csms:
             ocpp.validate(action, {}, version, result=True)
         except PayloadInvalid:
             raise CallError("NotSupported", f"this CSMS does not answer {action}") from None
-        return {}  # taken note of: its answer says nothing
+        return {}  # acknowledged with an empty answer
 
     def _boot(self, station_id: str, payload: Payload) -> Payload:
         if "chargingStation" in payload:
@@ -375,7 +377,7 @@ class Csms:
         return {"currentTime": now, "interval": HEARTBEAT_INTERVAL, "status": "Accepted"}
 
     def _sign(self, station_id: str, connection: OcppConnection, action: str, payload: Payload) -> Payload | Answered:
-        """Answer SignCertificate; the certificate comes after, as the CSMS behaves."""
+        """Answer SignCertificate; the certificate follows, unless the CSMS misbehaves."""
         version = connection.version
         request = ocpp.read_sign_certificate(action, payload, version)
         about = {
@@ -404,9 +406,9 @@ class Csms:
         return Answered(answer, partial(self._send_certificate, station_id, connection, request, csr))
 
     def _check(self, station_id: str, request: SignRequest) -> x509.CertificateSigningRequest:
-        """What there is to check beside the CSR itself: requestId and hashRootCertificate."""
+        """Check the CSR, requestId and hashRootCertificate."""
         if self.misbehaviour is Misbehaviour.REJECT:
-            raise refused("csms_told_to", "this CSMS was told to refuse every CSR")
+            raise refused("csms_told_to", "this CSMS is set to refuse every CSR")
         kind = request.certificate_type
         csr = check_csr(request.csr, certificate_type=kind, organization=self.organization)
         if request.request_id is not None:
@@ -443,18 +445,18 @@ class Csms:
             words = ocpp.read_status_info(result)
         except CallError as error:
             status, words = error.code, error.description
-        except StationKeyError as error:  # no answer, or one against the schema
+        except StationKeyError as error:  # no answer, or an invalid one
             status, words = error.reason, error.message
         self._record(EventKind.CERTIFICATE_ANSWERED, station_id, certificate_type=kind, status=status, words=words)
 
 
 def _station_id(request: Request) -> str:
-    """The last part of the URL [OCPP-J 3.1.1]."""
+    """Return the last part of the URL [OCPP-J 3.1.1]."""
     return unquote(urlsplit(request.path).path.rsplit("/", 1)[-1])
 
 
 def _credentials(request: Request) -> bytes | None:
-    """What HTTP basic authentication brings, decoded; None where there is none."""
+    """Return the decoded credentials of HTTP basic authentication, or None."""
     scheme, _, encoded = (request.headers.get("Authorization") or "").partition(" ")
     if scheme.lower() != "basic":
         return None
