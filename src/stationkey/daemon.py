@@ -19,7 +19,7 @@ from stationkey.contract.renewal import renewal_update
 from stationkey.errors import StationKeyError
 from stationkey.keystore import KeyStore
 from stationkey.keystore.stores import KeyStores, Store, checked_stores
-from stationkey.keystore.worker import Task, on_keystore
+from stationkey.keystore.worker import Task, on_keystore, overdue
 from stationkey.ledger import Ledger
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.mqtt.retained import RetainedTopic
@@ -49,6 +49,8 @@ DRAIN: Final = 7.0
 """Seconds that requests in flight get after SIGTERM; with closing, the process ends within 10."""
 FIRST_LOOK: Final = 10.0
 """Seconds to wait at start for the key store's description, before the daemon goes on without it."""
+SECOND_LOOK: Final = 3.0
+"""The same where another key store has answered: one that hangs must not delay the others."""
 
 
 async def serve(settings: Settings) -> signal.Signals:
@@ -156,14 +158,19 @@ async def _introduce(settings: Settings, keystores: KeyStores, health: Health) -
     """
     named = {"keystore" + store.suffix: str(store.uri) for store in keystores}
     log.info("stationkey %s", __version__, extra={**named, "state_dir": str(settings.state_dir)})
-    failures = await asyncio.gather(*(_introduce_one(store, health) for store in keystores))
-    if all(failure is not None and not failure.transient for failure in failures):
-        raise next(filter(None, failures))
-    for store, failure in zip(keystores, failures, strict=True):
-        if failure is not None:
-            about = {"reason": failure.reason, "certificate_types": ",".join(sorted(store.types))}
-            log.error("rejecting requests until the key store works: %s", failure, extra=about)
-    return "; ".join(failure.message for failure in failures if failure is not None)
+    looks = {asyncio.create_task(_introduce_one(store, health)): store for store in keystores}
+    done, waiting = await asyncio.wait(looks, return_when=asyncio.FIRST_COMPLETED)
+    if waiting:
+        serves = any(look.result() is None for look in done)
+        await asyncio.wait(waiting, timeout=SECOND_LOOK if serves else None)
+    results = {store: look.result() if look.done() else overdue() for look, store in looks.items()}
+    failures = {store: failure for store, failure in results.items() if failure is not None}
+    if failures.keys() == set(keystores) and not any(failure.transient for failure in failures.values()):
+        raise next(iter(failures.values()))
+    for store, failure in failures.items():
+        about = {"reason": failure.reason, "certificate_types": ",".join(sorted(store.types))}
+        log.error("rejecting requests until the key store works: %s", failure, extra=about)
+    return "; ".join(failure.message for failure in failures.values())
 
 
 async def _introduce_one(store: Store, health: Health) -> StationKeyError | None:

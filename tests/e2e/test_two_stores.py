@@ -98,6 +98,9 @@ def test_beside_a_tpm_without_p521_the_token_serves_v2g20_and_a_key_stays_where_
                 serving.wait_for("key active", key_id=key_of(serving, request)[0])
         made[third["id"]] = "pkcs11"
         assert (in_stores(serving), len(token.objects())) == (made, 4)
+        where = ("--config", str(tmp_path / "stationkey.toml"), "--state-dir", str(serving.state_dir))
+        attested = [run("attest", key_of(serving, one)[0], "--nonce", "00" * 16, *where) for one in (first[0], third)]
+        assert [(done.returncode, done.reason) for done in attested] == [(0, ""), (1, "attest_no_tpm")]
 
         # The token is no longer named: its keys are told and left alone, and no other store makes what it made.
         with station(tmp_path, mosquitto, f'keystore = "{tpm}"') as serving:
@@ -142,4 +145,11 @@ def test_one_store_serves_while_the_other_is_frozen_hangs_or_is_away(
         assert josev.ask(generate_csr(**V2G20)).csr
         assert josev.ask(generate_csr(**V2G)).data == {"status": "rejected"}
         swtpm.start()
+        assert josev.ask(generate_csr(**V2G)).csr
+        assert serving.stop() == 0
+
+    swtpm.freeze()
+    with station(tmp_path, mosquitto, both(swtpm.uri, token.shimmed)) as serving:
+        assert josev.ask(generate_csr(**V2G20)).csr
+        swtpm.thaw()
         assert josev.ask(generate_csr(**V2G)).csr

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from showing import Edge
@@ -20,7 +21,7 @@ from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore import KeyRef, KeyStoreUri
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.stores import KeyStores, Store
-from stationkey.keystore.worker import KeyStoreThread
+from stationkey.keystore.worker import KeyStoreThread, Turn
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.observability.health import Health
 from stationkey.observability.problems import problems
@@ -121,6 +122,20 @@ async def test_a_frozen_store_holds_up_no_request_status_or_expiry_of_the_other(
     chip.go_on.set()
     await asyncio.gather(*waiting, asked)
     assert here.states(held) == [KeyState.ACTIVE]
+
+
+async def test_a_frozen_store_takes_only_its_share_of_the_places_in_the_queue(here: Station, chip: Chip) -> None:
+    frozen = next(iter(here.keystores)).thread
+    chip.asked.clear()
+    with mock.patch.object(KeyStoreThread, "hung", new_callable=mock.PropertyMock, side_effect=[True, True, False]):
+        with mock.patch.object(type(frozen), "waiting", {Turn.SHORT: 31}):
+            assert (await here.service.answer(request(V2G))).data.status == "accepted"
+        chip.asked.clear()
+        with mock.patch.object(type(frozen), "waiting", {Turn.SHORT: 32}):
+            assert (await here.service.answer(request(V2G))).data.status == "rejected"
+            assert not chip.asked.is_set()
+            assert (await here.service.answer(request(V2G))).data.status == "accepted"  # busy, but not frozen
+    assert here.counts == {"accepted": 2, "keystore_timeout": 1}
 
 
 async def test_what_is_due_in_a_frozen_store_is_ended_after_what_is_due_in_the_other(here: Station, chip: Chip) -> None:

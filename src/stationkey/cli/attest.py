@@ -91,11 +91,12 @@ class _Station:
 
     def __init__(self, settings: Settings, timeout: float) -> None:
         self._tpm = settings.tpm
-        self._keystore = settings.keystore
         self._state_dir = settings.state_dir
         self._timeout = timeout
-        if not KeyStoreUri.parse(self._keystore).scheme.attests:
+        uris = [store.uri for store in settings.stores if KeyStoreUri.parse(store.uri).scheme.attests]
+        if not uris:
             raise _not_in_a_tpm()
+        self._keystore = uris[0]  # a station has one TPM
 
     def evidence(self, key_id: str, nonce: bytes | None, challenge_file: Path | None) -> str:
         """Return the evidence for a key, in JSON."""

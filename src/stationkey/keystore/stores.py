@@ -100,7 +100,7 @@ class KeyStores:
     def close(self) -> None:
         """End the threads and close the stores."""
         for store in self._stores:
-            store.thread.close()
+            store.thread.close(1.0 / len(self._stores))  # a second in all, for those that hang
 
 
 def store_uris(stores: Iterable[NamedStore]) -> dict[str, KeyStoreUri]:

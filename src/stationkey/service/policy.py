@@ -64,6 +64,11 @@ class Policy:
         self._requests = self._allowances()
         self._statuses = self._allowances()
 
+    @property
+    def queue(self) -> int:
+        """Messages in hand at a time."""
+        return self._terms.queue
+
     def _allowances(self) -> dict[CertificateType, TokenBucket]:
         terms = self._terms
         return {

@@ -20,7 +20,7 @@ from stationkey.contract.profiles import PROFILES, CertificateProfile, Certifica
 from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, Scope, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.stores import KeyStores, Store
-from stationkey.keystore.worker import Task, Turn, on_keystore
+from stationkey.keystore.worker import Task, Turn, on_keystore, overdue
 from stationkey.ledger import Answered, Figures, Ledger, content_digest
 from stationkey.ledger.worker import LedgerThread
 from stationkey.service.active_files import ActiveDirectory
@@ -345,6 +345,9 @@ class StationKeyService:
         """Return a key, made ahead or now, and its CSR in PEM, both recorded; one deadline for all attempts."""
         store = self._keystores.making(request.data.certificate_type)
         pool = self.pools[store]
+        # A frozen key store keeps its share of the places: requests for the others must not wait for them.
+        if store.thread.hung and sum(store.thread.waiting.values()) >= self._policy.queue // len(self._keystores):
+            raise overdue()
         while True:
             ahead = pool.take(request.algorithm)
             try:
