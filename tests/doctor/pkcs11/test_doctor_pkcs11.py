@@ -7,7 +7,6 @@ from judging import FAILURE, OK, WARNING, judge, reasons, settings, worst
 
 from stationkey.contract.profiles import Algorithm
 from stationkey.doctor import Level
-from stationkey.keystore.pkcs11.uri import TokenUri
 
 STORE = settings(keystore="pkcs11:token=se?module-path=/m.so").stores[0]
 ALL = dict.fromkeys(Algorithm, "")
@@ -32,8 +31,8 @@ LOGIN, SET = 1 << 2, 1 << 3
 def test_the_pin_is_told_by_flags(
     flags: int, source: str, refused: bool | None, level: Level, expected: set[str]
 ) -> None:
-    uri = TokenUri.parse("token=se?module-path=/m.so" + (f"&pin-source={source}" if source else ""))
-    found = judge("token.pin", uri, flags, refused)
+    uri = STORE.uri + (f"&pin-source={source}" if source else "")
+    found = judge("token.pin", settings(keystore=uri).stores[0], settings(), flags, refused)
     assert worst(found) is level
     assert reasons(found) == expected
 

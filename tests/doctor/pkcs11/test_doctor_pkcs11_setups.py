@@ -74,7 +74,9 @@ def test_a_wrong_pin_is_remembered_and_seen_by_the_flags(tmp_path: Path, token: 
     pin.write_text(PIN)
     assert look(tmp_path, keystore=token.uri).reasons("token.pin") == {"count_low"}
     pin.unlink()
-    assert look(tmp_path, keystore=token.uri).reasons("token.pin") == {"missing"}
+    missing = look(tmp_path, keystore=token.uri)
+    assert missing.reasons("config.secrets") == {"missing"}
+    assert missing.reasons("token.pin") == {"secret_unreadable"}
 
 
 def test_which_token_is_meant(tmp_path: Path, token: Token) -> None:

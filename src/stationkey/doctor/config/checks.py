@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, get_args
 
@@ -19,6 +20,7 @@ from stationkey.doctor.host.files import ENTER, READ, Facts, User, look_at, octa
 from stationkey.doctor.report import Finding, Level, failure, hidden, listed, ok, unknown, warning
 from stationkey.doctor.runner import Check
 from stationkey.errors import ConfigurationError
+from stationkey.keystore.pkcs11.uri import TokenUri
 
 _SHOWN: Final = 4
 """Mistakes that are told one by one."""
@@ -116,9 +118,23 @@ class SecretSeen:
 
 def _look_at_secrets(context: Context) -> tuple[list[SecretSeen], User, Unit | None] | Finding:
     user = context.daemon.user
-    named = [one for one in named_secrets(context.settings).items() if one[0].name not in certificates.FILES]
-    seen = [_look_at(f"[{option.table}] {option.name}", reference, user) for option, reference in named]
+    named = named_secrets(context.settings)
+    seen = [
+        _look_at(f"[{option.table}] {option.name}", reference, user)
+        for option, reference in named.items()
+        if option.name not in certificates.FILES
+    ]
+    seen += [_look_at(f"the pin-source of {place}", pin, user) for place, pin in _pins(context.settings)]
     return (seen, user, context.unit) if seen else ok("no secret is named")
+
+
+def _pins(settings: Settings) -> Iterator[tuple[str, SecretReference]]:
+    """Yield the files with the PINs of tokens, by what names them."""
+    for store in settings.stores:
+        with suppress(ConfigurationError):  # tpm.keystore tells it
+            token = TokenUri.parse(store.uri.removeprefix("pkcs11:")) if store.uri.startswith("pkcs11:") else None
+            if token and token.pin and token.pin.file:
+                yield store.place, token.pin.file
 
 
 def _look_at(where: str, reference: SecretReference, user: User) -> SecretSeen:

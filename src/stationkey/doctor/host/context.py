@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -28,6 +28,8 @@ USER: Final = "stationkey"
 """The user that the package makes for the daemon."""
 CREDENTIALS: Final = Path("/run/credentials")
 """Where systemd puts what a unit loads [systemd.exec(5), LoadCredential=]."""
+_CHOSEN: Final = ("broker", "topic_prefix", "keystore", "allow_software_keys", "state_dir")
+"""Options of the command line that take the place of those of the file."""
 _SYSTEMD: Final = Path("/run/systemd/system")
 _LOCKS: Final = Path("/proc/locks")
 _PATIENCE: Final = 1.5
@@ -150,35 +152,24 @@ def _read_configuration(options: Options) -> Configured:
         return _settle(options, Parts({}, (), frozenset()))
     facts = look_at(path, follow=True)
     try:
-        return _settle(options, read_parts(path), facts)
+        parts = read_parts(path)
     except (OSError, ValueError):  # a name with a NUL in it, for example
-        return _settle(options, Parts({}, (f"{path} cannot be read",), None), facts)
+        parts = Parts({}, (f"{path} cannot be read",), None)
+    return _settle(options, parts, facts)
 
 
 def _settle(options: Options, parts: Parts, facts: Facts | None = None) -> Configured:
     given, complaints = parts.given, parts.complaints
-    settle_with = partial(
-        settle,
-        broker=options.broker,
-        topic_prefix=options.topic_prefix,
-        keystore=options.keystore,
-        allow_software_keys=options.allow_software_keys,
-        state_dir=options.state_dir,
-        needs_keystore=Path(DEFAULT_DEVICE).exists(),
-    )
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in _CHOSEN}
+    chosen["needs_keystore"] = Path(DEFAULT_DEVICE).exists()
     try:
-        settings = settle_with(given)
+        settings = settle(given, **chosen)
     except ConfigurationError as error:  # the file is at odds with the command line
         given = {path: value for path, value in given.items() if path[0] not in {"keystores", "keystore_for"}}
-        settings, complaints = settle_with(given), (*complaints, error.message)
+        settings, complaints = settle(given, **chosen), (*complaints, error.message)
     everything = frozenset(option.table or option.name for option in options_of(Settings))
-    replaced = {name for name in ("broker", "topic_prefix", "keystore", "state_dir") if getattr(options, name)}
-    return Configured(
-        file=facts,
-        complaints=complaints,
-        settings=settings,
-        unread=(everything if parts.lost is None else parts.lost) - replaced,
-    )
+    unread = (everything if parts.lost is None else parts.lost) - {name for name in _CHOSEN if chosen[name]}
+    return Configured(file=facts, complaints=complaints, settings=settings, unread=unread)
 
 
 def path_of(reference: SecretReference) -> Path | None:
@@ -251,7 +242,7 @@ def _user_of(pid: int) -> User | None:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = dict(re.findall(r"^(\w+):(.*)$", text, re.MULTILINE))
     try:
         # The effective ones, which come second.
         uid, gid = int(fields["Uid"].split()[1]), int(fields["Gid"].split()[1])

@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final
 
-from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import DEFAULT_STORE, NamedStore, Settings
 from stationkey.contract.profiles import Algorithm
 from stationkey.doctor.abilities import judge_types
-from stationkey.doctor.config.certificates import judge_access
 from stationkey.doctor.host.context import Context, path_of
-from stationkey.doctor.host.files import Facts, look_at
 from stationkey.doctor.probes import Answers, ask_device
 from stationkey.doctor.report import Finding, failure, listed, ok, refusal, unknown, warning
 from stationkey.doctor.runner import AnyCheck, Check
@@ -44,22 +41,15 @@ _PIN_LOCKED: Final = 1 << 18
 _PIN_TO_BE_CHANGED: Final = 1 << 19
 
 
-def _pin_facts(context: Context, uri: TokenUri) -> Facts | None:
-    """Look at the file that the PIN is in; None where it is in none, or in one that is not at hand."""
-    if uri.pin is None or uri.pin.source.startswith("|"):
-        return None
-    path = path_of(SecretReference(uri.pin.source.removeprefix("file:")))
-    return None if path is None else look_at(path, follow=True, user=context.daemon.user)
-
-
 def _ask(context: Context, store: NamedStore) -> Answers:
     """Ask the token in a process of its own, `stationkey.doctor.pkcs11.probe`."""
-    user, facts = context.daemon.user, _pin_facts(context, TokenUri.parse(store.uri.partition(":")[2]))
+    user, pin = context.daemon.user, TokenUri.parse(store.uri.partition(":")[2]).pin
+    path = None if pin is None or pin.file is None else path_of(pin.file)
     asked = {
         "uri": store.uri,
         "directory": str(context.settings.state_dir / DIRECTORY_NAME),
         "user": [user.uid, user.gid, *user.groups] if context.me.uid == 0 else None,
-        "pin_file": None if facts is None else str(facts.path),
+        "pin_file": None if path is None else str(path),
         "algorithms": [str(one) for one in context.settings.policy.algorithms],
         "try_keys": context.options.try_keys,
     }
@@ -121,17 +111,7 @@ def _judge_token(_: NamedStore, __: Settings, names: dict[str, str]) -> Finding:
     return ok(f"exactly one token fits: {what}")
 
 
-def _look_at_pin(at: At) -> tuple[Any, ...] | Finding:
-    context, store = at
-    assert store is not None
-    uri, told = TokenUri.parse(store.uri.partition(":")[2]), _Told("flags", "pin")(at)
-    facts = _pin_facts(context, uri)
-    if facts is not None and (found := judge_access("pin-source", facts, context.daemon.user)) is not None:
-        return found
-    return told if isinstance(told, Finding) else (uri, *told[2:])
-
-
-def _judge_pin(uri: TokenUri, flags: int, refused: bool | None) -> Finding:
+def _judge_pin(store: NamedStore, _: Settings, flags: int, refused: bool | None) -> Finding:
     """Judge the PIN by the token's flags, and by what the daemon remembers. It is not tried."""
     unlock = "unlock it with the security officer's PIN: pkcs11-tool --init-pin"
     if not flags & _LOGIN_REQUIRED:
@@ -140,7 +120,7 @@ def _judge_pin(uri: TokenUri, flags: int, refused: bool | None) -> Finding:
         return failure("not_set", "the token has no user PIN", "set one: pkcs11-tool --init-pin")
     if flags & _PIN_LOCKED:
         return failure("locked", "the token's PIN is locked", unlock)
-    if uri.pin is None:
+    if TokenUri.parse(store.uri.partition(":")[2]).pin is None:
         return failure("not_named", "the token wants a PIN, and the URI has no pin-source", "add pin-source=file:/PATH")
     if refused:
         told = "the token has refused this PIN before; the daemon does not try it again"
@@ -152,8 +132,7 @@ def _judge_pin(uri: TokenUri, flags: int, refused: bool | None) -> Finding:
         return warning("count_low", "a wrong PIN was given since the last login", "who gave it? A login ends this")
     if flags & _PIN_TO_BE_CHANGED:
         return warning("to_be_changed", "the token wants its PIN changed", "pkcs11-tool --login --change-pin")
-    known = "where the PIN is; it was not run" if refused is None else "not refused so far, and not tried here"
-    return ok(f"the token is not locked; the PIN: {known}")
+    return ok("the token is not locked; its PIN was not tried" + ("" if refused is None else ", nor refused before"))
 
 
 def _judge_types(store: NamedStore, settings: Settings, missing: dict[Algorithm, str]) -> Iterator[Finding]:
@@ -224,7 +203,7 @@ _TOKEN: Final = ("token.found",)
 CHECKS: Final = (
     Check("token.module", _look_at_module, _judge_module, ("tpm.keystore",)),
     Check("token.found", _Told("token"), _judge_token, ("token.module",)),
-    Check("token.pin", _look_at_pin, _judge_pin, _TOKEN),
+    Check("token.pin", _Told("flags", "pin"), _judge_pin, _TOKEN),
     Check("token.certificate_types", _Told("supported"), _judge_types, _TOKEN),
     Check("token.room", _Told("objects", "memory"), _judge_room, _TOKEN),
     Check("token.strays", _look_at_ours, _judge_ours, _TOKEN),

@@ -62,10 +62,8 @@ def _ours(session: Any) -> list[str]:
 
 
 def _pin(uri: TokenUri, refused: Path) -> bool | None:
-    """Whether the token has refused the PIN before; None where a program would have to be run to know."""
-    if uri.pin is None or uri.pin.source.startswith("|"):
-        return None
-    return was_refused(refused, uri.pin.read())
+    """Whether the token has refused the PIN before; None where it is not in a file that is at hand."""
+    return was_refused(refused, uri.pin.read()) if uri.pin is not None and uri.pin.source.startswith("file:") else None
 
 
 def _support(store: Pkcs11KeyStore, algorithm: Algorithm, *, tried: bool) -> str:

@@ -61,9 +61,7 @@ def _judge_keystores(
         yield failure("not_named", told, advice)
     yield from (refusal(error, "correct keystore in the configuration") for error in refused)
     for store in () if refused else stores:
-        what = (
-            f"the key store of {', '.join(sorted(store.types)) or 'older keys alone'} is {KeyStoreUri.parse(store.uri)}"
-        )
+        what = f"the key store of {listed(sorted(store.types)) or 'older keys'} is {KeyStoreUri.parse(store.uri)}"
         if store.uri == "software:":
             advice = f"for trying only; on a station, {CHOICE}"
             yield warning("software", f"{what}: who can read the disk has the keys", advice)

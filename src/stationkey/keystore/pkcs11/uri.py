@@ -88,6 +88,11 @@ class PinSource(Struct, frozen=True):
                 "give file:/path, credential:NAME for one of systemd's, or |/path of a program that prints it",
             )
 
+    @property
+    def file(self) -> SecretReference | None:
+        """Where it is to be read; None if a program prints it."""
+        return None if self.source.startswith("|") else SecretReference(self.source.removeprefix("file:"))
+
     def read(self) -> str:
         """Return the PIN.
 
@@ -95,10 +100,7 @@ class PinSource(Struct, frozen=True):
             ConfigurationError: it cannot be read, is empty, too long or not UTF-8; the message does not tell it.
             StationKeyError: the program that prints it cannot be started.
         """
-        if self.source.startswith("|"):
-            pin = self._printed()
-        else:
-            pin = SecretReference(self.source.removeprefix("file:")).read()
+        pin = self._printed() if self.file is None else self.file.read()
         try:
             return pin.decode()
         except UnicodeDecodeError:
