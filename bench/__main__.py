@@ -76,6 +76,8 @@ def run(wanted: list[Series], *, quick: bool) -> Results:
         console.print(f"[dim]{group}: {escape(', '.join(sides))}[/]", end="", soft_wrap=True)
         measured = measure(group, sides, BASE, QUICK if quick else FULL)
         console.print(f"[dim] ({time.monotonic() - started:.0f} s)[/]")
+        if measured.slow:
+            console.print(f"the machine was in a slow phase: {measured.slow} rounds left out")
         results.series[group] = {side: summarize(samples) for side in sides if (samples := measured.samples.get(side))}
         for kept, found in ((results.missing, measured.missing), (results.faults, measured.faults)):
             if found:

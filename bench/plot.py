@@ -8,12 +8,12 @@ from typing import Final
 from xml.sax.saxutils import escape
 
 from bench.report import Results, number
-from bench.rows import FLOOR, GENPKEY_TPM, KINDS, OURS, POOLED, REQ_SOFTWARE, REQ_TPM, TOOLS
+from bench.rows import FLOOR, GENPKEY_TPM, KINDS, LOOP, LOOP_AHEAD, OURS, POOLED, REQ_SOFTWARE, REQ_TPM, TOOLS
 from bench.summary import Summary
 
-ORDER: Final = (POOLED, OURS, FLOOR, REQ_SOFTWARE, REQ_TPM, GENPKEY_TPM, TOOLS)
+ORDER: Final = (POOLED, LOOP_AHEAD, OURS, LOOP, FLOOR, REQ_SOFTWARE, REQ_TPM, GENPKEY_TPM, TOOLS)
 """From top to bottom."""
-COLOURS: Final = {POOLED: "#0b7a3b", OURS: "#0b5cad", FLOOR: "#444444"}
+COLOURS: Final = {POOLED: "#0b7a3b", OURS: "#0b5cad", LOOP: "#444444", LOOP_AHEAD: "#444444", FLOOR: "#444444"}
 OTHER_COLOUR: Final = "#b3541e"
 GREY: Final = "#666666"
 LINE: Final = "#dddddd"
@@ -59,7 +59,7 @@ def draw(results: Results) -> str:
                 16,
                 HEIGHT - 14,
                 "stationkey: from request to response over MQTT, written to disk and verified. "
-                "TPM alone: Create, Load, Sign. The others: whole commands.",
+                "H: the same, in one loop. TPM alone: Create, Load, Sign. The others: whole commands.",
                 size=12,
                 colour=GREY,
             ),

@@ -12,12 +12,18 @@ KINDS: Final = ("P-256", "P-521", "RSA-3072")
 OURS: Final = "stationkey"
 POOLED: Final = "stationkey, warm pool"
 FLOOR: Final = "TPM alone"
+LOOP: Final = "one loop (H)"
+LOOP_AHEAD: Final = "one loop (H), key made ahead"
+"""H, the composite floor: see `bench.composite`."""
 REQ_TPM: Final = "openssl req, tpm2 provider"
 GENPKEY_TPM: Final = "openssl genpkey + req, tpm2 provider"
 TOOLS: Final = "tpm2-tools, no CSR"
 REQ_SOFTWARE: Final = "openssl req, software key"
-SIDES: Final = (FLOOR, OURS, POOLED, REQ_TPM, GENPKEY_TPM, TOOLS, REQ_SOFTWARE)
+PROGRAMS: Final = (REQ_TPM, GENPKEY_TPM, TOOLS, REQ_SOFTWARE)
+SIDES: Final = (FLOOR, LOOP, LOOP_AHEAD, OURS, POOLED, *PROGRAMS)
 """What makes keys, for each kind of key."""
+PROCESSOR: Final = {OURS: "stationkey, processor time", LOOP: "one loop (H), processor time"}
+"""The series of a side's processor time for one request."""
 
 LEDGER: Final = "ledger"
 START: Final = "start"
@@ -112,6 +118,11 @@ def _pool(kind: str, limit: float) -> Row:
     return _made("pool", "the same with a warm pool", kind, POOLED, FLOOR, How.OVER, limit)
 
 
+def _over_loop(name: str, what: str, kind: str, limit: float) -> Row:
+    ours, loop = (POOLED, LOOP_AHEAD) if name == "pool-loop" else (OURS, LOOP)
+    return _made(name, what, kind, ours, loop, How.OVER, limit)
+
+
 def _openssl(kind: str, ours: str, limit: float) -> Row:
     what = "request to response" if ours == OURS else "with a warm pool"
     return _made("openssl", f"{what}, beside `openssl req`", kind, ours, REQ_TPM, How.FASTER, limit)
@@ -129,12 +140,17 @@ def _command(name: str, side: str) -> Row:
 
 
 ROWS: Final = (
+    _over_loop("request-loop", "request to response, over the same in one loop", "P-256", 1.25),
+    _over_loop("request-loop", "request to response, over the same in one loop", "P-521", 1.1),
+    _over_loop("pool-loop", "the same, both with a key made ahead", "P-256", 1.4),
+    _over_loop("pool-loop", "the same, both with a key made ahead", "P-521", 1.15),
+    _made("processor", "processor time of a request", "P-256", PROCESSOR[OURS], PROCESSOR[LOOP], How.OVER, 1.5),
     _request("P-256", 1.5),
     _request("P-521", 1.2),
     _pool("P-256", 1.0),
     _pool("P-521", 0.6),
     _pool("RSA-3072", 0.04),
-    _openssl("P-256", OURS, 4.0),
+    _openssl("P-256", OURS, 3.0),
     _openssl("P-521", OURS, 2.0),
     _openssl("RSA-3072", POOLED, 20.0),
     _sustained("P-256", 0.75),

@@ -343,7 +343,34 @@ def station(folder: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, configura
     """
     home = folder / name
     arguments = serve_arguments(home, broker, tpm, name, configuration=configuration)
-    daemon = Daemon(home / "daemon", *arguments)
+    with _asked(Daemon(home / "daemon", *arguments), broker, name) as one:
+        yield one
+
+
+class Composite(Daemon):
+    """The program of `bench.composite`."""
+
+    def command(self) -> list[str]:
+        """Of Python."""
+        return ["-m", "bench.composite", *self.arguments]
+
+
+@contextmanager
+def composite(folder: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, ahead: bool) -> Iterator[Station]:
+    """The composite floor, as `station`; the TPM has a storage root key.
+
+    Raises:
+        Unavailable: it did not start.
+    """
+    home = folder / name
+    home.mkdir()
+    arguments = (str(broker.port), name, tpm.tcti, str(home / "answers.sqlite3"), "ahead" if ahead else "now")
+    with _asked(Composite(home / "daemon", *arguments), broker, name) as one:
+        yield one
+
+
+@contextmanager
+def _asked(daemon: Daemon, broker: Mosquitto, name: str) -> Iterator[Station]:
     try:
         daemon.start()
     except RuntimeError:
@@ -402,6 +429,13 @@ def start_once(home: Path, arguments: tuple[str, ...]) -> float:
     if said != b"READY=1":
         raise Unavailable(f"the daemon did not become ready, but said {said!r}")
     return took * 1000
+
+
+def processor_time(daemon: Daemon) -> float:
+    """Processor time of a program since it began, in milliseconds: of all its threads, user and system."""
+    assert daemon.process is not None
+    tasks = Path(f"/proc/{daemon.process.pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e6
 
 
 def resident(daemon: Daemon) -> float:
