@@ -12,7 +12,7 @@ import subprocess
 import threading
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,9 @@ class TokenStation(CertifiedStation):
         self.daemon = self.station = Station(directory, *self.options())
 
     def peers(self) -> list[AbstractContextManager[Any]]:
-        return [*super().peers(), self.daemon]
+        ending = ExitStack()
+        ending.callback(self.token.remove)  # two of one label are an error
+        return [ending, *super().peers(), self.daemon]
 
 
 @contextmanager
