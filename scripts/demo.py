@@ -104,9 +104,9 @@ def show_accepted(console: Console, broker: Mosquitto) -> bool:
             if shown is None:
                 shown = csr.subject
                 for line in (csr.subject, *csr.extensions):
-                    console.print(f"  {line}", markup=False, highlight=False)
+                    console.print(f"  {line}", markup=False)
             proof = "[green]verified by openssl[/]" if verified else "[red]NOT VERIFIED[/]"
-            console.print(f"  {csr.key:<10} {csr.signature:<24} {proof} {took * 1000:6.0f} ms", highlight=False)
+            console.print(f"  {csr.key:<10} {csr.signature:<24} {proof} {took * 1000:6.0f} ms")
     console.print("\n[dim]time: the whole command, starting Python included[/]\n")
     return everything_right
 
@@ -187,7 +187,7 @@ def show_handshakes(console: Console, config: Path, state_dir: Path) -> bool:
     listed = subprocess.run(
         [*STATIONKEY, "keys", "list", "--state-dir", str(state_dir)], capture_output=True, text=True, check=True
     )
-    console.print(listed.stdout, markup=False, highlight=False)
+    console.print(listed.stdout, markup=False)
     return everything_right
 
 
@@ -204,7 +204,7 @@ def show_evidence(console: Console, keystore: str, state_dir: Path, folder: Path
         run("verify-attestation", evidence, "--ak", ak, "--nonce", nonce),
     ]
     for line in done[-1].stdout.splitlines():
-        console.print(f"  {line}", markup=False, highlight=False)
+        console.print(f"  {line}", markup=False)
     for failed in (each for each in done if each.returncode):
         console.print(failed.stderr, markup=False)
     console.print()
@@ -218,7 +218,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     """Run the demo; 0 if everything was as it should be."""
-    console = Console(width=None if sys.stdout.isatty() else 80)
+    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
     with tempfile.TemporaryDirectory(prefix="stationkey-demo-") as name:
         folder = Path(name)
         config, state_dir = folder / "stationkey.toml", folder / "state"

@@ -96,9 +96,17 @@ def test_the_status_of_a_station_without_a_daemon_comes_from_its_ledger(state: P
 
 
 @pytest.mark.parametrize("arguments", [["keys", "show"], ["attest"]])
-def test_a_shell_completes_the_ids_of_keys(state: Path, arguments: list[str]) -> None:
+def test_a_shell_completes_the_ids_of_keys(
+    state: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (key,) = json.loads(command("keys", "list", "--json", "--state-dir", str(state)).stdout)
     given = [*arguments, "--state-dir", str(state)]
     completed = ShellComplete(main, {}, "stationkey", "_STATIONKEY_COMPLETE").get_completions(given, key["key_id"][:4])
     assert [item.value for item in completed] == [key["key_id"]]
     assert ShellComplete(main, {}, "stationkey", "_STATIONKEY_COMPLETE").get_completions(given, "none") == []
+    file = tmp_path / "stationkey.toml"
+    file.write_text(f'state_dir = "{state}"\n')
+    monkeypatch.setattr("stationkey.config.file.SYSTEM_FILE", file)
+    monkeypatch.delenv("STATIONKEY_CONFIG", raising=False)
+    named = ShellComplete(main, {}, "stationkey", "_STATIONKEY_COMPLETE").get_completions(arguments, key["key_id"][:4])
+    assert [item.value for item in named] == [key["key_id"]]

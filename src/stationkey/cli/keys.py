@@ -16,7 +16,7 @@ from typing import Final
 
 import click
 
-from stationkey.cli._options import Configured, configured, json_option
+from stationkey.cli._options import Configured, chosen_file, configured, json_option
 from stationkey.cli._table import SHORT_ID, Column, listed, write
 from stationkey.config.file import read_file, settle
 from stationkey.config.settings import RenewalTerms
@@ -168,7 +168,8 @@ def complete_key_id(context: click.Context, _parameter: click.Parameter, beginni
     """Return the ids with this prefix; none if the ledger cannot be read."""
     given, file = context.params.get("state_dir"), context.params.get("config_file")
     try:
-        settings = settle(read_file(file), needs_keystore=False, state_dir=given)
+        with context.scope(cleanup=False):
+            settings = settle(read_file(chosen_file(file)), needs_keystore=False, state_dir=given)
         with opened_ledger(settings.state_dir) as ledger:
             return [key.key_id for key in ledger.keys.all(beginning)[:_COMPLETED]]
     except StationKeyError:
