@@ -168,7 +168,7 @@ async def _introduce(settings: Settings, keystores: KeyStores, health: Health) -
     if failures.keys() == set(keystores) and not any(failure.transient for failure in failures.values()):
         raise next(iter(failures.values()))
     for store, failure in failures.items():
-        about = {"reason": failure.reason, "certificate_types": ",".join(sorted(store.types))}
+        about = {"reason": failure.reason, "certificate_types": ",".join(sorted(store.types)), **store.about}
         log.error("rejecting requests until the key store works: %s", failure, extra=about)
     return "; ".join(failure.message for failure in failures.values())
 
@@ -188,7 +188,8 @@ async def _introduce_one(store: Store, health: Health) -> StationKeyError | None
         return failure
     health.descriptions[store.name] = description
     level = logging.INFO if store.uri.scheme.protected else logging.WARNING
-    log.log(level, "key store: %s", description, extra={str(name): words for name, words in algorithms.items()})
+    served = {str(name): words for name, words in algorithms.items()}
+    log.log(level, "key store: %s", description, extra={**served, **store.about})
     return None
 
 

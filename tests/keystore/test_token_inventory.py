@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -112,3 +112,23 @@ async def test_a_key_destroyed_while_its_token_is_not_configured_is_destroyed_th
         [_, store] = keystores
         await Strays(here.service.custody, store).sweep()
     assert (token.objects(), recorded(state_dir)) == ({}, set())
+
+
+def test_two_tokens_by_two_modules_are_used_in_one_process_and_each_is_swept_for_itself(
+    token: Token, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = Token.make("other", tmp_path / "other")
+    uris = (token.uri, other.shimmed)
+    with ExitStack() as open_stores:
+        for uri in uris:
+            open_stores.enter_context(closing(keystore_opener(uri, state_dir=tmp_path)())).generate(EC)
+    assert (len(token.objects()), len(other.objects())) == (2, 2)
+
+    with ExitStack() as open_stores:  # as a daemon that starts again
+        stores = [open_stores.enter_context(closing(keystore_opener(uri, state_dir=tmp_path)())) for uri in uris]
+        for store, left in zip(stores, ((0, 2), (0, 0)), strict=True):
+            assert isinstance(store, Sweeping)
+            assert store.sweep([]) == 1
+            assert (len(token.objects()), len(other.objects())) == left
+    other.remove()

@@ -35,6 +35,11 @@ class Store(Struct, frozen=True, eq=False):
         return "" if self.name == DEFAULT_STORE else f"-{self.name}"
 
     @property
+    def about(self) -> dict[str, str]:
+        """Return what a log line says of it; nothing for the default."""
+        return {"store": self.name} if self.suffix else {}
+
+    @property
     def algorithms(self) -> tuple[Algorithm, ...]:
         """Return the algorithms that a request for a key in this store may name."""
         required = {PROFILES[kind].required_algorithm for kind in self.types}

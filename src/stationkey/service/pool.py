@@ -183,7 +183,7 @@ class KeyPool:
                 await self._fill()
                 backoff.reset()
             except StationKeyError as error:
-                log.warning("making keys ahead paused: %s", error, extra={"reason": error.reason})
+                log.warning("making keys ahead paused: %s", error, extra={"reason": error.reason, **self._store.about})
                 begun = begun and not isinstance(error, _OtherKind)
                 await asyncio.sleep(backoff.next())
                 continue
@@ -238,7 +238,9 @@ class KeyPool:
             missing = [kind for kind, ready in self._ready.items() if len(ready) < self._size(kind)]
             if not missing:
                 if made:
-                    log.info("pool full", extra={str(kind): ready for kind, ready in self.ready().items()})
+                    log.info(
+                        "pool full", extra={**{str(k): ready for k, ready in self.ready().items()}, **self._store.about}
+                    )
                 return
             left = self._terms.idle - self._thread.idle
             if left > 0:
@@ -287,6 +289,7 @@ class KeyPool:
                 "ready": len(self._ready[kind]),
                 "wanted": self._size(kind),
                 "seconds_to_make_one": "not known yet" if seconds is None else f"{seconds:.3g}",
+                **self._store.about,
             },
         )
         if seconds is not None and seconds > self._patience:

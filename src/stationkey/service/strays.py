@@ -69,7 +69,9 @@ class Strays:
             self._store.thread, sweep, timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
         )
         if destroyed:
-            log.warning("destroyed keys that a crash left in the key store", extra={"keys": destroyed})
+            log.warning(
+                "destroyed keys that a crash left in the key store", extra={"keys": destroyed, **self._store.about}
+            )
 
     async def run(self) -> None:
         """Sweep periodically until cancelled. An absent device is logged and retried."""
@@ -77,5 +79,5 @@ class Strays:
             try:
                 await self.sweep()
             except StationKeyError as error:
-                log.error("the key store was not swept: %s", error, extra={"reason": error.reason})
+                log.error("the key store was not swept: %s", error, extra={"reason": error.reason, **self._store.about})
             await asyncio.sleep(_SWEEP)
