@@ -11,7 +11,7 @@ from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, judge, re
 from stationkey.config.secrets import SecretReference
 from stationkey.doctor import Level
 from stationkey.doctor.config import checks
-from stationkey.doctor.config.consistency import named_secrets
+from stationkey.doctor.config.checks import named_secrets
 from stationkey.doctor.host.context import Configured, Unit
 
 

@@ -38,7 +38,6 @@ class TlsFile:
 
     Attributes:
         role: the option that names it.
-        readable: whether this user can read it.
         der: whether it is DER, and not PEM.
         in_tpm: whether it has a key that only the TPM can use.
     """

@@ -84,9 +84,7 @@ class Daemon:
 
     Attributes:
         running: whether something holds the lock of the state directory.
-        pid: of who holds it, or None where that is not seen.
-        user: that it runs as, or would.
-        known_by: how that is known, in words.
+        user: that it runs as, or would; `known_by`: how that is known, in words.
     """
 
     running: bool

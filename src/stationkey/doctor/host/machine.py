@@ -20,7 +20,7 @@ from stationkey.doctor.host.context import UNIT, Context, Daemon, Unit
 from stationkey.doctor.host.files import User, look_at
 from stationkey.doctor.report import Finding, failure, hidden, ok, unknown, warning
 from stationkey.doctor.runner import Check, ask
-from stationkey.doctor.state.keys import contents_soon
+from stationkey.doctor.state.checks import contents_soon
 from stationkey.errors import ConfigurationError
 from stationkey.system.state_dir import DATABASE_NAME
 
@@ -204,10 +204,11 @@ def _lets_reach(unit: Unit, address: str) -> bool:
     """What is both allowed and denied is allowed [systemd.resource-control(5), IPAddressAllow=]."""
     reached = ipaddress.ip_address(address)
 
-    def holds(name: str) -> bool:
-        return any(reached in ipaddress.ip_network(net, strict=False) for net in unit[name].split())
-
-    return holds("IPAddressAllow") or not holds("IPAddressDeny")
+    allowed, denied = (
+        any(reached in ipaddress.ip_network(net, strict=False) for net in unit[name].split())
+        for name in ("IPAddressAllow", "IPAddressDeny")
+    )
+    return allowed or not denied
 
 
 def _look_at_core_dumps(context: Context) -> tuple[str, str, Unit | None]:

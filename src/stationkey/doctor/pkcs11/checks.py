@@ -13,7 +13,7 @@ from stationkey.doctor.host.context import Context, path_of
 from stationkey.doctor.probes import Answers, ask_device
 from stationkey.doctor.report import Finding, failure, listed, ok, refusal, unknown, warning
 from stationkey.doctor.runner import AnyCheck, Check
-from stationkey.doctor.state.keys import contents_soon
+from stationkey.doctor.state.checks import contents_soon
 from stationkey.errors import StationKeyError
 from stationkey.keystore.pkcs11.inventory import DIRECTORY_NAME
 from stationkey.keystore.pkcs11.uri import TokenUri

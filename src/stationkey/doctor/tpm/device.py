@@ -73,9 +73,7 @@ class Chip(NamedTuple):
     """What the kernel says of the first TPM.
 
     Attributes:
-        known: whether it has found one.
         major: version of TPM, ``2`` or ``1``; empty where an old kernel does not say.
-        devices: that there are under ``/dev``.
         is_tpm: whether the device file that is named stands for a TPM.
     """
 
@@ -211,15 +209,14 @@ def _look_at_tpm(context: Context) -> tuple[Seen, list[str]] | Finding:
 def _judge_reachable(seen: Seen, others: list[str]) -> Finding:
     way = seen.way
     who = f"; it is held by {listed(others)}" if others else ""
-    answered = "properties" in seen.values or "properties" in seen.errors
     code = seen.errors.get("properties", 0)
-    if "open" in seen.values and answered and seen.answers.hung:
-        return failure("hung", f"the TPM at {way.tcti} answered some questions, and then no more", "reset it")
-    if "open" in seen.values and not seen.answers.hung and code & rc.LAYER and code & rc.LAYER >> 16 in _RC_NOT_THE_TPM:
-        told = f"the TPM at {way.tcti} was lost while it was asked ({code:#x})"
-        return failure("lost", told, "is it still there? dmesg | grep -i tpm says more")
     if "open" in seen.values and not seen.answers.hung:
+        if code & rc.LAYER and code & rc.LAYER >> 16 in _RC_NOT_THE_TPM:
+            told = f"the TPM at {way.tcti} was lost while it was asked ({code:#x})"
+            return failure("lost", told, "is it still there? dmesg | grep -i tpm says more")
         return ok(f"the TPM at {way.tcti} answers")
+    if seen.answers.hung and ("properties" in seen.values or code):
+        return failure("hung", f"the TPM at {way.tcti} answered some questions, and then no more", "reset it")
     if seen.answers.hung:
         advice = "reset the TPM (a chip: switch the station off and on); then see dmesg | grep -i tpm"
         if way.name == "tabrmd":

@@ -16,7 +16,7 @@ from stationkey.contract.profiles import SECP256R1, SECP521R1, CertificateType, 
 from stationkey.doctor.host.context import Context, path_of
 from stationkey.doctor.probes import Answers, ask_device
 from stationkey.doctor.report import Finding, unknown
-from stationkey.doctor.state.keys import contents_soon
+from stationkey.doctor.state.checks import contents_soon
 from stationkey.errors import ConfigurationError
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.system.addresses import is_loopback

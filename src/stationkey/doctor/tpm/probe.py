@@ -35,8 +35,6 @@ from stationkey.keystore.tpm2 import capabilities
 
 _RSA: Final = (2048, 3072)
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
-_RC_SUCCESS: Final = 0
-_NODA: Final = 1 << 10
 _A_KEY: Final = TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT
 _FORMAT_ONE: Final = 0xBF
 """What is left of a return code without the number of the parameter or session [TPM 2.0 part 2, 6.6.3]."""
@@ -105,7 +103,7 @@ def loads(esapi: ESAPI, parent: int, wrapped: str) -> int:
     except TSS2_Exception as error:
         return int(error.rc)
     esapi.flush_context(handle)
-    return _RC_SUCCESS
+    return 0
 
 
 def _srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
@@ -115,7 +113,7 @@ def _srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
     tries are counted this would be one; so only a key that is exempt from that is tried.
     """
     there = _object_at(esapi, handle)
-    if there is None or not there["attributes"] & _NODA:
+    if there is None or not there["attributes"] & TPMA_OBJECT.NODA:
         raise LookupError
     public = TPM2B_PUBLIC(publicArea=TPMT_PUBLIC.parse("ecc256:ecdsa", objectAttributes=_A_KEY))
     try:
