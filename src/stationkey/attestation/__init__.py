@@ -1,8 +1,7 @@
-"""Evidence that a key was born in a TPM, and the judge of it. Pure: no TPM, no tpm2-tss, no network, no clock.
+"""Verify evidence that a key was created in a TPM. Pure: no TPM, no tpm2-tss, no network, no clock.
 
-This package needs the standard library, `cryptography` and `stationkey.errors`, and nothing else: whoever has to
-believe a verdict can read all that it comes from. What makes evidence is `stationkey.keystore.tpm2.attest`, on the
-station.
+This package needs only the standard library, `cryptography` and `stationkey.errors`, so that an auditor can read all of
+it. `stationkey.keystore.tpm2.attest` makes the evidence, on the station.
 
 - `refusals`: its errors;
 - `structures`: the TPM's own structures, read strictly;

@@ -1,9 +1,8 @@
 """A challenge that only one TPM can open, and only with one attestation key in it [TPM 2.0 part 1, 24].
 
-An endorsement key signs nothing. What can be done with it is to hide a secret: TPM2_MakeCredential, here in software,
-encrypts it to the endorsement key and binds it to the name of an attestation key. TPM2_ActivateCredential gives it out
-only where both are in the same TPM. The name is a hash over all that the attestation key is, so what is believed of it
-before (that it is restricted, for example) is then true.
+An endorsement key cannot sign, but a secret can be encrypted to it: TPM2_MakeCredential, here in software, binds the
+secret to the name of an attestation key. TPM2_ActivateCredential returns it only if both keys are in the same TPM. The
+name is a hash over the attestation key's public area, so its attributes (such as restricted) are proved, too.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _PROOF_LABEL: Final = b"stationkey activation v1\0"
 
 
 class _Kind(NamedTuple):
-    """What the templates of endorsement keys have in common for a kind of key [TCG EK Credential Profile 2.5, B.4]."""
+    """The common parameters of endorsement key templates of one key type [TCG EK Credential Profile 2.5, B.4]."""
 
     name_alg: str
     aes_bits: int
@@ -45,12 +44,12 @@ _KINDS: Final = {
 
 
 def make_challenge(ek: PublicKey, ak_name: bytes, *, believed: str) -> tuple[Challenge, Secret]:
-    """Make a new challenge: what goes to the station, and what stays here.
+    """Make a new challenge for the station, and the verifier's secret.
 
     Args:
-        ek: the endorsement key; its template is taken to be the TCG's for a key of its kind.
-        ak_name: name of an attestation key whose public area was found to be that of one.
-        believed: why `ek` is believed to be an endorsement key, for the verdict.
+        ek: the endorsement key; assumed to have the TCG's template for its key type.
+        ak_name: name of a verified attestation key.
+        believed: why `ek` is trusted as an endorsement key, for the verdict.
 
     Raises:
         NotVerified: no template of the TCG has a key of this kind.
@@ -63,7 +62,7 @@ def make_challenge(ek: PublicKey, ak_name: bytes, *, believed: str) -> tuple[Cha
 
 
 def make_credential(ek: PublicKey, ak_name: bytes, credential: bytes) -> tuple[bytes, bytes]:
-    """What TPM2_MakeCredential gives: TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET [part 3, 12.6].
+    """Return the result of TPM2_MakeCredential: TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET [part 3, 12.6].
 
     Raises:
         NotVerified: no template of the TCG has a key of this kind.
@@ -80,15 +79,15 @@ def make_credential(ek: PublicKey, ak_name: bytes, credential: bytes) -> tuple[b
 
 
 def activation(secret: bytes, attestation: bytes) -> bytes:
-    """The proof that a challenge was opened, for evidence with this TPMS_ATTEST: HMAC-SHA-256 by what was in it.
+    """Return the proof that a challenge was opened: HMAC-SHA-256 of the TPMS_ATTEST by the secret.
 
-    The secret itself stays out of the evidence, and the proof fits no other.
+    The evidence does not contain the secret, and the proof is valid for this evidence only.
     """
     return hmac.digest(secret, _PROOF_LABEL + attestation, "sha256")
 
 
 def _share_seed(ek: PublicKey, kind: _Kind) -> tuple[bytes, bytes]:
-    """A seed, and what the endorsement key gets it back from [part 1, B.10.3 and C.6.3]."""
+    """Return a seed, and its encryption for the endorsement key [part 1, B.10.3 and C.6.3]."""
     size = hashlib.new(kind.name_alg).digest_size
     algorithm = HASHES[kind.name_alg]
     if isinstance(ek, rsa.RSAPublicKey):
@@ -121,7 +120,7 @@ def _kdfa(kind: _Kind, key: bytes, label: bytes, context: bytes, size: int) -> b
 
 
 def _encrypt(key: bytes, data: bytes) -> bytes:
-    """AES in CFB with an initial vector of zeros. cryptography has moved its own CFB from one place to another."""
+    """Encrypt with AES-CFB and a zero initialisation vector; cryptography's CFB moves between its modules."""
     block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305 - the block cipher alone, for the mode below
     last, encrypted = bytes(_BLOCK), b""
     for start in range(0, len(data), _BLOCK):

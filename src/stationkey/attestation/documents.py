@@ -1,8 +1,7 @@
 """The JSON documents between a station and a verifier of its keys.
 
-Each says what it is (``format``) and by which rules (``version``), and is read to the letter: a member that is not
-known, twice there, missing or of another type is refused, since nothing in a proof may be passed over. What a document
-is read, written and described in JSON Schema by is one table, `_DOCUMENTS`. No cryptography is loaded for it.
+Each has a ``format`` and a ``version``, and is read strictly: a member that is unknown, repeated, missing or of another
+type is refused. One table, `_DOCUMENTS`, defines reading, writing and JSON Schema. No cryptography is loaded.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from stationkey.errors import NotVerified
 
 VERSION: Final = 1
 MAX_DOCUMENT: Final = 256 * 1024
-"""Bytes. Evidence with a certificate for each kind of endorsement key has some ten thousand."""
+"""Largest document in bytes. Evidence with a certificate for each type of endorsement key has some ten thousand."""
 MAX_CERTIFICATE: Final = 8192
 MAX_ENDORSEMENT_KEYS: Final = 16
 MAX_TEXT: Final = 16 * 1024
 SECRET_SIZE: Final = 32
-"""Bytes: what a challenge hides. Fits the digest of every endorsement key [TPM 2.0 part 3, 12.6]."""
+"""Bytes of the secret in a challenge. Fits the digest of every endorsement key [TPM 2.0 part 3, 12.6]."""
 NONCE_SIZES: Final = range(8, 65)
 """Bytes, as RFC 9711 4.1 has it."""
 
@@ -38,15 +37,15 @@ ABOUT: Final = (
     *("key_id", "state", "certificate_type", "evse_id", "algorithm"),
     *("common_name", "organization_name", "country_name", "csr"),
 )
-"""What evidence tells people of a key, which no TPM has signed."""
+"""Information for people in evidence, which is not signed by the TPM."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndorsementKey:
-    """An endorsement key, as the station tells it.
+    """An endorsement key, as reported by the station.
 
     Attributes:
-        public: TPM2B_PUBLIC, or None where the TPM was not asked for it.
+        public: TPM2B_PUBLIC, or None if unknown.
         certificate: its maker's certificate in DER, as in the TPM, or None.
     """
 
@@ -56,7 +55,7 @@ class EndorsementKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttestationKey:
-    """An attestation key and the TPM that it is in, to be recorded or certified before it is needed.
+    """An attestation key and its TPM's endorsement keys, to be recorded or certified in advance.
 
     Attributes:
         public: TPM2B_PUBLIC of the attestation key.
@@ -69,14 +68,14 @@ class AttestationKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a station gives to prove where a key is.
+    """A station's evidence that a key is in its TPM.
 
     Attributes:
         key_public: TPM2B_PUBLIC of the key.
         attestation: TPMS_ATTEST of TPM2_Certify.
         signature: TPMT_SIGNATURE of the attestation key over it.
         attestation_key: TPM2B_PUBLIC of the attestation key, and the endorsement keys of the TPM.
-        activation: see `stationkey.attestation.credential.activation`; None where there was no challenge.
+        activation: see `stationkey.attestation.credential.activation`; None without a challenge.
         about: members of `ABOUT`, for people.
     """
 
@@ -90,7 +89,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Challenge:
-    """What only one TPM can open, and only with one attestation key in it.
+    """A challenge that only one TPM can open, and only with one attestation key in it.
 
     Attributes:
         ak_name: name of the attestation key.
@@ -135,8 +134,8 @@ class _Form:
 
     Attributes:
         schema: in JSON Schema.
-        read: makes the value of its JSON; the second argument says where that is, for a refusal.
-        write: makes its JSON.
+        read: parses the JSON value; the second argument is its place, for the error.
+        write: returns the JSON value.
     """
 
     schema: Json
@@ -145,7 +144,7 @@ class _Form:
 
 
 def _constant(value: object, refuse: Callable[[str], NotVerified]) -> _Form:
-    """What says what a document is; `refuse` takes the place where it says something else."""
+    """Return the form of a constant that identifies a document; `refuse` returns the error for another value."""
 
     def read(found: object, where: str) -> object:
         if type(found) is not type(value) or found != value:  # neither true nor 1.0 is 1
@@ -221,7 +220,7 @@ def _object(members: Mapping[str, _Form], *, optional: Collection[str] = ()) -> 
             elif name not in optional:
                 raise malformed(f"{where} has no member {name!r}")
         if unknown := value.keys() - members.keys():
-            raise malformed(f"{where} has a member {_short(min(unknown))} that is not known")
+            raise malformed(f"{where} has the unknown member {_short(min(unknown))}")
         return found
 
     def write(values: Mapping[str, Any]) -> Json:
@@ -301,7 +300,7 @@ SCHEMAS: Final = {
     "attestation.attestation_key": ATTESTATION_KEY,
     "attestation.challenge": CHALLENGE,
 }
-"""The documents that leave the side that made them, by the name that ``stationkey schema`` knows them by."""
+"""The documents that are exchanged, by their name in ``stationkey schema``."""
 
 
 def json_schema(name: str) -> Json:
@@ -351,7 +350,7 @@ def read_attestation_key(document: bytes) -> AttestationKey:
 
 
 def read_either(document: bytes) -> AttestationKey:
-    """The attestation key of a document that is either of the above.
+    """Return the attestation key of either document.
 
     Raises:
         NotVerified: it is neither.
@@ -429,7 +428,7 @@ def _write(kind: str, values: Json) -> str:
 
 
 def _json(document: bytes) -> object:
-    """JSON as RFC 8259 and I-JSON [RFC 7493: no duplicate names] have it."""
+    """Parse JSON strictly by RFC 8259 and I-JSON [RFC 7493: no duplicate names]."""
     if len(document) > MAX_DOCUMENT:
         raise malformed(f"the document has more than {MAX_DOCUMENT} bytes")
     try:

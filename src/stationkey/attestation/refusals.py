@@ -7,7 +7,7 @@ from typing import Final
 from stationkey.errors import NotVerified
 
 MAX_STRUCTURE: Final = 2048
-"""Bytes of a structure of a TPM. The largest, the public area of an RSA key of 4096 bits, has some 600."""
+"""Largest structure of a TPM in bytes. The public area of an RSA-4096 key has some 600."""
 
 
 def malformed(message: str) -> NotVerified:
@@ -16,5 +16,5 @@ def malformed(message: str) -> NotVerified:
 
 
 def unsupported(message: str) -> NotVerified:
-    """The refusal of what may be right and is not judged here."""
+    """Return the refusal of something that may be valid, but is not supported."""
     return NotVerified(message, reason="evidence_unsupported")

@@ -1,7 +1,6 @@
-"""The structures of a TPM [TPM 2.0 part 2] that evidence is made of, read strictly: bounded, and to the last byte.
+"""Strict readers of the TPM structures in evidence [TPM 2.0 part 2].
 
-Only what a key of today may be is read: names by SHA-2, P-256 to P-521, RSA of 2048 to 4096 bits. The rest is refused
-in words rather than passed over.
+Supported are names by SHA-2, P-256 to P-521, and RSA of 2048 to 4096 bits. Everything else is refused with a message.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ _KNOWN_ATTRIBUTES: Final = sum(WORDS)
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a key signs: ``ECDSA``, ``RSASSA`` or ``RSAPSS``, and hashlib's name of the hash."""
+    """A signing scheme: ``ECDSA``, ``RSASSA`` or ``RSAPSS``, and hashlib's name of the hash."""
 
     name: str
     hash_name: str
@@ -92,12 +91,12 @@ class Public:
     """The public area of an object, TPMT_PUBLIC [part 2, 12.2.4].
 
     Attributes:
-        marshalled: all of it, as the TPM hashes it.
-        name_alg: hashlib's name of the hash that its name is made by.
+        marshalled: the whole area, as the TPM hashes it.
+        name_alg: hashlib's name of the hash of its name.
         attributes: see `Attribute`.
         policy: digest of its authorisation policy, or empty.
-        symmetric_bits: size of the AES key that a storage or endorsement key protects its children with, or None.
-        scheme: how it signs, or None where that is left to each signature.
+        symmetric_bits: size of the AES key by which a storage or endorsement key protects its children, or None.
+        scheme: its signing scheme, or None if each signature chooses.
         key: the public key.
     """
 
@@ -144,7 +143,7 @@ class Attest:
 
 
 def words_of(attributes: Attribute) -> str:
-    """The names of the attributes that are set."""
+    """Return the names of the attributes that are set."""
     return ", ".join(word for attribute, word in WORDS.items() if attribute in attributes)
 
 
@@ -163,12 +162,12 @@ def kind_of(spki: bytes) -> str | None:
 
 
 def describe_key(key: PublicKey) -> str:
-    """Its kind: ``secp256r1``, ``RSA-3072``."""
+    """Return its type: ``secp256r1``, ``RSA-3072``."""
     return key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else f"RSA-{key.key_size}"
 
 
 class Reader:
-    """Takes a structure apart from its beginning to its end.
+    """Reads a structure from beginning to end.
 
     Args:
         data: the bytes.
@@ -177,13 +176,13 @@ class Reader:
 
     def __init__(self, data: bytes, what: str) -> None:
         if len(data) > MAX_STRUCTURE:
-            raise malformed(f"{what} has {len(data)} bytes, more than any that a TPM makes")
+            raise malformed(f"{what} is too large: {len(data)} bytes")
         self._data = data
         self._at = 0
         self._what = what
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes."""
+        """Return the next `count` bytes."""
         part = self._data[self._at : self._at + count]
         if len(part) < count:
             raise malformed(f"{self._what} ends too early")
@@ -191,18 +190,18 @@ class Reader:
         return part
 
     def number(self, size: int) -> int:
-        """A big-endian number of `size` bytes."""
+        """Return a big-endian number of `size` bytes."""
         return int.from_bytes(self.take(size), "big")
 
     def sized(self, most: int) -> bytes:
-        """A buffer behind its length in two bytes (TPM2B), of `most` bytes at the most."""
+        """Return a buffer after its length in two bytes (TPM2B), of at most `most` bytes."""
         size = self.number(2)
         if size > most:
-            raise malformed(f"{self._what} has a field of {size} bytes where {most} are the most")
+            raise malformed(f"{self._what} has a field of {size} bytes; the maximum is {most}")
         return self.take(size)
 
     def hash_name(self) -> str:
-        """A hash of the SHA-2 family, by its identifier."""
+        """Return a hash of the SHA-2 family by its identifier."""
         identifier = self.number(2)
         if identifier not in _HASH_NAMES:
             raise unsupported(f"{self._what} names the hash {identifier:#06x}, which is not SHA-2")
@@ -215,7 +214,7 @@ class Reader:
 
 
 def unwrap(buffer: bytes, what: str) -> bytes:
-    """What is in a TPM2B.
+    """Return the content of a TPM2B.
 
     Raises:
         NotVerified: its length is not that of its content.
@@ -240,7 +239,7 @@ def read_public(buffer: bytes, what: str) -> Public:
     name_alg = reader.hash_name()
     bits = reader.number(4)
     if bits & ~_KNOWN_ATTRIBUTES:
-        raise unsupported(f"{what} has attributes {bits:#010x} with bits that are not known here")
+        raise unsupported(f"{what} has the attributes {bits:#010x} with unknown bits")
     policy = reader.sized(64)
     if policy and len(policy) != hashlib.new(name_alg).digest_size:
         raise malformed(f"{what} has a policy of {len(policy)} bytes, which is not a {name_alg} digest")
@@ -279,7 +278,7 @@ def _read_rsa(reader: Reader, what: str) -> rsa.RSAPublicKey:
     if bits not in _RSA_BITS or exponent != _EXPONENT:
         raise unsupported(f"{what} is an RSA key of {bits} bits with the exponent {exponent}")
     if len(modulus) * 8 != bits or number.bit_length() != bits:
-        raise malformed(f"{what} has a modulus that has not the {bits} bits that it says")
+        raise malformed(f"{what} has a modulus of another size than {bits} bits")
     try:
         return rsa.RSAPublicNumbers(exponent, number).public_key()
     except ValueError:
@@ -310,7 +309,8 @@ def read_attest(data: bytes) -> Attest:
     reader = Reader(data, "the attestation")
     if reader.number(4) != GENERATED:
         raise NotVerified(
-            "the attestation does not begin with TPM_GENERATED: no TPM made it up", reason="attest_not_of_a_tpm"
+            "the attestation does not begin with TPM_GENERATED: it is not a TPM's own statement",
+            reason="attest_not_of_a_tpm",
         )
     if (kind := reader.number(2)) != _ATTEST_CERTIFY:
         raise NotVerified(
@@ -319,7 +319,7 @@ def read_attest(data: bytes) -> Attest:
     qualified_signer, extra_data = reader.sized(66), reader.sized(66)
     reader.take(8 + 4 + 4)  # clock, resetCount, restartCount
     if reader.number(1) > 1:
-        raise malformed("the attestation says neither yes nor no of its clock")
+        raise malformed("the attestation has an invalid clock state")
     reader.take(8)  # firmwareVersion
     name, _qualified_name = reader.sized(66), reader.sized(66)
     reader.end()
@@ -336,7 +336,7 @@ def check_signature(signer: Public, signature: bytes, data: bytes) -> Scheme:
     scheme = _read_scheme(reader, "the signature")
     if scheme is None or scheme != signer.scheme:
         raise NotVerified(
-            f"the signature is of the scheme {scheme or 'NULL'}, and the attestation key's is {signer.scheme}",
+            f"the signature has the scheme {scheme or 'NULL'}, the attestation key {signer.scheme}",
             reason="attest_signature_invalid",
         )
     algorithm = HASHES[scheme.hash_name]
@@ -364,5 +364,5 @@ def check_signature(signer: Public, signature: bytes, data: bytes) -> Scheme:
 def _padding(scheme: Scheme) -> padding.AsymmetricPadding:
     if scheme.name == "RSASSA":
         return padding.PKCS1v15()
-    # How long the salt is, is the TPM's own choice [part 1, B.7].
+    # The TPM chooses the length of the salt [part 1, B.7].
     return padding.PSS(padding.MGF1(HASHES[scheme.hash_name]), padding.PSS.AUTO)

@@ -1,8 +1,7 @@
 """The verifier's trust: in an attestation key that was recorded or certified, or in a challenge that was answered.
 
-Certificates are verified with their issuers' certificates, each of which the operator gave and so trusts.
-What is checked is said by `check_issued`; that is less than a TLS client does, and docs/attestation.md names what is
-left out.
+Certificates are verified with their issuers' certificates, which the operator gave and trusts. `check_issued` lists the
+checks; they are fewer than those of a TLS client (docs/attestation.md).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _KNOWN_EXTENSIONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class RecordedKey:
-    """An attestation key that is believed by its public key alone.
+    """An attestation key that is trusted by its public key.
 
     Attributes:
         spki: subjectPublicKeyInfo in DER.
@@ -58,7 +57,7 @@ class RecordedKey:
 
 @dataclass(frozen=True, slots=True)
 class RecordedName:
-    """An attestation key that is believed by its name, which stands for its attributes too.
+    """An attestation key that is trusted by its name, which covers its attributes.
 
     Attributes:
         name: the hash's identifier and the hash.
@@ -70,7 +69,7 @@ class RecordedName:
 
 
 Anchor = RecordedKey | RecordedName | Secret
-"""Why an attestation key is believed."""
+"""Why an attestation key is trusted."""
 
 
 def read_ak(data: bytes, *, authorities: Sequence[x509.Certificate] = (), now: datetime) -> RecordedKey | RecordedName:
@@ -79,11 +78,11 @@ def read_ak(data: bytes, *, authorities: Sequence[x509.Certificate] = (), now: d
     Args:
         data: content of the file.
         authorities: issuers, one of which must have signed the certificate; empty if the file itself is trusted.
-        now: when the certificate must be valid, if it has to be signed.
+        now: time at which the certificate must be valid, if authorities are given.
 
     Raises:
         ConfigurationError: it is not one of these.
-        NotVerified: it is a certificate that none of the issuers has signed for an attestation key.
+        NotVerified: no issuer has signed the certificate for an attestation key.
     """
     if data.lstrip()[:1] == b"{":
         if authorities:
@@ -103,7 +102,7 @@ def read_key(data: bytes) -> tuple[PublicKey, x509.Certificate | None]:
     """Read a PEM public key, or a PEM certificate with the key in it.
 
     Raises:
-        ConfigurationError: it is neither, or not of a kind that is known here.
+        ConfigurationError: it is neither, or of an unsupported type.
     """
     certificate = None
     try:
@@ -140,9 +139,9 @@ def choose_ek(
         NotVerified: there is none; the message is that of the last key.
     """
     failure = NotVerified(
-        "the station tells of no endorsement key with a certificate",
+        "the evidence has no endorsement key with a certificate",
         reason="certificate_untrusted",
-        hint="its TPM may have none; then the key itself has to be known: --ek FILE",
+        hint="its TPM may have none; then give the key itself: --ek FILE",
     )
     for ek in told:
         if ek.certificate is None:
@@ -177,13 +176,14 @@ def check_issued(
     usage: x509.ObjectIdentifier,
     now: datetime,
 ) -> str:
-    """Check that one of the issuers has signed a certificate, for this use; the issuer's name.
+    """Check that an issuer has signed a certificate for this use, and return the issuer's name.
 
-    Of the certificate: valid now, no CA, the extended key usage, no critical extension that is not understood. Of the
-    issuer: named by it, signature, valid now, CA, keyCertSign. Nothing is asked about revocation.
+    The certificate must be valid now, not a CA, have the extended key usage, and no unknown critical extension. The
+    issuer must be named in it, verify its signature, be valid now, and be a CA with keyCertSign. Revocation is not
+    checked.
 
     Raises:
-        NotVerified: none has, or it is for another use.
+        NotVerified: no issuer has signed it, or it is for another use.
     """
     try:
         _check_leaf(certificate, usage, now)
@@ -196,7 +196,7 @@ def check_issued(
         raise _untrusted("a certificate cannot be read") from None
     raise _untrusted(
         f"the certificate was signed by {issuer}, which is not one of the given CAs",
-        hint="the file of CAs must have the one that signed it, an intermediate one as a rule",
+        hint="the file of CAs must contain the one that signed it, usually an intermediate",
     )
 
 
@@ -209,7 +209,7 @@ def _check_leaf(certificate: x509.Certificate, usage: x509.ObjectIdentifier, now
     if usages is None or usage not in usages:
         raise _untrusted(
             f"the certificate is not for this use: extendedKeyUsage has no {usage.dotted_string}",
-            hint="a CA may sign other certificates too, so it has to say that this is one",
+            hint="have the CA issue it with that extended key usage",
         )
 
 
@@ -247,7 +247,7 @@ def _extension(certificate: x509.Certificate, kind: type[T]) -> T | None:
 
 
 def shown(text: str) -> str:
-    """Return foreign text, safe for a terminal and in one line."""
+    """Return untrusted text in one line, safe for a terminal."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:200])
 
 

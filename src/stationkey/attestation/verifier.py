@@ -1,8 +1,8 @@
-"""The verdict: what evidence proves of a key, line by line, and what it does not.
+"""The verdict: what evidence proves about a key, and what it does not.
 
-The chain is: somebody is believed about an attestation key (`stationkey.attestation.trust`); that key is one that
-signs nothing but what its TPM states; with it the TPM states that it holds an object of a certain name; the name is the
-hash of a public area; that says the key was made in the TPM and cannot leave it, and it has the public key of the CSR.
+The steps: an attestation key is trusted (`stationkey.attestation.trust`); it signs only its TPM's own statements; the
+TPM states that it holds an object of a certain name; the name is the hash of a public area; that says that the key was
+created in the TPM and cannot leave it, and has the public key of the CSR.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _HIERARCHIES: Final = {
     0x40000001: "a primary key of the owner hierarchy",
     0x4000000C: "a primary key of the platform hierarchy",
 }
-"""Handles of the hierarchies that outlive a restart [TPM 2.0 part 2, 7.4]."""
+"""Handles of the persistent hierarchies [TPM 2.0 part 2, 7.4]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found.
+    """The verdict about evidence.
 
     Attributes:
-        proved: a sentence each.
-        not_proved: what is not proved, although a reader might assume it; one line each.
+        proved: one sentence each.
+        not_proved: facts that a reader might assume and that are not proved; one line each.
         spki: subjectPublicKeyInfo of the attested key in DER.
     """
 
@@ -66,10 +66,10 @@ class Verdict:
 
 
 def qualifying_data(nonce: bytes | None) -> bytes:
-    """Return the TPMS_ATTEST.extraData of a nonce: its SHA-256 behind a label; empty without a nonce.
+    """Return the TPMS_ATTEST.extraData of a nonce: the SHA-256 of a label and the nonce; empty without a nonce.
 
-    A digest, because a TPM takes no more there than its largest hash has; a label, so that nobody else's protocol can
-    ask for the same.
+    A digest, because a TPM accepts at most the size of its largest hash; a label, so that no other protocol can request
+    the same.
     """
     return b"" if nonce is None else hashlib.sha256(_NONCE_LABEL + nonce).digest()
 
@@ -82,11 +82,11 @@ def verify(
     csr: x509.CertificateSigningRequest | None = None,
     certificate: x509.Certificate | None = None,
 ) -> Verdict:
-    """Judge evidence.
+    """Verify evidence.
 
     Args:
         evidence: the station's evidence.
-        anchor: why its attestation key is believed.
+        anchor: why its attestation key is trusted.
         nonce: the verifier's nonce; by default that of the challenge, if any.
         csr: the CSR whose key it should be.
         certificate: the certificate whose key it should be.
@@ -127,10 +127,10 @@ def verify(
 def read_ak_public(key: AttestationKey) -> Public:
     """Return the public area of a valid attestation key: the TPM signs only its own statements with it.
 
-    An unrestricted key would sign whatever it is given, an attestation of a software key too.
+    An unrestricted key would sign anything, for example a forged attestation of a software key.
 
     Raises:
-        NotVerified: it is not restricted, could have come from outside, or could leave.
+        NotVerified: it is not restricted, may be imported, or may leave the TPM.
     """
     ak = read_public(key.public, "the attestation key")
     wrong = _unfit(ak, AK_NEEDS, _AK_MUST_NOT) or ("has no signing scheme" if ak.scheme is None else "")
@@ -143,7 +143,7 @@ def check_key(key: Public) -> None:
     """Check by its attributes that a key was made in its TPM, cannot leave it, and signs.
 
     Raises:
-        NotVerified: it is not so.
+        NotVerified: its attributes do not say so.
     """
     wrong = _unfit(key, KEY_NEEDS, _KEY_MUST_NOT)
     if not wrong and Attribute.USER_WITH_AUTH not in key.attributes and not key.policy:
@@ -153,7 +153,7 @@ def check_key(key: Public) -> None:
 
 
 def _unfit(public: Public, needed: Attribute, forbidden: Attribute) -> str:
-    """Return what is wrong with the attributes of a key, as text; empty if nothing is."""
+    """Return the wrong attributes of a key, as text; empty if they are right."""
     if lacking := public.lacking(needed):
         return f"is not {lacking}"
     return f"is {words_of(public.attributes & forbidden)}" if public.attributes & forbidden else ""
@@ -309,13 +309,13 @@ def _not_proved(
     else:
         yield "that the endorsement key is a TPM's, beyond the above"
     if nonce is None:
-        yield "when the attestation was made: no nonce was asked for"
+        yield "when the attestation was made: no nonce was given"
     if csr is None and certificate is None:
-        yield "which CSR or certificate you have in hand: none was given to compare"
+        yield "which CSR or certificate the key belongs to: none was given to compare"
     if certificate is not None:
         yield "who issued the certificate, and that it is valid: only its key was compared"
     if key.policy:
-        yield "what its TPM policy asks for: only the digest is known"
+        yield "what its TPM policy requires: only the digest is known"
     if set(evidence.about) - {"csr"}:
         yield "what the evidence says about the key for people (not_attested)"
     yield "that the station is intact: programs on it can have its TPM sign"

@@ -1,7 +1,7 @@
-"""Hold an installed certificate against the key and the profile that it should have. Pure: bytes and values in.
+"""Compare an installed certificate with its key and profile. Pure: bytes and values in.
 
-What is found here is said to the operator; only a certificate for another key keeps a key from being activated
-[A02.FR.06 leaves the verification of the chain to who installed it].
+Differences are reported to the operator; only a certificate for another key prevents the activation [A02.FR.06: the
+installer verifies the chain].
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from stationkey.x509.csr import HASHES, PURPOSES, USAGE_FIELDS, PrivateKey, key_
 from stationkey.x509.lenient import MALFORMED, Certificate, Link, link, name_text, read_certificate
 
 MAX_CHAIN: Final = 10
-"""Certificates of a file whose order is looked at. A chain of ISO 15118 has four at the most, and each signature may
-cost what an exponent of thousands of bits costs, while requests wait."""
+"""Longest chain whose order is checked. A chain of ISO 15118 has at most four certificates, and a signature may have an
+exponent of thousands of bits, while requests wait."""
 
 UNREADABLE: Final = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
-"""What cryptography raises where the extensions of a certificate are wrong: it reads them when they are asked for."""
+"""The exceptions of cryptography for invalid extensions, which it parses on access."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chain:
-    """A leaf certificate and what came with it, in the order of the file.
+    """A leaf certificate and the other certificates of its file, in their order.
 
     Attributes:
-        certificates: leaf first, as OCPP's ``certificateChain`` should have them.
-        position: where the leaf is, for a file that has it elsewhere.
+        certificates: leaf first, as in OCPP's ``certificateChain``.
+        position: index of the leaf, for a file in another order.
         path: the file, if it is known.
     """
 
@@ -85,11 +85,11 @@ class Chain:
 
     @property
     def not_before(self) -> int:
-        """When the leaf begins to be valid, Unix time in seconds."""
+        """Start of the leaf's validity, Unix time in seconds."""
         return int(self.leaf.not_valid_before_utc.timestamp())
 
     def pem(self) -> str:
-        """All certificates in PEM [RFC 7468], the leaf first: what loads a key with its certificate wants it there."""
+        """Return all certificates in PEM [RFC 7468], the leaf first, as programs that load a key expect."""
         others = (certificate for number, certificate in enumerate(self.certificates) if number != self.position)
         return b"".join(to_pem("CERTIFICATE", certificate.der) for certificate in (self.own, *others)).decode("ascii")
 
@@ -120,10 +120,10 @@ class Unparsed(Struct, frozen=True):
 
 
 def read_certificates(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
-    """Read the certificates of a file, PEM or DER, and tell what else in it may be one.
+    """Read the certificates of a file, PEM or DER.
 
     Returns:
-        The certificates, or None; and each part that cannot be said to be none.
+        The certificates, or None; and each part that may be a certificate but could not be parsed.
     """
     if not content.strip():
         return None, [Unparsed("empty")]
@@ -155,7 +155,7 @@ _BLOCK: Final = re.compile(rb"-----BEGIN ([^\r\n-]+)-----((?:[^-]|-(?!----))*)--
 _CERTIFICATE: Final = (b"CERTIFICATE", b"X509 CERTIFICATE")
 _NO_CERTIFICATE: Final = re.compile(rb"(.* )?(KEY|PARAMETERS|CRL|CERTIFICATE REQUEST)")
 _BARE_BASE64: Final = re.compile(rb"MI[A-Za-z0-9+/]{40}")
-"""How a certificate in Base64 begins, which PEM would have between its lines."""
+"""Beginning of a certificate in Base64 without PEM lines."""
 
 
 def _read_der(content: bytes) -> tuple[Chain | None, list[Unparsed]]:
@@ -353,7 +353,7 @@ def untrusted(chain: Chain, anchors: bytes) -> str:
 
 
 def _untrusted_by_links(chain: Chain, anchors: list[Certificate]) -> str:
-    """The same for a chain in which cryptography's verifier cannot read every name; no name constraints are known."""
+    """Do the same for a chain with names that cryptography's verifier cannot read; without name constraints."""
     path = chain.certificates
     if order := _order_differences(chain):
         return order[0]
@@ -363,7 +363,7 @@ def _untrusted_by_links(chain: Chain, anchors: list[Certificate]) -> str:
 
 
 def _unfit(number: int, certificate: Certificate) -> str:
-    """Why a certificate cannot be at its place in a chain, counted from the leaf; empty where it can."""
+    """Return why a certificate is unfit for its place in a chain, counted from the leaf; empty if it is fit."""
     loaded = certificate.loaded
     if loaded is None or not loaded.not_valid_before_utc <= datetime.now(UTC) <= loaded.not_valid_after_utc:
         return f"certificate {number} is expired, or not valid yet"
@@ -395,8 +395,8 @@ def prove(private_key: PrivateKey, public_key: object, challenge: bytes) -> None
 
     Args:
         private_key: in the TPM.
-        public_key: of the certificate, or of the key itself where no certificate is at hand.
-        challenge: never used before.
+        public_key: of the certificate, or of the key itself without a certificate.
+        challenge: a fresh value.
 
     Raises:
         KeyStoreError: they do not belong together, or the key does not sign.

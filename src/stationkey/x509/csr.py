@@ -136,7 +136,7 @@ def check_signature(csr: x509.CertificateSigningRequest) -> None:
 
 
 def check_recorded(pem: str) -> None:
-    """`check_signature` of a CSR that was on record, before it is handed out (again).
+    """Check the signature of a recorded CSR before it is sent again.
 
     Raises:
         KeyStoreError: the signature does not verify, or this is not a CSR: the record is damaged.
@@ -150,7 +150,7 @@ def check_recorded(pem: str) -> None:
         raise KeyStoreError(
             "the CSR on record does not verify: the ledger is damaged, or the key made a wrong signature",
             reason="signature_invalid",
-            hint="ask with a new id",
+            hint="use a new id",
         )
 
 
@@ -175,7 +175,7 @@ def subject(request: GenerateCsrRequest, profile: CertificateProfile) -> x509.Na
 
 
 def usages_for(profile: CertificateProfile, public_key: object) -> tuple[KeyUsage, ...]:
-    """The profile's keyUsage for a key: without keyAgreement for RSA [RFC 3279 2.3.1, RFC 4055 1.2]."""
+    """Return the profile's keyUsage for a key: without keyAgreement for RSA [RFC 3279 2.3.1, RFC 4055 1.2]."""
     if isinstance(public_key, rsa.RSAPublicKey):
         return tuple(usage for usage in profile.key_usage if usage is not KeyUsage.KEY_AGREEMENT)
     return profile.key_usage
@@ -213,7 +213,7 @@ def to_pem(csr: x509.CertificateSigningRequest) -> str:
 
 
 def key_type(public_key: object) -> KeyType:
-    """The kind of a public key, in this project's words.
+    """Return the key type of a public key.
 
     Raises:
         StationKeyError: neither elliptic curve nor RSA.
@@ -222,19 +222,17 @@ def key_type(public_key: object) -> KeyType:
         return EllipticCurve(public_key.curve.name)
     if isinstance(public_key, rsa.RSAPublicKey):
         return RsaModulus(public_key.key_size)
-    raise StationKeyError(
-        f"a key of kind {type(public_key).__name__} is of no use here", reason="key_type_wrong", scope=Scope.KEY
-    )
+    raise StationKeyError(f"unsupported key type {type(public_key).__name__}", reason="key_type_wrong", scope=Scope.KEY)
 
 
 class CsrSummary(Struct, frozen=True):
-    """What a person wants to know of a CSR.
+    """The content of a CSR, for people.
 
     Attributes:
         subject: RFC 4514, but in the order of the encoding.
         key: ``secp256r1``, ``RSA-3072``.
         signature: ``ecdsa-with-SHA256`` and so on.
-        extensions: one line each, ``critical`` said where it is.
+        extensions: one line each, with ``critical`` if it is.
         signature_valid: whether the CSR proves possession of the key.
     """
 
@@ -261,7 +259,7 @@ _UNREADABLE: Final = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-"""What cryptography raises over a CSR; it reads most parts only when asked for them."""
+"""The exceptions of cryptography for an invalid CSR; it parses most parts on access."""
 
 
 def inspect_csr(pem: str | bytes) -> CsrSummary:
@@ -277,7 +275,7 @@ def inspect_csr(pem: str | bytes) -> CsrSummary:
         valid = csr.is_signature_valid
         names = ", ".join(f"{attribute.rfc4514_attribute_name}={attribute.value!s}" for attribute in csr.subject)
     except _UNREADABLE:
-        raise StationKeyError("not a PKCS#10 request in PEM that can be read", reason="csr_unreadable") from None
+        raise StationKeyError("not a PKCS#10 request in PEM, or unreadable", reason="csr_unreadable") from None
     oid = csr.signature_algorithm_oid.dotted_string
     return CsrSummary(names, str(kind), _SIGNATURE_NAMES.get(oid, oid), extensions, valid)
 

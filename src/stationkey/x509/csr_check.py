@@ -1,4 +1,4 @@
-"""What a strict CSMS refuses in a CSR before it signs, and what in it differs from its profile."""
+"""Check a CSR as a strict CSMS does before it signs, and compare it with its profile."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _COUNTRY_NAME: Final = re.compile(COUNTRY_NAME_PATTERN)
 
 
 class CsrRefused(StationKeyError):
-    """A CSR that a strict CSMS does not sign; says why."""
+    """A strict CSMS does not sign this CSR; the message says why."""
 
     fault = Fault.REQUEST
 
 
 def check_csr(pem: str, *, certificate_type: CertificateType, organization: str) -> x509.CertificateSigningRequest:
-    """Read a CSR, and refuse what should never be signed.
+    """Read a CSR, and refuse one that must not be signed.
 
     Raises:
         CsrRefused: the first fault of `faults`.
@@ -68,7 +68,7 @@ def read_csr(pem: str) -> x509.CertificateSigningRequest:
     Version 0 [RFC 2986 4.1]; no parameters with ECDSA [RFC 5758 3.2]; a curve by its name [RFC 5480 2.1.1].
 
     Raises:
-        CsrRefused: says why.
+        CsrRefused: it is invalid.
     """
     try:
         der = from_pem(pem)
@@ -84,10 +84,10 @@ def read_csr(pem: str) -> x509.CertificateSigningRequest:
     except x509.InvalidVersion:
         raise refused("csr_version", "the CSR's version is not 0 [RFC 2986 4.1]") from None
     except x509.UnsupportedGeneralNameType:
-        words = "a name in it is of a kind that no certificate here may have (x400Address, ediPartyName)"
+        words = "it has a name of an unsupported type (x400Address, ediPartyName)"
         raise refused("csr_unreadable", words) from None
     except (ValueError, TypeError, IndexError, CryptographyUnsupported, x509.DuplicateExtension):
-        raise refused("csr_unreadable", "not a PKCS#10 request in PEM that can be read") from None
+        raise refused("csr_unreadable", "not a PKCS#10 request in PEM, or unreadable") from None
     return csr
 
 
@@ -97,12 +97,12 @@ def faults(
     """Iterate over the reasons not to sign a CSR.
 
     Proof of possession; key strength [A00.FR.501-503]; O [A00.FR.509, A02.FR.13], C, CN [A00.FR.511], DC by the
-    profile; and no wish to be a CA.
+    profile; and no CA rights.
 
     Args:
         csr: of `read_csr`.
-        certificate_type: what it is for.
-        organization: what O has to be; None for any.
+        certificate_type: its certificate type.
+        organization: the required O; None for any.
     """
     yield from _strength_faults(csr)
     if not csr.is_signature_valid:
@@ -111,13 +111,13 @@ def faults(
     for extension in csr.extensions:
         value = extension.value
         if isinstance(value, x509.BasicConstraints) and value.ca:
-            yield refused("csr_wants_ca", "the CSR asks for CA:TRUE")
+            yield refused("csr_wants_ca", "the CSR requests CA:TRUE")
         if isinstance(value, x509.KeyUsage) and (value.key_cert_sign or value.crl_sign):
-            yield refused("csr_wants_ca", "the CSR asks for keyCertSign or cRLSign")
+            yield refused("csr_wants_ca", "the CSR requests keyCertSign or cRLSign")
 
 
 def profile_differences(csr: x509.CertificateSigningRequest, certificate_type: CertificateType) -> list[str]:
-    """Return what differs from the profile and stops no CSMS, as text.
+    """Return the differences from the profile that no CSMS refuses, as text.
 
     The algorithm, the SECC ID in CN, keyUsage and extendedKeyUsage.
     """
@@ -211,7 +211,7 @@ def _subject_faults(
     for label, reason, oid in _NAMES:
         values = [str(attribute.value) for attribute in subject.get_attributes_for_oid(oid)]
         if len(values) != 1:
-            yield refused(reason, f"the subject has {len(values)} {label}, where it takes one")
+            yield refused(reason, f"the subject has {len(values)} {label}; exactly one is required")
             continue
         [value] = values
         match label:

@@ -1,7 +1,7 @@
 """Parse a certificate in parts, so that a fault in one part hides no other. Pure: bytes in.
 
 cryptography refuses a whole certificate for an underscore in a PrintableString of its issuer; OpenSSL does not, and
-CAs make such. So a certificate is taken apart here, and cryptography parses what is asked for.
+some CAs issue such certificates. So a certificate is split here, and cryptography parses the parts.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class Certificate:
     """A certificate by its parts, each in DER.
 
     Attributes:
-        der: all of it, as it came.
+        der: the unchanged certificate.
         signed: the bytes that the issuer signed.
         issuer: the issuer's name.
         subject: its own name.
         key: subjectPublicKeyInfo.
         signature: of the issuer.
-        loaded: what cryptography reads of it, with an empty value for each part that it refuses; None if nothing.
+        loaded: cryptography's certificate, with an empty value for each part that it refuses; None if it reads nothing.
         odd: the parts that cryptography refuses.
     """
 
@@ -134,7 +134,7 @@ class Certificate:
 
 
 def read_certificate(der: bytes) -> Certificate:
-    """Take a certificate apart [RFC 5280 4.1].
+    """Split a certificate into its parts [RFC 5280 4.1].
 
     Raises:
         ValueError: it does not have the parts of a certificate.
@@ -164,7 +164,7 @@ def read_certificate(der: bytes) -> Certificate:
 
 
 def _loaded(content: bytes) -> x509.Certificate | None:
-    """Return what cryptography makes of a certificate; None if it refuses it, or a name in it."""
+    """Return cryptography's certificate; None if it refuses the certificate or a name in it."""
     with suppress(*MALFORMED):
         certificate = x509.load_der_x509_certificate(_encoded(_SEQUENCE, content))
         _ = certificate.issuer, certificate.subject  # the parser puts these off
@@ -178,7 +178,7 @@ def same_name(one: bytes, other: bytes) -> bool:
 
 
 def comparable(name: bytes) -> object:
-    """Return a name, in DER, as a value that is equal for equal names: strings by what they say [RFC 5280 7.1]."""
+    """Return a value that is equal for equal names (DER): strings are compared by content [RFC 5280 7.1]."""
     return _attributes(name, lambda text: " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
 
@@ -199,7 +199,7 @@ _Attribute = tuple[bytes, str | bytes]
 
 
 def _attributes(name: bytes, prepare: Callable[[str], str]) -> tuple[frozenset[_Attribute], ...] | bytes:
-    """Return each RDN of a name; the name as it is where it cannot be taken apart."""
+    """Return each RDN of a name; the name itself if it cannot be parsed."""
     try:
         (whole,) = elements(name)
         return tuple(

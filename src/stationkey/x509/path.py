@@ -1,7 +1,7 @@
-"""Build a chain from what there is: the station's certificate, and above it each issuer. Pure; bounded.
+"""Build a chain: the station's certificate, followed by each issuer. Pure; bounded.
 
 A TLS peer needs every certificate between the leaf and its root, in order [RFC 5246 7.4.2, RFC 8446 4.4.2]; CAs and
-Josev may leave them in files of their own.
+Josev may store them in separate files.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from stationkey.x509.certificate import MAX_CHAIN, Chain
 from stationkey.x509.lenient import Certificate, Link, comparable, link, name_text, same_name
 
 MAX_TRIES: Final = 32
-"""Signatures that are verified for one chain: there may be many certificates of one name."""
+"""Most signatures that are verified for one chain, because there may be many certificates of one name."""
 
 
 def complete(chain: Chain, known: Iterable[Certificate]) -> tuple[Chain, str]:
-    """Put a chain in order, and put in from `known` the certificates that are missing in it.
+    """Order a chain, and add its missing certificates from `known`.
 
-    A root is put in by nobody: peers have it. What of the file leads nowhere stays, behind the others.
+    No root is added: peers have it. Certificates of the file that do not belong to the chain stay at its end.
 
     Args:
-        chain: as it is in its file.
+        chain: as in its file.
         known: other certificates, among them those of its issuers.
 
     Returns:
@@ -65,8 +65,8 @@ def complete(chain: Chain, known: Iterable[Certificate]) -> tuple[Chain, str]:
 def root_of(chain: Chain) -> str:
     """Return a short text that is the same for all complete chains below one root: 16 hexadecimal digits.
 
-    It is made from what the topmost certificate below the root says of its issuer: the name, and the key's identifier
-    where there is one [RFC 5280 4.2.1.1]. So it is the same whether or not the root is in the chain.
+    It is a hash of the issuer's name and key identifier, if any [RFC 5280 4.2.1.1], in the topmost certificate below
+    the root. So it is the same whether or not the root is in the chain.
 
     Args:
         chain: in order, as `complete` returns it.

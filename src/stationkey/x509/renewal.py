@@ -10,7 +10,7 @@ from msgspec import Struct
 from stationkey.x509.certificate import read_chain
 
 CLOCK_MARGIN: Final = 86_400
-"""Seconds by which a clock may be behind the start of a certificate and still be believed."""
+"""Seconds by which the clock may be before the start of a certificate without counting as not set."""
 
 
 class Due(StrEnum):
@@ -20,7 +20,7 @@ class Due(StrEnum):
     DUE = "due"
     EXPIRED = "expired"
     UNKNOWN = "unknown"
-    """The clock is before the certificate's start: it is not set, and says nothing."""
+    """The clock is before the certificate's start: it is not set."""
 
 
 class RenewalRule(Struct, frozen=True):
@@ -28,7 +28,7 @@ class RenewalRule(Struct, frozen=True):
 
     Attributes:
         before: seconds before the end of the certificate.
-        life_divisor: the certificate's whole life, divided by this, is the most that `before` may be.
+        life_divisor: `before` is at most the certificate's whole life divided by this.
     """
 
     before: int
