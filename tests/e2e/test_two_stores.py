@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from outside import Event, Josev, Station, generate_csr, run
 from peers import Mosquitto, Swtpm
-from softhsm import Token
+from softhsm import PIN, Token
 
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyState
@@ -153,3 +153,12 @@ def test_one_store_serves_while_the_other_is_frozen_hangs_or_is_away(
         assert josev.ask(generate_csr(**V2G20)).csr
         swtpm.thaw()
         assert josev.ask(generate_csr(**V2G)).csr
+        assert serving.stop() == 0
+
+    (token.directory / "pin").write_text("wrong")  # what no retry helps stops the start of no other store
+    with station(tmp_path, mosquitto, both(swtpm.uri, token.shimmed)) as serving:
+        serving.wait_for("rejecting requests", reason="pkcs11_pin_wrong", store="se")
+        assert josev.ask(generate_csr(**V2G)).csr
+        assert josev.ask(generate_csr(**V2G20)).data == {"status": "rejected"}
+        (token.directory / "pin").write_text(PIN)
+        assert josev.ask(generate_csr(**V2G20)).csr
