@@ -29,6 +29,7 @@ from stationkey.config.settings import (
 from stationkey.contract.profiles import PROFILES, CertificateType, EvseIdPlacement, ExtendedKeyUsage, KeyUsage
 from stationkey.errors import ConfigurationError, Fault
 from stationkey.keystore import keystore_opener
+from stationkey.keystore.stores import checked_stores
 from stationkey.mqtt.topics import topics
 from stationkey.mqtt.url import Broker
 
@@ -559,11 +560,13 @@ class TestKeyStores:
         assert place in refused.value.message
         settle(read_parts(file).given, keystore=TPM)  # the rest can be used
 
-    def test_the_default_of_the_command_line_must_be_another_store_too(self) -> None:
+    def test_the_command_line_may_name_a_store_of_the_file_for_a_command_and_not_for_the_daemon(self) -> None:
         table = {"keystores": {"se": SE}, "keystore_for": {"v2g_certificate": "se"}}
+        settings = settle(read_table(table, source="here"), keystore=SE)
+        assert settings.stores[0].uri == SE
         with pytest.raises(ConfigurationError) as refused:
-            settle(read_table(table, source="here"), keystore=SE)
-        assert refused.value.reason == "config_invalid"
+            checked_stores(settings)
+        assert refused.value.reason == "keystores_conflict"
 
     def test_the_options_of_a_tpm_are_for_the_tpm_alone(self) -> None:
         table = {"keystore": TPM, "keystores": {"se": SE}, "keystore_for": {"v2g_certificate": "se"}}

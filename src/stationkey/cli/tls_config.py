@@ -72,7 +72,7 @@ def tls_config(
     from stationkey.openssl.together import check_together  # noqa: PLC0415 - same
 
     settled = settings()
-    text = "" if checked is not None and out is None else check.setup_of(settled.keystore).text(server)
+    text = "" if checked is not None and out is None else check.setup_of(settled.stores[0].uri).text(server)
     if out is not None:
         try:
             out.write_text(text, encoding="utf-8")

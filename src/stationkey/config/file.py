@@ -347,8 +347,6 @@ def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> S
     if needs_keystore and ("keystore",) not in given and DEFAULT_STORE in kinds:
         given["keystore",] = default_keystore()
     keystore = given.setdefault(("keystore",), "")
-    for _, words in contradictory_stores(given):
-        raise ConfigurationError(words, reason="config_invalid")
     for uri in (keystore, *given.get(("keystores",), {}).values()):
         if uri.startswith("tpm2:"):  # a client key in a TPM is in this one
             given["mqtt", "tcti"] = uri.removeprefix("tpm2:")

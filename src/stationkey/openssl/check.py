@@ -91,7 +91,7 @@ def access_to(file: KeyFile, settings: Settings) -> Access:
         ConfigurationError: invalid configuration of the key store.
     """
     uris = [store.uri for store in settings.stores if _holds(KeyStoreUri.parse(store.uri), file)]
-    uri = uris[0] if uris else settings.keystore
+    uri = (uris or [settings.stores[0].uri])[0]
     return Access(
         setup_of(uri),
         keystore_opener(uri, terms=settings.keystore_terms(uri), state_dir=settings.state_dir, guest=True),
