@@ -36,6 +36,8 @@ _UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.
 """Errors of a standard output that cannot be written. A broken pipe is not among them: click ends quietly."""
 _WITHOUT_OUTPUT: Final = {"doctor", "serve"}
 """Commands that are useful without a standard output: by exit status, or the log on standard error."""
+_DOCUMENTS: Final = "/usr/share/doc/stationkey"
+"""Directory of the documents in the Debian package, which has no extra but [station]."""
 _HELP: Final = {"-h", "--help"}
 
 
@@ -130,7 +132,7 @@ def _missing(error: ModuleNotFoundError) -> StationKeyError:
     return StationKeyError(
         f"this command needs {library}, which is not installed",
         reason="extra_missing",
-        hint=f"install the extra {' or '.join(extras)}, see docs/install.md" if extras else "",
+        hint=f"install the extra {' or '.join(extras)}: docs/install.md, on Debian in {_DOCUMENTS}" if extras else "",
     )
 
 

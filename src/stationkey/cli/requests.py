@@ -61,7 +61,7 @@ def _found(database: Database, message_id: str, limit: int, *, follow: bool) -> 
         raise StationKeyError(
             f"no message on record has an id that begins with {message_id}",
             reason="message_not_found",
-            hint="stationkey requests shows the last ones; a message without a valid id is only in the log",
+            hint="a rejection is on record within a second; a message without a valid id is only in the log",
         )
     while True:
         if found:

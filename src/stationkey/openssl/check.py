@@ -213,7 +213,9 @@ def _directory(path: Path) -> Iterator[int]:
 def _unreadable(path: Path, error: OSError) -> TlsCheckFailed:
     why = "it is a link" if error.errno == errno.ELOOP else error.strerror
     closed = error.errno in {errno.EACCES, errno.EPERM}
-    hint = "run as the user that the daemon runs as" if closed else "the daemon put no such thing there: who did?"
+    hint = (
+        "run as the user that the daemon runs as" if closed else "name a certificate type, or a key file under active/"
+    )
     return _no_file(f"{path} cannot be read: {why}", hint=hint)
 
 

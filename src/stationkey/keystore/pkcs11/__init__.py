@@ -44,7 +44,7 @@ def opener(
         raise ConfigurationError(
             "a pkcs11 key store needs python-pkcs11, which is not installed",
             reason="extra_missing",
-            hint="it belongs to the extra [pkcs11]; docs/install.md says how to add one",
+            hint="install the extra [pkcs11]: docs/install.md, on Debian in /usr/share/doc/stationkey",
         )
     inventory = Inventory(state_dir / DIRECTORY_NAME)
 
