@@ -12,7 +12,7 @@ from cryptography.x509 import load_pem_x509_csr
 from peers import Daemon
 
 from stationkey.contract.messages import GenerateCsrRequest
-from stationkey.keystore import key_id_of, keystore_opener
+from stationkey.keystore import Sweeping, key_id_of, keystore_opener
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.x509.certificate import prove
@@ -119,9 +119,18 @@ def keys_with_an_owner(state_dir: Path) -> list[str]:
     ]
 
 
-def keys_in_token(state_dir: Path) -> int:
-    """How many keys have their private part in a token."""
-    return int(_rows(state_dir, "SELECT count(*) FROM secret")[0][0])
+def sweep(state_dir: Path, keystore: str) -> int:
+    """Destroy in a token what the ledger does not know; return how many keys it knows."""
+    store = keystore_opener(keystore, state_dir=state_dir)()
+    ledger = Ledger(state_dir / "ledger.sqlite3", make=False)
+    try:
+        assert isinstance(store, Sweeping)
+        living = ledger.keys.refs("pkcs11")
+        store.sweep(living)
+        return len(living)
+    finally:
+        ledger.close()
+        store.close()
 
 
 def events_brought(state_dir: Path, message_ids: Iterable[str]) -> dict[str, int]:

@@ -160,6 +160,17 @@ def test_a_key_on_its_way_to_the_ledger_is_not_swept(token: Token, opened: Open)
     assert token.objects() == {}
 
 
+def test_a_key_that_missed_its_way_to_the_ledger_is_swept_in_the_end(token: Token, opened: Open) -> None:
+    """As that of a request which was over before the token had made it."""
+    store = opened(token)
+    store.generate(EC)
+    assert isinstance(store, Sweeping)
+
+    assert [store.sweep([]) for _ in range(10)] == [0] * 9 + [1]
+    assert token.objects() == {}
+    assert recorded(token) == set()
+
+
 def test_an_object_of_another_with_the_same_id_is_not_touched(token: Token, opened: Open) -> None:
     store = opened(token)
     key = store.generate(EC)

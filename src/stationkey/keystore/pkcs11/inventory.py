@@ -23,8 +23,8 @@ from stationkey.keystore.pkcs11.uri import object_uri
 from stationkey.system.files import read_regular, sync_directory
 
 _LOOKS: Final = 10
-"""How often a key on record that the token does not have is looked for, before its file goes: a token may finish after
-a crash what it was asked before, and an RSA key takes long."""
+"""How many looks pass, one a minute, before something is certain: that the token does not have a key on record (it may
+finish after a crash what it was asked before), or that a key of this process has missed its way to the ledger."""
 _NAME: Final = re.compile(r"[0-9a-f]{32}")
 DIRECTORY_NAME: Final = "pkcs11"
 """Of the files, in the state directory."""
@@ -43,7 +43,7 @@ class Inventory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._missed: Counter[bytes] = Counter()
+        self._looks: Counter[bytes] = Counter()
         self._known = {bytes.fromhex(name) for name in self._names()}  # by earlier processes, or once in the ledger
 
     def new(self, token: Mapping[str, str]) -> bytes:
@@ -72,27 +72,36 @@ class Inventory:
 
     def drop(self, identifier: bytes) -> None:
         """Forget a key that the token does not have any more."""
-        del self._missed[identifier]  # a Counter takes that for one that it does not have
+        del self._looks[identifier]  # a Counter takes that for one that it does not have
         with suppress(OSError):  # it is looked for again at the next start
             (self.directory / identifier.hex()).unlink(missing_ok=True)
 
     def drop_missing(self, identifier: bytes) -> None:
         """Forget a key that the token has not made, if it was looked for often enough."""
-        self._missed[identifier] += 1
-        if self._missed[identifier] >= _LOOKS:
+        if self._looked(identifier):
             self.drop(identifier)
 
     def ended(self, living: Collection[bytes]) -> list[bytes]:
         """Return the keys on record here, of all tokens, that are certainly none of the ledger's any more.
 
-        A key of this process that was never in the ledger may be on its way there; one of an earlier process is not.
+        A key of this process that was never in the ledger may be on its way there for a while, though a request that
+        misses its deadline leaves its key behind. One of an earlier process is not.
 
         Args:
             living: CKA_IDs of the keys whose private part the ledger has.
         """
         names = {bytes.fromhex(name) for name in self._names()}
         self._known |= names & set(living)
+        self._known |= {identifier for identifier in names - self._known if self._looked(identifier)}
         return sorted((names & self._known) - set(living))
+
+    def _looked(self, identifier: bytes) -> bool:
+        """Count a look at a key; return whether it was the last that is needed."""
+        self._looks[identifier] += 1
+        if self._looks[identifier] < _LOOKS:
+            return False
+        del self._looks[identifier]
+        return True
 
     def is_in(self, identifier: bytes, token: Mapping[str, str]) -> bool:
         """Return whether a key is in a token, as far as is recorded.
