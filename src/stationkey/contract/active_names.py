@@ -12,7 +12,7 @@ _PREVIOUS: Final = "previous"
 _ROOT: Final = "root-"
 _ROOT_PART: Final = re.compile(rf"{_ROOT}([0-9a-f]{{16}})")
 _RESERVED: Final = re.compile(rf"{_PREVIOUS}\Z|{_ROOT}")
-"""What an EVSE ID does not begin with in a file name."""
+"""Beginnings that an EVSE ID must not have in a file name."""
 
 Owner = tuple[str, str]
 """Certificate type and EVSE ID; the latter is empty if there is none."""
@@ -22,8 +22,8 @@ class ActiveName(NamedTuple):
     """The parts of the name of a file under ``active/``.
 
     Attributes:
-        owner: whose key it is.
-        root: which root its certificate leads to, 16 hexadecimal digits; empty where roots are not told apart.
+        owner: certificate type and EVSE ID of the key.
+        root: root of its certificate, 16 hexadecimal digits; empty if roots are not distinguished.
         previous: whether it is the key before the active one.
     """
 
@@ -35,8 +35,8 @@ class ActiveName(NamedTuple):
 def file_name(owner: Owner, root: str = "", previous: bool = False) -> str:
     """Return ``<certificate_type>[.<evse_id>][.root-<root>][.previous].pem``.
 
-    In the EVSE ID, all but letters, digits, ``_``, ``-`` and ``~`` is percent-encoded, and so is the first character of
-    one that looks like another part of the name. So it has neither dot nor slash and can be read back (`read_name`).
+    The EVSE ID is percent-encoded except letters, digits, ``_``, ``-`` and ``~``; so is its first character if it looks
+    like another part of the name. So it has no dot and no slash, and `read_name` can parse it.
     """
     certificate_type, evse_id = owner
     encoded = quote(evse_id, safe="").replace(".", "%2E")
@@ -47,7 +47,7 @@ def file_name(owner: Owner, root: str = "", previous: bool = False) -> str:
 
 
 def read_name(name: str) -> ActiveName | None:
-    """Return what a file name says; None if `file_name` never gives it."""
+    """Return the parts of a file name; None if `file_name` cannot produce it."""
     if not name.endswith(_SUFFIX):
         return None
     certificate_type, *parts = name.removesuffix(_SUFFIX).split(".", 4)

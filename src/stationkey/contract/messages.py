@@ -2,7 +2,7 @@
 
 Source: the Josev API page "Generate CSR" (v3.16.0 of that API) and, for ``certificate_installation_status``, v1.6.9;
 the numbered decisions are those of ``docs/contract.md``. Topics are named sender/receiver, in lower case: MQTT topics
-are case-sensitive, and the page's one ``cs/Josev`` is a slip.
+are case-sensitive, and the page's one ``cs/Josev`` is a typo.
 
 A field's rule, and the message for an invalid value, are at the field in its struct, where `decode` reads them.
 A new message is its struct, and its row in `_INBOUND`.
@@ -45,12 +45,10 @@ RESPONSE_TOPIC: Final = "cs/josev"
 """From the charging station to Josev."""
 
 MAX_PAYLOAD: Final = 64 * 1024
-"""Largest payload that is read, in bytes, unless it is said otherwise. A real request has some 400; the bound keeps a
-flood of large ones cheap."""
+"""Default of the largest payload in bytes. A real request has some 400; the limit makes a flood of large ones cheap."""
 
 MAX_DEPTH: Final = 128
-"""How many levels of arrays and objects are read. A real message has two; the limits of the parsers differ between
-versions of Python."""
+"""Most levels of arrays and objects. A real message has two; the parsers' own limits differ between Python versions."""
 
 UUID_PATTERN: Final = r"^[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}$"
 """The 8-4-4-4-12 text form of RFC 9562, either case; no braces, no ``urn:uuid:`` (decision 4)."""
@@ -60,7 +58,7 @@ _WORDS: Final = "words"
 """In the ``extra`` of a field: the message for an invalid value, if the type does not imply it."""
 
 _SHOWN: Final = 120
-"""Characters of a value, or of what a library says, that an error shows."""
+"""Characters of a value, or of a library's message, that an error shows."""
 
 GENERATE_CSR: Final = "generate_csr"
 CERTIFICATE_INSTALLATION_STATUS: Final = "certificate_installation_status"
@@ -119,17 +117,17 @@ class GenerateCsrRequest(_Frozen, frozen=True, kw_only=True):
 
     @property
     def algorithm(self) -> Algorithm:
-        """The algorithm asked for, or the default where the request names none (decision 2)."""
+        """The requested algorithm, or the default (decision 2)."""
         return DEFAULT_ALGORITHM if self.data.algorithm is UNSET else self.data.algorithm
 
     @property
     def evse_id(self) -> str | None:
-        """The EVSE that the key is for, or None."""
+        """The EVSE of the key, or None."""
         return None if self.data.evse_id is UNSET else self.data.evse_id
 
 
 class GenerateCsrResult(_Frozen, frozen=True, kw_only=True):
-    """``data`` of a ``generate_csr`` response. `csr` is there exactly when the status is ``accepted``."""
+    """``data`` of a ``generate_csr`` response. `csr` is present exactly if the status is ``accepted``."""
 
     status: Literal["accepted", "rejected"]
     csr: Annotated[str, Meta(description="The CSR: PKCS#10 (RFC 2986) in PEM (RFC 7468).")] | UnsetType = UNSET
@@ -173,21 +171,21 @@ _INBOUND: Final[dict[tuple[str, str], type[Inbound]]] = {
     (GENERATE_CSR, _REQUEST): GenerateCsrRequest,
     (CERTIFICATE_INSTALLATION_STATUS, "update"): CertificateInstallationStatus,
 }
-"""The struct of each message that is read, by its ``name`` and ``type``. One of type ``request`` has an answer."""
+"""The struct of each incoming message, by its ``name`` and ``type``. One of type ``request`` is answered."""
 
 
 def generate_csr(request_id: str, data: GenerateCsrData) -> GenerateCsrRequest:
-    """The request that asks for `data` under the id `request_id`."""
+    """Return a request with this id and data."""
     return GenerateCsrRequest(id=request_id, name=GENERATE_CSR, type="request", data=data)
 
 
 def accepted(request: GenerateCsrRequest, csr: str) -> GenerateCsrResponse:
-    """The answer that carries `csr` (PEM) to the one who sent `request`."""
+    """Return the answer to `request` with `csr` (PEM)."""
     return _response(request.id, GenerateCsrResult(status="accepted", csr=csr))
 
 
 def rejected(request_id: str) -> GenerateCsrResponse:
-    """The answer that says no, and nothing else: the reason is for the log and the ledger (decision 4)."""
+    """Return the rejection of a request; the reason is only in log and ledger (decision 4)."""
     return _response(request_id, GenerateCsrResult(status="rejected"))
 
 
@@ -196,7 +194,7 @@ def _response(request_id: str, result: GenerateCsrResult) -> GenerateCsrResponse
 
 
 def is_usable_id(text: str) -> bool:
-    """Whether `text` is a UUID that a request can be answered by (decision 4)."""
+    """Return whether `text` is a UUID by which a request can be answered (decision 4)."""
     return _UUID.fullmatch(text) is not None
 
 
@@ -204,7 +202,7 @@ def encode(message: Struct) -> bytes:
     """Encode any message of this module as JSON in UTF-8.
 
     Raises:
-        MessageError: a text has half a character, such as Python makes of command-line bytes that are no UTF-8.
+        MessageError: a text has an unpaired surrogate, which Python makes of invalid UTF-8 on a command line.
     """
     try:
         return msgspec.json.encode(message)
@@ -217,14 +215,14 @@ def decode(payload: bytes, *, max_payload: int = MAX_PAYLOAD) -> Inbound | None:
 
     Args:
         payload: the payload.
-        max_payload: how many bytes of it are read at most. Of a larger one only so many are looked at, for its id.
+        max_payload: largest payload in bytes. Of a larger one only so many are read, for its id.
 
     Returns:
-        The message; or None where it is somebody else's (another ``name``, or a ``generate_csr`` of type
-        ``response``): those are to be passed over in silence (decision 3).
+        The message; or None if it is for another program (another ``name``, or a ``generate_csr`` of type
+        ``response``), which is ignored silently (decision 3).
 
     Raises:
-        MessageError: the payload is not JSON, or is one of our messages and wrong. Its `request_id` is set where a
+        MessageError: the payload is not JSON, or an invalid message for stationkey. Its `request_id` is set if a
             ``rejected`` can be sent.
     """
     document = _parse(payload, max_payload)
@@ -267,11 +265,11 @@ def decode_response(payload: bytes) -> GenerateCsrResponse | None:
         response = msgspec.json.decode(text, type=GenerateCsrResponse)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return response if is_usable_id(response.id) else None  # msgspec lets a line feed follow what matches a pattern
+    return response if is_usable_id(response.id) else None  # msgspec allows a line feed after the match of a pattern
 
 
 class _Field(Struct, frozen=True):
-    """A field of a message's ``data``, as its struct declares it; `words` are said of a value that breaks its rule."""
+    """A field of a message's ``data``, as declared in its struct; `words` is the message for an invalid value."""
 
     words: str
     pattern: re.Pattern[str] | None
@@ -316,12 +314,12 @@ def _pattern(declared: types.Type) -> re.Pattern[str] | None:
 
 
 def _known(document: _Document, struct: type[Struct]) -> dict[str, object]:
-    """Return the members of a message that its struct knows, less the optional ones that are null (decision 10).
+    """Return the members of a message that its struct knows, without optional ones that are null (decision 10).
 
-    msgspec would pass over the others too, but not before it stumbles over one whose name is half a character.
+    msgspec ignores unknown members too, but fails for one whose name has an unpaired surrogate.
 
     Raises:
-        MessageError: ``data`` is not an object, or has a text that no field may have.
+        MessageError: ``data`` is not an object, or has an invalid text.
     """
     known = {name: document[name] for name in struct.__struct_encode_fields__ if name in document}
     if "data" not in known:
@@ -348,19 +346,19 @@ def _say_null_is_absent() -> None:
 
 
 class _Document(dict[str, object]):
-    """A JSON object, with what was wrong with its JSON."""
+    """A JSON object, with the error of its JSON, if any."""
 
     wrong: tuple[str, str] | None = None
     repeated: frozenset[str] = frozenset()
 
     def usable_id(self) -> str | None:
         value = self.get("id")
-        # Two ids count as none: it is unknown which of them the sender waits for.
+        # A repeated id is unusable: it is unknown which one the sender expects.
         return value if isinstance(value, str) and is_usable_id(value) and "id" not in self.repeated else None
 
 
 def _parse(payload: bytes, max_payload: int) -> _Document:
-    """JSON object of a payload, read strictly by RFC 8259 and I-JSON (RFC 7493: no duplicate names)."""
+    """Parse the JSON object of a payload strictly by RFC 8259 and I-JSON (RFC 7493: no duplicate names)."""
     if len(payload) > max_payload:
         return _outline(
             payload[:max_payload].decode("utf-8", "replace"),
@@ -388,7 +386,7 @@ def _parse(payload: bytes, max_payload: int) -> _Document:
 
 
 class _Strict:
-    """Hooks for `json.loads` that record what it would ignore."""
+    """Hooks for `json.loads` that record violations which it would ignore."""
 
     wrong: tuple[str, str] | None = None
 
@@ -405,12 +403,12 @@ class _Strict:
         self.wrong = ("not_a_number", f"{name} is not JSON (RFC 8259 6)")
 
 
-# Text without its closing quote is a token too, and nothing is given back (`*+`): each character is looked at once.
+# Text without its closing quote is a token too, without backtracking (`*+`): each character is read once.
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}:,]')
 
 
 def _nested_too_deep(text: str) -> bool:
-    """Whether more than `MAX_DEPTH` arrays and objects stand inside one another. Linear in the length of `text`."""
+    """Return whether arrays and objects are nested more than `MAX_DEPTH` levels. Linear in the length of `text`."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
     depth = 0
@@ -425,9 +423,9 @@ def _nested_too_deep(text: str) -> bool:
 
 
 def _outline(text: str, wrong: tuple[str, str]) -> _Document:
-    """The top-level text members of a JSON object that is invalid, or too large or too deep to be read whole.
+    """Return the top-level text members of a JSON object that is invalid, too large or too deep.
 
-    Enough to tell whose message it is and to reject it by its id; linear in the length of `text`, which is bounded.
+    Enough to recognise a message for stationkey, and to reject it by its id. Linear in the length of `text`.
     """
     document = _Document()
     document.wrong = wrong
@@ -447,7 +445,7 @@ def _outline(text: str, wrong: tuple[str, str]) -> _Document:
             match path:
                 case [key, ":", value]:
                     members.append((key, value))
-    repeated: set[str] = set()  # grown in place: a frozenset grown name by name would cost the square of their number
+    repeated: set[str] = set()  # changed in place: building a frozenset name by name takes quadratic time
     for raw_key, raw_value in members:
         try:
             key, value = json.loads(raw_key), json.loads(raw_value)
@@ -461,7 +459,7 @@ def _outline(text: str, wrong: tuple[str, str]) -> _Document:
 
 
 def _check(message: Inbound) -> None:
-    """Check the rules that are about more than one field."""
+    """Check the rules that involve several fields."""
     data = message.data
     if isinstance(data, GenerateCsrData):
         required = PROFILES[data.certificate_type].required_algorithm
@@ -486,7 +484,7 @@ _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zl", "Zp"})
 
 
 def _check_text(field: str, value: object) -> None:
-    """Refuse control characters and half characters in a text."""
+    """Refuse control characters and unpaired surrogates in a text."""
     if not isinstance(value, str) or value.isalnum():
         return
     for character in value:
@@ -501,7 +499,7 @@ def _check_text(field: str, value: object) -> None:
 
 
 def _explain(data: object, fields: dict[str, _Field], error: str) -> tuple[str, str]:
-    """Say what msgspec found, in this contract's words: a stable reason, and a sentence that shows the value."""
+    """Translate msgspec's error into a stable reason, and a message that shows the value."""
     missing = re.search(r"missing required field `(\w+)`", error)
     if missing:
         return f"{missing[1]}_missing", f"the field '{missing[1]}' is missing"
@@ -519,7 +517,7 @@ def _invalid(name: str, value: object, field: _Field) -> MessageError:
 
 
 def _quote(value: object) -> str:
-    """A value as ASCII JSON, cut short, safe in a log line."""
+    """Return a value as shortened ASCII JSON, safe for a log line."""
     return _short(json.dumps(value, ensure_ascii=True, default=lambda _: "…"))
 
 

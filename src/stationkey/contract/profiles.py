@@ -1,11 +1,11 @@
-"""What each certificate type asks of key, subject and extensions, as data.
+"""Key, subject and extensions of each certificate type, as data.
 
-A certificate type is a value here, not a branch somewhere else: a new one is one `CertificateProfile` in `PROFILES`
-and one row in the tests. Nothing in this module computes anything or imports a cryptographic library.
+A new certificate type is one `CertificateProfile` in `PROFILES` and one row in the tests. This module computes nothing
+and imports no cryptographic library.
 
 Sources: ISO 15118-2 Annex F and ISO 15118-20 Annex B by their public descriptions, OCPP 2.0.1 part 2 (A00, A02),
-RFC 2986, RFC 5280, RFC 5758. Where the public sources disagree the field's comment says so, and the operator can
-override the value (see `stationkey.config.file`).
+RFC 2986, RFC 5280, RFC 5758. If public sources disagree, the field's comment says so, and the operator can override the
+value (see `stationkey.config.file`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Algorithm(StrEnum):
 
 
 DEFAULT_ALGORITHM: Final = Algorithm.ECDSA_SHA256
-"""What a request without ``algorithm`` means (contract, decision 2)."""
+"""The algorithm of a request without ``algorithm`` (contract, decision 2)."""
 
 
 class EllipticCurve(Struct, frozen=True):
@@ -56,7 +56,7 @@ class RsaModulus(Struct, frozen=True):
     """An RSA key size.
 
     Attributes:
-        bits: length of the modulus, in bits. OCPP A00.FR.503 asks for 2048 at least.
+        bits: length of the modulus in bits; OCPP A00.FR.503 requires at least 2048.
     """
 
     bits: int
@@ -66,7 +66,7 @@ class RsaModulus(Struct, frozen=True):
 
 
 KeyType = EllipticCurve | RsaModulus
-"""What kind of key pair: a curve, or an RSA size."""
+"""The type of a key pair: a curve, or an RSA size."""
 
 SECP256R1: Final = EllipticCurve("secp256r1")
 SECP521R1: Final = EllipticCurve("secp521r1")
@@ -75,11 +75,11 @@ RSA_3072: Final = RsaModulus(3072)
 
 
 class AlgorithmProfile(Struct, frozen=True):
-    """The key and the signature that an `Algorithm` stands for.
+    """Key type and signature of an `Algorithm`.
 
     Attributes:
         algorithm: the name on the wire.
-        key_types: acceptable key types, best first; a key store takes the first that its device can make.
+        key_types: acceptable key types, best first; a key store uses the first that its device supports.
         hash_name: hash of the CSR's signature, in hashlib's spelling.
         signature_oid: ``signatureAlgorithm`` of the CSR, dotted. Of the ECDSA ones RFC 5758 3.2 says that the
             AlgorithmIdentifier has no parameters.
@@ -122,7 +122,7 @@ class ExtendedKeyUsage(StrEnum):
 
 
 class EvseIdPlacement(StrEnum):
-    """Where ``evse_id`` goes in the CSR. The public profiles give it no place, so the default is nowhere."""
+    """The place of ``evse_id`` in the CSR. The public profiles have none, so the default is none."""
 
     NONE = "none"
     SAN_URI = "san_uri"
@@ -137,7 +137,7 @@ class TlsUse(Struct, frozen=True):
     Attributes:
         role: its side of the connection.
         versions: of TLS, by their names in `ssl.TLSVersion`.
-        suites: for TLS 1.2, as the other side offers them, or None for OpenSSL's.
+        suites: for TLS 1.2, as the peer offers them, or None for OpenSSL's.
     """
 
     role: Literal["server", "client"]
@@ -146,25 +146,25 @@ class TlsUse(Struct, frozen=True):
 
 
 class CertificateProfile(Struct, frozen=True, kw_only=True):
-    """What the CSR for one certificate type contains.
+    """The content of the CSR for one certificate type.
 
-    Subject order is C, O, CN, then DC where the profile has one. basicConstraints is always critical with CA:false,
-    and keyUsage is always critical; neither can be configured away.
+    Subject order is C, O, CN, then DC if the profile has one. basicConstraints is always critical with CA:false, and
+    keyUsage is always critical; neither can be changed.
 
     Attributes:
-        certificate_type: the type that this is the profile of.
-        title: what people call it.
+        certificate_type: the certificate type.
+        title: its name for people.
         domain_component: DC of the subject, or None. ``CPO`` in ISO 15118-2 [V2G2-925, V2G2-875]; ``CSO`` in -20.
-        key_usage: bits of keyUsage. keyAgreement is disputed in public texts about -2; peers include it, so it is here.
-            An RSA key gets none, whatever is here [RFC 3279 2.3.1, RFC 4055 1.2].
+        key_usage: bits of keyUsage. keyAgreement is disputed in public texts about -2; peers include it. An RSA key
+            never gets it [RFC 3279 2.3.1, RFC 4055 1.2].
         extended_key_usage: purposes; empty means no such extension.
         extended_key_usage_critical: whether extendedKeyUsage is critical.
-        required_algorithm: the only algorithm that a request for this type may name, and which it then must name
-            [the API page's note on ``v2g20_certificate``]; None where all are allowed.
+        required_algorithm: the only algorithm for this type, which a request must name [the API page's note on
+            ``v2g20_certificate``]; None if all are allowed.
         preferred_algorithm: the profile's algorithm; another one is served, with a warning.
         tls_use: the use of the certificate in TLS.
         secc_id: whether CN should be a SECC ID; another CN gets a warning (the API page's example is not a SECC ID).
-        evse_id_placement: where ``evse_id`` goes.
+        evse_id_placement: the place of ``evse_id``.
     """
 
     certificate_type: CertificateType
@@ -189,7 +189,7 @@ CHARGING_STATION: Final = CertificateProfile(
     extended_key_usage_critical=False,
     required_algorithm=None,
     preferred_algorithm=None,
-    tls_use=TlsUse("client", ("TLSv1_2", "TLSv1_3")),  # OCPP asks for TLS 1.2 or above
+    tls_use=TlsUse("client", ("TLSv1_2", "TLSv1_3")),  # OCPP requires TLS 1.2 or later
     secc_id=False,  # A00.FR.511: the serial number of the station
 )
 
@@ -223,10 +223,10 @@ V2G20: Final = CertificateProfile(
 PROFILES: Final[Mapping[CertificateType, CertificateProfile]] = MappingProxyType(
     {profile.certificate_type: profile for profile in (CHARGING_STATION, V2G, V2G20)}
 )
-"""The profile of every certificate type, as the standards have it, before the operator's overrides."""
+"""The standards' profile of every certificate type, before the operator's overrides."""
 
 COUNTRY_NAME_PATTERN: Final = r"^[A-Za-z]{2}$"
-"""Two letters [ISO 3166-1 alpha-2]. Whether the code is assigned to a country is the CA's to judge."""
+"""Two letters [ISO 3166-1 alpha-2]. The CA checks whether the code is assigned."""
 
 NAME_MAX_LENGTH: Final = 64
 """Upper bound of CN and O, in characters [RFC 5280 appendix A.1, ub-common-name and ub-organization-name]."""
@@ -241,5 +241,5 @@ _SECC_ID: Final = re.compile(SECC_ID_PATTERN)
 
 
 def is_secc_id(common_name: str) -> bool:
-    """Tell whether `common_name` has the form of a SECC ID (`SECC_ID_PATTERN`)."""
+    """Return whether `common_name` has the form of a SECC ID (`SECC_ID_PATTERN`)."""
     return len(common_name) <= NAME_MAX_LENGTH and _SECC_ID.fullmatch(common_name) is not None

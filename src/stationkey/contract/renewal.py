@@ -1,6 +1,6 @@
-"""The message on the retained renewal topic: which certificates are due for renewal at the moment.
+"""The message on the retained renewal topic: the certificates that are due for renewal.
 
-No part of the Josev API. It is off by default, goes to a topic of the operator's choice, and asks nobody for an answer.
+Not part of the Josev API. It is off by default, is published on a topic of the operator's choice, and has no answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stationkey.contract.messages import EvseId
 from stationkey.contract.profiles import CertificateType
 
 MAX_DUE: Final = 32
-"""Certificates that a message names, the first to expire first; of the others it has the number."""
+"""Most certificates in a message, the first to expire first; the others are counted."""
 EXAMPLE_TOPIC: Final = "cs/stationkey/renewal"
 
 DueState = Literal["due", "expired"]

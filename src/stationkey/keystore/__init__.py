@@ -1,11 +1,11 @@
-"""Key stores: where the private keys live.
+"""Key stores, which contain the private keys.
 
-A store makes a key, signs with it, tells its public part and destroys it; and says before a key is made whether it can
-make one of that kind. Stores are named by URI, see `stationkey.keystore.registry`:
+A store makes a key, signs with it, returns its public part and destroys it; before a key is made, it reports whether it
+supports the key type. Stores are named by URI, see `stationkey.keystore.registry`:
 
 - ``tpm2:<TCTI>``, for example ``tpm2:device:/dev/tpmrm0`` or ``tpm2:swtpm:host=127.0.0.1,port=2321``;
 - ``pkcs11:<token>?module-path=<module>`` [RFC 7512], a token: a secure element, an HSM;
-- ``software:``, keys in plain memory and on disk. For trying only; never a fallback.
+- ``software:``, unprotected keys in memory and on disk. For trials only; never a fallback.
 """
 
 from __future__ import annotations

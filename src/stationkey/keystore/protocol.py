@@ -1,4 +1,4 @@
-"""What every key store does, and the values that it takes and gives.
+"""The interface of key stores, and its values.
 
 Stores are synchronous and belong to one thread, `KeyStoreThread`.
 """
@@ -36,7 +36,7 @@ def key_id_of(public: bytes) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyRef:
-    """All that is needed to use a key again, if its store is at hand.
+    """Everything that a key store needs to use a key again.
 
     Attributes:
         scheme: URI scheme of the store that made it: ``tpm2``, ``pkcs11`` or ``software``.
@@ -89,10 +89,10 @@ class KeyRef:
 
 
 class Support(Struct, frozen=True):
-    """Whether a store can serve an algorithm. True where it can.
+    """Whether a store can serve an algorithm; true if it can.
 
     Attributes:
-        key_type: what kind of key it would make, or None.
+        key_type: type of the key that it would make, or None.
         missing: the capability that the device lacks, as text; empty if none.
     """
 
@@ -104,7 +104,7 @@ class Support(Struct, frozen=True):
 
 
 class KeyStore(Protocol):
-    """What every key store does. Not thread-safe: all calls come from the thread that opened it."""
+    """A key store. Not thread-safe: all calls come from the thread that opened it."""
 
     @property
     def uri(self) -> str:
@@ -152,8 +152,7 @@ class KeyStore(Protocol):
     def unload(self) -> None:
         """Take out of the device whatever key is loaded there. The next command that needs room does the same.
 
-        A call of its own, so that whoever waits for a signature need not wait for this. Never fails: a device that is
-        lost holds nothing.
+        A separate call, so that a request does not wait for it. Never fails: a lost device holds nothing.
         """
         ...
 
@@ -164,12 +163,12 @@ class KeyStore(Protocol):
 
 @runtime_checkable
 class Abandonable(Protocol):
-    """A store whose device another store may take over while a call to this one is still out."""
+    """A store whose device another store may take over while a call to this one hangs."""
 
     def abandon(self) -> None:
-        """Send the device nothing more: what this store holds loaded there is the other's to clear away.
+        """Send nothing more to the device; the other store unloads what this one has loaded.
 
-        The one method that may be called from any thread.
+        The only method that may be called from any thread.
         """
         ...
 
@@ -179,7 +178,7 @@ class Timed(Protocol):
     """A store that retries while its device is busy."""
 
     def within(self, seconds: float) -> None:
-        """Give the calls from now on so many seconds, tries included."""
+        """Allow each call from now on so many seconds, retries included."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What an answer of a device means: the table of each store is made of these."""
+"""The meaning of a device's return code; each store has a table of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stationkey.errors import KeyStoreError, Scope
 
 
 class Refusal(Struct, frozen=True, kw_only=True):
-    """What a return code means; the fields of `KeyStoreError`."""
+    """The meaning of a return code: the fields of `KeyStoreError`."""
 
     reason: str
     words: str

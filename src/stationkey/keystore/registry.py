@@ -1,4 +1,4 @@
-"""From the URI of a key store to what opens it; `stationkey.keystore.schemes` has the kinds."""
+"""Find the opener of a key store by its URI; `stationkey.keystore.schemes` has the schemes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class KeyStoreUri(Struct, frozen=True):
     """The URI of a key store.
 
     Attributes:
-        scheme: what kind of store it is.
-        location: what follows the colon: for ``tpm2:`` the TCTI.
+        scheme: its scheme.
+        location: the part after the colon: for ``tpm2:`` the TCTI.
     """
 
     scheme: Scheme
@@ -49,7 +49,7 @@ class KeyStoreUri(Struct, frozen=True):
         if scheme is None or not colon:
             known = " or ".join(f"{scheme}:" for scheme in SCHEMES)
             raise ConfigurationError(
-                f"{uri!r} is not a key store URI",
+                f"invalid key store URI {uri!r}",
                 reason="keystore_uri_invalid",
                 hint=f"it begins with {known}, for example {SCHEMES['tpm2'].example}",
             )
@@ -57,7 +57,7 @@ class KeyStoreUri(Struct, frozen=True):
             raise ConfigurationError(
                 f"the key store URI {uri!r} should be just '{name}:'", reason="keystore_uri_invalid"
             )
-        # With no TCTI given, tpm2-tss falls through to whatever listens on localhost:2321.
+        # Without a TCTI, tpm2-tss uses whatever listens on localhost:2321.
         if scheme.located and not location.partition(":")[0].strip():
             raise ConfigurationError(
                 f"the key store URI {uri!r} does not say which one",

@@ -197,7 +197,7 @@ class Keys:
         return row is not None
 
     def figures(self, *, expiries: int) -> Figures:
-        """Count what is on record.
+        """Count the records.
 
         Args:
             expiries: how many certificate expiries to return at most.

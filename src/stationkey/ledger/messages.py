@@ -40,7 +40,7 @@ def newest(
     Args:
         database: the ledger's.
         limit: how many at most.
-        after: leave out what was read before.
+        after: leave out messages that were read before.
         beginning: only messages whose id begins with this, in either letter case.
 
     Raises:

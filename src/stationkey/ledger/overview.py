@@ -52,7 +52,7 @@ class Happening(Struct, frozen=True, kw_only=True):
         at: Unix time in milliseconds by the station's clock, which may have been wrong.
         event: a `KeyEvent`, ``CSR answered``, `REJECTED` or `IGNORED`.
         reason: stable reason of a rejection, else empty.
-        words: why, in words; may name what was asked for.
+        words: the reason as text; may contain names from the request.
         certificate_type: of the key; empty for a rejection.
         key_id: of the key; empty for a rejection.
         message_id: id of the message that caused it, or an empty text.
@@ -133,7 +133,7 @@ def _read_key(row: tuple[str, str, str, str, str, str, int, int | None, int | No
 
 
 def read_happening(row: tuple[int, str, str, str, str, str, str, str, str]) -> Happening:
-    """Return the happening of a row: time, event, reason, words, and what it is about."""
+    """Return the happening of a row: time, event, reason, words, and its key or request."""
     at, event, reason, words, certificate_type, evse_id, common_name, key_id, message_id = row
     return Happening(
         at=read_time(at, milliseconds=True),

@@ -50,7 +50,7 @@ _ENDED: Final = ", ended = 1 + coalesce((SELECT max(ended) FROM key WHERE ended 
 
 
 class Transitions:
-    """Changes of keys, each in a transaction of its own."""
+    """Changes of keys, each in its own transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -415,8 +415,8 @@ def _displace(
 def _release_beyond(sql: sqlite3.Connection, bounds: Bounds, grace_due: int | None) -> None:
     """Begin the grace period of keys to go back to, the oldest first, if there are more than may be active.
 
-    Only of owners without an active key: somebody has deleted the certificates of many EVSEs. Of the others there are
-    no more than active keys.
+    Only of owners without an active key, which result from deleting the certificates of many EVSEs. The others are
+    bounded by the number of active keys.
     """
     types, named = of_types(bounds.types)
     kept = {"deactivated": KeyState.DEACTIVATED, **named}

@@ -24,7 +24,7 @@ class LedgerThread:
     The thread is not an executor's: the interpreter joins those at exit, and a hung disk must not block that.
 
     Args:
-        ledger: the ledger; not closed by this class, and used by nobody else until `close`.
+        ledger: the ledger; not closed by this class, and not used elsewhere until `close`.
         worker: makes the thread.
     """
 

@@ -39,22 +39,22 @@ from stationkey.x509.certificate import UNREADABLE, Chain, read_chain, untrusted
 from stationkey.x509.lenient import name_text
 
 TIMEOUT: Final = 30.0
-"""Seconds that a hung TPM or token may keep the check waiting."""
+"""Seconds to wait for a hung TPM or token."""
 _GRACE: Final = 5.0
-"""Seconds for the process with the key to give the key up: on a bare TPM, one that is killed leaves it in its slot."""
+"""Seconds for the process with the key to unload it: on a bare TPM, a killed process leaves it in its slot."""
 
 _SETUPS: Final = {"tpm2": "stationkey.openssl.tpm2:setup", "pkcs11": "stationkey.openssl.pkcs11:setup"}
 """By `stationkey.keystore.schemes.Scheme.openssl_provider`, the function that returns the setup for a location."""
 
 
 def setup_of(keystore: str) -> Setup:
-    """Return what OpenSSL needs to use the keys of a key store.
+    """Return the OpenSSL setup for the keys of a key store.
 
     Args:
         keystore: its URI.
 
     Raises:
-        ConfigurationError: invalid URI, or the keys need nothing.
+        ConfigurationError: invalid URI, or the keys need no setup.
     """
     where = KeyStoreUri.parse(keystore)
     make = _SETUPS.get(where.scheme.openssl_provider or "")
@@ -73,7 +73,7 @@ _LABELS: Final = [scheme.pem_label for scheme in SCHEMES.values()]
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a key is used.
+    """Access to a key.
 
     Attributes:
         setup: of OpenSSL.
@@ -85,7 +85,7 @@ class Access:
 
 
 def access_to(file: KeyFile, settings: Settings) -> Access:
-    """Return how the key in a file is used: by the key store that it is in, or else by that of ``keystore``.
+    """Return the access to the key in a file: by its own key store, or else by that of ``keystore``.
 
     Raises:
         ConfigurationError: invalid configuration of the key store.
@@ -103,7 +103,7 @@ def _holds(store: KeyStoreUri, file: KeyFile) -> bool:
     try:
         keys = [
             KeyRef(scheme=store.scheme.name, key_type=SECP256R1, public=b"", private=from_pem(block))
-            for block in blocks(file.content, label)  # the private part alone tells where a key is
+            for block in blocks(file.content, label)  # only the private part has the location
         ]
         return any(store.holds(key) for key in keys)
     except (ValueError, KeyStoreError):
@@ -112,7 +112,7 @@ def _holds(store: KeyStoreUri, file: KeyFile) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """A handshake that went well.
+    """A successful handshake.
 
     Attributes:
         version: of TLS.
@@ -130,7 +130,7 @@ class Handshake:
 
 @dataclass(frozen=True, slots=True)
 class KeyFile:
-    """What was in a file with a key and its chain when it was read. It is read once: it may be exchanged at any time.
+    """The content of a file with a key and its chain. It is read once, because it may be replaced at any time.
 
     Attributes:
         name: of the file, without its directory.
@@ -142,14 +142,14 @@ class KeyFile:
 
 
 def files_of(named: str, state: Path) -> list[KeyFile]:
-    """Return the files under ``active/`` for a certificate type, or the one file that is named instead.
+    """Return the files under ``active/`` for a certificate type, or a given file.
 
     Args:
         named: a certificate type, or the path of a file.
         state: the state directory.
 
     Raises:
-        TlsCheckFailed: the type has none, or one cannot be read.
+        TlsCheckFailed: no such file, or a file is unreadable.
     """
     if named in set(CertificateType):
         return active_files(state, CertificateType(named))
@@ -157,19 +157,19 @@ def files_of(named: str, state: Path) -> list[KeyFile]:
 
 
 def active_files(state_dir: Path, certificate_type: CertificateType) -> list[KeyFile]:
-    """The files under ``active/`` for a certificate type: one, or one for each EVSE.
+    """Return the files under ``active/`` for a certificate type: one, or one for each EVSE.
 
-    Root may call this on another user's directory: links are not followed, and a FIFO does not block.
+    Safe for root on another user's directory: links are not followed, and a FIFO does not block.
 
     Raises:
-        TlsCheckFailed: there is none, or a file is unreadable.
+        TlsCheckFailed: no such file, or a file is unreadable.
     """
     directory = state_dir / DIRECTORY_NAME
     files = []
     path = directory
     try:
         with _directory(directory) as opened:
-            for name in sorted(os.listdir(opened)):  # noqa: PTH208 - of a directory that stays the same one
+            for name in sorted(os.listdir(opened)):  # noqa: PTH208 - by descriptor, so that the directory cannot be exchanged
                 read = read_name(name)
                 if read is None or read.previous or read.owner[0] != certificate_type:
                     continue
@@ -190,7 +190,7 @@ def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Key
 
 
 def key_file(path: Path) -> KeyFile:
-    """A file that the operator named. That may be a link.
+    """Return the file that the operator named, which may be a link.
 
     Raises:
         TlsCheckFailed: it cannot be read.
@@ -220,7 +220,7 @@ def _unreadable(path: Path, error: OSError) -> TlsCheckFailed:
 
 
 def password_of(file: KeyFile, access: Access) -> bytes:
-    """Return the value that a service has to give OpenSSL as the key's password.
+    """Return the value that a service must give OpenSSL as the key's password.
 
     Args:
         file: key, leaf and chain, such as those under ``active/``.
@@ -245,8 +245,8 @@ def password_of(file: KeyFile, access: Access) -> bytes:
             store.close()
 
     try:
-        # On a thread of its own: a module that hangs is left behind, and errors that it leaves in OpenSSL are this
-        # thread's, where `ssl` would take them for its own.
+        # On a separate thread: a hung module is abandoned, and the errors that it leaves in OpenSSL's per-thread queue
+        # are not taken for those of `ssl`.
         return Worker("keystore").submit(ask).result(TIMEOUT)
     except TimeoutError:
         raise _hung(access.setup, file) from None
@@ -260,17 +260,17 @@ def password_of(file: KeyFile, access: Access) -> bytes:
 def check(file: KeyFile, *, setup: Setup, password: bytes = b"", anchors: bytes | None = None) -> list[Handshake]:
     """Make a TLS handshake on loopback with the key and chain in `file`, for each version that its type needs.
 
-    The side with the key runs in a process of its own, as a service would. The other side verifies the chain as far as
-    the file has it, dates included. Without `anchors`, whom it leads to is for the real other side to say.
+    The side with the key runs in its own process, like a service. The peer verifies the chain in the file, dates
+    included. Without `anchors`, the root is not checked.
 
     Args:
         file: key, leaf and chain, such as those under ``active/``.
         setup: for the key store of the key.
         password: of the key; see `password_of`.
-        anchors: the roots that the other side trusts, PEM.
+        anchors: the roots that the peer trusts, PEM.
 
     Raises:
-        TlsCheckFailed: no handshake, or a chain that the other side cannot verify; the message says why.
+        TlsCheckFailed: no handshake, or the peer cannot verify the chain; the message says why.
     """
     chain = chain_of(file)
     _refuse_incomplete(file, chain, anchors)
@@ -322,8 +322,8 @@ def chain_of(file: KeyFile) -> Chain:
 def _refuse_incomplete(file: KeyFile, chain: Chain, anchors: bytes | None) -> None:
     """Refuse a chain without an intermediate: only the root may be left out [RFC 5246 7.4.2, RFC 8446 4.4.2].
 
-    Without `anchors` nothing says whether the issuer of the last certificate is a root. That of a lone leaf is taken
-    for an intermediate, as it is in the PKIs of ISO 15118.
+    Without `anchors` it is unknown whether the issuer of the last certificate is a root. The issuer of a lone leaf is
+    taken for an intermediate, as in the PKIs of ISO 15118.
     """
     last = chain.certificates[-1]
     why = ""
@@ -344,7 +344,7 @@ def _refuse_incomplete(file: KeyFile, chain: Chain, anchors: bytes | None) -> No
 
 
 def use_of(file: KeyFile, chain: Chain) -> TlsUse:
-    """Return what TLS the key is for: by the file's name, as the daemon gives it, else by extendedKeyUsage."""
+    """Return the TLS use of the key: by the file's name under active/, else by extendedKeyUsage."""
     read = read_name(file.name)
     if read is not None and read.owner[0] in set(CertificateType):
         return PROFILES[CertificateType(read.owner[0])].tls_use
@@ -371,7 +371,7 @@ class Holder:
         self.late = False
 
     def line(self) -> str:
-        """Read a line that it printed."""
+        """Read a line of its output."""
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
@@ -379,14 +379,14 @@ class Holder:
         """Wait until the key is loaded.
 
         Raises:
-            ValueError: it is not.
+            ValueError: it was not loaded.
         """
         self.loaded = self.line() == "loaded"
         if not self.loaded:
             raise ValueError("the key was not loaded")
 
     def end(self) -> str:
-        """Wait for its end, so that the slot of a TPM is free, and return its standard error."""
+        """Wait for its end, so that the TPM's slot is free, and return its standard error."""
         try:
             return self._process.communicate(timeout=_GRACE)[1]
         except subprocess.TimeoutExpired:
@@ -394,7 +394,7 @@ class Holder:
             return self._process.communicate()[1]
 
     def too_late(self) -> None:
-        """End it, because it took too long."""
+        """End it after the timeout."""
         if self._process.poll() is None:
             self.late = True
             self._process.kill()
@@ -402,7 +402,7 @@ class Holder:
 
 @contextmanager
 def _in_memory(content: bytes) -> Iterator[int]:
-    """The descriptor of a file with that content which is on no disk."""
+    """Return the descriptor of a file in memory with that content."""
     with os.fdopen(os.memfd_create("stationkey"), "wb") as file:
         file.write(content)
         file.flush()
@@ -447,15 +447,15 @@ def holding(
                 yield holder
             finally:
                 guard.cancel()
-                process.kill()  # ended by itself, if all is well
+                process.kill()  # normally it has ended already
 
 
 def shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listener: socket.socket | None) -> Handshake:
-    """Be the side without the key: verify the certificate, and that it is the one in the file.
+    """Play the peer: verify the certificate, and that it is the one in the file.
 
     Raises:
         OSError: no handshake.
-        ValueError: the certificate is another one.
+        ValueError: another certificate was presented.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if listener is None else ssl.PROTOCOL_TLS_SERVER)
     context.check_hostname = False
@@ -478,12 +478,12 @@ def shake(use: TlsUse, version: ssl.TLSVersion, chain: Chain, port: int, listene
         cipher = session.cipher()
         assert cipher is not None
         if session.getpeercert(binary_form=True) != chain.own.der:
-            raise ValueError("another certificate than the first in the file was presented")
+            raise ValueError("the presented certificate is not the first in the file")
         return Handshake(session.version() or "", cipher[0], use.role)
 
 
 def _own_certificate(context: ssl.SSLContext) -> None:
-    """A certificate for the length of the check, as a server has to have one."""
+    """Load a temporary certificate, because a server needs one."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "stationkey tls-config")])
     now = datetime.now(UTC)

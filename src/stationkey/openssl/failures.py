@@ -1,4 +1,4 @@
-"""What the check finds, by the exit status of ``stationkey tls-config --check``."""
+"""Failures of ``stationkey tls-config --check``, by exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXIT_FILE: Final = 6
 
 
 class TlsCheckFailed(StationKeyError):
-    """The check found what would keep a service from using the key. `exit_code` says where the fault lies."""
+    """A service cannot use the key. `exit_code` says where the fault is."""
 
     def __init__(self, message: str, *, reason: str, exit_code: int, hint: str = "") -> None:
         of_device = exit_code == EXIT_DEVICE

@@ -1,4 +1,4 @@
-"""The words for what goes wrong with a token, by the return value of the module [PKCS #11 3.1, 5.1.6]."""
+"""Errors of a token, by the return value of its module [PKCS #11 3.1, 5.1.6]."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FAILED: Final = Refusal(
 _PIN_WRONG: Final = Refusal(
     reason="pkcs11_pin_wrong",
     words="the token refused the PIN",
-    hint="put the right PIN where pin-source points to; the refused one is not tried again",
+    hint="correct the PIN in pin-source; the refused one is not tried again",
     scope=Scope.STORE,
 )
 _PIN_LOCKED: Final = Refusal(
@@ -50,14 +50,14 @@ _PIN_UNSET: Final = Refusal(
 _FULL: Final = Refusal(
     reason="pkcs11_token_full",
     words="the token has no room for another key",
-    hint="lower [lifecycle] pending_total and the pool, or remove what others keep in it",
+    hint="lower [lifecycle] pending_total and the pool, or remove other programs' objects from it",
     scope=Scope.STORE,
     transient=True,
 )
 _KEY_GONE: Final = Refusal(
     reason="key_of_another_token",
     words="the token does not have this key",
-    hint="was the token exchanged or initialised? Then ask for a new certificate",
+    hint="was the token exchanged or initialised? Then request a new certificate",
     scope=Scope.KEY,
 )
 UNFIT: Final = Refusal(
@@ -115,7 +115,7 @@ LOST: Final = (
     pkcs11.DeviceError,
     pkcs11.FunctionFailed,
 )
-"""After these a new session may do what the old one did not."""
+"""Errors after which a new session may succeed."""
 
 
 def of(error: pkcs11.PKCS11Error, *, doing: str) -> KeyStoreError:
@@ -123,7 +123,7 @@ def of(error: pkcs11.PKCS11Error, *, doing: str) -> KeyStoreError:
 
     Args:
         error: as python-pkcs11 raises it.
-        doing: what was asked of the token, as a function of PKCS #11: ``C_Login``.
+        doing: the called function of PKCS #11, such as ``C_Login``.
     """
     refusal = _REFUSALS.get(type(error), _FAILED)
     return refusal.error(f"{type(error).__name__} by {doing}")
@@ -135,10 +135,10 @@ def full(objects: int) -> KeyStoreError:
 
 
 def pin_kept_back(why: str) -> KeyStoreError:
-    """A PIN that is not tried, so that the token does not lock."""
+    """Return the error for a PIN that is not tried, so that the token does not lock."""
     return KeyStoreError(
         f"the PIN of the token is not tried: {why}",
         reason="pkcs11_pin_wrong",
-        hint="put the right PIN where pin-source points to; or use the token once with it, which resets its counter",
+        hint="correct the PIN in pin-source; or log in to the token once with it, which resets its counter",
         scope=Scope.STORE,
     )

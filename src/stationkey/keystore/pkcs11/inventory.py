@@ -2,8 +2,8 @@
 
 Its content is the URI of the key, by which its token is known. A file that a crash left empty is of any token.
 
-The file is there, durably, before the token makes the key, and goes after the key is destroyed. So whatever a crash
-leaves in the token has a file, and an object without one is somebody else's.
+The file is created durably before the token makes the key, and removed after the key is destroyed. So a key that a
+crash leaves in the token has a file, and an object without one belongs to another program.
 """
 
 from __future__ import annotations

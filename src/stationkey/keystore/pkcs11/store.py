@@ -1,7 +1,7 @@
 """Keys in a PKCS#11 token: made there, never extractable, and used there.
 
 A token keeps its keys by itself, and a crash does not undo what it has made. So each key is recorded before it is made
-(`stationkey.keystore.pkcs11.inventory`), and `Pkcs11KeyStore.sweep` destroys what the ledger knows no more.
+(`stationkey.keystore.pkcs11.inventory`), and `Pkcs11KeyStore.sweep` destroys keys that the ledger no longer has.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Pkcs11KeyStore:
         self._end(_identifier(key))
 
     def sweep(self, living: Collection[KeyRef]) -> int:
-        """Destroy what the ledger knows no more: see `stationkey.keystore.Sweeping`."""
+        """Destroy keys that the ledger no longer has: see `stationkey.keystore.Sweeping`."""
         kept = {_identifier(key) for key in living if key.scheme == _SCHEME}
         ended = self._inventory.ended(kept)
         if not ended:

@@ -34,7 +34,7 @@ def safe_module(path: Path) -> Path:
     """Return the real path of a module that only root can have put there.
 
     Raises:
-        ConfigurationError: it is missing, or somebody else than root can replace it.
+        ConfigurationError: it is missing, or others than root can replace it.
     """
     try:
         module = path.resolve(strict=True)

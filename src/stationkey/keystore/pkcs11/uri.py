@@ -84,7 +84,7 @@ class PinSource(Struct, frozen=True):
             SecretReference(self.source)
         elif kind not in {"file", ""} or not path.startswith("/") or "\0" in path:
             raise _invalid(
-                "pin-source names no PIN",
+                "invalid pin-source",
                 "give file:/path, credential:NAME for one of systemd's, or |/path of a program that prints it",
             )
 
