@@ -130,14 +130,14 @@ class Answers:
 def _make_room(sql: sqlite3.Connection, owner: tuple[str, str], bounds: Bounds, *, now: int) -> list[str]:
     """Destroy the oldest pending keys beyond the bounds and return their ids. Keys made ahead do not count."""
     types, named = of_types(bounds.types)
+    pending = f"SELECT count(*) FROM key WHERE state = :pending AND {LIVING} AND"  # noqa: S608 - `LIVING` is this package's own text
     own, every = sql.execute(
-        "SELECT total(certificate_type = :type AND evse_id = :evse_id), count(*) FROM key"  # noqa: S608 - `LIVING` and `types` are this package's own text
-        f" WHERE state = :pending AND {types} AND {LIVING}",
+        f"SELECT ({pending} certificate_type = :type AND evse_id = :evse_id), ({pending} {types})",
         {"type": owner[0], "evse_id": owner[1], "pending": INITIAL, **named},
     ).fetchone()
     crowded = []
     if own > bounds.pending_limit:
-        crowded = _end_oldest(sql, owner, count=int(own) - bounds.pending_limit, now=now)
+        crowded = _end_oldest(sql, owner, count=own - bounds.pending_limit, now=now)
     # The owner's own keys come first: each that goes saves one of another owner.
     for _ in range(every - len(crowded) - bounds.pending_total):
         crowded += _end_oldest(sql, _most_crowded(sql, owner, bounds), count=1, now=now)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Final
+
+from stationkey.contract.profiles import CertificateType
 
 _VERSION_1: Final = """
 CREATE TABLE key (
@@ -183,8 +185,10 @@ SCHEMA_VERSION: Final = len(MIGRATIONS)
 """The ``user_version`` that this code reads and writes."""
 
 
-def of_types(types: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """Return a condition for keys of some certificate types, and its named arguments."""
+def of_types(types: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Return a condition for keys of some certificate types, and its named arguments; for all, that a key has one."""
+    if set(types) == set(CertificateType):
+        return "certificate_type > ''", {}
     named = {f"type_{number}": str(kind) for number, kind in enumerate(types)}
     return f"certificate_type IN ({', '.join(f':{name}' for name in named)})", named
 
