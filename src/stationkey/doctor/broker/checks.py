@@ -16,6 +16,7 @@ from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
 from stationkey.doctor.broker.probe import LARGE, Visit, visit
 from stationkey.doctor.config.certificates import MONTH
+from stationkey.doctor.config.checks import named_secrets
 from stationkey.doctor.host.context import Context, path_of
 from stationkey.doctor.host.files import look_at
 from stationkey.doctor.host.sockets import listeners_on
@@ -95,9 +96,7 @@ def _look_at_port(context: Context) -> tuple[Broker, str]:
 
 def _judge_port(broker: Broker, why: str) -> Finding:
     if why:
-        advice = (
-            "does the broker run (systemctl status mosquitto), on this address and port, without a firewall between?"
-        )
+        advice = "does the broker run (systemctl status mosquitto), at this address and port, with no firewall between?"
         return failure("closed", f"nothing accepts a connection at {broker}: {why}", advice)
     return ok(f"something listens at {broker}")
 
@@ -192,14 +191,11 @@ def _at_hand(context: Context) -> MqttTerms | Finding:
     What is missing or wrong for the daemon too, other checks say.
     """
     terms, found = context.settings.mqtt, dict[str, SecretReference]()
-    for name in ("certificate_file", "key_file", "username", "password"):
-        reference = getattr(terms, name)
-        if not isinstance(reference, SecretReference):
-            continue
-        path = path_of(reference)
-        if path is None:
-            return unknown(f"{reference.source} is there for root alone, and while the unit runs", "", "credential")
-        found[name] = SecretReference(str(path))
+    for option, reference in named_secrets(context.settings).items():
+        if option.table == "mqtt":
+            if (path := path_of(reference)) is None:
+                return unknown(f"{reference.source} is there for root alone, and while the unit runs", "", "credential")
+            found[option.path[-1]] = SecretReference(str(path))
     paths = [Path(one.source) for one in found.values()] + ([terms.ca_file] if terms.ca_file is not None else [])
     for path in () if context.sees_all else paths:
         if look_at(path, follow=True).kind in {"file", "unseen"} and not os.access(path, os.R_OK):
@@ -232,8 +228,6 @@ def _judge_login(broker: Broker, seen: Visit, tls: bool) -> Finding:
 
 
 def _judge_version(seen: Visit) -> Finding:
-    if seen.refused is not None:
-        return unknown("it depends on broker.login", "", "depends")
     if seen.mqtt5:
         return ok("MQTT 5 is spoken")
     told = "MQTT 3.1.1 only: the broker cannot say that it refuses a message, and an answer may be lost unseen"
@@ -288,9 +282,8 @@ def _judge_own_rights(seen: Visit, reach: str | None) -> Finding:
         return unknown(seen.cut or "the broker did not answer")
     if not seen.own.asks:
         return ok(f"our own identity may not publish on {seen.requests}")
-    told = f"our own identity may publish on {seen.requests}, as if it were Josev" + (
-        f"; so may {reach}" if reach else ""
-    )
+    others = f"; so may {reach}" if reach else ""
+    told = f"our own identity may publish on {seen.requests}, as if it were Josev{others}"
     return failure("may_ask", told, f"let only Josev write to {seen.requests}, by an access control list {_SHIPPED}")
 
 
@@ -346,6 +339,7 @@ def _judge_delay(seen: Visit) -> Finding:
 
 
 _TLS: Final = ("broker.tls",)
+_LOGIN: Final = ("broker.login",)
 _TALKS: Final = ("broker.publish",)
 _TOPICS: Final = ("topic_prefix",)
 CHECKS: Final = (
@@ -354,8 +348,8 @@ CHECKS: Final = (
     Check("broker.port", _look_at_port, _judge_port, ("broker.name",)),
     Check("broker.tls", _look_at_tls, _judge_tls, ("broker.port",), ("mqtt",)),
     Check("broker.login", _look_at_login, _judge_login, _TLS, _TOPICS),
-    Check("broker.version", _look_at_visit, _judge_version, _TLS, _TOPICS),
-    Check("broker.publish", _look_at_visit, _judge_publish, ("broker.login",)),
+    Check("broker.version", _look_at_visit, _judge_version, _LOGIN),
+    Check("broker.publish", _look_at_visit, _judge_publish, _LOGIN),
     Check("broker.subscribe", _look_at_visit, _judge_subscribe, _TALKS),
     Check("broker.own_rights", _look_at_reach, _judge_own_rights, _TALKS),
     Check("broker.anonymous", _look_at_reach, _judge_anonymous, _TLS, _TOPICS),

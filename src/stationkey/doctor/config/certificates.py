@@ -98,18 +98,7 @@ def _open(role: str, path: Path, user: User) -> TlsFile:
 
 
 def judge_access(where: str, facts: Facts, user: User, *, kind: Kind = "file", wanted: int = READ) -> Finding | None:
-    """Judge what there is at a path that is named.
-
-    Args:
-        where: what names it, such as an option.
-        facts: of the path, links followed.
-        user: the daemon's.
-        kind: what it should be.
-        wanted: what the daemon does with it.
-
-    Returns:
-        What is wrong, or None.
-    """
+    """Return what keeps the daemon's `user` from what is `wanted` of the path that `where` names, or lets others in."""
     path = facts.path
     if facts.kind == "unseen":
         return hidden(path)
@@ -155,9 +144,7 @@ def _judge_file(file: TlsFile, user: User) -> Finding | None:
     path, found = file.facts.path, judge_access(f"[mqtt] {file.role}", file.facts, user)
     if found is None and file.role == "key_file" and file.facts.mode & 0o007:
         told = f"every user may read the client's private key {path} (mode {octal(file.facts.mode)})"
-        return failure(
-            "key_open", told, f"chmod o= {path}; then a new key and certificate: others may have read this one"
-        )
+        return failure("key_open", told, f"chmod o= {path}; then a new key and certificate: it may have been read")
     return found if found is not None or file.readable else hidden(path)
 
 
@@ -170,11 +157,8 @@ def _judge_content(file: TlsFile, now: datetime) -> Iterator[Finding]:
         yield from judge_dates(what, one.not_valid_before_utc, one.not_valid_after_utc, now)
     valid = [one for one in certificates if one.not_valid_before_utc <= now < one.not_valid_after_utc]
     if file.role == "ca_file" and valid and not any(map(_is_ca, valid)):
-        told, advice = (
-            f"[mqtt] ca_file: no certificate in {path} is a CA's",
-            "name the CA's certificate, not the broker's",
-        )
-        yield warning("no_ca", told, advice)
+        told = f"[mqtt] ca_file: no certificate in {path} is a CA's"
+        yield warning("no_ca", told, "name the CA's certificate, not the broker's")
     if file.role == "certificate_file" and certificates and _is_ca(certificates[0]):
         told = f"the first certificate in {path} is a CA's"
         yield warning("order", told, "put the client's own first, then those that it leads to")

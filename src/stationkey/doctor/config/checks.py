@@ -65,11 +65,8 @@ def _judge_file(configured: Configured) -> Finding:
     if configured.complaints:
         more = len(configured.complaints) - _SHOWN
         rest = f"; and {more} more" if more > 0 else ""
-        return failure(
-            "invalid",
-            f"{'; '.join(configured.complaints[:_SHOWN])}{rest}",
-            "correct it: the daemon does not start. What needs an invalid option is not checked",
-        )
+        advice = "correct it: the daemon does not start. What needs an invalid option is not checked"
+        return failure("invalid", f"{'; '.join(configured.complaints[:_SHOWN])}{rest}", advice)
     return ok("there is no configuration file: the defaults apply" if facts is None else f"{facts.path} is valid")
 
 

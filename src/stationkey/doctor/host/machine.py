@@ -77,9 +77,7 @@ def _judge_time(now: float, latest: float | None) -> Finding:
         return failure("impossible", f"the clock says {_date(now)}, which cannot be", advice)
     if latest is not None and latest - now > _DIFFERENCE:
         told = f"the clock says {_date(now)}, and the ledger has something of {_date(latest)}: one of the two was wrong"
-        return warning(
-            "went_back", told, "is the clock right now? No key ends by it, but certificates are judged by it"
-        )
+        return warning("went_back", told, "is the clock right now? Certificates are judged by it; no key ends by it")
     return ok(f"the clock says {_date(now)}")
 
 
@@ -165,10 +163,8 @@ def _judge_unit(unit: Unit, daemon: Daemon) -> Finding:
 
 
 def _look_at_sandbox(context: Context) -> tuple[Unit, str, str, tuple[str, ...]] | Finding:
-    unit, [path, *_] = (
-        context.unit,
-        [store.uri.removeprefix("tpm2:device:") for store in context.stores("tpm2")] or [""],
-    )
+    unit = context.unit
+    path = next((store.uri.removeprefix("tpm2:device:") for store in context.stores("tpm2")), "")
     if unit is None or not unit.installed:
         return unknown("no unit is visible")
     addresses: tuple[str, ...] = ()

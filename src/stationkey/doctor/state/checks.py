@@ -220,10 +220,7 @@ def _judge_room(path: Path, octets: int, files: int | None, needed: int) -> Find
     """Judge how many octets and files are free; None where files are not counted. The daemon may need `needed`."""
     free = f"{octets / _MEBIBYTE:.1f} MiB are free at {path}"
     number = f"{files} more files can be made at {path}"
-    advice, fewer = (
-        f"make room: du -xh {path} | sort -h | tail",
-        f"remove files: du --inodes -x {path} | sort -n | tail",
-    )
+    advice, fewer = (f"find what fills it: du {one} {path} | sort -h | tail" for one in ("-xh", "--inodes -x"))
     if octets < needed:
         return failure("full", f"{free}, and {needed / _MEBIBYTE:.1f} may be needed: requests are rejected", advice)
     if files is not None and files < _LEAST_FILES:

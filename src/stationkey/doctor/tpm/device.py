@@ -22,6 +22,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.keystore import KeyStoreUri, keystore_opener
 from stationkey.keystore.stores import store_uris
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.system.addresses import is_loopback
 
 _SYS: Final = Path("/sys/class/tpm")
 _CLASSES: Final = frozenset({"tpm", "tpmrm"})
@@ -115,7 +116,7 @@ def _look_at_device(context: Context) -> tuple[Way, Facts | None, Chip, User] | 
 
 def _judge_device(way: Way, facts: Facts | None, chip: Chip, user: User) -> Finding:
     """Judge what is on the way: there, a TPM, and open to the daemon's user. `facts`: of its path, or None."""
-    if facts is None and way.host and not way.is_local:
+    if facts is None and way.host and not is_loopback(way.host):
         told = f"the TPM is asked over the network, at {way.host}: nothing protects what goes there"
         return warning("network", told, "use the TPM of this machine")
     if facts is None:
@@ -200,7 +201,7 @@ def _judge_manager(way: Way) -> Finding:
 def _look_at_tpm(context: Context) -> tuple[Seen, list[str]] | Finding:
     """Ask the TPM, unless the running daemon has it and it takes one program at a time; and see who else has it."""
     way = way_of(context)
-    lost = way.is_simulator and way.is_local and way.port and not connections_to(way.port)
+    lost = way.is_simulator and is_loopback(way.host) and way.port and not connections_to(way.port)
     if context.daemon.running and not way.is_managed and not lost:
         return ok("the TPM is in use by the running daemon; stop the daemon to examine it", stops=True)
     return context.once(ask_tpm), holders(way)
@@ -240,7 +241,7 @@ def _judge_reachable(seen: Seen, others: list[str]) -> Finding:
 def _reach_advice(way: Way) -> str:
     if way.is_simulator and way.path is not None:
         return f"does the simulator listen at {way.path}, and as {way.name}?"
-    if way.is_simulator and way.is_local and listeners_on(way.port):
+    if way.is_simulator and is_loopback(way.host) and listeners_on(way.port):
         return f"is the port {way.port} right? That of swtpm's --server is meant, not that of its --ctrl"
     if way.is_simulator:
         return f"start the simulator at {way.host}:{way.port}, or name the TPM of this machine as keystore"

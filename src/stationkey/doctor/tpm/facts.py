@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 from stationkey.config.secrets import SecretReference
@@ -19,7 +18,6 @@ from stationkey.doctor.report import Finding, unknown
 from stationkey.doctor.state.checks import contents_soon
 from stationkey.errors import ConfigurationError
 from stationkey.keystore.tpm2 import return_codes as rc
-from stationkey.system.addresses import is_loopback
 
 # TPM_PT [TPM 2.0 part 2, 6.13].
 PT_FAMILY: Final = 0x100
@@ -52,8 +50,8 @@ ALG_RSASSA: Final = 0x14
 ALG_ECDSA: Final = 0x18
 ALG_ECC: Final = 0x23
 ALG_CFB: Final = 0x43
-HASHES: Final = MappingProxyType({"sha1": 0x04, "sha256": 0x0B, "sha384": 0x0C, "sha512": 0x0D})
-CURVES: Final[Mapping[KeyType, int]] = MappingProxyType({SECP256R1: 0x03, SECP521R1: 0x05})
+HASHES: Final = {"sha1": 0x04, "sha256": 0x0B, "sha384": 0x0C, "sha512": 0x0D}
+CURVES: Final[dict[KeyType, int]] = {SECP256R1: 0x03, SECP521R1: 0x05}
 
 # TPMA_OBJECT [TPM 2.0 part 2, 8.3].
 NODA: Final = 1 << 10
@@ -100,11 +98,6 @@ class Way:
         number = re.fullmatch(r"[0-9]{1,5}", options.get("port", "2321"))
         host = options.get("host", "localhost")
         return cls(tcti=tcti, name=short, path=path, host=host, port=int(number[0]) if number else 0)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether a simulator is on this machine."""
-        return is_loopback(self.host)
 
     @property
     def is_simulator(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sized
-from types import MappingProxyType
 from typing import Any, Final
 
 from stationkey.contract.profiles import ALGORITHMS, SECP256R1, Algorithm, EllipticCurve
@@ -15,7 +14,7 @@ from stationkey.doctor.tpm import facts
 from stationkey.doctor.tpm.facts import CURVES, HASHES, Seen, ask_tpm, text_of
 from stationkey.keystore.tpm2 import return_codes as rc
 
-_CURVES: Final = MappingProxyType({1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"})
+_CURVES: Final = {1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"}
 """That a storage root key may be on, by their numbers [TPM 2.0 part 2, 6.4]."""
 _WANTED: Final = 2
 """Slots: for a key, and for its parent while that is used."""
@@ -183,9 +182,8 @@ def _judge_srk(seen: Seen, there: Mapping[str, int] | None, permanent: int, avai
         return ok(f"{missing} yet; the daemon makes it at its first start")
     if wrong := _srk_differs(there):
         told = f"the TPM holds {wrong} at {handle}, not an ECC P-256 storage root key"
-        return failure(
-            "another_key", told, f"[tpm] srk_handle = another one; or, if nothing needs it: {evict} {handle}"
-        )
+        advice = f"[tpm] srk_handle = another one; or, if nothing needs it: {evict} {handle}"
+        return failure("another_key", told, advice)
     remove = "; or, if nothing else needs this key, remove it, and the daemon makes one: "
     remove = "" if seen.keys else f"{remove}{evict} {handle}"
     if seen.values.get("srk_open") is False:
@@ -259,9 +257,7 @@ def _judge_slots(seen: Seen, transient: Sized, available: int) -> Finding:
         return ok(f"{available} slots are free beside what the running daemon has loaded")
     if strays:
         told = f"{strays} objects of other programs are loaded in the TPM, {available} slots are free"
-        advice = (
-            "a program that runs needs a resource manager; what is left of those that are gone: tpm2_flushcontext -t"
-        )
+        advice = "a program that runs needs a resource manager; what those that are gone left: tpm2_flushcontext -t"
         return warning("full" if available < _WANTED or refused else "strays", told, advice)
     if available < _WANTED:
         told = f"the TPM has {available} free slots, and two are needed: another program holds keys"
