@@ -14,6 +14,7 @@ from stationkey.contract.profiles import Algorithm
 from stationkey.doctor import Level
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef, keystore_opener
+from wire import Wire, WithoutP521
 
 
 @pytest.fixture
@@ -104,14 +105,17 @@ def test_a_module_that_crashes_or_is_not_root_s_is_told(tmp_path: Path, token: T
     assert look(tmp_path, keystore=uri).reasons("token.module") == {"pkcs11_module_unsafe"}
 
 
-def test_each_store_is_judged_by_its_own_certificate_types(tmp_path: Path, token: Token, swtpm: Swtpm) -> None:
-    config = write_config(
-        tmp_path, f'[keystores]\nse = "{token.uri}"\n[keystore_for]\nv2g20_certificate = "se"\n', mode=0o600
-    )
-    found = look(tmp_path, keystore=swtpm.uri, config_file=config)
-    assert found.failures == {"broker.port"}
-    assert "v2g20_certificate" not in found.text("tpm.certificate_types")
-    [only] = found["token.certificate_types"]
-    assert only.level is Level.OK
+def test_what_a_tpm_without_p521_can_never_serve_has_a_way_out(tmp_path: Path, token: Token, swtpm: Swtpm) -> None:
+    config = write_config(tmp_path, f'[keystores]\nse = "{token.uri}"\n[keystore_for]\nv2g20_certificate = "se"\n')
+    with Wire(swtpm) as wire:
+        WithoutP521(wire)
+        alone = look(tmp_path, keystore=f"tpm2:{wire.tcti}")
+        both = look(tmp_path, keystore=f"tpm2:{wire.tcti}", config_file=config)
+    [told] = [one for one in alone["tpm.certificate_types"] if one.reason == "not_possible"]
+    assert "v2g20_certificate" in told.message
+    assert "[keystore_for]" in told.advice
+    assert both.level("tpm.certificate_types") is both.level("token.certificate_types") is Level.OK
+    assert "v2g20_certificate" not in both.text("tpm.certificate_types")
+    [only] = both["token.certificate_types"]
     assert only.message.startswith("keystores.se: v2g20_certificate ")
-    assert len(found["tpm.keystore"]) == 2
+    assert len(both["tpm.keystore"]) == 2
