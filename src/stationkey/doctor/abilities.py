@@ -17,7 +17,7 @@ def judge_types(
     Args:
         types: whose keys are made in the key store.
         policy: what is served.
-        missing: what the device lacks for an algorithm; an empty text if nothing.
+        missing: what the device lacks for an algorithm, in words; an empty text if nothing.
         way_out: advice where a type is not possible.
     """
     served, any_works = [one for one in policy.certificate_types if one in types], False
@@ -28,8 +28,8 @@ def judge_types(
         wanted = profile.required_algorithm or profile.preferred_algorithm
         any_works = any_works or bool(works)
         if not works:
-            lacks = listed(sorted({missing[one] for one in allowed})) or "an algorithm to be served"
-            told = f"{certificate_type} is never possible here, and requests for it are rejected: lacking {lacks}"
+            lacks = listed(sorted({missing[one] for one in allowed})) or "[policy] has no algorithm for it"
+            told = f"{certificate_type} is never possible here, and requests for it are rejected: {lacks}"
             yield warning("not_possible", told, f"{way_out}; or remove it from [policy] certificate_types")
         elif wanted is not None and wanted not in works:
             told = f"{certificate_type} works with {listed(works)} only, and its profile wants {wanted}"

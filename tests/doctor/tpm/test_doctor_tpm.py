@@ -22,6 +22,7 @@ from judging import (
     worst,
 )
 
+from stationkey.contract.profiles import Algorithm
 from stationkey.doctor import Level
 from stationkey.doctor.host.files import User
 from stationkey.doctor.probes import Answers
@@ -109,7 +110,7 @@ VALUES: dict[Any, Any] = {
     "persistent": [0x81000001],
     "algorithms": [1, 4, 6, 0x0B, 0x0C, 0x0D, 0x14, 0x18, 0x23, 0x43],
     "curves": [3, 4, 5],
-    "rsa": [2048, 3072],
+    "supported": dict.fromkeys(Algorithm, ""),
     "banks": {"11": list(range(24))},
     "srk": GOOD_SRK,
     "keys": {},
@@ -143,6 +144,10 @@ def judged(name: str, seen: Seen) -> list[Finding]:
     """What a check of the TPM's answers says."""
     there = seen.told(*look_of(name).wanted)
     return [there] if isinstance(there, Finding) else judge(name, *there)
+
+
+NO_P521 = VALUES["supported"] | {Algorithm.ECDSA_SHA512: "no P-521"}
+NO_P256 = VALUES["supported"] | {Algorithm.ECDSA_SHA256: "no P-256"}
 
 
 BARE = "device:/dev/tpm0"
@@ -183,25 +188,20 @@ class TestTpm:
             pytest.param(
                 "simulated", chip(tcti="swtpm:port=1"), WARNING, {"simulated"}, id="simulated, by the way there"
             ),
-            pytest.param("certificate_types", chip(curves=[3, 4]), WARNING, {"not_possible"}, id="no P-521"),
-            pytest.param("certificate_types", chip(curves=[3]), WARNING, {"not_possible"}, id="no -20"),
+            pytest.param("certificate_types", chip(supported=NO_P521), WARNING, {"not_possible"}, id="no P-521"),
             pytest.param(
                 "certificate_types",
-                chip(algorithms=[1, 6, 11, 12, 20, 24, 35, 67]),
-                WARNING,
-                {"not_possible"},
-                id="no SHA-512",
-            ),
-            pytest.param("certificate_types", chip(rsa=[2048]), OK, set(), id="RSA 2048 only"),
-            pytest.param(
-                "certificate_types",
-                chip(algorithms=[]),
+                chip(algorithms=[], supported=dict.fromkeys(Algorithm, "all")),
                 FAILURE,
                 {"no_storage", "not_possible", "none_possible"},
                 id="nothing",
             ),
             pytest.param(
-                "certificate_types", chip(curves=[5]), FAILURE, {"no_storage", "not_preferred"}, id="no P-256"
+                "certificate_types",
+                chip(curves=[5], supported=NO_P256),
+                FAILURE,
+                {"no_storage", "not_preferred"},
+                id="no P-256",
             ),
             pytest.param("hierarchies", chip(properties={0x201: 0xD}), FAILURE, {"no_storage"}, id="no storage"),
             pytest.param(
@@ -300,7 +300,7 @@ class TestTpm:
 
     def test_a_certificate_type_that_is_not_served_is_not_judged(self, tmp_path: Path) -> None:
         text = '[policy]\ncertificate_types = ["v2g_certificate"]'
-        assert worst(judged("tpm.certificate_types", chip(text=text, tmp_path=tmp_path, curves=[3]))) is OK
+        assert worst(judged("tpm.certificate_types", chip(text=text, tmp_path=tmp_path, supported=NO_P521))) is OK
 
     @pytest.mark.parametrize("name", TOLD)
     def test_a_tpm_that_tells_nothing_keeps_no_judge_from_ending(self, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import Settings, TpmTerms
-from stationkey.contract.profiles import SECP256R1, SECP521R1, CertificateType, KeyType
+from stationkey.contract.profiles import CertificateType
 from stationkey.doctor.host.context import Context, path_of
 from stationkey.doctor.probes import Answers, ask_device
 from stationkey.doctor.report import Finding, unknown
@@ -46,12 +46,10 @@ ENDORSEMENT_ENABLED: Final = 1 << 2
 # TPM_ALG_ID and TPM_ECC_CURVE [TPM 2.0 part 2, 6.3 and 6.4].
 ALG_RSA: Final = 0x01
 ALG_AES: Final = 0x06
-ALG_RSASSA: Final = 0x14
-ALG_ECDSA: Final = 0x18
 ALG_ECC: Final = 0x23
 ALG_CFB: Final = 0x43
 HASHES: Final = {"sha1": 0x04, "sha256": 0x0B, "sha384": 0x0C, "sha512": 0x0D}
-CURVES: Final[dict[KeyType, int]] = {SECP256R1: 0x03, SECP521R1: 0x05}
+P256: Final = 0x03
 
 # TPMA_OBJECT [TPM 2.0 part 2, 8.3].
 NODA: Final = 1 << 10

@@ -22,18 +22,13 @@ from tpm2_pytss.tsskey import TSSPrivKey
 from tpm2_pytss.types import (
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
-    TPMS_RSA_PARMS,
     TPMT_PUBLIC,
-    TPMT_PUBLIC_PARMS,
-    TPMT_RSA_SCHEME,
-    TPMT_SYM_DEF_OBJECT,
-    TPMU_PUBLIC_PARMS,
 )
 
+from stationkey.contract.profiles import Algorithm
 from stationkey.doctor.probes import asked_by, say
 from stationkey.keystore.tpm2 import capabilities
 
-_RSA: Final = (2048, 3072)
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
 _A_KEY: Final = TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT
 _FORMAT_ONE: Final = 0xBF
@@ -67,19 +62,6 @@ def banks(esapi: ESAPI) -> dict[str, list[int]]:
             number for number in range(8 * len(octets)) if octets[number // 8] >> number % 8 & 1
         ]
     return found
-
-
-def _rsa_sizes(esapi: ESAPI) -> list[int]:
-    sizes = []
-    for bits in _RSA:
-        none, scheme = TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL), TPMT_RSA_SCHEME(scheme=TPM2_ALG.NULL)
-        detail = TPMS_RSA_PARMS(symmetric=none, scheme=scheme, keyBits=bits, exponent=0)
-        try:
-            esapi.test_parms(TPMT_PUBLIC_PARMS(type=TPM2_ALG.RSA, parameters=TPMU_PUBLIC_PARMS(rsaDetail=detail)))
-        except TSS2_Exception:
-            continue
-        sizes.append(bits)
-    return sizes
 
 
 def _object_at(esapi: ESAPI, handle: int) -> dict[str, int] | None:
@@ -166,7 +148,7 @@ def main() -> None:
     look("transient", lambda: capabilities.handles(esapi, *_TRANSIENT))
     look("algorithms", lambda: sorted(capabilities.algorithms(esapi)))
     look("curves", lambda: sorted(capabilities.curves(esapi)))
-    look("rsa", lambda: _rsa_sizes(esapi))
+    look("supported", lambda: {one: capabilities.support(esapi, one).missing for one in Algorithm})
     look("banks", lambda: banks(esapi))
     look("srk", lambda: _object_at(esapi, asked["srk"]))
     if asked["try_srk"]:

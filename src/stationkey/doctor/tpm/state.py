@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sized
 from typing import Any, Final
 
-from stationkey.contract.profiles import ALGORITHMS, SECP256R1, Algorithm, EllipticCurve
+from stationkey.contract.profiles import Algorithm
 from stationkey.doctor.abilities import judge_types
 from stationkey.doctor.host.context import Context
 from stationkey.doctor.report import Finding, failure, listed, ok, unknown, warning
 from stationkey.doctor.runner import Check
 from stationkey.doctor.tpm import facts
-from stationkey.doctor.tpm.facts import CURVES, HASHES, Seen, ask_tpm, text_of
+from stationkey.doctor.tpm.facts import HASHES, Seen, ask_tpm, text_of
 from stationkey.keystore.tpm2 import return_codes as rc
 
 _CURVES: Final = {1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"}
@@ -122,34 +122,15 @@ def _judge_simulated(seen: Seen, maker: int, *vendor: int) -> Finding:
     return ok("nothing says that this TPM is simulated")
 
 
-def _missing_for(algorithm: Algorithm, seen: Seen) -> str:
-    """Say what the TPM lacks for an algorithm; an empty text if nothing."""
-    profile = ALGORITHMS[algorithm]
-    algorithms, curves, sizes = (seen.values[part] for part in _ABILITIES)
-    if HASHES[profile.hash_name] not in algorithms:
-        return profile.hash_name.upper().replace("SHA", "SHA-")
-    lacking = []
-    for kind in profile.key_types:
-        if isinstance(kind, EllipticCurve):
-            here, scheme, name = CURVES[kind] in curves, facts.ALG_ECDSA, "ECDSA"
-        else:
-            here, scheme, name = kind.bits in sizes, facts.ALG_RSASSA, "RSASSA"
-        if here and scheme in algorithms:
-            return ""
-        lacking.append(name if here else str(kind))
-    return " and ".join(lacking)
-
-
 def _judge_certificate_types(
-    seen: Seen, algorithms: Collection[int], curves: Collection[int], _: Collection[int]
+    seen: Seen, algorithms: Collection[int], curves: Collection[int], missing: Mapping[Algorithm, str]
 ) -> Iterator[Finding]:
     needed = {"elliptic curves": facts.ALG_ECC, "AES": facts.ALG_AES, "CFB": facts.ALG_CFB}
     storage = [words for words, number in needed.items() if number not in algorithms]
-    storage += [] if CURVES[SECP256R1] in curves else ["secp256r1"]
+    storage += [] if facts.P256 in curves else ["secp256r1"]
     if storage:
         told = f"this TPM lacks {listed(storage)}, and so cannot have the storage root key"
         yield failure("no_storage", told, "another TPM is needed")
-    missing = {algorithm: _missing_for(algorithm, seen) for algorithm in Algorithm}
     yield from judge_types(seen.types, seen.settings.policy, missing, WAY_OUT)
 
 
@@ -200,7 +181,7 @@ def _srk_differs(there: Mapping[str, int]) -> str:
     attributes, curve = there["attributes"], there.get("curve", 0)
     if there["type"] != facts.ALG_ECC:
         return f"a key of type {'RSA' if there['type'] == facts.ALG_RSA else hex(there['type'])}"
-    if curve != CURVES[SECP256R1]:
+    if curve != facts.P256:
         return f"a key on the curve {_CURVES.get(curve, hex(curve))}"
     if attributes & facts.SRK_NEEDED != facts.SRK_NEEDED:
         return "a signing key" if attributes & facts.SIGN else f"a key with the attributes {attributes:#x}"
@@ -351,9 +332,8 @@ class _Told:
 _ANSWERS: Final = ("tpm.reachable",)
 _TPM: Final = ("tpm",)
 """The section of the configuration file."""
-_ABILITIES: Final = ("algorithms", "curves", "rsa")
 CHECKS: Final = (
-    Check("tpm.certificate_types", _Told(*_ABILITIES), _judge_certificate_types, _ANSWERS),
+    Check("tpm.certificate_types", _Told("algorithms", "curves", "supported"), _judge_certificate_types, _ANSWERS),
     Check("tpm.model", _Told(*facts.PT_MAKER), _judge_model, _ANSWERS),
     Check("tpm.started", _Told(), _judge_started, _ANSWERS),
     Check("tpm.self_test", _Told(), _judge_self_test, _ANSWERS),

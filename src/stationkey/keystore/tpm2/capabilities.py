@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from tpm2_pytss import ESAPI
-from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_PT, TPM2_PT_FIRMWARE, TPM2_PT_VENDOR
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT, TPM2_PT_FIRMWARE, TPM2_PT_VENDOR
+from tpm2_pytss.types import TPMT_PUBLIC_PARMS
+
+from stationkey.contract.profiles import ALGORITHMS, Algorithm, EllipticCurve, KeyType
+from stationkey.keystore.protocol import Support
+from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2 import templates
+from stationkey.keystore.tpm2.signing import HASHES
 
 _PAGE: Final = 64  # entries asked for at a time; the TPM may give fewer
 
@@ -86,3 +93,39 @@ def description(esapi: ESAPI) -> str:
 
 def _printable(text: bytes) -> str:
     return "".join(chr(byte) for byte in text if chr(byte).isprintable() and chr(byte).isascii())
+
+
+def support(esapi: Any, algorithm: Algorithm, session: Callable[[], Any] = lambda: ESYS_TR.NONE) -> Support:
+    """Return what key this TPM can make for an algorithm, or what it lacks.
+
+    Args:
+        esapi: an open context.
+        algorithm: what is to be signed with.
+        session: returns one for a command, to authenticate the answer.
+    """
+    profile = ALGORITHMS[algorithm]
+    known = algorithms(esapi, session())
+    if int(HASHES[profile.hash_name]) not in known:
+        return Support(None, f"this TPM has no {profile.hash_name.upper().replace('SHA', 'SHA-')}")
+    missing = []
+    for kind in profile.key_types:
+        scheme = TPM2_ALG.ECDSA if isinstance(kind, EllipticCurve) else TPM2_ALG.RSASSA
+        if int(scheme) not in known:
+            return Support(None, f"this TPM has no {'ECDSA' if isinstance(kind, EllipticCurve) else 'RSASSA'}")
+        if _can_make(esapi, kind, session):
+            return Support(kind)
+        missing.append(str(kind))
+    return Support(None, f"this TPM has no {' and no '.join(missing)}")
+
+
+def _can_make(esapi: Any, kind: KeyType, session: Callable[[], Any]) -> bool:
+    if isinstance(kind, EllipticCurve):
+        return int(templates.CURVES[kind]) in curves(esapi, session())
+    try:
+        wanted = TPMT_PUBLIC_PARMS(type=TPM2_ALG.RSA, parameters=templates.key_parameters(kind))
+        esapi.test_parms(wanted, session())
+    except TSS2_Exception as error:
+        if rc.is_lost(error) or not rc.code(error) & rc.FORMAT_ONE:
+            raise
+        return False  # TPM_RC_VALUE, TPM_RC_KEY_SIZE: the TPM knows RSA, but not this size
+    return True

@@ -31,10 +31,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import TPM2_ALG
-from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC_PARMS
+from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC
 
 from stationkey.config.settings import TpmTerms
-from stationkey.contract.profiles import ALGORITHMS, Algorithm, EllipticCurve, KeyType
+from stationkey.contract.profiles import Algorithm, EllipticCurve, KeyType
 from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
 from stationkey.keystore.protocol import KeyRef, Support
 from stationkey.keystore.tpm2 import capabilities, errors, signing, templates
@@ -44,7 +44,7 @@ from stationkey.keystore.tpm2.device import Device
 from stationkey.keystore.tpm2.keyfile import SEALED, KeyFile, policy_digest
 from stationkey.keystore.tpm2.pcr import PcrPolicy
 from stationkey.keystore.tpm2.sealed import damaged
-from stationkey.keystore.tpm2.signing import HASHES, EccPrivateKey, RsaPrivateKey, signing_scheme
+from stationkey.keystore.tpm2.signing import EccPrivateKey, RsaPrivateKey, signing_scheme
 from stationkey.keystore.tpm2.templates import KEY_ATTRIBUTES
 from stationkey.x509.csr import PrivateKey, PublicKey
 
@@ -238,35 +238,8 @@ class Tpm2KeyStore(Device):
 
     def _supports(self, algorithm: Algorithm) -> Support:
         if algorithm not in self._supported:
-            self._supported[algorithm] = self._ask_support(algorithm)
+            self._supported[algorithm] = capabilities.support(self._context, algorithm, self._watching)
         return self._supported[algorithm]
-
-    def _ask_support(self, algorithm: Algorithm) -> Support:
-        profile = ALGORITHMS[algorithm]
-        algorithms = capabilities.algorithms(self._context, self._watching())
-        if int(HASHES[profile.hash_name]) not in algorithms:
-            return Support(None, f"this TPM has no {profile.hash_name.upper().replace('SHA', 'SHA-')}")
-        missing = []
-        for kind in profile.key_types:
-            scheme = TPM2_ALG.ECDSA if isinstance(kind, EllipticCurve) else TPM2_ALG.RSASSA
-            if int(scheme) not in algorithms:
-                return Support(None, f"this TPM has no {'ECDSA' if isinstance(kind, EllipticCurve) else 'RSASSA'}")
-            if self._can_make(kind):
-                return Support(kind)
-            missing.append(str(kind))
-        return Support(None, f"this TPM has no {' and no '.join(missing)}")
-
-    def _can_make(self, kind: KeyType) -> bool:
-        if isinstance(kind, EllipticCurve):
-            return int(templates.CURVES[kind]) in capabilities.curves(self._context, self._watching())
-        try:
-            wanted = TPMT_PUBLIC_PARMS(type=TPM2_ALG.RSA, parameters=templates.key_parameters(kind))
-            self._context.test_parms(wanted, self._watching())
-        except TSS2_Exception as error:
-            if rc.is_lost(error) or not rc.code(error) & rc.FORMAT_ONE:
-                raise
-            return False  # TPM_RC_VALUE, TPM_RC_KEY_SIZE: the TPM knows RSA, but not this size
-        return True
 
     def _generate(self, algorithm: Algorithm) -> KeyRef:
         self._make_room()
