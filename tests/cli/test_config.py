@@ -57,6 +57,25 @@ def test_what_the_daemon_would_not_take_is_wrong(tmp_path: Path, text: str, exit
     assert command("config", "check", STATIONKEY_CONFIG=str(tmp_path / "one.toml")).exit_code == exit_code
 
 
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("pkcs11:token=se?module-path=/m", ["0 problems"]),
+        ("nothing", ["line 3: keystores.se: "]),
+        ("tpm2:device:/dev/tpmrm1", ["keystores.se", "keystore "]),
+    ],
+)
+def test_a_key_store_with_a_name_is_checked_as_the_default_is_and_beside_it(
+    tmp_path: Path, uri: str, said: list[str]
+) -> None:
+    file = tmp_path / "stores.toml"
+    lines = ['keystore = "tpm2:device:/dev/tpmrm0"', "[keystores]", f'se = "{uri}"']
+    file.write_text("\n".join([*lines, "[keystore_for]", 'v2g20_certificate = "se"']))
+    checked = command("config", "check", str(file))
+    told = checked.stdout.replace("no problems", "0 problems")
+    assert (checked.exit_code, [words in told for words in said]) == (int(said != ["0 problems"]), [True] * len(said))
+
+
 def test_a_text_that_is_not_toml_is_said_without_the_words_of_a_library(tmp_path: Path) -> None:
     (tmp_path / "one.toml").write_text("# a\nbroker = mqtt://x\n")
     told = command("config", "check", str(tmp_path / "one.toml")).stdout
