@@ -17,12 +17,12 @@ Each is imported on first use, so a program loads only the libraries that it nee
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
-
 from stationkey._version import __version__
 
+TYPE_CHECKING = False  # typing takes 25 ms to import, in which Ctrl-C would still end a command in a traceback
 if TYPE_CHECKING:
+    from typing import Any, Final
+
     from stationkey.config.settings import MqttTerms, PolicyTerms, TpmTerms
     from stationkey.contract.messages import (
         CertificateInstallationStatus,
@@ -145,6 +145,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415 - as above
+
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Final
+
+TYPE_CHECKING = False  # typing takes 25 ms to import, in which Ctrl-C is not handled yet
+if TYPE_CHECKING:
+    from typing import Final
 
 EXIT_INTERRUPTED: Final = 130
 """Exit status of a command that SIGINT ended, as in shells: 128 plus the signal's number."""
