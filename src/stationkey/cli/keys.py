@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from textwrap import indent
 from typing import Final
 
 import click
@@ -139,7 +138,7 @@ def _json_array(items: Iterable[object]) -> Iterator[str]:
     """Yield a JSON array in the format of `json.dumps` with indent 2, item by item."""
     before = "["
     for item in items:
-        yield before + "\n" + indent(json.dumps(item, indent=2), "  ")
+        yield before + json.dumps([item], indent=2)[1:-2]
         before = ","
     yield "[]\n" if before == "[" else "\n]\n"
 
