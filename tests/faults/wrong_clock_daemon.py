@@ -31,6 +31,7 @@ def main() -> None:
 
     expiry.Expiry.sweep = sweep_and_tell  # type: ignore[method-assign]
     expiry.SWEEP = 0.1  # type: ignore[misc]
+    expiry.SAVE = 0  # type: ignore[misc]
     renewal.LOOK = 0.1  # type: ignore[misc]
     # Default arguments were bound to the right clock when the classes were made.
     for part in (custody.Custody, requests.StationKeyService):

@@ -149,6 +149,21 @@ async def test_running_time_never_goes_back(here: Station) -> None:
     assert here.ledger.retention.running == 5 * DAY
 
 
+async def test_running_time_is_saved_every_quarter_of_an_hour_and_a_minute_without_events_writes_nothing(
+    here: Station,
+) -> None:
+    await here.key()
+    path = here.ledger.database.path
+    seen = []
+    for _ in range(16):
+        await here.pass_by(60_000)
+        files = [file.stat() for file in (path, Path(f"{path}-wal"))]  # not opened: SQLite's locks would be lost
+        seen.append([(file.st_size, file.st_mtime_ns) for file in files])
+
+    assert seen[:13] == seen[:1] * 13
+    assert 13 * 60_000 < here.ledger.retention.running < 16 * 60_000
+
+
 def test_running_time_is_counted_from_where_it_was() -> None:
     clock = iter((100.0, 100.25))
 

@@ -82,6 +82,7 @@ class Checks:
         ran: milliseconds that the daemon has run, by the simulation's own count.
         done: ids of messages that were acknowledged: the broker may not have heard it, and sends them again.
         disturbed: whether a write to `active/` may have failed since it was last right.
+        unsynced: whether the last sync of `active/` failed: it may look right, and not be after a loss of power.
     """
 
     def __init__(self, machine: Machine, setting: Setting, josev: Josev, tpm: Tpm) -> None:
@@ -93,6 +94,7 @@ class Checks:
         self.ordered: set[str] = set()
         self.ran = 0
         self.disturbed = False
+        self.unsynced = False
         self.done: set[str] = set()
         self._csrs: dict[str, str] = {}
         self._owners: dict[str, str] = {}
@@ -267,7 +269,7 @@ class Checks:
         shown = self._read()
         if shown == self._shown[-1]:
             del self._shown[:-1]
-            self.disturbed = False
+            self.disturbed = self.unsynced
             return
         if self.disturbed:
             return

@@ -288,6 +288,13 @@ class World:
         """Decide what becomes of an operation on a file."""
         if path.startswith(str(self.josev.folder)):
             return self._watch_certificates(operation, path)
+        outcome = self._draw(operation, path)
+        if operation is Operation.SYNC_DIRECTORY and path.endswith("/active"):
+            self.checks.unsynced = outcome != 0
+        return outcome
+
+    def _draw(self, operation: Operation, path: str) -> int:
+        """Do what was drawn for the disk when its turn comes; return the error, or 0."""
         if self._fault is None or operation not in _MAY_FAIL:
             return 0
         left, what = self._fault

@@ -42,6 +42,7 @@ class ActiveDirectory:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / DIRECTORY_NAME
+        self._durable = False
 
     def sync(self, wanted: Callable[[], Mapping[str, bytes]]) -> list[Path]:
         """Make the directory contain the files of `wanted`, and nothing else.
@@ -70,8 +71,10 @@ class ActiveDirectory:
                 for name, content in contents.items():
                     with _noted(troubles):
                         written.append(self._write(name, content))
-                if gone or any(written):
+                if gone or any(written) or not self._durable:
+                    self._durable = False  # if this fails, the next call tries again
                     files.sync_directory(self.path)
+                    self._durable = True
         except OSError as error:
             raise self._unwritable(error) from None
         if troubles:

@@ -20,7 +20,10 @@ from stationkey.system.backoff import Backoff
 log = logging.getLogger(__name__)
 
 SWEEP: Final = 60.0
-"""Seconds between two sweeps; also the running time that a loss of power may lose."""
+"""Seconds between two sweeps."""
+SAVE: Final = 14 * 60_000
+"""Milliseconds of running time that are not saved; with a sweep more, what a loss of power may lose. To save it more
+often would write to the flash of a station that does nothing."""
 RETRY_FIRST: Final = 1.0
 RETRY_LAST: Final = 60.0
 """Seconds between attempts at a key while the TPM is away; doubled each time."""
@@ -37,6 +40,7 @@ class Expiry:
     def __init__(self, custody: Custody, terms: Terms) -> None:
         self._custody = custody
         self._terms = terms
+        self._saved = custody.running.now()
 
     async def sweep(self) -> None:
         """Expire keys, delete old records, and save the running time.
@@ -44,7 +48,9 @@ class Expiry:
         In steps of a few milliseconds: a request that comes meanwhile waits for one of them.
         """
         running = self._custody.running.now()
-        await self._custody.ledger(lambda ledger: ledger.retention.write_running(running))
+        if running - self._saved >= SAVE:
+            await self._custody.ledger(lambda ledger: ledger.retention.write_running(running))
+            self._saved = running
         await self._custody.ledger(
             lambda ledger: ledger.retention.adopt(
                 pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
