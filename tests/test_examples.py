@@ -130,7 +130,7 @@ class TestOwnTransport:
     def test_a_key_store_that_names_nothing_is_refused_in_words(self) -> None:
         done = run("own_transport.py", "tpm2:")
         assert done.returncode == 1
-        assert b"names no TPM" in done.stderr  # words: an example ends by them alone
+        assert b"tpm2:device:/dev/tpmrm0" in done.stderr  # words: an example ends by them alone
 
 
 def test_the_first_request_of_the_examples_is_the_page_s_own() -> None:
