@@ -44,7 +44,6 @@ STORAGE_ENABLED: Final = 1 << 1
 ENDORSEMENT_ENABLED: Final = 1 << 2
 
 # TPM_ALG_ID and TPM_ECC_CURVE [TPM 2.0 part 2, 6.3 and 6.4].
-ALG_RSA: Final = 0x01
 ALG_AES: Final = 0x06
 ALG_ECC: Final = 0x23
 ALG_CFB: Final = 0x43
@@ -54,9 +53,7 @@ P256: Final = 0x03
 # TPMA_OBJECT [TPM 2.0 part 2, 8.3].
 NODA: Final = 1 << 10
 RESTRICTED: Final = 1 << 16
-DECRYPT: Final = 1 << 17
 SIGN: Final = 1 << 18
-SRK_NEEDED: Final = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | RESTRICTED | DECRYPT
 FAILURE_MODE: Final = 0x101
 NEEDS_TEST: Final = 0x153
 MANAGED: Final = re.compile(r"/dev/tpmrm\d+")

@@ -12,12 +12,12 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 os.environ.setdefault("TSS2_LOG", "all+none")  # what goes wrong is told by return code; see keystore/tpm2.py
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_CLOCK, TPMA_OBJECT
+from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_CLOCK, TPMA_OBJECT
 from tpm2_pytss.tsskey import TSSPrivKey
 from tpm2_pytss.types import (
     TPM2B_PRIVATE,
@@ -27,7 +27,7 @@ from tpm2_pytss.types import (
 
 from stationkey.contract.profiles import Algorithm
 from stationkey.doctor.probes import asked_by, say
-from stationkey.keystore.tpm2 import capabilities
+from stationkey.keystore.tpm2 import capabilities, templates
 
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
 _A_KEY: Final = TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT
@@ -64,14 +64,11 @@ def banks(esapi: ESAPI) -> dict[str, list[int]]:
     return found
 
 
-def _object_at(esapi: ESAPI, handle: int) -> dict[str, int] | None:
+def _object_at(esapi: ESAPI, handle: int) -> dict[str, object] | None:
     if not capabilities.persistent(esapi, handle):
         return None
     public = esapi.read_public(esapi.tr_from_tpmpublic(handle))[0].publicArea
-    found = {"type": int(public.type), "attributes": int(public.objectAttributes)}
-    if public.type == TPM2_ALG.ECC:
-        found["curve"] = int(public.parameters.eccDetail.curveID)
-    return found
+    return {"attributes": int(public.objectAttributes), "unlike_srk": templates.unlike_srk(public)}
 
 
 def loads(esapi: ESAPI, parent: int, wrapped: str) -> int:
@@ -95,7 +92,7 @@ def _srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
     tries are counted this would be one; so only a key that is exempt from that is tried.
     """
     there = _object_at(esapi, handle)
-    if there is None or not there["attributes"] & TPMA_OBJECT.NODA:
+    if there is None or not cast("int", there["attributes"]) & TPMA_OBJECT.NODA:
         raise LookupError
     public = TPM2B_PUBLIC(publicArea=TPMT_PUBLIC.parse("ecc256:ecdsa", objectAttributes=_A_KEY))
     try:

@@ -14,8 +14,6 @@ from stationkey.doctor.tpm import facts
 from stationkey.doctor.tpm.facts import HASHES, Seen, ask_tpm, text_of
 from stationkey.keystore.tpm2 import return_codes as rc
 
-_CURVES: Final = {1: "P-192", 2: "P-224", 4: "P-384", 5: "P-521", 0x20: "SM2"}
-"""That a storage root key may be on, by their numbers [TPM 2.0 part 2, 6.4]."""
 _WANTED: Final = 2
 """Slots: for a key, and for its parent while that is used."""
 _NEW_CERTIFICATES: Final = "request new certificates (/usr/share/doc/stationkey/docs/operations.md, Another TPM)"
@@ -143,7 +141,7 @@ def _judge_hierarchies(_: Seen, flags: int) -> Finding:
     return ok("the storage and the endorsement hierarchy are enabled")
 
 
-def _judge_srk(seen: Seen, there: Mapping[str, int] | None, permanent: int, available: int) -> Finding:
+def _judge_srk(seen: Seen, there: Mapping[str, Any] | None, permanent: int, available: int) -> Finding:
     """Judge the storage root key, or whether one could be made. To remove one ends the keys below it."""
     handle = f"{seen.tpm.srk_handle:#x}"
     password = " -P PASSWORD" if permanent & facts.OWNER_AUTH_SET else ""
@@ -161,7 +159,7 @@ def _judge_srk(seen: Seen, there: Mapping[str, int] | None, permanent: int, avai
         return failure("no_room", f"{missing}, and no room for a persistent key", advice)
     if there is None:
         return ok(f"{missing} yet; the daemon makes it at its first start")
-    if wrong := _srk_differs(there):
+    if wrong := there["unlike_srk"]:
         told = f"the TPM holds {wrong} at {handle}, not an ECC P-256 storage root key"
         advice = f"[tpm] srk_handle = another one; or, if nothing needs it: {evict} {handle}"
         return failure("another_key", told, advice)
@@ -174,18 +172,6 @@ def _judge_srk(seen: Seen, there: Mapping[str, int] | None, permanent: int, avai
         told = f"the storage root key at {handle} lacks noda: losses of power can lock it for a while"
         return warning("no_noda", told, f"shut the station down in order{remove}")
     return ok(f"the storage root key at {handle} is as it should be")
-
-
-def _srk_differs(there: Mapping[str, int]) -> str:
-    """Say what is in the place of the storage root key; an empty text if it is one."""
-    attributes, curve = there["attributes"], there.get("curve", 0)
-    if there["type"] != facts.ALG_ECC:
-        return f"a key of type {'RSA' if there['type'] == facts.ALG_RSA else hex(there['type'])}"
-    if curve != facts.P256:
-        return f"a key on the curve {_CURVES.get(curve, hex(curve))}"
-    if attributes & facts.SRK_NEEDED != facts.SRK_NEEDED:
-        return "a signing key" if attributes & facts.SIGN else f"a key with the attributes {attributes:#x}"
-    return ""
 
 
 def _judge_authorisation(seen: Seen, flags: int) -> Iterator[Finding]:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tpm2_pytss import TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_ECC, TPM2_SU, TPMA_OBJECT
+from tpm2_pytss.constants import ESYS_TR, TPM2_SU, TPMA_OBJECT
 from tpm2_pytss.types import TPM2B_PUBLIC
 
 from stationkey.config.settings import TpmTerms
@@ -287,23 +287,14 @@ class Device:
         found = esapi.read_public(srk)[0]
         if bytes(esapi.tr_get_name(srk)) != _name(found):
             raise errors.altered("two answers differ")
-        public = found.publicArea
-        attributes = public.objectAttributes
-        wrong = None
-        if public.type != TPM2_ALG.ECC:
-            wrong = f"a key of type {public.type}"
-        elif public.parameters.eccDetail.curveID != TPM2_ECC.NIST_P256:
-            wrong = f"a key on the curve {public.parameters.eccDetail.curveID}"
-        elif attributes & templates.SRK_NEEDED != templates.SRK_NEEDED:  # with these, no TPM lets it sign
-            wrong = f"a key with the attributes {attributes}"
-        if wrong is not None:
+        if wrong := templates.unlike_srk(found.publicArea):
             raise KeyStoreError(
                 f"the TPM holds {wrong} at {handle:#x}, where an ECC P-256 storage root key should be",
                 reason="srk_unfit",
                 hint=f"if nothing else needs it, remove it with: tpm2_evictcontrol -C o -c {handle:#x}",
                 scope=Scope.STORE,
             )
-        if not attributes & TPMA_OBJECT.NODA:
+        if not found.publicArea.objectAttributes & TPMA_OBJECT.NODA:
             # tpm2_createprimary makes it so by default; keys may hang on it, so it is used, and said.
             log.warning("the storage root key lacks noda: three power cuts in a row can lock the TPM for a while")
         return srk, found

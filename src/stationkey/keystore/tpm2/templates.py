@@ -120,6 +120,17 @@ def _bound(attributes: Any, policy: bytes) -> Any:
     return attributes & ~TPMA_OBJECT.USERWITHAUTH if policy else attributes
 
 
+def unlike_srk(public: TPMT_PUBLIC) -> str:
+    """Return what a key is instead of an ECC P-256 storage key; empty if it is one."""
+    attributes = public.objectAttributes
+    if public.type != TPM2_ALG.ECC:
+        return f"a key of type {str(public.type).upper()}"
+    if public.parameters.eccDetail.curveID != TPM2_ECC.NIST_P256:
+        return f"a key on the curve {str(public.parameters.eccDetail.curveID).upper().replace('NIST_P', 'P-')}"
+    # With these, no TPM lets it sign.
+    return "" if attributes & SRK_NEEDED == SRK_NEEDED else f"a key with the attributes {attributes}"
+
+
 def key_parameters(kind: KeyType) -> TPMU_PUBLIC_PARMS:
     """Those of a signing key."""
     none = TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL)
