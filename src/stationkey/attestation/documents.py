@@ -239,7 +239,8 @@ def _document(kind: str, members: Mapping[str, _Form], *, optional: Collection[s
     first = {
         "format": _constant(kind, lambda where: malformed(f"{where} is not {kind!r}")),
         "version": _constant(
-            VERSION, lambda where: NotVerified(f"{where} is not known here; {VERSION} is", reason="evidence_version")
+            VERSION,
+            lambda where: NotVerified(f"{where} is unsupported; {VERSION} is supported", reason="evidence_version"),
         ),
     }
     return _object({**first, **members}, optional=optional)

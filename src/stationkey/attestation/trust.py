@@ -228,7 +228,7 @@ def _check_valid(certificate: x509.Certificate, now: datetime) -> None:
         )
     for extension in certificate.extensions:
         if extension.critical and extension.oid not in _KNOWN_EXTENSIONS:
-            raise _untrusted(f"the certificate has a critical extension {extension.oid.dotted_string}, not known here")
+            raise _untrusted(f"the certificate has the unknown critical extension {extension.oid.dotted_string}")
 
 
 def _has_signed(authority: x509.Certificate, certificate: x509.Certificate) -> bool:

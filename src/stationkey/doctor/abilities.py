@@ -37,6 +37,6 @@ def judge_types(
         else:
             yield ok(f"{certificate_type} works, with {listed(works)}")
     if served and not any_works:
-        yield failure("none_possible", "none of the certificate types that are served is possible", way_out)
+        yield failure("none_possible", "no certificate type of [policy] is possible", way_out)
     if not served:
         yield ok("no certificate type that is served has its keys here")

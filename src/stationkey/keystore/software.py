@@ -25,7 +25,7 @@ class SoftwareKeyStore:
     """Keys made and used by OpenSSL in this process. Anyone who can read the ledger has them."""
 
     uri = "software:"
-    description = "software keys, NOT PROTECTED: anyone who can read the state directory has them"
+    description = "software keys, NOT PROTECTED: anyone who can read the state directory can copy them"
 
     def supports(self, algorithm: Algorithm) -> Support:
         return Support(ALGORITHMS[algorithm].key_types[0])

@@ -585,4 +585,4 @@ class Station:
             topic_prefix=self._settings.topic_prefix,
             terms=self._settings.mqtt,
         )
-        self._tell(f"told the charging station: {status}", certificate_type)
+        self._tell(f"reported to the charging station: {status}", certificate_type)

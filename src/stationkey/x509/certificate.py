@@ -379,7 +379,7 @@ def _unfit(number: int, certificate: Certificate) -> str:
         critical = {extension.oid for extension in loaded.extensions if extension.critical}
     except UNREADABLE:
         return f"the extensions of certificate {number} cannot be read"
-    return f"certificate {number} has a critical extension that is not known here" if critical - _JUDGED else ""
+    return f"certificate {number} has an unknown critical extension" if critical - _JUDGED else ""
 
 
 _JUDGED: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE, ExtensionOID.EXTENDED_KEY_USAGE})

@@ -243,14 +243,14 @@ def _judge_publish(seen: Visit) -> Finding:
         advice = f"let stationkey's identity write to {seen.responses} {_SHIPPED}"
         return failure("refused", told, advice, stops=False)
     if seen.too_large:
-        told = f"the broker takes a short message, and none of {LARGE} bytes: {seen.too_large}"
+        told = f"the broker accepts a short message, but not one of {LARGE} bytes: {seen.too_large}"
         advice = "remove the limit, or raise it (Mosquitto: message_size_limit and max_packet_size)"
         return failure("too_large", told, advice, stops=False)
     if seen.maximum_qos < 1:
         told = "the broker takes QoS 0 only: an answer that is lost on the way is not sent again"
         return warning("qos_0", told, "allow QoS 1 (Mosquitto: max_qos)")
     if not seen.mqtt5:
-        return unknown("with MQTT 3.1.1 the broker acknowledges what it refuses, too", stops=False)
+        return unknown("with MQTT 3.1.1 the broker also acknowledges refused messages", stops=False)
     return ok(f"the broker takes our messages on {seen.responses}")
 
 
@@ -293,7 +293,7 @@ def _judge_anonymous(seen: Visit, reach: str | None) -> Finding:
     if rights is None and (seen.refused is not None or seen.in_its_place):
         return unknown("it depends on broker.login", "", "depends")
     if not seen.named:
-        told = f"the broker takes anybody: {whom} can have keys made, and answer in our place"
+        told = f"anonymous access: {whom} can have keys created, and answer in stationkey's place"
         advice = f"give Josev and stationkey a name or a certificate each, and an access control list {_SHIPPED}"
         return failure("no_names", told, advice) if reach is not None else warning("no_names", told, advice)
     if rights is None:
@@ -306,8 +306,8 @@ def _judge_anonymous(seen: Visit, reach: str | None) -> Finding:
     can = [words for words, granted in may.items() if granted]
     advice = f"allow_anonymous false, or an access control list that denies it {_SHIPPED}"
     if can:
-        return failure("anonymous_rights", f"the broker lets in anybody: {whom} can {' and '.join(can)}", advice)
-    told = "the broker lets in anybody, though not to our topics"
+        return failure("anonymous_rights", f"anonymous access: {whom} can {' and '.join(can)}", advice)
+    told = "anonymous clients can connect, but not use stationkey's topics"
     return ok(told) if reach is None else warning("anonymous", f"{told}: {reach} can", advice)
 
 
@@ -325,7 +325,9 @@ def _judge_retained(seen: Visit) -> Finding:
         return ok(f"no message is retained on {seen.requests}")
     told = f"a message is retained on {listed(seen.retained)}: the broker sends it at every subscription, as if new"
     clear = f"mosquitto_pub {seen.at} -t {seen.retained[0]} -r -n"
-    return warning("retained", told, f"remove it, as who may write there: {clear}; and find out who sets retain")
+    return warning(
+        "retained", told, f"remove it, with a login that may write there: {clear}; and find the client that sets retain"
+    )
 
 
 def _judge_delay(seen: Visit) -> Finding:

@@ -167,7 +167,7 @@ def _judge_secrets(secrets: list[SecretSeen], user: User, unit: Unit | None) -> 
 def _judge_secret(secret: SecretSeen, facts: Facts, user: User) -> Finding:
     where, path = secret.where, facts.path
     if facts.kind == "missing" and "/" not in secret.source:
-        advice = "name the path of a file. What stands there is not shown: it may be the secret itself"
+        advice = "give the path of a file. The value is not shown: it may be the secret itself"
         return failure("missing", f"{where} names a file that is missing", advice)
     if secret.refused is not None:
         exposed = ", and replace the secret: others may have read it" if facts.mode & 0o007 else ""
@@ -250,7 +250,9 @@ def _judge_settings(settings: Settings, missing: Path | None = None, taken: int 
         found.append(failure("listen_missing", told, "add RuntimeDirectory= to the unit, or name another path"))
     if taken is not None:
         told = f"[metrics] listen: another program listens on port {taken}, and the daemon does not start"
-        found.append(failure("listen_taken", told, f"name another port; ss -ltnp sport = :{taken} shows who has it"))
+        found.append(
+            failure("listen_taken", told, f"name another port; ss -ltnp sport = :{taken} shows which program uses it")
+        )
     return found or [ok("no contradictions")]
 
 
@@ -311,7 +313,7 @@ def _policy(settings: Settings) -> Iterator[Finding]:
             told = f"[policy] serves {certificate_type} without {required}, its only algorithm"
             yield failure("algorithm_missing", told, f"add {required} to algorithms, or remove {certificate_type}")
     if not policy.certificate_types or not policy.algorithms:
-        yield failure("policy_empty", "[policy] lets no request through: a list is empty", "name what is to be served")
+        yield failure("policy_empty", "[policy] allows no request: a list is empty", "list the values to serve")
     rsa = any(isinstance(ALGORITHMS[algorithm].key_types[0], RsaModulus) for algorithm in policy.algorithms)
     if settings.pool.rsa and not rsa:
         told = f"[pool] makes {settings.pool.rsa} RSA key(s) ahead, and [policy] algorithms has no RSA"

@@ -516,7 +516,7 @@ def _judge_active(
     if missing:
         return failure("missing", f"missing, so that no service can use the key: {listed(missing)} under active/", when)
     if more:
-        return warning("unknown_file", f"not known to the ledger: {listed(more)} under active/", f"{when}: deletes it")
+        return warning("unknown_file", f"unknown to the ledger: {listed(more)} under active/", f"{when}: deletes it")
     return ok(f"the {len(expected)} files under active/ are what the ledger says")
 
 

@@ -65,7 +65,7 @@ def _judge_keystores(
         what = f"the key store of {listed(sorted(store.types)) or 'older keys'} is {KeyStoreUri.parse(store.uri)}"
         if store.uri == "software:":
             advice = f"for trying only; on a station, {CHOICE}"
-            yield warning("software", f"{what}: who can read the disk has the keys", advice)
+            yield warning("software", f"{what}: anyone who can read the disk can copy the keys", advice)
         else:
             yield ok(what)
 

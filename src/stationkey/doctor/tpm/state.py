@@ -188,7 +188,7 @@ def _judge_authorisation(seen: Seen, flags: int) -> Iterator[Finding]:
         told = "[tpm] owner_auth names a wrong password: no storage root key can be made"
         yield failure("wrong", told, "put the right one there; who changed it?")
     if not flags & (facts.LOCKOUT_AUTH_SET | facts.DISABLE_CLEAR):
-        told = "the lockout hierarchy has no password: who may open the TPM may clear it, which ends every key"
+        told = "the lockout hierarchy has no password: any user of the TPM can clear it, which ends every key"
         yield warning("clear_open", told, "give it one, kept off the station: tpm2_changeauth -c lockout file:-")
     yield ok("; ".join(f"{which}: {'with a' if flags & bit else 'no'} password" for which, bit in bits.items()))
 
