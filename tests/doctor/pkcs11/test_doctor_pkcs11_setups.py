@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ from wire import Wire, WithoutP521
 
 
 @pytest.fixture
-def token(tmp_path: Path) -> Token:
+def token(tmp_path: Path) -> Iterator[Token]:
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "token").mkdir()
-    return Token.make(tmp_path.name[:32], tmp_path / "token")
+    made = Token.make(tmp_path.name[:32], tmp_path / "token")
+    yield made
+    made.order()
+    made.remove()
 
 
 def make_key(token: Token, state_dir: Path) -> KeyRef:
@@ -88,9 +92,12 @@ def test_which_token_is_meant(tmp_path: Path, token: Token) -> None:
     assert look(tmp_path, keystore=token.uri).reasons("token.found") == {"pkcs11_token_ambiguous"}
 
 
-def test_a_module_that_hangs_is_told_in_time(tmp_path: Path, token: Token, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stationkey.doctor.pkcs11.checks._PATIENCE", 1.0)
-    token.order("C_GetSlotList hang")
+@pytest.mark.parametrize("function", ["C_GetSlotList", "C_FindObjectsInit"])
+def test_a_module_that_hangs_is_told_in_time(
+    tmp_path: Path, token: Token, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    monkeypatch.setattr("stationkey.doctor.pkcs11.checks._PATIENCE", 2.0)
+    token.order(f"{function} hang")
     assert look(tmp_path, keystore=token.shimmed).reasons("token.module") == {"hung"}
     token.order()
 

@@ -30,6 +30,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.keystore.pkcs11.uri import TokenUri
 from stationkey.mqtt.tls import introduction
 from stationkey.mqtt.topics import availability, renewal
+from stationkey.service.josev_files import MAX_CERTIFICATE_FILES
 from stationkey.system.addresses import is_loopback
 from stationkey.system.listener import Address
 
@@ -44,8 +45,6 @@ _OTHERS: Final = frozenset(
     f"{_PREFIX}MQTT_{option.name.upper()}" for option in options_of(Settings) if option.table == "mqtt"
 )
 """Read by the commands that are clients of the broker."""
-_MAX_LISTED: Final = 1024
-"""Files in a certificate directory, beyond which the daemon does not look."""
 _LOADING: Final = ("LoadCredential", "LoadCredentialEncrypted", "SetCredential", "SetCredentialEncrypted")
 
 
@@ -201,7 +200,7 @@ def _look_at_certificate_dir(context: Context) -> tuple[Facts, User, int] | Find
     facts = look_at(path, follow=True, user=user)
     if facts.kind == "directory" and os.access(path, os.R_OK | os.X_OK):
         for number, _ in enumerate(path.rglob("*")):
-            if number > _MAX_LISTED:
+            if number > MAX_CERTIFICATE_FILES:
                 break
     return facts, user, number
 
@@ -211,8 +210,8 @@ def _judge_certificate_dir(facts: Facts, user: User, number: int) -> Finding:
     found = judge_access("[josev] certificate_dir", facts, user, kind="directory", wanted=READ | ENTER)
     if found is not None:  # who puts a certificate there chooses between keys, and gets none
         return dataclasses.replace(found, level=Level.WARNING) if found.reason == "replaceable" else found
-    if number > _MAX_LISTED:
-        told = f"{path} has more than {_MAX_LISTED} files: the daemon does not look through so many"
+    if number > MAX_CERTIFICATE_FILES:
+        told = f"{path} has more than {MAX_CERTIFICATE_FILES} files: the daemon does not look through so many"
         return failure("too_many", told, "name the directory of the certificates alone")
     return ok(f"{path} can be read")
 

@@ -75,11 +75,11 @@ def _judge_module(uri: str, answers: Answers) -> Finding:
     errors = [error for part in ("module", "token") if (error := _error(answers, part)) is not None]
     if errors and errors[0].reason == _UNSAFE:
         return refusal(errors[0])
-    if errors or "token" in answers.values:
+    if errors or "end" in answers.values:
         return ok(f"the module {module} answers, and only root can replace it")
     if answers.hung:
         advice = "reset the token; does another program, such as the daemon, have it to itself?"
-        return failure("hung", f"the module {module} does not answer within {_PATIENCE:g} s", advice)
+        return failure("hung", f"the module {module} hangs in a call", advice)
     told = f"the module {module} ended the program that asked it: {answers.said or 'it crashed'}"
     return failure("crashed", told, "is it of this machine's architecture, and its configuration right?")
 

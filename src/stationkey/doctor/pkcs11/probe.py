@@ -95,6 +95,7 @@ def main() -> None:
         names = map(Algorithm, asked["algorithms"])
         _look(kind, lambda: {one: _support(store, one, tried=kind == "tried") for one in names})  # noqa: B023 - at once
         store.close()
+    say("end", value=True)
 
 
 if __name__ == "__main__":
