@@ -1,15 +1,14 @@
-"""The one thread that owns the key store, and what happens when a call on it never returns.
+"""The one thread that owns the key store, and its replacement when a call hangs.
 
-A TPM command blocks without a time limit, and a context must not be used from two threads. So every use of a store is a
-job for this thread, each with a deadline that the one who waits enforces: a late result is discarded, key
-included.
+A TPM command has no timeout, and a context must not be used from two threads. So every use of a store is a job for this
+thread, with a deadline that the caller enforces: a late result is discarded, key included.
 
-A TPM cannot be interrupted, but what comes next can be chosen: short jobs go before long ones, and keys are made ahead
-only when nobody waits. So a request for an EC key waits for at most one RSA key, the one in hand.
+A TPM cannot be interrupted, but the next job can be chosen: short jobs go before long ones, and keys are made ahead
+only when no job waits. So a request for an EC key waits for at most the one RSA key that is being made.
 
-If a call is still out past its deadline, the next job does not wait for it: another thread, which is there from the
-start, takes over with a store of its own. The old store is abandoned: if it tidied up in the TPM, it might unload what
-the new one has just loaded. When the call returns, its store is closed, and its thread can take over next time.
+If a call exceeds its deadline, the next job does not wait for it: another thread, which exists from the start, takes
+over with its own store. The old store is abandoned, because cleaning up might unload keys that the new one has loaded.
+When the call returns, its store is closed, and its thread can take over next time.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ FAIR_SHARE: Final = 16
 
 
 MAX_JOBS: Final = 4096
-"""How many jobs may wait, those that nobody waits for any more included: more than messages can be in hand. Behind a
-device that hangs for good nothing takes them away."""
+"""Most waiting jobs, those with a caller that gave up included: more than messages can be in flight. They stay queued
+while the device hangs."""
 
 
 class Turn(IntEnum):
@@ -212,7 +211,7 @@ class _Shift:
         return stuck_from is not None and self._clock() > stuck_from
 
     def give_up(self) -> bool:
-        """Do no job after the overdue one in hand; return False, and do nothing, if there is none."""
+        """Do no further job after the overdue one; return False, and do nothing, if no job is overdue."""
         with self._turn:
             self._abandoned = self.hung
             store: object = self._store
@@ -338,7 +337,7 @@ class KeyStoreThread:
 
         Returns:
             A future with the job's result or its error, which is a `StationKeyError` unless there is a fault in the
-            job itself. Whoever waits for it must give up after `timeout` on his own: a hung call fulfils nothing.
+            job itself. The caller must give up after `timeout`: a hung call never completes it.
         """
         future: Future[T] = Future()
         now = self._clock()
@@ -407,7 +406,7 @@ class KeyStoreThread:
     def last(self) -> tuple[float, Outcome] | None:
         """How many seconds ago the last job ended, and how; None before the first.
 
-        Whoever asked may have given up on it before.
+        The caller may have given up before.
         """
         if self._jobs.last is None:
             return None

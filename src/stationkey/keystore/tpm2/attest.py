@@ -186,7 +186,7 @@ def _ak_template() -> TPMT_PUBLIC:
 
 
 def _activate(esapi: Context, challenge: Challenge, terms: AttestationTerms) -> bytes:
-    """Open a challenge [TPM 2.0 part 3, 12.5]; what was in it."""
+    """Open a challenge [TPM 2.0 part 3, 12.5], and return its secret."""
     try:
         blob = TPM2B_ID_OBJECT(unwrap(challenge.credential_blob, "its credential"))
         encrypted = TPM2B_ENCRYPTED_SECRET(unwrap(challenge.encrypted_secret, "its encrypted secret"))

@@ -100,7 +100,7 @@ def support(esapi: Any, algorithm: Algorithm, session: Callable[[], Any] = lambd
 
     Args:
         esapi: an open context.
-        algorithm: what is to be signed with.
+        algorithm: of the signature.
         session: returns one for a command, to authenticate the answer.
     """
     profile = ALGORITHMS[algorithm]

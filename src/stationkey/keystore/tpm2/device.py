@@ -11,7 +11,7 @@ When a TPM is lost, cleared or full: its return codes, and the reaction:
   it waits.
 - ``0x918`` (TPM_RC_REFERENCE_S0): as ``0x910``, of a session.
 - ``0x128`` (TPM_RC_PCR_CHANGED): a register changed while a policy was being shown: it is shown again.
-- A handle error on the SRK: the TPM was cleared under us; a new context finds or makes the SRK anew.
+- A handle error on the SRK: the TPM was cleared meanwhile; a new context finds or creates the SRK.
 
 - Every other warning (``0x922``, TPM_RC_RETRY, and its like) passes: `stationkey.keystore.tpm2.context` tries again.
 
@@ -128,7 +128,7 @@ class Device:
         self._timed = True
 
     def _wait(self, delay: float) -> bool:
-        """Wait between two tries of a command; return False if there is no time left for another."""
+        """Wait before a retry of a command; return False if no time is left."""
         return time.monotonic() + delay < self._until and not self._give_up.wait(delay)
 
     def _emptied(self) -> None:

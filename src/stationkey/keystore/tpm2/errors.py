@@ -97,7 +97,7 @@ class SessionInDoubtError(Exception):
     """A command was refused over its session: it may have been altered when it began, and another one may do.
 
     Args:
-        error: what stands, if another session is refused too.
+        error: the error if another session is refused too.
     """
 
     def __init__(self, error: KeyStoreError) -> None:

@@ -63,7 +63,7 @@ class KeyFile(Struct, frozen=True):
         private: TPM2B_PRIVATE, wrapped by the parent.
         parent: its persistent handle.
         empty_auth: whether it has no authorisation value.
-        policy: what has to be shown before it can be used; empty for nothing.
+        policy: the policy that must be satisfied to use it; empty for none.
         type: `KEY` or `SEALED`.
     """
 

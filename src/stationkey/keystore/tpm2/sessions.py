@@ -84,10 +84,10 @@ class Sessions:
 
 @contextmanager
 def before_the_srk(esapi: Context, how: TpmSession) -> Iterator[Any]:
-    """A session to make the storage root key with, when there is none yet to encrypt a salt to.
+    """Yield a session to create the storage root key, when no key exists yet to encrypt a salt to.
 
-    A primary key of the null hierarchy takes its place: it is as new as this power-on, and nobody can vouch for it. So
-    this keeps secrets from one who listens, and not from one who is there and takes part.
+    The salt is encrypted to a primary key of the null hierarchy, which is new at each power-on and cannot be verified.
+    So this protects secrets against a listener, not against an active attacker.
     """
     if how == "none":
         yield ESYS_TR.PASSWORD

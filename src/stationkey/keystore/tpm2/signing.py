@@ -27,7 +27,7 @@ _POINTS: Final[dict[KeyType, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SE
 class EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like all of tpm2-pytss
     """tpm2-pytss's face of a loaded key towards cryptography, with the public part that is known already.
 
-    The class it comes from asks the TPM for the public part, decodes it anew at each use, and looks at it again before
+    Its base class asks the TPM for the public part, decodes it at each use, and checks it again before
     it signs; that took a tenth of a request's time.
     """
 
@@ -87,7 +87,7 @@ def public_key(kind: KeyType, public: bytes) -> PublicKey:
     """The public key in a TPM2B_PUBLIC [TPM 2.0 part 2, 12.2.4 and 12.2.5] made by `templates.key`.
 
     Raises:
-        ValueError: it is none of this kind.
+        ValueError: it is not of this type.
     """
     at = 12 + int.from_bytes(public[10:12], "big")  # after size, type, name algorithm, attributes and policy
     if isinstance(kind, RsaModulus):  # symmetric, scheme, bits, exponent, modulus; an exponent of 0 stands for 65537

@@ -104,7 +104,7 @@ class _Record:
             return None
 
     def write(self, contents: _Contents) -> None:
-        """Write in one piece: a program that is killed leaves the whole of it, or what was there."""
+        """Write at once: a killed program leaves the new content or the old."""
         with suppress(OSError):
             told = {"boot": contents.boot, "loaded": contents.loaded, "coming": contents.coming}
             os.pwrite(self._descriptor, json.dumps(told).encode().ljust(_SIZE), 0)
@@ -167,7 +167,7 @@ class Slots:
         self._write()
 
     def failed(self) -> None:
-        """Forget what was to come: the TPM has refused."""
+        """Discard the recorded intention: the TPM has refused."""
         self._mine.coming = None
         self._write()
 
@@ -187,7 +187,7 @@ class Slots:
         self._write()
 
     def unloaded(self, resource: Any) -> None:
-        """Write down what was unloaded."""
+        """Record the unloaded handles."""
         for name in self._names.pop(int(resource), ()):
             self._mine.loaded.pop(name, None)
         self._write()

@@ -311,7 +311,7 @@ class Tpm2KeyStore(Device):
         """Load under the parent that the file names.
 
         Raises:
-            ValueError: it is damaged, so that it is not even sent.
+            ValueError: it is damaged, and was not sent.
         """
         parent = self._parent(file.parent)
         try:
@@ -436,7 +436,7 @@ def _own(key: KeyRef) -> None:
 
 
 def _file(key: KeyRef) -> tuple[KeyFile, PcrPolicy | None]:
-    """The wrapped private part of a key of ours with what stands beside it, and its policy."""
+    """Return the key file of a key of ours: wrapped private part, public part and policy."""
     _own(key)
     try:
         file = KeyFile.read(key.private)
