@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -84,11 +85,16 @@ class _Pkcsslotd(Peer):
     def listening(self) -> bool:
         return any(path.is_socket() for path in Path("/run").rglob("pkcsslotd.socket"))
 
-    def restart(self) -> None:
-        self.kill()
+    def kill(self) -> None:
+        """End it, and the processes that it has started or become."""
+        super().kill()
+        ours = Path("/proc/thread-self/ns/ipc").readlink()
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                if (process / "comm").read_text() == "pkcsslotd\n" and (process / "ns/ipc").readlink() == ours:
+                    os.kill(int(process.name), signal.SIGKILL)
         for path in Path("/run").rglob("pkcsslotd*"):
             path.unlink()
-        self.start()
 
 
 @contextmanager
