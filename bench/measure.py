@@ -21,7 +21,7 @@ from typing import Final
 
 from peers import Mosquitto, Swtpm
 
-from bench import rows
+from bench import board, rows
 from bench.history import fill
 from bench.rows import FLOOR, IMPORTS, KINDS, LOOP, LOOP_AHEAD, OURS, POOLED, PROCESSOR, PROGRAMS, Series
 from bench.sides import (
@@ -68,6 +68,7 @@ class Effort:
             which would slow down whoever is quickest.
         ledger: samples for each size of ledger.
         starts: of a daemon, or of a command.
+        idle: seconds of watching an idle daemon.
         many: requests between the two looks at the memory.
     """
 
@@ -76,13 +77,22 @@ class Effort:
     block: int
     ledger: int
     starts: int
+    idle: float
     many: int
 
 
 FULL: Final = Effort(
-    {"P-256": 40, "P-521": 40, "RSA-3072": 20}, blocks=5, block=200, ledger=400, starts=30, many=10_000
+    {"P-256": 40, "P-521": 40, "RSA-3072": 20},
+    blocks=5,
+    block=200,
+    ledger=400,
+    starts=30,
+    idle=60.0,
+    many=10_000,
 )
-QUICK: Final = Effort({"P-256": 6, "P-521": 6, "RSA-3072": 3}, blocks=3, block=150, ledger=60, starts=7, many=1_000)
+QUICK: Final = Effort(
+    {"P-256": 6, "P-521": 6, "RSA-3072": 3}, blocks=3, block=150, ledger=60, starts=7, idle=10.0, many=1_000
+)
 
 
 @dataclass(slots=True)
@@ -420,6 +430,10 @@ _MEASUREMENTS: Final[dict[str, Callable[[World, Collection[str], Measured], None
     rows.LEDGER: _grow,
     rows.START: _start,
     rows.COMMANDS: _command,
+    rows.BOARD: board.stay_idle,
+    rows.DISK: board.write_little,
+    rows.LISTS: board.list_many,
+    rows.SLOW: board.run_slowly,
     # Last: each TPM command is a TCP connection here, and the port of one stays taken for a minute. After so many,
     # there are few ports left.
     rows.MEMORY: _remember,

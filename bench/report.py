@@ -50,6 +50,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
 NOT_RUN: Final = "not run"
 MET: Final = "met"
 MISSED: Final = "**missed**"
+SHOWN: Final = "measured"
 
 
 def verdict(row: Row, results: Results) -> Verdict:
@@ -75,6 +76,8 @@ def _met(row: Row, results: Results, ratio: float | None) -> str:
     faults = [fault for series in row.needs if (fault := results.faults.get(series.group, {}).get(series.side))]
     if faults:
         return f"{MISSED}: {', '.join(faults)}"
+    if row.how is How.SHOWN:
+        return SHOWN
     return MET if row.met(ratio) else MISSED
 
 
@@ -92,6 +95,8 @@ def _target(row: Row) -> str:
             return f"≥ {row.limit:g} times as fast"
         case How.VALUE:
             return f"≤ {row.limit:g} {row.unit}"
+        case How.SHOWN:
+            return ""
 
 
 def _ratio(ratio: float, limit: float) -> str:

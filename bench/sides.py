@@ -404,14 +404,19 @@ def _last_words(daemon: Daemon) -> str:
     return words.replace(str(daemon.directory.parent), "").strip()
 
 
-def start_once(home: Path, arguments: tuple[str, ...]) -> float:
+def start_once(home: Path, arguments: tuple[str, ...], *, before: tuple[str, ...] = ()) -> float:
     """How long the daemon takes from its start until its subscription stands, by what it tells a service manager.
+
+    Args:
+        home: its folder.
+        arguments: of ``stationkey serve``.
+        before: a command that runs the one that follows it.
 
     Raises:
         Unavailable: it ended instead, or said nothing.
     """
     address = f"stationkey-bench-{uuid.uuid4().hex}"
-    words = [sys.executable, "-m", "stationkey", "serve", "--log-format", "json", *arguments]
+    words = [*before, sys.executable, "-m", "stationkey", "serve", "--log-format", "json", *arguments]
     environment = {**child_environment(), "NOTIFY_SOCKET": f"@{address}"}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, (home / "log").open("wb") as log:
         told.bind(f"\0{address}")

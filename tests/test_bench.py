@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from math import inf
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -23,7 +24,7 @@ from bench.history import fill
 from bench.machine import describe
 from bench.measure import GROUPS, Measured, take_rounds
 from bench.plot import draw
-from bench.report import MET, MISSED, NOT_RUN, TABLES, Results, fill_in, verdict
+from bench.report import MET, MISSED, NOT_RUN, SHOWN, TABLES, Results, fill_in, verdict
 from bench.rows import EXTRA, FLOOR, KINDS, OURS, ROWS, SIDES, How, Row, Series
 from bench.sides import KIND, POOL_SIZE, Unavailable, composite
 from bench.summary import Summary, percentile, summarize
@@ -65,9 +66,19 @@ TARGETS = {
     "sustained-p256": 0.75,
     "sustained-p521": 0.9,
     "ledger": 1.1,
-    "start": 2.2,
-    "memory-idle": 48,
+    "start": 1.3,
+    "memory-idle": 40,
     "memory-growth": 2,
+    "slow-request": inf,
+    "slow-start": inf,
+    "idle-wake-ups": 2,
+    "idle-bytes": 0,
+    "disk-request": 8,
+    "disk-ending": inf,
+    "list-time": 3,
+    "list-memory": 80,
+    "json-time": 3,
+    "json-memory": 80,
     "keys-list": 3,
     "schema": 3,
 }
@@ -98,6 +109,7 @@ class TestRows:
             pytest.param(How.FASTER, 4, 4.0, 8.0, 2.0, False, id="too-few-times-faster"),
             pytest.param(How.VALUE, 48, 47.9, None, 47.9, True, id="little-enough"),
             pytest.param(How.VALUE, 48, 48.1, None, 48.1, False, id="too-much"),
+            pytest.param(How.SHOWN, inf, 48.1, None, 48.1, True, id="no-target"),
         ],
     )
     def test_a_target_is_met_or_not(
@@ -115,6 +127,10 @@ class TestVerdict:
     def test_what_is_missed_is_said(self) -> None:
         one = verdict(row(How.OVER, 1.5), results(ours=2.0, other=1.0))
         assert (one.met, one.ratio, one.target) == (MISSED, "2.00", "≤ 1.5")
+
+    def test_what_has_no_target_is_shown(self) -> None:
+        one = verdict(row(How.SHOWN, inf), results(ours=2.0, other=1.0))
+        assert (one.met, one.target) == (SHOWN, "")
 
     @pytest.mark.parametrize("side", ["ours", "other"])
     def test_without_one_of_the_two_there_is_no_verdict(self, side: str) -> None:
