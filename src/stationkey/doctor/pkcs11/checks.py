@@ -30,7 +30,6 @@ _NOT_SAID: Final = {0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}
 """CK_UNAVAILABLE_INFORMATION, by the width of CK_ULONG."""
 _LITTLE: Final = 4096
 """Octets: a key pair takes some hundreds."""
-_LIST: Final = "pkcs11-tool --module {} --list-objects"
 
 # CKF_ of a token [PKCS #11 3.2].
 _LOGIN_REQUIRED: Final = 1 << 2
@@ -41,9 +40,13 @@ _PIN_LOCKED: Final = 1 << 18
 _PIN_TO_BE_CHANGED: Final = 1 << 19
 
 
+def _uri_of(keystore: str) -> TokenUri:
+    return TokenUri.parse(keystore.partition(":")[2])
+
+
 def _ask(context: Context, store: NamedStore) -> Answers:
     """Ask the token in a process of its own, `stationkey.doctor.pkcs11.probe`."""
-    user, pin = context.daemon.user, TokenUri.parse(store.uri.partition(":")[2]).pin
+    user, pin = context.daemon.user, _uri_of(store.uri).pin
     path = None if pin is None or pin.file is None else path_of(pin.file)
     asked = {
         "uri": store.uri,
@@ -71,7 +74,7 @@ def _look_at_module(at: At) -> tuple[str, Answers] | Finding:
 
 
 def _judge_module(uri: str, answers: Answers) -> Finding:
-    module = TokenUri.parse(uri.partition(":")[2]).module
+    module = _uri_of(uri).module
     errors = [error for part in ("module", "token") if (error := _error(answers, part)) is not None]
     if errors and errors[0].reason == _UNSAFE:
         return refusal(errors[0])
@@ -113,14 +116,14 @@ def _judge_token(_: NamedStore, __: Settings, names: dict[str, str]) -> Finding:
 
 def _judge_pin(store: NamedStore, _: Settings, flags: int, refused: bool | None) -> Finding:
     """Judge the PIN by the token's flags, and by what the daemon remembers. It is not tried."""
-    unlock = "unlock it with the security officer's PIN: pkcs11-tool --init-pin"
     if not flags & _LOGIN_REQUIRED:
         return ok("the token wants no PIN")
     if not flags & _PIN_INITIALIZED:
         return failure("not_set", "the token has no user PIN", "set one: pkcs11-tool --init-pin")
     if flags & _PIN_LOCKED:
-        return failure("locked", "the token's PIN is locked", unlock)
-    if TokenUri.parse(store.uri.partition(":")[2]).pin is None:
+        advice = "unlock it with the security officer's PIN: pkcs11-tool --init-pin"
+        return failure("locked", "the token's PIN is locked", advice)
+    if _uri_of(store.uri).pin is None:
         return failure("not_named", "the token wants a PIN, and the URI has no pin-source", "add pin-source=file:/PATH")
     if refused:
         told = "the token has refused this PIN before; the daemon does not try it again"
@@ -174,7 +177,7 @@ def _judge_ours(
         yield warning("strays", told, "start the daemon: it destroys them")
     if foreign:
         told = f"{len(foreign)} keys with our label are not on record, and are never touched: {listed(foreign, most=3)}"
-        shown = _LIST.format(TokenUri.parse(store.uri.partition(":")[2]).module)
+        shown = f"pkcs11-tool --module {_uri_of(store.uri).module} --list-objects"
         yield warning("not_recorded", told, f"another station's, or of a lost state directory? {shown}")
     if not foreign and (running or not strays):
         yield ok(f"{len(kept & set(ours))} keys of ours are in the token, all of them in the ledger")
