@@ -25,7 +25,6 @@ _SESSIONS: Final = b"\x80\x02"
 _LOAD: Final = 0x157
 _SIGN: Final = 0x15D
 _FLUSH_CONTEXT: Final = 0x165
-_GET_CAPABILITY: Final = 0x17A
 _CREATE_LOADED: Final = 0x191
 """Command codes [part 2, 6.5.2]."""
 _HEADER: Final = 10
@@ -33,10 +32,6 @@ _PASSWORD: Final = b"\x40\x00\x00\x09\x00\x00\x00"
 """TPM_RS_PW, an empty nonce, no attributes [part 1, 19.4]."""
 _SHA256: Final = b"\x00\x0b"
 _TRANSIENT: Final = 0x80
-"""The first byte of a loaded object's handle [part 2, 7.2]."""
-_HANDLES: Final = b"\x00\x00\x00\x01"
-"""TPM_CAP_HANDLES [part 2, 6.12]."""
-_PAGE: Final = 64
 _NO_TICKET: Final = b"\x80\x24\x40\x00\x00\x07\x00\x00"
 """TPMT_TK_HASHCHECK of a digest that was made outside: TPM_ST_HASHCHECK, TPM_RH_NULL, no digest [part 2, 10.7.6]."""
 
@@ -82,22 +77,6 @@ class Commands:
         """TPM2_FlushContext [part 3, 28.4]."""
         if self._exchange(_NO_SESSIONS, _FLUSH_CONTEXT, handle.to_bytes(4, "big")):
             raise TSS2_Exception(MALFORMED)
-
-    def loaded(self) -> list[int]:
-        """The handles of all loaded objects, by TPM2_GetCapability [part 3, 30.2]."""
-        found = [(_TRANSIENT << 24) - 1]
-        more = True
-        while more:
-            asked = _HANDLES + (found[-1] + 1).to_bytes(4, "big") + _PAGE.to_bytes(4, "big")
-            body = self._exchange(_NO_SESSIONS, _GET_CAPABILITY, asked)  # TPMI_YES_NO, capability, number, handles
-            page = [int.from_bytes(body[at : at + 4], "big") for at in range(9, len(body), 4)]
-            more = body[:1] == b"\x01"
-            if body[1:9] != _HANDLES + len(page).to_bytes(4, "big") or len(body) != 9 + 4 * len(page):
-                raise TSS2_Exception(MALFORMED)
-            if (more and not page) or sorted({*found, *page}) != found + page:  # they ascend, or this would never end
-                raise TSS2_Exception(MALFORMED)
-            found += page
-        return found[1:]
 
     def _authorised(self, code: int, handle: int, auth: bytes, parameters: bytes, *, loads: bool = False) -> _Answer:
         password = _PASSWORD + _sized(auth)

@@ -81,11 +81,6 @@ class Context:
         signed: TPMT_SIGNATURE = self._submit("sign", self._esapi.sign, key, digest, scheme, _NO_TICKET, session)
         return bytes(signed.marshal())
 
-    def loaded(self) -> list[int]:
-        """The TPM's own handles of all loaded objects."""
-        handles: list[int] = self._submit("loaded", self._commands.loaded)
-        return handles
-
     def flush_context(self, handle: Any) -> None:
         """Unload an object or a session."""
         way = self._esapi if isinstance(handle, ESYS_TR) else self._commands

@@ -35,7 +35,7 @@ from stationkey.keystore.tpm2 import capabilities
 _ONE_PROGRAM: Final = re.compile(r"/dev/tpm\d+")
 _FILES: Final = 4
 _SIZE: Final = 4096
-_TRANSIENT: Final = 0x80000000
+_TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
 _INDEX: Final = 0xFFFFFF  # the part of a handle after its type
 _SIZE_FIELD: Final = 2  # bytes before the area in a TPM2B
 _HEAD: Final = 8  # bytes of a TPMT_PUBLIC: type, name algorithm, attributes
@@ -156,10 +156,10 @@ class Slots:
             taken = {handle & _INDEX for handle in capabilities.sessions(self._esapi)}
             handle, area = (_POLICY if arguments[2] == TPM2_SE.POLICY else _HMAC) | _first_free(taken, 0), b""
         else:
-            taken = set(self._esapi.loaded())
-            handle = _first_free(taken, _TRANSIENT)
+            taken = set(capabilities.handles(self._esapi, *_TRANSIENT))
+            handle = _first_free(taken, _TRANSIENT[0])
             if method != "create_primary":  # the parent is persistent, and has that slot as long as the command lasts
-                handle = _first_free({*taken, handle}, _TRANSIENT)
+                handle = _first_free({*taken, handle}, _TRANSIENT[0])
             told = arguments[_PUBLIC[method]]
             area = _marshalled(told)[_SIZE_FIELD:]
             area = area if method == "load" else area[:_HEAD]
@@ -197,7 +197,7 @@ class Slots:
     def relieve(self) -> None:
         """Unload objects of programs that have certainly ended."""
         if self._alone:
-            present = self._esapi.loaded() + capabilities.sessions(self._esapi, saved=False)
+            present = capabilities.handles(self._esapi, *_TRANSIENT) + capabilities.sessions(self._esapi, saved=False)
             self._flush(handle for handle in present if f"{handle:x}" not in self._mine.loaded)
             return
         for path in self._paths():
@@ -212,13 +212,13 @@ class Slots:
 
     def _left(self, contents: _Contents) -> Iterator[int]:
         """The handles of what a dead store has left loaded."""
-        present = self._esapi.loaded() + capabilities.sessions(self._esapi, saved=False)
+        present = capabilities.handles(self._esapi, *_TRANSIENT) + capabilities.sessions(self._esapi, saved=False)
         coming, area = contents.coming or ("", "")
         for handle in present:
             name = f"{handle:x}"
             if name in self._mine.loaded or name not in {*contents.loaded, coming}:
                 continue
-            if handle < _TRANSIENT:
+            if handle < _TRANSIENT[0]:
                 yield handle
                 continue
             known = self._esapi.tr_from_tpmpublic(handle)
