@@ -462,7 +462,7 @@ def test_evidence_of_tpm2_certify_is_verified_here(swtpm: Swtpm) -> None:
     verdict = verifier.verify(evidence, anchor)
 
     assert verdict.spki == read_public(read["key.pub"], "key").spki
-    assert "when the attestation was made: no nonce was asked for" in verdict.not_proved
+    assert any(words.startswith("when the attestation was made") for words in verdict.not_proved)
 
 
 def test_evidence_made_here_is_verified_by_tpm2_tools(tpm: Swtpm, keys: dict[Algorithm, KeyRef], swtpm: Swtpm) -> None:
