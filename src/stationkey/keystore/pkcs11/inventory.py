@@ -25,7 +25,9 @@ from stationkey.system.files import read_regular, sync_directory
 _LOOKS: Final = 10
 """How many looks pass, one a minute, before something is certain: that the token does not have a key on record (it may
 finish after a crash what it was asked before), or that a key of this process has missed its way to the ledger."""
-_NAME: Final = re.compile(r"[0-9a-f]{32}")
+ID_LENGTH: Final = 14
+"""Bytes of a CKA_ID. The label then has 39 characters: some devices take 40 (YubiHSM 2)."""
+_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * ID_LENGTH}}}")
 DIRECTORY_NAME: Final = "pkcs11"
 """Of the files, in the state directory."""
 _URI: Final = 4096
@@ -55,7 +57,7 @@ class Inventory:
         Raises:
             KeyStoreError: the file cannot be written.
         """
-        identifier = secrets.token_bytes(16)
+        identifier = secrets.token_bytes(ID_LENGTH)
         try:
             if not self.directory.exists():
                 self.directory.mkdir(mode=0o700)

@@ -33,7 +33,7 @@ from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algor
 from stationkey.contract.profiles import KeyType as Kind
 from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.pkcs11 import errors
-from stationkey.keystore.pkcs11.inventory import LABEL
+from stationkey.keystore.pkcs11.inventory import ID_LENGTH, LABEL
 from stationkey.keystore.pkcs11.signing import EccPrivateKey, RsaPrivateKey, Sign
 from stationkey.x509.csr import HASHES, PrivateKey, PublicKey
 
@@ -121,7 +121,7 @@ def try_out(session: Any, *, kind: Kind, algorithm: Algorithm) -> None:
     Raises:
         KeyStoreError: see `generate` and `prove`.
     """
-    identifier = secrets.token_bytes(16)
+    identifier = secrets.token_bytes(ID_LENGTH)
     try:
         public = generate(session, kind=kind, identifier=identifier, store=False)
         prove(session, identifier=identifier, kind=kind, public=public, algorithm=algorithm)
