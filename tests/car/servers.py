@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from peers import free_port
 from stationkey.openssl.servers import PLAIN_PORT, PORT
 
 HANDSHAKES, AT_A_TIME = 60, 6
+_END = 5.0
+"""Seconds for a server to end; nothing is measured by it."""
 MODULES = subprocess.check_output(["openssl", "version", "-m"], text=True).split('"')[1]
 NODE = Path(sys.executable).with_name("node")
 CREDENTIALS = re.compile(r"/run/credentials/[a-z0-9]+\.service")
@@ -163,5 +165,18 @@ def running(command: list[str], port: int, directory: Path, environment: dict[st
             error.add_note(log.read_text())
             raise
         finally:
-            os.killpg(process.pid, signal.SIGTERM)  # node stands behind a wrapper
-            process.wait(BOUND)
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server with its group: node stands behind a wrapper.
+
+    It is told twice. With tpm2-abrmd a process has threads of GLib; one of them may take the SIGCHLD of nginx's worker,
+    and the master goes on waiting for a signal.
+    """
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END)
+            return
