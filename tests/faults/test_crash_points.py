@@ -71,6 +71,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 def crash(scene: Scene, moment: str, count: int = 1) -> CrashingDaemon:
     """Start a daemon that will crash at `moment`."""
+    count += "directory synced" in moment  # it is synced once at the start
     daemon = CrashingDaemon(scene.folder / "crashing", moment, count, *scene.options())
     scene.daemon = daemon  # whatever happens, it is ended with the scene
     daemon.launch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
@@ -261,6 +262,7 @@ class TestAsking:
             before = tracemalloc.get_traced_memory()[0]
             for _ in range(1000):
                 await exposition.text()
+            gc.collect()
             assert tracemalloc.get_traced_memory()[0] - before < 100_000
         finally:
             tracemalloc.stop()

@@ -17,6 +17,7 @@ PIP: Final = "#!/bin/sh\ntrap 'exit 2' INT\necho pip was called >&2\nwhile :; do
 """Ends as pip does when Ctrl-C cancels it: like one that failed."""
 PYTHON: Final = """#!/bin/sh
 case "$*" in
+  *sysconfig*) echo "/usr as Debian's" ;;
   *venv*--clear*) mkdir -p .venv/bin && cp "$(dirname "$0")/pip" .venv/bin/python ;;
   *venv\\ *) exit 1 ;;
 esac
