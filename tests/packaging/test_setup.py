@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -39,16 +41,18 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(tree: Path, what: str) -> subprocess.Popen[str]:
-    """Start set-up as a shell does, in a group of processes of its own."""
+@contextmanager
+def start(tree: Path, what: str) -> Iterator[subprocess.Popen[str]]:
+    """Start set-up as a shell does, in a group of processes of its own, which ends with the block."""
     path = f"{tree / 'bin'}:{os.environ['PATH']}"
-    return subprocess.Popen(
-        [str(tree / "scripts/setup"), what],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PATH": path},
-        start_new_session=True,
-    )
+    command = [str(tree / "scripts/setup"), what]
+    environment = os.environ | {"PATH": path}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True) as setup:
+        try:
+            yield setup
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(setup.pid, signal.SIGKILL)
 
 
 def test_ctrl_c_in_pip_is_not_a_package_index_that_fails(tree: Path) -> None:
@@ -58,6 +62,7 @@ def test_ctrl_c_in_pip_is_not_a_package_index_that_fails(tree: Path) -> None:
             assert line, "it ended before"
         os.killpg(setup.pid, signal.SIGINT)
         said = setup.stderr.read()
+        setup.wait()
     assert (setup.returncode, said) == (130, "")
 
 
