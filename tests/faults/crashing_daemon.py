@@ -92,8 +92,8 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     # A key destroyed.
     "destroying": (BEFORE, Transitions, "apply"),
     "private part wiped, not committed": (AFTER, "sql", "DELETE FROM secret WHERE"),
-    "destroyed, write-ahead log not emptied": (BEFORE, "sql", "PRAGMA wal_checkpoint"),
-    "destroyed, write-ahead log emptied": (AFTER, "sql", "PRAGMA wal_checkpoint"),
+    "destroyed, write-ahead log not emptied": (BEFORE, "sql", "DELETE FROM secret WHERE, PRAGMA wal_checkpoint"),
+    "destroyed, write-ahead log emptied": (AFTER, "sql", "DELETE FROM secret WHERE, PRAGMA wal_checkpoint"),
     "destroyed, PEM not removed": (BEFORE, Path, "unlink"),
     "PEM removed": (AFTER, Path, "unlink"),
 }
@@ -125,18 +125,28 @@ def wrap(call: Callable[..., Any], side: str, countdown: _Countdown) -> Callable
 
 
 def wrap_statements(beginning: str, side: str, countdown: _Countdown) -> None:
-    """Let the moment lie before or after every SQL statement with this `beginning`."""
+    """Let the moment lie before or after every SQL statement with this `beginning`.
+
+    Two beginnings, with a comma between them: only after a statement with the first one.
+    """
+    first, _, beginning = beginning.rpartition(", ")
+    seen = not first
+
+    def is_it(statement: str) -> bool:
+        nonlocal seen
+        seen = seen or statement.lstrip().startswith(first)
+        return seen and statement.lstrip().startswith(beginning)
 
     class Connection(sqlite3.Connection):
         def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
             execute = super().execute
-            if statement.lstrip().startswith(beginning):
+            if is_it(statement):
                 execute = wrap(execute, side, countdown)
             return execute(statement, *arguments)
 
         def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
             execute = super().executemany
-            if statement.lstrip().startswith(beginning):
+            if is_it(statement):
                 execute = wrap(execute, side, countdown)
             return execute(statement, *arguments)
 

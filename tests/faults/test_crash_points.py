@@ -246,9 +246,7 @@ def test_a_destruction_that_is_cut_short_is_complete_after_the_next_start(scene:
     secret = secret_of(scene.state_dir / "active" / ACTIVE_FILE)
     assert secret in b"".join(path.read_bytes() for path in scene.state_dir.glob("ledger*"))
 
-    # A start empties the write-ahead log, too; that is no destruction.
-    count = 2 if "write-ahead log" in moment else 1
-    crashing = crash(scene, moment, count)
+    crashing = crash(scene, moment)
     until(crashing.listening, "it is ready")
     deleted = asker.tell("deleted", evse_id=EVSE)
     crashing.wait()
