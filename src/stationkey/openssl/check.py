@@ -516,7 +516,7 @@ def _explained(setup: Setup, file: KeyFile, error: Exception, said: str, *, load
         if sign.text in said:
             code = EXIT_DEVICE if sign.of_device else EXIT_KEY
             return TlsCheckFailed(f"{file.name}: {sign.meaning}", reason=setup.reason, exit_code=code, hint=sign.hint)
-    if late:
+    if late or isinstance(error, TimeoutError):  # the time of the connection may be over first
         return _hung(setup, file)
     why = "the key cannot be read"
     hint = "is it in the key store that --keystore names?"
