@@ -1,4 +1,4 @@
-"""Real peers on free loopback ports: Mosquitto and swtpm, for the demo and for the tests.
+"""Real peers on free loopback ports: Mosquitto, swtpm, PostgreSQL and others, for the demo and for the tests.
 
 Each is a context manager that starts a process, waits until it listens, and ends it. A peer can be killed, stopped and
 started again on the same port and state, which is how a broker or a TPM dies and comes back.
@@ -13,13 +13,15 @@ import json
 import os
 import pwd
 import random
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -68,7 +70,8 @@ def is_listening(port: int) -> bool:
 
 def search_path() -> str:
     """Where programs are: Debian keeps some servers out of a user's PATH."""
-    return f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+    servers = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
+    return ":".join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", *map(str, servers)])
 
 
 class Peer:
@@ -79,6 +82,8 @@ class Peer:
     """Variables that it is given beside those of this process."""
     start_timeout = START_TIMEOUT
     """Seconds in which it must listen."""
+    user: str | None = None
+    """Whom it runs as, where that is not the user of this process."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -114,6 +119,7 @@ class Peer:
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **self.environment},
+            user=self.user,
         )
 
     def start(self) -> Self:
@@ -300,6 +306,147 @@ class ResourceManager(Peer):
             check=False,
         )
         return "true" in answer.stdout
+
+
+class Postgresql(Peer):
+    """A PostgreSQL server with a database and the user who owns it, reached by TCP with a password.
+
+    Its data is in a folder of its own, which another user can reach: the server refuses to run as root.
+
+    Args:
+        directory: for its log and the password.
+        settings: lines of ``postgresql.conf`` beside those given here.
+        fsync: off where no test is about what survives; a daemon refuses such a server.
+        max_connections: how many connections it takes.
+
+    Attributes:
+        password_file: what ``ledger_password_file`` takes.
+    """
+
+    program = "postgres"
+    start_timeout = 30.0
+    name = "stationkey"
+    """Of the user and of the database."""
+    admin = "admin"
+    """The superuser, who needs no password on the Unix socket."""
+
+    def __init__(
+        self, directory: Path, settings: Iterable[str] = (), *, fsync: bool = True, max_connections: int = 100
+    ) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+        self.user = ("postgres" if _exists("postgres") else "nobody") if os.getuid() == 0 else None
+        self.password = secrets.token_hex(8)
+        self.password_file = directory / "password"
+        self.password_file.write_text(self.password)
+        self.password_file.chmod(0o600)
+        self._settings = (
+            f"port = {self.port}",
+            "listen_addresses = '127.0.0.1'",
+            "shared_buffers = '16MB'",
+            f"max_connections = {max_connections}",
+            f"fsync = {'on' if fsync else 'off'}",
+            *settings,
+        )
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._earlier = 0
+
+    @property
+    def uri(self) -> str:
+        """What ``ledger`` takes."""
+        return f"postgresql://{self.name}@127.0.0.1:{self.port}/{self.name}"
+
+    @property
+    def admin_uri(self) -> str:
+        """The superuser's way in, by the Unix socket."""
+        return f"postgresql://{self.admin}@/{self.name}?host={self._home}&port={self.port}"
+
+    @property
+    def data(self) -> Path:
+        """Its data folder."""
+        return self._home / "data"
+
+    @property
+    def _home(self) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name)
+
+    def command(self) -> list[str]:
+        return ["-D", str(self.data)]
+
+    def launch(self) -> Self:
+        if self._folder is None:
+            self._make()
+        log = self.directory / "log"
+        self._earlier = len(self.log) if log.exists() else 0
+        return super().launch()
+
+    def _make(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="stationkey-postgresql-")
+        if self.user is not None:
+            shutil.chown(self._home, self.user)
+        self._run(
+            *("initdb", "-D", str(self.data), "-U", self.admin, "-E", "UTF8", "--locale=C", "--no-sync"),
+            *("--auth-local=trust", "--auth-host=scram-sha-256"),
+        )
+        with (self.data / "postgresql.conf").open("a") as configuration:
+            lines = (*self._settings, f"unix_socket_directories = '{self._home}'")
+            configuration.write("\n".join(lines) + "\n")
+        statements = (
+            f"CREATE USER {self.name} PASSWORD '{self.password}'",
+            f"CREATE DATABASE {self.name} OWNER {self.name}",
+        )
+        self._run("postgres", "--single", "-D", str(self.data), "postgres", said="\n".join(statements) + "\n")
+
+    def _run(self, program: str, *arguments: str, said: str = "") -> None:
+        path = shutil.which(program, path=search_path())
+        if path is None:
+            raise RuntimeError(f"{program} is not installed; scripts/setup installs it")
+        done = subprocess.run(
+            [path, *arguments],
+            input=said,
+            capture_output=True,
+            text=True,
+            check=False,
+            user=self.user,
+            cwd="/",
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
+
+    def listening(self) -> bool:
+        return "ready to accept connections" in self.log[self._earlier :]  # it listens before, while it recovers
+
+    def kill(self) -> None:
+        """End it as a loss of power would: without a checkpoint, and with all its processes [immediate shutdown]."""
+        self._end(signal.SIGQUIT)
+
+    def terminate(self) -> None:
+        """End it in its own good order, without waiting for those who are connected [fast shutdown]."""
+        self._end(signal.SIGINT)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.process is None:
+            return
+        self.thaw()
+        self.process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        super().kill()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+def _exists(user: str) -> bool:
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
 
 
 class Daemon(Peer):
