@@ -84,6 +84,8 @@ class Peer:
     """Seconds in which it must listen."""
     user: str | None = None
     """Whom it runs as, where that is not the user of this process."""
+    leads = False
+    """Whether it leads a process group of its own."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,7 @@ class Peer:
             stderr=subprocess.STDOUT,
             env={**os.environ, **self.environment},
             user=self.user,
+            process_group=0 if self.leads else None,
         )
 
     def start(self) -> Self:
@@ -306,6 +309,96 @@ class ResourceManager(Peer):
             check=False,
         )
         return "true" in answer.stdout
+
+
+class SharedToken(Peer):
+    """A token of SoftHSM behind p11-kit's server: several programs share it, as they share a network HSM.
+
+    The server starts a process with the module for each connection, all of them in a process group. The token itself
+    is in memory: an HSM would not wait for this machine's disk.
+
+    Args:
+        directory: for its socket, its log and its PIN.
+    """
+
+    program = "p11-kit"
+    leads = True
+    label = "site"
+    module = Path("/usr/lib/softhsm/libsofthsm2.so")
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.pin = secrets.token_hex(4)
+        self._pin_file = directory / "pin"
+        self._pin_file.write_text(self.pin)
+        self._pin_file.chmod(0o600)
+        self._socket = directory / "socket"
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def uri(self) -> str:
+        """The key store in it, for a program that has `clients` in its environment."""
+        [client] = Path("/usr/lib").glob("*/pkcs11/p11-kit-client.so")
+        return f"pkcs11:token={self.label}?module-path={client}&pin-source=file:{self._pin_file}"
+
+    @property
+    def clients(self) -> dict[str, str]:
+        """What a program that uses it needs in its environment."""
+        return {"P11_KIT_SERVER_ADDRESS": f"unix:path={self._socket}"}
+
+    def command(self) -> list[str]:
+        where = ("--provider", str(self.module), "--name", str(self._socket))
+        return ["server", "--foreground", *where, f"pkcs11:token={self.label}"]
+
+    def listening(self) -> bool:
+        return self._socket.is_socket()
+
+    def launch(self) -> Self:
+        if self._folder is None:
+            self._make()
+        self._socket.unlink(missing_ok=True)
+        return super().launch()
+
+    def _make(self) -> None:
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - a folder of ours is made in it
+        self._folder = tempfile.TemporaryDirectory(prefix="stationkey-token-", dir=memory)
+        home = Path(self._folder.name)
+        (home / "tokens").mkdir()
+        (home / "softhsm2.conf").write_text(f"directories.tokendir = {home}/tokens\n")
+        self.environment = {"SOFTHSM2_CONF": str(home / "softhsm2.conf")}
+        self.run(
+            *("softhsm2-util", "--init-token", "--free", "--label", self.label),
+            *("--so-pin", secrets.token_hex(4), "--pin", self.pin),
+        )
+
+    def run(self, *command: str) -> str:
+        """Run a program that loads the module itself; return what it says."""
+        environment = {**os.environ, **self.environment}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    def kill(self) -> None:
+        """End it and each of its processes, as an HSM that loses its power."""
+        self._signal(signal.SIGKILL)
+        super().kill()
+
+    def freeze(self) -> None:
+        """Stop it and each of its processes."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let all of them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 class Postgresql(Peer):

@@ -1,0 +1,75 @@
+"""The judge of a site: whether what was answered, what is on record and what is in the token are one and the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509 import load_pem_x509_csr
+from depot import Asked
+from siterig import SiteRig
+
+from stationkey.keystore import key_id_of
+from stationkey.keystore.pkcs11 import keyfile
+from stationkey.keystore.pkcs11.uri import identifier_of
+
+
+def judge(rig: SiteRig) -> None:
+    """Hold a site that no daemon serves against what its stations asked and received.
+
+    Every request has an answer. Every CSR received is on record under its station and id, and is for a key on record.
+    Every key on record has the answer and the event that say why it was made. No two CSRs are for one key.
+    """
+    depot = rig.depot
+    assert depot.open == []
+    assert depot.requests.keys() == depot.answers.keys()
+    _judge_answers(rig, depot.accepted)
+    _judge_keys(rig)
+
+
+def judge_token(rig: SiteRig) -> int:
+    """Hold the token against the record: each key on record is there, and no other; how many there are."""
+    recorded = rig.rows("SELECT private FROM secret")
+    living = {identifier_of(keyfile.uri_of(bytes(private))).hex() for (private,) in recorded}
+    found = rig.objects()
+    assert found["Private"] >= living, "a key on record is not in the token"
+    assert found["Private"] <= living, f"{len(found['Private'] - living)} strays are in the token"
+    assert found["Public"] == living
+    return len(living)
+
+
+def strays(rig: SiteRig) -> int:
+    """How many keys are in the token that no record has."""
+    recorded = rig.rows("SELECT private FROM secret")
+    living = {identifier_of(keyfile.uri_of(bytes(private))).hex() for (private,) in recorded}
+    return len(rig.objects()["Private"] - living)
+
+
+def _judge_answers(rig: SiteRig, accepted: Mapping[Asked, str]) -> None:
+    rows = rig.rows("SELECT key.station, request_id, csr, key_id FROM answer JOIN key ON key_number = number")
+    recorded = {Asked(station, request_id): (csr, key_id) for station, request_id, csr, key_id in rows}
+    assert len(recorded) == len(rows), "an id of a station has two answers"
+    for asked, csr in accepted.items():
+        assert asked in recorded, f"{asked} was answered and is not on record"
+        assert recorded[asked] == (csr, key_of(csr))
+    keys = Counter(key_id for _, key_id in recorded.values())
+    assert max(keys.values(), default=1) == 1
+
+
+def _judge_keys(rig: SiteRig) -> None:
+    query = (
+        "SELECT key_id, (SELECT count(*) FROM answer WHERE key_number = number),"
+        " (SELECT count(*) FROM event WHERE key_number = number AND event = 'CSR answered'),"
+        " state = 'destroyed', (SELECT count(*) FROM secret WHERE key_number = number) FROM key"
+    )
+    for key_id, answers, events, destroyed, secrets in rig.rows(query):
+        assert (answers, events, secrets) == (1, 1, int(not destroyed)), f"{key_id} is not on record as it should be"
+
+
+def key_of(csr: str) -> str:
+    """The name of the key that a CSR is for, which it is signed with."""
+    request = load_pem_x509_csr(csr.encode())
+    assert request.is_signature_valid
+    public = request.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return key_id_of(public)
