@@ -56,7 +56,7 @@ HOMES: dict[str, set[str]] = {
     # Values are structs, on the wire and in the program: to define one takes a fortieth of a dataclass's time at start.
     "msgspec": {
         *("contract", "config", "system", "x509", "keystore", "mqtt", "ledger", "service", "observability"),
-        *("simulators", "doctor", "cli"),
+        *("simulators", "daemon", "doctor", "cli"),
     },
     # The official schemas, and the frames around payloads; the connection itself, and its two ends.
     "ocpp": {"simulators"},

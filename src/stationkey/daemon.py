@@ -7,10 +7,13 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from stationkey._version import __version__
 from stationkey.config.settings import Settings
@@ -53,6 +56,59 @@ SECOND_LOOK: Final = 3.0
 """The same where another key store has answered: one that hangs must not delay the others."""
 
 
+class Process(Struct, frozen=True):
+    """What each daemon has, whatever it serves.
+
+    Attributes:
+        settings: the configuration.
+        broker: the broker.
+        state_dir: the state directory.
+        keystores: the key stores.
+        counters: outcomes of this run.
+        health: tells systemd and HTTP clients.
+        stop: set by the first signal that ends the daemon.
+        received: the signals so far.
+    """
+
+    settings: Settings
+    broker: Broker
+    state_dir: Path
+    keystores: KeyStores
+    counters: Counters
+    health: Health
+    stop: asyncio.Event
+    received: list[signal.Signals]
+
+
+class Part(Struct, frozen=True):
+    """A ledger's service, its session at the broker, and their background tasks.
+
+    Attributes:
+        service: answers requests.
+        edge: brings them.
+        tasks: the background tasks, by name.
+        failures: counts failures of the tasks.
+    """
+
+    service: StationKeyService
+    edge: MqttEdge
+    tasks: Mapping[str, Work]
+    failures: Counts
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set and the messages in flight are answered. Closes the service."""
+        try:
+            async with background(self.tasks, self.failures):
+                await keep_running(
+                    partial(self.edge.run, stop, drain=DRAIN),
+                    "mqtt",
+                    self.failures,
+                    backoff=Backoff(0.1, 1.0),  # SIGTERM waits for it
+                )
+        finally:
+            await self.service.aclose()
+
+
 async def serve(settings: Settings) -> signal.Signals:
     """Serve until SIGTERM or SIGINT.
 
@@ -64,98 +120,146 @@ async def serve(settings: Settings) -> signal.Signals:
     """
     broker = Broker.parse(settings.broker)
     start_stores = checked_stores(settings)
+    with state_of(settings) as state:
+        ledger = Ledger(state.database)
+        try:
+            async with running(settings, broker, start_stores) as process:
+                # A hung TPM must not delay a signal.
+                stopped = asyncio.create_task(process.stop.wait(), name="stop")
+                await unless(stopped, check(broker, settings.mqtt))
+                degraded = await unless(stopped, introduce(process)) or ""
+                service = service_of(process, ledger)
+                await service.custody.show_active()
+                collect_garbage()
+                part = part_of(
+                    process,
+                    service,
+                    client_id=settings.client_id or ledger.client_id(),
+                    on_ready=partial(_ready, process.health, degraded),
+                    on_away=process.health.away,
+                )
+                process.health.watch(service, part.edge)
+                await part.run(process.stop)
+                log.info("stopped", extra=dict(process.counters.outcomes()))
+        finally:
+            ledger.close()
+        return process.received[0]
+
+
+@contextmanager
+def state_of(settings: Settings) -> Iterator[StateDirectory]:
+    """Lock the state directory while the block runs, after closing this process to others."""
     close_to_others()
     os.umask(0o077)
     state = StateDirectory(settings.state_dir)
     try:
-        ledger = Ledger(state.database)
-        keystores = start_stores()
-        watching = AsyncExitStack()
-        try:
-            counters = Counters()
-            loop = asyncio.get_running_loop()
-            loop.set_exception_handler(partial(_note_unhandled, counters.task_failures))
-            health = await watching.enter_async_context(
-                _watching(settings, keystores, str(broker), counters.task_failures)
-            )
-            stop = asyncio.Event()
-            received: list[signal.Signals] = []
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, _stopping, number, received, stop, health)
-            # A hung TPM must not delay a signal.
-            stopped = asyncio.create_task(stop.wait(), name="stop")
-            await unless(stopped, check(broker, settings.mqtt))
-            degraded = await unless(stopped, _introduce(settings, keystores, health)) or ""
-            service = StationKeyService(
-                keystores,
-                ledger,
-                profiles=settings.profiles,
-                policy=Policy(settings.policy, settings.profiles),
-                deadline=settings.deadlines.ec,
-                rsa_deadline=settings.deadlines.rsa,
-                terms=settings.lifecycle,
-                pool=settings.pool,
-                renewal=settings.renewal,
-                certificate_dir=settings.certificate_dir,
-                on_change=health.keys_changed,
-                counters=counters,
-            )
-            await service.custody.show_active()
-            # The objects of the start are permanent: exclude them from garbage collection.
-            gc.freeze()
-            gc.enable()
-            due = _renewal_topic(settings)
-            edge = MqttEdge(
-                broker,
-                service,
-                client_id=settings.client_id or ledger.client_id(),
-                topic_prefix=settings.topic_prefix,
-                terms=settings.mqtt,
-                queue=settings.policy.queue,
-                payload_bytes=settings.policy.payload_bytes,
-                retained=due,
-                failures=counters.task_failures,
-                on_ready=partial(_ready, health, degraded),
-                on_away=health.away,
-            )
-            health.watch(service, edge)
-            tasks: dict[str, Work] = {
-                "sweep": service.expiry.run,
-                "tell-unusable": service.expiry.tell_unusable,
-                "tell-left-behind": partial(tell_left_behind, service.custody, settings.state_dir),
-                "learn-ids": service.learn_ids,
-                "renewal-watch": partial(service.renewal.run, partial(_show_due, due)),
-            }
-            for store, pool in service.pools.items():
-                tasks[f"make-ahead{store.suffix}"] = pool.run
-                if store.uri.scheme.resident:
-                    tasks[f"strays{store.suffix}"] = Strays(service.custody, store).run
-            try:
-                async with background(tasks, counters.task_failures):
-                    await keep_running(
-                        partial(edge.run, stop, drain=DRAIN),
-                        "mqtt",
-                        counters.task_failures,
-                        backoff=Backoff(0.1, 1.0),  # SIGTERM waits for it
-                    )
-            finally:
-                await service.aclose()
-            log.info("stopped", extra=dict(service.counters.outcomes()))
-        finally:
-            await watching.aclose()  # last, so that keep-alives are sent until then
-            keystores.close()
-            ledger.close()
-        return received[0]
+        yield state
     finally:
         state.close()
 
 
-async def _introduce(settings: Settings, keystores: KeyStores, health: Health) -> str:
+@asynccontextmanager
+async def running(settings: Settings, broker: Broker, start_stores: Callable[[], KeyStores]) -> AsyncIterator[Process]:
+    """Start what each daemon has: key stores, health, signal handlers; end it after the block.
+
+    Raises:
+        ConfigurationError: the address of ``[metrics]`` is unusable or not allowed.
+    """
+    keystores = start_stores()
+    watching = AsyncExitStack()
+    try:
+        counters = Counters()
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(partial(_note_unhandled, counters.task_failures))
+        health = await watching.enter_async_context(_watching(settings, keystores, str(broker), counters.task_failures))
+        stop = asyncio.Event()
+        received: list[signal.Signals] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _stopping, number, received, stop, health)
+        yield Process(settings, broker, settings.state_dir, keystores, counters, health, stop, received)
+    finally:
+        await watching.aclose()  # last, so that keep-alives are sent until then
+        keystores.close()
+
+
+def service_of(process: Process, ledger: Ledger) -> StationKeyService:
+    """Return a service on a ledger. Reads the ledger."""
+    settings = process.settings
+    return StationKeyService(
+        process.keystores,
+        ledger,
+        profiles=settings.profiles,
+        policy=Policy(settings.policy, settings.profiles),
+        deadline=settings.deadlines.ec,
+        rsa_deadline=settings.deadlines.rsa,
+        terms=settings.lifecycle,
+        pool=settings.pool,
+        renewal=settings.renewal,
+        certificate_dir=settings.certificate_dir,
+        on_change=process.health.keys_changed,
+        counters=process.counters,
+    )
+
+
+def collect_garbage() -> None:
+    """Enable garbage collection, without the objects of the start: they are permanent."""
+    gc.freeze()
+    gc.enable()
+
+
+def part_of(
+    process: Process,
+    service: StationKeyService,
+    *,
+    client_id: str,
+    on_ready: Callable[[], None],
+    on_away: Callable[[], None],
+) -> Part:
+    """Return a service with its edge to the broker.
+
+    Args:
+        process: what the daemon has.
+        service: answers the requests.
+        client_id: client identifier of the persistent session.
+        on_ready: called after each subscription.
+        on_away: called whenever a connection is lost or fails.
+    """
+    settings, failures = process.settings, process.counters.task_failures
+    due = _renewal_topic(settings)
+    edge = MqttEdge(
+        process.broker,
+        service,
+        client_id=client_id,
+        topic_prefix=settings.topic_prefix,
+        terms=settings.mqtt,
+        queue=settings.policy.queue,
+        payload_bytes=settings.policy.payload_bytes,
+        retained=due,
+        failures=failures,
+        on_ready=on_ready,
+        on_away=on_away,
+    )
+    tasks: dict[str, Work] = {
+        "sweep": service.expiry.run,
+        "tell-unusable": service.expiry.tell_unusable,
+        "tell-left-behind": partial(tell_left_behind, service.custody, settings.state_dir),
+        "learn-ids": service.learn_ids,
+        "renewal-watch": partial(service.renewal.run, partial(_show_due, due)),
+    }
+    for store, pool in service.pools.items():
+        tasks[f"make-ahead{store.suffix}"] = pool.run
+        if store.uri.scheme.resident:
+            tasks[f"strays{store.suffix}"] = Strays(service.custody, store).run
+    return Part(service, edge, tasks, failures)
+
+
+async def introduce(process: Process) -> str:
     """Log the key stores and their algorithms; refuse to start if none of them can ever serve.
 
     Returns:
         Why one of them cannot serve yet; empty if all can.
     """
+    settings, keystores, health = process.settings, process.keystores, process.health
     named = {"keystore" + store.suffix: str(store.uri) for store in keystores}
     log.info("stationkey %s", __version__, extra={**named, "state_dir": str(settings.state_dir)})
     looks = {asyncio.create_task(_introduce_one(store, health)): store for store in keystores}
