@@ -50,6 +50,7 @@ HOMES: dict[str, set[str]] = {
     "tpm2_pytss": {"keystore.tpm2", "doctor.tpm"},  # the doctor asks, and changes nothing: the key store may not
     "pkcs11": {"keystore.pkcs11", "doctor.pkcs11"},
     "sqlite3": {"ledger"},
+    "psycopg": {"ledger.postgresql"},
     # A private-key object of cryptography's interface is what a key store gives and a CSR is signed with. The
     # authorities of a trial and the other side of a handshake are X.509 too. The judge of evidence has its own eyes.
     "cryptography": {"x509", "keystore", "doctor.config", "openssl", "simulators", "attestation"},
@@ -76,6 +77,8 @@ FOR_TRYING = {"ocpp", "jsonschema", "websockets"}
 """What only the extra ``josev`` installs; paho is installed by ``station``, too."""
 FOR_TOKENS = {"pkcs11"}
 """What only the extra ``pkcs11`` installs; the library is called python-pkcs11."""
+FOR_SITES = {"psycopg"}
+"""What only the extra ``site`` installs."""
 COMMANDS_FOR_TRYING = {"cli.csms", "cli.josev"}
 
 
@@ -266,11 +269,14 @@ def test_what_is_imported_is_what_the_package_depends_on() -> None:
         for extra, dependencies in given.items()
     }
 
-    assert found["core"] | found["station"] | FOR_TOKENS == (HOMES.keys() - sys.stdlib_module_names - FOR_TRYING)
+    assert found["core"] | found["station"] | FOR_TOKENS | FOR_SITES == (
+        HOMES.keys() - sys.stdlib_module_names - FOR_TRYING
+    )
     assert found["pkcs11"] == {f"python_{library}" for library in FOR_TOKENS}
+    assert found["site"] == FOR_SITES
     assert found["josev"] == FOR_TRYING - COMES_WITH.keys() | {"paho"}
     josev = found["josev"] | COMES_WITH.keys()
-    assert {"station": found["station"], "pkcs11": FOR_TOKENS, "josev": josev} == _EXTRAS
+    assert {"station": found["station"], "pkcs11": FOR_TOKENS, "site": FOR_SITES, "josev": josev} == _EXTRAS
 
 
 @pytest.mark.parametrize(("library", "owner"), COMES_WITH.items())

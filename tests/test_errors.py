@@ -60,6 +60,8 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     ),
     # The ledger.
     **dict.fromkeys(["disk_full", "ledger_read_only", "ledger_busy", "ledger_moved"], (True, Scope.STORE)),
+    **dict.fromkeys(["ledger_unreachable", "ledger_crowded"], (True, Scope.STORE)),
+    **dict.fromkeys(["ledger_login_refused", "ledger_unsupported", "ledger_not_durable"], (False, Scope.STORE)),
     **dict.fromkeys(
         [
             *("ledger_unusable", "ledger_missing", "ledger_damaged", "ledger_newer", "ledger_older", "ledger_error"),

@@ -27,6 +27,7 @@ from stationkey.config.settings import (
     Terms,
     TpmTerms,
 )
+from stationkey.config.site import SiteTerms
 from stationkey.contract.profiles import CertificateType
 
 pytest_plugins = ["config_files"]
@@ -47,7 +48,9 @@ def test_an_option_says_what_it_does_and_has_a_type(place: str) -> None:
         declared.read(dt.date(2026, 1, 1))
 
 
-@pytest.mark.parametrize("kind", [Settings, Deadlines, Bounds, Terms, PoolTerms, PolicyTerms, TpmTerms, MqttTerms])
+@pytest.mark.parametrize(
+    "kind", [Settings, Deadlines, Bounds, Terms, PoolTerms, PolicyTerms, TpmTerms, MqttTerms, SiteTerms]
+)
 def test_every_field_is_an_option_or_is_known_to_be_none(kind: type) -> None:
     declared = {option.path[-1] for option in options_of(kind)} | {option.path[0] for option in options_of(kind)}
     others = {field.name for field in fields(kind)} - declared

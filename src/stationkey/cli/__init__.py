@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _EXTRAS: Final = {
     "station": {"jinja2", "paho", "prometheus_client", "rich", "tpm2_pytss"},
     "pkcs11": {"pkcs11"},
+    "site": {"psycopg"},
     "josev": {"jsonschema", "ocpp", "paho", "websockets"},
 }
 """The libraries of each extra in pyproject.toml."""

@@ -24,6 +24,7 @@ from msgspec.structs import fields, replace
 
 from stationkey.config.options import Declared, options_of
 from stationkey.config.settings import DEFAULT_DEVICE, DEFAULT_STORE, CsrOverrides, Settings
+from stationkey.config.site import contradictions
 from stationkey.config.wording import lines_of, meant, not_toml, required
 from stationkey.contract.profiles import PROFILES, CertificateType
 from stationkey.errors import ConfigurationError
@@ -228,6 +229,11 @@ class _Reading:
             self._refuse(place, words)
         for path in [path for path in self.given if wrong and path[0] in {"keystores", "keystore_for"}]:
             del self.given[path]
+        wrong = [] if self.lost & {"site", "ledger"} else list(contradictory_site(self.given))
+        for place, words in wrong:
+            self._refuse(place, words)
+        for path in [path for path in self.given if wrong and path[0] in {"site", "ledger", "ledger_password"}]:
+            del self.given[path]
 
     def _options(self, table: str, values: object, options: Iterable[Declared]) -> dict[tuple[str, ...], Any]:
         """Return the values of one table."""
@@ -317,6 +323,21 @@ def contradictory_stores(given: Given) -> Iterator[tuple[str, str]]:
             yield place, f"{place} is the same key store as {places[uri]}"
 
 
+def contradictory_site(given: Given) -> Iterator[tuple[str, str]]:
+    """Yield the contradictions about a site: the place of an option, and a message that begins with it."""
+    stations, ledger = given.get(("site", "stations")), given.get(("ledger",))
+    yield from contradictions(stations, ledger, given.get(("site", "shards"), 1))
+    if ("ledger_password",) in given and not ledger:
+        place = "ledger_password_file"
+        yield place, f"{place}: there is no ledger on PostgreSQL; set ledger"
+    for name in ("ec", "rsa"):
+        if stations and given.get(("pool", name)):
+            yield f"pool.{name}", f"pool.{name}: no keys are made ahead in a site; leave it out"
+    if stations and "{station}" not in str(given.get(("certificate_dir",), "{station}")):
+        place = "josev.certificate_dir"
+        yield place, f"{place}: in a site each station needs a directory of its own; put {{station}} into the path"
+
+
 def build(declared: type[T], given: Given) -> T:
     """Return an instance with the given values, and defaults for the rest."""
     values: dict[str, Any] = {}
@@ -347,6 +368,8 @@ def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> S
     if needs_keystore and ("keystore",) not in given and DEFAULT_STORE in kinds:
         given["keystore",] = default_keystore()
     keystore = given.setdefault(("keystore",), "")
+    if given.get(("site", "stations")):
+        given["pool", "ec"] = given["pool", "rsa"] = 0  # a key made ahead has no station, so no shard
     for uri in (keystore, *given.get(("keystores",), {}).values()):
         if uri.startswith("tpm2:"):  # a client key in a TPM is in this one
             given["mqtt", "tcti"] = uri.removeprefix("tpm2:")

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from stationkey.config.options import FORM, Form, Option
 from stationkey.config.secrets import SecretReference
+from stationkey.config.site import LedgerPassword, LedgerUri, SiteTerms
 from stationkey.contract.profiles import (
     NAME_MAX_LENGTH,
     PROFILES,
@@ -520,6 +521,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     state_dir: Annotated[Path, Option("State directory, which contains the ledger.", _PATH, metavar="DIR")] = Path(
         "/var/lib/stationkey"
     )
+    ledger: LedgerUri = ""
+    ledger_password: LedgerPassword = None
     topic_prefix: Annotated[
         str, Option("Prefix of all topics; a missing / at its end is added.", metavar="PREFIX", example='"site1"')
     ] = ""
@@ -532,6 +535,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     log_format: Annotated[LogFormat, Option("Format of the log on standard error.")] = "text"
+    site: SiteTerms = SiteTerms()
     deadlines: Deadlines = Deadlines()
     lifecycle: Terms = Terms()
     pool: PoolTerms = PoolTerms()
@@ -539,7 +543,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     certificate_dir: Annotated[
         Path | None,
         Option(
-            "Directory in which Josev installs certificates.",
+            "Directory in which Josev installs certificates; in a site, with {station} in it.",
             _PATH,
             "josev.certificate_dir",
             example='"/var/lib/josev/certificates"',

@@ -1,0 +1,171 @@
+"""A connection to PostgreSQL: what is refused and in which words, and that nothing hangs."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from contextlib import closing
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from peers import Postgresql, free_port
+from postgresql import Database
+
+from stationkey.config.secrets import SecretReference
+from stationkey.errors import LedgerError
+from stationkey.ledger.postgresql import connection as module
+from stationkey.ledger.postgresql.connection import Connection, connect, explained
+
+pytest_plugins = ["postgresql"]
+
+
+def opened(database: Database) -> Connection:
+    return connect(database.uri, database.password, name="test")
+
+
+def refused(uri: str, password: SecretReference | None = None) -> LedgerError:
+    """The error by which a connection is refused."""
+    with pytest.raises(LedgerError) as caught:
+        connect(uri, password, name="test")
+    return caught.value
+
+
+def test_a_connection_is_named_and_bounded(database: Database) -> None:
+    with closing(opened(database)) as connection:
+        settings = connection.execute(
+            "SELECT current_setting('application_name'), current_setting('statement_timeout'),"
+            " current_setting('idle_in_transaction_session_timeout'), current_setting('search_path'),"
+            " current_setting('tcp_user_timeout')"
+        ).fetchone()
+
+    assert settings == ("stationkey test", "10s", "4s", "stationkey", "0")  # the last is the server's own end
+
+
+def test_a_wrong_password_is_refused_and_not_shown(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "wrong").write_text("hunter2")
+    (tmp_path / "wrong").chmod(0o600)
+
+    error = refused(database.uri, SecretReference(str(tmp_path / "wrong")))
+
+    assert (error.reason, error.transient) == ("ledger_login_refused", False)
+    assert "hunter2" not in str(error)
+    assert refused(database.uri).reason == "ledger_login_refused"
+
+
+def test_a_server_that_is_not_there_is_tried_again_later() -> None:
+    error = refused(f"postgresql://u@127.0.0.1:{free_port()}/x")
+
+    assert (error.reason, error.transient) == ("ledger_unreachable", True)
+
+
+def test_a_host_without_a_name_is_unreachable() -> None:
+    assert refused("postgresql://u@host.invalid/x").reason == "ledger_unreachable"
+
+
+def test_a_database_that_is_missing_is_told_from_a_server_that_is(database: Database) -> None:
+    assert refused(f"{database.uri}_more", database.password).reason == "ledger_missing"
+
+
+def test_the_first_host_that_takes_changes_is_used(database: Database) -> None:
+    port = database.server.port
+    uri = database.uri.replace(f"127.0.0.1:{port}", f"127.0.0.1:{free_port()},127.0.0.1:{port}")
+
+    with closing(connect(uri, database.password, name="test")) as connection:
+        assert connection.info.port == port
+
+
+@pytest.mark.parametrize("setting", ["synchronous_commit", "default_transaction_read_only"])
+def test_a_user_whose_settings_make_the_ledger_unsafe_is_refused(database: Database, setting: str) -> None:
+    value = {"synchronous_commit": "off", "default_transaction_read_only": "on"}[setting]
+    database.admin(f"ALTER DATABASE {database.name} SET {setting} = {value}")
+
+    reason = {"synchronous_commit": "ledger_not_durable", "default_transaction_read_only": "ledger_read_only"}[setting]
+    assert refused(database.uri, database.password).reason == reason
+
+
+@pytest.mark.parametrize("settings", [["fsync = off"], ["full_page_writes = off"]])
+def test_a_server_that_may_lose_a_commit_is_refused(tmp_path: Path, settings: list[str]) -> None:
+    with Postgresql(tmp_path, settings) as server:
+        assert refused(server.uri, SecretReference(str(server.password_file))).reason == "ledger_not_durable"
+
+
+def test_local_commits_are_durable_unless_a_standby_counts(own_postgresql: Database) -> None:
+    own_postgresql.admin("ALTER SYSTEM SET synchronous_commit = local")
+    own_postgresql.admin("SELECT pg_reload_conf()")
+    own_postgresql.server.restart()
+    opened(own_postgresql).close()
+
+    own_postgresql.admin("ALTER SYSTEM SET synchronous_standby_names = 'other'")
+    own_postgresql.server.restart()
+    assert refused(own_postgresql.uri, own_postgresql.password).reason == "ledger_not_durable"
+
+
+def test_a_server_without_places_is_tried_again_later(tmp_path: Path) -> None:
+    with Postgresql(tmp_path, ["superuser_reserved_connections = 1"], max_connections=3) as server:
+        database = Database(server, server.name)
+        with closing(opened(database)), closing(opened(database)):
+            error = refused(database.uri, database.password)
+
+    assert (error.reason, error.transient) == ("ledger_crowded", True)
+
+
+def test_an_older_server_is_refused(database: Database) -> None:
+    with mock.patch.object(module, "_OLDEST", 99):
+        assert refused(database.uri, database.password).reason == "ledger_unsupported"
+
+
+def test_a_server_that_accepts_and_says_nothing_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, mock.patch.dict(module.PARAMETERS, connect_timeout=2):
+        assert refused(f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/x").reason == "ledger_unreachable"
+
+
+def test_a_stopped_server_is_given_up(database: Database) -> None:
+    with closing(opened(database)) as connection, mock.patch.object(module, "HANG", 0.2):
+        database.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(LedgerError) as caught, explained("read"):
+                connection.execute("SELECT 1")
+        finally:
+            database.signal(signal.SIGCONT)
+
+    assert (caught.value.reason, caught.value.transient) == ("ledger_unreachable", True)
+
+
+def test_another_thread_ends_a_call_that_waits(database: Database) -> None:
+    with closing(opened(database)) as connection:
+        threading.Timer(0.1, connection.hang_up).start()
+        with pytest.raises(LedgerError) as caught, explained("read"):
+            connection.execute("SELECT pg_sleep(60)")
+        connection.close()
+        connection.hang_up()  # which changes nothing any more
+
+    assert caught.value.reason == "ledger_unreachable"
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("SELECT pg_terminate_backend(pg_backend_pid())", "ledger_unreachable"),
+        ("SET statement_timeout = 1; SELECT pg_sleep(9)", "ledger_busy"),
+        ("CREATE SCHEMA pg_mine", "ledger_error"),
+        ("SELECT * FROM pg_authid", "ledger_unusable"),
+        ("SELECT 1 FROM nothing", "ledger_error"),
+    ],
+)
+def test_a_failed_statement_has_its_reason(database: Database, statement: str, reason: str) -> None:
+    with closing(opened(database)) as connection, pytest.raises(LedgerError) as caught, explained("read"):
+        connection.execute(statement.encode())
+
+    assert caught.value.reason == reason
+
+
+def test_a_value_of_a_row_is_in_no_message(database: Database) -> None:
+    with closing(opened(database)) as connection:
+        connection.execute("CREATE TEMP TABLE t (a text UNIQUE)")
+        connection.execute("INSERT INTO t VALUES ('hunter2')")
+        with pytest.raises(LedgerError) as caught, explained("written"):
+            connection.execute("INSERT INTO t VALUES ('hunter2')")
+
+    assert "hunter2" not in str(caught.value)
