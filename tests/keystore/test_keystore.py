@@ -289,6 +289,16 @@ def test_a_store_is_found_again_by_its_uri(device: Device, store: KeyStore) -> N
     assert store.description
 
 
+def test_a_device_has_the_same_identity_after_a_loss_of_power(device: Device, store: KeyStore) -> None:
+    identity = store.identity
+    assert identity.startswith(f"{device.scheme}:")
+    store.close()
+    device.restart()
+    later = device.open()
+    assert later.identity == identity
+    later.close()
+
+
 @each_algorithm
 def test_openssl_signs_with_the_pem_file_of_a_key(
     device: Device, store: KeyStore, algorithm: Algorithm, served: KeyRef, tmp_path: Path

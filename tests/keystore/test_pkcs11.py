@@ -486,11 +486,12 @@ def test_a_token_that_is_away_comes_back(token: Token, opened: Open, tmp_path: P
 
 def test_a_token_that_was_initialised_anew_has_other_keys(token: Token, opened: Open) -> None:
     store = opened(token)
-    key = store.generate(EC)
+    key, identity = store.generate(EC), store.identity
     token.remove()
     Token.make(token.label, token.directory)
 
     store.close()
+    assert store.identity != identity
     assert reason_of(lambda: sign(store, key)) == ("key_of_another_token", False, Scope.KEY)
     sign(store, store.generate(EC))
 

@@ -204,6 +204,13 @@ def test_a_store_tells_which_tpm_it_is(store: Tpm2KeyStore) -> None:
     assert "firmware" in store.description
 
 
+def test_two_tpms_of_one_model_are_told_apart(store: Tpm2KeyStore, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with Swtpm(tmp_path / "other") as tpm, closing(store_of(tpm)) as other:
+        assert other.description == store.description
+        assert other.identity != store.identity
+
+
 # The storage root key.
 
 

@@ -160,6 +160,7 @@ class SimulatedStore:
     """The key store in a `Tpm`."""
 
     uri = "tpm2:simulated"
+    identity = "tpm2:simulated"
     description = "simulated TPM"
 
     def __init__(self, tpm: Tpm) -> None:

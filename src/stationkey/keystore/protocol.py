@@ -116,6 +116,15 @@ class KeyStore(Protocol):
         """Describe the store for the log: vendor and firmware, or that keys are not protected."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Name the device itself, apart from how it is reached: the same for every process that reaches the same keys.
+
+        Raises:
+            KeyStoreError: the device cannot be asked.
+        """
+        ...
+
     def supports(self, algorithm: Algorithm) -> Support:
         """Ask the device, without making a key.
 
@@ -234,11 +243,12 @@ class Lending(Protocol):
 class Sweeping(Protocol):
     """A store whose keys are in its device, where a crash can leave one that the ledger does not know."""
 
-    def sweep(self, living: Collection[KeyRef]) -> int:
-        """Destroy the keys of this station in the device that are certainly not in the ledger any more.
+    def sweep(self, living: Collection[KeyRef] | None) -> int:
+        """Destroy the keys of this station or site in the device that are certainly not in the ledger any more.
 
         Args:
-            living: the keys in the ledger that have a private part.
+            living: the keys in the ledger that have a private part; None if the record of what is in the device knows
+                them, as in a site.
 
         Returns:
             How many were destroyed.

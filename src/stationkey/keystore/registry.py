@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
 
 from msgspec import Struct
@@ -15,12 +15,18 @@ from stationkey.errors import ConfigurationError
 from stationkey.keystore.protocol import KeyRef, KeyStore
 from stationkey.keystore.schemes import SCHEMES, Scheme
 
+if TYPE_CHECKING:
+    from stationkey.keystore.pkcs11.inventory import Inventory
+
 
 class Opener(Protocol):
-    """The function of a store that checks its options, and returns the function that opens it."""
+    """The function of a store that checks its options, and returns the function that opens it.
+
+    That of a store whose keys stay in the device also takes an `inventory`.
+    """
 
     def __call__(
-        self, location: str, *, terms: Any, state_dir: Path | None, guest: bool
+        self, location: str, *, terms: Any, state_dir: Path | None, guest: bool, **inventory: Any
     ) -> Callable[[], KeyStore]:  # Any: each store has its own terms
         """See `keystore_opener`."""
         ...
@@ -86,6 +92,11 @@ class KeyStoreUri(Struct, frozen=True):
         """Return whether a key of this kind of store with this location is in this store."""
         return not self.scheme.locate or _attributes(self.location) <= _attributes(location)
 
+    def fits(self, identity: str) -> bool:
+        """Return whether a device with this `stationkey.keystore.KeyStore.identity` fits the URI."""
+        name, _, location = identity.partition(":")
+        return name == self.scheme.name and self.has(location)
+
     def __str__(self) -> str:
         """Return the URI without what may be secret in it."""
         location, query, _ = self.location.partition("?") if self.scheme.secret_query else (self.location, "", "")
@@ -104,6 +115,7 @@ def keystore_opener(
     terms: object = None,
     state_dir: Path | None = None,
     guest: bool = False,
+    inventory: Inventory | None = None,
 ) -> Callable[[], KeyStore]:
     """Check a key-store URI and return a function that opens it, to be called in the thread that will own it.
 
@@ -113,6 +125,7 @@ def keystore_opener(
         terms: how the store is used, and what protects its keys: `TpmTerms` for ``tpm2:``; None for the defaults.
         state_dir: the state directory, if the terms need a file there.
         guest: whether other programs use the device too, so that their loaded objects are left alone.
+        inventory: the record of keys that stay in the device, for a site; None for the one in the state directory.
 
     Raises:
         ConfigurationError: invalid scheme, invalid location, a store without protection that was not allowed, or terms
@@ -126,4 +139,5 @@ def keystore_opener(
             hint="name a TPM, or give --allow-software-keys to try things out without one",
         )
     opener: Opener = resolve_name(where.scheme.opener)
-    return opener(where.location, terms=terms, state_dir=state_dir, guest=guest)
+    record = {"inventory": inventory} if inventory is not None and where.scheme.resident else {}
+    return opener(where.location, terms=terms, state_dir=state_dir, guest=guest, **record)

@@ -25,6 +25,7 @@ class SoftwareKeyStore:
     """Keys made and used by OpenSSL in this process. Anyone who can read the ledger has them."""
 
     uri = "software:"
+    identity = "software:"
     description = "software keys, NOT PROTECTED: anyone who can read the state directory can copy them"
 
     def supports(self, algorithm: Algorithm) -> Support:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from stationkey.config.settings import DEFAULT_STORE, NamedStore, Settings
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateType
 from stationkey.errors import ConfigurationError, KeyStoreError, Scope
-from stationkey.keystore.protocol import KeyRef
+from stationkey.keystore.protocol import KeyRef, KeyStore
 from stationkey.keystore.registry import KeyStoreUri, keystore_opener
 from stationkey.keystore.worker import KeyStoreThread
+
+if TYPE_CHECKING:
+    from stationkey.keystore.pkcs11.inventory import SiteRecord
 
 
 class Store(Struct, frozen=True, eq=False):
@@ -22,12 +26,14 @@ class Store(Struct, frozen=True, eq=False):
         uri: its URI.
         types: the certificate types whose keys are made in it.
         thread: its thread.
+        shared: whether all daemons of a site share the record of what is in its device.
     """
 
     name: str
     uri: KeyStoreUri
     types: frozenset[CertificateType]
     thread: KeyStoreThread
+    shared: bool = False
 
     @property
     def suffix(self) -> str:
@@ -99,8 +105,7 @@ class KeyStores:
 
     def have(self, uri: str) -> bool:
         """Return whether a key with this URI is in one of the stores."""
-        scheme, _, location = uri.partition(":")
-        return any(store.uri.scheme.name == scheme and store.uri.has(location) for store in self._stores)
+        return any(store.uri.fits(uri) for store in self._stores)
 
     def close(self) -> None:
         """End the threads and close the stores."""
@@ -128,10 +133,14 @@ def store_uris(stores: Iterable[NamedStore]) -> dict[str, KeyStoreUri]:
     return found
 
 
-def checked_stores(settings: Settings) -> Callable[[], KeyStores]:
+def checked_stores(settings: Settings, *, site: SiteRecord | None = None) -> Callable[[], KeyStores]:
     """Check the key stores of the configuration and return the function that starts their threads.
 
     No store is opened before its first job.
+
+    Args:
+        settings: the configuration.
+        site: the record that the daemons of a site share: each store is recorded there when it is opened, or refused.
 
     Raises:
         ConfigurationError: see `store_uris` and `keystore_opener`.
@@ -143,10 +152,32 @@ def checked_stores(settings: Settings) -> Callable[[], KeyStores]:
             allow_software_keys=settings.allow_software_keys,
             terms=settings.keystore_terms(store.uri),
             state_dir=settings.state_dir,
+            inventory=site,
         )
         for store in settings.stores
     }
+    if site is not None:
+        openers = {name: _admitted(opener, site, uris[name], uris.values()) for name, opener in openers.items()}
     return lambda: KeyStores(
-        Store(store.name, uris[store.name], store.types, KeyStoreThread(openers[store.name]))
+        Store(store.name, uris[store.name], store.types, KeyStoreThread(openers[store.name]), site is not None)
         for store in settings.stores
     )
+
+
+def _admitted(
+    opener: Callable[[], KeyStore], site: SiteRecord, uri: KeyStoreUri, reached: Collection[KeyStoreUri]
+) -> Callable[[], KeyStore]:
+    """Return the function that opens a key store, and refuses one in another device than the site's."""
+
+    def open_store() -> KeyStore:
+        store = opener()
+        try:
+            site.admit(
+                store.identity, fits=uri.fits, reached=lambda identity: any(one.fits(identity) for one in reached)
+            )
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    return open_store

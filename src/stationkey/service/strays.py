@@ -50,17 +50,28 @@ class Strays:
     """Destroys keys in the device that the ledger does not know.
 
     Args:
-        custody: the keys.
+        custody: the keys; None for a key store whose record the daemons of a site share, which knows them.
         store: the key store.
+        lease: seconds after which another daemon that died is known to be dead.
     """
 
-    def __init__(self, custody: Custody, store: Store) -> None:
+    def __init__(self, custody: Custody | None, store: Store, *, lease: float = 0.0) -> None:
+        if (custody is None) != store.shared:
+            raise ValueError("the ledger tells which keys live, or the site's record")
         self._custody = custody
         self._store = store
+        self._lease = lease
+        self._woken = asyncio.Event()
 
-    async def sweep(self) -> None:
-        """Compare the ledger with the device once."""
-        living = await self._custody.ledger(lambda ledger: ledger.keys.refs(self._store.uri.scheme.name))
+    def soon(self) -> None:
+        """Sweep at once, and again when the lease of a daemon that has just died is over."""
+        self._woken.set()
+
+    async def sweep(self) -> int:
+        """Compare the ledger with the device once; return how many keys were destroyed."""
+        living = None
+        if self._custody is not None:
+            living = await self._custody.ledger(lambda ledger: ledger.keys.refs(self._store.uri.scheme.name))
 
         def sweep(store: KeyStore) -> int:
             return store.sweep(living) if isinstance(store, Sweeping) else 0
@@ -72,12 +83,22 @@ class Strays:
             log.warning(
                 "destroyed keys that a crash left in the key store", extra={"keys": destroyed, **self._store.about}
             )
+        return destroyed
 
     async def run(self) -> None:
         """Sweep periodically until cancelled. An absent device is logged and retried."""
+        pause = _SWEEP
         while True:
             try:
-                await self.sweep()
+                while await self.sweep() and self._store.shared:  # a site's sweep ends after some keys
+                    pass
             except StationKeyError as error:
                 log.error("the key store was not swept: %s", error, extra={"reason": error.reason, **self._store.about})
-            await asyncio.sleep(_SWEEP)
+            try:
+                async with asyncio.timeout(pause):
+                    await self._woken.wait()
+            except TimeoutError:
+                pause = _SWEEP
+            else:
+                self._woken.clear()
+                pause = self._lease

@@ -21,7 +21,7 @@ from pkcs11 import Attribute, ObjectClass
 from stationkey.contract.profiles import Algorithm
 from stationkey.doctor.probes import asked_by, say
 from stationkey.errors import StationKeyError
-from stationkey.keystore.pkcs11.inventory import LABEL, Inventory
+from stationkey.keystore.pkcs11.inventory import LABEL, FileInventory, refused_pin
 from stationkey.keystore.pkcs11.store import Pkcs11KeyStore
 from stationkey.keystore.pkcs11.token import Connection, safe_module, was_refused
 from stationkey.keystore.pkcs11.uri import PinSource, TokenUri, identifier_of
@@ -73,8 +73,8 @@ def _support(store: Pkcs11KeyStore, algorithm: Algorithm, *, tried: bool) -> str
 def main() -> None:
     """Ask all of it."""
     asked = asked_by()
-    uri, inventory = TokenUri.parse(asked["uri"].partition(":")[2]), Inventory(Path(asked["directory"]))
-    refused = inventory.refused_pin(asked["uri"])
+    uri, inventory = TokenUri.parse(asked["uri"].partition(":")[2]), FileInventory(Path(asked["directory"]))
+    refused = refused_pin(inventory.directory, asked["uri"])
     if asked["pin_file"]:
         uri = replace(uri, pin=PinSource(f"file:{asked['pin_file']}"))
     _look("pin", lambda: _pin(uri, refused))
@@ -91,7 +91,7 @@ def main() -> None:
     connection.close()
     _look("recorded", lambda: [identifier_of(one).hex() for one in inventory.uris()])
     for kind, token in (("supported", open_to_all), *((("tried", uri),) if asked["try_keys"] else ())):
-        store = Pkcs11KeyStore(asked["uri"], token, inventory)
+        store = Pkcs11KeyStore(asked["uri"], token, inventory, refused)
         names = map(Algorithm, asked["algorithms"])
         _look(kind, lambda: {one: _support(store, one, tried=kind == "tried") for one in names})  # noqa: B023 - at once
         store.close()

@@ -1,9 +1,7 @@
-"""The record of what this station has in tokens: a file for each key, named by its CKA_ID, in the state directory.
+"""The record of what a station or a site has in tokens.
 
-Its content is the URI of the key, by which its token is known. A file that a crash left empty is of any token.
-
-The file is created durably before the token makes the key, and removed after the key is destroyed. So a key that a
-crash leaves in the token has a file, and an object without one belongs to another program.
+Each key is recorded durably before the token makes it, and forgotten after it is destroyed there. So a key that a crash
+leaves in the token is on record, and an object without a record belongs to another program.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from stationkey.errors import KeyStoreError
 from stationkey.keystore.pkcs11.uri import object_uri
@@ -36,8 +34,83 @@ LABEL: Final = "stationkey {}"
 """CKA_LABEL of a key, by its CKA_ID in hexadecimal."""
 
 
-class Inventory:
-    """The files.
+class Inventory(Protocol):
+    """The record. Its methods are called on the threads of the key stores, and may be called on several at a time.
+
+    Raises:
+        StationKeyError: the record cannot be read or written; nothing was changed.
+    """
+
+    def new(self, token: Mapping[str, str]) -> bytes:
+        """Record a key that is about to be made, durably, and return its CKA_ID.
+
+        Args:
+            token: what names the token, by attribute.
+        """
+        ...
+
+    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> list[bytes]:
+        """Return the keys on record in a token that are certainly not in the ledger any more.
+
+        Args:
+            living: CKA_IDs of the keys whose private part the ledger has; None if the record knows by itself.
+            token: returns what names the token, by attribute; called only if there are such keys.
+        """
+        ...
+
+    def end(self, identifier: bytes) -> bool:
+        """Record that a key is going to be destroyed in its token.
+
+        Returns:
+            Whether it may be: False if the ledger has it, or if it is not on record any more.
+        """
+        ...
+
+    def is_in(self, identifier: bytes, token: Mapping[str, str]) -> bool:
+        """Return whether a key is in a token, as far as is recorded.
+
+        Args:
+            identifier: CKA_ID of the key.
+            token: what names the token, by attribute.
+        """
+        ...
+
+    def drop(self, identifier: bytes, *, found: bool = True) -> None:
+        """Forget a key that the token does not have any more.
+
+        Args:
+            identifier: CKA_ID of the key.
+            found: whether the token had it before it was destroyed there.
+        """
+        ...
+
+    def drop_missing(self, identifier: bytes) -> None:
+        """Forget a key that the token has not made, if it was looked for often enough."""
+        ...
+
+
+class SiteRecord(Inventory, Protocol):
+    """The record that all daemons of a site share: what is in tokens, and which key stores the site's keys are in."""
+
+    def admit(self, identity: str, *, fits: Callable[[str], bool], reached: Callable[[str], bool]) -> None:
+        """Record the device of a key store that a daemon has opened, or refuse it.
+
+        Args:
+            identity: of the device: see `stationkey.keystore.KeyStore.identity`.
+            fits: whether a device with this identity fits the URI of the key store.
+            reached: whether it fits the URI of any key store of the daemon.
+
+        Raises:
+            ConfigurationError: the site's keys are in another device, which the daemon does not reach.
+            StationKeyError: the record cannot be read or written.
+        """
+        ...
+
+
+class FileInventory:
+    """A file for each key, named by its CKA_ID, in the state directory of one station.
+
+    Its content is the URI of the key, by which its token is known. A file that a crash left empty is of any token.
 
     Args:
         directory: of the files; made where it is missing.
@@ -49,10 +122,7 @@ class Inventory:
         self._known = {bytes.fromhex(name) for name in self._names()}  # by earlier processes, or once in the ledger
 
     def new(self, token: Mapping[str, str]) -> bytes:
-        """Record a key that is about to be made, durably, and return its CKA_ID.
-
-        Args:
-            token: what names the token, by attribute.
+        """See `Inventory.new`.
 
         Raises:
             KeyStoreError: the file cannot be written.
@@ -72,30 +142,37 @@ class Inventory:
             ) from None
         return identifier
 
-    def drop(self, identifier: bytes) -> None:
-        """Forget a key that the token does not have any more."""
+    def drop(self, identifier: bytes, *, found: bool = True) -> None:  # noqa: ARG002 - one that was not made has no use
+        """See `Inventory.drop`."""
         del self._looks[identifier]  # a Counter takes that for one that it does not have
         with suppress(OSError):  # it is looked for again at the next start
             (self.directory / identifier.hex()).unlink(missing_ok=True)
 
     def drop_missing(self, identifier: bytes) -> None:
-        """Forget a key that the token has not made, if it was looked for often enough."""
+        """See `Inventory.drop_missing`."""
         if self._looked(identifier):
             self.drop(identifier)
 
-    def ended(self, living: Collection[bytes]) -> list[bytes]:
-        """Return the keys on record here, of all tokens, that are certainly none of the ledger's any more.
+    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> list[bytes]:
+        """See `Inventory.ended`.
 
         A key of this process that was never in the ledger may be on its way there for a while, though a request that
         misses its deadline leaves its key behind. One of an earlier process is not.
-
-        Args:
-            living: CKA_IDs of the keys whose private part the ledger has.
         """
+        if living is None:
+            raise ValueError("files do not tell which keys the ledger has")
         names = {bytes.fromhex(name) for name in self._names()}
         self._known |= names & set(living)
         self._known |= {identifier for identifier in names - self._known if self._looked(identifier)}
-        return sorted((names & self._known) - set(living))
+        ended = sorted((names & self._known) - set(living))
+        if not ended:
+            return []
+        there = token()
+        return [identifier for identifier in ended if self.is_in(identifier, there)]
+
+    def end(self, identifier: bytes) -> bool:  # noqa: ARG002 - the ledger that has the key is its only user's
+        """See `Inventory.end`."""
+        return True
 
     def _looked(self, identifier: bytes) -> bool:
         """Count a look at a key; return whether it was the last that is needed."""
@@ -106,18 +183,8 @@ class Inventory:
         return True
 
     def is_in(self, identifier: bytes, token: Mapping[str, str]) -> bool:
-        """Return whether a key is in a token, as far as is recorded.
-
-        Args:
-            identifier: CKA_ID of the key.
-            token: what names the token, by attribute.
-        """
+        """See `Inventory.is_in`."""
         return self._uri(identifier.hex()) in {"", object_uri(token, identifier)}
-
-    def refused_pin(self, uri: str) -> Path:
-        """Return the file that remembers the PIN that the token of a key store refused."""
-        place = hashlib.sha256(uri.partition("?")[0].encode()).hexdigest()[:16]
-        return self.directory / f"pin-refused-{place}"
 
     def uris(self) -> set[str]:
         """Return the URIs of the keys on record."""
@@ -142,4 +209,15 @@ def recorded(state_dir: Path) -> set[str]:
     Args:
         state_dir: its state directory.
     """
-    return Inventory(state_dir / DIRECTORY_NAME).uris()
+    return FileInventory(state_dir / DIRECTORY_NAME).uris()
+
+
+def refused_pin(directory: Path, uri: str) -> Path:
+    """Return the file that remembers the PIN that the token of a key store refused.
+
+    Args:
+        directory: of the record in the state directory.
+        uri: of the key store.
+    """
+    place = hashlib.sha256(uri.partition("?")[0].encode()).hexdigest()[:16]
+    return directory / f"pin-refused-{place}"

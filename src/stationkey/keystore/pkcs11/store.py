@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
@@ -20,7 +21,7 @@ from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
 from stationkey.keystore.pkcs11 import keyfile, keys
 from stationkey.keystore.pkcs11.inventory import Inventory
 from stationkey.keystore.pkcs11.token import Connection
-from stationkey.keystore.pkcs11.uri import TokenUri, identifier_of, object_uri
+from stationkey.keystore.pkcs11.uri import TokenUri, identifier_of, object_uri, token_uri
 from stationkey.keystore.protocol import KeyRef, Support
 from stationkey.x509.csr import PrivateKey, PublicKey
 
@@ -34,20 +35,30 @@ class Pkcs11KeyStore:
         uri: of the key store.
         token: what that says.
         inventory: record of what is in it.
+        refused: file that remembers a PIN that was refused.
     """
 
-    def __init__(self, uri: str, token: TokenUri, inventory: Inventory) -> None:
+    def __init__(self, uri: str, token: TokenUri, inventory: Inventory, refused: Path) -> None:
         self.uri = uri
-        self._connection = Connection(token, inventory.refused_pin(uri))
+        self._connection = Connection(token, refused)
         self._inventory = inventory
         self._proven: set[Algorithm] = set()
 
     @property
     def description(self) -> str:
         """Label, maker and model of the token."""
-        self._connection.call("C_GetTokenInfo", lambda _: None)
-        names = self._connection.names()
+        names = self._names()
         return f"PKCS#11 token {names['token']}: {names['manufacturer']} {names['model']} {names['serial']}"
+
+    @property
+    def identity(self) -> str:
+        """Label, maker, serial number and model of the token, as a URI."""
+        return token_uri(self._names())
+
+    def _names(self) -> dict[str, str]:
+        """Return what names the token, by attribute; opens it if need be."""
+        self._connection.call("C_GetTokenInfo", lambda _: None)
+        return self._connection.names()
 
     def supports(self, algorithm: Algorithm) -> Support:
         return self._connection.call("C_GetMechanismInfo", lambda _: self._supports(algorithm))
@@ -163,16 +174,11 @@ class Pkcs11KeyStore:
     def destroy(self, key: KeyRef) -> None:
         self._end(_identifier(key))
 
-    def sweep(self, living: Collection[KeyRef]) -> int:
+    def sweep(self, living: Collection[KeyRef] | None) -> int:
         """Destroy keys that the ledger no longer has: see `stationkey.keystore.Sweeping`."""
-        kept = {_identifier(key) for key in living if key.scheme == _SCHEME}
-        ended = self._inventory.ended(kept)
-        if not ended:
-            return 0
-        self._connection.call("C_GetTokenInfo", lambda _: None)
-        names = self._connection.names()
+        kept = None if living is None else {_identifier(key) for key in living if key.scheme == _SCHEME}
         destroyed = 0
-        for identifier in [identifier for identifier in ended if self._inventory.is_in(identifier, names)]:
+        for identifier in self._inventory.ended(kept, self._names):
             if self._destroyed(identifier):
                 self._inventory.drop(identifier)
                 destroyed += 1
@@ -190,8 +196,8 @@ class Pkcs11KeyStore:
         self._connection.close()
 
     def _end(self, identifier: bytes) -> None:
-        self._destroyed(identifier)
-        self._inventory.drop(identifier)
+        if self._inventory.end(identifier):
+            self._inventory.drop(identifier, found=self._destroyed(identifier))
 
     def _destroyed(self, identifier: bytes) -> bool:
         def destroy(session: Any) -> bool:

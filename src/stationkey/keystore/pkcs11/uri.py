@@ -43,15 +43,24 @@ def _attributes(text: str, separator: str) -> dict[str, bytes]:
     return found
 
 
+def token_uri(token: Mapping[str, str]) -> str:
+    """Return the URI of a token, with nothing in it that a shell or a server's configuration may interpret.
+
+    Args:
+        token: what names the token, by attribute.
+    """
+    named = [f"{name}={quote_from_bytes(token[name].encode(), safe='')}" for name in _TOKEN if token.get(name)]
+    return "pkcs11:" + ";".join(named)
+
+
 def object_uri(token: Mapping[str, str], identifier: bytes) -> str:
-    """Return the URI of a private key, with nothing in it that a shell or a server's configuration may interpret.
+    """Return the URI of a private key in a token; see `token_uri`.
 
     Args:
         token: what names the token, by attribute.
         identifier: CKA_ID of the key.
     """
-    named = [f"{name}={quote_from_bytes(token[name].encode(), safe='')}" for name in _TOKEN if token.get(name)]
-    return "pkcs11:" + ";".join([*named, "id=" + "".join(f"%{byte:02x}" for byte in identifier), "type=private"])
+    return f"{token_uri(token)};id={''.join(f'%{byte:02x}' for byte in identifier)};type=private"
 
 
 def identifier_of(uri: str) -> bytes:

@@ -83,6 +83,11 @@ class Tpm2KeyStore(Device):
         """Vendor and firmware version, as the TPM tells them, and what keys are protected by besides."""
         return self._with_device(lambda: capabilities.description(self._context)) + self._protection()
 
+    @property
+    def identity(self) -> str:
+        """The name of the storage root key, which no other TPM has."""
+        return f"{_SCHEME}:{self._with_device(lambda: bytes(self._context.tr_get_name(self._srk))).hex()}"
+
     def _protection(self) -> str:
         words = []
         if self._terms.key_auth is not None:
