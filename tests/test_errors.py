@@ -58,6 +58,7 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
         ],
         (False, Scope.KEY),
     ),
+    "keystore_differs": (False, Scope.STORE),
     # The ledger.
     **dict.fromkeys(["disk_full", "ledger_read_only", "ledger_busy", "ledger_moved"], (True, Scope.STORE)),
     **dict.fromkeys(["ledger_unreachable", "ledger_crowded"], (True, Scope.STORE)),
