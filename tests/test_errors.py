@@ -41,6 +41,7 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     ),
     "tpm_altered": (True, Scope.REQUEST),
     # A key.
+    "key_given_up": (True, Scope.KEY),
     **dict.fromkeys(
         [
             *(
@@ -61,7 +62,9 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     "keystore_differs": (False, Scope.STORE),
     # The ledger.
     **dict.fromkeys(["disk_full", "ledger_read_only", "ledger_busy", "ledger_moved"], (True, Scope.STORE)),
-    **dict.fromkeys(["ledger_unreachable", "ledger_crowded"], (True, Scope.STORE)),
+    **dict.fromkeys(
+        ["ledger_unreachable", "ledger_crowded", "ledger_in_use", "shard_lost", "commit_unknown"], (True, Scope.STORE)
+    ),
     **dict.fromkeys(["ledger_login_refused", "ledger_unsupported", "ledger_not_durable"], (False, Scope.STORE)),
     **dict.fromkeys(
         [

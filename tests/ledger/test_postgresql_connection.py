@@ -7,16 +7,17 @@ import socket
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
-from peers import Postgresql, free_port
+from peers import free_port
 from postgresql import Database
 
 from stationkey.config.secrets import SecretReference
 from stationkey.errors import LedgerError
 from stationkey.ledger.postgresql import connection as module
-from stationkey.ledger.postgresql.connection import Connection, connect, explained
+from stationkey.ledger.postgresql.connection import Connection, Server, connect, explained, judged
 
 pytest_plugins = ["postgresql"]
 
@@ -40,7 +41,7 @@ def test_a_connection_is_named_and_bounded(database: Database) -> None:
             " current_setting('tcp_user_timeout')"
         ).fetchone()
 
-    assert settings == ("stationkey test", "10s", "4s", "stationkey", "0")  # the last is the server's own end
+    assert settings == ("stationkey test", "6s", "4s", "stationkey", "0")  # the last is the server's own end
 
 
 def test_a_wrong_password_is_refused_and_not_shown(database: Database, tmp_path: Path) -> None:
@@ -85,35 +86,42 @@ def test_a_user_whose_settings_make_the_ledger_unsafe_is_refused(database: Datab
     assert refused(database.uri, database.password).reason == reason
 
 
-@pytest.mark.parametrize("settings", [["fsync = off"], ["full_page_writes = off"]])
-def test_a_server_that_may_lose_a_commit_is_refused(tmp_path: Path, settings: list[str]) -> None:
-    with Postgresql(tmp_path, settings) as server:
-        assert refused(server.uri, SecretReference(str(server.password_file))).reason == "ledger_not_durable"
+FIT = Server(15, False, True, True, "on", "", "UTF8")
 
 
-def test_local_commits_are_durable_unless_a_standby_counts(own_postgresql: Database) -> None:
-    own_postgresql.admin("ALTER SYSTEM SET synchronous_commit = local")
-    own_postgresql.admin("SELECT pg_reload_conf()")
-    own_postgresql.server.restart()
-    opened(own_postgresql).close()
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": 14}, "ledger_unsupported"),
+        ({"encoding": "SQL_ASCII"}, "ledger_unsupported"),
+        ({"read_only": True}, "ledger_read_only"),
+        ({"fsync": False}, "ledger_not_durable"),
+        ({"full_page_writes": False}, "ledger_not_durable"),
+        ({"synchronous_commit": "off"}, "ledger_not_durable"),
+        ({"synchronous_commit": "local", "standbys": "other"}, "ledger_not_durable"),
+    ],
+)
+def test_a_server_that_may_lose_a_commit_is_refused(change: dict[str, Any], reason: str) -> None:
+    unfit = judged(FIT._replace(**change))
 
-    own_postgresql.admin("ALTER SYSTEM SET synchronous_standby_names = 'other'")
-    own_postgresql.server.restart()
-    assert refused(own_postgresql.uri, own_postgresql.password).reason == "ledger_not_durable"
+    assert unfit is not None
+    assert unfit.reason == reason
 
 
-def test_a_server_without_places_is_tried_again_later(tmp_path: Path) -> None:
-    with Postgresql(tmp_path, ["superuser_reserved_connections = 1"], max_connections=3) as server:
-        database = Database(server, server.name)
-        with closing(opened(database)), closing(opened(database)):
-            error = refused(database.uri, database.password)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"version": 17}, {"synchronous_commit": "local"}, {"synchronous_commit": "remote_apply", "standbys": "other"}],
+)
+def test_a_server_that_keeps_what_it_confirms_is_taken(change: dict[str, Any]) -> None:
+    assert judged(FIT._replace(**change)) is None
+
+
+def test_a_server_without_places_is_tried_again_later(database: Database) -> None:
+    database.admin(f"ALTER DATABASE {database.name} CONNECTION LIMIT 2")
+    with closing(opened(database)), closing(opened(database)):
+        error = refused(database.uri, database.password)
 
     assert (error.reason, error.transient) == ("ledger_crowded", True)
-
-
-def test_an_older_server_is_refused(database: Database) -> None:
-    with mock.patch.object(module, "_OLDEST", 99):
-        assert refused(database.uri, database.password).reason == "ledger_unsupported"
 
 
 def test_a_server_that_accepts_and_says_nothing_is_given_up() -> None:

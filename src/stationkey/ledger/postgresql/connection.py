@@ -6,28 +6,28 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import psycopg
-from psycopg import conninfo, errors
+from psycopg import conninfo
 from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
 
 from stationkey.config.secrets import SecretReference
-from stationkey.errors import LedgerError
+from stationkey.errors import LedgerError, Scope
 
 T = TypeVar("T")
 
 SCHEMA: Final = "stationkey"
 """Schema of all tables. Only it is searched, so that nobody else's tables or functions are found."""
-CONNECT_TIMEOUT: Final = 5
+CONNECT_TIMEOUT: Final = 3
 """Seconds for a connection to each host and address."""
-STATEMENT_TIMEOUT: Final = 10.0
+STATEMENT_TIMEOUT: Final = 6.0
 """Seconds after which the server ends a statement. Most take less than a millisecond."""
-HANG: Final = STATEMENT_TIMEOUT + 5
+HANG: Final = STATEMENT_TIMEOUT + 2
 """Seconds after which the server counts as hung, and the connection as lost."""
 _LOCK_TIMEOUT: Final = 5
-"""Seconds to wait for another transaction; as SQLite's."""
+"""Seconds to wait for another transaction; SQLite's are as many."""
 _IDLE_TIMEOUT: Final = 4
 """Seconds after which the server ends the transaction of a stopped daemon: its locks keep another from taking over."""
 _OLDEST: Final = 15
@@ -39,7 +39,7 @@ PARAMETERS: Final = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,  # milliseconds
+    "tcp_user_timeout": 8_000,  # milliseconds
     "gssencmode": "disable",  # no look for a Kerberos ticket first
     "client_encoding": "UTF8",
     "options": " ".join(
@@ -59,7 +59,8 @@ _ASKED: Final = (
     "SELECT current_setting('server_version_num')::int / 10000,"
     " pg_is_in_recovery() OR current_setting('transaction_read_only')::bool,"
     " current_setting('fsync')::bool, current_setting('full_page_writes')::bool,"
-    " current_setting('synchronous_commit'), current_setting('synchronous_standby_names')"
+    " current_setting('synchronous_commit'), current_setting('synchronous_standby_names'),"
+    " current_setting('server_encoding')"
 )
 
 
@@ -108,7 +109,13 @@ _BY_WORDS: Final = (
 
 
 class Connection(psycopg.Connection[TupleRow]):
-    """A connection on which no call takes longer than `HANG`: the server may be stopped, or the network silent."""
+    """A connection on which no call hangs: the server may be stopped, or the network silent.
+
+    Attributes:
+        hang: seconds after which the server counts as hung.
+    """
+
+    hang: float | None = None
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait for the server; see psycopg's.
@@ -116,7 +123,18 @@ class Connection(psycopg.Connection[TupleRow]):
         Raises:
             psycopg.OperationalError: it did not answer in time. The connection cannot be used further.
         """
-        return super().wait(gen, interval, HANG if timeout is None else timeout)
+        return super().wait(gen, interval, timeout or self.hang or HANG)
+
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Let a statement take longer."""
+        self.hang = seconds + 2
+        try:
+            self.execute("SELECT set_config('statement_timeout', %s, false)", (f"{seconds}s",))
+            yield
+            self.execute("SELECT set_config('statement_timeout', %s, false)", (f"{STATEMENT_TIMEOUT}s",))
+        finally:
+            self.hang = None
 
     def hang_up(self) -> None:
         """End the connection by its socket. Any thread may call this, also while another waits for the server."""
@@ -156,26 +174,48 @@ def connect(uri: str, password: SecretReference | None, *, name: str) -> Connect
 
 
 def _refuse_unfit(connection: Connection) -> None:
-    """Refuse a server that is too old, cannot write, or may lose a commit that it confirmed."""
     row = connection.execute(_ASKED).fetchone()
     assert row is not None
-    version, read_only, fsync, whole_pages, commits, standbys = row
-    if version < _OLDEST:
-        raise LedgerError(
-            f"the ledger is on PostgreSQL {version}, and needs {_OLDEST} or newer",
+    if unfit := judged(Server(*row)):
+        raise unfit
+
+
+class Server(NamedTuple):
+    """What a server says of itself, in the order of `_ASKED`."""
+
+    version: int
+    read_only: bool
+    fsync: bool
+    full_page_writes: bool
+    synchronous_commit: str
+    standbys: str
+    encoding: str
+
+
+def judged(server: Server) -> LedgerError | None:
+    """Return why a server is unfit: too old, without changes, or it may lose a commit that it confirmed."""
+    if server.version < _OLDEST or server.encoding != "UTF8":
+        return LedgerError(
+            f"the ledger is on PostgreSQL {server.version} with the encoding {server.encoding}",
             reason="ledger_unsupported",
-            hint="upgrade the server",
+            hint=f"it needs {_OLDEST} or newer, and a database with ENCODING 'UTF8'",
         )
-    if read_only:
-        raise _error("opened", "the server takes no changes", _READ_ONLY)
-    weak = {"fsync=off": not fsync, "full_page_writes=off": not whole_pages}
-    weak[f"synchronous_commit={commits}"] = commits == "off" or (commits == "local" and bool(standbys))
-    if wrong := [setting for setting, is_weak in weak.items() if is_weak]:
-        raise LedgerError(
-            f"PostgreSQL may lose the ledger's last commits: {', '.join(wrong)}",
-            reason="ledger_not_durable",
-            hint="set it to on for the server, the database and the user; a lost answer would get a second key",
-        )
+    if server.read_only:
+        return _error("opened", "the server takes no changes", _READ_ONLY)
+    commits = server.synchronous_commit
+    weak = {
+        "fsync=off": not server.fsync,
+        "full_page_writes=off": not server.full_page_writes,
+        f"synchronous_commit={commits}": commits == "off" or (commits == "local" and bool(server.standbys)),
+    }
+    wrong = [setting for setting, is_weak in weak.items() if is_weak]
+    if not wrong:
+        return None
+    return LedgerError(
+        f"PostgreSQL may lose the ledger's last commits: {', '.join(wrong)}",
+        reason="ledger_not_durable",
+        hint="set it to on for the server, the database and the user; a lost answer would get a second key",
+    )
 
 
 @contextmanager
@@ -193,6 +233,8 @@ def explained(act: str) -> Iterator[None]:
 
 def of_error(act: str, error: psycopg.Error) -> LedgerError:
     """Return the error in our words. PostgreSQL's own never have a password in them; some have values of a row."""
+    if error.sqlstate == "SK001":  # raised by `tokens.SCHEMA`
+        return LedgerError(_words(error), reason="key_given_up", transient=True, scope=Scope.KEY)
     return _error(act, _words(error), nature_of(error))
 
 
@@ -210,8 +252,9 @@ def nature_of(error: psycopg.Error) -> _Nature:
 
 def is_lost(error: psycopg.Error) -> bool:
     """Return whether the connection is lost, rather than a statement refused."""
-    ended = isinstance(error, errors.AdminShutdown | errors.CrashShutdown | errors.IdleInTransactionSessionTimeout)
-    return ended or (isinstance(error, psycopg.OperationalError) and error.sqlstate is None)
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.OperationalError)
+    return nature_of(error) is _UNREACHABLE
 
 
 def _words(error: psycopg.Error) -> str:
