@@ -37,6 +37,7 @@ ROWS: list[set[str]] = [
     {"service"},
     {"observability", "openssl", "simulators"},
     {"daemon", "doctor"},  # the composition root is given its configuration; the doctor looks at all of it
+    {"site"},  # the same daemon, with several of its parts
     {"cli"},
     {"__main__"},
 ]
@@ -57,7 +58,7 @@ HOMES: dict[str, set[str]] = {
     # Values are structs, on the wire and in the program: to define one takes a fortieth of a dataclass's time at start.
     "msgspec": {
         *("contract", "config", "system", "x509", "keystore", "mqtt", "ledger", "service", "observability"),
-        *("simulators", "daemon", "doctor", "cli"),
+        *("simulators", "daemon", "doctor", "site", "cli"),
     },
     # The official schemas, and the frames around payloads; the connection itself, and its two ends.
     "ocpp": {"simulators"},

@@ -12,22 +12,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from stationkey.errors import LedgerError
-from stationkey.keystore.stores import KeyStores
+from stationkey.keystore.stores import KeyStores, Store
 from stationkey.keystore.worker import Task, Turn
 from stationkey.ledger import Figures
-from stationkey.observability.status import Condition, StoreCondition
-from stationkey.service.requests import StationKeyService
-from stationkey.system.counters import Counts
+from stationkey.observability.status import Condition, SiteCondition, StoreCondition
+from stationkey.system.counters import Counters, Counts
 from stationkey.system.systemd import ServiceManager
 from stationkey.system.tasks import Work, background
 from stationkey.x509.renewal import Due
+
+if TYPE_CHECKING:
+    from stationkey.ledger.overview import Overview
+    from stationkey.service.pool import KeyPool
+    from stationkey.service.renewal import DueCertificate
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,67 @@ class Connecting(Protocol):
         ...
 
 
+class Watching(Protocol):
+    """The part of `stationkey.service.renewal.RenewalWatch` that is watched."""
+
+    @property
+    def due(self) -> tuple[DueCertificate, ...]:
+        """The certificates that are due, the first to expire first."""
+        ...
+
+    @property
+    def clock_behind(self) -> bool:
+        """Whether the clock was before the newest certificate."""
+        ...
+
+
+class Serving(Protocol):
+    """The part of `stationkey.service.requests.StationKeyService` that is watched."""
+
+    @property
+    def counters(self) -> Counters:
+        """Outcomes of this run."""
+        ...
+
+    @property
+    def pools(self) -> Mapping[Store, KeyPool]:
+        """The keys made ahead."""
+        ...
+
+    @property
+    def renewal(self) -> Watching:
+        """Certificates that are due."""
+        ...
+
+    @property
+    def ledger_trouble(self) -> str:
+        """Reason of the ledger's last failure, or an empty text."""
+        ...
+
+    @property
+    def ledger_stuck(self) -> bool:
+        """Whether a call of the ledger's thread hangs."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Running time in milliseconds."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ledger can no longer be queried."""
+        ...
+
+    async def figures(self, *, expiries: int) -> Figures:
+        """Return the counts of the ledger."""
+        ...
+
+    async def overview(self, *, keys: int, happenings: int) -> Overview:
+        """Return what the status page shows of the ledger."""
+        ...
+
+
 class Health:
     """Watches the parts of a daemon, and tells systemd.
 
@@ -81,6 +146,7 @@ class Health:
         service: the service, as soon as there is one.
         edge: the edge to the broker, as soon as there is one.
         connections: number of subscriptions in this run.
+        site: returns this daemon's part in a site, if it is one of a site's.
         descriptions: description of each key store by its name; missing until it has answered.
     """
 
@@ -95,7 +161,8 @@ class Health:
         failures: Counts | None = None,
     ) -> None:
         self.keystores = keystores
-        self.service: StationKeyService | None = None
+        self.service: Serving | None = None
+        self.site: Callable[[], SiteCondition] | None = None
         self.edge: Connecting | None = None
         self.connections = 0
         self.descriptions = {store.name: "" for store in keystores}
@@ -124,7 +191,7 @@ class Health:
         """Note that the connection to the broker was lost or failed."""
         self._settled(connected=False)
 
-    def watch(self, service: StationKeyService, edge: Connecting) -> None:
+    def watch(self, service: Serving, edge: Connecting) -> None:
         """Set the parts of the daemon to watch."""
         self.service, self.edge = service, edge
 
@@ -140,15 +207,19 @@ class Health:
         self._looked_at = -FRESH
         self._news.set()
 
+    def started(self) -> None:
+        """Note that the daemon has started, as far as that depends on it: it is ready for systemd."""
+        if not self._ready:
+            self._ready = True
+            self._manager.ready()
+        self._news.set()
+
     def _settled(self, *, connected: bool) -> None:
         """Note the end of a connection attempt. Even a failed first one makes the service ready for systemd."""
         if connected is not self._connected:
             self._connected = connected
             self._changed_at = self._clock()
-        if not self._ready:
-            self._ready = True
-            self._manager.ready()
-        self._news.set()
+        self.started()
 
     # Queries.
 
@@ -170,6 +241,7 @@ class Health:
             expired=expired,
             clock_behind=renewal is not None and renewal.clock_behind,
             watchdog=self._manager.watchdog is not None,
+            site=None if self.site is None else self.site(),
         )
 
     async def figures(self) -> Figures | None:

@@ -21,10 +21,9 @@ from stationkey.contract.profiles import CertificateType
 from stationkey.keystore.stores import KeyStores
 from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState
-from stationkey.observability.health import Health
+from stationkey.observability.health import Health, Serving
 from stationkey.observability.kept import Kept
 from stationkey.observability.status import Condition
-from stationkey.service.requests import StationKeyService
 from stationkey.system.counters import BUCKETS, Counts
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -159,7 +158,7 @@ def _of_condition(condition: Condition) -> Iterator[Metric]:
     yield _gauge("ledger_writable", "Whether the ledger could be written the last time.", not condition.ledger)
 
 
-def _of_service(service: StationKeyService) -> Iterator[Metric]:
+def _of_service(service: Serving) -> Iterator[Metric]:
     counters = service.counters
     types = [str(certificate_type) for certificate_type in CertificateType]
     yield _counters(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
 
 from stationkey._version import __version__
 from stationkey.errors import Scope
@@ -55,6 +55,60 @@ class StoreCondition(Struct, frozen=True):
         }
 
 
+class ShardCondition(Struct, frozen=True):
+    """A shard of this daemon.
+
+    Attributes:
+        number: of the shard.
+        epoch: counts who has taken it.
+        connected: whether it is subscribed at the broker.
+        in_hand: messages in flight.
+        waiting: messages that wait.
+    """
+
+    number: int
+    epoch: int
+    connected: bool
+    in_hand: int
+    waiting: int
+
+
+class SiteCondition(Struct, frozen=True):
+    """A daemon's part in a site.
+
+    Attributes:
+        shards: number of shards of the site.
+        leased: whether PostgreSQL has confirmed the lease within its time.
+        lease_age: seconds since then.
+        trouble: reason why this daemon serves nothing, or of the last failure of the lease; empty if there is none.
+        held: the shards of this daemon.
+    """
+
+    shards: int
+    leased: bool
+    lease_age: float
+    trouble: str
+    held: tuple[ShardCondition, ...]
+
+    @property
+    def words(self) -> str:
+        """Its problem as text; empty if there is none."""
+        if self.trouble:
+            return f"the site's shards cannot be held ({self.trouble})"
+        return "" if self.leased else "no lease on the site's shards"
+
+    def report(self) -> dict[str, object]:
+        """Return the condition for JSON."""
+        age = None if self.lease_age == float("inf") else round(self.lease_age, 1)
+        return {
+            "shards": self.shards,
+            "leased": self.leased,
+            "lease_confirmed_seconds_ago": age,
+            "trouble": self.trouble or None,
+            "held": [to_builtins(shard) for shard in self.held],
+        }
+
+
 class Condition(Struct, frozen=True, kw_only=True):
     """The daemon's condition at one moment.
 
@@ -71,6 +125,7 @@ class Condition(Struct, frozen=True, kw_only=True):
         expired: certificates of active keys that are expired.
         clock_behind: the clock is before the newest certificate, so it is unknown which are due.
         watchdog: whether systemd expects keep-alives.
+        site: this daemon's part in a site, if it is one of a site's.
     """
 
     ready: bool
@@ -85,6 +140,7 @@ class Condition(Struct, frozen=True, kw_only=True):
     expired: int
     clock_behind: bool
     watchdog: bool
+    site: SiteCondition | None = None
 
     @property
     def stuck(self) -> bool:
@@ -101,6 +157,8 @@ class Condition(Struct, frozen=True, kw_only=True):
         troubles = [trouble for store in self.stores if (trouble := store.trouble(self.called(store)))]
         if self.ledger:
             troubles.append(f"the ledger fails ({self.ledger})")
+        if self.site is not None and self.site.words:
+            troubles.append(self.site.words)
         return troubles
 
     @property
@@ -129,6 +187,8 @@ class Condition(Struct, frozen=True, kw_only=True):
             "renewal": {"due": self.due, "expired": self.expired, "clock_behind": self.clock_behind},
             "watchdog": {"wanted": self.watchdog, "fed": self.watchdog and not self.stuck},
         }
+        if self.site is not None:
+            report["site"] = self.site.report()
         return json.dumps(report, indent=2).encode() + b"\n"
 
     def sentence(self, figures: Figures | None) -> str:
@@ -136,6 +196,8 @@ class Condition(Struct, frozen=True, kw_only=True):
         parts = [f"{'connected to' if self.connected else 'no connection to'} {self.broker}", *self.troubles]
         if self.stopping:
             parts.insert(0, "stopping")
+        if self.site is not None:
+            parts.append(f"{len(self.site.held)} of {self.site.shards} shards")
         if figures is not None:
             active = sum(count for (state, _), count in figures.keys.items() if state == KeyState.ACTIVE)
             parts.append(f"{active} {'key' if active == 1 else 'keys'} active")
