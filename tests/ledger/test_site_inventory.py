@@ -14,7 +14,7 @@ from stationkey.keystore.pkcs11.keyfile import encode
 from stationkey.keystore.pkcs11.uri import object_uri, token_uri
 from stationkey.keystore.registry import KeyStoreUri
 from stationkey.ledger.postgresql import inventory as module
-from stationkey.ledger.postgresql import tokens
+from stationkey.ledger.postgresql import schema
 from stationkey.ledger.postgresql.connection import Connection, connect
 from stationkey.ledger.postgresql.inventory import SiteInventory
 
@@ -23,13 +23,6 @@ pytest_plugins = ["postgresql"]
 TOKEN = {"token": "site; a", "manufacturer": "maker", "serial": "1", "model": "m"}
 OTHER = {**TOKEN, "serial": "2"}
 GIVEN_UP = "SK001"
-TABLES = """
-CREATE SCHEMA stationkey;
-SET search_path = stationkey;
-CREATE TABLE daemon (instance text PRIMARY KEY, lease real NOT NULL, seen timestamptz NOT NULL);
-CREATE TABLE key (number bigserial PRIMARY KEY, scheme text NOT NULL);
-CREATE TABLE secret (key_number bigint PRIMARY KEY, private bytea NOT NULL);
-"""
 
 
 class Site:
@@ -38,8 +31,8 @@ class Site:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.opened: list[SiteInventory] = []
-        with psycopg.connect(database.uri, password=database.password.read().decode()) as sql:
-            sql.execute((TABLES + tokens.SCHEMA).encode())
+        self.connection = connect(database.uri, database.password, name="test")
+        schema.prepare(self.connection)
 
     def daemon(self, name: str) -> SiteInventory:
         """The record of a daemon that is alive and has admitted both tokens."""
@@ -58,8 +51,9 @@ class Site:
     def see(self, name: str, *, ago: float, lease: float = 3600) -> None:
         """Let a daemon have been seen so many seconds ago."""
         self.sql(
-            "INSERT INTO daemon VALUES (%s, %s, clock_timestamp() - make_interval(secs => %s)) ON CONFLICT (instance)"
-            " DO UPDATE SET lease = EXCLUDED.lease, seen = EXCLUDED.seen RETURNING 1",
+            "INSERT INTO daemon (instance, name, host, pid, version, schema, shards, lease, backend, seen)"
+            " VALUES (%s, '', '', 0, '', 1, 1, %s, 0, clock_timestamp() - make_interval(secs => %s))"
+            " ON CONFLICT (instance) DO UPDATE SET lease = EXCLUDED.lease, seen = EXCLUDED.seen RETURNING 1",
             *(name, lease, ago),
         )
 
@@ -69,8 +63,9 @@ class Site:
         self.sql("UPDATE keystore SET noted = noted - interval '1 hour' WHERE instance = %s RETURNING 1", name)
 
     def sql(self, statement: str, *arguments: object) -> list[tuple[object, ...]]:
-        with connect(self.database.uri, self.database.password, name="test") as sql:
-            return sql.execute(statement.encode(), arguments).fetchall()
+        if self.connection.closed:
+            self.connection = connect(self.database.uri, self.database.password, name="test")
+        return self.connection.execute(statement.encode(), arguments).fetchall()
 
     def record(self, identifier: bytes) -> int:
         """Record a key of the token in the ledger; return its number."""
@@ -78,9 +73,13 @@ class Site:
 
     def keep(self, scheme: str, private: bytes) -> int:
         """Record a key in the ledger; return its number."""
-        with connect(self.database.uri, self.database.password, name="ledger") as sql, sql.transaction():
-            [(number,)] = sql.execute("INSERT INTO key (scheme) VALUES (%s) RETURNING number", (scheme,)).fetchall()
-            sql.execute("INSERT INTO secret VALUES (%s, %s)", (number, private))
+        with self.connection.transaction():
+            [(number,)] = self.connection.execute(
+                "INSERT INTO key (key_id, scheme, key_type, state, created_at, public)"
+                " VALUES (gen_random_uuid()::text, %s, '', 'pre-activation', 0, '') RETURNING number",
+                (scheme,),
+            ).fetchall()
+            self.connection.execute("INSERT INTO secret VALUES (%s, %s)", (number, private))
         return int(number)
 
     def destroy(self, number: int) -> None:
@@ -103,6 +102,7 @@ def site(database: Database) -> Iterator[Site]:
     yield made
     for inventory in made.opened:
         inventory.close()
+    made.connection.close()
 
 
 def ended(inventory: SiteInventory) -> list[bytes]:
@@ -257,6 +257,7 @@ def test_a_lost_connection_is_opened_again(site: Site) -> None:
     inventory = site.daemon("a")
     for _ in range(5):
         inventory.new(TOKEN)
+    site.connection.close()
     site.database.end_sessions()
     assert {inventory.new(TOKEN) for _ in range(20)} <= site.on_record()
 
