@@ -31,6 +31,7 @@ from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import KeyStoreThread
 from stationkey.ledger import KeyRecord, Ledger
+from stationkey.ledger.database import Database
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.service.requests import StationKeyService
 from stationkey.service.running_time import RunningTime
@@ -47,6 +48,12 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 """What the station's clock says, unless a test sets it otherwise."""
 
 Verb = Literal["installed", "deleted", "failed_installation"]
+
+
+def sqlite_of(ledger: Ledger) -> Database:
+    """Its database, which must be SQLite's."""
+    assert isinstance(ledger.database, Database)
+    return ledger.database
 
 
 def new_id() -> str:
@@ -197,7 +204,7 @@ class Station:
 
     @property
     def state_dir(self) -> Path:
-        return self.ledger.database.path.parent
+        return sqlite_of(self.ledger).path.parent
 
     @property
     def active_dir(self) -> Path:
@@ -249,7 +256,7 @@ class Station:
 
     def dump(self) -> list[str]:
         """All that is in the ledger, but for the running time."""
-        return dump(self.ledger.database.path)
+        return dump(sqlite_of(self.ledger).path)
 
     async def pass_by(self, milliseconds: float) -> None:
         """Let time go by, and sweep."""

@@ -28,7 +28,7 @@ from bench.report import MET, MISSED, NOT_RUN, SHOWN, TABLES, Results, fill_in, 
 from bench.rows import EXTRA, FLOOR, KINDS, OURS, ROWS, SIDES, How, Row, Series
 from bench.sides import KIND, POOL_SIZE, Unavailable, composite
 from bench.summary import Summary, percentile, summarize
-from parts import Clocks, station
+from parts import Clocks, sqlite_of, station
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from stationkey.ledger import Ledger
 
@@ -237,14 +237,14 @@ def test_the_composite_floor_keeps_the_promise(tmp_path: Path, mosquitto: Mosqui
 async def test_a_filled_ledger_has_as_many_keys_and_every_one_whole(tmp_path: Path) -> None:
     async with station(tmp_path / "state", clocks=Clocks()) as made:
         key_id = await made.key()
-    fill(made.ledger.database.path, key_id, 50)
-    with closing(Ledger(made.ledger.database.path)) as ledger:
+    fill(sqlite_of(made.ledger).path, key_id, 50)
+    with closing(Ledger(sqlite_of(made.ledger).path)) as ledger:
         found = ledger.keys.usable()
         assert len({key.key_id for key in found}) == len({key.public for key in found}) == 50
         assert len({key.request_ids for key in found}) == 50
         assert all(ledger.answers.find(key.request_ids[0]) is not None for key in found)
         assert all([event.event for event in ledger.keys.history(key.key_id)] == ["CSR answered"] for key in found)
-    with closing(sqlite3.connect(made.ledger.database.path)) as connection:
+    with closing(sqlite3.connect(sqlite_of(made.ledger).path)) as connection:
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
 

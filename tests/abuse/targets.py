@@ -28,7 +28,7 @@ from stationkey.cli import schema as schema_documents
 from stationkey.config.file import read_file, settle
 from stationkey.config.options import options_of
 from stationkey.config.settings import CsrOverrides, Settings
-from stationkey.contract.active_names import file_name, read_name
+from stationkey.contract.active_names import Owner, file_name, read_name
 from stationkey.contract.messages import (
     MAX_DEPTH,
     MAX_PAYLOAD,
@@ -303,12 +303,12 @@ def check_file_name(content: bytes) -> None:
     read = read_name(name)
     assert read is None or file_name(*read) == name
     text = content.decode("utf-8", "replace")
-    made = file_name(("v2g_certificate", text))
+    made = file_name(Owner("", "v2g_certificate", text))
     assert made.isascii()
     assert made == Path(made).name
     assert not made.startswith((".", "-"))
     assert made.endswith(".pem")
-    assert read_name(made) == (("v2g_certificate", text), "", False)
+    assert read_name(made) == (Owner("", "v2g_certificate", text), "", False)
 
 
 # private_key_path.

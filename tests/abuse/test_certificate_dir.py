@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from outside import Josev, generate_csr, run, software_station
 from peers import Mosquitto
 
-from parts import NOW, Authority, Station, key_id_in, pem, software_key, station
+from parts import NOW, Authority, Station, key_id_in, pem, software_key, sqlite_of, station
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.service.josev_files import (
     MAX_CERTIFICATE_DIRECTORIES,
@@ -221,14 +221,14 @@ async def test_what_leads_to_the_ledger_itself_takes_no_lock_off_it(
 ) -> None:
     csr = await here.csr()
     (certificate_dir / "secc.pem").write_bytes(pem(AUTHORITY.sign(csr)))
-    before = locks_on(here.ledger.database.path, os.getpid())
-    plant(certificate_dir, here.ledger.database.path)
+    before = locks_on(sqlite_of(here.ledger).path, os.getpid())
+    plant(certificate_dir, sqlite_of(here.ledger).path)
 
     await here.told("installed")
     await here.told("deleted")
 
     assert before
-    assert locks_on(here.ledger.database.path, os.getpid()) == before
+    assert locks_on(sqlite_of(here.ledger).path, os.getpid()) == before
     assert here.states(key_id_in(csr)) == [KeyState.ACTIVE]
 
 
@@ -240,13 +240,13 @@ async def test_a_link_to_the_ledger_that_comes_into_the_place_of_a_file_takes_no
     (certificate_dir / "secc.pem").write_bytes(pem(AUTHORITY.sign(csr)))
     raced = certificate_dir / "a.pem"
     raced.touch()
-    before = locks_on(here.ledger.database.path, os.getpid())
+    before = locks_on(sqlite_of(here.ledger).path, os.getpid())
     really_open = os.open
 
     def exchanged(path: str | Path, flags: int, *mode: int, **named: Any) -> int:
         if path == raced and not raced.is_symlink():
             raced.unlink()
-            raced.symlink_to(here.ledger.database.path)
+            raced.symlink_to(sqlite_of(here.ledger).path)
         return really_open(path, flags, *mode, **named)
 
     monkeypatch.setattr(os, "open", exchanged)
@@ -254,7 +254,7 @@ async def test_a_link_to_the_ledger_that_comes_into_the_place_of_a_file_takes_no
     await here.told("installed")
 
     assert raced.is_symlink()
-    assert locks_on(here.ledger.database.path, os.getpid()) == before
+    assert locks_on(sqlite_of(here.ledger).path, os.getpid()) == before
 
 
 def with_an_extension_twice(csr: str) -> bytes:

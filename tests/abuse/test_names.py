@@ -22,7 +22,7 @@ from peers import Mosquitto
 from station import Elsewhere, a_ledger
 
 from parts import V2G
-from stationkey.contract.active_names import DIRECTORY_NAME, file_name
+from stationkey.contract.active_names import DIRECTORY_NAME, Owner, file_name
 from stationkey.contract.profiles import EVSE_ID_PATTERN, CertificateType
 from stationkey.system.state_dir import DATABASE_NAME
 
@@ -30,7 +30,7 @@ NAME_MAX = 255
 """Bytes of a file name [limits.h], on every file system that a station has."""
 
 evse_ids = st.from_regex(EVSE_ID_PATTERN.removesuffix("$") + r"\Z")
-owners = st.tuples(st.sampled_from([str(name) for name in CertificateType]), st.just("") | evse_ids)
+owners = st.builds(Owner, st.just(""), st.sampled_from([str(name) for name in CertificateType]), st.just("") | evse_ids)
 
 HOSTILE_EVSE_IDS = {
     "the folder above": "..",
@@ -59,23 +59,21 @@ HOSTILE_EVSE_IDS = {
 
 
 @given(owners)
-def test_a_file_of_any_evse_is_one_short_plain_name(owner: tuple[str, str]) -> None:
+def test_a_file_of_any_evse_is_one_short_plain_name(owner: Owner) -> None:
     name = file_name(owner)
 
     assert len(name + ".new") <= NAME_MAX
     assert set(name) <= set(string.ascii_letters + string.digits + "_.%-~")
-    assert name.startswith(owner[0])  # so it is neither hidden, nor an option, nor the lock
+    assert name.startswith(owner.certificate_type)  # so it is neither hidden, nor an option, nor the lock
     assert name.endswith(".pem")  # so it is never another's unfinished file
-    assert unquote(name) == f"{owner[0]}{'.' if owner[1] else ''}{owner[1]}.pem"
+    assert unquote(name) == f"{owner.certificate_type}{'.' if owner.evse_id else ''}{owner.evse_id}.pem"
 
 
 @given(owners, owners)
-def test_two_evses_have_two_files_also_where_only_the_case_of_a_letter_differs(
-    one: tuple[str, str], other: tuple[str, str]
-) -> None:
+def test_two_evses_have_two_files_also_where_only_the_case_of_a_letter_differs(one: Owner, other: Owner) -> None:
     """On a file system that tells them apart, which is what a state directory must be on."""
     assert (file_name(one) == file_name(other)) == (one == other)
-    assert file_name(one) != file_name((one[0], one[1].swapcase())) or not one[1]
+    assert file_name(one) != file_name(one._replace(evse_id=one.evse_id.swapcase())) or not one.evse_id
 
 
 def status(verb: str, evse_id: str) -> dict[str, object]:
@@ -127,7 +125,7 @@ def test_no_name_that_comes_over_mqtt_has_anything_written_outside_the_state_dir
         written = {path.name for path in active.iterdir()}
 
         assert written == {".lock"} | {
-            file_name((str(V2G), evse_id)) for evse_id in (LONGEST, "de*abc*e1", "DE*ABC*E1", "DEABCECON")
+            file_name(Owner("", str(V2G), evse_id)) for evse_id in (LONGEST, "de*abc*e1", "DE*ABC*E1", "DEABCECON")
         }
         outside = [path for path in station.changed if not Path(path).is_relative_to(station.state_dir)]
         assert [path for path in outside if "/.coverage" not in path] == []  # where what is run is measured

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from parts import sqlite_of
 from stationkey.ledger import Ledger
 
 
@@ -25,5 +26,5 @@ def ledger(path: Path) -> Iterator[Ledger]:
 @pytest.fixture
 def fast_ledger(ledger: Ledger) -> Ledger:
     """One that does not wait for the disk, for tests of thousands of steps in which no power is lost."""
-    ledger.database._connection.execute("PRAGMA synchronous=OFF")  # noqa: SLF001 - nobody else should be able to
+    sqlite_of(ledger)._connection.execute("PRAGMA synchronous=OFF")  # noqa: SLF001 - nobody else should be able to
     return ledger

@@ -17,8 +17,9 @@ from recording import (
     stock_of,
 )
 
-from parts import E1, E2, STATION, V2G, V2G20, request
+from parts import E1, E2, STATION, V2G, V2G20, request, sqlite_of
 from stationkey.config.settings import Bounds
+from stationkey.contract.active_names import Owner
 from stationkey.errors import LedgerError
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
@@ -39,7 +40,7 @@ def test_a_key_made_ahead_gets_its_owner_with_its_answer(path: Path, again: bool
     with closing(Ledger(path)) as ledger:
         (record,) = ledger.keys.all()
         other = answer(ledger, request(V2G, E1))
-        assert (record.key_id, record.owner, record.has_owner) == (key.key_id, (V2G, E1), True)
+        assert (record.key_id, record.owner, record.has_owner) == (key.key_id, Owner("", V2G, E1), True)
         assert (record.request_ids, record.due, record.created_at) == ((REQUEST_ID,), 1000, 5)
         fresh = ledger.keys.all(other)[0]
         assert (record.algorithm, record.common_name, record.organization_name, record.country_name) == (
@@ -69,11 +70,11 @@ def test_the_ids_that_were_answered_are_read_a_part_at_a_time(ledger: Ledger, mo
     asked = [request() for _ in range(5)]
     for one in asked:
         answer(ledger, one)
-    read: list[str] = []
-    while part := ledger.answers.ids(after=read[-1] if read else ""):
+    read: list[tuple[str, str]] = []
+    while part := ledger.answers.ids(after=read[-1] if read else ("", "")):
         assert len(part) <= 2
         read += part
-    assert read == sorted(one.id for one in asked)
+    assert read == sorted(("", one.id) for one in asked)
 
 
 def test_the_oldest_pending_key_of_an_owner_makes_room(ledger: Ledger) -> None:
@@ -147,7 +148,7 @@ def test_nobody_makes_room_where_an_owner_has_made_it(ledger: Ledger) -> None:
 def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
     bounds = Bounds(pending_limit=2, pending_total=2)
     stock = [ahead(ledger) for _ in range(5)]
-    with closing(sqlite3.connect(ledger.database.path)) as connection, connection:
+    with closing(sqlite3.connect(sqlite_of(ledger).path)) as connection, connection:
         connection.execute("UPDATE key SET due = NULL")
     keys = [answer(ledger, bounds=bounds) for _ in range(4)]
     ledger.retention.adopt(pending_due=7, grace_due=8)

@@ -16,6 +16,7 @@ from recording import (
     states,
 )
 
+from parts import sqlite_of
 from stationkey.config.settings import Bounds
 from stationkey.errors import LedgerError
 from stationkey.ledger import Ledger, database
@@ -41,7 +42,7 @@ def test_what_a_flood_has_left_is_taken_off_the_file_in_steps(fast_ledger: Ledge
 
     assert path.stat().st_size < large - 256 * PAGE
     assert 1 < steps < 10
-    assert fast_ledger.database._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
+    assert sqlite_of(fast_ledger)._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
 
 
 def test_a_reader_that_never_ends_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,7 @@ def test_a_reader_that_never_ends_is_not_waited_for(path: Path, monkeypatch: pyt
         ledger.retention.wipe()
         bring(ledger, second, KeyEvent.DESTRUCTION_ORDERED)
         assert not ledger.database.checkpoint()
-        (patience,) = ledger.database._connection.execute("PRAGMA busy_timeout").fetchone()  # noqa: SLF001 - as set
+        (patience,) = sqlite_of(ledger)._connection.execute("PRAGMA busy_timeout").fetchone()  # noqa: SLF001 - as set
         select.close()
 
         assert ledger.database.checkpoint()
@@ -121,7 +122,7 @@ def test_a_backup_made_while_it_is_written_has_every_key_so_far(ledger: Ledger, 
         answer(ledger, key=key)
 
     with (
-        closing(sqlite3.connect(ledger.database.path)) as source,
+        closing(sqlite3.connect(sqlite_of(ledger).path)) as source,
         closing(sqlite3.connect(tmp_path / "copy.sqlite3")) as copy,
     ):
         source.backup(copy)
@@ -268,4 +269,4 @@ def test_a_large_database_that_is_damaged_where_it_matters_most_is_refused_alway
     ],
 )
 def test_the_promises_of_sqlite_are_asked_for(ledger: Ledger, pragma: str, value: object) -> None:
-    assert ledger.database._connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)  # noqa: SLF001 - of this connection
+    assert sqlite_of(ledger)._connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)  # noqa: SLF001 - of this connection

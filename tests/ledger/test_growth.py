@@ -15,7 +15,7 @@ from recording import (
     stock_of,
 )
 
-from parts import E1, V2G, new_id, request
+from parts import E1, V2G, new_id, request, sqlite_of
 from stationkey.config.settings import Bounds
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import KeyEvent
@@ -130,7 +130,7 @@ def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
     steps = [0, 0]
     for number, destroyed in enumerate((40, 400)):
         with closing(Ledger(tmp_path / f"{destroyed}.sqlite3")) as ledger:
-            connection = ledger.database._connection  # noqa: SLF001 - what it is given to do is the point
+            connection = sqlite_of(ledger)._connection  # noqa: SLF001 - what it is given to do is the point
             connection.execute("PRAGMA synchronous=OFF")
             active = with_history(ledger, destroyed)
 
@@ -150,7 +150,7 @@ def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
 def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation: str) -> None:
     active = with_history(fast_ledger, 3)
     statements: list[str] = []
-    connection = fast_ledger.database._connection  # noqa: SLF001 - what it is given to do is the point
+    connection = sqlite_of(fast_ledger)._connection  # noqa: SLF001 - what it is given to do is the point
     connection.set_trace_callback(statements.append)
     OPERATIONS[operation](fast_ledger, active)
     connection.set_trace_callback(None)

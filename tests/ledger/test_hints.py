@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parts import E1, E2, V2G, station
+from parts import E1, E2, V2G, sqlite_of, station
 from stationkey.errors import LedgerError
 from stationkey.ledger import Ledger
 from stationkey.ledger.hints import Hint
@@ -34,8 +34,8 @@ async def test_a_damaged_hint_is_no_reason_to_give_it_again(tmp_path: Path, valu
     async with station(tmp_path / "state") as opened:
         key_id = await opened.key(V2G, E1)
         opened.ledger.hints.write(key_id, HINT)
-        opened.ledger.database._connection.execute(  # noqa: SLF001 - the fault is injected here
-            "UPDATE meta SET value = ? WHERE name LIKE 'renewal hint %'", (value,)
+        sqlite_of(opened.ledger)._connection.execute(  # noqa: SLF001 - the fault is injected here
+            "UPDATE key SET hint = ?", (value,)
         )
         with pytest.raises(LedgerError) as damaged:
             opened.ledger.hints.all()

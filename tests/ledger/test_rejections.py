@@ -11,6 +11,7 @@ from recording import (
     answer,
 )
 
+from parts import sqlite_of
 from stationkey.errors import LedgerError
 from stationkey.ledger import Ledger
 
@@ -24,7 +25,7 @@ def note(ledger: Ledger, *names: str) -> None:
 
 def rejected(ledger: Ledger) -> list[str]:
     """Whose rejections are on disk."""
-    with closing(sqlite3.connect(ledger.database.path)) as connection:
+    with closing(sqlite3.connect(sqlite_of(ledger).path)) as connection:
         return [row[0] for row in connection.execute("SELECT request_id FROM rejection ORDER BY seq")]
 
 
@@ -65,7 +66,7 @@ def test_rejections_that_cannot_be_written_are_kept_and_the_oldest_make_room(
     with closing(Ledger(path)) as ledger:
         note(ledger, *"ab")
         with closing(sqlite3.connect(path)) as other:
-            ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
+            sqlite_of(ledger)._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LedgerError) as failure:
                 ledger.rejections.write()
@@ -80,7 +81,7 @@ def test_rejections_that_cannot_be_written_are_kept_and_the_oldest_make_room(
 def test_a_ledger_that_takes_no_rejections_any_more_is_closed_all_the_same(ledger: Ledger, path: Path) -> None:
     note(ledger, "a")
     with closing(sqlite3.connect(path)) as other:
-        ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
+        sqlite_of(ledger)._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - or it would be waited for
         other.execute("BEGIN IMMEDIATE")
         ledger.close()
     assert rejected(ledger) == []

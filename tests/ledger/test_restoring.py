@@ -10,6 +10,7 @@ from recording import answer, bring, states
 
 from parts import E1, E2, STATION, V2G, new_id, request
 from stationkey.config.settings import Bounds
+from stationkey.contract.active_names import Owner
 from stationkey.contract.profiles import CertificateType
 from stationkey.ledger import Ledger
 from stationkey.ledger.lifecycle import IllegalTransition, KeyEvent, KeyState
@@ -251,7 +252,7 @@ def test_whatever_happens_one_key_is_active_and_one_is_kept_for_each_owner_and_r
 
 def _anything(chance: random.Random, ledger: Ledger, kind: CertificateType, evse_id: str | None, root: str) -> None:
     """Something that can happen to the keys of an owner."""
-    keys = [key for key in ledger.keys.usable() if key.owner == (kind, evse_id or "")]
+    keys = [key for key in ledger.keys.usable() if key.owner == Owner("", kind, evse_id or "")]
     match chance.choice(["install", "install", "restore", "confirm", "end"]):
         case "install":
             activate(ledger, answer(ledger, request(kind, evse_id)), root=root)

@@ -19,7 +19,7 @@ from recording import (
     traces,
 )
 
-from parts import E1, V2G, dump, request
+from parts import E1, V2G, dump, request, sqlite_of
 from stationkey.config.settings import Bounds
 from stationkey.keystore import KeyRef
 from stationkey.ledger import Ledger
@@ -153,7 +153,7 @@ class Eventful:
     def swept(self) -> None:
         self.ledger.retention.forget(keep=20, answered_before=0)
         self.ledger.retention.wipe()
-        self.ledger.database._connection.executescript("PRAGMA incremental_vacuum(3)")  # noqa: SLF001 - as `shrink` does, with less to spare
+        sqlite_of(self.ledger)._connection.executescript("PRAGMA incremental_vacuum(3)")  # noqa: SLF001 - as `shrink` does, with less to spare
         self.ledger.database.checkpoint()
 
     def anything(self) -> None:
@@ -190,7 +190,7 @@ def test_no_piece_of_a_destroyed_key_is_left_when_everything_happened_to_the_led
     assert traces(path, eventful.gone) == 0
     assert {key.key_id for key in ledger.keys.usable()} == {*eventful.live, *(key.key_id for key in eventful.stock)}
     assert all(ledger.keys.ref(key_id) == key for key_id, key in eventful.live.items())
-    assert ledger.database._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
+    assert sqlite_of(ledger)._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
 
 
 def test_the_private_parts_are_written_anew_only_if_a_key_was_destroyed(ledger: Ledger) -> None:

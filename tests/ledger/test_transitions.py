@@ -75,7 +75,7 @@ def test_a_key_made_ahead_is_on_record_without_an_owner(ledger: Ledger) -> None:
     key = ahead(ledger)
 
     (record,) = ledger.keys.all()
-    assert (record.key_id, record.has_owner, record.owner) == (key.key_id, False, ("", ""))
+    assert (record.key_id, record.has_owner, record.owner) == (key.key_id, False, ("", "", ""))
     assert (record.state, record.created_at, record.due, record.request_ids) == (
         KeyState.PRE_ACTIVATION,
         5,
@@ -126,7 +126,7 @@ def test_a_key_made_ahead_ages_out_and_leaves_no_record(ledger: Ledger, path: Pa
     assert (ledger.retention.next_due(), ledger.retention.due(99), ledger.retention.due(100)) == (
         100,
         [],
-        [(old.key_id, "")],
+        [(old.key_id, "", "")],
     )
 
     state = ledger.transitions.apply(old.key_id, KeyEvent.EXPIRED, reason="made ahead, and not needed in time", now=0)

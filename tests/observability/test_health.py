@@ -20,7 +20,7 @@ import pytest
 from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
-from parts import V2G, Station, station
+from parts import V2G, Station, sqlite_of, station
 from stationkey.errors import LedgerError, Scope
 from stationkey.keystore import KeyStore
 from stationkey.keystore.software import SoftwareKeyStore
@@ -217,8 +217,8 @@ class TestAsking:
     async def test_a_ledger_that_cannot_be_written_is_told_of_until_it_can(self, here: Station) -> None:
         health = watching(here)
         await here.key()
-        here.ledger.database._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - no need to wait
-        with closing(sqlite3.connect(here.ledger.database.path, isolation_level=None)) as another:
+        sqlite_of(here.ledger)._connection.execute("PRAGMA busy_timeout=0")  # noqa: SLF001 - no need to wait
+        with closing(sqlite3.connect(sqlite_of(here.ledger).path, isolation_level=None)) as another:
             another.execute("BEGIN IMMEDIATE")
             with pytest.raises(LedgerError):
                 await here.service.expiry.sweep()
@@ -287,7 +287,7 @@ class TestExpiries:
                 useful_until=0,
                 message_id=None,
             )
-            here.ledger.database._connection.execute("UPDATE key SET evse_id = ? WHERE key_id = ?", (evse_id, key_id))  # noqa: SLF001
+            sqlite_of(here.ledger)._connection.execute("UPDATE key SET evse_id = ? WHERE key_id = ?", (evse_id, key_id))  # noqa: SLF001
         return evse_ids
 
     async def shown(self, here: Station) -> list[tuple[dict[str, str], float]]:

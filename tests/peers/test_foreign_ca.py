@@ -25,7 +25,7 @@ from judges import VENV
 from outside import BOUND, Josev, Station, generate_csr
 from rig import Rig
 
-from stationkey.contract.active_names import file_name
+from stationkey.contract.active_names import Owner, file_name
 from stationkey.contract.profiles import Algorithm, CertificateType
 
 CHARGING_STATION, V2G, V2G20 = CertificateType
@@ -153,7 +153,7 @@ class Circle:
         told = str(uuid.uuid4())
         name = "certificate_installation_status"
         self.josev.publish({"id": told, "name": name, "type": "update", "data": data})
-        path = self.active_dir / file_name((certificate_type, evse_id))
+        path = self.active_dir / file_name(Owner("", certificate_type, evse_id))
         self.station.wait_for(file=str(path))
         wanted = x509.load_pem_x509_certificates(chain.encode())
         assert x509.load_pem_x509_certificates(path.read_bytes()) == wanted

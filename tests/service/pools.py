@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from parts import Clocks, key_id_in, request
+from parts import Clocks, key_id_in, request, sqlite_of
 from stationkey.config.settings import PoolTerms, TpmTerms
 from stationkey.contract.messages import GenerateCsrResponse
 from stationkey.contract.profiles import SECP256R1, Algorithm, KeyType, RsaModulus
@@ -166,11 +166,11 @@ class Here:
 
     def ahead(self, kind: KeyType = SECP256R1) -> list[str]:
         """The names of the keys on record that have no owner, oldest first."""
-        with closing(Ledger(self.ledger.database.path, read_only=True)) as beside:
+        with closing(Ledger(sqlite_of(self.ledger).path, read_only=True)) as beside:
             return [key.key_id for key, _ in beside.keys.made_ahead() if key.key_type == kind]
 
     def history(self, key_id: str) -> list[str]:
-        with closing(Ledger(self.ledger.database.path, read_only=True)) as beside:
+        with closing(Ledger(sqlite_of(self.ledger).path, read_only=True)) as beside:
             return [event.event for event in beside.keys.history(key_id)]
 
 

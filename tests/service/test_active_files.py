@@ -58,10 +58,10 @@ def names(directory: ActiveDirectory) -> set[str]:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        pytest.param(("v2g_certificate", ""), "v2g_certificate.pem", id="no EVSE"),
-        pytest.param(("v2g_certificate", "DE*ABC*E1"), "v2g_certificate.DE%2AABC%2AE1.pem", id="asterisks"),
-        pytest.param(("v2g20_certificate", "DEABCE1"), "v2g20_certificate.DEABCE1.pem", id="no asterisks"),
-        pytest.param(("v2g_certificate", "../../x"), "v2g_certificate.%2E%2E%2F%2E%2E%2Fx.pem", id="way out"),
+        pytest.param(Owner("", "v2g_certificate", ""), "v2g_certificate.pem", id="no EVSE"),
+        pytest.param(Owner("", "v2g_certificate", "DE*ABC*E1"), "v2g_certificate.DE%2AABC%2AE1.pem", id="asterisks"),
+        pytest.param(Owner("", "v2g20_certificate", "DEABCE1"), "v2g20_certificate.DEABCE1.pem", id="no asterisks"),
+        pytest.param(Owner("", "v2g_certificate", "../../x"), "v2g_certificate.%2E%2E%2F%2E%2E%2Fx.pem", id="way out"),
     ],
 )
 def test_a_name_is_the_type_and_the_evse_id(owner: Owner, name: str) -> None:
@@ -78,9 +78,9 @@ def test_a_name_is_the_type_and_the_evse_id(owner: Owner, name: str) -> None:
 def test_a_name_stays_in_its_folder_and_can_be_read_back(
     certificate_type: str, evse_id: str, root: str, previous: bool
 ) -> None:
-    name = file_name((certificate_type, evse_id), root, previous)
+    name = file_name(Owner("", certificate_type, evse_id), root, previous)
 
-    assert read_name(name) == ActiveName((certificate_type, evse_id), root, previous)
+    assert read_name(name) == ActiveName(Owner("", certificate_type, evse_id), root, previous)
     assert name == Path(name).name
     assert name.isascii()
     assert "\0" not in name
@@ -97,7 +97,7 @@ def test_a_name_stays_in_its_folder_and_can_be_read_back(
     ],
 )
 def test_the_parts_of_a_name_cannot_be_taken_for_each_other(evse_id: str, root: str, previous: bool, name: str) -> None:
-    assert file_name(("v2g_certificate", evse_id), root, previous) == name
+    assert file_name(Owner("", "v2g_certificate", evse_id), root, previous) == name
 
 
 @pytest.mark.parametrize(

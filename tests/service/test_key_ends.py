@@ -23,6 +23,7 @@ from parts import (
     new_id,
     pem,
     request,
+    sqlite_of,
     station,
     status,
 )
@@ -153,7 +154,7 @@ async def test_running_time_is_saved_every_quarter_of_an_hour_and_a_minute_witho
     here: Station,
 ) -> None:
     await here.key()
-    path = here.ledger.database.path
+    path = sqlite_of(here.ledger).path
     seen = []
     for _ in range(16):
         await here.pass_by(60_000)
@@ -177,9 +178,9 @@ async def test_an_expiry_that_an_operator_was_faster_than_stops_nothing(
     keys = [await here.key(V2G, evse_id) for evse_id in (E1, E2, None)]
     due = Retention.due
 
-    def then_the_operator(retention: Retention, running: int) -> list[tuple[str, str]]:
+    def then_the_operator(retention: Retention, running: int) -> list[tuple[str, str, str]]:
         found = due(retention, running)
-        if (keys[1], str(V2G)) in found:
+        if (keys[1], str(V2G), "") in found:
             here.ledger.transitions.apply(keys[1], KeyEvent.COMPROMISE_REPORTED, reason="", now=0)
         return found
 
@@ -363,12 +364,12 @@ async def test_a_sweep_makes_the_file_small_again_after_a_flood(tmp_path: Path) 
                 seconds=0,
             )
         here.ledger.database.checkpoint()
-        large = here.ledger.database.path.stat().st_size
+        large = sqlite_of(here.ledger).path.stat().st_size
         for _ in range(3):
             await here.pass_by(1000)
 
         assert here.ledger.keys.all() == []
-        assert here.ledger.database.path.stat().st_size < large * 3 // 4
+        assert sqlite_of(here.ledger).path.stat().st_size < large * 3 // 4
 
 
 async def test_a_key_of_a_tpm_that_is_gone_can_still_be_destroyed(tmp_path: Path, swtpm: Swtpm) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from parts import E1, NOW, V2G, Authority, Station, pem, station
+from parts import E1, NOW, V2G, Authority, Station, pem, sqlite_of, station
 from stationkey.config.settings import DAY, RenewalTerms
 from stationkey.errors import LedgerError
 from stationkey.ledger.hints import Hint
@@ -211,7 +211,7 @@ async def test_a_hint_that_cannot_be_written_down_is_not_given(tmp_path: Path) -
     async with scene(tmp_path) as (it, folder):
         await it.install(folder, E1, life=timedelta(days=90))
         it.station.clocks.pass_by(61 * DAY)
-        connection = it.station.ledger.database._connection  # noqa: SLF001 - the fault is injected here
+        connection = sqlite_of(it.station.ledger)._connection  # noqa: SLF001 - the fault is injected here
         connection.execute("PRAGMA query_only=ON")
         with pytest.raises(LedgerError):
             await it.watch.look()

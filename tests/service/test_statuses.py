@@ -23,19 +23,7 @@ from keys_told import ACTIVE, AUTHORITY, DESTROYED, PENDING, reference, said, un
 from outside import BOUND
 from peers import Swtpm
 
-from parts import (
-    E1,
-    E2,
-    NOW,
-    STATION,
-    V2G,
-    Station,
-    key_id_in,
-    pem,
-    request,
-    software_key,
-    station,
-)
+from parts import E1, E2, NOW, STATION, V2G, Station, key_id_in, pem, request, software_key, sqlite_of, station
 from stationkey.config.settings import DAY, Bounds, PolicyTerms, Terms, TpmTerms
 from stationkey.errors import KeyStoreError
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
@@ -140,7 +128,7 @@ async def test_a_key_of_another_tpm_is_not_activated(tmp_path: Path, swtpm: Swtp
 
 async def test_a_key_whose_private_part_is_damaged_is_not_activated(here: Station) -> None:
     key = await here.key()
-    with closing(sqlite3.connect(here.ledger.database.path)) as connection, connection:
+    with closing(sqlite3.connect(sqlite_of(here.ledger).path)) as connection, connection:
         connection.execute("UPDATE secret SET private = x'00'")
 
     await here.told("installed")

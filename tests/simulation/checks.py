@@ -18,7 +18,7 @@ from simulation.broker import Entry
 from simulation.josev import Josev, Told, key_id_in
 from simulation.keystores import Tpm
 from simulation.machine import Machine
-from simulation.station import BOUNDS, Setting, Station
+from simulation.station import BOUNDS, Setting, Station, database_of
 from stationkey.contract.active_names import DIRECTORY_NAME
 from stationkey.keystore.protocol import key_id_of
 from stationkey.ledger import Ledger
@@ -139,7 +139,8 @@ class Checks:
         """Look at the ledger, if it has changed, and at ``active/``."""
         before = self.seen
         with self._machine.unwatched(), ledger.database.reading() as sql:
-            version = (id(ledger), sql.total_changes, sql.execute("PRAGMA data_version").fetchone()[0])
+            changes = database_of(ledger)._connection.total_changes  # noqa: SLF001 - what nobody else needs
+            version = (id(ledger), changes, sql.execute("PRAGMA data_version").fetchone()[0])
             if version == before.version:
                 return
             now = Seen(

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from stationkey.contract.active_names import file_name
+from stationkey.contract.active_names import Owner, file_name
 from stationkey.keystore.protocol import key_id_of
 
 OWNERS: Final = (
@@ -244,7 +244,7 @@ class Josev:
         if way == "key":
             path = f"/somewhere/{key_id}.pem"
         elif way == "file" and verb == "deleted":
-            path = str(self.state_dir / "active" / file_name((owner[0], owner[1])))
+            path = str(self.state_dir / "active" / file_name(Owner("", owner[0], owner[1])))
         named = (owner[0], owner[1] if owner[1] or path else None)
         payload = _status(message_id, verb, named, path)
         by_file = bool(path) and way == "file"

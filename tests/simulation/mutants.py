@@ -122,7 +122,7 @@ def _second_look(complete: Any) -> Any:
 def _grace_for_active(activate: Any) -> Any:
     def spoiled(self: Transitions, key_id: str, *, grace_due: int, **others: Any) -> Any:
         replaced = activate(self, key_id, grace_due=grace_due, **others)
-        with self._database.transaction() as sql:
+        with self._engine.transaction() as sql:
             sql.execute("UPDATE key SET due = ? WHERE key_id = ?", (grace_due, key_id))
         return replaced
 
@@ -151,7 +151,7 @@ def _not_on_record(_: Any) -> Any:
 
 def _record_anew(record: Any) -> Any:
     def spoiled(self: Answers, request: Any, *arguments: Any, **others: Any) -> Any:
-        with self._database.transaction() as sql:
+        with self._engine.transaction() as sql:
             sql.execute("DELETE FROM answer WHERE canonical_id = ?", (request.id.lower(),))
         return record(self, request, *arguments, **others)
 
@@ -162,9 +162,9 @@ def _two_commits(record: Any) -> Any:
     def spoiled(
         self: Answers, request: Any, key: Any, csr: str, *, now: int, due: int, ahead: bool, **others: Any
     ) -> Any:
-        with self._database.transaction() as sql:
-            number = transitions.give_owner(sql, request, key, now=now, due=due, ahead=ahead)
-        with mock.patch.object(answers, "give_owner", return_value=number):
+        with self._engine.transaction() as sql:
+            given = transitions.give_owner(sql, request, key, station="", now=now, due=due, ahead=ahead)
+        with mock.patch.object(answers, "give_owner", return_value=given):
             return record(self, request, key, csr, now=now, due=due, ahead=ahead, **others)
 
     return spoiled
@@ -175,7 +175,7 @@ def _no_rollback(_: Any) -> Any:
     def transaction(self: Database, act: str = "written") -> Iterator[Any]:
         with self._explained(act):
             self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
+            yield self._sql
             while self._deferred:
                 self._connection.execute(*self._deferred.popleft())
             self._connection.execute("COMMIT")
@@ -215,7 +215,7 @@ def _by_the_wall(init: Any) -> Any:
 
 def _plain_running(_: Any) -> Any:
     def write(self: Retention, milliseconds: int) -> None:
-        with self._database.transaction() as sql:
+        with self._engine.transaction() as sql:
             sql.execute("INSERT OR REPLACE INTO meta (name, value) VALUES ('running', ?)", (str(milliseconds),))
 
     return write
@@ -223,7 +223,7 @@ def _plain_running(_: Any) -> Any:
 
 def _all_due(_: Any) -> Any:
     def due(self: Retention, _running: int) -> list[str]:
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             return [
                 row[0] for row in sql.execute("SELECT key_id FROM key WHERE due IS NOT NULL AND state = 'deactivated'")
             ]

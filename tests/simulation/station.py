@@ -20,6 +20,7 @@ from stationkey.errors import KeyStoreError
 from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import KeyStoreThread, Task, on_keystore
 from stationkey.ledger import Ledger
+from stationkey.ledger.database import Database
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.service.policy import Policy
 from stationkey.service.requests import StationKeyService
@@ -35,6 +36,12 @@ TERMS: Final = Terms(
 POOL: Final = PoolTerms(ec=2, rsa=0, idle=1.0, age=60 * _MINUTE)
 QUEUE: Final = 8
 DRAIN: Final = 7.0
+
+
+def database_of(ledger: Ledger) -> Database:
+    """Its database, which is SQLite's."""
+    assert isinstance(ledger.database, Database)
+    return ledger.database
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +159,7 @@ class Station:
         self.scheduler.end()
         if self.ledger is not None:
             with suppress(Exception):
-                self.ledger.database._connection.close()  # noqa: SLF001 - as the kernel does when a process ends
+                database_of(self.ledger)._connection.close()  # noqa: SLF001 - as the kernel does when a process ends
         if self.state is not None:
             with suppress(OSError):
                 self.state.close()

@@ -16,7 +16,7 @@ from cryptography import x509
 from ocpp.routing import on  # type: ignore[import-untyped] # ships no type information
 from peers import Daemon, Mosquitto
 
-from stationkey.contract.active_names import file_name
+from stationkey.contract.active_names import Owner, file_name
 from stationkey.contract.profiles import PROFILES, SECP256R1, SECP521R1, CertificateType
 from stationkey.mqtt.url import Broker
 from stationkey.simulators.josev import Station
@@ -143,4 +143,4 @@ async def test_a_foreign_csms_triggers_signs_and_sees_the_certificate_accepted(
             finally:
                 playing.cancel()
                 await asyncio.gather(playing, return_exceptions=True)
-    assert (settings.certificate_dir / file_name((certificate_type, ""))).read_text().split() == chain.split()
+    assert (settings.certificate_dir / file_name(Owner("", certificate_type, ""))).read_text().split() == chain.split()

@@ -15,7 +15,7 @@ from stationkey.cli._options import Configured, configured, json_option
 from stationkey.cli._table import SHORT_ID, Column, labelled, lined_up, write
 from stationkey.cli.keys import opened_ledger, utc
 from stationkey.errors import StationKeyError
-from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine
 from stationkey.ledger.lifecycle import CSR_ANSWERED
 from stationkey.ledger.messages import REQUEST, STATUS, newest
 from stationkey.ledger.overview import REJECTED, Happening
@@ -50,13 +50,13 @@ def requests(message_id: str, limit: int, follow: bool, as_json: bool, settings:
         show(_found(ledger.database, message_id, limit, follow=follow))
 
 
-def _found(database: Database, message_id: str, limit: int, *, follow: bool) -> Iterator[list[Happening]]:
+def _found(engine: Engine, message_id: str, limit: int, *, follow: bool) -> Iterator[list[Happening]]:
     """Yield the newest messages, and with `follow` those that come after them; no empty list.
 
     Raises:
         StationKeyError: no message has this id.
     """
-    found, place = newest(database, limit, beginning=message_id)
+    found, place = newest(engine, limit, beginning=message_id)
     if message_id and not found and not follow:
         raise StationKeyError(
             f"no message on record has an id that begins with {message_id}",
@@ -70,7 +70,7 @@ def _found(database: Database, message_id: str, limit: int, *, follow: bool) -> 
             return
         sys.stdout.flush()
         time.sleep(_LOOK)
-        found, place = newest(database, _MOST, after=place, beginning=message_id)
+        found, place = newest(engine, _MOST, after=place, beginning=message_id)
 
 
 def _outcome(message: Happening) -> str:

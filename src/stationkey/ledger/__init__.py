@@ -1,9 +1,9 @@
-"""The ledger: requests, answers and keys in one SQLite database.
+"""The ledger: requests, answers and keys in one database: SQLite, or PostgreSQL for a site.
 
 A key and the answer with its CSR are committed in one transaction before the answer is published. So a redelivered
 request gets the same CSR, also after a restart, and no key exists without a record of its request.
-``synchronous=FULL`` makes a commit survive a loss of power; write-ahead logging lets the ``keys`` commands read while
-the daemon writes.
+With SQLite, ``synchronous=FULL`` makes a commit survive a loss of power; write-ahead logging lets the ``keys`` commands
+read while the daemon writes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from stationkey.errors import LedgerError
 from stationkey.ledger.answers import Answers
 from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine
 from stationkey.ledger.hints import Hints
 from stationkey.ledger.keys import Keys
 from stationkey.ledger.records import Answered, EventRecord, Figures, KeyRecord, content_digest, read_key_type
@@ -38,13 +39,13 @@ class Ledger:
     """One database and its operations, grouped by duty. Only one thread may use it at a time.
 
     Args:
-        path: the database file; for details of this and the other arguments see `Database`.
+        path: the SQLite database file; for details of this and the other arguments see `Database`.
         read_only: write nothing.
         make: create a missing database and migrate an older one.
         alone: no other process has it open.
 
     Attributes:
-        database: the connection, its transactions, the size of the file.
+        database: the connection, its transactions, its size.
         answers: accepted answers, each with its key.
         rejections: rejected requests.
         keys: queries of keys.
@@ -57,19 +58,29 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, make: bool = True, alone: bool = False) -> None:
-        self.database = Database(path, read_only=read_only, make=make, alone=alone)
-        self.answers = Answers(self.database)
-        self.rejections = Rejections(self.database)
-        self.keys = Keys(self.database)
-        self.transitions = Transitions(self.database)
-        self.retention = Retention(self.database)
-        self.hints = Hints(self.database)
+        self._use(Database(path, read_only=read_only, make=make, alone=alone))
+
+    @classmethod
+    def on(cls, engine: Engine) -> Ledger:
+        """Return the ledger in an open database, which it closes."""
+        ledger = cls.__new__(cls)
+        ledger._use(engine)  # noqa: SLF001 - of this class
+        return ledger
+
+    def _use(self, engine: Engine) -> None:
+        self.database = engine
+        self.answers = Answers(engine)
+        self.rejections = Rejections(engine)
+        self.keys = Keys(engine)
+        self.transitions = Transitions(engine)
+        self.retention = Retention(engine)
+        self.hints = Hints(engine)
 
     def client_id(self) -> str:
         """Return the MQTT client identifier of this state directory, which names the broker's session; made once."""
         with self.database.transaction() as sql:
             sql.execute(
-                "INSERT OR IGNORE INTO meta (name, value) VALUES ('mqtt_client_id', ?)",
+                "INSERT INTO meta (name, value) VALUES ('mqtt_client_id', ?) ON CONFLICT (name) DO NOTHING",
                 (f"stationkey-{uuid.uuid4().hex[:12]}",),
             )
             (value,) = sql.execute("SELECT value FROM meta WHERE name = 'mqtt_client_id'").fetchone()

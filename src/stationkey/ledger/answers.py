@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sqlite3
 from typing import TYPE_CHECKING, Final
 
 from stationkey.config.settings import Bounds
+from stationkey.contract.active_names import Owner
 from stationkey.contract.messages import GenerateCsrRequest
-from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine, Sql
 from stationkey.ledger.lifecycle import CSR_ANSWERED, INITIAL, KeyEvent, KeyState
 from stationkey.ledger.migrations import LIVING, of_types
 from stationkey.ledger.records import Answered, content_digest
-from stationkey.ledger.transitions import advance, give_owner, note
+from stationkey.ledger.transitions import advance, give_owner
 
 if TYPE_CHECKING:
     from stationkey.keystore import KeyRef
@@ -23,36 +23,45 @@ _PART: Final = 1000
 _PENDING_OWNERS: Final = (
     "SELECT certificate_type, evse_id, own FROM (SELECT certificate_type, evse_id, count(*) AS own,"  # noqa: S608 - `LIVING` is this package's own text
     " min(asked) AS oldest, sum(count(*)) OVER (PARTITION BY certificate_type) AS of_type FROM key"
-    f" WHERE state = :pending AND {{types}} AND {LIVING} GROUP BY certificate_type, evse_id) AS waiting"
-    " ORDER BY of_type DESC, EXISTS (SELECT 1 FROM key WHERE state = :active AND certificate_type ="
-    f" waiting.certificate_type AND evse_id = waiting.evse_id AND {LIVING}), own DESC, oldest LIMIT 2"
+    f" WHERE state = :pending AND station = :station AND {{types}} AND {LIVING}"
+    " GROUP BY certificate_type, evse_id) AS waiting ORDER BY of_type DESC,"
+    " EXISTS (SELECT 1 FROM key WHERE state = :active AND station = :station"
+    f" AND certificate_type = waiting.certificate_type AND evse_id = waiting.evse_id AND {LIVING}),"
+    " own DESC, oldest LIMIT 2"
 )
-"""The two owners that are first to lose a pending key, with their number of pending keys; see `_most_crowded`."""
+"""The two owners of a station that are first to lose a pending key, with their number of pending keys; see
+`_most_crowded`."""
 
 
 class Answers:
     """The accepted answers."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
-    def find(self, request_id: str) -> Answered | None:
-        """Return the accepted answer to a request, or None. The letter case of `request_id` does not matter."""
-        with self._database.reading() as sql:
+    def find(self, request_id: str, *, station: str = "") -> Answered | None:
+        """Return the accepted answer to a station's request, or None. The letter case of the id does not matter."""
+        with self._engine.reading() as sql:
             row = sql.execute(
-                "SELECT request_id, digest, csr, key_id FROM answer JOIN key ON key.number = answer.key_number"
-                " WHERE canonical_id = ?",
-                (request_id.lower(),),
+                "SELECT request_id, digest, csr, key_id, answer.station"
+                " FROM answer JOIN key ON key.number = answer.key_number"
+                " WHERE answer.station = ? AND canonical_id = ?",
+                (station, request_id.lower()),
             ).fetchone()
         return None if row is None else Answered(*row)
 
-    def ids(self, *, after: str = "") -> list[str]:
-        """Return the next answered ids after `after`, sorted, in lower case; none if that was the last."""
-        with self._database.reading() as sql:
-            rows = sql.execute(
-                "SELECT canonical_id FROM answer WHERE canonical_id > ? ORDER BY canonical_id LIMIT ?", (after, _PART)
+    def ids(self, *, after: tuple[str, str] = ("", "")) -> list[tuple[str, str]]:
+        """Return the next answered ids after `after`, sorted; none if that was the last.
+
+        Returns:
+            Each as its station and the id in lower case.
+        """
+        with self._engine.reading() as sql:
+            return sql.execute(
+                "SELECT station, canonical_id FROM answer WHERE (station, canonical_id) > (?, ?)"  # noqa: S608 - the engine's own text
+                f"{sql.mine('answer')} ORDER BY station, canonical_id LIMIT ?",
+                (*after, _PART),
             ).fetchall()
-        return [row[0] for row in rows]
 
     def record(
         self,
@@ -65,6 +74,7 @@ class Answers:
         due: int,
         bounds: Bounds,
         ahead: bool = False,
+        station: str = "",
     ) -> list[str]:
         """Record a key and the answer with its CSR in one transaction.
 
@@ -75,8 +85,9 @@ class Answers:
             now: Unix time in milliseconds.
             running: running time in milliseconds.
             due: expiry of the key if no certificate is installed, in milliseconds of running time.
-            bounds: how many keys may be pending.
+            bounds: how many keys of the station may be pending.
             ahead: whether the key was made ahead: then it is on record and gets its owner now.
+            station: which station asks.
 
         Returns:
             The ids of older pending keys destroyed to keep the bounds.
@@ -86,54 +97,62 @@ class Answers:
                 another.
         """
         data = request.data
-        owner = (data.certificate_type, request.evse_id or "")
-        with self._database.transaction() as sql:
-            number = give_owner(sql, request, key, now=now, due=due, ahead=ahead)
+        owner = Owner(station, data.certificate_type, request.evse_id or "")
+        with self._engine.transaction() as sql:
+            number, seq = give_owner(sql, request, key, station=station, now=now, due=due, ahead=ahead)
             sql.execute(
-                "INSERT INTO answer (key_number, canonical_id, request_id, digest, csr, answered_at, running)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (number, request.id.lower(), request.id, content_digest(request), csr, now, running),
+                "INSERT INTO answer (key_number, station, canonical_id, request_id, digest, csr, answered_at, running)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (number, station, request.id.lower(), request.id, content_digest(request), csr, now, running),
             )
-            note(sql, number, CSR_ANSWERED, INITIAL, reason="", now=now, message_id=request.id)
+            sql.execute(
+                "INSERT INTO event (seq, key_number, at, event, state, reason, message_id)"
+                " VALUES (?, ?, ?, ?, ?, '', ?)",
+                (seq, number, now, CSR_ANSWERED, INITIAL, request.id),
+            )
             return _make_room(sql, owner, bounds, now=now)
 
-    def withdraw(self, request_id: str, *, now: int) -> None:
+    def withdraw(self, request_id: str, *, now: int, station: str = "") -> None:
         """Delete an answer that must not be published and destroy its key; the id may be used again.
 
         Raises:
             LedgerError: nothing was written.
         """
-        with self._database.transaction() as sql:
-            answered = self.find(request_id)
+        with self._engine.transaction() as sql:
+            answered = self.find(request_id, station=station)
             if answered is None:
                 return
             advance(sql, answered.key_id, KeyEvent.EXPIRED, reason="its CSR did not verify", now=now)
-            sql.execute("DELETE FROM answer WHERE canonical_id = ?", (request_id.lower(),))
+            sql.execute("DELETE FROM answer WHERE station = ? AND canonical_id = ?", (station, request_id.lower()))
 
-    def mark_delivered(self, request_id: str) -> None:
+    def mark_delivered(self, request_id: str, *, station: str = "") -> None:
         """Note that the broker has the answer. Any thread may call this; it does not wait for the disk.
 
         Written with the next transaction. If a crash loses it, the answer is published again.
         """
-        self._database.defer("UPDATE answer SET delivered = 1 WHERE canonical_id = ?", request_id.lower())
+        self._engine.defer(
+            "UPDATE answer SET delivered = 1 WHERE station = ? AND canonical_id = ?", station, request_id.lower()
+        )
 
     def undelivered(self) -> list[Answered]:
         """Return the answers that no broker has confirmed, oldest first."""
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             rows = sql.execute(
-                "SELECT request_id, digest, csr, key_id FROM answer JOIN key ON key.number = answer.key_number"
-                " WHERE delivered = 0 ORDER BY running"
+                "SELECT request_id, digest, csr, key_id, answer.station"  # noqa: S608 - the engine's own text
+                " FROM answer JOIN key ON key.number = answer.key_number"
+                f" WHERE delivered = 0{sql.mine('answer')} ORDER BY running"
             ).fetchall()
         return [Answered(*row) for row in rows]
 
 
-def _make_room(sql: sqlite3.Connection, owner: tuple[str, str], bounds: Bounds, *, now: int) -> list[str]:
+def _make_room(sql: Sql, owner: Owner, bounds: Bounds, *, now: int) -> list[str]:
     """Destroy the oldest pending keys beyond the bounds and return their ids. Keys made ahead do not count."""
     types, named = of_types(bounds.types)
-    pending = f"SELECT count(*) FROM key WHERE state = :pending AND {LIVING} AND"  # noqa: S608 - `LIVING` is this package's own text
+    pending = f"SELECT count(*) FROM key WHERE state = :pending AND station = :station AND {LIVING} AND"  # noqa: S608 - `LIVING` is this package's own text
     own, every = sql.execute(
         f"SELECT ({pending} certificate_type = :type AND evse_id = :evse_id), ({pending} {types})",
-        {"type": owner[0], "evse_id": owner[1], "pending": INITIAL, **named},
+        {"station": owner.station, "type": owner.certificate_type, "evse_id": owner.evse_id}
+        | {"pending": INITIAL, **named},
     ).fetchone()
     crowded = []
     if own > bounds.pending_limit:
@@ -144,24 +163,26 @@ def _make_room(sql: sqlite3.Connection, owner: tuple[str, str], bounds: Bounds, 
     return crowded
 
 
-def _most_crowded(sql: sqlite3.Connection, newest: tuple[str, str], bounds: Bounds) -> tuple[str, str]:
+def _most_crowded(sql: Sql, newest: Owner, bounds: Bounds) -> Owner:
     """Return the owner that loses a pending key for the one that `newest` just got.
 
-    From the certificate type with the most pending keys: requests for one type cost another type a key only if that
-    has more. Among its EVSEs first one without an active key, because EVSE IDs are easily made up; then the one with
-    the most pending keys; then the one with the oldest.
+    One of the same station, from the certificate type with the most pending keys: requests for one type cost another
+    type a key only if that has more. Among its EVSEs first one without an active key, because EVSE IDs are easily made
+    up; then the one with the most pending keys; then the one with the oldest.
     """
     types, named = of_types(bounds.types)
     owners = sql.execute(
-        _PENDING_OWNERS.format(types=types), {"pending": INITIAL, "active": KeyState.ACTIVE, **named}
+        _PENDING_OWNERS.format(types=types),
+        {"pending": INITIAL, "active": KeyState.ACTIVE, "station": newest.station, **named},
     ).fetchall()
-    others = [row[:2] for row in owners if row[:2] != newest or row[2] > 1]
+    found = [(Owner(newest.station, certificate_type, evse_id), own) for certificate_type, evse_id, own in owners]
+    others = [owner for owner, own in found if owner != newest or own > 1]
     return others[0] if others else newest
 
 
-def _end_oldest(sql: sqlite3.Connection, owner: tuple[str, str], *, count: int, now: int) -> list[str]:
+def _end_oldest(sql: Sql, owner: Owner, *, count: int, now: int) -> list[str]:
     rows = sql.execute(
-        f"SELECT key_id FROM key WHERE state = ? AND certificate_type = ? AND evse_id = ? AND {LIVING}"  # noqa: S608 - `LIVING` is this package's own text
+        f"SELECT key_id FROM key WHERE state = ? AND station = ? AND certificate_type = ? AND evse_id = ? AND {LIVING}"  # noqa: S608 - `LIVING` is this package's own text
         " ORDER BY asked LIMIT ?",
         (INITIAL, *owner, count),
     ).fetchall()

@@ -1,4 +1,4 @@
-"""The database file: open, check, migrate, explain errors. Every transaction begins and ends here."""
+"""SQLite: open the file, check, migrate, explain errors. Every transaction begins and ends here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from stationkey.errors import LedgerError
+from stationkey.ledger.engine import Sql
 from stationkey.ledger.migrations import MIGRATIONS, SCHEMA_VERSION
 from stationkey.ledger.records import DAMAGED
 
@@ -61,8 +62,39 @@ _REASONS: Final = {
 """SQLite's error name to reason, hint and whether the error is transient."""
 
 
+class SqliteSql:
+    """Statements on a connection to SQLite; see `Sql`. Every station is served."""
+
+    next_event: Final = "(SELECT coalesce(max(seq), 0) + 1 FROM event)"
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.execute = connection.execute
+        self.executemany = connection.executemany
+
+    def mine(self, _table: str, /) -> str:
+        """Return no condition."""
+        return ""
+
+    def destroy_private(self, key_number: int, /) -> None:
+        """Delete the private part of a key and its CSR; `Database.wipe` then removes what SQLite leaves of the former.
+
+        secure_delete zeroes the row where it is, but not the copies that SQLite left when it moved rows.
+        """
+        self.execute("DELETE FROM secret WHERE key_number = ?", (key_number,))
+        self.execute("INSERT OR IGNORE INTO meta (name, value) VALUES ('unwiped', 'yes')")
+        # REPLACE rather than UPDATE: SQLite then merges the page, now almost empty, with its neighbours, and the
+        # history takes a third less space.
+        self.execute(
+            "REPLACE INTO answer"
+            " (key_number, station, canonical_id, request_id, digest, csr, answered_at, running, delivered)"
+            " SELECT key_number, station, canonical_id, request_id, digest, '', answered_at, running, 1 FROM answer"
+            " WHERE key_number = ?",
+            (key_number,),
+        )
+
+
 class Database:
-    """One SQLite connection. May move between threads, but only one may use it at a time.
+    """One SQLite connection, an `Engine`. May move between threads, but only one may use it at a time.
 
     Args:
         path: the database file; created with mode 0600 if it is missing and `make` is set.
@@ -112,6 +144,7 @@ class Database:
                     self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone()  # opens the files
                     self._refuse_without_log()
                 self._own = self._found()
+                self._sql = SqliteSql(self._connection)
                 if not read_only:
                     self._migrate(version)
             except BaseException:
@@ -144,23 +177,27 @@ class Database:
         """
         return self._own
 
+    def owns(self, _station: str) -> bool:
+        """Return True: every station is served."""
+        return True
+
     def size(self) -> int:
         """Return the size of the database and its write-ahead log in bytes."""
         with self._explained("read"):
             return sum(file.stat().st_size for file in (self.path, Path(f"{self.path}-wal")) if file.exists())
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[Sql]:
         """Give the connection for queries, inside a transaction or outside.
 
         Raises:
             LedgerError: the database cannot be read.
         """
         with self._explained("read"):
-            yield self._connection
+            yield self._sql
 
     @contextmanager
-    def transaction(self, act: str = "written") -> Iterator[sqlite3.Connection]:
+    def transaction(self, act: str = "written") -> Iterator[Sql]:
         """Give the connection for changes, and commit them, durably, with the deferred statements.
 
         Args:
@@ -177,7 +214,7 @@ class Database:
                 raise
             try:
                 self._refuse_moved()
-                yield self._connection
+                yield self._sql
                 while self._deferred:
                     self._connection.execute(*self._deferred.popleft())
                 self._connection.execute("COMMIT")
@@ -194,6 +231,28 @@ class Database:
         Only for changes that may be lost: a crash or a failed transaction loses them.
         """
         self._deferred.append((statement, arguments))
+
+    def wipe(self) -> bool:
+        """Rewrite the private parts if a key was destroyed since the last call, so that no trace of it is left.
+
+        secure_delete zeroes a deleted row where it is. But when SQLite moved the row between pages before, pieces of it
+        may be left in the unused part of a page. So the table is emptied, which zeroes all its pages, and filled again:
+        the cost depends on the number of living keys, not on the history.
+
+        Returns:
+            Whether a key was destroyed since the last call.
+        """
+        with self.reading() as sql:
+            if sql.execute("SELECT 1 FROM meta WHERE name = 'unwiped'").fetchone() is None:
+                return False
+        with self.transaction() as sql:
+            living = sql.execute("SELECT key_number, private FROM secret").fetchall()
+            # Without WHERE, foreign key and trigger SQLite frees and zeroes whole pages, not row by row.
+            sql.execute("DELETE FROM secret")
+            sql.executemany("INSERT INTO secret (key_number, private) VALUES (?, ?)", living)
+            sql.execute("DELETE FROM meta WHERE name = 'unwiped'")
+        self.checkpoint()
+        return True
 
     def checkpoint(self) -> bool:
         """Move the write-ahead log into the database and empty it, so that it keeps no trace of a wiped private part.

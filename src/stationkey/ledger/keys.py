@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stationkey.contract.active_names import file_name
 from stationkey.errors import Scope, StationKeyError
-from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine
 from stationkey.ledger.lifecycle import INITIAL, KeyState
 from stationkey.ledger.migrations import LIVING
 from stationkey.ledger.records import (
@@ -19,15 +19,16 @@ from stationkey.ledger.records import (
     read_key_ref,
     read_time,
 )
+from stationkey.ledger.retention import histories
 
 if TYPE_CHECKING:
     from stationkey.keystore import KeyRef
 
 
 _UNCONFIRMED: Final = (
-    "SELECT count(*) FROM key JOIN key AS before USING (certificate_type, evse_id, root)"
+    "SELECT count(*) FROM key JOIN key AS before USING (station, certificate_type, evse_id, root)"
     " WHERE key.state = ? AND key.state != 'destroyed' AND key.confirmed IS NULL"
-    " AND before.state = ? AND before.state != 'destroyed' AND before.previous = 1"
+    " AND before.state = ? AND before.state != 'destroyed' AND before.previous = 1{mine}"
 )
 """How many keys are active and not confirmed, with a key to go back to. For the index, see `LIVING`."""
 
@@ -41,8 +42,8 @@ _PART: Final = 1000
 class Keys:
     """The keys on record."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def all(self, prefix: str = "") -> list[KeyRecord]:
         """Return the keys whose name begins with `prefix`, oldest first."""
@@ -50,8 +51,8 @@ class Keys:
         # A range, because SQLite uses no index for LIKE or substr().
         return self._select("key_id >= ? AND key_id < ?", prefix, prefix + _LAST, order="number")
 
-    def stream(self) -> Iterator[KeyRecord]:
-        """Iterate over all keys, oldest first, in bounded memory.
+    def stream(self, *, station: str | None = None) -> Iterator[KeyRecord]:
+        """Iterate over all keys, or those of a station, oldest first, in bounded memory.
 
         Each part is a query of its own: an open one would keep the daemon from emptying its write-ahead log. So this is
         no snapshot: keys made meanwhile come last.
@@ -60,7 +61,8 @@ class Keys:
             LedgerError: the database cannot be read.
         """
         last = 0
-        while rows := self._rows("number > ?", last, order=f"number LIMIT {_PART}"):
+        where, named = ("number > ?", ()) if station is None else ("number > ? AND key.station = ?", (station,))
+        while rows := self._rows(where, last, *named, order=f"number LIMIT {_PART}"):
             yield from map(read_key, rows)
             *_, last = rows[-1]
 
@@ -80,36 +82,36 @@ class Keys:
             )
         return found[0]
 
-    def pending(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
+    def pending(self, certificate_type: str, evse_id: str | None, *, station: str = "") -> list[KeyRecord]:
         """Return the pending keys of a certificate type, oldest first; of all EVSEs if `evse_id` is None."""
-        return self._owned(certificate_type, evse_id, KeyState.PRE_ACTIVATION)
+        return self._owned(station, certificate_type, evse_id, KeyState.PRE_ACTIVATION)
 
-    def active(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
+    def active(self, certificate_type: str, evse_id: str | None, *, station: str = "") -> list[KeyRecord]:
         """Return the active keys of a certificate type; of all EVSEs if `evse_id` is None."""
-        return self._owned(certificate_type, evse_id, KeyState.ACTIVE)
+        return self._owned(station, certificate_type, evse_id, KeyState.ACTIVE)
 
-    def deactivated(self, certificate_type: str, evse_id: str | None) -> list[KeyRecord]:
+    def deactivated(self, certificate_type: str, evse_id: str | None, *, station: str = "") -> list[KeyRecord]:
         """Return the deactivated keys of a certificate type; of all EVSEs if `evse_id` is None."""
-        return self._owned(certificate_type, evse_id, KeyState.DEACTIVATED)
+        return self._owned(station, certificate_type, evse_id, KeyState.DEACTIVATED)
 
     def expiring(self, *, until: int, limit: int) -> list[KeyRecord]:
         """Return up to `limit` active keys whose certificate ends by `until`, Unix seconds; the first to end first."""
         where = f"state = ? AND not_after <= ? AND {LIVING}"
-        return self._select(where, KeyState.ACTIVE, until, order=f"not_after, number LIMIT {limit:d}")
+        return self._mine(where, KeyState.ACTIVE, until, order=f"not_after, number LIMIT {limit:d}")
 
     def newest_installed(self) -> KeyRecord | None:
         """Return the active key with a known certificate that was installed last, or None."""
         where = f"state = ? AND not_after IS NOT NULL AND {LIVING}"
-        found = self._select(where, KeyState.ACTIVE, order="installed DESC LIMIT 1")
+        found = self._mine(where, KeyState.ACTIVE, order="installed DESC LIMIT 1")
         return found[0] if found else None
 
     def usable(self) -> list[KeyRecord]:
         """Return the keys that have a private part, oldest first, including those made ahead."""
-        return self._select("number IN (SELECT key_number FROM secret)", order="number")
+        return self._mine("number IN (SELECT key_number FROM secret)", order="number")
 
     def ref(self, key_id: str) -> KeyRef | None:
         """Return a key with its private part, or None if it has none."""
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             row = sql.execute(
                 "SELECT scheme, key_type, public, private FROM key JOIN secret ON secret.key_number = key.number"
                 " WHERE key_id = ?",
@@ -118,12 +120,12 @@ class Keys:
         return None if row is None else read_key_ref(*row)
 
     def refs(self, scheme: str) -> list[KeyRef]:
-        """Return the keys of a kind of key store that have a private part.
+        """Return the keys of a kind of key store that have a private part, of all stations: the others are strays.
 
         Args:
             scheme: of the key store's URI.
         """
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             rows = sql.execute(
                 "SELECT scheme, key_type, public, private FROM key JOIN secret ON secret.key_number = key.number"
                 " WHERE scheme = ?",
@@ -137,11 +139,11 @@ class Keys:
         Returns:
             Each with its private part and its expiry in milliseconds of running time.
         """
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             rows = sql.execute(
                 "SELECT scheme, key_type, public, private, coalesce(due, 0)"  # noqa: S608 - `LIVING` is this package's own text
                 " FROM key JOIN secret ON secret.key_number = key.number"
-                f" WHERE state = ? AND certificate_type = '' AND {LIVING} ORDER BY number",
+                f" WHERE state = ? AND station = '' AND certificate_type = '' AND {LIVING} ORDER BY number",
                 (INITIAL,),
             ).fetchall()
         return [(read_key_ref(*row), due) for *row, due in rows]
@@ -153,13 +155,13 @@ class Keys:
             scheme: of the key store's URI.
         """
         prefix = f"{MAKING}{scheme} "
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             rows = sql.execute("SELECT name, value FROM meta WHERE name > ?", (prefix,)).fetchall()
         return {name.removeprefix(prefix): float(value) for name, value in rows if name.startswith(prefix)}
 
     def history(self, key_id: str) -> list[EventRecord]:
         """Return the events of a key, oldest first."""
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             rows = sql.execute(
                 "SELECT seq, at, event, state, reason, message_id FROM event"
                 " WHERE key_number = (SELECT number FROM key WHERE key_id = ?) ORDER BY seq",
@@ -173,8 +175,8 @@ class Keys:
         Active keys come first, so that what is in use is written first.
         """
         files = {}
-        active = self._select(f"state = ? AND {LIVING}", KeyState.ACTIVE)
-        for key in active + self._select(f"state = ? AND previous = 1 AND {LIVING}", KeyState.DEACTIVATED):
+        active = self._mine(f"state = ? AND {LIVING}", KeyState.ACTIVE)
+        for key in active + self._mine(f"state = ? AND previous = 1 AND {LIVING}", KeyState.DEACTIVATED):
             if (reference := self.ref(key.key_id)) is not None:
                 name = file_name(key.owner, key.root, key.previous)
                 files[name] = reference.pem() + (key.chain or "").encode()
@@ -186,10 +188,10 @@ class Keys:
         True if one was installed and not reported as deleted before the certificate of `key` was installed.
         """
         another = (
-            "SELECT 1 FROM key WHERE certificate_type = ? AND evse_id = ? AND installed IS NOT NULL AND key_id != ?"
-            " AND deleted"
+            "SELECT 1 FROM key WHERE station = ? AND certificate_type = ? AND evse_id = ? AND installed IS NOT NULL"
+            " AND key_id != ? AND deleted"
         )
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             row = sql.execute(
                 f"{another} IS NULL UNION ALL {another} > ? LIMIT 1",
                 (*key.owner, key.key_id, *key.owner, key.key_id, key.installed),
@@ -203,24 +205,23 @@ class Keys:
             expiries: how many certificate expiries to return at most.
         """
         states = [state for state in KeyState if state is not KeyState.DESTROYED]
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
+            mine = sql.mine("key")
             counted = sql.execute(
                 "SELECT state, certificate_type, count(*) FROM key"  # noqa: S608 - `LIVING` is this package's own text
                 f" WHERE state IN ({', '.join('?' * len(states))}) AND certificate_type > '' AND {LIVING}"
-                " GROUP BY state, certificate_type",
+                f"{mine} GROUP BY state, certificate_type",
                 states,
             ).fetchall()
             first = sql.execute(
                 "SELECT certificate_type, evse_id, not_after FROM key"  # noqa: S608 - `LIVING` is this package's own text
-                f" WHERE state = ? AND not_after IS NOT NULL AND {LIVING} ORDER BY not_after LIMIT ?",
+                f" WHERE state = ? AND not_after IS NOT NULL AND {LIVING}{mine} ORDER BY not_after LIMIT ?",
                 (KeyState.ACTIVE, expiries),
             ).fetchall()
-            # `ended` has no gaps, so this needs no count.
-            (destroyed,) = sql.execute(
-                "SELECT coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL)"
-                " - (SELECT min(ended) FROM key WHERE ended IS NOT NULL) + 1, 0)"
+            destroyed = sum(one.newest - one.oldest + 1 for one in histories(sql) if self._engine.owns(one.station))
+            (unconfirmed,) = sql.execute(
+                _UNCONFIRMED.format(mine=mine), (KeyState.ACTIVE, KeyState.DEACTIVATED)
             ).fetchone()
-            (unconfirmed,) = sql.execute(_UNCONFIRMED, (KeyState.ACTIVE, KeyState.DEACTIVATED)).fetchone()
         keys = {(state, certificate_type): count for state, certificate_type, count in counted}
         active = sum(count for (state, _), count in keys.items() if state == KeyState.ACTIVE)
         earliest: dict[tuple[str, str], int] = {}
@@ -231,27 +232,31 @@ class Keys:
             expiries=tuple((*owner, not_after) for owner, not_after in earliest.items()),
             unknown=active - len(first),
             destroyed=destroyed,
-            size=self._database.size(),
+            size=self._engine.size(),
             unconfirmed=unconfirmed,
         )
 
-    def _owned(self, certificate_type: str, evse_id: str | None, state: KeyState) -> list[KeyRecord]:
+    def _owned(self, station: str, certificate_type: str, evse_id: str | None, state: KeyState) -> list[KeyRecord]:
+        where = f"state = ? AND key.station = ? AND certificate_type = ? AND {LIVING}"
         if evse_id is None:
-            return self._select(f"state = ? AND certificate_type = ? AND {LIVING}", state, certificate_type)
-        return self._select(
-            f"state = ? AND certificate_type = ? AND evse_id = ? AND {LIVING}", state, certificate_type, evse_id
-        )
+            return self._select(where, state, station, certificate_type)
+        return self._select(f"{where} AND evse_id = ?", state, station, certificate_type, evse_id)
+
+    def _mine(self, where: str, *arguments: object, order: str = "asked") -> list[KeyRecord]:
+        """Return such keys of the stations that the engine serves."""
+        with self._engine.reading() as sql:
+            return self._select(where + sql.mine("key"), *arguments, order=order)
 
     def _select(self, where: str, *arguments: object, order: str = "asked") -> list[KeyRecord]:
         return [read_key(row) for row in self._rows(where, *arguments, order=order)]
 
     def _rows(self, where: str, *arguments: object, order: str) -> list[tuple[Any, ...]]:
         """Return the rows that `read_key` reads; the last column is the key's number."""
-        with self._database.reading() as sql:
+        with self._engine.reading() as sql:
             return sql.execute(
                 "SELECT key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name,"  # noqa: S608 - `where` and `order` are this module's own text
                 " organization_name, country_name, state, created_at, public, due, failed, chain, not_after, asked,"
-                " installed, request_id, root, previous, confirmed, number"
+                " installed, request_id, root, previous, confirmed, key.station, number"
                 f" FROM key LEFT JOIN answer ON answer.key_number = key.number WHERE {where} ORDER BY {order}",
                 arguments,
             ).fetchall()

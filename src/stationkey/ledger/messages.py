@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine
 from stationkey.ledger.overview import IGNORED, REJECTED, Happening, read_happening
 
 REQUEST: Final = "generate_csr"
@@ -22,23 +22,22 @@ class Place(Struct, frozen=True):
 
 _START: Final = Place()
 _EVENTS: Final = (
-    "SELECT seq, at, event, '', reason, certificate_type, evse_id, common_name, key_id, message_id FROM event"
-    " JOIN key ON number = key_number WHERE message_id IS NOT NULL AND seq > ?1"
-    " AND lower(substr(message_id, 1, length(?2))) = ?2 ORDER BY seq DESC LIMIT ?3"
+    "SELECT seq, at, event, '', reason, certificate_type, evse_id, common_name, key_id, message_id,"
+    " station FROM event JOIN key ON number = key_number WHERE message_id IS NOT NULL AND seq > :after"
+    " AND lower(substr(message_id, 1, :length)) = :beginning{mine} ORDER BY seq DESC LIMIT :limit"
 )
 _REJECTIONS: Final = (
-    f"SELECT seq, at, iif(name = '{REQUEST}', '{REJECTED}', '{IGNORED}'), reason, message, '', '', '', '', request_id"  # noqa: S608 - this package's own text
-    " FROM rejection WHERE seq > ?1 AND lower(substr(request_id, 1, length(?2))) = ?2 ORDER BY seq DESC LIMIT ?3"
+    f"SELECT seq, at, CASE name WHEN '{REQUEST}' THEN '{REJECTED}' ELSE '{IGNORED}' END, reason, message, '', '', '',"  # noqa: S608 - this package's own text
+    " '', request_id, station FROM rejection WHERE seq > :after"
+    " AND lower(substr(request_id, 1, :length)) = :beginning{mine} ORDER BY seq DESC LIMIT :limit"
 )
 
 
-def newest(
-    database: Database, limit: int, *, after: Place = _START, beginning: str = ""
-) -> tuple[list[Happening], Place]:
+def newest(engine: Engine, limit: int, *, after: Place = _START, beginning: str = "") -> tuple[list[Happening], Place]:
     """Return the newest messages, oldest first, and how far that was read.
 
     Args:
-        database: the ledger's.
+        engine: the ledger's.
         limit: how many at most.
         after: leave out messages that were read before.
         beginning: only messages whose id begins with this, in either letter case.
@@ -46,9 +45,13 @@ def newest(
     Raises:
         LedgerError: the ledger cannot be read.
     """
-    with database.reading() as sql:
-        events = sql.execute(_EVENTS, (after.event, beginning.lower(), limit)).fetchall()
-        rejections = sql.execute(_REJECTIONS, (after.rejection, beginning.lower(), limit)).fetchall()
+    beginning = beginning.lower()
+    wanted = {"beginning": beginning, "length": len(beginning), "limit": limit}
+    with engine.reading() as sql:
+        events = sql.execute(_EVENTS.format(mine=sql.mine("key")), {**wanted, "after": after.event}).fetchall()
+        rejections = sql.execute(
+            _REJECTIONS.format(mine=sql.mine("rejection")), {**wanted, "after": after.rejection}
+        ).fetchall()
     read = Place(
         event=max((after.event, *(row[0] for row in events))),
         rejection=max((after.rejection, *(row[0] for row in rejections))),

@@ -179,7 +179,45 @@ is the running time in milliseconds at which the certificate has certainly expir
 _VERSION_5: Final = "ALTER TABLE rejection ADD COLUMN name TEXT NOT NULL DEFAULT 'generate_csr';\n"
 """`name` is that of the message: a status that changed nothing is on record too."""
 
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
+_VERSION_6: Final = """
+ALTER TABLE key ADD COLUMN station TEXT NOT NULL DEFAULT '';
+ALTER TABLE key ADD COLUMN hint TEXT;
+ALTER TABLE rejection ADD COLUMN station TEXT NOT NULL DEFAULT '';
+UPDATE key SET hint = (SELECT value FROM meta WHERE name = 'renewal hint ' || key_id) WHERE state = 'active';
+DELETE FROM meta WHERE name > 'renewal hint ' AND name < 'renewal hint ~';
+DROP INDEX answer_by_age;
+ALTER TABLE answer RENAME TO answer_5;
+CREATE TABLE answer (
+    key_number   INTEGER PRIMARY KEY REFERENCES key (number),
+    station      TEXT NOT NULL,
+    canonical_id TEXT NOT NULL,
+    request_id   TEXT NOT NULL,
+    digest       BLOB NOT NULL,
+    csr          TEXT NOT NULL,
+    answered_at  INTEGER NOT NULL,
+    running      INTEGER NOT NULL,
+    delivered    INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (station, canonical_id)
+) STRICT;
+INSERT INTO answer SELECT key_number, '', canonical_id, request_id, digest, csr, answered_at, running, delivered
+    FROM answer_5 ORDER BY key_number;
+DROP TABLE answer_5;
+DROP INDEX key_living;
+DROP INDEX key_installed;
+DROP INDEX key_ended;
+DROP INDEX key_previous;
+CREATE INDEX key_living ON key (state, station, certificate_type, evse_id, asked, due)
+    WHERE state != 'destroyed';
+CREATE INDEX key_installed ON key (station, certificate_type, evse_id, deleted) WHERE installed IS NOT NULL;
+CREATE INDEX key_ended ON key (station, ended) WHERE ended IS NOT NULL;
+CREATE INDEX key_hint ON key (number) WHERE hint IS NOT NULL;
+CREATE UNIQUE INDEX key_previous ON key (station, certificate_type, evse_id, root) WHERE previous = 1;
+CREATE INDEX answer_by_age ON answer (delivered, running);
+"""
+"""`station` is empty for a single station. `ended` counts the destroyed keys of each station, and `hint` is the last
+renewal hint of a key."""
+
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5, _VERSION_6)
 """Entry n takes a database from version n to n + 1; version 0 is empty."""
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 """The ``user_version`` that this code reads and writes."""

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine
 from stationkey.ledger.lifecycle import MADE_AHEAD, KeyState
 from stationkey.ledger.migrations import LIVING
 from stationkey.ledger.records import read_state, read_time
@@ -30,6 +30,7 @@ class KeyGlance(Struct, frozen=True, kw_only=True):
         not_after: expiry of the certificate, Unix time in seconds, or None if not known.
         due: when its time is over, in milliseconds of running time; None where it has no end.
         failed: whether an installation of its certificate failed.
+        station: of the key; empty for a single station.
     """
 
     key_id: str
@@ -43,6 +44,7 @@ class KeyGlance(Struct, frozen=True, kw_only=True):
     not_after: int | None
     due: int | None
     failed: bool
+    station: str = ""
 
 
 class Happening(Struct, frozen=True, kw_only=True):
@@ -56,6 +58,7 @@ class Happening(Struct, frozen=True, kw_only=True):
         certificate_type: of the key; empty for a rejection.
         key_id: of the key; empty for a rejection.
         message_id: id of the message that caused it, or an empty text.
+        station: of the key or the request; empty for a single station.
     """
 
     at: int
@@ -67,6 +70,7 @@ class Happening(Struct, frozen=True, kw_only=True):
     common_name: str
     key_id: str
     message_id: str
+    station: str = ""
 
 
 class Overview(Struct, frozen=True):
@@ -76,22 +80,22 @@ class Overview(Struct, frozen=True):
     happenings: tuple[Happening, ...]
 
 
-def look(database: Database, *, keys: int, happenings: int) -> Overview:
+def look(engine: Engine, *, keys: int, happenings: int) -> Overview:
     """Return an overview.
 
     Args:
-        database: the ledger's.
+        engine: the ledger's.
         keys: how many keys to return at most: active ones first, the first to expire first.
         happenings: how many happenings to return at most.
 
     Raises:
         LedgerError: the ledger cannot be read.
     """
-    with database.reading() as sql:
+    with engine.reading() as sql:
         living = sql.execute(
             "SELECT key_id, certificate_type, evse_id, key_type, common_name, key.state,"  # noqa: S608 - `LIVING` is this package's own text
-            " coalesce(asking.at, created_at), installing.at, not_after, due, failed FROM (SELECT number FROM key"
-            f"  WHERE {LIVING} AND certificate_type > ''"
+            " coalesce(asking.at, created_at), installing.at, not_after, due, failed, station"
+            f" FROM (SELECT number FROM key WHERE {LIVING} AND certificate_type > ''{sql.mine('key')}"
             "   ORDER BY state != ?, not_after IS NULL, not_after, asked DESC LIMIT ?) JOIN key USING (number)"
             " LEFT JOIN event AS asking ON asking.seq = key.asked"
             " LEFT JOIN event AS installing ON installing.seq = key.installed"
@@ -99,24 +103,25 @@ def look(database: Database, *, keys: int, happenings: int) -> Overview:
             (KeyState.ACTIVE, keys, KeyState.ACTIVE),
         ).fetchall()
         events = sql.execute(
-            "SELECT at, event, '', reason, certificate_type, evse_id, common_name, key_id, coalesce(message_id, '')"
-            " FROM event JOIN key ON key.number = key_number"
-            " WHERE seq > (SELECT max(seq) FROM event) - ? AND event != ? ORDER BY seq DESC LIMIT ?",
+            "SELECT at, event, '', reason, certificate_type, evse_id, common_name, key_id, coalesce(message_id, ''),"  # noqa: S608 - this package's own text
+            " station FROM event JOIN key ON key.number = key_number"
+            f" WHERE seq > (SELECT max(seq) FROM event) - ? AND event != ?{sql.mine('key')} ORDER BY seq DESC LIMIT ?",
             (happenings * _SCANNED, MADE_AHEAD, happenings),
         ).fetchall()
         rejections = sql.execute(
-            "SELECT at, ?, reason, message, '', '', '', '', request_id FROM rejection"
-            " WHERE name = 'generate_csr' ORDER BY seq DESC LIMIT ?",
-            (REJECTED, happenings),
+            f"SELECT at, '{REJECTED}', reason, message, '', '', '', '', request_id, station FROM rejection"  # noqa: S608 - this package's own text
+            f" WHERE name = 'generate_csr'{sql.mine('rejection')} ORDER BY seq DESC LIMIT ?",
+            (happenings,),
         ).fetchall()
     newest = sorted((*events, *rejections), key=lambda row: -row[0])[:happenings]
     return Overview(tuple(map(_read_key, living)), tuple(map(read_happening, newest)))
 
 
-def _read_key(row: tuple[str, str, str, str, str, str, int, int | None, int | None, int | None, int]) -> KeyGlance:
-    key_id, certificate_type, evse_id, key_type, common_name, state, asked_at, installed_at, not_after, due, failed = (
-        row
-    )
+def _read_key(
+    row: tuple[str, str, str, str, str, str, int, int | None, int | None, int | None, int, str],
+) -> KeyGlance:
+    key_id, certificate_type, evse_id, key_type, common_name, state, asked_at, installed_at = row[:8]
+    not_after, due, failed, station = row[8:]
     return KeyGlance(
         key_id=key_id,
         certificate_type=certificate_type,
@@ -129,12 +134,13 @@ def _read_key(row: tuple[str, str, str, str, str, str, int, int | None, int | No
         not_after=None if not_after is None else read_time(not_after),
         due=due,
         failed=bool(failed),
+        station=station,
     )
 
 
-def read_happening(row: tuple[int, str, str, str, str, str, str, str, str]) -> Happening:
+def read_happening(row: tuple[int, str, str, str, str, str, str, str, str, str]) -> Happening:
     """Return the happening of a row: time, event, reason, words, and its key or request."""
-    at, event, reason, words, certificate_type, evse_id, common_name, key_id, message_id = row
+    at, event, reason, words, certificate_type, evse_id, common_name, key_id, message_id, station = row
     return Happening(
         at=read_time(at, milliseconds=True),
         event=event,
@@ -145,4 +151,5 @@ def read_happening(row: tuple[int, str, str, str, str, str, str, str, str]) -> H
         common_name=common_name,
         key_id=key_id,
         message_id=message_id,
+        station=station,
     )

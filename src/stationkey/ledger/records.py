@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
+from stationkey.contract.active_names import Owner
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.contract.profiles import EllipticCurve, KeyType, RsaModulus
 from stationkey.errors import LedgerError
@@ -38,12 +39,14 @@ class Answered(Struct, frozen=True):
         digest: the `content_digest` of the request.
         csr: the CSR in PEM.
         key_id: the CSR's key.
+        station: the station that asked; empty for a single station.
     """
 
     request_id: str
     digest: bytes
     csr: str
     key_id: str
+    station: str = ""
 
     @property
     def destroyed(self) -> bool:
@@ -69,6 +72,7 @@ class KeyRecord(Struct, frozen=True, kw_only=True):
         previous: whether it is the deactivated key that its owner can go back to.
         confirmed: whether the station is known to have connected with its certificate.
         request_ids: ids of the requests answered with this key, in their original letter case.
+        station: the station it was made for; empty for a single station.
     """
 
     key_id: str
@@ -93,11 +97,12 @@ class KeyRecord(Struct, frozen=True, kw_only=True):
     root: str = ""
     previous: bool = False
     confirmed: bool = False
+    station: str = ""
 
     @property
-    def owner(self) -> tuple[str, str]:
-        """Certificate type and EVSE ID or an empty text; each owner has one active key at most, or one a root."""
-        return self.certificate_type, self.evse_id or ""
+    def owner(self) -> Owner:
+        """Whose key it is; each owner has one active key at most, or one a root."""
+        return Owner(self.station, self.certificate_type, self.evse_id or "")
 
     @property
     def has_owner(self) -> bool:
@@ -131,7 +136,7 @@ class Figures(Struct, frozen=True, kw_only=True):
     Attributes:
         keys: number of living keys with an owner, by state and certificate type.
         expiries: certificate type, EVSE ID or an empty text, and certificate expiry in Unix seconds, of active keys
-            whose certificate is known; the first to expire first, and of several roots the first alone.
+            whose certificate is known; the first to expire first, and of several roots or stations the first alone.
         unknown: number of active keys that are not in `expiries`.
         destroyed: number of destroyed keys on record.
         size: of the database and its write-ahead log, in bytes.
@@ -228,4 +233,5 @@ def read_key(row: tuple[Any, ...]) -> KeyRecord:
         root=row[19],
         previous=bool(row[20]),
         confirmed=row[21] is not None,
+        station=row[22],
     )

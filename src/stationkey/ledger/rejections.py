@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Final
 
-from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine
 from stationkey.ledger.messages import REQUEST
 
 MAX_REJECTIONS: Final = 10_000
@@ -19,12 +19,14 @@ _PART: Final = 1000
 class Rejections:
     """The newest rejected requests and ignored statuses, with their reasons."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._noted: deque[tuple[str, str, str, int, str]] = deque(maxlen=MAX_REJECTIONS)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._noted: deque[tuple[str, str, str, int, str, str]] = deque(maxlen=MAX_REJECTIONS)
         self._lock = threading.Lock()
 
-    def note(self, request_id: str, *, reason: str, message: str, now: int, name: str = REQUEST) -> None:
+    def note(
+        self, request_id: str, *, reason: str, message: str, now: int, name: str = REQUEST, station: str = ""
+    ) -> None:
         """Note a rejection in memory. Any thread may call this; it does not wait for the disk.
 
         `write` and `Ledger.close` write it; a crash before that loses it. Beyond `MAX_REJECTIONS` the oldest are
@@ -36,9 +38,10 @@ class Rejections:
             message: the error in words.
             now: Unix time in milliseconds.
             name: what message it is, `REQUEST` or `STATUS`.
+            station: which station sent it.
         """
         with self._lock:
-            self._noted.append((request_id, reason, message, now, name))
+            self._noted.append((request_id, reason, message, now, name, station))
 
     def write(self) -> bool:
         """Write the next `_PART` noted rejections, and delete the oldest on disk beyond `MAX_REJECTIONS`.
@@ -54,12 +57,14 @@ class Rejections:
         if not part:
             return False
         try:
-            with self._database.transaction() as sql:
+            with self._engine.transaction() as sql:
                 sql.executemany(
-                    "INSERT INTO rejection (request_id, reason, message, at, name) VALUES (?, ?, ?, ?, ?)", part
+                    "INSERT INTO rejection (request_id, reason, message, at, name, station) VALUES (?, ?, ?, ?, ?, ?)",
+                    part,
                 )
                 sql.execute(
-                    "DELETE FROM rejection WHERE seq <= (SELECT max(seq) FROM rejection) - ?", (MAX_REJECTIONS,)
+                    f"DELETE FROM rejection WHERE seq <= (SELECT max(seq) FROM rejection) - ?{sql.mine('rejection')}",  # noqa: S608 - the engine's own text
+                    (MAX_REJECTIONS,),
                 )
         except BaseException:
             with self._lock:

@@ -5,14 +5,13 @@ The functions that take a connection run in their caller's transaction.
 
 from __future__ import annotations
 
-import sqlite3
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from stationkey.config.settings import Bounds
 from stationkey.contract.messages import GenerateCsrRequest
 from stationkey.errors import LedgerError, Scope
-from stationkey.ledger.database import Database
+from stationkey.ledger.engine import Engine, Sql
 from stationkey.ledger.lifecycle import INITIAL, MADE_AHEAD, IllegalTransition, KeyEvent, KeyState, step
 from stationkey.ledger.migrations import LIVING, of_types
 from stationkey.ledger.records import MAKING, read_state
@@ -21,21 +20,19 @@ if TYPE_CHECKING:
     from stationkey.keystore import KeyRef
 
 
-_NEXT_EVENT: Final = "(SELECT coalesce(max(seq), 0) + 1 FROM event)"
-"""The sequence number of the next event."""
-
 _NEW_KEY: Final = (
-    "INSERT INTO key (key_id, scheme, key_type, certificate_type, evse_id, algorithm, common_name, organization_name,"  # noqa: S608 - `_NEXT_EVENT` is this module's own text
-    " country_name, state, created_at, public, due, asked)"
-    " VALUES (:key_id, :scheme, :key_type, :certificate_type, :evse_id, :algorithm, :common_name, :organization_name,"
-    f" :country_name, :state, :created_at, :public, :due, {_NEXT_EVENT}) ON CONFLICT (key_id) DO NOTHING"
+    "INSERT INTO key (key_id, scheme, key_type, station, certificate_type, evse_id, algorithm, common_name,"
+    " organization_name, country_name, state, created_at, public, due, asked)"
+    " VALUES (:key_id, :scheme, :key_type, :station, :certificate_type, :evse_id, :algorithm, :common_name,"
+    " :organization_name, :country_name, :state, :created_at, :public, :due, {next_event})"
+    " ON CONFLICT (key_id) DO NOTHING RETURNING number, asked"
 )
 
 _NEW_OWNER: Final = (
-    "UPDATE key SET certificate_type = :certificate_type, evse_id = :evse_id, algorithm = :algorithm,"  # noqa: S608 - `_NEXT_EVENT` is this module's own text
-    " common_name = :common_name, organization_name = :organization_name, country_name = :country_name, due = :due,"
-    f" asked = {_NEXT_EVENT}"
-    " WHERE key_id = :key_id AND certificate_type = '' AND state = 'pre-activation' RETURNING number"
+    "UPDATE key SET station = :station, certificate_type = :certificate_type, evse_id = :evse_id,"
+    " algorithm = :algorithm, common_name = :common_name, organization_name = :organization_name,"
+    " country_name = :country_name, due = :due, asked = {next_event}"
+    " WHERE key_id = :key_id AND certificate_type = '' AND state = 'pre-activation' RETURNING number, asked"
 )
 
 _ALSO: Final = {
@@ -46,14 +43,18 @@ _ALSO: Final = {
 }
 """Columns that an event changes besides `state` and `due`."""
 
-_ENDED: Final = ", ended = 1 + coalesce((SELECT max(ended) FROM key WHERE ended IS NOT NULL), 0)"
+_ENDED: Final = (
+    ", hint = NULL, ended = 1 + coalesce("
+    "(SELECT max(before.ended) FROM key AS before WHERE before.ended IS NOT NULL AND before.station = key.station), 0)"
+)
+"""Numbers the destroyed keys of a station without gaps."""
 
 
 class Transitions:
     """Changes of keys, each in its own transaction."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def make_ahead(self, key: KeyRef, *, now: int, due: int, seconds: float) -> None:
         """Record a key without an owner; a later request can take it.
@@ -67,16 +68,16 @@ class Transitions:
         Raises:
             LedgerError: nothing was written.
         """
-        with self._database.transaction() as sql:
-            cursor = sql.execute(
+        with self._engine.transaction() as sql:
+            (number,) = sql.execute(
                 "INSERT INTO key (key_id, scheme, key_type, state, created_at, public, due)"
-                " VALUES (:key_id, :scheme, :key_type, :state, :created_at, :public, :due)",
+                " VALUES (:key_id, :scheme, :key_type, :state, :created_at, :public, :due) RETURNING number",
                 {"key_id": key.key_id, "due": due, **_made(key, now)},
-            )
-            number = _keep_secret(sql, cursor, key)
+            ).fetchone()
+            _keep_secret(sql, number, key)
             note(sql, number, MADE_AHEAD, INITIAL, reason="", now=now, message_id=None)
             sql.execute(
-                "INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)",
+                "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
                 (f"{MAKING}{key.scheme} {key.key_type}", str(seconds)),
             )
 
@@ -109,14 +110,14 @@ class Transitions:
             IllegalTransition: the event is illegal in the key's state; nothing was written.
             LedgerError: nothing was written.
         """
-        with self._database.transaction() as sql:
+        with self._engine.transaction() as sql:
             if event is KeyEvent.DELETED:
                 _confirm_successor(sql, key_id, now=now)
             state = advance(sql, key_id, event, reason=reason, now=now, due=due, message_id=message_id)
         if state is KeyState.DESTROYED:
             # The key is destroyed even if this fails; the daemon retries with every sweep.
             with suppress(LedgerError):
-                self._database.checkpoint()
+                self._engine.checkpoint()
         return state
 
     def activate(
@@ -154,7 +155,7 @@ class Transitions:
             IllegalTransition: the key cannot be activated in its state; nothing was written.
             LedgerError: nothing was written. With reason ``too_many_active`` or ``too_many_roots``, a bound is reached.
         """
-        with self._database.transaction() as sql:
+        with self._engine.transaction() as sql:
             advance(sql, key_id, KeyEvent.INSTALLED, reason=reason, now=now, message_id=message_id)
             sql.execute(
                 "UPDATE key SET chain = ?, not_after = ?, useful_until = ?, root = ? WHERE key_id = ?",
@@ -192,7 +193,7 @@ class Transitions:
             IllegalTransition: the key is not deactivated; nothing was written.
             LedgerError: nothing was written.
         """
-        with self._database.transaction() as sql:
+        with self._engine.transaction() as sql:
             back = _is_previous(sql, key_id)
             advance(sql, key_id, KeyEvent.RESTORED, reason=reason, now=now, message_id=message_id)
             return _displace(sql, key_id, KeyEvent.RESTORED, now=now, grace_due=grace_due, bounds=bounds, back=back)
@@ -210,31 +211,37 @@ class Transitions:
             IllegalTransition: the key is not active; nothing was written.
             LedgerError: nothing was written.
         """
-        with self._database.transaction() as sql:
+        with self._engine.transaction() as sql:
             advance(sql, key_id, KeyEvent.CONFIRMED, reason=reason, now=now)
             for rival in _rivals(sql, key_id):
                 if not rival.active:
                     sql.execute("UPDATE key SET due = ? WHERE key_id = ?", (grace_due, rival.key_id))
 
-    def seen(self, message_id: str) -> bool:
-        """Return whether a message has caused an event before: it was redelivered or repeated."""
-        with self._database.reading() as sql:
+    def seen(self, message_id: str, *, station: str = "") -> bool:
+        """Return whether a message of a station has caused an event before: it was redelivered or repeated."""
+        with self._engine.reading() as sql:
             row = sql.execute(
-                "SELECT 1 FROM event WHERE message_id = ? AND event != 'CSR answered' LIMIT 1", (message_id,)
+                "SELECT 1 FROM event JOIN key ON number = key_number"
+                " WHERE message_id = ? AND event != 'CSR answered' AND station = ? LIMIT 1",
+                (message_id, station),
             ).fetchone()
         return row is not None
 
 
 def give_owner(
-    sql: sqlite3.Connection, request: GenerateCsrRequest, key: KeyRef, *, now: int, due: int, ahead: bool
-) -> int:
-    """Record a key with its owner, or give an owner to a key made ahead; return the key's number.
+    sql: Sql, request: GenerateCsrRequest, key: KeyRef, *, station: str, now: int, due: int, ahead: bool
+) -> tuple[int, int]:
+    """Record a key with its owner, or give an owner to a key made ahead.
+
+    Returns:
+        The key's number, and the sequence number for the event.
 
     Raises:
         LedgerError: the key has an owner or is destroyed (``key_taken``).
     """
     owner = {
         "key_id": key.key_id,
+        "station": station,
         "certificate_type": request.data.certificate_type,
         "evse_id": request.evse_id or "",
         "algorithm": request.algorithm,
@@ -244,22 +251,20 @@ def give_owner(
         "due": due,
     }
     if ahead:
-        taken = sql.execute(_NEW_OWNER, owner).fetchone()
-        if taken is not None:
-            return int(taken[0])
+        row = sql.execute(_NEW_OWNER.format(next_event=sql.next_event), owner).fetchone()
     else:
-        cursor = sql.execute(_NEW_KEY, {**owner, **_made(key, now)})
-        if cursor.rowcount:
-            return _keep_secret(sql, cursor, key)
+        row = sql.execute(_NEW_KEY.format(next_event=sql.next_event), {**owner, **_made(key, now)}).fetchone()
+    if row is not None:
+        number, asked = row
+        if not ahead:
+            _keep_secret(sql, number, key)
+        return number, asked
     raise LedgerError(f"key {key.key_id} has an owner already, or is gone", reason="key_taken", scope=Scope.KEY)
 
 
-def _keep_secret(sql: sqlite3.Connection, inserted: sqlite3.Cursor, key: KeyRef) -> int:
-    """Record the private part of a key just inserted; return the key's number."""
-    number = inserted.lastrowid
-    assert number is not None
+def _keep_secret(sql: Sql, number: int, key: KeyRef) -> None:
+    """Record the private part of a key just inserted."""
     sql.execute("INSERT INTO secret (key_number, private) VALUES (?, ?)", (number, key.private))
-    return number
 
 
 def _made(key: KeyRef, now: int) -> dict[str, object]:
@@ -274,7 +279,7 @@ def _made(key: KeyRef, now: int) -> dict[str, object]:
 
 
 def advance(
-    sql: sqlite3.Connection,
+    sql: Sql,
     key_id: str,
     event: KeyEvent,
     *,
@@ -294,23 +299,12 @@ def advance(
             f"a key that no request has taken cannot have the event '{event}'", reason="illegal_transition"
         )
     if state is KeyState.DESTROYED:
-        # secure_delete zeroes the row where it is; `Retention.wipe` removes copies that SQLite left when it moved rows.
-        sql.execute("DELETE FROM secret WHERE key_number = ?", (number,))
-        sql.execute("INSERT OR IGNORE INTO meta (name, value) VALUES ('unwiped', 'yes')")
+        sql.destroy_private(number)
         if not certificate_type:
             # It never had an owner, so its history is of no use.
             sql.execute("DELETE FROM event WHERE key_number = ?", (number,))
             sql.execute("DELETE FROM key WHERE number = ?", (number,))
             return state
-        # The CSR goes, too. REPLACE rather than UPDATE: SQLite then merges the page, now almost empty, with its
-        # neighbours, and the history takes a third less space.
-        sql.execute(
-            "REPLACE INTO answer"
-            " (key_number, canonical_id, request_id, digest, csr, answered_at, running, delivered)"
-            " SELECT key_number, canonical_id, request_id, digest, '', answered_at, running, 1 FROM answer"
-            " WHERE key_number = ?",
-            (number,),
-        )
     seq = note(sql, number, event, state, reason=reason, now=now, message_id=message_id)
     also = _ALSO.get(event, "") + (_ENDED if state is KeyState.DESTROYED else "")
     sql.execute(
@@ -320,18 +314,20 @@ def advance(
     return state
 
 
-def note(
-    sql: sqlite3.Connection, number: int, event: str, state: KeyState, *, reason: str, now: int, message_id: str | None
-) -> int | None:
+def note(sql: Sql, number: int, event: str, state: KeyState, *, reason: str, now: int, message_id: str | None) -> int:
     """Record an event; return its sequence number."""
-    return sql.execute(
-        "INSERT INTO event (key_number, at, event, state, reason, message_id) VALUES (?, ?, ?, ?, ?, ?)",
+    (seq,) = sql.execute(
+        "INSERT INTO event (key_number, at, event, state, reason, message_id) VALUES (?, ?, ?, ?, ?, ?) RETURNING seq",
         (number, now, event, state, reason, message_id),
-    ).lastrowid
+    ).fetchone()
+    return int(seq)
 
 
-_KEPT: Final = f"WHERE state = :deactivated AND previous = 1 AND {LIVING}"
-"""The keys to go back to."""
+_KEPT: Final = (
+    f"WHERE state = :deactivated AND previous = 1 AND {LIVING}"  # noqa: S608 - `LIVING` is this package's own text
+    " AND station = (SELECT station FROM key WHERE key_id = :key_id)"
+)
+"""The keys to go back to, of the station of a key."""
 
 
 class _Rival(NamedTuple):
@@ -345,7 +341,7 @@ class _Rival(NamedTuple):
 
 _RIVALS: Final = (
     "SELECT other.key_id, other.state = :active, other.confirmed IS NOT NULL, coalesce(other.useful_until, 0)"
-    " FROM key AS one JOIN key AS other USING (certificate_type, evse_id)"
+    " FROM key AS one JOIN key AS other USING (station, certificate_type, evse_id)"
     " WHERE one.key_id = :key_id AND other.key_id != :key_id"
     " AND (other.root = one.root OR '' IN (other.root, one.root))"
     " AND other.state IN (:active, :deactivated) AND other.state != 'destroyed'"
@@ -354,7 +350,7 @@ _RIVALS: Final = (
 """A key whose root is not known may be of any root. The condition of the index `key_living` is there once more."""
 
 
-def _rivals(sql: sqlite3.Connection, key_id: str) -> list[_Rival]:
+def _rivals(sql: Sql, key_id: str) -> list[_Rival]:
     """Return the rivals of a key, the first installed first."""
     states = {"active": KeyState.ACTIVE, "deactivated": KeyState.DEACTIVATED}
     rows = sql.execute(_RIVALS, {"key_id": key_id, **states})
@@ -362,7 +358,7 @@ def _rivals(sql: sqlite3.Connection, key_id: str) -> list[_Rival]:
 
 
 def _displace(
-    sql: sqlite3.Connection,
+    sql: Sql,
     key_id: str,
     event: KeyEvent,
     *,
@@ -400,7 +396,7 @@ def _displace(
             sql.execute("UPDATE key SET previous = 0, due = ? WHERE key_id = ?", (grace_due, rival.key_id))
     if kept is not None:
         root, confirmed, running = sql.execute(
-            "SELECT root, confirmed, coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'running'), 0)"
+            "SELECT root, confirmed, coalesce((SELECT CAST(value AS BIGINT) FROM meta WHERE name = 'running'), 0)"
             " FROM key WHERE key_id = ?",
             (key_id,),
         ).fetchone()
@@ -408,24 +404,25 @@ def _displace(
         due = kept.useful_until if held else grace_due
         sql.execute("UPDATE key SET previous = 1, due = ?, root = ? WHERE key_id = ?", (due, root, kept.key_id))
         if bounds is not None:
-            _release_beyond(sql, bounds, grace_due)
+            _release_beyond(sql, key_id, bounds, grace_due)
     return [rival.key_id for rival in replaced]
 
 
-def _release_beyond(sql: sqlite3.Connection, bounds: Bounds, grace_due: int | None) -> None:
-    """Begin the grace period of keys to go back to, the oldest first, if there are more than may be active.
+def _release_beyond(sql: Sql, key_id: str, bounds: Bounds, grace_due: int | None) -> None:
+    """Begin the grace period of keys to go back to, the oldest first, if a key's station has more than may be active.
 
     Only of owners without an active key, which result from deleting the certificates of many EVSEs. The others are
     bounded by the number of active keys.
     """
     types, named = of_types(bounds.types)
-    kept = {"deactivated": KeyState.DEACTIVATED, **named}
-    (count,) = sql.execute(f"SELECT count(*) FROM key {_KEPT} AND {types}", kept).fetchone()  # noqa: S608 - `_KEPT` and `types` are this package's own text
+    kept = {"deactivated": KeyState.DEACTIVATED, "key_id": key_id, **named}
+    (count,) = sql.execute(f"SELECT count(*) FROM key AS kept {_KEPT} AND {types}", kept).fetchone()  # noqa: S608 - `_KEPT` and `types` are this package's own text
     if count > bounds.active_limit:
         sql.execute(
             "UPDATE key SET previous = 0, due = :due WHERE number IN (SELECT number FROM key AS kept"  # noqa: S608 - same
             f" {_KEPT} AND {types} AND NOT EXISTS (SELECT 1 FROM key WHERE state = :active AND {LIVING}"
-            " AND (certificate_type, evse_id, root) = (kept.certificate_type, kept.evse_id, kept.root))"
+            " AND (station, certificate_type, evse_id, root) ="
+            " (kept.station, kept.certificate_type, kept.evse_id, kept.root))"
             " ORDER BY installed LIMIT :beyond)",
             {**kept, "due": grace_due, "active": KeyState.ACTIVE, "beyond": count - bounds.active_limit},
         )
@@ -443,11 +440,11 @@ def _to_go_back_to(rivals: list[_Rival], *, back: bool) -> _Rival | None:
     return candidates[-1] if candidates else None
 
 
-def _is_previous(sql: sqlite3.Connection, key_id: str) -> bool:
+def _is_previous(sql: Sql, key_id: str) -> bool:
     return sql.execute("SELECT 1 FROM key WHERE key_id = ? AND previous = 1", (key_id,)).fetchone() is not None
 
 
-def _confirm_successor(sql: sqlite3.Connection, key_id: str, *, now: int) -> None:
+def _confirm_successor(sql: Sql, key_id: str, *, now: int) -> None:
     """Confirm the active key if `key_id`, whose certificate Josev deletes, is the one before it [A02.FR.10]."""
     if not _is_previous(sql, key_id):
         return
@@ -456,12 +453,13 @@ def _confirm_successor(sql: sqlite3.Connection, key_id: str, *, now: int) -> Non
             advance(sql, rival.key_id, KeyEvent.CONFIRMED, reason=f"Josev deleted the one before, {key_id}", now=now)
 
 
-def _refuse_beyond(sql: sqlite3.Connection, key_id: str, bounds: Bounds) -> None:
+def _refuse_beyond(sql: Sql, key_id: str, bounds: Bounds) -> None:
     types, named = of_types(bounds.types)
     active, own = sql.execute(
-        "SELECT count(*), sum((certificate_type, evse_id) ="  # noqa: S608 - `LIVING` and `types` are this package's own text
+        "SELECT count(*), count(*) FILTER (WHERE (certificate_type, evse_id) ="  # noqa: S608 - `LIVING` and `types` are this package's own text
         " (SELECT certificate_type, evse_id FROM key WHERE key_id = :key_id))"
-        f" FROM key WHERE state = :active AND {types} AND {LIVING}",
+        f" FROM key WHERE state = :active AND {types} AND {LIVING}"
+        " AND station = (SELECT station FROM key WHERE key_id = :key_id)",
         {"key_id": key_id, "active": KeyState.ACTIVE, **named},
     ).fetchone()
     if active > bounds.active_limit:

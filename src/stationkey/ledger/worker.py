@@ -50,13 +50,15 @@ class LedgerThread:
 
     # Notes in memory: made by the caller's thread, because they wait for nothing.
 
-    def mark_delivered(self, request_id: str) -> None:
+    def mark_delivered(self, request_id: str, *, station: str = "") -> None:
         """Note that the broker has an answer; see `Answers.mark_delivered`."""
-        self._ledger.answers.mark_delivered(request_id)
+        self._ledger.answers.mark_delivered(request_id, station=station)
 
-    def note_rejection(self, request_id: str, *, reason: str, message: str, now: int, name: str = REQUEST) -> None:
+    def note_rejection(
+        self, request_id: str, *, reason: str, message: str, now: int, name: str = REQUEST, station: str = ""
+    ) -> None:
         """Note a rejected request or an ignored status; see `Rejections.note`."""
-        self._ledger.rejections.note(request_id, reason=reason, message=message, now=now, name=name)
+        self._ledger.rejections.note(request_id, reason=reason, message=message, now=now, name=name, station=station)
 
     @property
     def trouble(self) -> str:

@@ -171,7 +171,7 @@ def active_files(state_dir: Path, certificate_type: CertificateType) -> list[Key
         with _directory(directory) as opened:
             for name in sorted(os.listdir(opened)):  # noqa: PTH208 - by descriptor, so that the directory cannot be exchanged
                 read = read_name(name)
-                if read is None or read.previous or read.owner[0] != certificate_type:
+                if read is None or read.previous or read.owner.certificate_type != certificate_type:
                     continue
                 path = directory / name
                 with contextlib.suppress(FileNotFoundError):  # deactivated meanwhile
@@ -346,8 +346,8 @@ def _refuse_incomplete(file: KeyFile, chain: Chain, anchors: bytes | None) -> No
 def use_of(file: KeyFile, chain: Chain) -> TlsUse:
     """Return the TLS use of the key: by the file's name under active/, else by extendedKeyUsage."""
     read = read_name(file.name)
-    if read is not None and read.owner[0] in set(CertificateType):
-        return PROFILES[CertificateType(read.owner[0])].tls_use
+    if read is not None and read.owner.certificate_type in set(CertificateType):
+        return PROFILES[CertificateType(read.owner.certificate_type)].tls_use
     try:
         usage = set(chain.leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except (x509.ExtensionNotFound, *UNREADABLE):

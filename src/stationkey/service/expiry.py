@@ -57,7 +57,7 @@ class Expiry:
             )
         )
         due = await self._custody.ledger(lambda ledger: ledger.retention.due(running))
-        locks = [(self._custody.one_at_a_time(certificate_type), key_id) for key_id, certificate_type in due]
+        locks = [(self._custody.one_at_a_time(certificate_type), key_id) for key_id, certificate_type, _ in due]
         for lock, key_id in sorted(locks, key=lambda one: one[0].locked()):  # last what a proof in a frozen store holds
             async with lock:
                 await self._expire(key_id, running)

@@ -75,10 +75,10 @@ class KeyFinder:
                 return Found(_not_retired(ledger, named))
             if named.state is not KeyState.PRE_ACTIVATION:
                 raise StatusUnfit(f"key {named.key_id} is {named.state}, not pending", reason="status_fits_no_key")
-            pending, evse_id = [named], named.owner[1]
+            pending, evse_id = [named], named.owner.evse_id
         else:
             if named is not None:
-                evse_id = named.owner[1]
+                evse_id = named.owner.evse_id
             pending = ledger.keys.pending(certificate_type, evse_id)
         # A named key is meant, whatever certificates the active one has.
         active = [] if isinstance(named, KeyRecord) else ledger.keys.active(certificate_type, evse_id)
@@ -105,7 +105,7 @@ class KeyFinder:
             pending = [named]
         else:
             if named is not None:
-                evse_id = named.owner[1]
+                evse_id = named.owner.evse_id
             pending = _one_owner(ledger.keys.pending(certificate_type, evse_id), evse_id)
         if not pending:
             raise StatusUnfit("no key of this kind is pending", reason="status_fits_no_key")
@@ -130,7 +130,7 @@ class KeyFinder:
                 raise StatusUnfit(f"key {named.key_id} is destroyed already", reason="status_fits_no_key")
             return named
         if named is not None:
-            evse_id = named.owner[1]
+            evse_id = named.owner.evse_id
         active = _one_owner(ledger.keys.active(certificate_type, evse_id), evse_id)
         if named is not None:
             active = [key for key in active if key.root == named.root]
@@ -166,10 +166,12 @@ class KeyFinder:
             return None
         named = _key_named(ledger, path) or look.name
         if isinstance(named, ActiveName) and named.previous:
-            deactivated = ledger.keys.deactivated(*named.owner)
+            station, certificate_type, owned_evse_id = named.owner
+            deactivated = ledger.keys.deactivated(certificate_type, owned_evse_id, station=station)
             named = next((key for key in deactivated if key.previous and key.root == named.root), None)
-        certificate_type, evse_id = ("", "") if named is None else named.owner
-        if certificate_type == status.data.certificate_type and _evse_id(status) in {None, evse_id}:
+        station, certificate_type, evse_id = ("", "", "") if named is None else named.owner
+        meant = (station, certificate_type) == ("", status.data.certificate_type)
+        if meant and _evse_id(status) in {None, evse_id}:
             return named
         raise StatusUnfit(
             f"private_key_path cannot be followed: {look.not_followed}"

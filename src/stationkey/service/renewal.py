@@ -229,7 +229,7 @@ def _look(ledger: Ledger, *, by: RenewalRule, now: float) -> tuple[bool, tuple[D
     for key in ledger.keys.expiring(until=int(now) + by.before, limit=WATCHED):
         state = _judge(key, by, now)
         if state in _TOLD:
-            due.append(DueCertificate(key.key_id, *key.owner, key.not_after or 0, state))
+            due.append(DueCertificate(key.key_id, *key.owner[1:], key.not_after or 0, state))
     return False, tuple(due), ledger.hints.all() if due else {}
 
 

@@ -247,10 +247,10 @@ class StationKeyService:
 
     async def learn_ids(self) -> None:
         """Read from the ledger which ids were answered in earlier runs. Until then each id is looked up there."""
-        ids = [""]
+        ids = [("", "")]
         try:
             while ids := await self._ledger(lambda ledger, last: ledger.answers.ids(after=last), ids[-1]):
-                self._seen.update(ids)
+                self._seen.update(request_id for _, request_id in ids)
         except LedgerError as error:
             log.error("id filter not loaded; looking up each id: %s", error, extra={"reason": error.reason})
             return

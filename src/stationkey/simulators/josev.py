@@ -26,7 +26,7 @@ import websockets
 from msgspec import UNSET
 
 from stationkey.contract import messages
-from stationkey.contract.active_names import file_name
+from stationkey.contract.active_names import Owner, file_name
 from stationkey.contract.profiles import PROFILES, Algorithm, CertificateProfile, CertificateType
 from stationkey.errors import StationKeyError
 from stationkey.mqtt.client import ask, report_status
@@ -490,7 +490,7 @@ class Station:
 
     def _place(self, certificate_type: CertificateType, evse_id: str | None) -> Path:
         """Return the file that a certificate is installed in."""
-        return self._settings.certificate_dir / file_name((str(certificate_type), evse_id or ""))
+        return self._settings.certificate_dir / file_name(Owner("", str(certificate_type), evse_id or ""))
 
     def _expected(self, pending: Pending) -> Expected:
         settings = self._settings

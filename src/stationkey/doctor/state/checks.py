@@ -449,7 +449,7 @@ def _judge_keys(
         found.append(ok(f"{len(owners)} keys are active, {len(waiting)} are pending; none needs attention"))
     if unconfirmed:
         found.append(ok(f"the key before is kept until the renewed one is confirmed: {listed(unconfirmed)}"))
-    if owners and (missing := [one for one in served if all(owner[0] != one for owner in owners)]):
+    if owners and (missing := [one for one in served if all(owner.certificate_type != one for owner in owners)]):
         found.append(ok(f"no key is active for {listed(missing)}, which may be right"))
     return found
 
