@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Modules that test modules take fixtures from, as a plugin, and other names, by an import before that.
 pytest.register_assert_rewrite("attested_tpms", "config_files", "csmss", "gateways", "josevs", "keys_told", "pools")
-pytest.register_assert_rewrite("store_threads", "tls_brokers", "tpm2_stores", "postgresql", "depots")
+pytest.register_assert_rewrite("ledgers", "store_threads", "tls_brokers", "tpm2_stores", "postgresql", "depots")
 
 
 class _Patient:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from contextlib import closing
-from pathlib import Path
 
 import pytest
+from ledgers import Place
 from recording import (
     REQUEST_ID,
     ahead,
@@ -17,7 +16,7 @@ from recording import (
     stock_of,
 )
 
-from parts import E1, E2, STATION, V2G, V2G20, request, sqlite_of
+from parts import E1, E2, STATION, V2G, V2G20, request
 from stationkey.config.settings import Bounds
 from stationkey.contract.active_names import Owner
 from stationkey.errors import LedgerError
@@ -28,16 +27,16 @@ pytest_plugins = ["ledgers"]
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["in the run that made it", "in a later run"])
-def test_a_key_made_ahead_gets_its_owner_with_its_answer(path: Path, again: bool) -> None:
-    with closing(Ledger(path)) as ledger:
+def test_a_key_made_ahead_gets_its_owner_with_its_answer(place: Place, again: bool) -> None:
+    with closing(place.open()) as ledger:
         key = ahead(ledger)
         if not again:
             answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key, taken=True)
     if again:
-        with closing(Ledger(path)) as ledger:
+        with closing(place.open()) as ledger:
             answer(ledger, request(V2G, E1, request_id=REQUEST_ID), key=key, taken=True)
 
-    with closing(Ledger(path)) as ledger:
+    with closing(place.open()) as ledger:
         (record,) = ledger.keys.all()
         other = answer(ledger, request(V2G, E1))
         assert (record.key_id, record.owner, record.has_owner) == (key.key_id, Owner("", V2G, E1), True)
@@ -145,11 +144,10 @@ def test_nobody_makes_room_where_an_owner_has_made_it(ledger: Ledger) -> None:
     assert states(ledger).count(KeyState.PRE_ACTIVATION) == 4
 
 
-def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
+def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger, place: Place) -> None:
     bounds = Bounds(pending_limit=2, pending_total=2)
     stock = [ahead(ledger) for _ in range(5)]
-    with closing(sqlite3.connect(sqlite_of(ledger).path)) as connection, connection:
-        connection.execute("UPDATE key SET due = NULL")
+    place.execute("UPDATE key SET due = NULL")
     keys = [answer(ledger, bounds=bounds) for _ in range(4)]
     ledger.retention.adopt(pending_due=7, grace_due=8)
 
@@ -158,31 +156,31 @@ def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger) -> None:
     assert [key.key_id for key in ledger.keys.usable() if key.has_owner] == keys[2:]
 
 
-def test_a_mark_of_delivery_is_written_with_the_next_transaction_whichever_it_is(ledger: Ledger, path: Path) -> None:
+def test_a_mark_of_delivery_is_written_with_the_next_transaction_whichever_it_is(ledger: Ledger, place: Place) -> None:
     first, second = request(), request()
     key_id = answer(ledger, first)
     answer(ledger, second)
     ledger.answers.mark_delivered(first.id.upper())
-    assert undelivered(path) == [first.id, second.id]
+    assert undelivered(place) == [first.id, second.id]
     bring(ledger, key_id, KeyEvent.INSTALLED)
-    assert undelivered(path) == [second.id]
+    assert undelivered(place) == [second.id]
     ledger.answers.mark_delivered(second.id)
     ledger.close()
-    assert undelivered(path) == []
+    assert undelivered(place) == []
 
 
-def test_a_transaction_that_fails_before_its_end_keeps_the_marks_of_delivery(ledger: Ledger, path: Path) -> None:
+def test_a_transaction_that_fails_before_its_end_keeps_the_marks_of_delivery(ledger: Ledger, place: Place) -> None:
     asked = request()
     answer(ledger, asked)
     ledger.answers.mark_delivered(asked.id)
     with pytest.raises(LedgerError):
         bring(ledger, "0" * 20, KeyEvent.EXPIRED)
-    assert undelivered(path) == [asked.id]
+    assert undelivered(place) == [asked.id]
     ledger.close()
-    assert undelivered(path) == []
+    assert undelivered(place) == []
 
 
-def undelivered(path: Path) -> list[str]:
+def undelivered(place: Place) -> list[str]:
     """The answers that are on disk as not delivered."""
-    with closing(Ledger(path, read_only=True)) as beside:
+    with closing(place.open()) as beside:
         return [answered.request_id for answered in beside.answers.undelivered()]

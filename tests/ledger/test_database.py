@@ -64,17 +64,17 @@ def test_a_reader_that_never_ends_is_not_waited_for(path: Path, monkeypatch: pyt
         assert states(ledger) == [KeyState.DESTROYED] * 2
 
 
-def test_a_reader_in_the_way_keeps_no_key_from_being_destroyed(ledger: Ledger, path: Path) -> None:
+def test_a_reader_in_the_way_keeps_no_key_from_being_destroyed(sqlite_ledger: Ledger, path: Path) -> None:
     key = a_key()
-    answer(ledger, key=key)
+    answer(sqlite_ledger, key=key)
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM key").fetchall()
-        bring(ledger, key.key_id, KeyEvent.DESTRUCTION_ORDERED)
-        assert not ledger.database.checkpoint()
+        bring(sqlite_ledger, key.key_id, KeyEvent.DESTRUCTION_ORDERED)
+        assert not sqlite_ledger.database.checkpoint()
 
-    assert ledger.database.checkpoint()
-    assert states(ledger) == [KeyState.DESTROYED]
+    assert sqlite_ledger.database.checkpoint()
+    assert states(sqlite_ledger) == [KeyState.DESTROYED]
     assert key.private not in b"".join(file.read_bytes() for file in path.parent.iterdir())
 
 
@@ -116,17 +116,17 @@ def test_a_database_that_was_not_switched_to_write_ahead_logging_is_refused(
         answer(ledger)
 
 
-def test_a_backup_made_while_it_is_written_has_every_key_so_far(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_backup_made_while_it_is_written_has_every_key_so_far(sqlite_ledger: Ledger, tmp_path: Path) -> None:
     keys = [a_key() for _ in range(3)]
     for key in keys:
-        answer(ledger, key=key)
+        answer(sqlite_ledger, key=key)
 
     with (
-        closing(sqlite3.connect(sqlite_of(ledger).path)) as source,
+        closing(sqlite3.connect(sqlite_of(sqlite_ledger).path)) as source,
         closing(sqlite3.connect(tmp_path / "copy.sqlite3")) as copy,
     ):
         source.backup(copy)
-    answer(ledger)
+    answer(sqlite_ledger)
 
     with closing(Ledger(tmp_path / "copy.sqlite3")) as restored:
         assert [restored.keys.ref(key.key_id) for key in keys] == keys
@@ -268,5 +268,5 @@ def test_a_large_database_that_is_damaged_where_it_matters_most_is_refused_alway
         pytest.param("foreign_keys", 1, id="no answer without its key"),
     ],
 )
-def test_the_promises_of_sqlite_are_asked_for(ledger: Ledger, pragma: str, value: object) -> None:
-    assert sqlite_of(ledger)._connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)  # noqa: SLF001 - of this connection
+def test_the_promises_of_sqlite_are_asked_for(sqlite_ledger: Ledger, pragma: str, value: object) -> None:
+    assert sqlite_of(sqlite_ledger)._connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)  # noqa: SLF001 - of this connection

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
 import pytest
+from ledgers import Place
 from recording import (
     ahead,
     answer,
@@ -77,11 +77,11 @@ def test_all_keys_are_streamed_a_part_at_a_time(ledger: Ledger, monkeypatch: pyt
 
 
 def test_a_stream_goes_on_where_keys_come_and_go_and_keeps_no_log_from_being_emptied(
-    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stationkey.ledger.keys._PART", 2)
     keys = [answer(ledger) for _ in range(4)]
-    with closing(Ledger(path, read_only=True)) as beside:
+    with closing(place.open()) as beside:
         stream = beside.keys.stream()
         read = [next(stream).key_id for _ in range(2)]
         for key_id in keys[1:3]:

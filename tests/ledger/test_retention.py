@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ledgers import Place
 from recording import (
     a_marked_key,
     ahead,
@@ -19,7 +20,7 @@ from recording import (
     traces,
 )
 
-from parts import E1, V2G, dump, request, sqlite_of
+from parts import E1, V2G, request, sqlite_of
 from stationkey.config.settings import Bounds
 from stationkey.keystore import KeyRef
 from stationkey.ledger import Ledger
@@ -51,7 +52,7 @@ def test_ten_thousand_unanswered_requests_leave_a_small_database_and_no_stray_fi
     assert {file.name for file in path.parent.iterdir()} <= {path.name, f"{path.name}-wal", f"{path.name}-shm"}
 
 
-def test_a_destroyed_key_is_forgotten_when_enough_younger_ones_are_destroyed(ledger: Ledger, path: Path) -> None:
+def test_a_destroyed_key_is_forgotten_when_enough_younger_ones_are_destroyed(ledger: Ledger, place: Place) -> None:
     asked = [request() for _ in range(5)]
     keys = [answer(ledger, one) for one in asked]
     for key_id in (keys[3], keys[0], keys[2]):
@@ -62,7 +63,7 @@ def test_a_destroyed_key_is_forgotten_when_enough_younger_ones_are_destroyed(led
 
     assert [key.key_id for key in on_record(ledger)] == [keys[1], keys[2], keys[4]]
     assert ledger.answers.find(asked[3].id) is None
-    assert not any(f"'{key_id}'" in line for line in dump(path) for key_id in (keys[0], keys[3]))
+    assert not any(f"'{key_id}'" in line for line in place.rows() for key_id in (keys[0], keys[3]))
 
 
 def test_answers_are_forgotten_by_running_time_but_not_while_their_key_is_pending(ledger: Ledger) -> None:
@@ -193,7 +194,8 @@ def test_no_piece_of_a_destroyed_key_is_left_when_everything_happened_to_the_led
     assert sqlite_of(ledger)._connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]  # noqa: SLF001 - of it all
 
 
-def test_the_private_parts_are_written_anew_only_if_a_key_was_destroyed(ledger: Ledger) -> None:
+def test_the_private_parts_are_written_anew_only_if_a_key_was_destroyed(sqlite_ledger: Ledger) -> None:
+    ledger = sqlite_ledger
     first, second, third = answer(ledger), answer(ledger), ahead(ledger)
     for key_id in (first, second, third.key_id):
         assert not ledger.retention.wipe()
