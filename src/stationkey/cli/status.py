@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import click
 
+from stationkey.cli import _site
 from stationkey.cli._options import CHOSEN, Configured, configured, json_option
 from stationkey.cli._table import SHORT_ID, Column, labelled, listed
 from stationkey.cli.health import ask
@@ -46,26 +47,30 @@ _HAPPENING_COLUMNS: Final = (
 
 @click.command()
 @click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
+@click.option("--site", is_flag=True, help="Show the site: shards, their holders, stations and backlog.")
 @configured("broker", "keystore", state_dir="Where the ledger is kept.", needs_keystore=False)
 @json_option
-def status(watch: bool, as_json: bool, settings: Configured) -> None:
+def status(watch: bool, site: bool, as_json: bool, settings: Configured) -> None:
     """Show the station's state on one screen.
 
     Daemon, broker, TPM, ledger, keys with their expiry, and the last events. The daemon's health is shown if [metrics]
     listen is set. Changes nothing, and does not use the TPM.
 
+    With --site, all daemons that share a ledger on PostgreSQL, from any machine that may read it.
+
     \b
-    Exit status: 0 the daemon runs and is healthy, as far as is known,
+    Exit status: 0 the daemon runs and is healthy, as far as is known (--site: every shard has a holder),
     1 it does not run or is not healthy, 2 wrong usage.
     """  # noqa: D301 - \b is click's mark for lines to be left as they are: the character itself
+    seen, shown = (_site.look, _site.lines) if site else (look, lines)
     while True:
-        found = look(settings())
+        found = seen(settings())
         if as_json:
             click.echo(json.dumps(found, indent=2 if not watch else None))
         else:
             if watch and os.environ.get("TERM") != "dumb":
                 click.clear()
-            for line in lines(found):
+            for line in shown(found):
                 click.echo(line, nl=False)
         if not watch:
             sys.exit(0 if found["healthy"] else 1)

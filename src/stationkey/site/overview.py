@@ -1,0 +1,156 @@
+"""A site at one moment, for the command, the page and the figures: its shards, who holds them, and what waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Protocol
+
+from msgspec import Struct
+
+from stationkey.ledger.postgresql.slots import SLOTS
+from stationkey.site.locks import LockClass
+
+_LOCKED: Final = (
+    "EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    " AND classid = {} AND {})"
+)
+"""Whether a living connection has a lock, by its class and another condition."""
+_DAEMONS: Final = (
+    "SELECT instance, name, version, trouble, extract(epoch FROM clock_timestamp() - seen)::float8,"  # noqa: S608 - constants
+    f" {_LOCKED.format(int(LockClass.PRESENCE), 'pid = backend')} FROM daemon ORDER BY name, started"
+)
+_SHARDS: Final = (
+    "SELECT number, epoch, holder, extract(epoch FROM clock_timestamp() - since)::float8,"  # noqa: S608 - constants
+    f" {_LOCKED.format(int(LockClass.SHARD), 'objid = number')},"
+    " coalesce((SELECT sum(in_hand) FROM session WHERE session.number = shard.number AND session.of = shard.of), 0),"
+    " coalesce((SELECT sum(waiting) FROM session WHERE session.number = shard.number AND session.of = shard.of), 0)"
+    " FROM shard WHERE of > 0 ORDER BY number"
+)
+_UNDELIVERED: Final = "SELECT slot, count(*) FROM answer WHERE delivered = 0 GROUP BY slot"
+_STATIONS: Final = (
+    "SELECT slot, count(*) FROM (SELECT DISTINCT slot, station FROM key WHERE state != 'destroyed') living"
+    " GROUP BY slot"
+)
+
+
+class Asking(Protocol):
+    """What queries run on: a connection to the ledger on PostgreSQL."""
+
+    def execute(self, query: Any, /) -> Any:
+        """Run a query; what it returns has ``fetchall()``."""
+
+
+class ShardGlance(Struct, frozen=True, kw_only=True):
+    """A shard.
+
+    Attributes:
+        number: of the shard, from 0.
+        holder: name of the daemon that has it; empty if none has.
+        held: whether a living connection has its lock.
+        seconds: since when its holder has it, or nobody; None if it never had one.
+        epoch: how often it was taken.
+        stations: how many of its stations have a key.
+        in_hand: messages in flight, at the holder's last heartbeat.
+        waiting: messages that wait at the holder.
+        undelivered: answers on record that no broker has acknowledged.
+    """
+
+    number: int
+    holder: str
+    held: bool
+    seconds: float | None
+    epoch: int
+    stations: int
+    in_hand: int
+    waiting: int
+    undelivered: int
+
+
+class DaemonGlance(Struct, frozen=True, kw_only=True):
+    """A daemon.
+
+    Attributes:
+        name: the same after a restart.
+        version: of stationkey.
+        living: whether its connection to PostgreSQL lives.
+        seconds: since its last heartbeat, by PostgreSQL's clock.
+        shards: how many it holds.
+        trouble: reason why it serves nothing; empty if none.
+    """
+
+    name: str
+    version: str
+    living: bool
+    seconds: float
+    shards: int
+    trouble: str
+
+
+class SiteGlance(Struct, frozen=True, kw_only=True):
+    """A site.
+
+    Attributes:
+        shards: by their number.
+        daemons: the living ones, and those that ended without a word within a day.
+    """
+
+    shards: tuple[ShardGlance, ...]
+    daemons: tuple[DaemonGlance, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every shard has a holder."""
+        return bool(self.shards) and all(shard.held for shard in self.shards)
+
+
+def look(connection: Asking, *, stations: bool = True) -> SiteGlance:
+    """Return the site's state.
+
+    Args:
+        connection: to the ledger.
+        stations: whether to count them, which reads a row of each living key.
+    """
+    daemons = _rows(connection, _DAEMONS)
+    names = {instance: name for instance, name, *_ in daemons}
+    shards = _rows(connection, _SHARDS)
+    count = len(shards)
+    counted = _by_shard(_rows(connection, _STATIONS) if stations else (), count)
+    undelivered = _by_shard(_rows(connection, _UNDELIVERED), count)
+    held = Counter(holder for _, _, holder, _, locked, *_ in shards if locked)
+    return SiteGlance(
+        shards=tuple(
+            ShardGlance(
+                number=number,
+                holder=names.get(holder, "") if locked else "",
+                held=locked,
+                seconds=seconds,
+                epoch=epoch,
+                stations=counted[number],
+                in_hand=int(in_hand) if locked else 0,
+                waiting=int(waiting) if locked else 0,
+                undelivered=undelivered[number],
+            )
+            for number, epoch, holder, seconds, locked, in_hand, waiting in shards
+        ),
+        daemons=tuple(
+            DaemonGlance(
+                name=name, version=version, living=living, seconds=seconds, shards=held[instance], trouble=trouble
+            )
+            for instance, name, version, trouble, seconds, living in daemons
+        ),
+    )
+
+
+def _rows(connection: Asking, query: str) -> Sequence[Any]:
+    found: Sequence[Any] = connection.execute(query).fetchall()
+    return found
+
+
+def _by_shard(rows: Iterable[Any], shards: int) -> Counter[int]:
+    """Return the sums of a shard, from those of its slots; see `stationkey.ledger.postgresql.slots`."""
+    found: Counter[int] = Counter()
+    for slot, count in rows:
+        found[slot * shards // SLOTS] += count
+    return found
