@@ -82,6 +82,7 @@ def engine_of(tmp_path: Path) -> Iterator[Opener]:
 
         def opener(database: Database, **options: object) -> PostgresqlDatabase:
             engine = open_engine(database, tmp_path, **options)
+            opened.callback(engine.close)
             opened.callback(engine.abandon)
             return engine
 

@@ -48,7 +48,7 @@ class Database:
     def end_sessions(self) -> None:
         """End every session in this database, as an operator or a restart does."""
         for pid in self.backends():
-            self.admin("SELECT pg_terminate_backend(%s)", pid)
+            self.admin("SELECT pg_terminate_backend(%s, 5000)", pid)
 
     def signal(self, number: int) -> None:
         """Send a signal to the processes of the sessions in this database."""

@@ -239,7 +239,7 @@ class PostgresqlDatabase:
         if self._connection is None:  # lost before, which somebody let through
             raise self._noted(_away())
         try:
-            cursor = self._connection.execute("COMMIT", prepare=False)
+            cursor = self._connection.execute("COMMIT")
         except psycopg.Error as error:
             if not is_lost(error):
                 self._roll_back()
