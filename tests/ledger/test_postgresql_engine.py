@@ -302,6 +302,33 @@ def test_a_reading_inside_does_not_go_on_over_another_connection(depot: Database
     assert noted(depot) == set()
 
 
+def test_what_was_cut_off_before_its_commit_is_done_again(depot: Database, engine_of: Opener) -> None:
+    engine = engine_of(depot, shard=take(depot))
+    cuts = iter([depot.end_sessions, depot.end_sessions])
+
+    def twice_cut_off() -> str:
+        with engine.transaction() as sql:
+            next(cuts, lambda: None)()
+            note(sql, "once")
+        return "done"
+
+    assert engine.attempt(twice_cut_off) == "done"
+    assert noted(depot) == {"once"}
+
+
+def test_what_has_committed_something_is_not_done_again(depot: Database, engine_of: Opener) -> None:
+    engine = engine_of(depot)
+
+    def first_and_second() -> None:
+        write(engine, "first")
+        with engine.transaction() as sql:
+            depot.end_sessions()
+            note(sql, "second")
+
+    assert failing(lambda: engine.attempt(first_and_second)).reason == "ledger_unreachable"
+    assert noted(depot) == {"first"}
+
+
 @contextmanager
 def lost_at_commit(*, executed: bool, then: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Lose the connection at the next COMMIT, before or after the server has executed it, and then do something."""

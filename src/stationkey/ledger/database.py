@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from stationkey.errors import LedgerError
-from stationkey.ledger.engine import Sql
+from stationkey.ledger.engine import Sql, T
 from stationkey.ledger.migrations import MIGRATIONS, SCHEMA_VERSION
 from stationkey.ledger.records import DAMAGED
 
@@ -224,6 +224,10 @@ class Database:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def attempt(self, call: Callable[[], T]) -> T:
+        """Make a call: no connection is lost here."""
+        return call()
 
     def defer(self, statement: str, *arguments: object) -> None:
         """Add a statement to the next transaction. Any thread may call this; it does not block.

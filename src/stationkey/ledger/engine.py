@@ -6,10 +6,12 @@ What only one of them has, or does otherwise, is behind these protocols.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 Arguments = Sequence[Any] | Mapping[str, Any]
 """Of a statement, by position or by name. More names than the statement has are allowed."""
@@ -95,6 +97,13 @@ class Engine(Protocol):
 
         Raises:
             LedgerError: nothing was written.
+        """
+
+    def attempt(self, call: Callable[[], T]) -> T:
+        """Make a call, and again if its connection was lost before it committed anything.
+
+        Raises:
+            LedgerError: by the call.
         """
 
     def defer(self, statement: str, *arguments: object) -> None:

@@ -46,7 +46,8 @@ class LedgerThread:
         """
         if self._closed:
             raise RuntimeError("the ledger's thread is closed")
-        return asyncio.wrap_future(self._worker.submit(partial(call, self._ledger, *args, **kwargs)))
+        made = partial(call, self._ledger, *args, **kwargs)
+        return asyncio.wrap_future(self._worker.submit(partial(self._ledger.database.attempt, made)))
 
     # Notes in memory: made by the caller's thread, because they wait for nothing.
 

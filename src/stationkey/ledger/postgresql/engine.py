@@ -17,7 +17,7 @@ from psycopg.pq import TransactionStatus
 
 from stationkey.config.secrets import SecretReference
 from stationkey.errors import LedgerError
-from stationkey.ledger.engine import Sql
+from stationkey.ledger.engine import Sql, T
 from stationkey.ledger.postgresql import schema
 from stationkey.ledger.postgresql.connection import Connection, connect, is_lost, of_error
 from stationkey.ledger.postgresql.slots import SLOTS, shard_of, slots_of
@@ -85,6 +85,7 @@ class PostgresqlDatabase:
         self._on_lost = on_lost
         self._deferred: deque[tuple[str, tuple[object, ...]]] = deque()
         self._over = threading.Event()
+        self._commits = 0
         self._rest_until = 0.0  # no attempt before; 0 while patient
         self._connection: Connection | None = None
         self._inside = False
@@ -138,6 +139,22 @@ class PostgresqlDatabase:
         """Return False: autovacuum does that."""
         return False
 
+    def attempt(self, call: Callable[[], T]) -> T:
+        """Make a call, and again if its connection was lost before it committed anything.
+
+        Raises:
+            LedgerError: by the call; when PostgreSQL stays away, after `PATIENCE`.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            commits = self._commits
+            try:
+                return call()
+            except LedgerError as error:
+                lost = error.reason == "ledger_unreachable" and self._connection is None and not self._rest_until
+                if not lost or commits != self._commits or time.monotonic() >= end:
+                    raise
+
     def defer(self, statement: str, *arguments: object) -> None:
         """Add a statement to the next transaction. Any thread may call this; it does not block."""
         self._deferred.append((statement, arguments))
@@ -177,6 +194,7 @@ class PostgresqlDatabase:
             finally:
                 self._inside = False
             self._commit(number)
+            self._commits += 1
             for _ in range(deferred):
                 self._deferred.popleft()
             self.trouble = ""
