@@ -338,8 +338,13 @@ class SharedToken(Peer):
     @property
     def uri(self) -> str:
         """The key store in it, for a program that has `clients` in its environment."""
+        return f"pkcs11:token={self.label}?module-path={self.client_module()}&pin-source=file:{self._pin_file}"
+
+    @staticmethod
+    def client_module() -> Path:
+        """The module that such a program loads."""
         [client] = Path("/usr/lib").glob("*/pkcs11/p11-kit-client.so")
-        return f"pkcs11:token={self.label}?module-path={client}&pin-source=file:{self._pin_file}"
+        return client
 
     @property
     def clients(self) -> dict[str, str]:

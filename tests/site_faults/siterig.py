@@ -14,6 +14,9 @@ from depot import Depot
 from line import Line
 from peers import Daemon, Mosquitto, Postgresql, SharedToken
 
+from stationkey.ledger.postgresql.slots import shard_of
+from stationkey.site.locks import LockClass
+
 CONFIG: Final = """\
 ledger = "{ledger}"
 ledger_password_file = "{password}"
@@ -41,7 +44,6 @@ class SiteRig:
         lease: seconds of a lease.
         filters: what ``[site] stations`` says.
         config: further lines of each daemon's configuration.
-        token: whether the keys are in the token; else the test says where, by `keystore`.
 
     Attributes:
         lines: the network between each daemon and the database.
@@ -85,20 +87,32 @@ class SiteRig:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def daemon(self, number: int, *, port: int, program: type[Daemon] = Daemon) -> Daemon:
-        """A daemon, with its configuration and its state directory."""
+    def home(self, daemon: Daemon) -> Path:
+        """Where a daemon has its configuration and its state directory."""
+        return daemon.directory.parent
+
+    def daemon(self, number: int, *, port: int, program: type[Daemon] = Daemon, first: tuple[str, ...] = ()) -> Daemon:
+        """A daemon, with its configuration and its state directory.
+
+        Args:
+            number: which.
+            port: where it reaches the database.
+            program: what is started.
+            first: what it is told before the options.
+        """
         home = self.folder / f"daemon-{number}"
         home.mkdir(exist_ok=True)
         self.configure(home, port=port)
         made = program(
             home / "log",
+            *first,
             *("--site", "--broker", self.broker.url, "--keystore", self.token.uri),
             *("--state-dir", str(home / "state"), "--config", str(home / "stationkey.toml")),
         )
         made.environment = self.token.clients
         return made
 
-    def configure(self, home: Path, *, port: int) -> None:
+    def configure(self, home: Path, *, port: int, config: str = "") -> None:
         """Write the configuration of a daemon, for its next start."""
         name = self.postgresql.name
         text = CONFIG.format(
@@ -108,7 +122,7 @@ class SiteRig:
             shards=self.shards,
             lease=self.lease,
         )
-        (home / "stationkey.toml").write_text(text + self._config)
+        (home / "stationkey.toml").write_text(text + self._config + config)
 
     def start(self) -> None:
         """Start every daemon, and wait until each shard has a holder."""
@@ -132,21 +146,35 @@ class SiteRig:
 
     def rows(self, statement: str, *arguments: object) -> list[Any]:
         """What a query returns."""
-        with psycopg.connect(self.postgresql.admin_uri, autocommit=True) as connection:
+        with psycopg.connect(
+            self.postgresql.admin_uri, autocommit=True, options="-c search_path=stationkey"
+        ) as connection:
             return connection.execute(statement, arguments or None).fetchall()
 
-    def holders(self) -> dict[int, str]:
-        """The holder of each shard, by its number; empty text where there is none."""
-        return {int(number): holder or "" for number, holder in self.rows("SELECT number, holder FROM shard")}
+    def held_by(self, daemon: Daemon) -> set[int]:
+        """The shards that a daemon holds, by the locks of its connection."""
+        query = (
+            "SELECT objid FROM pg_locks JOIN daemon ON backend = pg_locks.pid WHERE locktype = 'advisory' AND granted"
+            " AND objsubid = 2 AND classid = %s AND daemon.pid = %s"
+        )
+        assert daemon.process is not None
+        return {int(number) for (number,) in self.rows(query, int(LockClass.SHARD), daemon.process.pid)}
+
+    def stations_of(self, daemon: Daemon) -> dict[int, frozenset[str]]:
+        """The stations of each shard that a daemon holds."""
+        return {
+            number: frozenset(name for name in self.depot.stations if shard_of(name, self.shards) == number)
+            for number in self.held_by(daemon)
+        }
 
     def wait_until_held(self, *, bound: float = 30.0) -> None:
-        """Wait until each shard is held by a session that lives."""
-        until(lambda: len(self.locked()) == self.shards, "each shard has a holder", bound=bound)
+        """Wait until each shard is held by a connection that lives."""
+        until(lambda: self.held() == set(range(self.shards)), "each shard has a holder", bound=bound)
 
-    def locked(self) -> list[int]:
-        """The process at the server of each advisory lock that is held."""
-        query = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
-        return [int(pid) for (pid,) in self.rows(query)]
+    def held(self) -> set[int]:
+        """The shards that a living connection has locked."""
+        query = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = %s"
+        return {int(number) for (number,) in self.rows(query, int(LockClass.SHARD))}
 
     def cut_backends(self, chance: random.Random, *, share: float = 1.0) -> int:
         """End connections of the daemons at the server, each by chance; how many."""

@@ -1,4 +1,7 @@
-"""The Josevs of many stations under load: one client that misses no answer, and knows what the broker has taken."""
+"""The Josevs of many stations, for the demo, the tests and the bench: one client that misses no answer.
+
+It knows what the broker has taken, and when each answer came.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Self
 
 import paho.mqtt.client as paho
-from asker import BOUND
 from msgspec import UNSET
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
@@ -30,6 +32,8 @@ from stationkey.contract.profiles import Algorithm, CertificateType
 
 _REQUESTS: Final = "/josev/cs"
 _RESPONSES: Final = "/cs/josev"
+BOUND: Final = 20.0
+"""Seconds that an answer is waited for, unless the caller says otherwise."""
 
 
 class Asked(NamedTuple):
@@ -145,6 +149,12 @@ class Depot:
         for asked in late:
             self.publish(asked.station, self.requests[asked])
         return len(late)
+
+    def forget(self, asked: Asked) -> None:
+        """Wait for no answer to a request."""
+        with self._news:
+            del self.requests[asked]
+            self._open.pop(asked, None)
 
     # What came of it.
 
