@@ -22,6 +22,7 @@ from stationkey.config.settings import PoolTerms
 from stationkey.errors import MessageError, RequestRefused
 from stationkey.observability.http import Endpoint, Reply
 from stationkey.observability.metrics import CONTENT_TYPE, Exposition
+from stationkey.observability.status import ShardCondition, SiteCondition
 from stationkey.system.listener import Address, Listener
 
 BOUND = 60.0
@@ -96,7 +97,9 @@ async def live(here: Station) -> None:
 @asynccontextmanager
 async def scraped(here: Station) -> AsyncIterator[Address]:
     """The figures of a station, as the daemon shows them."""
-    exposition = Exposition(watching(here))
+    health = watching(here)
+    health.site = lambda: SiteCondition(2, True, 1.0, "", (ShardCondition(0, 1, True, 0, 0),))
+    exposition = Exposition(health)
     address = Address.parse(f"127.0.0.1:{free_port()}")
 
     async def metrics() -> Reply:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -23,7 +23,7 @@ from stationkey.ledger import Figures
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.observability.health import Health, Serving
 from stationkey.observability.kept import Kept
-from stationkey.observability.status import Condition
+from stationkey.observability.status import Condition, ShardCondition, SiteCondition
 from stationkey.system.counters import BUCKETS, Counts
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -90,6 +90,8 @@ class Exposition(Collector):
             "build", "Version of stationkey and of Python.", version=__version__, python=platform.python_version()
         )
         yield from _of_condition(condition)
+        if condition.site is not None:
+            yield from _of_site(condition.site)
         yield from _of_keystores(self._health.keystores)
         if self._health.edge is not None:
             edge = self._health.edge
@@ -156,6 +158,24 @@ def _of_condition(condition: Condition) -> Iterator[Metric]:
     yield _gauges("certificates_due", "Certificates of active keys that are due for renewal.", ("state",), due)
     yield _gauge("clock_behind", "Whether the clock is before the newest certificate.", condition.clock_behind)
     yield _gauge("ledger_writable", "Whether the ledger could be written the last time.", not condition.ledger)
+
+
+def _of_site(site: SiteCondition) -> Iterator[Metric]:
+    held = {shard.number: shard for shard in site.held}
+    # Also of the shards that others have: the sum over all daemons says whether anybody has it.
+    having = {(str(number),): number in held for number in range(site.shards)}
+    yield _gauges("shard_held", "Whether this daemon has a shard of the site.", ("shard",), having)
+    of_each: dict[str, tuple[str, Callable[[ShardCondition], float]]] = {
+        "shard_epoch": ("How often a shard was taken.", lambda shard: shard.epoch),
+        "shard_connected": ("Whether a shard is subscribed at the broker.", lambda shard: shard.connected),
+        "shard_messages_in_hand": ("Messages in flight, of a shard.", lambda shard: shard.in_hand),
+        "shard_messages_waiting": ("Messages that wait, of a shard.", lambda shard: shard.waiting),
+    }
+    for name, (words, value) in of_each.items():
+        values = {(str(number),): value(shard) for number, shard in held.items()}
+        yield _gauges(name, words, ("shard",), values)
+    yield _gauge("lease_held", "Whether PostgreSQL has confirmed the lease within its time.", site.leased)
+    yield _gauge("lease_age_seconds", "How long ago it confirmed the lease.", site.lease_age)
 
 
 def _of_service(service: Serving) -> Iterator[Metric]:
