@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from depots import open_engine, take
+from postgresql import Database
 
 from parts import dump, sqlite_of
 from stationkey.ledger import Ledger
+
+pytest_plugins = ["depots"]
 
 
 class Place(Protocol):
@@ -48,15 +52,37 @@ class SqlitePlace:
         return dump(self._path)
 
 
+class PostgresqlPlace:
+    """A database of a site with one shard, which this daemon holds."""
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self._database = database
+        self._folder = folder
+        self._shard = take(database)
+
+    def open(self) -> Ledger:
+        return Ledger.on(open_engine(self._database, self._folder, shard=self._shard))
+
+    def execute(self, statement: str) -> list[tuple[Any, ...]]:
+        return self._database.admin(statement)
+
+    def rows(self) -> list[str]:
+        tables = ("key", "secret", "answer", "event", "rejection")
+        queries = [f"SELECT '{table} ' || r::text FROM {table} AS r" for table in tables]
+        queries.append("SELECT 'meta ' || r::text FROM meta AS r WHERE name != 'running'")
+        return sorted(str(row) for (row,) in self.execute(" UNION ALL ".join(queries)))
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.sqlite3"
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, path: Path) -> Place:
-    assert request.param == "sqlite"
-    return SqlitePlace(path)
+    if request.param == "sqlite":
+        return SqlitePlace(path)
+    return PostgresqlPlace(request.getfixturevalue("depot"), path.parent)  # only these tests start a server
 
 
 @pytest.fixture

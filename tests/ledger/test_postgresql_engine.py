@@ -50,7 +50,7 @@ def write(engine: PostgresqlDatabase, what: str) -> None:
 
 
 def noted(database: Database) -> set[str]:
-    return {str(name) for (name,) in database.admin("SELECT name FROM stationkey.meta WHERE value = 'x'")}
+    return {str(name) for (name,) in database.admin("SELECT name FROM meta WHERE value = 'x'")}
 
 
 def failing(call: Callable[[], object]) -> LedgerError:
@@ -505,7 +505,7 @@ def test_what_is_abandoned_while_the_server_is_away_waits_no_more(own_depot: Dat
 
 def test_a_schema_that_is_too_new_is_found_at_the_next_connection(new_depot: Database, engine_of: Opener) -> None:
     engine = engine_of(new_depot)
-    new_depot.admin("UPDATE stationkey.meta SET value = 99 WHERE name IN ('schema', 'readable_from')")
+    new_depot.admin("UPDATE meta SET value = 99 WHERE name IN ('schema', 'readable_from')")
     new_depot.end_sessions()
 
     assert failing(lambda: write(engine, "no")).reason == "ledger_newer"

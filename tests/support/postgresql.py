@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -14,6 +13,7 @@ from peers import Postgresql
 from stationkey.config.secrets import SecretReference
 
 _numbers = count()
+_PATH = "-c search_path=stationkey"
 
 
 class Database:
@@ -34,7 +34,7 @@ class Database:
     def admin(self, statement: str, *arguments: object) -> list[tuple[object, ...]]:
         """Run a statement as the superuser, in this database; return its rows."""
         head, _, rest = self.server.admin_uri.partition(f"/{self.server.name}?")
-        with psycopg.connect(f"{head}/{self.name}?{rest}", autocommit=True) as connection:
+        with psycopg.connect(f"{head}/{self.name}?{rest}", autocommit=True, options=_PATH) as connection:
             cursor = connection.execute(statement.encode(), arguments or None)
             return cursor.fetchall() if cursor.description else []
 
@@ -81,7 +81,8 @@ def database(session_postgresql: Postgresql) -> Iterator[Database]:
 
 
 @pytest.fixture
-def own_postgresql(tmp_path: Path) -> Iterator[Database]:
-    """A database on a server of this test's own: to be killed, stopped and set otherwise."""
-    with Postgresql(tmp_path / "postgresql") as server:
-        yield Database(server, server.name)
+def own_postgresql(database: Database) -> Iterator[Database]:
+    """A database on a server that this test may kill: it runs again afterwards."""
+    yield database
+    if database.server.process is None:
+        database.server.start()
