@@ -21,12 +21,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from tpm2_pytss.TCTILdr import TCTILdr
 
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType, RsaModulus
 from stationkey.keystore.tpm2 import templates
 from stationkey.keystore.tpm2.commands import Commands
 from stationkey.keystore.tpm2.signing import EccPrivateKey, RsaPrivateKey, public_key, signing_scheme
+from stationkey.keystore.tpm2.tcti import Tcti
 
 SRK: Final = 0x81000001
 KINDS: Final[dict[str, tuple[KeyType, Any, Any]]] = {
@@ -51,7 +51,7 @@ class Loop:
 
     def __init__(self, port: int, prefix: str, tcti: str, database: Path, *, ahead: bool) -> None:
         self._prefix = prefix
-        self._commands = Commands(TCTILdr.parse(tcti))
+        self._commands = Commands(Tcti(tcti))
         self._sql = sql = sqlite3.connect(database, isolation_level=None)
         sql.execute("PRAGMA journal_mode=WAL")
         sql.execute("PRAGMA synchronous=FULL")
@@ -91,8 +91,7 @@ class Loop:
         if algorithm in self._ahead:
             private, public = self._ahead[algorithm]
             return self._commands.load(SRK, private, public, b""), private, public
-        parts = templates.sensitive().marshal(), templates.marshalled_key(kind).marshal()
-        handle, private, public = self._commands.create_loaded(SRK, *parts, b"")
+        handle, private, public = self._commands.create_loaded(SRK, templates.sensitive(), templates.key(kind), b"")
         if self._makes_ahead:
             self._ahead[algorithm] = private, public
         return handle, private, public
@@ -115,10 +114,10 @@ class Loop:
         self._client.loop_write()
         self._commands.flush_context(handle)
 
-    def _sign(self, handle: int, data: bytes, scheme: Any, algorithm: hashes.HashAlgorithm) -> bytes:
+    def _sign(self, handle: int, data: Any, scheme: int, algorithm: hashes.HashAlgorithm) -> bytes:
         digest = hashes.Hash(algorithm)
         digest.update(data)
-        return self._commands.sign(handle, digest.finalize(), signing_scheme(scheme, algorithm.name).marshal(), b"")
+        return self._commands.sign(handle, digest.finalize(), signing_scheme(scheme, algorithm.name), b"")
 
 
 USAGE: Final = x509.KeyUsage(

@@ -38,6 +38,7 @@ from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef
 from stationkey.keystore.tpm2 import device, signing
 from stationkey.keystore.tpm2.commands import Commands
+from stationkey.keystore.tpm2.return_codes import TpmError
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from stationkey.keystore.worker import KeyStoreThread
 
@@ -318,7 +319,7 @@ def test_slots_that_are_full_in_mid_life_are_emptied(
     def noting(*arguments: Any) -> Any:
         try:
             return create_loaded(*arguments)
-        except TSS2_Exception as error:
+        except TpmError as error:
             codes.append(error.rc)
             raise
 

@@ -9,8 +9,8 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from peers import Swtpm
-from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import TPM2_ALG, TPM2_ECC
+from tpm2_pytss.types import TPMT_PUBLIC_PARMS
 from tpm2_stores import P256, loaded_objects, refuse_with, works
 
 from protection import reason_of
@@ -19,6 +19,7 @@ from stationkey.errors import UnsupportedAlgorithm
 from stationkey.keystore.tpm2 import capabilities
 from stationkey.keystore.tpm2.commands import Commands
 from stationkey.keystore.tpm2.context import Context
+from stationkey.keystore.tpm2.return_codes import TpmError
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 
 pytest_plugins = ["tpm2_stores"]
@@ -52,14 +53,14 @@ def lack_of(function: str, *missing: Any) -> Callable[[pytest.MonkeyPatch], None
 
 def lack_of_rsa(*sizes: int, code: int = 0x2C4) -> Callable[[pytest.MonkeyPatch], None]:
     """TPM2_TestParms refuses these sizes, with TPM_RC_VALUE of the first parameter."""
-    real = ESAPI.test_parms
+    real = Commands.test_parms
 
-    def test_parms(esapi: ESAPI, parameters: Any, *sessions: Any) -> None:
-        if int(parameters.parameters.rsaDetail.keyBits) in sizes:
-            raise TSS2_Exception(code)
-        real(esapi, parameters, *sessions)
+    def test_parms(commands: Commands, parameters: bytes) -> None:
+        if int(TPMT_PUBLIC_PARMS.unmarshal(parameters)[0].parameters.rsaDetail.keyBits) in sizes:
+            raise TpmError(code)
+        real(commands, parameters)
 
-    return lambda patch: patch.setattr(ESAPI, "test_parms", test_parms)
+    return lambda patch: patch.setattr(Commands, "test_parms", test_parms)
 
 
 @pytest.mark.parametrize(

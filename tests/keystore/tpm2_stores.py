@@ -8,12 +8,13 @@ from typing import NoReturn
 
 import pytest
 from peers import Swtpm
-from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss import ESAPI
 
 from protection import sign
 from stationkey.contract.profiles import Algorithm
 from stationkey.keystore import KeyRef
 from stationkey.keystore.tpm2 import capabilities
+from stationkey.keystore.tpm2.return_codes import TpmError
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 
 P256 = Algorithm.ECDSA_SHA256
@@ -58,6 +59,6 @@ def refuse_with(code: int) -> Callable[..., NoReturn]:
     """A TPM command that fails with a return code."""
 
     def refuse(*_: object, **__: object) -> NoReturn:
-        raise TSS2_Exception(code)
+        raise TpmError(code)
 
     return refuse

@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import base64
 import os
+import time
 from collections.abc import Callable
 from typing import Final, cast
-
-os.environ.setdefault("TSS2_LOG", "all+none")  # what goes wrong is told by return code; see keystore/tpm2.py
-
-from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_CLOCK, TPMA_OBJECT
-from tpm2_pytss.tsskey import TSSPrivKey
-from tpm2_pytss.types import (
-    TPM2B_PRIVATE,
-    TPM2B_PUBLIC,
-    TPMT_PUBLIC,
-)
 
 from stationkey.contract.profiles import Algorithm
 from stationkey.doctor.probes import asked_by, say
 from stationkey.keystore.tpm2 import capabilities, templates
+from stationkey.keystore.tpm2.context import Context
+from stationkey.keystore.tpm2.return_codes import TpmError
 
+# isort: split
+from tpm2_pytss.constants import ESYS_TR, TPM2_CLOCK, TPMA_OBJECT
+from tpm2_pytss.tsskey import TSSPrivKey
+from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC, TPMT_PUBLIC
+
+_PCRS: Final = 0x05
+"""TPM_CAP_PCRS [TPM 2.0 part 2, 6.12]."""
+_PATIENCE: Final = 0.1
 _TRANSIENT: Final = (0x80000000, 0x80FFFFFF)
 _A_KEY: Final = TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT
 _FORMAT_ONE: Final = 0xBF
@@ -43,8 +43,8 @@ def look(part: str, question: Callable[[], object]) -> bool:
     """Ask, and say what came; False where nothing did."""
     try:
         say(part, value=question())
-    except TSS2_Exception as error:
-        say(part, error=int(error.rc))
+    except TpmError as error:
+        say(part, error=error.rc)
         return False
     except Exception as error:  # noqa: BLE001 - of no part may the others depend
         say(part, fault=type(error).__name__)
@@ -52,40 +52,42 @@ def look(part: str, question: Callable[[], object]) -> bool:
     return True
 
 
-def banks(esapi: ESAPI) -> dict[str, list[int]]:
+def banks(esapi: Context) -> dict[str, list[int]]:
     """The registers of each bank, by the bank's hash."""
-    _, page = esapi.get_capability(TPM2_CAP.PCRS, 0, 1)
-    found = {}
-    for selection in page.data.assignedPCR:
-        octets = bytes(selection.pcrSelect)[: int(selection.sizeofSelect)]
-        found[str(int(selection.hash))] = [
+    _, page = esapi.get_capability(_PCRS, 0, 1)
+    found, at = {}, 8  # after capability and count
+    while at < len(page):  # each: hash, size of the bit map, bit map [TPM 2.0 part 2, 10.6.2]
+        octets = page[at + 3 : at + 3 + page[at + 2]]
+        found[str(int.from_bytes(page[at : at + 2], "big"))] = [
             number for number in range(8 * len(octets)) if octets[number // 8] >> number % 8 & 1
         ]
+        at += 3 + len(octets)
     return found
 
 
-def _object_at(esapi: ESAPI, handle: int) -> dict[str, object] | None:
+def _object_at(esapi: Context, handle: int) -> dict[str, object] | None:
     if not capabilities.persistent(esapi, handle):
         return None
-    public = esapi.read_public(esapi.tr_from_tpmpublic(handle))[0].publicArea
-    return {"attributes": int(public.objectAttributes), "unlike_srk": templates.unlike_srk(public)}
+    public, _ = esapi.public_of(handle)
+    return {"attributes": templates.attributes_of(public), "unlike_srk": templates.unlike_srk(public)}
 
 
-def loads(esapi: ESAPI, parent: int, wrapped: str) -> int:
+def loads(esapi: Context, parent: int, wrapped: str) -> int:
     """The return code of loading a key; what was loaded is unloaded at once."""
     try:
         key = TSSPrivKey.from_der(base64.b64decode(wrapped))
     except (ValueError, TypeError):
         return -1
     try:
-        handle = esapi.load(esapi.tr_from_tpmpublic(parent), key.private, key.public)
-    except TSS2_Exception as error:
-        return int(error.rc)
+        parts = key.private.marshal(), key.public.marshal()
+        handle = esapi.load(esapi.tr_from_tpmpublic(parent), *parts, ESYS_TR.PASSWORD)
+    except TpmError as error:
+        return error.rc
     esapi.flush_context(handle)
     return 0
 
 
-def _srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
+def _srk_takes_no_password(esapi: Context, handle: int) -> bool:
     """Whether the storage root key can be used without a password: by a key that it cannot but refuse.
 
     A TPM looks at the authorisation before it looks at what is to be loaded [TPM 2.0 part 3, 5.6 and 5.7]. Where wrong
@@ -96,17 +98,18 @@ def _srk_takes_no_password(esapi: ESAPI, handle: int) -> bool:
         raise LookupError
     public = TPM2B_PUBLIC(publicArea=TPMT_PUBLIC.parse("ecc256:ecdsa", objectAttributes=_A_KEY))
     try:
-        esapi.load(esapi.tr_from_tpmpublic(handle), TPM2B_PRIVATE(bytes(64)), public)
-    except TSS2_Exception as error:
-        if int(error.rc) & _FORMAT_ONE in _NO_AUTHORISATION:
+        parts = TPM2B_PRIVATE(bytes(64)).marshal(), public.marshal()
+        esapi.load(esapi.tr_from_tpmpublic(handle), *parts, ESYS_TR.PASSWORD)
+    except TpmError as error:
+        if error.rc & _FORMAT_ONE in _NO_AUTHORISATION:
             return False
-        if int(error.rc) & _OF_PARAMETER == _OF_PARAMETER:
+        if error.rc & _OF_PARAMETER == _OF_PARAMETER:
             return True
         raise
     raise LookupError  # which cannot be
 
 
-def _owner_takes(esapi: ESAPI, value: bytes) -> bool:
+def _owner_takes(esapi: Context, value: bytes) -> bool:
     """Whether this is the authorisation value of the owner hierarchy: by a command that changes nothing with it.
 
     Wrong tries are not counted for this hierarchy [TPM 2.0 part 1, 19.8.2].
@@ -114,6 +117,12 @@ def _owner_takes(esapi: ESAPI, value: bytes) -> bool:
     esapi.tr_set_auth(ESYS_TR.OWNER, value)
     esapi.clock_rate_adjust(TPM2_CLOCK.NO_CHANGE, ESYS_TR.OWNER)
     return True
+
+
+def _wait(seconds: float) -> bool:
+    """Try a busy TPM again a few times."""
+    time.sleep(seconds)
+    return seconds < _PATIENCE
 
 
 def opens(path: str) -> bool:
@@ -132,8 +141,8 @@ def main() -> None:
     name, _, path = asked["tcti"].partition(":")
     if name == "device" and path and not opens(path):
         return
-    opened: list[ESAPI] = []
-    if not look("open", lambda: opened.append(ESAPI(asked["tcti"]))):
+    opened: list[Context] = []
+    if not look("open", lambda: opened.append(Context(asked["tcti"], _wait))):
         return
     esapi = opened[0]
     # The failure mode lets only these through, and the first command tells whether the TPM was started.

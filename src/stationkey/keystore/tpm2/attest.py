@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_ECC, TPMA_OBJECT
 from tpm2_pytss.types import (
     TPM2B_ENCRYPTED_SECRET,
@@ -42,6 +41,7 @@ from stationkey.keystore.tpm2 import capabilities
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.endorsement import challenged_ek, endorsement, endorsement_keys, flush, not_ours
+from stationkey.keystore.tpm2.return_codes import TpmError
 
 AK_ATTRIBUTES: Final = (
     TPMA_OBJECT.FIXEDTPM
@@ -204,7 +204,7 @@ def _activate(esapi: Context, challenge: Challenge, terms: AttestationTerms) -> 
                 session = sessions.enter_context(hierarchy.policy_secret())
             try:
                 return bytes(esapi.activate_credential(ak, ek, blob, encrypted, session2=session))
-            except TSS2_Exception as error:
+            except TpmError as error:
                 if rc.is_lost(error) or rc.code(error) in rc.PASSING:
                     raise
                 raise not_ours(f"the TPM does not open it ({error.rc:#x})") from None

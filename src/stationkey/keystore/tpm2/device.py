@@ -1,4 +1,4 @@
-"""The TPM behind the ``tpm2:`` key store: one ESAPI context, opened on first use, and reopened when lost.
+"""The TPM behind the ``tpm2:`` key store: one context, opened on first use, and reopened when lost.
 
 When a TPM is lost, cleared or full: its return codes, and the reaction:
 
@@ -31,21 +31,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
-
-from tpm2_pytss import TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_SU, TPMA_OBJECT
-from tpm2_pytss.types import TPM2B_PUBLIC
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from stationkey.config.settings import TpmTerms
 from stationkey.errors import ConfigurationError, KeyStoreError, Scope
 from stationkey.keystore.tpm2 import capabilities, errors, templates
 from stationkey.keystore.tpm2 import return_codes as rc
+from stationkey.keystore.tpm2.commands import OWNER
 from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.pcr import Registers
+from stationkey.keystore.tpm2.return_codes import TpmError
 from stationkey.keystore.tpm2.sealed import Kept
-from stationkey.keystore.tpm2.sessions import Sessions, before_the_srk
 from stationkey.keystore.tpm2.slots import serves_one_program
+
+if TYPE_CHECKING:
+    from stationkey.keystore.tpm2.sessions import Sessions
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -85,10 +85,10 @@ class Device:
         self._kept = None if state_dir is None else Kept(state_dir)
         self._resource_manager = guest or is_shared(tcti)
         self._esapi: Context | None = None
-        self._srk: Any = None
-        self._srk_auth = b""
-        self._sessions: Sessions | None = None
-        self._parents: dict[int, Any] = {}
+        self._srk_auth = self._srk_name = b""
+        self._begun: Sessions | None = None
+        self._parents: set[int] = set()
+        self._resources: dict[int, Any] = {}
         # Of each parent: whether the TPM took its authorisation value on this context, and the hash of what was given,
         # and of what was refused.
         self._accepted: set[int] = set()
@@ -104,14 +104,14 @@ class Device:
         A session that is kept costs nobody anything on a bare TPM. Behind a resource manager the table is everybody's,
         and one that lies there unused for long keeps the others from saving theirs (TPM_RC_CONTEXT_GAP).
         """
-        if self._resource_manager and self._sessions is not None and not self._abandoned:
-            self._sessions.close()
+        if self._resource_manager and self._begun is not None and not self._abandoned:
+            self._begun.close()
 
     def close(self) -> None:
         """Close the TPM, and leave nothing in it. The next call reopens it."""
         self.unload()
-        if self._sessions is not None and not self._abandoned:
-            self._sessions.close()
+        if self._begun is not None and not self._abandoned:
+            self._begun.close()
         self._forget()
 
     def abandon(self) -> None:
@@ -154,7 +154,7 @@ class Device:
         if self._esapi is not None:
             try:
                 return command()
-            except TSS2_Exception as error:
+            except TpmError as error:
                 self._refuse_if_abandoned()
                 if not self._mend(error):
                     raise self._failure(error) from None
@@ -162,7 +162,7 @@ class Device:
             if self._esapi is None:
                 self._open()
             return command()
-        except TSS2_Exception as error:
+        except TpmError as error:
             self._refuse_if_abandoned()
             raise self._failure(error) from None
 
@@ -181,7 +181,7 @@ class Device:
                 scope=Scope.DEVICE,
             )
 
-    def _mend(self, error: TSS2_Exception) -> bool:
+    def _mend(self, error: TpmError) -> bool:
         """Put the device in order after `error`; True where the command is worth another try."""
         code = rc.code(error)
         if code == rc.PCR_CHANGED:
@@ -195,15 +195,16 @@ class Device:
 
     def _forget(self) -> None:
         """Give up the context. Its transport may be dead; there is nothing left to save on it."""
-        esapi, self._esapi, self._srk, self._sessions = self._esapi, None, None, None
+        esapi, self._esapi, self._begun = self._esapi, None, None
         self._parents.clear()
+        self._resources.clear()
         self._accepted.clear()
         self._emptied()
         self._unknown()
         if esapi is not None:
             esapi.close()
 
-    def _failure(self, error: TSS2_Exception) -> KeyStoreError:
+    def _failure(self, error: TpmError) -> KeyStoreError:
         """The words for an error that stands."""
         code = f"{error.rc:#x}"
         if rc.code(error) in {rc.TCTI_VALUE, rc.TCTI_UNKNOWN}:
@@ -232,13 +233,12 @@ class Device:
         self._refuse_file()
         esapi = self._esapi = Context(self._tcti, self._wait)
         try:
-            self._srk = self._prepare(esapi)
-            self._sessions = Sessions(esapi, self._terms.session, self._srk)
+            self._prepare(esapi)
             if self._registers is not None:
-                self._registers.read(esapi, self._sessions.watching())  # whether there are any, before a key is made
+                self._registers.read(esapi, *self._watching())  # whether there are any, before a key is made
             if self._terms.key_auth not in {None, "generated"}:
                 self._secret("key_auth")  # the same
-        except (TSS2_Exception, KeyStoreError):
+        except (TpmError, KeyStoreError):
             self.close()
             raise
 
@@ -259,66 +259,66 @@ class Device:
                 scope=Scope.DEVICE,
             )
 
-    def _prepare(self, esapi: Context) -> Any:
-        """Start the TPM and clear its slots where that is needed; the SRK."""
+    def _prepare(self, esapi: Context) -> None:
+        """Start the TPM and clear its slots where that is needed; find or make the SRK."""
         handle = self._terms.srk_handle
         try:
             # The first command of all: it finds out whether the TPM was started.
             present = capabilities.persistent(esapi, handle)
-        except TSS2_Exception as error:
+        except TpmError as error:
             if rc.code(error) != rc.INITIALIZE:
                 raise
-            esapi.startup(TPM2_SU.CLEAR)
+            esapi.start()
             present = capabilities.persistent(esapi, handle)
         if not self._resource_manager:
             directory = None if self._kept is None else self._kept.directory()
             esapi.keep_slots(directory, alone=serves_one_program(self._tcti))
-        auth = self._srk_auth = self._auth_of_parent(handle)
-        srk, public = self._find_srk(esapi) if present else self._make_srk(esapi, auth)
+        self._srk_auth = self._auth_of_parent(handle)
+        public = self._find_srk(esapi) if present else self._make_srk(esapi)
+        self._srk_name = _name(public)
         if self._terms.session != "none":
-            self._pin(esapi, srk, public)
-        if auth:
-            esapi.tr_set_auth(srk, auth)
-        return srk
+            self._pin(esapi, self._resource(handle), public)
 
-    def _find_srk(self, esapi: Context) -> tuple[Any, TPM2B_PUBLIC]:
+    def _find_srk(self, esapi: Context) -> bytes:
         handle = self._terms.srk_handle
-        srk = esapi.tr_from_tpmpublic(handle)
-        found = esapi.read_public(srk)[0]
-        if bytes(esapi.tr_get_name(srk)) != _name(found):
+        public, name = esapi.public_of(handle)
+        if name != _name(public):
             raise errors.altered("two answers differ")
-        if wrong := templates.unlike_srk(found.publicArea):
+        if wrong := templates.unlike_srk(public):
             raise KeyStoreError(
                 f"the TPM holds {wrong} at {handle:#x}, where an ECC P-256 storage root key should be",
                 reason="srk_unfit",
                 hint=f"if nothing else needs it, remove it with: tpm2_evictcontrol -C o -c {handle:#x}",
                 scope=Scope.STORE,
             )
-        if not found.publicArea.objectAttributes & TPMA_OBJECT.NODA:
+        if not templates.attributes_of(public) & templates.NO_DA:
             # tpm2_createprimary makes it so by default; keys may hang on it, so it is used, and said.
             log.warning("the storage root key lacks noda: three power cuts in a row can lock the TPM for a while")
-        return srk, found
+        return public
 
-    def _make_srk(self, esapi: Context, auth: bytes) -> tuple[Any, TPM2B_PUBLIC]:
+    def _make_srk(self, esapi: Context) -> bytes:
         """Make the SRK by the TCG's template, so that any other program would make the same, and keep it in the TPM."""
-        esapi.tr_set_auth(ESYS_TR.OWNER, self._secret("owner_auth"))
+        handle, owner_auth = self._terms.srk_handle, self._secret("owner_auth")
+        parts = templates.sensitive(auth=self._srk_auth), templates.srk()
         try:
-            with before_the_srk(esapi, self._terms.session) as session:
-                primary, public, *_ = esapi.create_primary(
-                    templates.sensitive(auth=auth), templates.srk(), ESYS_TR.OWNER, session1=session
-                )
-                try:
-                    return esapi.evict_control(ESYS_TR.OWNER, primary, self._terms.srk_handle, session), public
-                finally:
-                    esapi.flush_context(primary)
-        except TSS2_Exception as error:
+            if self._terms.session != "none":
+                from stationkey.keystore.tpm2.sessions import make_srk  # noqa: PLC0415 - with ESAPI
+
+                return make_srk(esapi, self._terms.session, *parts, handle, owner_auth)
+            primary, public = esapi.create_primary(*parts, OWNER, owner_auth)
+            try:
+                esapi.evict_control(OWNER, primary, handle, owner_auth)
+            finally:
+                esapi.flush_context(primary)
+        except TpmError as error:
             if rc.code(error) in rc.WRONG_AUTH:
                 raise errors.auth_refused(
                     "the owner hierarchy", "owner_auth", self._terms.owner_auth, f"{error.rc:#x}"
                 ) from None
             raise
+        return bytes(public)
 
-    def _pin(self, esapi: Context, srk: Any, public: TPM2B_PUBLIC) -> None:
+    def _pin(self, esapi: Context, srk: Any, public: bytes) -> None:
         """Salt sessions only with the SRK of the first time: an attacker on the bus could substitute his own.
 
         It is the public part that tpm2-tss holds which must be right: the bus may tell it otherwise than us.
@@ -339,9 +339,18 @@ class Device:
 
     # Storage keys, and how they are authorised.
 
-    def _watching(self) -> Any:
-        assert self._sessions is not None
-        return self._sessions.watching()
+    @property
+    def _sessions(self) -> Sessions:
+        """The sessions of the open context; ESAPI is loaded with them."""
+        if self._begun is None:
+            from stationkey.keystore.tpm2.sessions import Sessions  # noqa: PLC0415 - see above
+
+            salt = None if self._terms.session == "none" else self._resource(self._terms.srk_handle)
+            self._begun = Sessions(self._context, self._terms.session, salt)
+        return self._begun
+
+    def _watching(self) -> tuple[Any, ...]:
+        return () if self._terms.session == "none" else self._sessions.watching()
 
     def _secret(self, option: str) -> bytes:
         """The value of an option of ``[tpm]``; empty where it is not set."""
@@ -377,10 +386,9 @@ class Device:
     @contextmanager
     def _under(self, handle: int, *, plain: bool = False) -> Iterator[Any]:
         """The session for a command that a parent authorises; where it is `plain`, the authorisation value itself."""
-        assert self._sessions is not None
         try:
             yield self._password(handle) if plain else self._sessions.authorising()
-        except TSS2_Exception as error:
+        except TpmError as error:
             code = rc.code(error)
             if code not in rc.WRONG_AUTH:
                 raise
@@ -402,11 +410,12 @@ class Device:
         """The authorisation value of a parent. There is an option for that of the SRK only."""
         return self._srk_auth if handle == self._terms.srk_handle else b""
 
-    def _parent(self, handle: int) -> Any:
-        """A storage key by its persistent handle. The keys of another SRK than the present one go on being used."""
-        if handle == self._terms.srk_handle:
-            return self._srk
-        if handle not in self._parents:
+    def _parent(self, handle: int, *, plain: bool = False) -> Any:
+        """A storage key by its persistent handle; where it is not `plain`, its ESYS_TR.
+
+        The keys of another SRK than the present one go on being used.
+        """
+        if handle != self._terms.srk_handle and handle not in self._parents:
             self._auth_of_parent(handle)
             if handle not in _PERSISTENT or not capabilities.persistent(self._context, handle):
                 raise KeyStoreError(
@@ -415,26 +424,34 @@ class Device:
                     hint="was the TPM cleared, or that key removed? Then ask for a new certificate",
                     scope=Scope.KEY,
                 )
-            self._parents[handle] = self._context.tr_from_tpmpublic(handle)
-        return self._parents[handle]
+            self._parents.add(handle)
+        return handle if plain else self._resource(handle)
+
+    def _resource(self, handle: int) -> Any:
+        """The ESYS_TR of a storage key, with its authorisation value."""
+        if handle not in self._resources:
+            resource = self._context.tr_from_tpmpublic(handle)
+            if auth := self._password(handle):
+                self._context.tr_set_auth(resource, auth)
+            self._resources[handle] = resource
+        return self._resources[handle]
 
 
-def _name(public: TPM2B_PUBLIC) -> bytes:
-    """The name of an object by its public area.
+def _name(public: bytes) -> bytes:
+    """The name of an object by its TPM2B_PUBLIC.
 
     Raises:
         KeyStoreError: its name algorithm is invalid.
     """
     try:
-        return bytes(public.get_name())
+        return templates.name_of(public)
     except ValueError:
         raise errors.altered("no hash algorithm") from None
 
 
-def _serialised(handle: int, name: bytes, public: TPM2B_PUBLIC) -> bytes:
+def _serialised(handle: int, name: bytes, public: bytes) -> bytes:
     """What tpm2-tss holds of a key, as Esys_TR_Serialize writes it: handle, TPM2B_NAME, a 1 for "key", TPM2B_PUBLIC.
 
     All of it is compared: a longer public part could end like the right one.
     """
-    parts = (handle.to_bytes(4, "big"), len(name).to_bytes(2, "big"), name, (1).to_bytes(4, "big"), public.marshal())
-    return b"".join(parts)
+    return b"".join((handle.to_bytes(4, "big"), templates.sized(name), (1).to_bytes(4, "big"), public))

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any, Final
 
 from msgspec import Struct
-from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_SESSION
 from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMT_SYM_DEF
 from tpm2_pytss.utils import NoSuchIndex, create_ek_template
@@ -24,6 +23,7 @@ from stationkey.errors import KeyStoreError, NotVerified
 from stationkey.keystore.tpm2 import capabilities
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.context import Context
+from stationkey.keystore.tpm2.return_codes import TpmError
 
 _EK_TEMPLATES: Final = {
     "EK-ECC256": "secp256r1",
@@ -54,7 +54,7 @@ _RC_AUTH: Final = frozenset({0x08E, 0x0A2})  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH
 
 def flush(esapi: Context, handle: Any) -> None:
     """Unload an object or a session, if it is still there."""
-    with suppress(TSS2_Exception):  # a lost TPM holds nothing, and its own error is reported
+    with suppress(TpmError):  # a lost TPM holds nothing, and its own error is reported
         esapi.flush_context(handle)
 
 
@@ -89,7 +89,7 @@ class Hierarchy(Struct, frozen=True):
             handle, public, *_ = self.esapi.create_primary(
                 _NO_SENSITIVE, template, ESYS_TR.ENDORSEMENT, session1=self.session
             )
-        except TSS2_Exception as error:
+        except TpmError as error:
             self._explain(error)
             raise
         return handle, public.marshal()
@@ -99,7 +99,7 @@ class Hierarchy(Struct, frozen=True):
         _, template = _template(self.esapi, name)
         try:
             return None if template is None else self.create_primary(template)
-        except TSS2_Exception as error:
+        except TpmError as error:
             if rc.is_lost(error) or not rc.code(error) & _RC_FORMAT_ONE:
                 raise
             return None  # TPM_RC_CURVE, TPM_RC_VALUE, TPM_RC_KEY_SIZE
@@ -110,12 +110,12 @@ class Hierarchy(Struct, frozen=True):
         with _session(self.esapi, TPM2_SE.POLICY) as policy:
             try:
                 self.esapi.policy_secret(ESYS_TR.ENDORSEMENT, policy, expiration=0, session1=self.session)
-            except TSS2_Exception as error:
+            except TpmError as error:
                 self._explain(error)
                 raise
             yield policy
 
-    def _explain(self, error: TSS2_Exception) -> None:
+    def _explain(self, error: TpmError) -> None:
         """Raise the words for an error that is about the hierarchy."""
         number = rc.code(error) & _FORMAT_ONE
         if rc.is_lost(error):
@@ -208,7 +208,7 @@ def _read_nv(esapi: Context, index: int) -> bytes:
     try:
         while len(content) < size:
             content += bytes(esapi.nv_read(handle, min(_NV_PART, size - len(content)), len(content)))
-    except TSS2_Exception as error:
+    except TpmError as error:
         if rc.is_lost(error) or rc.code(error) in rc.PASSING:
             raise
         raise NoSuchIndex(index) from None  # never written, or it has an authorisation value

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
-from tpm2_pytss.types import TPML_PCR_SELECTION
 
 from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.keyfile import POLICY_AUTH_VALUE, POLICY_PCR, Command
+
+if TYPE_CHECKING:
+    from tpm2_pytss.types import TPML_PCR_SELECTION
 
 _BANKS: Final = {"sha1": 0x0004, "sha256": 0x000B, "sha384": 0x000C, "sha512": 0x000D}
 _MAP: Final = 3  # bytes of the bit map of 24 registers [TPM 2.0 part 2, 10.6]
@@ -55,23 +57,25 @@ class Registers(Struct, frozen=True):
 
     def structure(self) -> TPML_PCR_SELECTION:
         """As a command takes it."""
+        from tpm2_pytss.types import TPML_PCR_SELECTION  # noqa: PLC0415 - see `stationkey.keystore.tpm2.esapi`
+
         return TPML_PCR_SELECTION.unmarshal(self.marshal())[0]
 
-    def read(self, esapi: Context, session: Any) -> list[bytes]:
+    def read(self, esapi: Context, *session: Any) -> list[bytes]:
         """The values now, in the order of their numbers.
 
         Args:
             esapi: an open context.
-            session: authenticates the answer.
+            session: authenticates the answer, if one is given.
 
         Raises:
             KeyStoreError: the bank is not active in this TPM, or lacks one of them.
-            TSS2_Exception: the TPM failed.
+            TpmError: the TPM failed.
         """
         values: list[bytes] = []
         while len(values) < len(self.numbers):
             rest = Registers(self.bank, self.numbers[len(values) :])
-            _, told, digests = esapi.pcr_read(rest.structure(), session)  # the TPM gives eight at a time, or fewer
+            _, told, digests = esapi.pcr_read(rest.structure(), *session)  # the TPM gives eight at a time, or fewer
             page = [bytes(digest) for digest in digests]
             if not page or told.marshal() != Registers(self.bank, rest.numbers[: len(page)]).marshal():
                 raise KeyStoreError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 LAYER: Final = 0x00FF0000
 MARSHALLING: Final = 0x00090000
@@ -12,6 +12,7 @@ FORMAT_ONE: Final = 0x080  # it complains about a handle, a session or a paramet
 
 TCTI_VALUE: Final = 0xA000B
 TCTI_UNKNOWN: Final = 0xA0015
+MALFORMED: Final = 0x70011  # what ESAPI raises over a response that it cannot read
 RESPONSE_ALTERED: Final = 0x7001B  # the HMAC of a response is wrong
 INITIALIZE: Final = 0x100
 PCR_CHANGED: Final = 0x128  # between TPM2_PolicyPCR and the command that it allows
@@ -46,15 +47,38 @@ PASSING: Final = FULL | BUSY
 """The command was not done, and the same may succeed soon. A lockout may take hours, and is not among them."""
 
 
-def code(error: Any) -> int:
-    """The return code of a ``TSS2_Exception``.
+class TpmError(Exception):
+    """What the TPM, or the way to it, answered instead of success.
+
+    Args:
+        code: the return code.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.rc = code
+
+    def __str__(self) -> str:
+        """As tpm2-tss words it."""
+        import ctypes  # noqa: PLC0415 - most errors get words of our own
+
+        try:
+            decode = ctypes.CDLL("libtss2-rc.so.0").Tss2_RC_Decode
+        except OSError:
+            return f"{self.rc:#x}"
+        decode.restype = ctypes.c_char_p
+        return str(decode(ctypes.c_uint32(self.rc)).decode(errors="replace"))
+
+
+def code(error: TpmError) -> int:
+    """The return code of an error.
 
     Where a resource manager answers in the TPM's place, with the code that the TPM would give: without its layer.
     """
-    found: int = error.rc
+    found = error.rc
     return found & 0xFFFF if found & LAYER in _RESOURCE_MANAGER and found & _TPM else found
 
 
-def is_lost(error: Any) -> bool:
+def is_lost(error: TpmError) -> bool:
     """Whether the failure is between us and the TPM, in any layer of tpm2-tss, rather than the TPM's own answer."""
     return bool(code(error) & LAYER)

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_SESSION
 
 from stationkey.config.settings import TpmSession
 from stationkey.keystore.tpm2 import templates
 from stationkey.keystore.tpm2.context import Context
+from stationkey.keystore.tpm2.esapi import public_of, sensitive_of
+from stationkey.keystore.tpm2.return_codes import TpmError
 
 _CIPHER: Final = "aes128cfb"
 _KEPT: Final = TPMA_SESSION.CONTINUESESSION
@@ -29,10 +30,10 @@ class Sessions:
     Args:
         esapi: the context.
         how: ``none``, ``hmac`` or ``encrypted``.
-        salt: the loaded key that the salts are encrypted to.
+        salt: the loaded key that the salts are encrypted to; not needed for ``none``.
     """
 
-    def __init__(self, esapi: Context, how: TpmSession, salt: Any) -> None:
+    def __init__(self, esapi: Context, how: TpmSession, salt: Any = None) -> None:
         self._esapi = esapi
         self._how = how
         self._salt = salt if how != "none" else ESYS_TR.NONE
@@ -45,11 +46,11 @@ class Sessions:
             return ESYS_TR.PASSWORD
         return self._with(_ENCRYPTING if self._how == "encrypted" else _KEPT)
 
-    def watching(self) -> Any:
+    def watching(self) -> tuple[Any, ...]:
         """The session that authenticates the response to a command that needs no authorisation; for ``none``, none."""
         if self._how == "none":
-            return ESYS_TR.NONE
-        return self._with(_KEPT | TPMA_SESSION.AUDIT)
+            return ()
+        return (self._with(_KEPT | TPMA_SESSION.AUDIT),)
 
     def _with(self, attributes: Any) -> Any:
         if self._hmac is None:
@@ -77,7 +78,7 @@ class Sessions:
         """Flush them. A TPM that is lost holds none."""
         for session in (self._hmac, self._policy):
             if session is not None:
-                with suppress(TSS2_Exception):
+                with suppress(TpmError):
                     self._esapi.flush_context(session)
         self.forget()
 
@@ -92,7 +93,7 @@ def before_the_srk(esapi: Context, how: TpmSession) -> Iterator[Any]:
     if how == "none":
         yield ESYS_TR.PASSWORD
         return
-    primary = esapi.create_primary(templates.sensitive(), templates.srk(), ESYS_TR.NULL)[0]
+    primary = esapi.create_primary(sensitive_of(templates.sensitive()), public_of(templates.srk()), ESYS_TR.NULL)[0]
     try:
         sessions = Sessions(esapi, how, primary)
         try:
@@ -101,3 +102,19 @@ def before_the_srk(esapi: Context, how: TpmSession) -> Iterator[Any]:
             sessions.close()
     finally:
         esapi.flush_context(primary)
+
+
+def make_srk(
+    esapi: Context, how: TpmSession, sensitive: bytes, template: bytes, handle: int, owner_auth: bytes
+) -> bytes:
+    """Make the storage root key with a session, and keep it at a persistent handle; return its TPM2B_PUBLIC."""
+    esapi.tr_set_auth(ESYS_TR.OWNER, owner_auth)
+    with before_the_srk(esapi, how) as session:
+        primary, public, *_ = esapi.create_primary(
+            sensitive_of(sensitive), public_of(template), ESYS_TR.OWNER, session1=session
+        )
+        try:
+            esapi.evict_control(ESYS_TR.OWNER, primary, handle, session)
+        finally:
+            esapi.flush_context(primary)
+    return bytes(public.marshal())

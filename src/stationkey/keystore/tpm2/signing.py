@@ -4,31 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.padding import AsymmetricPadding, PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-from tpm2_pytss.constants import TPM2_ALG
-from tpm2_pytss.cryptography import tpm_ecc_private_key, tpm_rsa_private_key
-from tpm2_pytss.types import TPMS_SCHEME_HASH, TPMT_SIG_SCHEME, TPMU_SIG_SCHEME
 
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType, RsaModulus
 from stationkey.x509.csr import PublicKey
 
-Sign = Callable[[bytes, Any, Any], bytes]
+Buffer = bytes | bytearray | memoryview
+Sign = Callable[[Buffer, int, hashes.HashAlgorithm], bytes]
 """Signs data by a TPM_ALG_ID and one of cryptography's hashes; returns the TPMT_SIGNATURE, marshalled."""
 
-HASHES: Final[dict[str, Any]] = {"sha256": TPM2_ALG.SHA256, "sha384": TPM2_ALG.SHA384, "sha512": TPM2_ALG.SHA512}
+RSASSA: Final = 0x0014
+ECDSA: Final = 0x0018
+HASHES: Final[dict[str, int]] = {"sha256": 0x000B, "sha384": 0x000C, "sha512": 0x000D}
+"""TPM_ALG_ID [TPM 2.0 part 2, 6.3]."""
 _POINTS: Final[dict[KeyType, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
 
 
-class EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like all of tpm2-pytss
-    """tpm2-pytss's face of a loaded key towards cryptography, with the public part that is known already.
+class _InTpm:
+    """What a key in a TPM does not do."""
 
-    Its base class asks the TPM for the public part, decodes it at each use, and checks it again before
-    it signs; that took a tenth of a request's time.
+    def _refused(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError("a key in a TPM only signs")
+
+    private_numbers = private_bytes = exchange = decrypt = _refused
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self
+
+
+class EccPrivateKey(_InTpm, ec.EllipticCurvePrivateKey):
+    """An EC key.
+
+    Args:
+        sign: see `Sign`.
+        public_key: its public part.
     """
 
     def __init__(self, sign: Sign, public_key: ec.EllipticCurvePublicKey) -> None:
@@ -44,15 +61,27 @@ class EccPrivateKey(tpm_ecc_private_key):  # type: ignore[misc] # untyped, like 
         """Of the public key."""
         return self._public_key.curve
 
-    def sign(self, data: bytes, signature_algorithm: ec.ECDSA) -> bytes:
+    @property
+    def key_size(self) -> int:
+        """Bits of the curve."""
+        return self._public_key.key_size
+
+    def sign(self, data: Buffer, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
         """DER [RFC 3279 2.2.3]."""
-        signature = self._sign(data, TPM2_ALG.ECDSA, signature_algorithm.algorithm)
+        algorithm = signature_algorithm.algorithm
+        assert isinstance(algorithm, hashes.HashAlgorithm)
+        signature = self._sign(data, ECDSA, algorithm)
         # Two algorithm identifiers, then r and s [TPM 2.0 part 2, 11.3.2 and 11.3.4].
         return encode_dss_signature(*_two_numbers(signature[4:]))
 
 
-class RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
-    """The same for RSA, with PKCS #1 v1.5 padding [RFC 8017 8.2], as the contract's algorithms have it."""
+class RsaPrivateKey(_InTpm, rsa.RSAPrivateKey):
+    """An RSA key, with PKCS #1 v1.5 padding [RFC 8017 8.2], as the contract's algorithms have it.
+
+    Args:
+        sign: see `Sign`.
+        public_key: its public part.
+    """
 
     def __init__(self, sign: Sign, public_key: rsa.RSAPublicKey) -> None:
         self._sign = sign
@@ -67,20 +96,19 @@ class RsaPrivateKey(tpm_rsa_private_key):  # type: ignore[misc] # as above
         """Bits of the modulus."""
         return self._public_key.key_size
 
-    def sign(self, data: bytes, padding: AsymmetricPadding, algorithm: hashes.HashAlgorithm) -> bytes:
+    def sign(self, data: Buffer, padding: AsymmetricPadding, algorithm: Any) -> bytes:
         """As RFC 8017 8.2 has it."""
         if not isinstance(padding, PKCS1v15):
             raise ValueError(f"{padding.name} is not one of the contract's")  # noqa: TRY004 - as cryptography's own keys say it
-        return self._sign(data, TPM2_ALG.RSASSA, algorithm)[6:]  # after two identifiers and the size [part 2, 11.3.1]
+        return self._sign(data, RSASSA, algorithm)[6:]  # after two identifiers and the size [part 2, 11.3.1]
 
 
 @cache
-def signing_scheme(scheme: Any, hash_name: str) -> TPMT_SIG_SCHEME:
-    """By a TPM_ALG_ID and the name that cryptography gives a hash."""
+def signing_scheme(scheme: int, hash_name: str) -> bytes:
+    """TPMT_SIG_SCHEME by a TPM_ALG_ID and the name that cryptography gives a hash [TPM 2.0 part 2, 11.2.1.5]."""
     if hash_name not in HASHES:
         raise ValueError(f"{hash_name} is not one of the contract's")
-    details = TPMU_SIG_SCHEME(any=TPMS_SCHEME_HASH(hashAlg=HASHES[hash_name]))
-    return TPMT_SIG_SCHEME(scheme=scheme, details=details)
+    return scheme.to_bytes(2, "big") + HASHES[hash_name].to_bytes(2, "big")
 
 
 def public_key(kind: KeyType, public: bytes) -> PublicKey:
@@ -98,10 +126,7 @@ def public_key(kind: KeyType, public: bytes) -> PublicKey:
 
 
 def _two_numbers(marshalled: bytes) -> tuple[int, int]:
-    """Return two numbers, each after its length in two bytes: r and s, or the coordinates of a point.
-
-    Reading them as attributes of tpm2-pytss takes ten times as long.
-    """
+    """Return two numbers, each after its length in two bytes: r and s, or the coordinates of a point."""
     middle = 2 + _number(marshalled[:2])
     return _number(marshalled[2:middle]), _number(marshalled[middle + 2 :])
 

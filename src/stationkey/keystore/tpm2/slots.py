@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
-from tpm2_pytss.constants import ESYS_TR, TPM2_SE
 
 from stationkey.keystore.tpm2 import capabilities
 
@@ -43,9 +42,11 @@ _HEAD: Final = 8  # bytes of a TPMT_PUBLIC: type, name algorithm, attributes
 _SESSION: Final = "start_auth_session"
 _HMAC: Final = 0x02000000
 _POLICY: Final = 0x03000000
+_SE_POLICY: Final = 0x01
+"""TPM_SE_POLICY [TPM 2.0 part 2, 6.11]."""
 _PUBLIC: Final = {"load": 2, "create_loaded": 2, "create_primary": 1}
 LOADING: Final = frozenset({_SESSION, *_PUBLIC})
-"""The methods of ESAPI that load something."""
+"""The methods of a context that load something."""
 
 
 def serves_one_program(tcti: str) -> bool:
@@ -126,8 +127,7 @@ class Slots:
         self._esapi = esapi
         self._directory = None if alone else directory
         self._alone = alone
-        clock = esapi.read_clock().clockInfo
-        self._mine = _Contents([int(clock.resetCount), int(clock.restartCount)])
+        self._mine = _Contents(list(esapi.boots()))
         self._names: dict[int, tuple[str, ...]] = {}
         self.relieve()
         records = (_Record.open(path, create=True) for path in self._paths())
@@ -154,14 +154,13 @@ class Slots:
             return
         if method == _SESSION:
             taken = {handle & _INDEX for handle in capabilities.sessions(self._esapi)}
-            handle, area = (_POLICY if arguments[2] == TPM2_SE.POLICY else _HMAC) | _first_free(taken, 0), b""
+            handle, area = (_POLICY if arguments[2] == _SE_POLICY else _HMAC) | _first_free(taken, 0), b""
         else:
             taken = set(capabilities.handles(self._esapi, *_TRANSIENT))
             handle = _first_free(taken, _TRANSIENT[0])
             if method != "create_primary":  # the parent is persistent, and has that slot as long as the command lasts
                 handle = _first_free({*taken, handle}, _TRANSIENT[0])
-            told = arguments[_PUBLIC[method]]
-            area = _marshalled(told)[_SIZE_FIELD:]
+            area = _marshalled(arguments[_PUBLIC[method]])[_SIZE_FIELD:]
             area = area if method == "load" else area[:_HEAD]
         self._mine.coming = (f"{handle:x}", area.hex())
         self._write()
@@ -179,7 +178,7 @@ class Slots:
             public: TPM2B_PUBLIC of an object; None for a session.
         """
         digest = "" if public is None else hashlib.sha256(_marshalled(public)).hexdigest()
-        name = f"{self._esapi.tr_get_tpm_handle(resource) if isinstance(resource, ESYS_TR) else resource:x}"
+        name = f"{resource if type(resource) is int else self._esapi.tr_get_tpm_handle(resource):x}"
         coming = () if self._mine.coming is None else (self._mine.coming[0],)  # the answer may be altered on the bus
         self._names[int(resource)] = (name, *coming)
         self._mine.loaded.update(dict.fromkeys((name, *coming), digest))
@@ -221,16 +220,14 @@ class Slots:
             if handle < _TRANSIENT[0]:
                 yield handle
                 continue
-            known = self._esapi.tr_from_tpmpublic(handle)
-            public = self._esapi.read_public(known)[0].marshal()
-            self._esapi.tr_close(known)
+            public, _ = self._esapi.public_of(handle)
             is_coming = name == coming and public[_SIZE_FIELD:].hex().startswith(area)
             if is_coming or contents.loaded.get(name) == hashlib.sha256(public).hexdigest():
                 yield handle
 
     def _flush(self, handles: Iterable[int]) -> None:
         for handle in handles:
-            self._esapi.flush_context(self._esapi.tr_from_tpmpublic(handle))
+            self._esapi.flush_context(handle)
 
 
 def _marshalled(structure: Any) -> bytes:

@@ -9,8 +9,6 @@ The head of `stationkey.keystore.tpm2.device` says what is done when the TPM is 
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,19 +17,10 @@ from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any, Final, TypeVar
 
-from msgspec.structs import replace
-
-# tpm2-tss prints every TPM error to standard error by itself; here each becomes an exception with its own words, and a
-# line of JSON in the log must not be torn apart. Read once, when the library is loaded; an operator's own value wins,
-# but for the levels at which the library prints whole commands: an authorisation value may be in them.
-os.environ["TSS2_LOG"] = re.sub("debug|trace", "info", os.environ.get("TSS2_LOG", "all+none"), flags=re.IGNORECASE)
-
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tpm2_pytss import TSS2_Exception
-from tpm2_pytss.constants import TPM2_ALG
-from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC
+from msgspec.structs import replace
 
 from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import Algorithm, EllipticCurve, KeyType
@@ -43,8 +32,9 @@ from stationkey.keystore.tpm2.context import Context
 from stationkey.keystore.tpm2.device import Device
 from stationkey.keystore.tpm2.keyfile import SEALED, KeyFile, policy_digest
 from stationkey.keystore.tpm2.pcr import PcrPolicy
+from stationkey.keystore.tpm2.return_codes import TpmError
 from stationkey.keystore.tpm2.sealed import damaged
-from stationkey.keystore.tpm2.signing import EccPrivateKey, RsaPrivateKey, signing_scheme
+from stationkey.keystore.tpm2.signing import ECDSA, RSASSA, EccPrivateKey, RsaPrivateKey, signing_scheme
 from stationkey.keystore.tpm2.templates import KEY_ATTRIBUTES
 from stationkey.x509.csr import PrivateKey, PublicKey
 
@@ -56,7 +46,7 @@ _SCHEME: Final = "tpm2"
 
 
 class Tpm2KeyStore(Device):
-    """Keys in the TPM behind a TCTI, with one ESAPI context that is kept until the TPM is lost.
+    """Keys in the TPM behind a TCTI, with one context that is kept until the TPM is lost.
 
     Args:
         tcti: name and configuration of a TPM command transmission interface, ``device:/dev/tpmrm0`` for example. Always
@@ -86,7 +76,7 @@ class Tpm2KeyStore(Device):
     @property
     def identity(self) -> str:
         """The name of the storage root key, which no other TPM has."""
-        return f"{_SCHEME}:{self._with_device(lambda: bytes(self._context.tr_get_name(self._srk))).hex()}"
+        return f"{_SCHEME}:{self._with_device(lambda: self._srk_name).hex()}"
 
     def _protection(self) -> str:
         words = []
@@ -153,7 +143,6 @@ class Tpm2KeyStore(Device):
 
         def command() -> T:
             handle = None if key is None else self._load(key, lent=True)
-            assert self._sessions is not None
             return use(self._context, handle, self._sessions.authorising())
 
         return self._with_device(command)
@@ -164,7 +153,7 @@ class Tpm2KeyStore(Device):
         if loaded is not None and self._esapi is not None and not self._abandoned:
             try:
                 self._context.flush_context(loaded.handle)
-            except TSS2_Exception:
+            except TpmError:
                 self._forget()
         super().unload()
 
@@ -221,16 +210,16 @@ class Tpm2KeyStore(Device):
         commands = policy.commands(auth=False) if policy is not None else ()
         secret = templates.sensitive(data=token_urlsafe(24).encode("ascii"))
         with self._under(parent) as session:
-            private, public, *_ = self._context.create(
-                self._parent(parent), secret, templates.sealed(policy_digest(commands)), session1=session
+            private, public = self._context.create(
+                self._parent(parent), secret, templates.sealed(policy_digest(commands)), session
             )
-        return KeyFile(public.marshal(), private.marshal(), parent, policy=commands, type=SEALED)
+        return KeyFile(public, private, parent, policy=commands, type=SEALED)
 
     def _unseal(self, file: KeyFile, policy: PcrPolicy | None, path: Path, scope: Scope) -> bytes:
         try:
             handle = self._load_file(file)
-        except (TSS2_Exception, ValueError) as error:
-            if isinstance(error, TSS2_Exception) and rc.code(error) != rc.INTEGRITY:
+        except (TpmError, ValueError) as error:
+            if isinstance(error, TpmError) and rc.code(error) != rc.INTEGRITY:
                 raise
             raise damaged(path, scope) from None
         try:
@@ -255,7 +244,7 @@ class Tpm2KeyStore(Device):
             )
         policy = None
         if self._registers is not None:
-            policy = PcrPolicy.of(self._registers, self._registers.read(self._context, self._watching()))
+            policy = PcrPolicy.of(self._registers, self._registers.read(self._context, *self._watching()))
         auth, plain = self._new_auth(policy), self._is_plain(policy)
         handle, file = self._create_loaded(support.key_type, auth, policy, plain=plain)
         try:
@@ -276,25 +265,25 @@ class Tpm2KeyStore(Device):
     ) -> tuple[Any, KeyFile]:
         """Handle and file of a new key, by one command where the TPM has it."""
         commands = policy.commands(auth=bool(auth)) if policy is not None else ()
-        secret, digest = templates.sensitive(auth=auth), policy_digest(commands)
-        file = partial(KeyFile, parent=self._terms.srk_handle, empty_auth=not auth, policy=commands)
+        secret, template = templates.sensitive(auth=auth), templates.key(kind, policy_digest(commands))
+        srk = self._terms.srk_handle
+        file = partial(KeyFile, parent=srk, empty_auth=not auth, policy=commands)
         if self._has_create_loaded:
             try:
-                with self._under(self._terms.srk_handle, plain=plain) as session:
+                with self._under(srk, plain=plain) as session:
                     handle, private, public = self._context.create_loaded(
-                        self._srk, secret, templates.marshalled_key(kind, digest), session
+                        self._parent(srk, plain=plain), secret, template, session
                     )
-            except TSS2_Exception as error:
+            except TpmError as error:
                 if rc.code(error) != rc.COMMAND_CODE:
                     raise
                 self._has_create_loaded = False
             else:
                 return handle, file(public, private)
-        template = TPM2B_PUBLIC(publicArea=templates.key(kind, digest))
-        with self._under(self._terms.srk_handle) as session:
-            wrapped, made, *_ = self._context.create(self._srk, secret, template, session1=session)
-        created = file(made.marshal(), wrapped.marshal())
-        return self._load_file(created, plain=plain), created
+        with self._under(srk, plain=plain) as session:
+            private, public = self._context.create(self._parent(srk, plain=plain), secret, template, session)
+        created = file(public, private)
+        return self._load_file(created, plain=kind if plain else None), created
 
     def _load(self, key: KeyRef, *, lent: bool = False) -> Any:
         """The handle of a key, loaded now if need be; an ESYS_TR if it is `lent`."""
@@ -306,24 +295,32 @@ class Tpm2KeyStore(Device):
         auth = b"" if file.empty_auth else self._auth_of(file, policy)
         plain = self._is_plain(policy) and not lent
         try:
-            handle = self._load_file(file, plain=plain)
+            handle = self._load_file(file, plain=key.key_type if plain else None)
         except ValueError:
             raise _damaged(key) from None
         self._keep_loaded(_Loaded(key, handle, policy, auth, plain=plain))
         return handle
 
-    def _load_file(self, file: KeyFile, *, plain: bool = False) -> Any:
+    def _load_file(self, file: KeyFile, *, plain: KeyType | None = None) -> Any:
         """Load under the parent that the file names.
+
+        Args:
+            file: the key.
+            plain: its type, if it is used without a session.
 
         Raises:
             ValueError: it is damaged, and was not sent.
         """
-        parent = self._parent(file.parent)
+        parent = self._parent(file.parent, plain=plain is not None)
+        private, public = file.private, file.public
         try:
-            private, public = TPM2B_PRIVATE.unmarshal(file.private)[0], TPM2B_PUBLIC.unmarshal(file.public)[0]
-            with self._under(file.parent, plain=plain) as session:
+            if plain is not None and not (templates.is_sized(private) and templates.is_key(plain, public)):
+                from stationkey.keystore.tpm2.esapi import marshalled_again  # noqa: PLC0415 - only for other keys
+
+                private, public = marshalled_again(private, public)
+            with self._under(file.parent, plain=plain is not None) as session:
                 return self._context.load(parent, private, public, session)
-        except TSS2_Exception as error:
+        except TpmError as error:
             if error.rc & rc.LAYER == rc.MARSHALLING:
                 raise ValueError("damaged") from None
             raise
@@ -336,16 +333,15 @@ class Tpm2KeyStore(Device):
     @contextmanager
     def _using(self, policy: PcrPolicy | None, *, auth: bytes = b"", plain: bool = False) -> Iterator[Any]:
         """The session for a command that a key authorises: by its policy, where it has one; see `_under`."""
-        assert self._sessions is not None
         try:
             if policy is None:
                 yield auth if plain else self._sessions.authorising()
                 return
             yield self._shown(policy, auth=bool(auth))
-        except TSS2_Exception as error:
+        except TpmError as error:
             code = rc.code(error)
-            if policy is not None or code in rc.WRONG_AUTH:
-                self._sessions.close()  # it may be the session that is wrong: what began it may have been altered
+            if self._begun is not None and (policy is not None or code in rc.WRONG_AUTH):
+                self._begun.close()  # it may be the session that is wrong: what began it may have been altered
             if policy is not None and code == rc.POLICY_FAIL:
                 raise errors.pcr_changed(policy.registers, f"{error.rc:#x}") from None
             if code in rc.WRONG_AUTH:
@@ -365,11 +361,10 @@ class Tpm2KeyStore(Device):
 
     def _shown(self, policy: PcrPolicy, *, auth: bool) -> Any:
         """A session to which a policy was shown."""
-        assert self._sessions is not None
         session = self._sessions.policy()
         try:
             self._context.policy_pcr(session, policy.digest, policy.registers.structure())
-        except TSS2_Exception as error:
+        except TpmError as error:
             if rc.code(error) == rc.VALUE_1:
                 raise errors.pcr_changed(policy.registers, f"{error.rc:#x}") from None
             raise
@@ -377,13 +372,13 @@ class Tpm2KeyStore(Device):
             self._context.policy_auth_value(session)
         return session
 
-    def _sign(self, key: KeyRef, data: bytes, scheme: Any, algorithm: hashes.HashAlgorithm) -> bytes:
+    def _sign(self, key: KeyRef, data: signing.Buffer, scheme: int, algorithm: hashes.HashAlgorithm) -> bytes:
         digest = hashes.Hash(algorithm)
         digest.update(data)
         message, how = digest.finalize(), signing_scheme(scheme, algorithm.name)
         return self._with_device(lambda: self._sign_digest(key, message, how))
 
-    def _sign_digest(self, key: KeyRef, digest: bytes, how: Any) -> bytes:
+    def _sign_digest(self, key: KeyRef, digest: bytes, how: bytes) -> bytes:
         self._load(key)
         loaded = self._loaded
         assert loaded is not None
@@ -393,7 +388,7 @@ class Tpm2KeyStore(Device):
     def _check(self, key: KeyRef) -> None:
         self._load(key)
         if self._loaded is not None and (self._loaded.auth or self._loaded.policy is not None):
-            scheme = TPM2_ALG.ECDSA if isinstance(key.key_type, EllipticCurve) else TPM2_ALG.RSASSA
+            scheme = ECDSA if isinstance(key.key_type, EllipticCurve) else RSASSA
             self._sign_digest(key, bytes(32), signing_scheme(scheme, "sha256"))
 
     def _refuse_other_protection(self, key: KeyRef) -> None:

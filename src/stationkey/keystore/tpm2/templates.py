@@ -1,147 +1,167 @@
-"""Templates of the objects that the TPM creates [TPM 2.0 part 2, 12.2]."""
+"""Templates of the objects that the TPM creates, marshalled [TPM 2.0 part 2, 12.2]."""
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
-from tpm2_pytss.constants import TPM2_ALG, TPM2_ECC, TPMA_OBJECT
-from tpm2_pytss.types import (
-    TPM2B_PUBLIC,
-    TPM2B_SENSITIVE_CREATE,
-    TPM2B_TEMPLATE,
-    TPMS_ECC_PARMS,
-    TPMS_KEYEDHASH_PARMS,
-    TPMS_RSA_PARMS,
-    TPMS_SENSITIVE_CREATE,
-    TPMT_ECC_SCHEME,
-    TPMT_KDF_SCHEME,
-    TPMT_KEYEDHASH_SCHEME,
-    TPMT_PUBLIC,
-    TPMT_RSA_SCHEME,
-    TPMT_SYM_DEF_OBJECT,
-    TPMU_PUBLIC_PARMS,
-    TPMU_SYM_KEY_BITS,
-    TPMU_SYM_MODE,
-)
+from stationkey.contract.profiles import SECP256R1, SECP521R1, EllipticCurve, KeyType, RsaModulus
 
-from stationkey.contract.profiles import SECP256R1, SECP521R1, EllipticCurve, KeyType
+FIXED_TPM: Final = 1 << 1
+FIXED_PARENT: Final = 1 << 4
+SENSITIVE_DATA_ORIGIN: Final = 1 << 5
+USER_WITH_AUTH: Final = 1 << 6
+NO_DA: Final = 1 << 10
+RESTRICTED: Final = 1 << 16
+DECRYPT: Final = 1 << 17
+SIGN: Final = 1 << 18
+"""TPMA_OBJECT [part 2, 8.3]."""
 
 KEY_ATTRIBUTES: Final = (
-    TPMA_OBJECT.FIXEDTPM  # cannot be duplicated to another TPM
-    | TPMA_OBJECT.FIXEDPARENT  # nor to another parent
-    | TPMA_OBJECT.SENSITIVEDATAORIGIN  # made by the TPM, not imported
-    | TPMA_OBJECT.USERWITHAUTH
+    FIXED_TPM  # cannot be duplicated to another TPM
+    | FIXED_PARENT  # nor to another parent
+    | SENSITIVE_DATA_ORIGIN  # made by the TPM, not imported
+    | USER_WITH_AUTH
     # Without NODA, three power cuts while the key is in use lock the TPM.
-    | TPMA_OBJECT.NODA
-    | TPMA_OBJECT.SIGN_ENCRYPT
+    | NO_DA
+    | SIGN
 )
-"""Attributes of every key made here [TPM 2.0 part 2, 8.3]; one with a policy has not USERWITHAUTH, or its authorisation
-value alone would do."""
+"""Attributes of every key made here; one with a policy has not USER_WITH_AUTH, or its authorisation value alone would
+do."""
 
-SRK_NEEDED: Final = (
-    TPMA_OBJECT.FIXEDTPM
-    | TPMA_OBJECT.FIXEDPARENT
-    | TPMA_OBJECT.SENSITIVEDATAORIGIN
-    | TPMA_OBJECT.USERWITHAUTH
-    | TPMA_OBJECT.RESTRICTED
-    | TPMA_OBJECT.DECRYPT
-)
-_SEALED: Final = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.NODA
+SRK_NEEDED: Final = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | USER_WITH_AUTH | RESTRICTED | DECRYPT
+_SEALED: Final = FIXED_TPM | FIXED_PARENT | USER_WITH_AUTH | NO_DA
 
-CURVES: Final[dict[KeyType, Any]] = {SECP256R1: TPM2_ECC.NIST_P256, SECP521R1: TPM2_ECC.NIST_P521}
-_NOTHING: Final = TPM2B_SENSITIVE_CREATE()
-
-
-def srk() -> TPM2B_PUBLIC:
-    """ECC P-256 storage key by the template of the TCG [TPM v2.0 Provisioning Guidance 7.5.1]."""
-    symmetric = TPMT_SYM_DEF_OBJECT(
-        algorithm=TPM2_ALG.AES, keyBits=TPMU_SYM_KEY_BITS(aes=128), mode=TPMU_SYM_MODE(aes=TPM2_ALG.CFB)
-    )
-    return TPM2B_PUBLIC(
-        publicArea=TPMT_PUBLIC(
-            type=TPM2_ALG.ECC,
-            nameAlg=TPM2_ALG.SHA256,
-            objectAttributes=SRK_NEEDED | TPMA_OBJECT.NODA,
-            parameters=_ecc_parameters(TPM2_ECC.NIST_P256, symmetric),
-        )
-    )
+RSA: Final = 0x0001
+_KEYEDHASH: Final = 0x0008
+_SHA256: Final = 0x000B
+_HASHES: Final = {
+    0x0004: "sha1",
+    _SHA256: "sha256",
+    0x000C: "sha384",
+    0x000D: "sha512",
+    0x0012: "sm3",
+    0x0027: "sha3_256",
+    0x0028: "sha3_384",
+    0x0029: "sha3_512",
+}
+_NULL: Final = b"\x00\x10"
+ECC: Final = 0x0023
+"""TPM_ALG_ID [part 2, 6.3]."""
+_P256: Final = 0x0003
+CURVES: Final[dict[KeyType, int]] = {SECP256R1: _P256, SECP521R1: 0x0005}
+"""TPM_ECC_CURVE [part 2, 6.4]."""
+_AES_128_CFB: Final = b"\x00\x06\x00\x80\x00\x43"
+_NO_NUMBER: Final = b"\x00\x00"
+_HEAD: Final = 2 + 2 + 2 + 4  # bytes before the policy in a TPM2B_PUBLIC: size, type, name algorithm, attributes
 
 
-def key(kind: KeyType, policy: bytes = b"") -> TPMT_PUBLIC:
-    """A signing key. Its scheme stays NULL: one fixed to ECDSA with SHA-512 fails in TLS 1.2.
+def srk() -> bytes:
+    """TPM2B_PUBLIC of an ECC P-256 storage key by the template of the TCG [TPM v2.0 Provisioning Guidance 7.5.1]."""
+    return sized(_area(ECC, SRK_NEEDED | NO_DA, b"", _ecc_parameters(_P256, _AES_128_CFB) + 2 * _NO_NUMBER))
+
+
+@cache
+def key(kind: KeyType, policy: bytes = b"") -> bytes:
+    """TPM2B_PUBLIC, or TPM2B_TEMPLATE, of a signing key.
+
+    Its scheme stays NULL: one fixed to ECDSA with SHA-512 fails in TLS 1.2.
 
     Args:
         kind: curve or RSA size.
         policy: digest of the policy that its use needs; empty for none.
     """
-    return TPMT_PUBLIC(
-        type=TPM2_ALG.ECC if isinstance(kind, EllipticCurve) else TPM2_ALG.RSA,
-        nameAlg=TPM2_ALG.SHA256,
-        objectAttributes=_bound(KEY_ATTRIBUTES, policy),
-        authPolicy=policy,
-        parameters=key_parameters(kind),
-    )
+    elliptic = isinstance(kind, EllipticCurve)
+    unique = 2 * _NO_NUMBER if elliptic else _NO_NUMBER
+    attributes = _bound(KEY_ATTRIBUTES, policy)
+    return sized(_area(ECC if elliptic else RSA, attributes, policy, key_parameters(kind) + unique))
 
 
-@cache
-def _plain(kind: KeyType) -> TPM2B_TEMPLATE:
-    return TPM2B_TEMPLATE(key(kind).marshal())
+def sealed(policy: bytes = b"") -> bytes:
+    """TPM2B_PUBLIC of data that the TPM gives out again, where the policy lets it."""
+    return sized(_area(_KEYEDHASH, _bound(_SEALED, policy), policy, _NULL + _NO_NUMBER))
 
 
-def marshalled_key(kind: KeyType, policy: bytes = b"") -> TPM2B_TEMPLATE:
-    """The same as TPM2_CreateLoaded wants it."""
-    return TPM2B_TEMPLATE(key(kind, policy).marshal()) if policy else _plain(kind)
+def sensitive(*, auth: bytes = b"", data: bytes = b"") -> bytes:
+    """TPM2B_SENSITIVE_CREATE: authorisation value of a new object, and what to seal in it."""
+    return sized(sized(auth) + sized(data))
 
 
-def sealed(policy: bytes = b"") -> TPM2B_PUBLIC:
-    """Data that the TPM gives out again, where the policy lets it."""
-    return TPM2B_PUBLIC(
-        publicArea=TPMT_PUBLIC(
-            type=TPM2_ALG.KEYEDHASH,
-            nameAlg=TPM2_ALG.SHA256,
-            objectAttributes=_bound(_SEALED, policy),
-            authPolicy=policy,
-            parameters=TPMU_PUBLIC_PARMS(
-                keyedHashDetail=TPMS_KEYEDHASH_PARMS(scheme=TPMT_KEYEDHASH_SCHEME(scheme=TPM2_ALG.NULL))
-            ),
-        )
-    )
-
-
-def sensitive(*, auth: bytes = b"", data: bytes = b"") -> TPM2B_SENSITIVE_CREATE:
-    """Authorisation value of a new object, and what to seal in it."""
-    if not (auth or data):
-        return _NOTHING
-    return TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=auth, data=data))
-
-
-def _bound(attributes: Any, policy: bytes) -> Any:
-    return attributes & ~TPMA_OBJECT.USERWITHAUTH if policy else attributes
-
-
-def unlike_srk(public: TPMT_PUBLIC) -> str:
-    """Return what a key is instead of an ECC P-256 storage key; empty if it is one."""
-    attributes = public.objectAttributes
-    if public.type != TPM2_ALG.ECC:
-        return f"a key of type {str(public.type).upper()}"
-    if public.parameters.eccDetail.curveID != TPM2_ECC.NIST_P256:
-        return f"a key on the curve {str(public.parameters.eccDetail.curveID).upper().replace('NIST_P', 'P-')}"
-    # With these, no TPM lets it sign.
-    return "" if attributes & SRK_NEEDED == SRK_NEEDED else f"a key with the attributes {attributes}"
-
-
-def key_parameters(kind: KeyType) -> TPMU_PUBLIC_PARMS:
-    """Those of a signing key."""
-    none = TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL)
+def key_parameters(kind: KeyType) -> bytes:
+    """TPMU_PUBLIC_PARMS of a signing key."""
     if isinstance(kind, EllipticCurve):
-        return _ecc_parameters(CURVES[kind], none)
-    scheme = TPMT_RSA_SCHEME(scheme=TPM2_ALG.NULL)
-    # An exponent of 0 stands for 65537 [TPM 2.0 part 2, 12.2.3.5].
-    return TPMU_PUBLIC_PARMS(rsaDetail=TPMS_RSA_PARMS(symmetric=none, scheme=scheme, keyBits=kind.bits, exponent=0))
+        return _ecc_parameters(CURVES[kind], _NULL)
+    # No symmetric algorithm, no scheme; an exponent of 0 stands for 65537 [TPM 2.0 part 2, 12.2.3.5].
+    return _NULL + _NULL + _number(kind.bits) + bytes(4)
 
 
-def _ecc_parameters(curve: Any, symmetric: TPMT_SYM_DEF_OBJECT) -> TPMU_PUBLIC_PARMS:
-    scheme = TPMT_ECC_SCHEME(scheme=TPM2_ALG.NULL)
-    kdf = TPMT_KDF_SCHEME(scheme=TPM2_ALG.NULL)
-    return TPMU_PUBLIC_PARMS(eccDetail=TPMS_ECC_PARMS(symmetric=symmetric, scheme=scheme, curveID=curve, kdf=kdf))
+def rsa_parameters(kind: RsaModulus) -> bytes:
+    """TPMT_PUBLIC_PARMS of an RSA key."""
+    return _number(RSA) + key_parameters(kind)
+
+
+def is_key(kind: KeyType, public: bytes) -> bool:
+    """Whether a TPM2B_PUBLIC is that of a key made by `key`, without a policy."""
+    numbers = 2 if isinstance(kind, EllipticCurve) else 1
+    head = key(kind)[2 : -2 * numbers]
+    rest = public[2 + len(head) :]
+    for _ in range(numbers):
+        rest = rest[2 + int.from_bytes(rest[:2], "big") :] if is_sized(rest, exactly=False) else b"?"
+    return is_sized(public) and public.startswith(head, 2) and not rest
+
+
+def attributes_of(public: bytes) -> int:
+    """TPMA_OBJECT of a TPM2B_PUBLIC."""
+    return int.from_bytes(public[6:_HEAD], "big")
+
+
+def unlike_srk(public: bytes) -> str:
+    """Return what the key of a TPM2B_PUBLIC is instead of an ECC P-256 storage key; empty if it is one."""
+    parameters = public[_HEAD + 2 + int.from_bytes(public[_HEAD : _HEAD + 2], "big") :]
+    # A storage key has a symmetric algorithm, of six bytes, and no scheme. With its attributes, no TPM lets it sign.
+    is_ours = parameters[8:10] == _number(_P256) and attributes_of(public) & SRK_NEEDED == SRK_NEEDED
+    if public[2:4] == _number(ECC) and is_ours:
+        return ""
+    from stationkey.keystore.tpm2.esapi import words_of  # noqa: PLC0415 - see there
+
+    return words_of(public, needed=SRK_NEEDED)
+
+
+def name_of(public: bytes) -> bytes:
+    """The name of an object by its TPM2B_PUBLIC [part 1, 16].
+
+    Raises:
+        ValueError: unknown name algorithm.
+    """
+    algorithm = public[4:6]
+    return algorithm + hashlib.new(_HASHES.get(int.from_bytes(algorithm, "big"), "none"), public[2:]).digest()
+
+
+def is_sized(data: bytes, *, exactly: bool = True) -> bool:
+    """Whether data is, or begins with, a TPM2B."""
+    end = 2 + int.from_bytes(data[:2], "big")
+    return len(data) == end if exactly else len(data) >= end
+
+
+def sized(data: bytes) -> bytes:
+    """Data after its length in two bytes: a TPM2B."""
+    return len(data).to_bytes(2, "big") + data
+
+
+def _area(kind: int, attributes: int, policy: bytes, rest: bytes) -> bytes:
+    """TPMT_PUBLIC of a type, by parameters and unique identifier."""
+    return _number(kind) + _number(_SHA256) + attributes.to_bytes(4, "big") + sized(policy) + rest
+
+
+def _bound(attributes: int, policy: bytes) -> int:
+    return attributes & ~USER_WITH_AUTH if policy else attributes
+
+
+def _ecc_parameters(curve: int, symmetric: bytes) -> bytes:
+    """Symmetric algorithm, no scheme, curve, no key derivation."""
+    return symmetric + _NULL + _number(curve) + _NULL
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(2, "big")
