@@ -13,9 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any, Final, NoReturn, Protocol
-
-from msgspec import Struct
+from typing import Any, Final, NoReturn
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import (
@@ -27,6 +25,7 @@ from stationkey.contract.messages import (
     encode,
 )
 from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
+from stationkey.mqtt.answering import Answering, InHand
 from stationkey.mqtt.bounds import MAX_IN_HAND
 from stationkey.mqtt.connection import (
     OFFLINE,
@@ -68,52 +67,6 @@ UNSTEADY_DELAY: Final = 1.0
 """Longest reconnect delay in seconds after shorter connections: each may cost a TLS handshake signed by the TPM."""
 SIGN_OFF: Final = 1.0
 """Seconds allowed to publish ``offline`` on the availability topic."""
-
-
-class Answering(Protocol):
-    """The service that the edge needs; implemented by `stationkey.service.requests.StationKeyService`."""
-
-    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
-        """Return whether a request is a copy of one in flight while `most` copies wait already."""
-
-    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
-        """Answer a request that has already waited for `waited` seconds."""
-
-    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
-        """Reject an invalid message that has an id."""
-
-    def pass_over(self, error: StationKeyError) -> None:
-        """Note an invalid message that cannot be answered."""
-
-    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
-        """Handle a certificate status; `retained` if it is from an earlier time."""
-
-    async def undelivered(self) -> list[GenerateCsrResponse]:
-        """Return the recorded answers that no broker has acknowledged."""
-
-    async def delivered(self, response: GenerateCsrResponse) -> None:
-        """Note that the broker has an answer."""
-
-
-class _InHand(Struct, eq=False):
-    """A message that is being answered."""
-
-    message: Message
-    request_id: str | None = None
-
-    def about(self) -> dict[str, object]:
-        """Return the fields of a log line about it."""
-        return {} if self.request_id is None else {"request_id": self.request_id}
-
-    def takes_over(self, again: Message) -> bool:
-        """Take `again` as the message to acknowledge if it is this one, redelivered over a new connection.
-
-        The same payload on the same connection is a second request, and gets its own answer.
-        """
-        if again.connection is self.message.connection or again.payload != self.message.payload:
-            return False
-        self.message = again
-        return True
 
 
 class MqttEdge:
@@ -174,7 +127,7 @@ class MqttEdge:
         self._queue = queue
         self._payload_bytes = payload_bytes
         self._free = asyncio.Semaphore(queue)
-        self._in_hand: set[_InHand] = set()
+        self._in_hand: set[InHand] = set()
         self._suspects: Counter[str] = Counter()
         """Answers that were in flight when a connection ended, and how often each was the only one."""
         self._one_at_a_time = asyncio.Lock()
@@ -367,7 +320,7 @@ class MqttEdge:
             if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
                 continue  # not acknowledged, so the broker redelivers it
             try:
-                self._spawn(self._handle(_InHand(message)), "answer")
+                self._spawn(self._handle(InHand(message)), "answer")
             except BaseException:
                 self._free.release()
                 raise
@@ -401,7 +354,7 @@ class MqttEdge:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _handle(self, in_hand: _InHand) -> None:
+    async def _handle(self, in_hand: InHand) -> None:
         """Answer one message, and acknowledge it once the broker has the answer."""
         try:
             self._in_hand.add(in_hand)
@@ -419,7 +372,7 @@ class MqttEdge:
             self._in_hand.discard(in_hand)
             self._free.release()
 
-    async def _respond(self, in_hand: _InHand) -> GenerateCsrResponse | None:
+    async def _respond(self, in_hand: InHand) -> GenerateCsrResponse | None:
         try:
             message = decode(in_hand.message.payload, max_payload=self._payload_bytes)
         except MessageError as error:
