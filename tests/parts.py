@@ -210,15 +210,19 @@ class Station:
     def active_dir(self) -> Path:
         return self.state_dir / "active"
 
-    async def csr(self, certificate_type: CertificateType = V2G, evse_id: str | None = None) -> str:
+    async def csr(
+        self, certificate_type: CertificateType = V2G, evse_id: str | None = None, *, station: str = ""
+    ) -> str:
         """Ask for a CSR with a new id."""
-        response = await self.service.answer(request(certificate_type, evse_id))
+        response = await self.service.answer(request(certificate_type, evse_id), station=station)
         assert isinstance(response.data.csr, str)
         return response.data.csr
 
-    async def key(self, certificate_type: CertificateType = V2G, evse_id: str | None = None) -> str:
+    async def key(
+        self, certificate_type: CertificateType = V2G, evse_id: str | None = None, *, station: str = ""
+    ) -> str:
         """Ask for a CSR with a new id; the name of its key."""
-        return key_id_in(await self.csr(certificate_type, evse_id))
+        return key_id_in(await self.csr(certificate_type, evse_id, station=station))
 
     async def told(
         self,
@@ -228,11 +232,11 @@ class Station:
         *,
         private_key_path: Path | str | None = None,
         message_id: str | None = None,
+        station: str = "",
     ) -> None:
         """Be told by Josev what became of a certificate."""
-        await self.service.note_status(
-            status(verb, certificate_type, evse_id, private_key_path=private_key_path, message_id=message_id)
-        )
+        told = status(verb, certificate_type, evse_id, private_key_path=private_key_path, message_id=message_id)
+        await self.service.note_status(told, station=station)
 
     def record(self, key_id: str) -> KeyRecord:
         (found,) = self.ledger.keys.all(key_id)

@@ -74,7 +74,9 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
         (False, Scope.STORE),
     ),
     # A request that may be served later, and the broker, which is tried for ever.
-    **dict.fromkeys(["rate_limited", "rsa_places_taken", "statuses_crowded"], (True, Scope.REQUEST)),
+    **dict.fromkeys(
+        ["rate_limited", "rsa_places_taken", "station_places_taken", "statuses_crowded"], (True, Scope.REQUEST)
+    ),
     **dict.fromkeys(
         [
             *("broker_unreachable", "broker_refuses", "broker_untrusted", "broker_tls_failed"),

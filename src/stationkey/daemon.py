@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from stationkey.ledger import Ledger
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.mqtt.retained import RetainedTopic
 from stationkey.mqtt.tls import check
-from stationkey.mqtt.topics import renewal
+from stationkey.mqtt.topics import Stations, renewal
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import unless
 from stationkey.observability.health import Health
@@ -131,10 +131,13 @@ async def serve(settings: Settings) -> signal.Signals:
                 service = service_of(process, ledger)
                 await service.custody.show_active()
                 collect_garbage()
+                stations = Stations(settings.topic_prefix, settings.site.stations)
                 part = part_of(
                     process,
                     service,
                     client_id=settings.client_id or ledger.client_id(),
+                    stations=stations,
+                    stale=ledger.stale_filters(stations.filters, site=stations.several),
                     on_ready=partial(_ready, process.health, degraded),
                     on_away=process.health.away,
                 )
@@ -212,6 +215,8 @@ def part_of(
     service: StationKeyService,
     *,
     client_id: str,
+    stations: Stations,
+    stale: Sequence[str] = (),
     on_ready: Callable[[], None],
     on_away: Callable[[], None],
 ) -> Part:
@@ -221,6 +226,8 @@ def part_of(
         process: what the daemon has.
         service: answers the requests.
         client_id: client identifier of the persistent session.
+        stations: the stations that are served.
+        stale: topic filters to unsubscribe from.
         on_ready: called after each subscription.
         on_away: called whenever a connection is lost or fails.
     """
@@ -231,6 +238,8 @@ def part_of(
         service,
         client_id=client_id,
         topic_prefix=settings.topic_prefix,
+        stations=stations,
+        stale=stale,
         terms=settings.mqtt,
         queue=settings.policy.queue,
         payload_bytes=settings.policy.payload_bytes,
@@ -302,7 +311,8 @@ def _renewal_topic(settings: Settings) -> RetainedTopic | None:
     topic = settings.renewal.topic
     if topic is None:
         return None
-    return RetainedTopic(renewal(settings.topic_prefix, topic, availability_topic=settings.mqtt.availability_topic))
+    taken, site = settings.mqtt.availability_topic, bool(settings.site.stations)
+    return RetainedTopic(renewal(settings.topic_prefix, topic, availability_topic=taken, site=site))
 
 
 def _show_due(topic: RetainedTopic | None, due: tuple[DueCertificate, ...]) -> None:

@@ -125,23 +125,26 @@ def test_what_the_station_answers_validates() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, MAX_DUE, 10_000])
-def test_what_the_renewal_topic_says_validates_and_is_bounded(count: int) -> None:
+@pytest.mark.parametrize("station", ["", "depot7/" + 57 * "1"])
+def test_what_the_renewal_topic_says_validates_and_is_bounded(count: int, station: str) -> None:
     longest = "DE*ABC*E" + 30 * "1"
     state: DueState = "expired"
-    due = (CertificateType.CHARGING_STATION_CERTIFICATE, longest, "2026-05-30T12:00:00Z", state)
+    due = (CertificateType.CHARGING_STATION_CERTIFICATE, longest, "2026-05-30T12:00:00Z", state, station)
     update = renewal_update((due,) * count)
     RENEWAL.validate(json.loads(update))
     assert json.loads(update)["data"]["more"] == max(0, count - MAX_DUE)
+    assert (b"station" in update.replace(b"charging_station_certificate", b"")) is (station != "" and count > 0)
     assert len(update) < 8192
     assert decode(update) is None  # somebody else's, if it comes back on josev/cs
 
 
-def test_the_asyncapi_projects_own_parser_has_nothing_against_the_document() -> None:
+@pytest.mark.parametrize("site", [False, True])
+def test_the_asyncapi_projects_own_parser_has_nothing_against_the_document(*, site: bool) -> None:
     """Severity 0 is an error and 1 a warning; 2 and 3 are hints of taste."""
     environment = Path(sys.executable).parent
     judged = subprocess.run(
         [environment / "node", CHECK, environment.parent / "asyncapi"],
-        input=json.dumps(schema_documents.asyncapi()),
+        input=json.dumps(schema_documents.asyncapi(site=site)),
         capture_output=True,
         text=True,
         check=True,
@@ -152,8 +155,9 @@ def test_the_asyncapi_projects_own_parser_has_nothing_against_the_document() -> 
     assert [complaint for complaint in verdict["complaints"] if complaint["severity"] < 2] == []
 
 
-def test_the_asyncapi_document_has_every_message_on_its_topic() -> None:
-    document = schema_documents.asyncapi()
+@pytest.mark.parametrize(("site", "before"), [(False, ""), (True, "{station}/")])
+def test_the_asyncapi_document_has_every_message_on_its_topic(*, site: bool, before: str) -> None:
+    document = schema_documents.document("asyncapi.site" if site else "asyncapi")
     topics = {
         channel["address"]: {reference["$ref"].rpartition("/")[2] for reference in channel["messages"].values()}
         for channel in document["channels"].values()
@@ -162,8 +166,8 @@ def test_the_asyncapi_document_has_every_message_on_its_topic() -> None:
     assert document["asyncapi"] == "3.0.0"
     assert document["info"]["version"] == __version__
     assert topics == {
-        "josev/cs": {"GenerateCsrRequest", "CertificateInstallationStatus"},
-        "cs/josev": {"GenerateCsrResponse"},
+        f"{before}josev/cs": {"GenerateCsrRequest", "CertificateInstallationStatus"},
+        f"{before}cs/josev": {"GenerateCsrResponse"},
         "cs/stationkey/renewal": {"RenewalUpdate"},
     }
     assert set(document["components"]["messages"]) == set().union(*topics.values())

@@ -50,48 +50,56 @@ class Service:
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked: list[str] = []
+        self.stations: list[str] = []
         self.waited: list[float] = []
         self.handed_over: list[str] = []
-        self.earlier: list[GenerateCsrResponse] = []
+        self.handed_over_to: list[str] = []
+        self.earlier: list[tuple[str, GenerateCsrResponse]] = []
         self.faulty: str | None = None
         self.unreadable = False
         self.most_at_once = 0
         self._at_once = 0
-        self._open: list[GenerateCsrRequest] = []
+        self._open: list[tuple[str, GenerateCsrRequest]] = []
         self._news = asyncio.Condition()
 
-    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
-        same = [one for one in self._open if (one.id.lower(), one.data) == (request.id.lower(), request.data)]
-        return len(same) > most
+    def is_surplus(self, request: GenerateCsrRequest, *, most: int, station: str = "") -> bool:
+        same = (station, request.id.lower(), request.data)
+        return sum(same == (whose, one.id.lower(), one.data) for whose, one in self._open) > most
 
-    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+    async def answer(
+        self, request: GenerateCsrRequest, *, station: str = "", waited: float = 0.0
+    ) -> GenerateCsrResponse:
+        self.stations.append(station)
         self.waited.append(waited)
-        self._open.append(request)
+        self._open.append((station, request))
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         await self._note(self.asked, request.id)
         await self.gate.wait()
         self._at_once -= 1
-        self._open.remove(request)
+        self._open.remove((station, request))
         if request.id == self.faulty:
             raise ZeroDivisionError("a fault of ours")
         return accepted(request, "a CSR")
 
-    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
-        raise AssertionError(f"no test sends a wrong request, {request_id}") from error
+    async def reject(self, request_id: str, error: StationKeyError, *, station: str = "") -> GenerateCsrResponse:
+        raise AssertionError(f"no test sends a wrong request, {request_id} of {station!r}") from error
 
-    def pass_over(self, error: StationKeyError) -> None:
-        raise AssertionError("no test sends what cannot be answered") from error
+    def pass_over(self, error: StationKeyError, *, station: str = "") -> None:
+        raise AssertionError(f"no test sends what cannot be answered, to {station!r}") from error
 
-    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
-        raise AssertionError(f"no test sends {status}, retained or not: {retained}")
+    async def note_status(
+        self, status: CertificateInstallationStatus, *, station: str = "", retained: bool = False
+    ) -> None:
+        raise AssertionError(f"no test sends {status} of {station!r}, retained or not: {retained}")
 
-    async def undelivered(self) -> list[GenerateCsrResponse]:
+    async def undelivered(self) -> list[tuple[str, GenerateCsrResponse]]:
         if self.unreadable:
             raise LedgerError("the ledger cannot be read", reason="ledger_error")
         return self.earlier
 
-    async def delivered(self, response: GenerateCsrResponse) -> None:
+    async def delivered(self, response: GenerateCsrResponse, *, station: str = "") -> None:
+        self.handed_over_to.append(station)
         await self._note(self.handed_over, response.id)
 
     async def _note(self, where: list[str], what: str) -> None:
@@ -117,6 +125,7 @@ class Edge:
         queue: int = MAX_IN_HAND,
         payload_bytes: int = 65536,
         retained: RetainedTopic | None = None,
+        **site: Any,
     ) -> None:
         self.service = service
         self.stop = asyncio.Event()
@@ -129,6 +138,7 @@ class Edge:
             queue=queue,
             payload_bytes=payload_bytes,
             retained=retained,
+            **site,
             on_ready=lambda: self._ready.put_nowait(None),
         )
         self.task = asyncio.create_task(edge.run(self.stop, drain=drain))

@@ -34,7 +34,8 @@ class Rejecting(Service):
         super().__init__()
         self.refused: list[str] = []
 
-    async def reject(self, request_id: str, error: StationKeyError) -> GenerateCsrResponse:
+    async def reject(self, request_id: str, error: StationKeyError, *, station: str = "") -> GenerateCsrResponse:
+        assert not station
         self.refused.append(error.reason)
         return rejected(request_id)
 

@@ -64,8 +64,8 @@ async def test_an_answer_that_was_cut_off_is_published_again(mosquitto: Mosquitt
 
 async def test_what_an_earlier_run_could_not_hand_over_is_published_first(mosquitto: Mosquitto) -> None:
     service = Service()
-    service.earlier = [rejected(str(uuid.uuid4())), rejected(str(uuid.uuid4()))]
-    ids = [response.id for response in service.earlier]
+    service.earlier = [("", rejected(str(uuid.uuid4()))), ("", rejected(str(uuid.uuid4())))]
+    ids = [response.id for _, response in service.earlier]
     async with josev(at(mosquitto)) as asking, serving(at(mosquitto), service):
         assert await answers(asking, 2) == ids
         await service.until(lambda: service.handed_over == ids)
@@ -228,7 +228,8 @@ class PassingOver(Service):
         super().__init__()
         self.passed_over: list[str] = []
 
-    def pass_over(self, error: StationKeyError) -> None:
+    def pass_over(self, error: StationKeyError, *, station: str = "") -> None:
+        assert not station
         self.passed_over.append(error.reason)
 
 

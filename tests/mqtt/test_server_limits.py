@@ -30,8 +30,10 @@ class Answers(Service):
         super().__init__()
         self.large: set[str] = set()
 
-    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
-        await super().answer(request, waited=waited)
+    async def answer(
+        self, request: GenerateCsrRequest, *, station: str = "", waited: float = 0.0
+    ) -> GenerateCsrResponse:
+        await super().answer(request, station=station, waited=waited)
         return accepted(request, LARGE if request.id in self.large else "a CSR")
 
 

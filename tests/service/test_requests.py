@@ -334,7 +334,7 @@ async def test_a_csr_on_record_that_does_not_verify_is_never_handed_out(
         assert (await answering.answer(unreadable)).data.status == "rejected"
         assert answering.counters.outcomes()["signature_invalid"] == 2
     async with aclosing(StationKeyService(keystores, ledger)) as answering:
-        assert await answering.undelivered() == [good]
+        assert await answering.undelivered() == [("", good)]
         assert csr_of(await answering.answer(wrong)) != ""
     assert {vars(record).get("reason") for record in caplog.records if record.levelno == logging.ERROR} == {
         "signature_invalid"
@@ -367,7 +367,7 @@ async def test_an_answer_is_undelivered_until_it_is_said_to_be_delivered(
 ) -> None:
     sent, unsent = await answering.answer(request()), await answering.answer(request())
     refused = await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="wrong"))
-    assert await answering.undelivered() == [sent, unsent]
+    assert await answering.undelivered() == [("", sent), ("", unsent)]
     await answering.delivered(sent)
     await answering.delivered(refused)
     await answering.aclose()
@@ -375,7 +375,7 @@ async def test_an_answer_is_undelivered_until_it_is_said_to_be_delivered(
     async with AsyncExitStack() as stack:
         reopened = stack.enter_context(closing(Ledger(tmp_path / "ledger.sqlite3")))
         later = await stack.enter_async_context(aclosing(StationKeyService(keystores, reopened)))
-        assert await later.undelivered() == [unsent]
+        assert await later.undelivered() == [("", unsent)]
 
 
 async def test_an_id_of_an_earlier_run_is_known_before_and_after_the_ids_were_learnt(

@@ -32,7 +32,7 @@ from stationkey.service.josev_files import JosevFiles, Snapshot, read_directory
 from stationkey.service.pool import KeyPool
 from stationkey.service.requests import StationKeyService
 from stationkey.service.running_time import RunningTime
-from stationkey.service.statuses import Statuses
+from stationkey.service.statuses import Statuses, _Line
 from stationkey.system import files
 from stationkey.x509.csr import to_pem
 
@@ -91,10 +91,9 @@ def _acknowledge_first(respond: Any) -> Any:
 
 
 def _out_of_order(_: Any) -> Any:
-    async def at_once(self: Statuses, status: Any) -> None:
-        message = {"message_id": status.id}
+    async def at_once(self: Statuses, status: Any, *, station: str = "") -> None:
         try:
-            await self._settle(status, next(iter(self._lines.values())), message)
+            await self._settle(status, station, _Line())
         except Exception as error:  # noqa: BLE001 - as the original
             self.refuse(status, error)  # type: ignore[arg-type] # as the original
 

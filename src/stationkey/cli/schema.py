@@ -1,4 +1,4 @@
-"""``stationkey schema``: JSON Schema (2020-12) of each message, and one AsyncAPI 3.0 document.
+"""``stationkey schema``: JSON Schema (2020-12) of each message, and an AsyncAPI 3.0 document for a station and a site.
 
 Both are made from `stationkey.contract`.
 
@@ -20,6 +20,7 @@ from stationkey._version import __version__
 from stationkey.attestation import documents
 from stationkey.contract import messages, renewal
 from stationkey.contract.profiles import DEFAULT_ALGORITHM, PROFILES
+from stationkey.contract.stations import MAX_STATION
 
 MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
     "generate_csr.request": messages.GenerateCsrRequest,
@@ -30,7 +31,8 @@ MESSAGES: Final[dict[str, type[msgspec.Struct]]] = {
 """Every message of the contract, by its name for the command."""
 
 ASYNCAPI: Final = "asyncapi"
-NAMES: Final = (*MESSAGES, ASYNCAPI, *documents.SCHEMAS)
+ASYNCAPI_SITE: Final = "asyncapi.site"
+NAMES: Final = (*MESSAGES, ASYNCAPI, ASYNCAPI_SITE, *documents.SCHEMAS)
 
 Json = dict[str, Any]
 
@@ -39,7 +41,7 @@ def document(name: str) -> Json:
     """Return the schema of a message or document, or the AsyncAPI document, by its name in `NAMES`."""
     if name in documents.SCHEMAS:
         return documents.json_schema(name)
-    return asyncapi() if name == ASYNCAPI else json_schema(name)
+    return asyncapi(site=name == ASYNCAPI_SITE) if name in {ASYNCAPI, ASYNCAPI_SITE} else json_schema(name)
 
 
 def json_schema(name: str) -> Json:
@@ -81,8 +83,12 @@ def _components(structs: list[type[msgspec.Struct]], template: str) -> tuple[tup
     return references, components
 
 
-def asyncapi() -> Json:
-    """Return the AsyncAPI 3.0 document of the charging station's side."""
+def asyncapi(*, site: bool = False) -> Json:
+    """Return the AsyncAPI 3.0 document of the charging station's side.
+
+    Args:
+        site: for the stations of a site, whose topics contain their names.
+    """
     structs = list(MESSAGES.values())
     references, components = _components(structs, "#/components/schemas/{name}")
     names = [struct.__name__ for struct in structs]
@@ -98,6 +104,13 @@ def asyncapi() -> Json:
     def carried(channel_id: str, name: str) -> list[Json]:
         return [{"$ref": f"#/channels/{channel_id}/messages/{name}"}]
 
+    def of_station(address: str, description: str, *carried: str) -> Json:
+        if not site:
+            return channel(address, description, *carried)
+        words = f"What a pattern of [site] stations matches, such as depot7/s1; {MAX_STATION} bytes at most."
+        named = channel(f"{{station}}/{address}", description, *carried)
+        return {**named, "parameters": {"station": {"description": words}}}
+
     request, response, status, due = names
     return {
         "asyncapi": "3.0.0",
@@ -112,8 +125,10 @@ def asyncapi() -> Json:
         },
         "defaultContentType": "application/json",
         "channels": {
-            "josevToStation": channel(messages.REQUEST_TOPIC, "From Josev to the charging station.", request, status),
-            "stationToJosev": channel(messages.RESPONSE_TOPIC, "From the charging station to Josev.", response),
+            "josevToStation": of_station(
+                messages.REQUEST_TOPIC, "From Josev to the charging station.", request, status
+            ),
+            "stationToJosev": of_station(messages.RESPONSE_TOPIC, "From the charging station to Josev.", response),
             "renewal": channel(
                 renewal.EXAMPLE_TOPIC, "What [renewal] topic names, for example this; off by default. Retained.", due
             ),
@@ -166,7 +181,7 @@ def asyncapi() -> Json:
     "name", required=False, shell_complete=lambda *words: [name for name in NAMES if name.startswith(words[2])]
 )
 def schema(name: str | None) -> None:
-    """Print JSON Schemas and the AsyncAPI document.
+    """Print JSON Schemas and the AsyncAPI documents.
 
     \b
     NAME is one of
@@ -175,6 +190,7 @@ def schema(name: str | None) -> None:
       certificate_installation_status.update
       renewal.update
       asyncapi
+      asyncapi.site
       attestation.evidence
       attestation.attestation_key
       attestation.challenge

@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stationkey.contract.messages import EvseId
 from stationkey.contract.profiles import CertificateType
+from stationkey.contract.stations import MAX_STATION
 
 MAX_DUE: Final = 32
 """Most certificates in a message, the first to expire first; the others are counted."""
@@ -23,6 +24,7 @@ DueState = Literal["due", "expired"]
 class DueCertificateData(Struct, frozen=True, kw_only=True):
     """A certificate that is due for renewal."""
 
+    station: Annotated[str, Meta(max_length=MAX_STATION, description="In a site: the station.")] | UnsetType = UNSET
     certificate_type: CertificateType
     evse_id: EvseId | UnsetType = UNSET
     not_after: Annotated[
@@ -46,15 +48,18 @@ class RenewalUpdate(Struct, frozen=True, kw_only=True):
     data: RenewalData
 
 
-def renewal_update(due: tuple[tuple[CertificateType, str, str, DueState], ...]) -> bytes:
+def renewal_update(due: tuple[tuple[CertificateType, str, str, DueState, str], ...]) -> bytes:
     """Return the message as JSON.
 
     Args:
-        due: certificate type, EVSE ID or an empty text, end and state of each certificate, the first to expire first.
+        due: certificate type, EVSE ID or an empty text, end, state and station or an empty text of each certificate,
+            the first to expire first.
     """
     named = tuple(
-        DueCertificateData(certificate_type=kind, evse_id=evse_id or UNSET, not_after=end, state=state)
-        for kind, evse_id, end, state in due[:MAX_DUE]
+        DueCertificateData(
+            station=station or UNSET, certificate_type=kind, evse_id=evse_id or UNSET, not_after=end, state=state
+        )
+        for kind, evse_id, end, state, station in due[:MAX_DUE]
     )
     data = RenewalData(due=named, more=len(due) - len(named))
     return msgspec.json.encode(RenewalUpdate(name="renewal", type="update", data=data))

@@ -8,9 +8,12 @@ read while the daemon writes.
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from stationkey.errors import LedgerError
 from stationkey.ledger.answers import Answers
@@ -33,6 +36,10 @@ __all__ = [
     "content_digest",
     "read_key_type",
 ]
+
+MAX_FILTERS: Final = 256
+"""Topic filters that are remembered, the newest first."""
+_FILTERS: Final = "mqtt_filters"
 
 
 class Ledger:
@@ -85,6 +92,27 @@ class Ledger:
             )
             (value,) = sql.execute("SELECT value FROM meta WHERE name = 'mqtt_client_id'").fetchone()
         return str(value)
+
+    def stale_filters(self, filters: Sequence[str], *, site: bool) -> list[str]:
+        """Return the topic filters of earlier runs that the broker's session may still have.
+
+        Args:
+            filters: of this run.
+            site: whether they are a site's, to be remembered. A single station has one topic, from which the daemon
+                unsubscribes when it gets a message on it that it does not expect; a wildcard it could not guess.
+        """
+        with self.database.reading() as sql:
+            row = sql.execute("SELECT value FROM meta WHERE name = ?", (_FILTERS,)).fetchone()
+        earlier = [] if row is None else [str(known) for known in json.loads(row[0])]
+        known = list(dict.fromkeys([*(filters if site else ()), *earlier]))[:MAX_FILTERS]
+        if known != earlier:
+            with self.database.transaction() as sql:
+                sql.execute(
+                    "INSERT INTO meta (name, value) VALUES (?, ?)"
+                    " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                    (_FILTERS, json.dumps(known)),
+                )
+        return [earlier_filter for earlier_filter in known if earlier_filter not in filters]
 
     def close(self) -> None:
         """Write what is pending and close the database.

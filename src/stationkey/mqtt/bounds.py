@@ -6,6 +6,9 @@ from typing import Final
 
 MAX_IN_HAND: Final = 64
 """Messages in flight, by default. The broker queues the rest: an RSA key takes long."""
+STATUS_ROOM: Final = 4
+"""In a site, statuses in flight for each place of `MAX_IN_HAND`. They may wait for a key store for hours, and then must
+not hold the places of requests."""
 MAX_WAITING: Final = 1024
 """QoS 0 messages that may wait to be processed; further ones are dropped, as QoS 0 permits. QoS 1 messages are held
 back by the broker, by Receive Maximum [MQTT 5 3.3.4] or its own bound, if it counts correctly. Reading never pauses:

@@ -30,6 +30,7 @@ async def ask(
     request: GenerateCsrRequest,
     *,
     topic_prefix: str = "",
+    station: str = "",
     timeout: float = 30.0,
     terms: MqttTerms = PLAIN,
 ) -> GenerateCsrResponse | None:
@@ -39,6 +40,7 @@ async def ask(
         broker: where the broker is.
         request: the request, published unchanged: the station validates it.
         topic_prefix: see `stationkey.mqtt.topics.topics`.
+        station: station of a site; empty for the single one.
         timeout: seconds to wait for the answer, connecting included.
         terms: TLS and credentials for the broker.
 
@@ -47,11 +49,11 @@ async def ask(
 
     Raises:
         BrokerError: the broker cannot be reached, refuses, or disconnects.
-        ConfigurationError: a file of `terms` cannot be read.
+        ConfigurationError: a file of `terms` cannot be read, or the station's name is invalid.
         MessageError: the request has text that is not UTF-8.
     """
     payload = encode(request)
-    request_topic, response_topic = topics(topic_prefix)
+    request_topic, response_topic = topics(topic_prefix, station)
     client_id = f"stationkey-request-{uuid.uuid4().hex[:12]}"
     try:
         async with asyncio.timeout(timeout):
@@ -76,6 +78,7 @@ async def report_status(
     evse_id: str | None = None,
     private_key_path: Path | None = None,
     topic_prefix: str = "",
+    station: str = "",
     terms: MqttTerms = PLAIN,
 ) -> None:
     """Send a ``certificate_installation_status`` to the charging station.
@@ -87,11 +90,12 @@ async def report_status(
         evse_id: EVSE that its key is for, or None.
         private_key_path: its key, or None.
         topic_prefix: see `stationkey.mqtt.topics.topics`.
+        station: station of a site; empty for the single one.
         terms: TLS and credentials for the broker.
 
     Raises:
         BrokerError: the broker cannot be reached, or refuses the message.
-        ConfigurationError: a file of `terms` cannot be read.
+        ConfigurationError: a file of `terms` cannot be read, or the station's name is invalid.
     """
     message = CertificateInstallationStatus(
         id=str(uuid.uuid4()),
@@ -104,7 +108,7 @@ async def report_status(
             private_key_path=UNSET if private_key_path is None else str(private_key_path),
         ),
     )
-    topic, _ = topics(topic_prefix)
+    topic, _ = topics(topic_prefix, station)
     client_id = f"stationkey-josev-{uuid.uuid4().hex[:12]}"
     async with await connect(broker, client_id=client_id, persistent=False, terms=terms) as connection:
         await connection.publish(topic, encode(message))

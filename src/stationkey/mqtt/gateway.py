@@ -2,6 +2,16 @@
 
 A request is acknowledged only after the broker has its answer: until then the broker keeps it in the persistent session
 and redelivers it.
+
+**Many stations** share one session, in which the broker sends message after message. A message that is kept waiting
+keeps others waiting behind it, so a station's flood must be handled, not held back:
+
+- A station's requests beyond its share of the places are rejected by the service, at once (`station_places_taken`), and
+  then acknowledged; one that was answered before gets its answer again. So at-least-once holds.
+- Its copies of a request in flight are acknowledged without an answer beyond a few.
+- Statuses are handled in the order of arrival. In a site they leave the places of requests to wait in a room of their
+  own. What one station sends beyond its share of that is dropped and counted, the latest first, as with a single
+  station. If the stations together fill the room, nothing more is received until a status is done: none is lost.
 """
 
 from __future__ import annotations
@@ -10,7 +20,7 @@ import asyncio
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -25,8 +35,8 @@ from stationkey.contract.messages import (
     encode,
 )
 from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
-from stationkey.mqtt.answering import Answering, InHand
-from stationkey.mqtt.bounds import MAX_IN_HAND
+from stationkey.mqtt.answering import Answering, InHand, about
+from stationkey.mqtt.bounds import MAX_IN_HAND, STATUS_ROOM
 from stationkey.mqtt.connection import (
     OFFLINE,
     ONLINE,
@@ -39,7 +49,7 @@ from stationkey.mqtt.connection import (
     connect,
 )
 from stationkey.mqtt.retained import RetainedTopic
-from stationkey.mqtt.topics import availability, topics
+from stationkey.mqtt.topics import Stations, availability
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, unless
 from stationkey.system.backoff import Backoff
@@ -50,7 +60,7 @@ log = logging.getLogger(__name__)
 
 COPIES_SHARE: Final = 4
 """Divisor of the places that copies of requests in flight may take. A copy waits for the answer to the first: one id
-sent repeatedly would block all others while a key is made."""
+sent repeatedly would block all others while a key is made. In a site, one station's copies get the square of it."""
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
 """Seconds before the first reconnect, and at most; doubled each time, and shortened by up to a half at random so that
@@ -76,7 +86,11 @@ class MqttEdge:
         broker: where the broker is.
         service: answers the requests.
         client_id: client identifier of the persistent session; the same at every start.
-        topic_prefix: see `topics`.
+        topic_prefix: of all topics; see `stationkey.mqtt.topics.topics`.
+        stations: the stations that are served; by default the single one, with `topic_prefix`.
+        serves: which of these stations are served; by default all. The messages of others are acknowledged and
+            dropped: they are of another shard, whose session gets them, too.
+        stale: topic filters to unsubscribe from: an earlier run's, with other stations.
         terms: TLS, credentials and availability topic.
         queue: messages in flight; the broker queues the rest.
         payload_bytes: largest payload.
@@ -97,6 +111,9 @@ class MqttEdge:
         *,
         client_id: str,
         topic_prefix: str = "",
+        stations: Stations | None = None,
+        serves: Callable[[str], bool] = lambda _: True,
+        stale: Sequence[str] = (),
         terms: MqttTerms = PLAIN,
         queue: int = MAX_IN_HAND,
         payload_bytes: int = MAX_PAYLOAD,
@@ -110,10 +127,12 @@ class MqttEdge:
         self._dial = connect
         self._service = service
         self._client_id = client_id
-        self._request_topic, self._response_topic = topics(topic_prefix)
+        self._stations = stations = Stations(topic_prefix) if stations is None else stations
+        self._serves = serves
+        self._stale = stale
         self._terms = terms
         topic = terms.availability_topic
-        self._availability = None if topic is None else availability(topic_prefix, topic)
+        self._availability = None if topic is None else availability(topic_prefix, topic, site=stations.several)
         self._announces = False
         self._told_unavailable = False
         self._retained = retained
@@ -125,13 +144,16 @@ class MqttEdge:
         """Set while connected, and from `_ending` on."""
         self._ending = False
         self._queue = queue
+        self._room = STATUS_ROOM * queue if stations.several else 0
+        self._copies = max(1, queue // COPIES_SHARE ** (2 if stations.several else 1))
         self._payload_bytes = payload_bytes
         self._free = asyncio.Semaphore(queue)
+        self._free_in_room = asyncio.Semaphore(self._room)
         self._in_hand: set[InHand] = set()
-        self._suspects: Counter[str] = Counter()
+        self._suspects: Counter[tuple[str, str]] = Counter()
         """Answers that were in flight when a connection ended, and how often each was the only one."""
         self._one_at_a_time = asyncio.Lock()
-        self._given_up: deque[str] = deque(maxlen=queue)
+        self._given_up: deque[tuple[str, str]] = deque(maxlen=queue)
         self._told: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -158,6 +180,7 @@ class MqttEdge:
             drain: seconds allowed to answer messages in flight. The broker redelivers the others at the next start.
         """
         self._free = asyncio.Semaphore(self._queue)  # a failed run may have left places taken
+        self._free_in_room = asyncio.Semaphore(self._room)
         self._spawn(keep_running(self._deliver_recorded, "deliver-recorded", self._failures), "deliver-recorded")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         backoff, now = Backoff(FIRST_DELAY, LAST_DELAY, jitter=0.5), asyncio.get_running_loop().time
@@ -206,7 +229,10 @@ class MqttEdge:
         connection = await self._open()
         self._tell_limits(connection)
         try:
-            await connection.subscribe(self._request_topic)
+            for topic_filter in self._stations.filters:
+                await connection.subscribe(topic_filter)
+            for topic_filter in self._stale:
+                await connection.unsubscribe(topic_filter)
             await self._announce(connection, ONLINE)
         except BaseException:
             await self._sign_off(connection)
@@ -235,7 +261,7 @@ class MqttEdge:
             client_id=self._client_id,
             persistent=True,
             terms=self._terms,
-            in_hand=self._queue,
+            in_hand=self._queue + self._room,
             max_payload=self._payload_bytes,
         )
         self._announces = self._availability is not None
@@ -310,8 +336,12 @@ class MqttEdge:
                 if self._tasks:
                     await asyncio.wait(self._tasks, timeout=CONNECT_TIMEOUT)
                 raise
-            if message.topic != self._request_topic:
+            station = self._stations.of(message.topic)
+            if station is None:
                 await self._leave(message)
+                continue
+            if not self._serves(station):
+                message.acknowledge()
                 continue
             if any(in_hand.takes_over(message) for in_hand in self._in_hand):
                 continue
@@ -320,17 +350,22 @@ class MqttEdge:
             if not await (unless(connection.lost, acquire) if self._free.locked() else acquire):
                 continue  # not acknowledged, so the broker redelivers it
             try:
-                self._spawn(self._handle(InHand(message)), "answer")
+                self._spawn(self._handle(InHand(message, station, self._free)), "answer")
             except BaseException:
                 self._free.release()
                 raise
 
     async def _leave(self, message: Message) -> None:
-        """Ignore a message on another topic, and unsubscribe from that topic.
+        """Ignore a message of a station whose name is not served, or on another topic, and unsubscribe from the latter.
 
         The broker's session keeps the subscriptions of an earlier run with another prefix, or of another client with
         our client id.
         """
+        if flaw := self._stations.flaw(message.topic):
+            words = f"the station's name in the topic {message.topic[:80]!r} {flaw}"
+            self._service.pass_over(MessageError(words, reason="station_invalid"))
+            message.acknowledge()
+            return
         words = f"received on {message.topic[:80]!r}, which is not subscribed"
         self._service.pass_over(MessageError(words, reason="topic_foreign"))
         message.acknowledge()
@@ -359,7 +394,7 @@ class MqttEdge:
         try:
             self._in_hand.add(in_hand)
             response = await self._respond(in_hand)
-            if response is None or await self._deliver(response):
+            if response is None or await self._deliver(response, in_hand.station):
                 in_hand.message.acknowledge()
         except MemoryError as error:  # temporary: the message is redelivered over a new connection
             note_failure(error, "answer", self._failures, **in_hand.about())
@@ -370,54 +405,63 @@ class MqttEdge:
             in_hand.message.acknowledge()
         finally:
             self._in_hand.discard(in_hand)
-            self._free.release()
+            in_hand.place.release()
+
+    async def _make_way(self, in_hand: InHand) -> None:
+        """In a site, have a status leave its place to requests."""
+        if self._room:
+            await self._free_in_room.acquire()
+            in_hand.place.release()
+            in_hand.place = self._free_in_room
 
     async def _respond(self, in_hand: InHand) -> GenerateCsrResponse | None:
+        station = in_hand.station
         try:
             message = decode(in_hand.message.payload, max_payload=self._payload_bytes)
         except MessageError as error:
             in_hand.request_id = error.request_id
             if error.request_id is not None:
-                return await self._service.reject(error.request_id, error)
-            self._service.pass_over(error)
+                return await self._service.reject(error.request_id, error, station=station)
+            self._service.pass_over(error, station=station)
             return None
         match message:
             case GenerateCsrRequest():
                 in_hand.request_id = message.id
-                if in_hand.message.redelivered and message.id in self._given_up:
+                if in_hand.message.redelivered and (station, message.id) in self._given_up:
                     return None
-                if self._service.is_surplus(message, most=max(1, self._queue // COPIES_SHARE)):
+                if self._service.is_surplus(message, most=self._copies, station=station):
                     log.warning("duplicate of a request in flight; not answered twice", extra=in_hand.about())
                     return None
                 waited = asyncio.get_running_loop().time() - in_hand.message.received
-                return await self._service.answer(message, waited=waited)
+                return await self._service.answer(message, station=station, waited=waited)
             case CertificateInstallationStatus():
-                await self._service.note_status(message, retained=in_hand.message.retained)
+                await self._make_way(in_hand)
+                await self._service.note_status(message, station=station, retained=in_hand.message.retained)
         return None
 
-    async def _deliver(self, response: GenerateCsrResponse) -> bool:
-        """Publish an answer, over new connections if needed.
+    async def _deliver(self, response: GenerateCsrResponse, station: str) -> bool:
+        """Publish an answer to a station, over new connections if needed.
 
         Returns:
             Whether the request can be acknowledged; False if the service ends first.
         """
-        payload = encode(response)
-        about = {"request_id": response.id}
+        payload, suspect = encode(response), (station, response.id)
+        told = about(station, response.id)
         quota = Backoff(QUOTA_FIRST, QUOTA_LAST)
         try:
             while True:
                 await self._connected.wait()
                 if self._connection is None and self._ending:
-                    log.warning("answer not published; it is published after the next start", extra=about)
+                    log.warning("answer not published; it is published after the next start", extra=told)
                     return False
                 try:
-                    await self._publish(response.id, payload)
+                    await self._publish(suspect, payload)
                 except ConnectionLost:
-                    if self._suspects[response.id] < GIVE_UP_AFTER:
+                    if self._suspects[suspect] < GIVE_UP_AFTER:
                         continue
                     words = f"each of {GIVE_UP_AFTER} connections ended when an answer of {len(payload)} bytes was sent"
-                    log.error("answer not delivered: %s", words, extra=about | {"reason": "publication_too_large"})
-                    self._given_up.append(response.id)  # its request could not be acknowledged, and is redelivered
+                    log.error("answer not delivered: %s", words, extra=told | {"reason": "publication_too_large"})
+                    self._given_up.append(suspect)  # its request could not be acknowledged, and is redelivered
                     # Recorded as delivered below although it was not: else it would end five connections at every
                     # start.
                 except BrokerError as error:
@@ -427,14 +471,14 @@ class MqttEdge:
                         await asyncio.sleep(quota.next())
                         continue
                     words = f"answer of {len(payload)} bytes not delivered"
-                    log.error("%s: %s", words, error, extra=about | {"reason": error.reason})
+                    log.error("%s: %s", words, error, extra=told | {"reason": error.reason})
                     return True
-                await self._service.delivered(response)
+                await self._service.delivered(response, station=station)
                 return True
         finally:
-            self._suspects.pop(response.id, None)
+            self._suspects.pop(suspect, None)
 
-    async def _publish(self, request_id: str, payload: bytes) -> None:
+    async def _publish(self, suspect: tuple[str, str], payload: bytes) -> None:
         """Publish an answer; alone, while any answer in flight was in flight when a connection ended.
 
         Raises:
@@ -447,9 +491,9 @@ class MqttEdge:
             if connection is None:
                 raise ConnectionLost("the connection ended", reason="connection_lost")
             try:
-                await connection.publish(self._response_topic, payload)
+                await connection.publish(self._stations.response_topic(suspect[0]), payload)
             except ConnectionLost:
-                self._suspects[request_id] += alone
+                self._suspects[suspect] += alone
                 self._disconnected(connection)
                 raise
 
@@ -460,8 +504,8 @@ class MqttEdge:
                 return
             await self._connected.wait()
         try:
-            for response in await self._service.undelivered():
-                log.info("publishing an answer of an earlier run", extra={"request_id": response.id})
-                await self._deliver(response)
+            for station, response in await self._service.undelivered():
+                log.info("publishing an answer of an earlier run", extra=about(station, response.id))
+                await self._deliver(response, station)
         except StationKeyError as error:
             log.error("answers of an earlier run cannot be published: %s", error, extra={"reason": error.reason})

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
+from weakref import WeakValueDictionary
 
 from stationkey.contract.profiles import CertificateType
 from stationkey.errors import KeyStoreError, LedgerError
@@ -63,9 +64,8 @@ class Custody:
         self.ledger = ledger
         self.running = running
         self.counters = counters
-        locks = {store: asyncio.Lock() for store in keystores}
-        self._locks = {str(kind): locks[keystores.making(kind)] for kind in CertificateType}
-        self._no_type = asyncio.Lock()  # of a key made ahead
+        self._stores = {str(kind): keystores.making(kind).name for kind in CertificateType}
+        self._locks: WeakValueDictionary[tuple[str, str | None], asyncio.Lock] = WeakValueDictionary()
         self._active = active
         self._clock = clock
         self._on_change = on_change
@@ -74,12 +74,14 @@ class Custody:
         """Return Unix time in milliseconds."""
         return int(self._clock() * 1000)
 
-    def one_at_a_time(self, certificate_type: str) -> asyncio.Lock:
-        """Return the lock that is held while a key of a certificate type is read and then changed.
+    def one_at_a_time(self, certificate_type: str, station: str = "") -> asyncio.Lock:
+        """Return the lock that is held while a key of a station and a certificate type is read and then changed.
 
-        It is the same for all types whose keys are made in one key store: another one may hang meanwhile.
+        It is the same for all types whose keys are made in one key store: another one may hang meanwhile. It is
+        forgotten when nobody holds or wants it: there may be many stations.
         """
-        return self._locks.get(certificate_type) or self._no_type
+        # A key made ahead has no type.
+        return self._locks.setdefault((station, self._stores.get(certificate_type)), asyncio.Lock())
 
     async def change(self, step: Callable[[Ledger], T]) -> T:
         """Take a step of the ledger and update ``active/``, in one crossing to the ledger's thread."""

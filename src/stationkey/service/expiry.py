@@ -57,7 +57,10 @@ class Expiry:
             )
         )
         due = await self._custody.ledger(lambda ledger: ledger.retention.due(running))
-        locks = [(self._custody.one_at_a_time(certificate_type), key_id) for key_id, certificate_type, _ in due]
+        locks = [
+            (self._custody.one_at_a_time(certificate_type, station), key_id)
+            for key_id, certificate_type, station in due
+        ]
         for lock, key_id in sorted(locks, key=lambda one: one[0].locked()):  # last what a proof in a frozen store holds
             async with lock:
                 await self._expire(key_id, running)
@@ -146,6 +149,7 @@ class Expiry:
                     "key_id": key.key_id,
                     "state": str(key.state),
                     "certificate_type": key.certificate_type,
+                    **({"station": key.station} if key.station else {}),
                     "reason": error.reason,
                 },
             )

@@ -25,32 +25,33 @@ class _Flight(Struct):
 
 
 class InFlight:
-    """The requests in flight, by id in lower case."""
+    """The requests in flight, by station and id in lower case."""
 
     def __init__(self) -> None:
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[tuple[str, str], _Flight] = {}
 
-    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
-        """Return whether a request is a copy of one in flight while `most` copies in all wait already."""
-        flight = self._flights.get(request.id.lower())
+    def is_surplus(self, request: GenerateCsrRequest, *, most: int, station: str = "") -> bool:
+        """Return whether a request is a copy of one in flight while `most` copies of its station wait already."""
+        flight = self._flights.get((station, request.id.lower()))
         if flight is None or flight.digest != content_digest(request):
             return False
-        return sum(flight.requests - 1 for flight in self._flights.values()) >= most
+        flights = self._flights.items()
+        return sum(flight.requests - 1 for (owner, _), flight in flights if owner == station) >= most
 
-    def is_contested(self, request: GenerateCsrRequest) -> bool:
+    def is_contested(self, request: GenerateCsrRequest, *, station: str = "") -> bool:
         """Return whether a request with the same id and other content is in flight."""
-        flight = self._flights.get(request.id.lower())
+        flight = self._flights.get((station, request.id.lower()))
         return flight is not None and flight.digest != content_digest(request)
 
     @asynccontextmanager
-    async def turn(self, request: GenerateCsrRequest) -> AsyncIterator[None]:
+    async def turn(self, request: GenerateCsrRequest, *, station: str = "") -> AsyncIterator[None]:
         """Serialise requests with the same id, so that the second finds the recorded answer to the first.
 
         Raises:
             RequestRefused: a request with other content is in flight; this one does not wait for it.
         """
-        canonical_id, digest = request.id.lower(), content_digest(request)
-        flight = self._flights.setdefault(canonical_id, _Flight(digest))
+        name, digest = (station, request.id.lower()), content_digest(request)
+        flight = self._flights.setdefault(name, _Flight(digest))
         if flight.digest != digest:
             raise RequestRefused("a request with this id and other content is in flight", reason="id_reused")
         flight.requests += 1
@@ -60,4 +61,4 @@ class InFlight:
         finally:
             flight.requests -= 1
             if not flight.requests:
-                del self._flights[canonical_id]
+                del self._flights[name]

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from msgspec import Struct, field, structs
 
-from stationkey.contract.active_names import ActiveName, read_name
+from stationkey.contract.active_names import ActiveName, percent_encoded, read_name
 from stationkey.contract.messages import CertificateInstallationStatus
 from stationkey.system.threads import Worker
 from stationkey.x509.certificate import Chain, Unparsed, read_certificates
@@ -41,6 +41,8 @@ LOOKS: Final = 3
 """Attempts to read a directory that changes meanwhile."""
 DEADLINE: Final = 30.0
 """Seconds allowed for reading everything."""
+STATION: Final = "{station}"
+"""In the certificate directory of a site: the name of the station, percent-encoded."""
 
 
 class Unread(Struct, frozen=True):
@@ -94,7 +96,8 @@ class JosevFiles:
 
     Args:
         active_path: the directory ``active/``.
-        certificate_dir: where Josev puts the certificates that it installs, or None.
+        certificate_dir: where Josev puts the certificates that it installs, or None. In a site it contains `STATION`;
+            else it is not known whose certificates are in it, and it is not used for any station.
         own: device and inode of the ledger's files, which are never opened.
         deadline: seconds allowed for one status.
         worker: makes the thread.
@@ -115,30 +118,34 @@ class JosevFiles:
         self._deadline = deadline
         self._worker = worker("josev-files")
         self._reading: Future[Any] | None = None
+        self._turn = asyncio.Lock()
 
-    async def look(self, status: CertificateInstallationStatus) -> Look:
-        """Read what a status needs, on a thread. Never raises: the value names what cannot be read."""
-        path, directory = _path_of(status), self._needed(status)
+    async def look(self, status: CertificateInstallationStatus, station: str = "") -> Look:
+        """Read what a station's status needs, on a thread. Never raises: the value names what cannot be read."""
+        path, directory = _path_of(status), self._needed(status, station)
         if path is None and directory is None:
             return Look()
         try:
-            return await self._on_thread(partial(self.read, status))
+            return await self._on_thread(partial(self.read, status, station))
         except TimeoutError:
             cause = f"no answer within {self._deadline:g} s"
         if directory is None:
             return Look(not_followed=cause)
         return Look(None, cause, Snapshot(directory, unread=(Unread(str(directory), Unparsed(cause)),)))
 
-    def read(self, status: CertificateInstallationStatus) -> Look:
-        """Read what a status needs; may block."""
-        path, directory = _path_of(status), self._needed(status)
+    def read(self, status: CertificateInstallationStatus, station: str = "") -> Look:
+        """Read what a station's status needs; may block."""
+        path, directory = _path_of(status), self._needed(status, station)
         name = None if path is None else self._name(path)
         return Look(name, "", None if directory is None else read_directory(directory, self._own))
 
-    def _needed(self, status: CertificateInstallationStatus) -> Path | None:
-        """Return the certificate directory if it decides which key is meant."""
+    def _needed(self, status: CertificateInstallationStatus, station: str) -> Path | None:
+        """Return the certificate directory of a station if it decides which key is meant."""
         by_certificate = {"installed": True, "deleted": _path_of(status) is None}
-        return self._certificate_dir if by_certificate.get(status.data.status) else None
+        directory = self._certificate_dir if by_certificate.get(status.data.status) else None
+        if directory is None or not station:
+            return directory
+        return Path(str(directory).replace(STATION, percent_encoded(station))) if STATION in str(directory) else None
 
     async def complete(self, chain: Chain, look: Look) -> tuple[Chain, str]:
         """Complete a chain from the certificate directory, on the thread: signatures may cost time (`path.complete`).
@@ -152,16 +159,17 @@ class JosevFiles:
             return chain, ""
 
     async def _on_thread(self, read: Callable[[], _Result]) -> _Result:
-        """Return the result of a call that may hang. While one hangs, no other is started.
+        """Return the result of a call that may hang, in turn. While one hangs, no other is started.
 
         Raises:
             TimeoutError: it took longer than the deadline, or an earlier call hangs.
         """
-        if self._reading is not None and not self._reading.done():
-            raise TimeoutError
-        reading = self._reading = self._worker.submit(read)
-        async with asyncio.timeout(self._deadline):
-            return await asyncio.wrap_future(reading)
+        async with self._turn:
+            if self._reading is not None and not self._reading.done():
+                raise TimeoutError
+            reading = self._reading = self._worker.submit(read)
+            async with asyncio.timeout(self._deadline):
+                return await asyncio.wrap_future(reading)
 
     def close(self) -> None:
         """End the thread as soon as its call returns."""

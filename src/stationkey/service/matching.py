@@ -59,7 +59,9 @@ class KeyFinder:
         self._active_path = active_path
         self._roots = roots
 
-    def installed(self, ledger: Ledger, status: CertificateInstallationStatus, look: Look) -> Found:
+    def installed(
+        self, ledger: Ledger, status: CertificateInstallationStatus, look: Look, *, station: str = ""
+    ) -> Found:
         """Return the pending key whose certificate was installed, or the deactivated key that the station went back to.
 
         Raises:
@@ -67,7 +69,7 @@ class KeyFinder:
             StatusUnfit: none fits, or more than one may be meant.
         """
         certificate_type, evse_id = str(status.data.certificate_type), _evse_id(status)
-        named = self._named(ledger, status, look)
+        named = self._named(ledger, status, look, station)
         if isinstance(named, KeyRecord):
             if named.state is KeyState.ACTIVE:
                 raise _active_already()
@@ -79,18 +81,21 @@ class KeyFinder:
         else:
             if named is not None:
                 evse_id = named.owner.evse_id
-            pending = ledger.keys.pending(certificate_type, evse_id)
+            pending = ledger.keys.pending(certificate_type, evse_id, station=station)
         # A named key is meant, whatever certificates the active one has.
-        active = [] if isinstance(named, KeyRecord) else ledger.keys.active(certificate_type, evse_id)
+        owned = [] if isinstance(named, KeyRecord) else [(certificate_type, evse_id)]
+        active = [key for owner in owned for key in ledger.keys.active(*owner, station=station)]
         if look.certificates is not None:
-            replaced = [] if isinstance(named, KeyRecord) else ledger.keys.deactivated(certificate_type, evse_id)
+            replaced = [key for owner in owned for key in ledger.keys.deactivated(*owner, station=station)]
             found = _by_certificate(look.certificates, pending, active, replaced, roots=self._roots)
             return found if found.key in pending else Found(_not_retired(ledger, found.key), found.chain)
         if isinstance(named, KeyRecord):
             return Found(named)
         return _newest(_one_owner(pending, evse_id), active)
 
-    def failed(self, ledger: Ledger, status: CertificateInstallationStatus, look: Look) -> KeyRecord:
+    def failed(
+        self, ledger: Ledger, status: CertificateInstallationStatus, look: Look, *, station: str = ""
+    ) -> KeyRecord:
         """Return the pending key whose certificate could not be installed.
 
         Raises:
@@ -98,7 +103,7 @@ class KeyFinder:
             StatusUnfit: none fits, or more than one may be meant.
         """
         certificate_type, evse_id = str(status.data.certificate_type), _evse_id(status)
-        named = self._named(ledger, status, look)
+        named = self._named(ledger, status, look, station)
         if isinstance(named, KeyRecord):
             if named.state is not KeyState.PRE_ACTIVATION:
                 raise StatusUnfit(f"key {named.key_id} is {named.state}, not pending", reason="status_fits_no_key")
@@ -106,14 +111,16 @@ class KeyFinder:
         else:
             if named is not None:
                 evse_id = named.owner.evse_id
-            pending = _one_owner(ledger.keys.pending(certificate_type, evse_id), evse_id)
+            pending = _one_owner(ledger.keys.pending(certificate_type, evse_id, station=station), evse_id)
         if not pending:
             raise StatusUnfit("no key of this kind is pending", reason="status_fits_no_key")
         if pending[-1].failed:
             raise Repeated("the failure was reported before", pending[-1].key_id)
         return pending[-1]
 
-    def deleted(self, ledger: Ledger, status: CertificateInstallationStatus, look: Look) -> KeyRecord:
+    def deleted(
+        self, ledger: Ledger, status: CertificateInstallationStatus, look: Look, *, station: str = ""
+    ) -> KeyRecord:
         """Return the key whose certificate was deleted.
 
         Without a name, an active key that replaced another is never chosen: after a renewal Josev deletes the old
@@ -124,17 +131,17 @@ class KeyFinder:
             StatusUnfit: none fits, or more than one may be meant.
         """
         certificate_type, evse_id = str(status.data.certificate_type), _evse_id(status)
-        named = self._named(ledger, status, look)
+        named = self._named(ledger, status, look, station)
         if isinstance(named, KeyRecord):
             if named.state is KeyState.DESTROYED:
                 raise StatusUnfit(f"key {named.key_id} is destroyed already", reason="status_fits_no_key")
             return named
         if named is not None:
             evse_id = named.owner.evse_id
-        active = _one_owner(ledger.keys.active(certificate_type, evse_id), evse_id)
+        active = _one_owner(ledger.keys.active(certificate_type, evse_id, station=station), evse_id)
         if named is not None:
             active = [key for key in active if key.root == named.root]
-        deactivated = _one_owner(ledger.keys.deactivated(certificate_type, evse_id), evse_id)
+        deactivated = _one_owner(ledger.keys.deactivated(certificate_type, evse_id, station=station), evse_id)
         if named is not None:
             deactivated = []  # the file under active/ is the active key's
         elif look.certificates is not None:
@@ -152,33 +159,34 @@ class KeyFinder:
         )
 
     def _named(
-        self, ledger: Ledger, status: CertificateInstallationStatus, look: Look
+        self, ledger: Ledger, status: CertificateInstallationStatus, look: Look, station: str
     ) -> KeyRecord | ActiveName | None:
         """Return the key or owner that ``private_key_path`` names; None if it is absent.
 
         A key is named by its id or by the file of the key before, an owner by the file of the active key.
 
         Raises:
-            StatusUnfit: it names neither.
+            StatusUnfit: it names neither, or one of another station.
         """
         path = status.data.private_key_path
         if not isinstance(path, str):
             return None
         named = _key_named(ledger, path) or look.name
         if isinstance(named, ActiveName) and named.previous:
-            station, certificate_type, owned_evse_id = named.owner
-            deactivated = ledger.keys.deactivated(certificate_type, owned_evse_id, station=station)
+            owner = named.owner
+            deactivated = ledger.keys.deactivated(owner.certificate_type, owner.evse_id, station=owner.station)
             named = next((key for key in deactivated if key.previous and key.root == named.root), None)
-        station, certificate_type, evse_id = ("", "", "") if named is None else named.owner
-        meant = (station, certificate_type) == ("", status.data.certificate_type)
-        if meant and _evse_id(status) in {None, evse_id}:
-            return named
+        if named is not None:
+            of_kind = named.owner[:2] == (station, status.data.certificate_type)
+            if of_kind and _evse_id(status) in {None, named.owner.evse_id}:
+                return named
         raise StatusUnfit(
             f"private_key_path cannot be followed: {look.not_followed}"
             if look.not_followed
             else "private_key_path names no key of this kind",
             reason="status_fits_no_key",
-            hint=f"it is {self._active_path}/<certificate_type>[.<evse_id>][.previous].pem, or ends in a key ID",
+            hint=f"it is {self._active_path}/{'station-<station>.' if station else ''}<certificate_type>[.<evse_id>]"
+            "[.previous].pem, or ends in a key ID",
         )
 
 

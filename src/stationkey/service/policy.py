@@ -1,8 +1,9 @@
 r"""Admit or refuse requests by content, rate and number in flight. Pure: the clock is passed in.
 
 A request that a rule refuses, or that finds no place, spends no allowance; repeats of answered requests do not get
-here. So the allowance of a certificate type is spent on keys only, and no type takes from another. No state is kept by
-a name from the wire, so nothing grows.
+here. So the allowance of a certificate type is spent on keys only, and no type takes from another. In a site, each
+station has its own allowances and places. Names of stations come from the wire, so only so many allowances are
+remembered: see `stationkey.service.rate_limit.Allowances`.
 
 In patterns ``*`` is any text, also an empty one, and ``?`` one character. A backslash before one of these, or before a
 backslash, means the character itself: EVSE IDs contain asterisks, so ``DE\*ABC\*E1`` is one EVSE, ``DE*ABC*E1`` may be
@@ -30,11 +31,14 @@ from stationkey.contract.profiles import (
     is_secc_id,
 )
 from stationkey.errors import RequestRefused
-from stationkey.service.rate_limit import TokenBucket
+from stationkey.service.rate_limit import Allowances
+from stationkey.service.shares import Shares
 
 RSA_SHARE: Final = 4
 """Divisor of the places that RSA requests of one certificate type may hold. A chip takes tens of seconds for an RSA
 key: such requests must not hold every place while others, whose keys take milliseconds, wait at the broker."""
+FEW_PLACES: Final = 4
+"""Places that a station of a site may hold however many others do."""
 
 
 class Policy:
@@ -60,7 +64,8 @@ class Policy:
         self._common_names = _Patterns(terms.common_names)
         self._evse_ids = _Patterns(terms.evse_ids)
         self._rsa_places = max(1, terms.queue // RSA_SHARE)
-        self._rsa_in_hand: Counter[CertificateType] = Counter()
+        self._rsa_in_hand: Counter[tuple[str, CertificateType]] = Counter()
+        self._shares = Shares(terms.queue, few=FEW_PLACES)
         self._requests = self._allowances()
         self._statuses = self._allowances()
 
@@ -69,16 +74,15 @@ class Policy:
         """Messages in hand at a time."""
         return self._terms.queue
 
-    def _allowances(self) -> dict[CertificateType, TokenBucket]:
+    def _allowances(self) -> Allowances | None:
         terms = self._terms
-        return {
-            certificate_type: TokenBucket(per_minute=terms.requests_per_minute, burst=terms.burst)
-            for certificate_type in (CertificateType if terms.requests_per_minute else ())
-        }
+        if not terms.requests_per_minute:
+            return None
+        return Allowances(per_minute=terms.requests_per_minute, burst=terms.burst)
 
     @contextmanager
-    def admitted(self, request: GenerateCsrRequest) -> Iterator[list[str]]:
-        """Hold a place and spend an allowance while a new request is served.
+    def admitted(self, request: GenerateCsrRequest, station: str = "") -> Iterator[list[str]]:
+        """Hold a place and spend an allowance while a new request of a station is served.
 
         Yields:
             Warnings to log about the request.
@@ -88,11 +92,11 @@ class Policy:
         """
         self._check_lists(request)
         remarks = list(self._check_profile(request))
-        with self._place(request):
-            self._spend(self._requests, request.data.certificate_type, "requests")
+        with self._station_place(station), self._place(request, station):
+            self._spend(self._requests, station, request.data.certificate_type, "requests")
             yield remarks
 
-    def admit_status(self, certificate_type: CertificateType) -> None:
+    def admit_status(self, certificate_type: CertificateType, station: str = "") -> None:
         """Admit a status, which may take a signature and a read of the certificate directory.
 
         Statuses have their own allowance, as large as that of requests: neither blocks the other.
@@ -100,7 +104,7 @@ class Policy:
         Raises:
             RequestRefused: not now.
         """
-        self._spend(self._statuses, certificate_type, "statuses")
+        self._spend(self._statuses, station, certificate_type, "statuses")
 
     def _check_lists(self, request: GenerateCsrRequest) -> None:
         terms, data = self._terms, request.data
@@ -132,7 +136,24 @@ class Policy:
             )
 
     @contextmanager
-    def _place(self, request: GenerateCsrRequest) -> Iterator[None]:
+    def _station_place(self, station: str) -> Iterator[None]:
+        """Hold one of the places that the stations share.
+
+        Raises:
+            RequestRefused: the station holds its share.
+        """
+        if not self._shares.has_room(station):
+            raise RequestRefused(
+                "the station has as many requests in flight as it may while others have theirs",
+                reason="station_places_taken",
+                hint="retry later, or raise [policy] queue",
+                transient=True,
+            )
+        with self._shares.place(station):
+            yield
+
+    @contextmanager
+    def _place(self, request: GenerateCsrRequest, station: str) -> Iterator[None]:
         """Hold a place in the queue of the key store while the request is served.
 
         Raises:
@@ -142,24 +163,24 @@ class Policy:
             yield
             return
         certificate_type = request.data.certificate_type
-        if self._rsa_in_hand[certificate_type] >= self._rsa_places:
+        owner = (station, certificate_type)
+        if self._rsa_in_hand[owner] >= self._rsa_places:
             raise RequestRefused(
                 f"{self._rsa_places} RSA requests for {certificate_type} are in flight already",
                 reason="rsa_places_taken",
                 hint="retry later; RSA requests get a quarter of [policy] queue",
                 transient=True,
             )
-        self._rsa_in_hand[certificate_type] += 1
+        self._rsa_in_hand[owner] += 1
         try:
             yield
         finally:
-            self._rsa_in_hand[certificate_type] -= 1
+            self._rsa_in_hand[owner] -= 1
+            if not self._rsa_in_hand[owner]:
+                del self._rsa_in_hand[owner]
 
-    def _spend(
-        self, allowances: Mapping[CertificateType, TokenBucket], certificate_type: CertificateType, what: str
-    ) -> None:
-        allowance = allowances.get(certificate_type)
-        if allowance is None or allowance.take(self._clock()):
+    def _spend(self, allowances: Allowances | None, station: str, certificate_type: CertificateType, what: str) -> None:
+        if allowances is None or allowances.take((station, certificate_type), self._clock()):
             return
         raise RequestRefused(
             f"{what} for {certificate_type} come more often than {self._terms.requests_per_minute:g} times a minute,"

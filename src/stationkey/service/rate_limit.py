@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Final
 
 MINUTE: Final = 60_000_000_000
 """Nanoseconds."""
 _LONG_AGO: Final = -(2**63)
+MAX_BUCKETS: Final = 4096
+"""Buckets that are remembered, some 200 bytes each."""
 
 
 class TokenBucket:
@@ -39,3 +42,48 @@ class TokenBucket:
             return False
         self._full_at = full_at
         return True
+
+    @property
+    def full_at(self) -> int:
+        """When it will be full, nanoseconds of the clock of `take`."""
+        return self._full_at
+
+
+class Allowances:
+    """A token bucket for each name. Names may come from the wire, so only so many are remembered.
+
+    A full bucket is like a new one, and can be forgotten. If all are in use, those that will be full first are
+    forgotten: the names that have spent least.
+
+    Args:
+        per_minute: see `TokenBucket`.
+        burst: see `TokenBucket`.
+        most: buckets that are remembered.
+    """
+
+    def __init__(self, *, per_minute: float, burst: int, most: int = MAX_BUCKETS) -> None:
+        self._per_minute = per_minute
+        self._burst = burst
+        self._most = most
+        self._buckets: dict[Hashable, TokenBucket] = {}
+
+    def __len__(self) -> int:
+        """Return how many buckets are remembered."""
+        return len(self._buckets)
+
+    def take(self, name: Hashable, now: int) -> bool:
+        """Take a token from the bucket of a name, if there is one; `now` as for `TokenBucket.take`."""
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            if len(self._buckets) >= self._most:
+                self._forget(now)
+            bucket = self._buckets[name] = TokenBucket(per_minute=self._per_minute, burst=self._burst)
+        return bucket.take(now)
+
+    def _forget(self, now: int) -> None:
+        """Forget the full buckets, and at least a quarter of all, so that this is rarely done."""
+        by_level = sorted(self._buckets.items(), key=lambda named: named[1].full_at)
+        least = max(1, self._most // 4)
+        self._buckets = {
+            name: bucket for number, (name, bucket) in enumerate(by_level) if number >= least and bucket.full_at > now
+        }

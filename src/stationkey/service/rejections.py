@@ -11,7 +11,7 @@ from stationkey.errors import StationKeyError
 from stationkey.ledger import MAX_REJECTIONS
 from stationkey.ledger.messages import REQUEST
 from stationkey.ledger.worker import LedgerThread
-from stationkey.service.rate_limit import TokenBucket
+from stationkey.service.rate_limit import Allowances, TokenBucket
 from stationkey.system.counters import Counts
 from stationkey.system.tasks import note_failure
 
@@ -21,6 +21,8 @@ RECORD_WITHIN: Final = 1.0
 """Seconds within which a rejection is on disk: those of this time are written in one transaction."""
 RECORDED_A_MINUTE: Final = 60
 """Rejections recorded per minute after as many in a row as are kept, to spare flash memory. All are counted."""
+OF_A_STATION: Final = 20
+"""Divisor of both for one station of a site."""
 
 
 class Rejections:
@@ -35,11 +37,16 @@ class Rejections:
         self._ledger = ledger
         self._failures = failures
         self._recordable = TokenBucket(per_minute=RECORDED_A_MINUTE, burst=MAX_REJECTIONS)
+        self._of_stations = Allowances(
+            per_minute=RECORDED_A_MINUTE / OF_A_STATION, burst=MAX_REJECTIONS // OF_A_STATION
+        )
         self._recording: asyncio.Task[None] | None = None
         self._unrecorded = False  # whether some are not written yet
         self._closed = False
 
-    def note(self, request_id: str, error: StationKeyError, *, now: int, name: str = REQUEST) -> None:
+    def note(
+        self, request_id: str, error: StationKeyError, *, now: int, name: str = REQUEST, station: str = ""
+    ) -> None:
         """Note a rejection; it is on disk within `RECORD_WITHIN`, or at `aclose`. Does not wait for that.
 
         Args:
@@ -47,10 +54,14 @@ class Rejections:
             error: reason of the rejection.
             now: Unix time in milliseconds.
             name: kind of message; see `stationkey.ledger.messages`.
+            station: the station.
         """
-        if not self._recordable.take(time.monotonic_ns()):
+        time_ns = time.monotonic_ns()
+        if (station and not self._of_stations.take(station, time_ns)) or not self._recordable.take(time_ns):
             return
-        self._ledger.note_rejection(request_id, reason=error.reason, message=str(error), now=now, name=name)
+        self._ledger.note_rejection(
+            request_id, reason=error.reason, message=str(error), now=now, name=name, station=station
+        )
         self._unrecorded = True
         if self._recording is None and not self._closed:
             self._recording = asyncio.create_task(self._record(), name="record-rejections")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -39,6 +40,10 @@ LONGEST: Final = 8
 """Longest time between two hints of a key, in multiples of the shortest; doubled each time."""
 WATCHED: Final = 256
 """Certificates that are watched, the first to expire first: the default limit of active keys."""
+WATCHED_OF_STATION: Final = 32
+WATCHED_IN_SITE: Final = 4 * WATCHED
+"""In a site, how many of them may be of one station, out of how many: one station whose certificates have all expired
+must not hide others."""
 _TOLD: Final = {
     Due.DUE: ("certificate_due", "certificate due for renewal"),
     Due.EXPIRED: ("certificate_expired", "certificate expired"),
@@ -56,6 +61,7 @@ class DueCertificate(Struct, frozen=True):
         evse_id: the EVSE, or an empty text.
         not_after: its end, Unix time in seconds.
         state: `Due.DUE` or `Due.EXPIRED`.
+        station: the station of a site, or an empty text.
     """
 
     key_id: str
@@ -63,16 +69,17 @@ class DueCertificate(Struct, frozen=True):
     evse_id: str
     not_after: int
     state: Due
+    station: str = ""
 
     @property
     def end(self) -> str:
         """Its end in the form of RFC 3339."""
         return datetime.fromtimestamp(self.not_after, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
-    def told(self) -> tuple[CertificateType, str, str, DueState]:
+    def told(self) -> tuple[CertificateType, str, str, DueState, str]:
         """Return its entry on the renewal topic."""
         state: DueState = "expired" if self.state is Due.EXPIRED else "due"
-        return CertificateType(self.certificate_type), self.evse_id, self.end, state
+        return CertificateType(self.certificate_type), self.evse_id, self.end, state, self.station
 
 
 Told = Callable[[tuple[DueCertificate, ...]], None]
@@ -179,6 +186,7 @@ class RenewalWatch:
                 "key_id": certificate.key_id,
                 "certificate_type": certificate.certificate_type,
                 **({"evse_id": certificate.evse_id} if certificate.evse_id else {}),
+                **({"station": certificate.station} if certificate.station else {}),
                 "not_after": certificate.end,
                 "hint": hint.count,
             },
@@ -198,6 +206,8 @@ class RenewalWatch:
             return
         counts = self._custody.counters.renewal_commands
         about = {"key_id": certificate.key_id, "certificate_type": certificate.certificate_type}
+        if certificate.station:
+            about["station"] = certificate.station
         try:
             output = await self._command.run(_environment(certificate, hint))
         except StationKeyError as error:
@@ -210,7 +220,8 @@ class RenewalWatch:
 
 def _environment(certificate: DueCertificate, hint: Hint) -> dict[str, str]:
     """Return the environment variables of the operator's command, which describe the due certificate."""
-    return {
+    of_site = {"STATIONKEY_STATION": certificate.station} if certificate.station else {}
+    return of_site | {
         "STATIONKEY_CERTIFICATE_TYPE": certificate.certificate_type,
         "STATIONKEY_EVSE_ID": certificate.evse_id,
         "STATIONKEY_KEY_ID": certificate.key_id,
@@ -226,11 +237,29 @@ def _look(ledger: Ledger, *, by: RenewalRule, now: float) -> tuple[bool, tuple[D
     if newest is not None and _judge(newest, by, now) is Due.UNKNOWN:
         return True, (), {}
     due = []
-    for key in ledger.keys.expiring(until=int(now) + by.before, limit=WATCHED):
+    for key in _watched(ledger, until=int(now) + by.before):
         state = _judge(key, by, now)
         if state in _TOLD:
-            due.append(DueCertificate(key.key_id, *key.owner[1:], key.not_after or 0, state))
+            owner = key.owner
+            due.append(
+                DueCertificate(
+                    key.key_id, owner.certificate_type, owner.evse_id, key.not_after or 0, state, owner.station
+                )
+            )
     return False, tuple(due), ledger.hints.all() if due else {}
+
+
+def _watched(ledger: Ledger, *, until: int) -> list[KeyRecord]:
+    """Return the active keys to watch, the first to expire first; in a site not too many of one station."""
+    keys = ledger.keys.expiring(until=until, limit=WATCHED)
+    if not any(key.station for key in keys):
+        return keys
+    watched, of_station = [], Counter[str]()
+    for key in ledger.keys.expiring(until=until, limit=WATCHED_IN_SITE):
+        of_station[key.station] += 1
+        if of_station[key.station] <= WATCHED_OF_STATION:
+            watched.append(key)
+    return watched[:WATCHED]
 
 
 def _judge(key: KeyRecord, by: RenewalRule, now: float) -> Due:

@@ -23,6 +23,7 @@ from stationkey.keystore.stores import KeyStores, Store
 from stationkey.keystore.worker import Task, Turn, on_keystore, overdue
 from stationkey.ledger import Answered, Figures, Ledger, content_digest
 from stationkey.ledger.worker import LedgerThread
+from stationkey.mqtt.bounds import STATUS_ROOM
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.custody import Custody
 from stationkey.service.expiry import Expiry
@@ -35,6 +36,7 @@ from stationkey.service.rejections import Rejections
 from stationkey.service.renewal import RenewalWatch
 from stationkey.service.running_time import RunningTime
 from stationkey.service.seen_ids import SeenIds
+from stationkey.service.shares import Turns
 from stationkey.service.statuses import Statuses
 from stationkey.system.counters import UNKNOWN, Counters
 from stationkey.system.threads import Worker
@@ -54,6 +56,8 @@ RSA_DEADLINE: Final = 60.0
 class StationKeyService:
     """Answers requests with keys of the key stores, and records them in one ledger.
 
+    In a site, each call names the station. Its keys, ids, allowances and places are its own.
+
     Args:
         keystores: the key stores. Not closed by this class.
         ledger: the ledger. Not closed by this class; no other code may use it while requests are answered.
@@ -64,7 +68,8 @@ class StationKeyService:
         terms: how long keys and records last, and how many there may be.
         pool: keys made ahead; by default none.
         renewal: when a certificate is due for renewal, and how often a hint is given.
-        certificate_dir: where Josev puts the certificates that it installs, or None where that is not known.
+        certificate_dir: where Josev puts the certificates that it installs, or None where that is not known; in a site,
+            see `stationkey.service.josev_files.STATION`.
         clock: Unix time in seconds.
         on_change: called when keys may have become active, or may have ended.
         worker: makes the threads for the ledger and for Josev's files.
@@ -111,6 +116,7 @@ class StationKeyService:
         self._seen = SeenIds()
         self._knows_ids = False  # whether `_seen` has those of earlier runs, too
         self._in_flight = InFlight()
+        self._turns = Turns()
         self._closed = False
         self.counters = counters or Counters()
         self._rejections = Rejections(self._ledger, self.counters.task_failures)
@@ -135,6 +141,7 @@ class StationKeyService:
             bounds=self._bounds,
             profiles=profiles,
             rejections=self._rejections,
+            room=STATUS_ROOM * self._policy.queue,
         )
         self.pools = {
             store: KeyPool(
@@ -148,43 +155,48 @@ class StationKeyService:
             for store in keystores
         }
 
-    async def answer(self, request: GenerateCsrRequest, *, waited: float = 0.0) -> GenerateCsrResponse:
+    async def answer(
+        self, request: GenerateCsrRequest, *, station: str = "", waited: float = 0.0
+    ) -> GenerateCsrResponse:
         """Answer a request. Never raises: an error is logged, recorded and ``rejected``.
 
         Args:
             request: the request.
+            station: the station that it is from.
             waited: seconds since it arrived; they count against its deadline.
         """
         begun = time.monotonic() - waited
         until = self._until(request, waited)
+        kind = request.data.certificate_type
         try:
             # A request with this id and other content may be in flight; the answer on record does not wait for it.
-            if self._in_flight.is_contested(request) and (answered := await self._on_record(request.id)) is not None:
-                return self._repeat(request, answered)
-            async with self._in_flight.turn(request):
-                if (answered := await self._on_record(request.id)) is not None:
-                    return self._repeat(request, answered)
-                with self._policy.admitted(request) as remarks:
-                    self._warn(request, remarks)
-                    key, csr = await self._key_and_csr(request, until)
+            contested = self._in_flight.is_contested(request, station=station)
+            if contested and (answered := await self._on_record(request.id, station)) is not None:
+                return self._repeat(request, station, answered)
+            async with self._in_flight.turn(request, station=station):
+                if (answered := await self._on_record(request.id, station)) is not None:
+                    return self._repeat(request, station, answered)
+                with self._policy.admitted(request, station) as remarks:
+                    self._warn(request, station, remarks)
+                    key, csr = await self._key_and_csr(request, station, until)
         except StationKeyError as error:
-            return await self.reject(request.id, error, certificate_type=request.data.certificate_type)
+            return await self.reject(request.id, error, station=station, certificate_type=kind)
         except Exception:
-            log.exception("a fault of stationkey", extra={"request_id": request.id})
+            log.exception("a fault of stationkey", extra={"request_id": request.id, **_of(station)})
             fault = StationKeyError("a fault of ours", reason="internal_error")
-            return await self.reject(request.id, fault, certificate_type=request.data.certificate_type)
-        self.counters.requests.add(str(request.data.certificate_type), "accepted", "")
+            return await self.reject(request.id, fault, station=station, certificate_type=kind)
+        self.counters.requests.add(str(kind), "accepted", "")
         self.counters.answered(str(request.algorithm), time.monotonic() - begun)
-        about = {"request_id": request.id, "key_id": key.key_id, **_about(request)}
+        about = {"request_id": request.id, "key_id": key.key_id, **_of(station), **_about(request)}
         asyncio.get_running_loop().call_soon(partial(log.info, "accepted", extra=about))  # with the answer on its way
         return messages.accepted(request, csr)
 
-    def is_surplus(self, request: GenerateCsrRequest, *, most: int) -> bool:
-        """Return whether a request is a copy of one that is being answered, and `most` copies wait already."""
-        return self._in_flight.is_surplus(request, most=most)
+    def is_surplus(self, request: GenerateCsrRequest, *, most: int, station: str = "") -> bool:
+        """Return whether a request is a copy of one in flight, and `most` copies of its station wait already."""
+        return self._in_flight.is_surplus(request, most=most, station=station)
 
     async def reject(
-        self, request_id: str, error: StationKeyError, *, certificate_type: str = UNKNOWN
+        self, request_id: str, error: StationKeyError, *, station: str = "", certificate_type: str = UNKNOWN
     ) -> GenerateCsrResponse:
         """Reject a request: log and record the reason; the requester gets ``rejected`` only.
 
@@ -192,20 +204,24 @@ class StationKeyService:
         """
         self.counters.requests.add(str(certificate_type), "rejected", error.reason)
         level = logging.WARNING if error.fault is Fault.REQUEST else logging.ERROR
-        log.log(level, "rejected: %s", error, extra={"request_id": request_id, "reason": error.reason})
-        self._rejections.note(request_id, error, now=self._now())
+        about = {"request_id": request_id, **_of(station), "reason": error.reason}
+        log.log(level, "rejected: %s", error, extra=about)
+        self._rejections.note(request_id, error, now=self._now(), station=station)
         return messages.rejected(request_id)
 
-    def pass_over(self, error: StationKeyError) -> None:
+    def pass_over(self, error: StationKeyError, *, station: str = "") -> None:
         """Log and count an invalid message without a usable id, which cannot be answered."""
         self.counters.unanswerable.add(error.reason)
-        log.warning("cannot be answered: %s", error, extra={"reason": error.reason})
+        log.warning("cannot be answered: %s", error, extra={**_of(station), "reason": error.reason})
 
-    async def note_status(self, status: CertificateInstallationStatus, *, retained: bool = False) -> None:
+    async def note_status(
+        self, status: CertificateInstallationStatus, *, station: str = "", retained: bool = False
+    ) -> None:
         """Handle a certificate status, within the allowance; see `Statuses.note_status`.
 
         Args:
             status: the status.
+            station: the station that it is from.
             retained: whether the broker had kept it from before the subscription. It tells each new session of
                 something that happened once, however long ago: a ``deleted`` would destroy key after key.
         """
@@ -215,42 +231,44 @@ class StationKeyService:
                 reason="status_retained",
                 hint="which client sets retain? stationkey doctor says how to remove it",
             )
-            self._statuses.refuse(status, old)
+            self._statuses.refuse(status, old, station=station)
             return
         try:
-            self._policy.admit_status(status.data.certificate_type)
+            self._policy.admit_status(status.data.certificate_type, station)
         except RequestRefused as error:
-            self._statuses.refuse(status, error)
+            self._statuses.refuse(status, error, station=station)
             return
-        await self._statuses.note_status(status)
+        await self._statuses.note_status(status, station=station)
 
-    async def undelivered(self) -> list[GenerateCsrResponse]:
-        """Return the recorded answers for which `delivered` was not called: publish them again."""
+    async def undelivered(self) -> list[tuple[str, GenerateCsrResponse]]:
+        """Return the recorded answers for which `delivered` was not called, with their stations: publish them again."""
         responses = []
         for answered in await self._ledger(lambda ledger: ledger.answers.undelivered()):
             try:
                 check_recorded(answered.csr)
             except KeyStoreError as error:
-                log.error("%s", error, extra={"request_id": answered.request_id, "reason": error.reason})
-                await self._withdraw(answered.request_id)
+                about = {"request_id": answered.request_id, **_of(answered.station), "reason": error.reason}
+                log.error("%s", error, extra=about)
+                await self._withdraw(answered.request_id, answered.station)
                 continue
             result = messages.GenerateCsrResult(status="accepted", csr=answered.csr)
-            responses.append(
-                GenerateCsrResponse(id=answered.request_id, name=messages.GENERATE_CSR, type="response", data=result)
+            response = GenerateCsrResponse(
+                id=answered.request_id, name=messages.GENERATE_CSR, type="response", data=result
             )
+            responses.append((answered.station, response))
         return responses
 
-    async def delivered(self, response: GenerateCsrResponse) -> None:
+    async def delivered(self, response: GenerateCsrResponse, *, station: str = "") -> None:
         """Record that an answer was delivered, so that the next start does not publish it again."""
         if response.data.status == "accepted":
-            self._ledger.mark_delivered(response.id)
+            self._ledger.mark_delivered(response.id, station=station)
 
     async def learn_ids(self) -> None:
         """Read from the ledger which ids were answered in earlier runs. Until then each id is looked up there."""
         ids = [("", "")]
         try:
             while ids := await self._ledger(lambda ledger, last: ledger.answers.ids(after=last), ids[-1]):
-                self._seen.update(request_id for _, request_id in ids)
+                self._seen.update(ids)
         except LedgerError as error:
             log.error("id filter not loaded; looking up each id: %s", error, extra={"reason": error.reason})
             return
@@ -310,12 +328,12 @@ class StationKeyService:
 
     # The steps.
 
-    async def _on_record(self, request_id: str) -> Answered | None:
-        if self._knows_ids and request_id not in self._seen:
+    async def _on_record(self, request_id: str, station: str) -> Answered | None:
+        if self._knows_ids and not self._seen.may_have(request_id, station):
             return None
-        return await self._ledger(lambda ledger: ledger.answers.find(request_id))
+        return await self._ledger(lambda ledger: ledger.answers.find(request_id, station=station))
 
-    def _repeat(self, request: GenerateCsrRequest, answered: Answered) -> GenerateCsrResponse:
+    def _repeat(self, request: GenerateCsrRequest, station: str, answered: Answered) -> GenerateCsrResponse:
         """Return the recorded answer to an id that was answered before (decision 6)."""
         if answered.digest != content_digest(request):
             raise RequestRefused("the id was used before, with other content", reason="id_reused")
@@ -328,31 +346,33 @@ class StationKeyService:
             )
         check_recorded(answered.csr)
         self.counters.requests.add(str(request.data.certificate_type), "repeated", "")
-        log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id})
+        log.info("repeated the answer", extra={"request_id": request.id, "key_id": answered.key_id, **_of(station)})
         return messages.accepted(request, answered.csr)
 
-    def _warn(self, request: GenerateCsrRequest, remarks: Iterable[str]) -> None:
+    def _warn(self, request: GenerateCsrRequest, station: str, remarks: Iterable[str]) -> None:
         """Log the policy's warnings about a request that is served."""
         for remark in remarks:
-            log.warning(remark, extra={"request_id": request.id, **_about(request)})
+            log.warning(remark, extra={"request_id": request.id, **_of(station), **_about(request)})
 
     def _until(self, request: GenerateCsrRequest, waited: float) -> float:
         """Return the deadline of a request, in the event loop's time."""
         allowed = self._rsa_deadline if is_rsa(request) else self._deadline
         return asyncio.get_running_loop().time() + allowed - waited
 
-    async def _key_and_csr(self, request: GenerateCsrRequest, until: float) -> tuple[KeyRef, str]:
+    async def _key_and_csr(self, request: GenerateCsrRequest, station: str, until: float) -> tuple[KeyRef, str]:
         """Return a key, made ahead or now, and its CSR in PEM, both recorded; one deadline for all attempts."""
         store = self._keystores.making(request.data.certificate_type)
         pool = self.pools[store]
         # A frozen key store keeps its share of the places: requests for the others must not wait for them.
-        if store.thread.hung and sum(store.thread.waiting.values()) >= self._policy.queue // len(self._keystores):
+        waiting = max(sum(store.thread.waiting.values()), self._turns.wanted(store))
+        if store.thread.hung and waiting >= self._policy.queue // len(self._keystores):
             raise overdue()
         while True:
             ahead = pool.take(request.algorithm)
             try:
-                key, csr = await self._sign(request, store, None if ahead is None else ahead.key, until)
-                return key, await self._record(request, key, csr, ahead=ahead is not None)
+                async with self._turns.turn(station, store, rsa=is_rsa(request), until=until):
+                    key, csr = await self._sign(request, store, None if ahead is None else ahead.key, until)
+                return key, await self._record(request, station, key, csr, ahead=ahead is not None)
             except Exception as error:
                 if ahead is None or not await pool.take_back(ahead, error):
                     raise
@@ -374,14 +394,14 @@ class StationKeyService:
         left = until - asyncio.get_running_loop().time()
         return await on_keystore(store.thread, sign, timeout=left, turn=turn, task=task)
 
-    async def _record(self, request: GenerateCsrRequest, key: KeyRef, csr: Csr, *, ahead: bool) -> str:
+    async def _record(self, request: GenerateCsrRequest, station: str, key: KeyRef, csr: Csr, *, ahead: bool) -> str:
         """Record the answer, verify the CSR while the ledger waits for the disk, and return the CSR in PEM.
 
         A CSR that is read from the ledger is verified again before it is sent. So an invalid one is never sent, not
         even if the power fails before it is withdrawn.
         """
         running, pem = self._running.now(), to_pem(csr)
-        self._seen.add(request.id)
+        self._seen.add(request.id, station)
         recorded = self._ledger(
             lambda ledger: ledger.answers.record(
                 request,
@@ -392,24 +412,30 @@ class StationKeyService:
                 due=running + self._terms.pending,
                 bounds=self._bounds[request.data.certificate_type],
                 ahead=ahead,
+                station=station,
             )
         )
         try:
             check_signature(csr)
         except KeyStoreError:
             await recorded
-            await self._withdraw(request.id)
+            await self._withdraw(request.id, station)
             raise
         for key_id in await recorded:
-            log.warning("too many pending keys: the oldest destroyed", extra={"key_id": key_id})
+            log.warning("too many pending keys: the oldest destroyed", extra={"key_id": key_id, **_of(station)})
         return pem
 
-    async def _withdraw(self, request_id: str) -> None:
+    async def _withdraw(self, request_id: str, station: str) -> None:
         """Remove a recorded answer that must not be sent."""
-        await self._ledger(lambda ledger: ledger.answers.withdraw(request_id, now=self._now()))
+        await self._ledger(lambda ledger: ledger.answers.withdraw(request_id, station=station, now=self._now()))
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _of(station: str) -> dict[str, object]:
+    """Return the field of a log line for a station; none for the single one."""
+    return {"station": station} if station else {}
 
 
 def _about(request: GenerateCsrRequest) -> dict[str, object]:

@@ -15,27 +15,28 @@ _MASK: Final = (1 << _BITS) - 1
 
 
 class SeenIds:
-    """A set of case-insensitive ids in 128 KiB, whatever their number."""
+    """A set of case-insensitive ids, each of a station, in 128 KiB, whatever their number."""
 
     def __init__(self) -> None:
         self._table = bytearray(1 << (_BITS - 3))
 
-    def add(self, request_id: str) -> None:
+    def add(self, request_id: str, station: str = "") -> None:
         """Add an id, permanently."""
-        for place in _places(request_id):
+        for place in _places(station, request_id):
             self._table[place >> 3] |= 1 << (place & 7)
 
-    def update(self, request_ids: Iterable[str]) -> None:
-        """Add several ids."""
-        for request_id in request_ids:
-            self.add(request_id)
+    def update(self, ids: Iterable[tuple[str, str]]) -> None:
+        """Add several ids, each after its station."""
+        for station, request_id in ids:
+            self.add(request_id, station)
 
-    def __contains__(self, request_id: str) -> bool:
+    def may_have(self, request_id: str, station: str = "") -> bool:
         """Return whether an id may have been added; False is certain."""
-        return all(self._table[place >> 3] >> (place & 7) & 1 for place in _places(request_id))
+        return all(self._table[place >> 3] >> (place & 7) & 1 for place in _places(station, request_id))
 
 
-def _places(request_id: str) -> tuple[int, int, int]:
-    # Python's hash of a text has another key in each process, so an attacker cannot cause collisions.
-    value = hash(request_id.lower())
+def _places(station: str, request_id: str) -> tuple[int, int, int]:
+    # Python's hash of a text has another key in each process, so an attacker cannot cause collisions. An id has 36
+    # characters, so it begins at the same place from the end.
+    value = hash(station + request_id.lower())
     return value & _MASK, value >> _BITS & _MASK, value >> 2 * _BITS & _MASK

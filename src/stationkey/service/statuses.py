@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
+from weakref import WeakValueDictionary
 
 from stationkey.config.settings import DAY, Bounds, Terms
 from stationkey.contract.messages import CertificateInstallationStatus
@@ -22,10 +23,12 @@ from stationkey.keystore.worker import Task, on_keystore
 from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.ledger.messages import STATUS
+from stationkey.mqtt.bounds import MAX_IN_HAND, STATUS_ROOM
 from stationkey.service.custody import PROOF_DEADLINE, Custody
 from stationkey.service.josev_files import JosevFiles, Look
 from stationkey.service.matching import Found, KeyFinder, Repeated
 from stationkey.service.rejections import Rejections
+from stationkey.service.shares import Shares
 from stationkey.system.backoff import Backoff
 from stationkey.x509.certificate import Chain, Expected, differences, oddities, prove, read_chain
 from stationkey.x509.path import root_of
@@ -45,9 +48,9 @@ UNKNOWN_LIFE: Final = 365 * DAY
 """Assumed validity of an unreadable certificate, in milliseconds."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class _Line:
-    """The statuses about the keys of one key store, which wait in order.
+    """The statuses of one station about the keys of one key store, which wait in order.
 
     Attributes:
         turn: held by the status that is handled.
@@ -71,6 +74,7 @@ class Statuses:
         finder: finds the key of a status.
         terms: periods.
         bounds: limits, by certificate type.
+        room: statuses of all stations of a site that may be in flight.
         rejections: records the statuses that change nothing.
         profiles: of each certificate type, overrides included.
     """
@@ -84,6 +88,7 @@ class Statuses:
         terms: Terms,
         bounds: Mapping[CertificateType, Bounds],
         rejections: Rejections,
+        room: int = STATUS_ROOM * MAX_IN_HAND,
         profiles: Mapping[CertificateType, CertificateProfile] = PROFILES,
     ) -> None:
         self._custody = custody
@@ -93,30 +98,40 @@ class Statuses:
         self._terms = terms
         self._bounds = bounds
         self._profiles = profiles
-        self._lines = {store: _Line() for store in custody.keystores}
+        self._lines: WeakValueDictionary[tuple[str, str], _Line] = WeakValueDictionary()  # those in use
+        self._shares = Shares(room, few=MAX_WAITING)
 
-    async def note_status(self, status: CertificateInstallationStatus) -> None:
+    async def note_status(self, status: CertificateInstallationStatus, *, station: str = "") -> None:
         """Apply a status to its key. A status that cannot be applied is logged and counted; no key is guessed.
 
         While the TPM is away or the disk is full, the status and later ones wait in order: ``deleted`` must not
         overtake ``installed``. A status is acknowledged to the broker once it is handled. If `MAX_WAITING` of them
         wait, further ones are given up: at once if something is away, else after `PATIENCE`, and then at once until
-        none waits. Certificate types whose keys are made in different key stores do not wait for each other.
+        none waits. Certificate types whose keys are made in different key stores do not wait for each other, nor do
+        stations. In a site, what a station sends beyond its share of the room is given up at once.
         """
-        line = self._lines[self._custody.keystores.making(status.data.certificate_type)]
+        if not self._shares.has_room(station):
+            self.refuse(status, _crowd(), station=station)
+            return
+        store = self._custody.keystores.making(status.data.certificate_type)
+        line = self._lines.setdefault((station, store.name), _Line())
+        with self._shares.place(station):
+            await self._queue(status, station, line)
+
+    async def _queue(self, status: CertificateInstallationStatus, station: str, line: _Line) -> None:
         beyond = line.waiting >= MAX_WAITING
         if beyond and (line.trouble is not None or line.crowded):
-            self.refuse(status, line.trouble or _crowd())
+            self.refuse(status, line.trouble or _crowd(), station=station)
             return
         line.waiting += 1
         try:
             await self._take_turn(line, PATIENCE if beyond else None)
             try:
-                await self._settle(status, line, _about(status))
+                await self._settle(status, station, line)
             finally:
                 line.turn.release()
         except StationKeyError as error:
-            self.refuse(status, error)
+            self.refuse(status, error, station=station)
         finally:
             line.waiting -= 1
             line.crowded = line.crowded and line.waiting > 0
@@ -134,14 +149,15 @@ class Statuses:
             line.crowded = True
             raise line.trouble or _crowd() from None
 
-    async def _settle(self, status: CertificateInstallationStatus, line: _Line, about: Mapping[str, object]) -> None:
+    async def _settle(self, status: CertificateInstallationStatus, station: str, line: _Line) -> None:
         """Apply a status as soon as key store and ledger are available."""
+        about = _about(status, station)
         backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         try:
             while True:
                 try:
-                    async with self._custody.one_at_a_time(status.data.certificate_type):
-                        await self._note(status, about)
+                    async with self._custody.one_at_a_time(status.data.certificate_type, station):
+                        await self._note(status, station, about)
                     return
                 except (KeyStoreError, LedgerError) as error:
                     if not error.transient:
@@ -153,23 +169,23 @@ class Statuses:
         finally:
             line.trouble = None
 
-    def refuse(self, status: CertificateInstallationStatus, error: StationKeyError) -> None:
+    def refuse(self, status: CertificateInstallationStatus, error: StationKeyError, *, station: str = "") -> None:
         """Log, count and record a status that changes nothing."""
-        about = _about(status)
+        about = _about(status, station)
         self._count(status, "refused", error.reason)
         log.error("ignoring status '%s': %s", status.data.status, error, extra={**about, "reason": error.reason})
-        self._rejections.note(status.id, error, now=self._custody.now(), name=STATUS)
+        self._rejections.note(status.id, error, now=self._custody.now(), name=STATUS, station=station)
 
-    async def _note(self, status: CertificateInstallationStatus, about: Mapping[str, object]) -> None:
-        look = await self._files.look(status)
+    async def _note(self, status: CertificateInstallationStatus, station: str, about: Mapping[str, object]) -> None:
+        look = await self._files.look(status, station)
         try:
             match status.data.status:
                 case "installed":
-                    await self._installed(status, look, about)
+                    await self._installed(status, station, look, about)
                 case "failed_installation":
-                    await self._failed(status, look, about)
+                    await self._failed(status, station, look, about)
                 case "deleted":
-                    await self._deleted(status, look, about)
+                    await self._deleted(status, station, look, about)
         except Repeated as repeated:
             log.info("%s", repeated, extra={**about, **({"key_id": repeated.key_id} if repeated.key_id else {})})
             self._count(status, "repeated")
@@ -179,10 +195,12 @@ class Statuses:
     def _count(self, status: CertificateInstallationStatus, outcome: str, reason: str = "") -> None:
         self._custody.counters.statuses.add(status.data.status, outcome, reason)
 
-    async def _installed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
+    async def _installed(
+        self, status: CertificateInstallationStatus, station: str, look: Look, about: Mapping[str, object]
+    ) -> None:
         def find(ledger: Ledger) -> tuple[Found, KeyRef]:
-            _refuse_repeat(ledger, status)
-            found = self._finder.installed(ledger, status, look)
+            _refuse_repeat(ledger, status, station)
+            found = self._finder.installed(ledger, status, look, station=station)
             reference = ledger.keys.ref(found.key.key_id)
             if reference is None:
                 raise LedgerError(
@@ -235,10 +253,12 @@ class Statuses:
         self._custody.counters.restorations += 1
         log.warning("key restored", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
 
-    async def _failed(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
+    async def _failed(
+        self, status: CertificateInstallationStatus, station: str, look: Look, about: Mapping[str, object]
+    ) -> None:
         def shorten(ledger: Ledger) -> KeyRecord:
-            _refuse_repeat(ledger, status)
-            key = self._finder.failed(ledger, status, look)
+            _refuse_repeat(ledger, status, station)
+            key = self._finder.failed(ledger, status, look, station=station)
             soon = self._custody.running.now() + self._terms.failed
             ledger.transitions.apply(
                 key.key_id,
@@ -253,10 +273,12 @@ class Statuses:
         key = await self._custody.ledger(shorten)
         log.warning("installation failed", extra={**about, "key_id": key.key_id})
 
-    async def _deleted(self, status: CertificateInstallationStatus, look: Look, about: Mapping[str, object]) -> None:
+    async def _deleted(
+        self, status: CertificateInstallationStatus, station: str, look: Look, about: Mapping[str, object]
+    ) -> None:
         def destroy(ledger: Ledger) -> tuple[KeyRecord, KeyRef | None]:
-            _refuse_repeat(ledger, status)
-            key = self._finder.deleted(ledger, status, look)
+            _refuse_repeat(ledger, status, station)
+            key = self._finder.deleted(ledger, status, look, station=station)
             reference = ledger.keys.ref(key.key_id)
             ledger.transitions.apply(
                 key.key_id,
@@ -308,15 +330,16 @@ def _life(chain: Chain | None) -> int:
     return UNKNOWN_LIFE if chain is None else max(0, chain.not_after - chain.not_before) * 1000
 
 
-def _refuse_repeat(ledger: Ledger, status: CertificateInstallationStatus) -> None:
-    """Raise `Repeated` if the message is on record."""
-    if ledger.transitions.seen(status.id):
+def _refuse_repeat(ledger: Ledger, status: CertificateInstallationStatus, station: str) -> None:
+    """Raise `Repeated` if the station's message is on record."""
+    if ledger.transitions.seen(status.id, station=station):
         raise Repeated(f"'{status.data.status}' was received before")
 
 
-def _about(status: CertificateInstallationStatus) -> dict[str, object]:
+def _about(status: CertificateInstallationStatus, station: str) -> dict[str, object]:
     """Return the fields of a log line about a status."""
-    return {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
+    about: dict[str, object] = {"message_id": status.id, "certificate_type": str(status.data.certificate_type)}
+    return {**about, "station": station} if station else about
 
 
 def _incomplete(missing: str) -> StationKeyError:
