@@ -44,6 +44,7 @@ _VERSIONS = {version.removeprefix("ocpp"): version for version in OcppVersion}
 @click.option("--organization-name", required=True, help="O: the operator, as the CSMS knows it.")
 @click.option("--country-name", required=True, help="C: two letters.")
 @click.option("--evse-id", help="EVSE of the V2G keys.")
+@click.option("--station", metavar="NAME", default="", help="Station of a site, such as depot7/s1.")
 @click.option("--state-dir", type=_DIRECTORY, default="josev-state", help="Directory of pending CSRs.")
 @click.option("--certificate-dir", type=_DIRECTORY, required=True, help="Directory to install certificates in.")
 @click.option("--trust-anchors", type=_FILE, required=True, help="Roots (PEM) that chains must lead to.")

@@ -31,6 +31,7 @@ EXIT_NO_ANSWER: Final = 4
 @click.option("--evse-id", help="EVSE that the key is for.")
 @click.option("--id", "request_id", metavar="UUID", help="Id of the request.  [default: a new one]")
 @click.option("--timeout", type=Number(min=0, min_open=True), default=30.0, help="Seconds to wait.")
+@click.option("--station", metavar="NAME", default="", help="Station of a site, such as depot7/s1.")
 @configured(*BROKER, file=CLIENT_TEXT, client=True, needs_keystore=False)
 @json_option
 def request(
@@ -42,6 +43,7 @@ def request(
     evse_id: str | None,
     request_id: str | None,
     timeout: float,
+    station: str,
     as_json: bool,
     settings: Configured,
 ) -> None:
@@ -76,7 +78,8 @@ def request(
     )
     settled = settings()
     broker, prefix = Broker.parse(settled.broker), settled.topic_prefix
-    response = asyncio.run(ask(broker, asked, topic_prefix=prefix, timeout=timeout, terms=settled.mqtt))
+    asking = ask(broker, asked, topic_prefix=prefix, station=station, timeout=timeout, terms=settled.mqtt)
+    response = asyncio.run(asking)
     if response is None:
         click.echo(f"stationkey: no answer to {asked.id} within {timeout:g} s", err=True)
         click.echo("  is stationkey serve running, on this broker and with this topic prefix?", err=True)

@@ -381,6 +381,7 @@ class Station:
             settings.broker,
             request,
             topic_prefix=settings.topic_prefix,
+            station=settings.station,
             timeout=ANSWER_TIMEOUT,
             terms=settings.mqtt,
         )
@@ -583,6 +584,7 @@ class Station:
             evse_id=evse_id if self._settings.profiles[certificate_type].secc_id else None,
             private_key_path=private_key_path,
             topic_prefix=self._settings.topic_prefix,
+            station=self._settings.station,
             terms=self._settings.mqtt,
         )
         self._tell(f"reported to the charging station: {status}", certificate_type)

@@ -26,6 +26,7 @@ class StationSettings(Struct, frozen=True, kw_only=True):
         broker: where the charging station's side listens.
         mqtt: TLS and credentials for it.
         topic_prefix: see `stationkey.mqtt.topics.topics`.
+        station: its name in a site; empty for a single station.
         common_name: CN of the CSRs.
         organization_name: O, as the CSMS has it configured [A00.FR.509].
         country_name: C.
@@ -52,6 +53,7 @@ class StationSettings(Struct, frozen=True, kw_only=True):
     certificate_dir: Path
     versions: tuple[OcppVersion, ...] = (OcppVersion.V201,)
     topic_prefix: str = ""
+    station: str = ""
     mqtt: MqttTerms = PLAIN
     evse_id: str | None = None
     trust_anchors: Path | None = None
