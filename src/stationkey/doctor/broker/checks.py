@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
+from stationkey.contract.stations import ANY_LEVEL
 from stationkey.doctor.broker.probe import LARGE, Visit, visit
 from stationkey.doctor.config.certificates import MONTH
 from stationkey.doctor.config.checks import named_secrets
@@ -36,6 +37,8 @@ _PATIENCE: Final = 2.0
 _PLAIN_PORT: Final = "is it a port without TLS (1883)?"
 _NAGLE: Final = 0.020
 """Seconds that nothing but a delayed acknowledgement adds; it is 40 ms on Linux."""
+_STATION: Final = "doctor"
+"""In a site, takes the place of any level: a station that the doctor makes up."""
 _SHIPPED: Final = "(/usr/share/doc/stationkey/examples/mosquitto)"
 _HINTS: Final = {
     "broker_refuses": "does the broker know user name and password? Its log says more; an access control list by "
@@ -181,8 +184,10 @@ def _visit(context: Context) -> Visit | Finding:
     terms = _at_hand(context)
     if isinstance(terms, Finding):
         return terms
-    prefix, running = context.settings.topic_prefix, context.daemon.running
-    return asyncio.run(visit(_broker_of(context), terms, prefix, daemon_running=running))
+    settings, running = context.settings, context.daemon.running
+    station = next(iter(settings.site.stations), "").replace(ANY_LEVEL, _STATION)
+    visiting = visit(_broker_of(context), terms, settings.topic_prefix, station=station, daemon_running=running)
+    return asyncio.run(visiting)
 
 
 def _at_hand(context: Context) -> MqttTerms | Finding:
@@ -312,6 +317,8 @@ def _judge_anonymous(seen: Visit, reach: str | None) -> Finding:
 
 
 def _judge_josev(seen: Visit) -> Finding:
+    if seen.site:
+        return unknown("in a site, each station has a Josev of its own")
     if seen.josev is None:
         return unknown(f"the broker does not say who is subscribed to {seen.responses}")
     if seen.josev:

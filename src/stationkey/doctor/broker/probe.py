@@ -57,6 +57,7 @@ class Visit:
     """What was seen at a broker so far.
 
     Attributes:
+        site: whether the topics are those of a station that the doctor made up.
         at: the broker, as the options of Mosquitto's clients name it.
         refused: why there is no connection.
         named: whether we have a user name or a certificate there.
@@ -74,6 +75,7 @@ class Visit:
 
     requests: str = REQUEST_TOPIC
     responses: str = RESPONSE_TOPIC
+    site: bool = False
     at: str = ""
     refused: StationKeyError | None = None
     named: bool = False
@@ -107,11 +109,12 @@ def _client_id() -> str:
     return f"stationkey-doctor-{uuid.uuid4().hex[:8]}"
 
 
-async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, daemon_running: bool) -> Visit:
-    """Look around at the broker, with the daemon's identity and without any."""
-    (requests, responses), client_id = topics(prefix), _client_id()
+async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, station: str = "", daemon_running: bool) -> Visit:
+    """Look around at the broker, with the daemon's identity and without any; in a site, as a station would."""
+    (requests, responses), client_id = topics(prefix, station), _client_id()
     named = terms.username is not None or terms.certificate_file is not None
     seen = Visit(requests=requests, responses=responses, at=f"-h {broker.host} -p {broker.port}", named=named)
+    seen.site = bool(station)
     nobody = MqttTerms(ca_file=terms.ca_file, server_name=terms.server_name)
     connection, stranger = await asyncio.gather(
         _enter(broker, terms, client_id, persistent=named, goes_if_resumed=daemon_running),

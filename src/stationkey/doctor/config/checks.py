@@ -30,7 +30,7 @@ from stationkey.errors import ConfigurationError
 from stationkey.keystore.pkcs11.uri import TokenUri
 from stationkey.mqtt.tls import introduction
 from stationkey.mqtt.topics import availability, renewal
-from stationkey.service.josev_files import MAX_CERTIFICATE_FILES
+from stationkey.service.josev_files import MAX_CERTIFICATE_FILES, STATION
 from stationkey.system.addresses import is_loopback
 from stationkey.system.listener import Address
 
@@ -197,6 +197,10 @@ def _look_at_certificate_dir(context: Context) -> tuple[Facts, User, int] | Find
     if path is None:
         told = "[josev] certificate_dir is not set: a status is matched to a key by the order of messages alone"
         return warning("not_set", told, "set it to the directory that Josev installs to, if it is on this machine")
+    if context.settings.site.stations:  # those of the stations are in it, or will be
+        levels = [number for number, part in enumerate(path.parts) if STATION in part]
+        path = Path(*path.parts[: levels[0]]) if levels else path
+        return look_at(path, follow=True, user=user), user, 0
     facts = look_at(path, follow=True, user=user)
     if facts.kind == "directory" and os.access(path, os.R_OK | os.X_OK):
         for number, _ in enumerate(path.rglob("*")):
@@ -281,7 +285,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         if topic is None:
             continue
         try:
-            whole(settings.topic_prefix, topic)
+            whole(settings.topic_prefix, topic, site=bool(settings.site.stations))
         except ConfigurationError as error:
             if error.reason != "topic_prefix_invalid":  # of that, broker.url says it
                 advice = "name a topic of its own, without + and #: not josev/cs, and not cs/josev"
