@@ -202,6 +202,10 @@ def test_one_daemon_at_a_time_looks_for_a_key_and_only_in_its_own_token(site: Si
     site.destroy(site.record(key := one.new(TOKEN)))
     assert key in ended(one)
     assert ended(other) == []
+    third = one.new(TOKEN)
+    assert other.end(third)
+    assert ended(other) == [third]
+    one.drop(third)
     site.later("10 minutes")
     assert other.ended(None, lambda: OTHER) == []
     assert len(ended(other)) == 2

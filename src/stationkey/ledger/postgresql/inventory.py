@@ -32,8 +32,8 @@ _FRESH: Final = 2.0
 """Seconds for which a batch is taken for this daemon's own without asking: its lease may have ended meanwhile."""
 _RECORDED_BY: Final = 600.0
 """Seconds after which a key of this daemon that is not in the ledger never will be."""
-_PART: Final = 128
-"""Keys that one call of `ended` returns at most."""
+_PART: Final = 32
+"""Keys that one call of `ended` returns at most: the key store's thread is busy with them, and a request waits."""
 _PAUSE: Final = 1.0
 """Seconds after a failed connection in which none is tried: each try may take seconds of the key store's thread."""
 _ADMISSION: Final = 0x534B0005
