@@ -23,6 +23,7 @@ from stationkey.doctor.host.context import Context, Daemon
 from stationkey.doctor.host.files import ENTER, READ, WRITE, Facts, User, look_at, octal, permits
 from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refusal, unknown, warning
 from stationkey.doctor.runner import Check, within
+from stationkey.doctor.state.site import look_at_site
 from stationkey.errors import LedgerError, StationKeyError
 from stationkey.keystore.pkcs11.uri import identifier_of
 from stationkey.ledger import KeyRecord, Ledger
@@ -376,10 +377,14 @@ def contents_soon(context: Context) -> Contents | None:
 
 
 def _read(context: Context) -> Contents | str:
+    if context.settings.ledger:
+        return "the ledger of a site is not read key by key"
     return read_ledger(context.settings.state_dir / DATABASE_NAME, running=context.daemon.running)
 
 
 def _look_at_ledger(context: Context) -> tuple[Facts, Contents | LedgerError | str] | Finding:
+    if context.settings.ledger:
+        return look_at_site(context.settings)
     path = context.settings.state_dir / DATABASE_NAME
     facts = look_at(path)
     if facts.kind == "unseen" or (facts.kind == "file" and not os.access(path, os.R_OK)):
@@ -529,7 +534,7 @@ CHECKS: Final = (
     Check("state.settings", _look_at_command, _judge_settings),
     Check("state.disk", _look_at_room, _judge_room, reads=_READS),
     Check("state.filesystem", _look_at_filesystem, _judge_filesystem, reads=_READS),
-    Check("state.ledger", _look_at_ledger, _judge_ledger, reads=_READS),
+    Check("state.ledger", _look_at_ledger, _judge_ledger, reads=(*_READS, "ledger")),
     Check("state.keys", _look_at_keys, _judge_keys, _LEDGER),
     Check("state.active", _look_at_active, _judge_active, _LEDGER),
 )

@@ -16,7 +16,9 @@ from stationkey.ledger.postgresql.slots import SLOT_COLUMN
 from stationkey.ledger.postgresql.tokens import SCHEMA as TOKENS
 
 PRESENCE: Final = 0x534B0001
-"""Class of the advisory locks that living daemons hold; those of shards follow."""
+"""Class of the advisory locks that living daemons hold."""
+_SHARD: Final = 0x534B0002
+"""Class of the advisory lock of a shard, by its number."""
 _MIGRATION: Final = 0x534B0004
 """Class of the advisory lock of whoever creates or migrates tables."""
 _MIGRATION_TIMEOUT: Final = 600.0
@@ -202,6 +204,17 @@ def check(connection: Connection) -> None:
             reason="ledger_newer",
             hint="a newer stationkey wrote it: run that one. Nothing was changed",
         )
+
+
+def shards(connection: Connection) -> tuple[int, list[int]]:
+    """Return how many shards there are, and the numbers of those that no living daemon holds."""
+    held = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = %s AND granted AND database ="
+    here = "(SELECT oid FROM pg_database WHERE datname = current_database())"
+    rows = connection.execute(
+        f"SELECT number, number IN ({held} {here}) FROM shard WHERE of > 0 ORDER BY number".encode(),  # noqa: S608 - this module's own text
+        (_SHARD,),
+    ).fetchall()
+    return len(rows), [number for number, is_held in rows if not is_held]
 
 
 def _versions(connection: Connection) -> tuple[int, int]:
