@@ -21,8 +21,8 @@ from outside import Josev, Station, generate_csr, run, software_station
 from peers import Mosquitto
 from station import Elsewhere, a_ledger
 
-from parts import V2G
-from stationkey.contract.active_names import DIRECTORY_NAME, Owner, file_name
+from parts import STATION, V2G
+from stationkey.contract.active_names import DIRECTORY_NAME, ActiveName, Owner, file_name, read_name
 from stationkey.contract.profiles import EVSE_ID_PATTERN, CertificateType
 from stationkey.system.state_dir import DATABASE_NAME
 
@@ -30,7 +30,8 @@ NAME_MAX = 255
 """Bytes of a file name [limits.h], on every file system that a station has."""
 
 evse_ids = st.from_regex(EVSE_ID_PATTERN.removesuffix("$") + r"\Z")
-owners = st.builds(Owner, st.just(""), st.sampled_from([str(name) for name in CertificateType]), st.just("") | evse_ids)
+stations = st.just("") | st.text(min_size=1, max_size=64).filter(lambda name: len(name.encode()) <= 64)
+owners = st.builds(Owner, stations, st.sampled_from([str(name) for name in CertificateType]), st.just("") | evse_ids)
 
 HOSTILE_EVSE_IDS = {
     "the folder above": "..",
@@ -64,9 +65,11 @@ def test_a_file_of_any_evse_is_one_short_plain_name(owner: Owner) -> None:
 
     assert len(name + ".new") <= NAME_MAX
     assert set(name) <= set(string.ascii_letters + string.digits + "_.%-~")
-    assert name.startswith(owner.certificate_type)  # so it is neither hidden, nor an option, nor the lock
+    # So it is neither hidden, nor an option, nor the lock.
+    assert name.startswith(("station-", "station_") if owner.station else owner.certificate_type)
     assert name.endswith(".pem")  # so it is never another's unfinished file
-    assert unquote(name) == f"{owner.certificate_type}{'.' if owner.evse_id else ''}{owner.evse_id}.pem"
+    if not owner.station:
+        assert unquote(name) == f"{owner.certificate_type}{'.' if owner.evse_id else ''}{owner.evse_id}.pem"
 
 
 @given(owners, owners)
@@ -74,6 +77,14 @@ def test_two_evses_have_two_files_also_where_only_the_case_of_a_letter_differs(o
     """On a file system that tells them apart, which is what a state directory must be on."""
     assert (file_name(one) == file_name(other)) == (one == other)
     assert file_name(one) != file_name(one._replace(evse_id=one.evse_id.swapcase())) or not one.evse_id
+
+
+def test_the_longest_name_has_room_for_the_longest_station() -> None:
+    for station in ("s" * 64, "/" * 64, "\u00fc" * 32):
+        owner = Owner(station, str(STATION), LONGEST)
+        name = file_name(owner, root="0" * 16, previous=True)
+        assert len(name + ".new") <= NAME_MAX
+        assert read_name(name) == ActiveName(owner, root="0" * 16, previous=True)
 
 
 def status(verb: str, evse_id: str) -> dict[str, object]:

@@ -11,6 +11,7 @@ from click.shell_completion import ShellComplete
 from reasons import command
 from recording import answer
 
+from parts import request
 from stationkey.cli import main
 from stationkey.cli._table import SHORT_ID, Column, lined_up
 from stationkey.ledger import Ledger
@@ -55,6 +56,49 @@ def test_one_message_is_shown_whole(state: Path) -> None:
 def test_the_newest_are_shown(state: Path) -> None:
     shown = command("requests", "--limit", "1", "--json", "--state-dir", str(state))
     assert [json.loads(line)["outcome"] for line in shown.stdout.splitlines()] == ["ignored"]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """The state directory of a site with two stations."""
+    (tmp_path / "stationkey.toml").write_text('[site]\nstations = "depot7/+"\n')
+    with closing(Ledger(tmp_path / DATABASE_NAME)) as ledger:
+        for station in ("depot7/s1", "depot7/s2"):
+            answer(ledger, request(request_id=REJECTED), station=station)
+            ledger.rejections.note(IGNORED, reason="r", message="m", now=2, station=station)
+    return tmp_path
+
+
+def of_site(site: Path, *arguments: str) -> str:
+    shown = command(*arguments, "--config", str(site / "stationkey.toml"), "--state-dir", str(site), COLUMNS="250")
+    assert shown.exit_code == 0
+    return shown.stdout
+
+
+def test_keys_are_listed_with_their_station_and_by_it(site: Path) -> None:
+    keys = json.loads(of_site(site, "keys", "list", "--json"))
+    assert [key["station"] for key in keys] == ["depot7/s1", "depot7/s2"]
+    (key,) = json.loads(of_site(site, "keys", "list", "--json", "--station", "depot7/s2"))
+    assert key == keys[1]
+    heading, line = of_site(site, "keys", "list", "--station", "depot7/s2").splitlines()
+    assert heading.split()[1] == "STATION"
+    assert line.split()[1] == "depot7/s2"
+    assert of_site(site, "keys", "list", "--json", "--station", "depot7/s") == "[]\n"
+    assert "depot7/s2" in of_site(site, "keys", "show", key["key_id"])
+    assert "CERTIFICATE REQUEST" in of_site(site, "keys", "export-csr", key["key_id"])
+
+
+def test_requests_are_shown_with_their_station(site: Path) -> None:
+    found = [json.loads(line) for line in of_site(site, "requests", "--json").splitlines()]
+    assert sorted((one["id"], one["station"]) for one in found) == [
+        (message, station) for message in (REJECTED, IGNORED) for station in ("depot7/s1", "depot7/s2")
+    ]
+    assert of_site(site, "requests").count("depot7/s1") == 2
+
+
+def test_a_single_station_is_not_named(state: Path) -> None:
+    for arguments in (("keys", "list"), ("keys", "list", "--json"), ("requests",), ("requests", "--json")):
+        assert "station" not in command(*arguments, "--state-dir", str(state), COLUMNS="250").stdout.lower()
 
 
 @pytest.mark.parametrize("columns", [80, 60, 200])

@@ -45,6 +45,7 @@ def answer(
     running: int = 0,
     bounds: Bounds | None = None,
     taken: bool = False,
+    station: str = "",
 ) -> str:
     """Record an answer, with a key made for it or with one `taken` from those made ahead; the name of its key."""
     key = key or a_key()
@@ -57,6 +58,7 @@ def answer(
         due=running + 1000,
         bounds=bounds or Bounds(),
         ahead=taken,
+        station=station,
     )
     return key.key_id
 

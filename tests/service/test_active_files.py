@@ -62,6 +62,14 @@ def names(directory: ActiveDirectory) -> set[str]:
         pytest.param(Owner("", "v2g_certificate", "DE*ABC*E1"), "v2g_certificate.DE%2AABC%2AE1.pem", id="asterisks"),
         pytest.param(Owner("", "v2g20_certificate", "DEABCE1"), "v2g20_certificate.DEABCE1.pem", id="no asterisks"),
         pytest.param(Owner("", "v2g_certificate", "../../x"), "v2g_certificate.%2E%2E%2F%2E%2E%2Fx.pem", id="way out"),
+        pytest.param(
+            Owner("depot7/s.1", "v2g_certificate", "E1"), "station-depot7%2Fs%2E1.v2g_certificate.E1.pem", id="station"
+        ),
+        pytest.param(
+            Owner("/" * 22, "v2g_certificate", "E1"),
+            "station_Ly8vLy8vLy8vLy8vLy8vLy8vLy8vLw.v2g_certificate.RTE.pem",
+            id="a station that is too long when it is percent-encoded",
+        ),
     ],
 )
 def test_a_name_is_the_type_and_the_evse_id(owner: Owner, name: str) -> None:
@@ -69,22 +77,27 @@ def test_a_name_is_the_type_and_the_evse_id(owner: Owner, name: str) -> None:
     assert read_name(name) == ActiveName(owner)
 
 
-@given(
-    st.sampled_from([str(name) for name in CertificateType]),
-    st.text() | st.sampled_from(["previous", "root-0123456789abcdef", "root-", "previous.previous"]),
-    st.sampled_from(["", "0123456789abcdef"]),
-    st.booleans(),
+HOSTILE = ["previous", "root-0123456789abcdef", "root-", "previous.previous", "..", "../..", ".lock", "v2g_certificate"]
+STATIONS = st.just("") | st.text() | st.sampled_from([*HOSTILE, "station-", "station_", "a/b", "a%2Fb", "\u00fc" * 32])
+owners = st.builds(
+    Owner, STATIONS, st.sampled_from([str(name) for name in CertificateType]), st.text() | st.sampled_from(HOSTILE)
 )
-def test_a_name_stays_in_its_folder_and_can_be_read_back(
-    certificate_type: str, evse_id: str, root: str, previous: bool
-) -> None:
-    name = file_name(Owner("", certificate_type, evse_id), root, previous)
 
-    assert read_name(name) == ActiveName(Owner("", certificate_type, evse_id), root, previous)
+
+@given(owners, st.sampled_from(["", "0123456789abcdef"]), st.booleans())
+def test_a_name_stays_in_its_folder_and_can_be_read_back(owner: Owner, root: str, previous: bool) -> None:
+    name = file_name(owner, root, previous)
+
+    assert read_name(name) == ActiveName(owner, root, previous)
     assert name == Path(name).name
     assert name.isascii()
     assert "\0" not in name
-    assert name.count(".") == 1 + sum(map(bool, (evse_id, root, previous)))
+    assert name.count(".") == 1 + sum(map(bool, (owner.station, owner.evse_id, root, previous)))
+
+
+@given(owners, owners, st.booleans(), st.booleans())
+def test_two_owners_have_two_names(one: Owner, other: Owner, first: bool, second: bool) -> None:
+    assert (file_name(one, previous=first) == file_name(other, previous=second)) == ((one, first) == (other, second))
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ class _Station:
             if scheme is None or not scheme.attests:
                 raise _not_in_a_tpm()
             key = ledger.keys.ref(record.key_id)
-            answer = ledger.answers.find(record.request_ids[0]) if record.request_ids else None
+            answer = ledger.answers.find(record.request_ids[0], station=record.station) if record.request_ids else None
         if key is None:
             raise ConfigurationError(f"key {record.key_id} is destroyed", reason="attest_key_destroyed")
         about = {

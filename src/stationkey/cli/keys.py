@@ -37,6 +37,7 @@ _COLUMNS: Final = (
     Column("AGE", 2),
     Column("CERTIFICATE EXPIRES", 1),
 )
+_SITE_COLUMNS: Final = (_COLUMNS[0], Column("STATION"), *_COLUMNS[1:])
 _EVENT_COLUMNS: Final = (
     Column("TIME"),
     Column("EVENT"),
@@ -90,6 +91,7 @@ def _key_json(key: KeyRecord, renewal: Callable[[KeyRecord], str | None]) -> dic
         "confirmed": key.confirmed,
         "previous": key.previous,
         "root": key.root or None,
+        **({"station": key.station} if key.station else {}),
         "certificate_type": key.certificate_type or None,
         "evse_id": key.evse_id,
         "algorithm": key.algorithm or None,
@@ -121,17 +123,20 @@ def _age(milliseconds: int) -> str:
 
 
 @keys.command("list")
+@click.option("--station", metavar="NAME", help="Only the keys of this station of a site.")
 @_configured
 @json_option
-def keys_list(settings: Configured, as_json: bool) -> None:
+def keys_list(station: str | None, settings: Configured, as_json: bool) -> None:
     """List the keys, oldest first."""
     with opened_ledger(settings().state_dir) as ledger:
-        found = ledger.keys.stream()
+        found = ledger.keys.stream(station=station)
         renewal = partial(_renewal, settings().renewal)
         if as_json:
             write(_json_array(_key_json(key, renewal) for key in found))
         else:
-            write(listed(_COLUMNS, (_key_row(key, renewal(key)) for key in found), empty="no keys yet"))
+            site = bool(settings().site.stations)
+            rows = (_key_row(key, renewal(key), site=site) for key in found)
+            write(listed(_SITE_COLUMNS if site else _COLUMNS, rows, empty="no keys yet"))
 
 
 def _json_array(items: Iterable[object]) -> Iterator[str]:
@@ -149,10 +154,11 @@ def _state_text(key: KeyRecord) -> str:
     return f"{key.state}, previous" if key.previous else str(key.state)
 
 
-def _key_row(key: KeyRecord, renewal: str | None) -> tuple[str, ...]:
+def _key_row(key: KeyRecord, renewal: str | None, *, site: bool) -> tuple[str, ...]:
     expires = "-" if key.not_after is None else utc(key.not_after * 1000).partition("T")[0]
     return (
         key.key_id[:SHORT_ID],
+        *((key.station or "-",) if site else ()),
         _state_text(key),
         key.certificate_type or "(made ahead)",
         key.evse_id or "-",
@@ -204,8 +210,8 @@ def keys_export_csr(key_id: str, settings: Configured) -> None:
     """Print the CSR (PEM) of a key that is not destroyed."""
     with opened_ledger(settings().state_dir) as ledger:
         key = ledger.keys.named(key_id)
-        answers = [ledger.answers.find(request_id) for request_id in reversed(key.request_ids)]
-    csr = next((answer.csr for answer in answers if answer is not None and answer.csr), None)
+        found = [ledger.answers.find(request_id, station=key.station) for request_id in reversed(key.request_ids)]
+    csr = next((answer.csr for answer in found if answer is not None and answer.csr), None)
     if csr is None:
         raise StationKeyError(
             f"no CSR on record for {key.key_id} ({key.state})",
@@ -271,7 +277,7 @@ def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, a
 
 
 def _clean_up(ledger: Ledger, done: str) -> None:
-    """Write active/ and wipe the traces of destroyed keys.
+    """Write active/ and wipe the traces of destroyed keys; a site's daemons do that, each for its own stations.
 
     Args:
         ledger: with the new state of the key.
@@ -280,6 +286,8 @@ def _clean_up(ledger: Ledger, done: str) -> None:
     Raises:
         StationKeyError: a step failed; the message says what was done and what was not.
     """
+    if not ledger.database.local:
+        return
     failed: dict[str, StationKeyError] = {}
     for what, act in {
         "active/ is not up to date": lambda: ActiveDirectory(ledger.database.directory).sync(ledger.keys.active_files),

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Final
 
@@ -28,6 +29,7 @@ _COLUMNS: Final = (
     Column("KEY", 1),
     Column("EVSE", 2, most=20),
 )
+_SITE_COLUMNS: Final = (*_COLUMNS[:2], Column("STATION"), *_COLUMNS[2:])
 _LOOK: Final = 1.0
 """Seconds between two queries with --follow; the daemon writes rejections once a second."""
 _MOST: Final = 10_000
@@ -45,7 +47,8 @@ def requests(message_id: str, limit: int, follow: bool, as_json: bool, settings:
     Each with its outcome and the reason. With ID, a message's id or the beginning of it, show everything on record
     about that message. Works with and without a running daemon. --json prints one object per line.
     """
-    show = _print_json if as_json else _print_whole if message_id else _print_rows
+    rows = partial(_print_rows, site=bool(settings().site.stations))
+    show = _print_json if as_json else _print_whole if message_id else rows
     with opened_ledger(settings().state_dir) as ledger:
         show(_found(ledger.database, message_id, limit, follow=follow))
 
@@ -81,15 +84,17 @@ def _name(message: Happening) -> str:
     return REQUEST if message.event in {CSR_ANSWERED, REJECTED} else STATUS
 
 
-def _print_rows(found: Iterable[list[Happening]]) -> None:
-    write(lined_up(_COLUMNS, (map(_row, part) for part in found), empty="no requests on record yet"))
+def _print_rows(found: Iterable[list[Happening]], *, site: bool) -> None:
+    parts = (map(partial(_row, site=site), part) for part in found)
+    write(lined_up(_SITE_COLUMNS if site else _COLUMNS, parts, empty="no requests on record yet"))
 
 
-def _row(message: Happening) -> tuple[str, ...]:
+def _row(message: Happening, *, site: bool) -> tuple[str, ...]:
     """Return the cells of a message, and its reason as a note."""
     return (
         utc(message.at),
         message.message_id[:SHORT_ID],
+        *((message.station or "-",) if site else ()),
         _outcome(message),
         message.certificate_type or "-",
         message.key_id[:SHORT_ID] or "-",
@@ -108,6 +113,7 @@ def _as_object(message: Happening) -> dict[str, str | None]:
     return {
         "at": utc(message.at),
         "id": message.message_id,
+        **({"station": message.station} if message.station else {}),
         "name": _name(message),
         "outcome": _outcome(message),
         "reason": message.reason or None,

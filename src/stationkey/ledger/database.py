@@ -169,6 +169,11 @@ class Database:
         """The state directory, which the database file is in."""
         return self.path.parent
 
+    @property
+    def local(self) -> bool:
+        """Return True: the database is a file in the state directory."""
+        return True
+
     def own_files(self) -> frozenset[tuple[int, int]]:
         """Return device and inode of the database, its write-ahead log and that log's index.
 

@@ -69,6 +69,10 @@ class Engine(Protocol):
     def directory(self) -> Path:
         """The state directory of this daemon."""
 
+    @property
+    def local(self) -> bool:
+        """Whether this machine alone has the database: whoever changes it writes all of ``active/``."""
+
     def own_files(self) -> frozenset[tuple[int, int]]:
         """Return device and inode of the files that this process must not open another way."""
 

@@ -169,14 +169,18 @@ class Keys:
             ).fetchall()
         return [EventRecord(seq, read_time(at, milliseconds=True), *rest) for seq, at, *rest in rows]
 
-    def active_files(self) -> dict[str, bytes]:
+    def active_files(self, station: str | None = None) -> dict[str, bytes]:
         """Return the content of each file under ``active/`` by its name: key, then leaf and chain if known.
+
+        Of one station, or of all that the engine serves.
 
         Active keys come first, so that what is in use is written first.
         """
         files = {}
-        active = self._mine(f"state = ? AND {LIVING}", KeyState.ACTIVE)
-        for key in active + self._mine(f"state = ? AND previous = 1 AND {LIVING}", KeyState.DEACTIVATED):
+        named, which = ("", ()) if station is None else (" AND key.station = ?", (station,))
+        active = self._mine(f"state = ? AND {LIVING}{named}", KeyState.ACTIVE, *which)
+        before = self._mine(f"state = ? AND previous = 1 AND {LIVING}{named}", KeyState.DEACTIVATED, *which)
+        for key in active + before:
             if (reference := self.ref(key.key_id)) is not None:
                 name = file_name(key.owner, key.root, key.previous)
                 files[name] = reference.pem() + (key.chain or "").encode()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from stationkey.contract.active_names import DIRECTORY_NAME
+from stationkey.contract.active_names import DIRECTORY_NAME, read_name
 from stationkey.errors import LedgerError
 from stationkey.system import files
 from stationkey.system.files import opened_regular
@@ -44,12 +44,15 @@ class ActiveDirectory:
         self.path = state_dir / DIRECTORY_NAME
         self._durable = False
 
-    def sync(self, wanted: Callable[[], Mapping[str, bytes]]) -> list[Path]:
-        """Make the directory contain the files of `wanted`, and nothing else.
+    def sync(
+        self, wanted: Callable[[], Mapping[str, bytes]], *, owns: Callable[[str], bool] = lambda _: True
+    ) -> list[Path]:
+        """Make the directory contain the files of `wanted`, and nothing else, but for other shards' files.
 
         Args:
             wanted: returns the content of each file by its name, in the order of writing. Called with the directory
                 locked, so that the last of two writers shows the last state of the ledger.
+            owns: whether a station is in `wanted` if it has a file. Files of others stay as they are.
 
         Returns:
             The files that were written.
@@ -63,7 +66,8 @@ class ActiveDirectory:
                 contents = wanted()
                 troubles: list[OSError] = []
                 # Remove first: that works on a full disk, too, and makes room.
-                gone = [file for file in self.path.iterdir() if file.name not in contents and file.name != _LOCK]
+                kept = {*contents, _LOCK}
+                gone = [file for file in self.path.iterdir() if file.name not in kept and _is_of(file, owns)]
                 for file in gone:
                     with _noted(troubles):
                         _remove(file)
@@ -128,6 +132,12 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _is_of(file: Path, owns: Callable[[str], bool]) -> bool:
+    """Return whether a file is one of such a station, or of nobody."""
+    name = read_name(file.name)
+    return name is None or owns(name.owner.station)
 
 
 def _is_there(path: Path, content: bytes) -> bool:

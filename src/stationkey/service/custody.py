@@ -106,7 +106,7 @@ class Custody:
     def _show(self, ledger: Ledger) -> list[Path] | LedgerError:
         """Write the files, and return the error if they cannot be written: the step is taken anyway."""
         try:
-            return self._active.sync(ledger.keys.active_files)
+            return self._active.sync(ledger.keys.active_files, owns=ledger.database.owns)
         except LedgerError as error:
             return error
 

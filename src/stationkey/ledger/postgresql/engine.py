@@ -113,6 +113,11 @@ class PostgresqlDatabase:
         if connection := self._connection:
             connection.hang_up()
 
+    @property
+    def local(self) -> bool:
+        """Return False: other machines have it too."""
+        return False
+
     def own_files(self) -> frozenset[tuple[int, int]]:
         """Return nothing: the database is not among the files of this machine."""
         return frozenset()
