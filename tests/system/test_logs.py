@@ -280,6 +280,16 @@ def test_a_flood_of_one_reason_leaves_the_lines_of_another_alone() -> None:
     assert [event.get("reason") for event in lines.events[20:]] == ["policy_country"] * 2 + [None] * 2
 
 
+def test_a_flood_of_one_station_leaves_most_lines_to_others() -> None:
+    lines = Lines()
+    lines.say(1000, reason="not_json", station="depot7/s1")
+    lines.say(3, reason="not_json", station="depot7/s2")
+    lines.say(50, reason="not_json")
+
+    stations = [event.get("station") for event in lines.events]
+    assert stations == ["depot7/s1"] * 5 + ["depot7/s2"] * 3 + [None] * 12
+
+
 def test_what_is_served_has_more_lines_and_is_bounded_too() -> None:
     lines = Lines()
     lines.say(5000, "repeated the answer", level=logging.INFO)

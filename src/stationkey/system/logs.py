@@ -17,13 +17,14 @@ import select
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import copy
 from datetime import UTC, datetime
 from typing import Final, TextIO, cast
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from stationkey.system.text import printable
 
@@ -32,6 +33,8 @@ MINUTE: Final = 60.0
 LINES_A_MINUTE: Final[Mapping[int, int]] = {logging.DEBUG: 600, logging.INFO: 600, logging.WARNING: 20}
 """Most lines of one kind per minute, by level; higher levels as the highest. Served and repeated requests get more
 lines than refused ones."""
+STATION_SHARE: Final = 4
+"""Divisor of these lines that one station of a site gets: its flood must not hide what happens to others."""
 MAX_KINDS: Final = 256
 """Kinds that are distinguished in a minute; the others count as one."""
 PATIENCE: Final = 0.5
@@ -89,9 +92,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Kind(Struct):
-    """The lines of one kind in the current minute."""
+    """The lines of one kind in the current minute, and those of each station of a site: no more than are written."""
 
     written: int = 0
+    of_station: Counter[str] = field(default_factory=Counter)
     withheld: int = 0
     last: logging.LogRecord | None = None
 
@@ -142,8 +146,9 @@ class Outlet(io.TextIOBase):
 class BoundedHandler(logging.StreamHandler[TextIO]):
     """Writes at most `LINES_A_MINUTE` of each kind, and then the last one with the number of suppressed lines.
 
-    Lines of one kind have the same text apart from their values, and the same ``reason``. The last suppressed line of a
-    minute is written at its end (or at `close`), with the field ``unwritten``: the number of others. Memory is bounded.
+    Lines of one kind have the same text apart from their values, and the same ``reason``; one station of a site gets a
+    quarter of them. The last suppressed line of a minute is written at its end (or at `close`), with the field
+    ``unwritten``: the number of others. Memory is bounded.
 
     Args:
         stream: where the lines go.
@@ -167,8 +172,12 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
             self.tell()
             self._ends = time.monotonic() + self._minute
         kind = self._kind(record)
-        if kind.written < LINES_A_MINUTE.get(record.levelno, LINES_A_MINUTE[logging.WARNING]):
+        most = LINES_A_MINUTE.get(record.levelno, LINES_A_MINUTE[logging.WARNING])
+        station = str(vars(record).get("station", ""))
+        if kind.written < most and (not station or kind.of_station[station] < most // STATION_SHARE):
             kind.written += 1
+            if station:
+                kind.of_station[station] += 1
             self._write(record)
             return
         kind.withheld += 1
