@@ -40,6 +40,8 @@ RETRY_LAST: Final = 60.0
 """Seconds between attempts at a status while the TPM is away; doubled each time."""
 MAX_WAITING: Final = 16
 """Statuses that may wait at a time: they must not take the places of requests."""
+FEW_STATUSES: Final = 8
+"""Statuses in flight that a station of a site may have however many others do: more than one renewal of each type."""
 PATIENCE: Final = 20.0
 """Seconds that further statuses wait if nothing is away but each takes long: a full certificate directory, a slow TPM.
 A normal burst of statuses is done by then."""
@@ -99,7 +101,7 @@ class Statuses:
         self._bounds = bounds
         self._profiles = profiles
         self._lines: WeakValueDictionary[tuple[str, str], _Line] = WeakValueDictionary()  # those in use
-        self._shares = Shares(room, few=MAX_WAITING)
+        self._shares = Shares(room, few=FEW_STATUSES)
 
     async def note_status(self, status: CertificateInstallationStatus, *, station: str = "") -> None:
         """Apply a status to its key. A status that cannot be applied is logged and counted; no key is guessed.
