@@ -9,29 +9,13 @@ from msgspec import UNSET, Meta, Struct
 
 from stationkey.config.options import FORM, Form, Option
 from stationkey.config.secrets import SecretReference
-
-MAX_STATION: Final = 64
-"""Bytes of a station's name in UTF-8."""
+from stationkey.contract.stations import MAX_STATION, pattern_flaw
 
 _SCHEMES: Final = ("postgresql://", "postgres://")
 _PARAMETERS: Final = frozenset(
     {"host", "sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl", "channel_binding", "target_session_attrs"}
 )
 """Parameters of libpq that an operator may set. The others are ours, such as timeouts, or contain a secret."""
-
-
-def _pattern_error(pattern: str) -> str:
-    """Return what is wrong with a pattern of stations; empty if nothing."""
-    levels = pattern.split("/")
-    if "" in levels:
-        return "has an empty level"
-    if any(level != "+" and set("+#$") & set(level) for level in levels):
-        return "has a +, # or $ in a level; only a whole level can be +"
-    if not pattern.isprintable():
-        return "has a control character"
-    if len(pattern.encode()) > MAX_STATION:
-        return f"has more than {MAX_STATION} bytes, as no station's name may have"
-    return ""
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -46,7 +30,7 @@ def _stations(written: str | tuple[str, ...]) -> Any:
     if patterns == ("",):
         return UNSET
     for pattern in patterns:
-        if wrong := _pattern_error(pattern):
+        if wrong := pattern_flaw(pattern):
             raise ValueError(f"the pattern {pattern[:80]!r} {wrong}")
     for one, other in combinations(patterns, 2):
         if _overlap(one, other):
