@@ -136,6 +136,24 @@ async def test_a_trigger_ends_in_an_installed_certificate(
     assert installed.public == key.public
 
 
+async def test_a_station_of_a_site_has_topics_and_directory_of_its_own(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    trial = Trial(tmp_path, mosquitto)
+    config = f'[site]\nstations = "depot7/+"\n[josev]\ncertificate_dir = "{trial.certificates}/{{station}}"\n'
+    (tmp_path / "stationkey.toml").write_text(config)
+    own = trial.certificates / "depot7%2Fs1"
+    with trial.daemon:
+        async with Csms(organization=ORGANIZATION) as csms:
+            settings = replace(trial.settings(csms), station="depot7/s1", certificate_dir=own)
+            async with trial.josev(settings) as station:
+                await csms.connected(IDENTITY)
+                await station.renew(V2G)
+                await station.settled()
+                key = await trial.key_is("active")
+    assert key.station == "depot7/s1"
+    assert key.chain is not None  # read in its own directory
+    assert [path.name for path in own.iterdir()] == ["v2g_certificate.pem"]
+
+
 @pytest.mark.parametrize("version", [OcppVersion.V16, OcppVersion.V201])
 async def test_v2g20_is_refused_in_words_where_the_version_cannot_carry_it(trial: Trial, version: OcppVersion) -> None:
     async with Csms(organization=ORGANIZATION) as csms, trial.josev(trial.settings(csms, version)) as station:
