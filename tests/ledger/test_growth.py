@@ -18,6 +18,7 @@ from recording import (
 from parts import E1, V2G, new_id, request, sqlite_of
 from stationkey.config.settings import Bounds
 from stationkey.ledger import Ledger
+from stationkey.ledger.hints import Hint
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.ledger.overview import look
 
@@ -71,6 +72,11 @@ def _destroyed_and_wiped(ledger: Ledger, key_id: str) -> None:
     assert ledger.retention.wipe()
 
 
+def _hinted(ledger: Ledger, key_id: str) -> None:
+    ledger.hints.write(key_id, Hint(1, expired=False, count=1, running=1))
+    assert len(ledger.hints.all()) == 1
+
+
 OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "find_answer": lambda ledger, _: ledger.answers.find(ASKED),
     "record_answer": lambda ledger, _: answer(ledger, request(*OWNER, request_id=ASKED)),
@@ -97,6 +103,8 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "active_files": lambda ledger, _: ledger.keys.active_files(),
     "figures": lambda ledger, _: ledger.keys.figures(expiries=8),
     "overview": lambda ledger, _: look(ledger.database, keys=8, happenings=20),
+    "hints": _hinted,
+    "expiring": lambda ledger, _: ledger.keys.expiring(until=10, limit=5),
     "is_due": lambda ledger, key_id: ledger.retention.is_due(key_id, 0),
     "due": lambda ledger, _: ledger.retention.due(10),
     "next_due": lambda ledger, _: ledger.retention.next_due(),
@@ -146,6 +154,40 @@ def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
     assert abs(steps[1] - steps[0]) <= 20
 
 
+OF_ALL_STATIONS = frozenset(
+    {
+        *("undelivered", "usable", "expiring", "active_files", "figures", "overview", "due", "next_due", "adopt"),
+        *("forget, nothing", "forget, a batch of keys", "forget, a batch of answers", "destruction and wipe"),
+    }
+)
+"""Operations that look at the keys of every station, once a minute or when asked for."""
+
+
+@pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - OF_ALL_STATIONS))
+def test_what_is_done_for_one_station_costs_no_more_with_many_stations(path: Path, operation: str) -> None:
+    steps = [0, 0]
+    for number, stations in enumerate((10, 100)):
+        with closing(Ledger(path.with_name(f"{stations}.sqlite3"))) as ledger:
+            connection = sqlite_of(ledger)._connection  # noqa: SLF001 - what it is given to do is the point
+            connection.execute("PRAGMA synchronous=OFF")
+            for station in range(stations):
+                for _ in range(2):
+                    key_id = answer(ledger, request(*OWNER), station=f"depot/{station:03}")
+                bring(ledger, key_id, KeyEvent.INSTALLED)
+            active = with_history(ledger, 10)
+
+            def count(number: int = number) -> int:
+                steps[number] += 1
+                return 0
+
+            connection.set_progress_handler(count, 1)
+            OPERATIONS[operation](ledger, active)
+            connection.set_progress_handler(None, 0)
+
+    assert steps[0] > 10
+    assert abs(steps[1] - steps[0]) <= 20
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation: str) -> None:
     active = with_history(fast_ledger, 3)
@@ -159,7 +201,7 @@ def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation
     plans = [row[3] for text in queries for row in connection.execute(f"EXPLAIN QUERY PLAN {text}")]
     assert queries
     through_all = [plan for plan in plans if re.match(r"SCAN (key|answer|event)\b", plan)]
-    assert set(through_all) <= {"SCAN key USING COVERING INDEX key_living", "SCAN key USING INDEX key_living"}
+    assert {plan.partition(" INDEX ")[2] for plan in through_all} <= {"key_living", "key_hint"}
 
 
 @pytest.mark.parametrize("bounds", [Bounds(), Bounds(pending_total=1000)], ids=["one key ends for each", "none ends"])

@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 from recording import (
     CSR,
@@ -24,6 +25,7 @@ from stationkey.contract.active_names import Owner
 from stationkey.errors import LedgerError
 from stationkey.keystore import KeyRef
 from stationkey.ledger import Ledger
+from stationkey.ledger.hints import Hint
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.ledger.migrations import MIGRATIONS, SCHEMA_VERSION
 
@@ -319,21 +321,30 @@ def test_the_key_that_was_replaced_last_is_the_one_to_go_back_to_after_the_migra
         ]
 
 
-@pytest.mark.parametrize("at", range(1, MIGRATIONS[3].count(";\n") + 1))
-def test_the_migration_of_version_3_is_done_whole_or_not_at_all(
-    path: Path, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
-    make_version_2(path)
-    with monkeypatch.context() as patch:
-        patch.setattr("stationkey.ledger.database.MIGRATIONS", MIGRATIONS[:3])
-        patch.setattr("stationkey.ledger.database.SCHEMA_VERSION", 3)
+def make_version(path: Path, version: int) -> dict[KeyState, KeyRef]:
+    """A database as a later version left it, made of one of version 2; the keys."""
+    keys = make_version_2(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stationkey.ledger.database.MIGRATIONS", MIGRATIONS[:version])
+        patch.setattr("stationkey.ledger.database.SCHEMA_VERSION", version)
         Ledger(path).close()
-    assert _schema(path)[0] == (3,)
+    assert _schema(path)[0] == (version,)
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("version", "at"),
+    [(version, at) for version in (3, 5) for at in range(1, MIGRATIONS[version].count(";\n") + 1)],
+)
+def test_a_later_migration_is_done_whole_or_not_at_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch, version: int, at: int
+) -> None:
+    make_version(path, version)
     before = dump(path)
-    statements = MIGRATIONS[3].split(";\n")
+    statements = MIGRATIONS[version].split(";\n")
     broken = ";\n".join([*statements[:at], "SELECT * FROM power_is_lost_here"])
     with monkeypatch.context() as patch:
-        patch.setattr("stationkey.ledger.database.MIGRATIONS", (*MIGRATIONS[:3], broken))
+        patch.setattr("stationkey.ledger.database.MIGRATIONS", (*MIGRATIONS[:version], broken))
         with pytest.raises(LedgerError):
             Ledger(path)
     assert dump(path) == before
@@ -341,3 +352,24 @@ def test_the_migration_of_version_3_is_done_whole_or_not_at_all(
     Ledger(path).close()
 
     assert _schema(path)[0] == (SCHEMA_VERSION,)
+
+
+def test_a_database_of_version_5_is_that_of_the_one_station(path: Path) -> None:
+    """With the hints of its active keys, and with no others."""
+    keys = make_version(path, 5)
+    hint = Hint(not_after=9, expired=False, count=2, running=3)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executemany(
+            "INSERT INTO meta VALUES (?, ?)",
+            [(f"renewal hint {key.key_id}", msgspec.json.encode(hint).decode()) for key in keys.values()],
+        )
+
+    with closing(Ledger(path)) as ledger:
+        assert [key.key_id for key in ledger.keys.stream(station="")] == [key.key_id for key in keys.values()]
+        assert ledger.hints.all() == {keys[KeyState.ACTIVE].key_id: hint}
+        assert ledger.answers.ids() == [("", f"id-{number}") for number in range(5)]
+        assert [one.request_id for one in ledger.answers.undelivered()] == ["ID-0"]
+        assert (ledger.keys.figures(expiries=0).destroyed, ledger.retention.running) == (1, 99)
+        assert not any("renewal hint" in line for line in dump(path))
+        bring(ledger, keys[KeyState.PRE_ACTIVATION].key_id, KeyEvent.EXPIRED)
+        assert ledger.retention.forget(keep=1, answered_before=0) == 1
