@@ -27,7 +27,7 @@ from stationkey.ledger.postgresql import engine as module
 from stationkey.ledger.postgresql.connection import Connection
 from stationkey.ledger.postgresql.engine import PostgresqlDatabase, Shard
 from stationkey.ledger.postgresql.slots import shard_of
-from stationkey.ledger.postgresql.statements import translated
+from stationkey.ledger.postgresql.statements import PostgresqlSql, translated
 
 pytest_plugins = ["depots"]
 
@@ -205,6 +205,25 @@ def test_a_deferred_statement_that_fails_fails_once(depot: Database, engine_of: 
 
     assert noted(depot) == {"second"}
     assert engine.trouble == ""
+
+
+def test_a_statement_is_deferred_while_others_are_executed(depot: Database, engine_of: Opener) -> None:
+    engine = engine_of(depot)
+    execute = PostgresqlSql.execute
+
+    def and_defer(sql: PostgresqlSql, *arguments: Any) -> Any:
+        if "late" not in str(arguments):
+            engine.defer("INSERT INTO meta (name, value) VALUES (?, 'x')", f"late {arguments}")
+        return execute(sql, *arguments)
+
+    for what in ("first", "second"):
+        engine.defer("INSERT INTO meta (name, value) VALUES (?, 'x')", what)
+    with mock.patch.object(PostgresqlSql, "execute", and_defer), engine.transaction():
+        pass
+    assert noted(depot) == {"first", "second"}
+    write(engine, "third")
+
+    assert len(noted(depot)) == 5
 
 
 def test_a_deferred_statement_outlives_a_lost_connection(depot: Database, engine_of: Opener) -> None:

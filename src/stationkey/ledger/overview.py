@@ -96,7 +96,7 @@ def look(engine: Engine, *, keys: int, happenings: int) -> Overview:
             "SELECT key_id, certificate_type, evse_id, key_type, common_name, key.state,"  # noqa: S608 - `LIVING` is this package's own text
             " coalesce(asking.at, created_at), installing.at, not_after, due, failed, station"
             f" FROM (SELECT number FROM key WHERE {LIVING} AND certificate_type > ''{sql.mine('key')}"
-            "   ORDER BY state != ?, not_after IS NULL, not_after, asked DESC LIMIT ?) JOIN key USING (number)"
+            "   ORDER BY state != ?, not_after IS NULL, not_after, asked DESC LIMIT ?) AS first JOIN key USING (number)"
             " LEFT JOIN event AS asking ON asking.seq = key.asked"
             " LEFT JOIN event AS installing ON installing.seq = key.installed"
             " ORDER BY key.state != ?, not_after IS NULL, not_after, asked DESC",

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -207,8 +206,8 @@ class PostgresqlDatabase:
     def _execute_deferred(self, count: int) -> None:
         """Execute the first deferred statements. A lost connection keeps them; one that fails goes with the others."""
         try:
-            for statement, arguments in islice(self._deferred, count):
-                self._sql.execute(statement, arguments)
+            for place in range(count):  # not an iteration: another thread may add to them meanwhile
+                self._sql.execute(*self._deferred[place])
         except psycopg.Error as error:
             if not is_lost(error):
                 self._deferred.clear()

@@ -90,6 +90,7 @@ CREATE INDEX key_state ON key (slot, state, not_after) WHERE state != 'destroyed
 CREATE INDEX key_due ON key (slot, due) WHERE due IS NOT NULL AND state != 'destroyed';
 CREATE INDEX key_installed ON key (station, certificate_type, evse_id, deleted) WHERE installed IS NOT NULL;
 CREATE INDEX key_ended ON key (station, ended) WHERE ended IS NOT NULL;
+CREATE INDEX key_destroyed ON key (slot) WHERE ended IS NOT NULL;
 CREATE INDEX key_hint ON key (slot) WHERE hint IS NOT NULL;
 CREATE UNIQUE INDEX key_previous ON key (station, certificate_type, evse_id, root) WHERE previous = 1;
 CREATE TABLE secret (
