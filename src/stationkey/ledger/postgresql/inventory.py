@@ -62,7 +62,7 @@ _IN_USE: Final = (
     "SELECT EXISTS (SELECT 1 FROM keystore LEFT JOIN daemon USING (instance) WHERE identity = %(identity)s"
     " AND (noted > clock_timestamp() - interval '1 minute' OR seen > clock_timestamp() - interval '10 minutes'))"
     " OR EXISTS (SELECT 1 FROM key JOIN secret ON key_number = number WHERE scheme = %(scheme)s"
-    " AND coalesce((token_key_of(private)).token, %(identity)s) = %(identity)s)"
+    " AND coalesce(token_of(private), %(identity)s) = %(identity)s)"
 )
 """Whether a daemon that lives uses a device, or a living key is in it. Keys in tokens name theirs; there is one TPM."""
 

@@ -19,29 +19,35 @@ CREATE TABLE keystore (
     noted    timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (identity, instance)
 );
-CREATE FUNCTION token_key_of(private bytea, OUT id text, OUT token text) LANGUAGE sql IMMUTABLE AS $$
-    SELECT replace(found[2], '%', ''), found[1]
-    FROM regexp_match(encode(private, 'escape'), '(pkcs11:.*);id=((?:%[0-9a-f][0-9a-f])+);type=private') AS found
+CREATE FUNCTION token_key_uri(private bytea) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN position('pkcs11:'::bytea IN private) > 0
+        THEN encode(substring(private FROM position('pkcs11:'::bytea IN private)), 'escape') END
 $$;
-CREATE FUNCTION token_key_recorded() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
-DECLARE
-    made text := (token_key_of(NEW.private)).id;
+CREATE FUNCTION token_of(private bytea) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT split_part(stationkey.token_key_uri(private), ';id=', 1)
+$$;
+CREATE FUNCTION token_key_id(private bytea) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT replace(split_part(split_part(stationkey.token_key_uri(private), ';id=', 2), ';', 1), '%', '')
+$$;
+CREATE FUNCTION token_key_recorded() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    DELETE FROM token_key WHERE id = made AND ended IS NULL;
-    IF made IS NOT NULL AND NOT FOUND THEN
-        RAISE EXCEPTION 'key % was given up before it was recorded', made USING ERRCODE = 'SK001';
+    DELETE FROM stationkey.token_key WHERE id = stationkey.token_key_id(NEW.private) AND ended IS NULL;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'a key in a token was given up before it was recorded' USING ERRCODE = 'SK001';
     END IF;
     RETURN NULL;
 END $$;
-CREATE FUNCTION token_key_ended() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION token_key_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO token_key (id, token, ended, look)
-        SELECT id, token, clock_timestamp(), clock_timestamp() + interval '1 minute'
-        FROM token_key_of(OLD.private) WHERE id IS NOT NULL;
+    INSERT INTO stationkey.token_key (id, token, ended, look)
+        VALUES (stationkey.token_key_id(OLD.private), stationkey.token_of(OLD.private),
+            clock_timestamp(), clock_timestamp() + interval '1 minute');
     RETURN NULL;
 END $$;
-CREATE TRIGGER token_key_recorded AFTER INSERT ON secret FOR EACH ROW EXECUTE FUNCTION token_key_recorded();
-CREATE TRIGGER token_key_ended AFTER DELETE ON secret FOR EACH ROW EXECUTE FUNCTION token_key_ended();
+CREATE TRIGGER token_key_recorded AFTER INSERT ON secret
+    FOR EACH ROW WHEN (token_of(NEW.private) IS NOT NULL) EXECUTE FUNCTION token_key_recorded();
+CREATE TRIGGER token_key_ended AFTER DELETE ON secret
+    FOR EACH ROW WHEN (token_of(OLD.private) IS NOT NULL) EXECUTE FUNCTION token_key_ended();
 """
 """A row of `token_key` is a key in doubt: reserved for a daemon (`maker`) that may make and record it, or `ended`.
 
