@@ -94,6 +94,7 @@ def test_a_tpm_on_a_second_machine_is_refused_and_the_first_ones_serves_on(machi
     with Swtpm(tmp_path / "tpm-1") as one, Swtpm(tmp_path / "tpm-2") as two:
         first = machine("a", one.uri)
         key = first.do(lambda store: store.generate(P256))
+        assert not first.store.shared  # nothing stays in a TPM
         second = machine("b", two.uri)
         assert [second.refusal() for _ in range(2)] == ["keystore_differs"] * 2
         first.do(partial(sign, key=key))

@@ -26,7 +26,7 @@ class Store(Struct, frozen=True, eq=False):
         uri: its URI.
         types: the certificate types whose keys are made in it.
         thread: its thread.
-        shared: whether all daemons of a site share the record of what is in its device.
+        shared: whether its keys stay in its device, and all daemons of a site share the record of them.
     """
 
     name: str
@@ -159,7 +159,13 @@ def checked_stores(settings: Settings, *, site: SiteRecord | None = None) -> Cal
     if site is not None:
         openers = {name: _admitted(opener, site, uris[name], uris.values()) for name, opener in openers.items()}
     return lambda: KeyStores(
-        Store(store.name, uris[store.name], store.types, KeyStoreThread(openers[store.name]), site is not None)
+        Store(
+            store.name,
+            uris[store.name],
+            store.types,
+            KeyStoreThread(openers[store.name]),
+            shared=site is not None and uris[store.name].scheme.resident,
+        )
         for store in settings.stores
     )
 
