@@ -125,6 +125,23 @@ async def test_each_station_has_an_active_key_and_a_file_of_its_own(here: Statio
     }
 
 
+async def test_a_change_of_one_station_leaves_the_files_of_others_and_removes_its_own(here: Station) -> None:
+    keys = {name: await here.key(station=name) for name in ("", A, B)}
+    for name in keys:
+        await here.told("installed", station=name)
+    files = here.shown()
+    planted, foreign = here.active_dir / "station-depot7%2Fs1.v2g_certificate.old.pem", here.active_dir / "x.new"
+    for path in (planted, foreign):
+        path.write_text("")
+    (here.active_dir / "station-depot7%2Fs2.v2g_certificate.pem").write_text("changed by another")
+    await here.told("deleted", private_key_path=here.active_dir / "station-depot7%2Fs1.v2g_certificate.pem", station=A)
+    assert here.shown() == {name: key for name, key in files.items() if key == keys[""]}
+    assert not foreign.exists()
+    await here.service.custody.show_active()  # as with each sweep
+    assert here.shown() == {name: key for name, key in files.items() if key != keys[A]}
+    assert not planted.exists()
+
+
 async def test_no_status_of_a_station_touches_a_key_of_another_however_it_names_it(here: Station) -> None:
     """By type, EVSE, key id, the file of the active key, that of the key before, and an id that was seen."""
     old = await here.key(V2G, E1, station=A)

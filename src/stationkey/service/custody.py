@@ -83,11 +83,16 @@ class Custody:
         # A key made ahead has no type.
         return self._locks.setdefault((station, self._stores.get(certificate_type)), asyncio.Lock())
 
-    async def change(self, step: Callable[[Ledger], T]) -> T:
-        """Take a step of the ledger and update ``active/``, in one crossing to the ledger's thread."""
+    async def change(self, step: Callable[[Ledger], T], station: str = "") -> T:
+        """Take a step of the ledger and update ``active/``, in one crossing to the ledger's thread.
+
+        Args:
+            step: the step.
+            station: the station of a site whose keys alone it changes; then only its files are looked at.
+        """
 
         def both(ledger: Ledger) -> tuple[T, list[Path] | LedgerError]:
-            return step(ledger), self._show(ledger)
+            return step(ledger), self._show(ledger, station)
 
         result, shown = await self.ledger(both)
         self._on_change()
@@ -103,9 +108,11 @@ class Custody:
         """Make the files under ``active/`` match the ledger. Retried with every sweep."""
         await self.change(lambda _: None)
 
-    def _show(self, ledger: Ledger) -> list[Path] | LedgerError:
+    def _show(self, ledger: Ledger, station: str) -> list[Path] | LedgerError:
         """Write the files, and return the error if they cannot be written: the step is taken anyway."""
         try:
+            if station:
+                return self._active.sync(partial(ledger.keys.active_files, station), owns=station.__eq__)
             return self._active.sync(ledger.keys.active_files, owns=ledger.database.owns)
         except LedgerError as error:
             return error

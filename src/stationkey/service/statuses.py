@@ -235,7 +235,8 @@ class Statuses:
                 grace_due=self._custody.running.now() + self._terms.grace,
                 message_id=status.id,
                 bounds=self._bounds[status.data.certificate_type],
-            )
+            ),
+            key.station,
         )
         log.info("key active", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
 
@@ -250,7 +251,8 @@ class Statuses:
                 grace_due=self._custody.running.now() + self._terms.grace,
                 message_id=status.id,
                 bounds=self._bounds[status.data.certificate_type],
-            )
+            ),
+            key.station,
         )
         self._custody.counters.restorations += 1
         log.warning("key restored", extra={**about, "key_id": key.key_id, "replaced": ",".join(replaced) or "-"})
@@ -291,7 +293,7 @@ class Statuses:
             )
             return key, reference
 
-        key, reference = await self._custody.change(destroy)
+        key, reference = await self._custody.change(destroy, station)
         if reference is not None:
             self._custody.destroy_in_device(reference)
         log.info("key destroyed", extra={**about, "key_id": key.key_id})
