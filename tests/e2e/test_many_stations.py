@@ -226,3 +226,13 @@ def test_stations_that_are_no_longer_configured_are_unsubscribed_from(tmp_path: 
         assert here.daemon.stop() == 0
         [counts] = here.daemon.wait_for("stopped")
         assert "topic_foreign" not in counts
+
+
+def test_a_flood_of_large_messages_of_one_station_costs_nobody_the_connection(here: Site) -> None:
+    large = b'{"id": "' + str(uuid.uuid4()).encode() + b'", "filler": "' + bytes(60 * 1024) + b'"}'
+    here.publish(FLOODING, [large] * 500)
+    here.depot.ask(OTHERS[0])
+    assert here.daemon.stop() == 0
+    [counts] = here.daemon.wait_for("stopped")
+    assert counts["accepted"] == 1
+    assert len([line for line in here.daemon.lines if '"ready"' in line]) == 1

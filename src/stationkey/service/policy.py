@@ -17,7 +17,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Final
 
 from stationkey.config.settings import PolicyTerms, Severity
@@ -92,7 +92,7 @@ class Policy:
         """
         self._check_lists(request)
         remarks = list(self._check_profile(request))
-        with self._station_place(station), self._place(request, station):
+        with self._station_place(station) if station else nullcontext(), self._place(request, station):
             self._spend(self._requests, station, request.data.certificate_type, "requests")
             yield remarks
 

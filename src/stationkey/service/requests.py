@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -370,7 +371,8 @@ class StationKeyService:
         while True:
             ahead = pool.take(request.algorithm)
             try:
-                async with self._turns.turn(station, store, rsa=is_rsa(request), until=until):
+                turn = self._turns.turn(station, store, rsa=is_rsa(request), until=until) if station else nullcontext()
+                async with turn:
                     key, csr = await self._sign(request, store, None if ahead is None else ahead.key, until)
                 return key, await self._record(request, station, key, csr, ahead=ahead is not None)
             except Exception as error:
