@@ -12,9 +12,9 @@ from softhsm import Token
 
 from parts import V2G, V2G20, station
 from stationkey.contract.profiles import Algorithm, CertificateType
-from stationkey.errors import KeyStoreError
+from stationkey.errors import KeyStoreError, LedgerError
 from stationkey.keystore import KeyStore, KeyStoreUri, Sweeping, keystore_opener
-from stationkey.keystore.pkcs11.inventory import recorded
+from stationkey.keystore.pkcs11.inventory import FileInventory, recorded
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.stores import KeyStores, Store
 from stationkey.keystore.worker import KeyStoreThread
@@ -132,3 +132,21 @@ def test_two_tokens_by_two_modules_are_used_in_one_process_and_each_is_swept_for
             assert store.sweep([]) == 1
             assert (len(token.objects()), len(other.objects())) == left
     other.remove()
+
+
+class AwayInventory(FileInventory):
+    """A record that can be written once."""
+
+    def end(self, identifier: bytes) -> bool:
+        raise LedgerError(f"no way to record {identifier.hex()}", reason="ledger_unreachable", transient=True)
+
+
+def test_a_failure_of_the_token_is_told_although_its_record_is_away_by_then(token: Token, tmp_path: Path) -> None:
+    opener = keystore_opener(token.shimmed, state_dir=tmp_path, inventory=AwayInventory(tmp_path / "pkcs11"))
+    with closing(opener()) as store:
+        token.order("C_GenerateKeyPair 0x30")
+        with pytest.raises(KeyStoreError) as failed:
+            store.generate(EC)
+        assert failed.value.reason == "pkcs11_failed"
+        token.order()
+    assert len(recorded(tmp_path)) == 1

@@ -17,7 +17,7 @@ from pkcs11 import Mechanism, NoSuchKey
 
 from stationkey.contract.profiles import ALGORITHMS, Algorithm, EllipticCurve
 from stationkey.contract.profiles import KeyType as Kind
-from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
+from stationkey.errors import KeyStoreError, Scope, StationKeyError, UnsupportedAlgorithm
 from stationkey.keystore.pkcs11 import keyfile, keys
 from stationkey.keystore.pkcs11.inventory import Inventory
 from stationkey.keystore.pkcs11.token import Connection
@@ -133,7 +133,7 @@ class Pkcs11KeyStore:
                 self._connection.call("C_Sign", proof)
                 self._proven.add(algorithm)
         except BaseException:
-            with suppress(KeyStoreError):  # else the next sweep destroys it
+            with suppress(StationKeyError):  # else the next sweep destroys it
                 self._end(identifier)
             raise
         uri = object_uri(self._connection.names(), identifier)
