@@ -21,8 +21,9 @@ from stationkey.attestation.documents import (
 )
 from stationkey.attestation.structures import read_public
 from stationkey.attestation.verifier import qualifying_data
+from stationkey.cli._ledger import opened_ledger
 from stationkey.cli._options import Configured, Number, configured
-from stationkey.cli.keys import complete_key_id, opened_ledger
+from stationkey.cli.keys import complete_key_id
 from stationkey.cli.verify_attestation import FILE, READ, nonce_option, public_pem
 from stationkey.config.settings import Settings
 from stationkey.errors import ConfigurationError, KeyStoreError, NotVerified
@@ -91,6 +92,7 @@ class _Station:
 
     def __init__(self, settings: Settings, timeout: float) -> None:
         self._tpm = settings.tpm
+        self._settings = settings
         self._state_dir = settings.state_dir
         self._timeout = timeout
         uris = [store.uri for store in settings.stores if KeyStoreUri.parse(store.uri).scheme.attests]
@@ -127,7 +129,7 @@ class _Station:
 
     def _on_record(self, key_id: str) -> tuple[KeyRef, dict[str, str]]:
         """Return a key with its private part, and its description for people."""
-        with opened_ledger(self._state_dir) as ledger:
+        with opened_ledger(self._settings) as ledger:
             record = ledger.keys.named(key_id)
             scheme = SCHEMES.get(record.scheme)
             if scheme is None or not scheme.attests:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import click
 
+from stationkey.cli._ledger import opened_ledger
 from stationkey.cli._options import Configured, chosen_file, configured, json_option
 from stationkey.cli._table import SHORT_ID, Column, listed, write
 from stationkey.config.file import read_file, settle
@@ -24,7 +22,6 @@ from stationkey.ledger import KeyRecord, Ledger
 from stationkey.ledger.lifecycle import KeyEvent, KeyState
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.system.pem import to_pem
-from stationkey.system.state_dir import DATABASE_NAME, visit
 from stationkey.system.text import printable
 
 _COLUMNS: Final = (
@@ -60,17 +57,6 @@ def keys() -> None:
 
     Works while the daemon runs.
     """
-
-
-@contextmanager
-def opened_ledger(directory: Path, *, write: bool = False) -> Iterator[Ledger]:
-    """Open the ledger of a state directory beside the daemon; root acts as its owner meanwhile."""
-    with ExitStack() as stack:
-        if os.path.exists(directory):  # noqa: PTH110 - Path.exists raises if the parent directory is closed to this user
-            directory = stack.enter_context(visit(directory))
-        ledger = Ledger(directory / DATABASE_NAME, read_only=not write, make=False)
-        stack.callback(ledger.close)
-        yield ledger
 
 
 def _renewal(terms: RenewalTerms, key: KeyRecord) -> str | None:
@@ -128,7 +114,7 @@ def _age(milliseconds: int) -> str:
 @json_option
 def keys_list(station: str | None, settings: Configured, as_json: bool) -> None:
     """List the keys, oldest first."""
-    with opened_ledger(settings().state_dir) as ledger:
+    with opened_ledger(settings()) as ledger:
         found = ledger.keys.stream(station=station)
         renewal = partial(_renewal, settings().renewal)
         if as_json:
@@ -175,7 +161,7 @@ def complete_key_id(context: click.Context, _parameter: click.Parameter, beginni
     try:
         with context.scope(cleanup=False):
             settings = settle(read_file(chosen_file(file)), needs_keystore=False, state_dir=given)
-        with opened_ledger(settings.state_dir) as ledger:
+        with opened_ledger(settings) as ledger:
             return [key.key_id for key in ledger.keys.all(beginning)[:_COMPLETED]]
     except StationKeyError:
         return []
@@ -193,7 +179,7 @@ def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
 
     ID is its id, or a unique prefix of it.
     """
-    with opened_ledger(settings().state_dir) as ledger:
+    with opened_ledger(settings()) as ledger:
         shown = _key_json(ledger.keys.named(key_id), partial(_renewal, settings().renewal))
     if as_json:
         click.echo(json.dumps(shown, indent=2))
@@ -208,7 +194,7 @@ def keys_show(key_id: str, settings: Configured, as_json: bool) -> None:
 @_configured
 def keys_export_csr(key_id: str, settings: Configured) -> None:
     """Print the CSR (PEM) of a key that is not destroyed."""
-    with opened_ledger(settings().state_dir) as ledger:
+    with opened_ledger(settings()) as ledger:
         key = ledger.keys.named(key_id)
         found = [ledger.answers.find(request_id, station=key.station) for request_id in reversed(key.request_ids)]
     csr = next((answer.csr for answer in found if answer is not None and answer.csr), None)
@@ -228,7 +214,7 @@ def keys_export_csr(key_id: str, settings: Configured) -> None:
 @json_option
 def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
     """Show the events of a key, with time and reason."""
-    with opened_ledger(settings().state_dir) as ledger:
+    with opened_ledger(settings()) as ledger:
         events = ledger.keys.history(ledger.keys.named(key_id).key_id)
     if as_json:
         shown = [
@@ -249,7 +235,7 @@ def keys_history(key_id: str, settings: Configured, as_json: bool) -> None:
 
 def _order(key_id: str, event: KeyEvent, reason: str, settings: Configured, *, ask: str | None = None) -> None:
     """Apply an operator's order to a key, in the ledger and under active/."""
-    with opened_ledger(settings().state_dir, write=True) as ledger:
+    with opened_ledger(settings(), write=True) as ledger:
         key = ledger.keys.named(key_id)
         if ask is not None:
             named = printable(f"{key.key_id} ({key.certificate_type}, {key.state})")
@@ -388,7 +374,7 @@ def keys_mark_compromised(key_id: str, yes: bool, reason: str, settings: Configu
 @_configured
 def keys_export_public(key_id: str, settings: Configured) -> None:
     """Print the public key (PEM) of a key."""
-    with opened_ledger(settings().state_dir) as ledger:
+    with opened_ledger(settings()) as ledger:
         key = ledger.keys.named(key_id)
     # The standard library has armour for certificates only; the lines in between are the same [RFC 7468 13].
     click.echo(to_pem("PUBLIC KEY", key.public), nl=False)

@@ -12,9 +12,10 @@ from typing import Final
 
 import click
 
+from stationkey.cli._ledger import opened_ledger
 from stationkey.cli._options import Configured, configured, json_option
 from stationkey.cli._table import SHORT_ID, Column, labelled, lined_up, write
-from stationkey.cli.keys import opened_ledger, utc
+from stationkey.cli.keys import utc
 from stationkey.errors import StationKeyError
 from stationkey.ledger.engine import Engine
 from stationkey.ledger.lifecycle import CSR_ANSWERED
@@ -49,7 +50,7 @@ def requests(message_id: str, limit: int, follow: bool, as_json: bool, settings:
     """
     rows = partial(_print_rows, site=bool(settings().site.stations))
     show = _print_json if as_json else _print_whole if message_id else rows
-    with opened_ledger(settings().state_dir) as ledger:
+    with opened_ledger(settings()) as ledger:
         show(_found(ledger.database, message_id, limit, follow=follow))
 
 

@@ -12,10 +12,11 @@ from typing import Any, Final
 import click
 
 from stationkey.cli import _site
+from stationkey.cli._ledger import opened_ledger
 from stationkey.cli._options import CHOSEN, Configured, configured, json_option
 from stationkey.cli._table import SHORT_ID, Column, labelled, listed
 from stationkey.cli.health import ask
-from stationkey.cli.keys import opened_ledger, utc
+from stationkey.cli.keys import utc
 from stationkey.config.settings import DEFAULT_STORE, Settings
 from stationkey.doctor.host.context import holder_of
 from stationkey.doctor.host.files import look_at
@@ -105,7 +106,7 @@ def look(settings: Settings) -> dict[str, Any]:
         "happenings": [],
     }
     try:
-        with opened_ledger(settings.state_dir) as ledger:
+        with opened_ledger(settings) as ledger:
             seen = overview.look(ledger.database, keys=_KEYS, happenings=_HAPPENINGS)
     except StationKeyError as error:
         found |= {"ledger": str(error), "healthy": False}
