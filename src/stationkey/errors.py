@@ -117,6 +117,12 @@ class LedgerError(StationKeyError):
     scope = Scope.STORE
 
 
+class ShardLost(LedgerError):
+    """Another daemon of the site has taken over the stations; it answers instead. Nothing was changed."""
+
+    transient = True
+
+
 class BrokerError(StationKeyError):
     """The MQTT broker is unreachable, or refuses. The daemon retries forever."""
 

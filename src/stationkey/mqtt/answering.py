@@ -24,7 +24,11 @@ class Answering(Protocol):
     async def answer(
         self, request: GenerateCsrRequest, *, station: str = "", waited: float = 0.0
     ) -> GenerateCsrResponse:
-        """Answer a request that has already waited for `waited` seconds."""
+        """Answer a request that has already waited for `waited` seconds.
+
+        Raises:
+            ShardLost: another daemon answers it.
+        """
 
     async def reject(self, request_id: str, error: StationKeyError, *, station: str = "") -> GenerateCsrResponse:
         """Reject an invalid message that has an id."""

@@ -34,7 +34,7 @@ from stationkey.contract.messages import (
     decode,
     encode,
 )
-from stationkey.errors import BrokerError, ConfigurationError, MessageError, StationKeyError
+from stationkey.errors import BrokerError, ConfigurationError, MessageError, ShardLost, StationKeyError
 from stationkey.mqtt.answering import Answering, InHand, about
 from stationkey.mqtt.bounds import MAX_IN_HAND, STATUS_ROOM
 from stationkey.mqtt.connection import (
@@ -396,6 +396,8 @@ class MqttEdge:
             response = await self._respond(in_hand)
             if response is None or await self._deliver(response, in_hand.station):
                 in_hand.message.acknowledge()
+        except ShardLost as error:  # not acknowledged: the broker redelivers it to the daemon that answers
+            log.warning("left to another daemon: %s", error, extra=in_hand.about() | {"reason": error.reason})
         except MemoryError as error:  # temporary: the message is redelivered over a new connection
             note_failure(error, "answer", self._failures, **in_hand.about())
             in_hand.message.connection.abandon(error)

@@ -18,7 +18,7 @@ from stationkey.config.settings import PolicyTerms, PoolTerms, RenewalTerms, Ter
 from stationkey.contract import messages
 from stationkey.contract.messages import CertificateInstallationStatus, GenerateCsrRequest, GenerateCsrResponse
 from stationkey.contract.profiles import PROFILES, CertificateProfile, CertificateType
-from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, Scope, StationKeyError
+from stationkey.errors import Fault, KeyStoreError, LedgerError, RequestRefused, Scope, ShardLost, StationKeyError
 from stationkey.keystore import KeyRef, KeyStore
 from stationkey.keystore.stores import KeyStores, Store
 from stationkey.keystore.worker import Task, Turn, on_keystore, overdue
@@ -159,12 +159,15 @@ class StationKeyService:
     async def answer(
         self, request: GenerateCsrRequest, *, station: str = "", waited: float = 0.0
     ) -> GenerateCsrResponse:
-        """Answer a request. Never raises: an error is logged, recorded and ``rejected``.
+        """Answer a request. An error is logged, recorded and ``rejected``.
 
         Args:
             request: the request.
             station: the station that it is from.
             waited: seconds since it arrived; they count against its deadline.
+
+        Raises:
+            ShardLost: another daemon answers it.
         """
         begun = time.monotonic() - waited
         until = self._until(request, waited)
@@ -180,6 +183,8 @@ class StationKeyService:
                 with self._policy.admitted(request, station) as remarks:
                     self._warn(request, station, remarks)
                     key, csr = await self._key_and_csr(request, station, until)
+        except ShardLost:
+            raise
         except StationKeyError as error:
             return await self.reject(request.id, error, station=station, certificate_type=kind)
         except Exception:
@@ -318,16 +323,19 @@ class StationKeyService:
         if self._closed:
             return
         self._closed = True
-        try:
-            await self._ledger(lambda ledger: ledger.retention.write_running(self._running.now()))
-            await self._rejections.aclose()
-        except StationKeyError as error:
-            log.error("%s", error, extra={"reason": error.reason})
+        for last in (self._save_running, self._rejections.aclose):
+            try:
+                await last()
+            except StationKeyError as error:
+                log.error("%s", error, extra={"reason": error.reason})
         self.renewal.close()
         self._josev_files.close()
         self._ledger.close()
 
     # The steps.
+
+    async def _save_running(self) -> None:
+        await self._ledger(lambda ledger: ledger.retention.write_running(self._running.now()))
 
     async def _on_record(self, request_id: str, station: str) -> Answered | None:
         if self._knows_ids and not self._seen.may_have(request_id, station):

@@ -15,7 +15,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from stationkey.config.secrets import SecretReference
-from stationkey.errors import LedgerError
+from stationkey.errors import LedgerError, ShardLost
 from stationkey.ledger.engine import Sql, T
 from stationkey.ledger.postgresql import schema
 from stationkey.ledger.postgresql.connection import Connection, connect, is_lost, of_error
@@ -377,12 +377,9 @@ class PostgresqlDatabase:
         return error
 
 
-def _lost_shard() -> LedgerError:
-    return LedgerError(
-        "another daemon has taken over this shard of the ledger",
-        reason="shard_lost",
-        hint="it answers instead",
-        transient=True,
+def _lost_shard() -> ShardLost:
+    return ShardLost(
+        "another daemon has taken over this shard of the ledger", reason="shard_lost", hint="it answers instead"
     )
 
 
