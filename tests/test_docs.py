@@ -171,7 +171,7 @@ class TestOptions:
         metavar = "|".join(option.type.choices) if isinstance(option.type, click.Choice) else option.metavar
         assert shown == f"`{name} {metavar}`" if metavar else f"`{name}`"
         assert variable == f"`{option.envvar}`"
-        assert key == ("" if name == "--config" else f"`{option.name}`")
+        assert key == ("" if name in {"--config", "--site"} else f"`{option.name}`")
         assert default.replace("`", "") == said[1] if said else default in {"no", "none"}
 
     def test_every_name_of_the_file_is_on_the_page(self) -> None:

@@ -80,7 +80,13 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     **dict.fromkeys(
         [
             *("broker_unreachable", "broker_refuses", "broker_untrusted", "broker_tls_failed"),
-            *("connection_lost", "subscription_refused", "publication_quota", "broker_violates_protocol"),
+            *(
+                "connection_lost",
+                "subscription_refused",
+                "lease_unconfirmed",
+                "publication_quota",
+                "broker_violates_protocol",
+            ),
         ],
         (True, Scope.REQUEST),
     ),

@@ -7,13 +7,14 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from stationkey._version import __version__
 from stationkey.config.settings import Settings
@@ -24,6 +25,7 @@ from stationkey.keystore import KeyStore
 from stationkey.keystore.stores import KeyStores, Store, checked_stores
 from stationkey.keystore.worker import Task, on_keystore, overdue
 from stationkey.ledger import Ledger
+from stationkey.mqtt.connection import MqttConnection, connect
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.mqtt.retained import RetainedTopic
 from stationkey.mqtt.tls import check
@@ -86,7 +88,7 @@ class Part(Struct, frozen=True):
     Attributes:
         service: answers requests.
         edge: brings them.
-        tasks: the background tasks, by name.
+        tasks: its background tasks, by name.
         failures: counts failures of the tasks.
     """
 
@@ -95,10 +97,15 @@ class Part(Struct, frozen=True):
     tasks: Mapping[str, Work]
     failures: Counts
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop` is set and the messages in flight are answered. Closes the service."""
+    async def run(self, stop: asyncio.Event, more: Mapping[str, Work] | None = None) -> None:
+        """Serve until `stop` is set and the messages in flight are answered. Closes the service.
+
+        Args:
+            stop: ends the service.
+            more: further background tasks.
+        """
         try:
-            async with background(self.tasks, self.failures):
+            async with background({**self.tasks, **(more or {})}, self.failures):
                 await keep_running(
                     partial(self.edge.run, stop, drain=DRAIN),
                     "mqtt",
@@ -142,7 +149,7 @@ async def serve(settings: Settings) -> signal.Signals:
                     on_away=process.health.away,
                 )
                 process.health.watch(service, part.edge)
-                await part.run(process.stop)
+                await part.run(process.stop, _of_one_ledger(process, service))
                 log.info("stopped", extra=dict(process.counters.outcomes()))
         finally:
             ledger.close()
@@ -216,9 +223,12 @@ def part_of(
     *,
     client_id: str,
     stations: Stations,
-    stale: Sequence[str] = (),
     on_ready: Callable[[], None],
     on_away: Callable[[], None],
+    share: str = "",
+    serves: Callable[[str], bool] = lambda _: True,
+    stale: Sequence[str] = (),
+    dial: Callable[..., Coroutine[Any, Any, MqttConnection]] = connect,
 ) -> Part:
     """Return a service with its edge to the broker.
 
@@ -227,39 +237,54 @@ def part_of(
         service: answers the requests.
         client_id: client identifier of the persistent session.
         stations: the stations that are served.
-        stale: topic filters to unsubscribe from.
         on_ready: called after each subscription.
         on_away: called whenever a connection is lost or fails.
+        share: end of the topics on which something is retained, where several parts do so.
+        serves: which of the stations are served; see `MqttEdge`.
+        stale: topic filters to unsubscribe from.
+        dial: makes a connection.
     """
     settings, failures = process.settings, process.counters.task_failures
-    due = _renewal_topic(settings)
+    due = _renewal_topic(settings, share)
+    terms = settings.mqtt
+    if share and terms.availability_topic is not None:
+        terms = replace(terms, availability_topic=terms.availability_topic + share)
     edge = MqttEdge(
         process.broker,
         service,
         client_id=client_id,
         topic_prefix=settings.topic_prefix,
         stations=stations,
+        serves=serves,
         stale=stale,
-        terms=settings.mqtt,
+        terms=terms,
         queue=settings.policy.queue,
         payload_bytes=settings.policy.payload_bytes,
         retained=due,
         failures=failures,
         on_ready=on_ready,
         on_away=on_away,
+        connect=dial,
     )
     tasks: dict[str, Work] = {
         "sweep": service.expiry.run,
-        "tell-unusable": service.expiry.tell_unusable,
-        "tell-left-behind": partial(tell_left_behind, service.custody, settings.state_dir),
         "learn-ids": service.learn_ids,
         "renewal-watch": partial(service.renewal.run, partial(_show_due, due)),
+    }
+    return Part(service, edge, tasks, failures)
+
+
+def _of_one_ledger(process: Process, service: StationKeyService) -> dict[str, Work]:
+    """Return the tasks of a service that has the key stores to itself."""
+    tasks: dict[str, Work] = {
+        "tell-unusable": service.expiry.tell_unusable,
+        "tell-left-behind": partial(tell_left_behind, service.custody, process.settings.state_dir),
     }
     for store, pool in service.pools.items():
         tasks[f"make-ahead{store.suffix}"] = pool.run
         if store.uri.scheme.resident:
             tasks[f"strays{store.suffix}"] = Strays(service.custody, store).run
-    return Part(service, edge, tasks, failures)
+    return tasks
 
 
 async def introduce(process: Process) -> str:
@@ -306,13 +331,13 @@ async def _introduce_one(store: Store, health: Health) -> StationKeyError | None
     return None
 
 
-def _renewal_topic(settings: Settings) -> RetainedTopic | None:
+def _renewal_topic(settings: Settings, share: str) -> RetainedTopic | None:
     """Return the topic of due certificates, if one is configured."""
     topic = settings.renewal.topic
     if topic is None:
         return None
     taken, site = settings.mqtt.availability_topic, bool(settings.site.stations)
-    return RetainedTopic(renewal(settings.topic_prefix, topic, availability_topic=taken, site=site))
+    return RetainedTopic(renewal(settings.topic_prefix, topic + share, availability_topic=taken, site=site))
 
 
 def _show_due(topic: RetainedTopic | None, due: tuple[DueCertificate, ...]) -> None:
@@ -404,15 +429,17 @@ def _pages(health: Health, *, names: bool) -> Mapping[str, Page]:
     return {"/": once, "/live": live, "/metrics": metrics, "/health": how}
 
 
-def run(settings: Settings) -> signal.Signals:
-    """Run `serve` in an event loop.
+def run(
+    settings: Settings, program: Callable[[Settings], Coroutine[Any, Any, signal.Signals]] = serve
+) -> signal.Signals:
+    """Run `serve`, or another program, in an event loop.
 
     Raises:
         StationKeyError: it cannot start.
     """
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        serving = loop.create_task(serve(settings), name="serve")
+        serving = loop.create_task(program(settings), name="serve")
         while not serving.done():
             # The event loop itself needs memory for each turn; where it gets none, the next turn is tried.
             with suppress(MemoryError):

@@ -41,7 +41,11 @@ class Between:
         with contextlib.suppress(OSError):  # the end
             while True:
                 program = self._remember(listener.accept()[0])
-                other = self._remember(socket.create_connection(("127.0.0.1", peer)))
+                try:
+                    other = self._remember(socket.create_connection(("127.0.0.1", peer)))
+                except ConnectionRefusedError:  # the peer is away
+                    end(program)
+                    continue
                 for each in (program, other):
                     each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for talk in talks:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -59,6 +58,7 @@ class Lease:
         self._one_at_a_time = asyncio.Lock()
         self._workers = Workers("lease", MAX_HUNG)
         self._connection: LeaseConnection | None = None
+        self._watched: int | None = None
         self._present = True
         self._confirmed = -float("inf")
         self._lost: set[int] = set()
@@ -196,7 +196,7 @@ class Lease:
 
     async def _on(self, connection: LeaseConnection, act: Callable[[], T]) -> T:
         """Make a call on the connection; drop the connection if it is lost."""
-        self._loop.remove_reader(connection.fileno())
+        self._unwatch()
         kept = False
         try:
             result = await self._in_time(act, hang_up=connection.hang_up)
@@ -207,7 +207,7 @@ class Lease:
         finally:
             if self._connection is connection:  # else closed meanwhile
                 if kept:
-                    self._loop.add_reader(connection.fileno(), self._readable, connection)
+                    self._watch(connection)
                 else:
                     self._connection = None
                     self._dispose(connection)
@@ -230,10 +230,10 @@ class Lease:
 
         connection, lost = await self._in_time(open_, discard=lambda opened: opened[0].close())
         for number in lost:
-            del self.held[number]
+            self.held.pop(number, None)
         self._lost |= lost
         self._connection = connection
-        self._loop.add_reader(connection.fileno(), self._readable, connection)
+        self._watch(connection)
         if lost:
             self._on_news()
         return connection
@@ -258,9 +258,10 @@ class Lease:
             raise LedgerError(
                 f"no thread for PostgreSQL: {error}", reason="ledger_unreachable", transient=True
             ) from None
+        done = asyncio.wrap_future(future)
         try:
             async with asyncio.timeout(self._seconds / 2):
-                return await asyncio.shield(asyncio.wrap_future(future))
+                return await asyncio.shield(done)
         except TimeoutError:
             raise LedgerError(
                 f"PostgreSQL did not answer within {self._seconds / 2:g} s",
@@ -269,18 +270,28 @@ class Lease:
                 transient=True,
             ) from None
         finally:
-            if not future.done():
+            if not done.done():
                 hang_up()
-                future.add_done_callback(partial(_discard, discard))
+                done.add_done_callback(partial(_discard, discard))
 
-    def _readable(self, connection: LeaseConnection) -> None:
-        self._loop.remove_reader(connection.fileno())  # the next call reads it
+    def _watch(self, connection: LeaseConnection) -> None:
+        """Have the event loop tell when the connection has something to say between two calls."""
+        self._watched = connection.fileno()
+        self._loop.add_reader(self._watched, self._readable)
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:  # a lost connection no longer knows its socket
+            self._loop.remove_reader(self._watched)
+        self._watched = None
+
+    def _readable(self) -> None:
+        self._unwatch()  # the next call reads it
         self._on_news()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._loop.remove_reader(connection.fileno())
+            self._unwatch()
             self._dispose(connection)
 
     def _dispose(self, connection: LeaseConnection) -> None:
@@ -292,6 +303,6 @@ class Lease:
             connection.close()
 
 
-def _discard(discard: Callable[[T], None], future: Future[T]) -> None:
-    if future.exception() is None:
-        discard(future.result())
+def _discard(discard: Callable[[T], None], done: asyncio.Future[T]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        discard(done.result())

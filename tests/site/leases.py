@@ -1,0 +1,79 @@
+"""Daemons of a site as far as their leases go: the connection to PostgreSQL, and nothing that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from secrets import token_hex
+
+import pytest
+from postgresql import Database, database, session_postgresql
+
+from stationkey.ledger.postgresql import schema
+from stationkey.ledger.postgresql.connection import connect, explained
+from stationkey.site.connection import Cut, Identity, LeaseConnection
+
+__all__ = ["Daemons", "daemons", "database", "session_postgresql"]
+
+LEASE = 2.0
+"""Seconds: the shortest that the configuration allows."""
+
+
+class Daemons:
+    """Makes daemons that share one database."""
+
+    def __init__(self, database: Database, opened: ExitStack) -> None:
+        self.database = database
+        self._opened = opened
+        with connect(database.uri, database.password, name="test") as connection:
+            schema.prepare(connection)
+
+    def cut(
+        self, shards: int = 4, *, client_id: str = "stationkey-x", filters: tuple[str, ...] = ("+/josev/cs",)
+    ) -> Cut:
+        return Cut(shards, client_id, filters, LEASE)
+
+    def open(
+        self, cut: Cut | None = None, *, instance: str = "", port: int | None = None, present: bool = True
+    ) -> LeaseConnection:
+        """Open a lease connection; by default of a new daemon."""
+        uri = self.database.uri
+        if port is not None:
+            uri = uri.replace(f":{self.database.server.port}/", f":{port}/")
+        instance = instance or token_hex(8)
+        connection = LeaseConnection(
+            lambda name: connect(uri, self.database.password, name=name),
+            explained=explained,
+            identity=Identity(instance, f"daemon-{instance}", "here", 1, schema.version()),
+            cut=cut or self.cut(),
+            present=present,
+        )
+        self._opened.callback(connection.close)
+        return connection
+
+    @contextmanager
+    def holding(self, number: int) -> Iterator[None]:
+        """Keep a transaction open that has a shard's row, as a daemon that was stopped in the middle of one does."""
+        with connect(self.database.uri, self.database.password, name="test") as connection, connection.transaction():
+            connection.execute("SELECT epoch FROM shard WHERE number = %s FOR UPDATE", (number,))
+            yield
+
+    def epochs(self) -> dict[int, int]:
+        """Return the epoch of each shard."""
+        return {
+            int(str(n)): int(str(epoch))
+            for n, epoch in self.database.admin("SELECT number, epoch FROM stationkey.shard")
+        }
+
+    def sessions(self) -> dict[str, str]:
+        """Return the recorded topic filters of each MQTT session."""
+        return {
+            str(one): str(filters)
+            for one, filters in self.database.admin("SELECT client_id, filters FROM stationkey.session")
+        }
+
+
+@pytest.fixture
+def daemons(database: Database) -> Iterator[Daemons]:
+    with ExitStack() as opened:
+        yield Daemons(database, opened)

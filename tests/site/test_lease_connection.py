@@ -1,0 +1,202 @@
+"""PostgreSQL says who has which shard: by locks that end with a connection, and by epochs that only go up."""
+
+from __future__ import annotations
+
+import pytest
+from leases import LEASE, Daemons, daemons, database, session_postgresql
+
+from stationkey.errors import LedgerError
+from stationkey.site.connection import Session, Taken
+
+__all__ = ["daemons", "database", "session_postgresql"]
+
+
+def test_a_daemon_sees_itself_and_free_shards(daemons: Daemons) -> None:
+    daemon = daemons.open()
+
+    view = daemon.beat("")
+
+    assert (view.loads, view.held, view.free) == ({daemon.me: 0}, frozenset(), frozenset(range(4)))
+    assert not view.others
+    assert not view.old
+
+
+def test_a_shard_is_taken_by_one(daemons: Daemons) -> None:
+    one, other = daemons.open(), daemons.open()
+
+    assert one.take(2) == Taken(2, epoch=1, stale=())
+    assert other.take(2) is None
+    assert other.beat("").loads == {one.me: 1, other.me: 0}
+    assert other.beat("").free == {0, 1, 3}
+
+
+def test_a_released_shard_gets_the_next_epoch(daemons: Daemons) -> None:
+    one, other = daemons.open(), daemons.open()
+    one.take(2)
+
+    one.release(2)
+
+    assert other.take(2) == Taken(2, epoch=2, stale=())
+
+
+def test_a_dead_daemon_is_not_among_the_living(daemons: Daemons) -> None:
+    one, other = daemons.open(), daemons.open()
+    one.take(2)
+
+    one.hang_up()
+
+    while (view := other.beat("")).free != set(range(4)):
+        pass
+    assert view.loads == {other.me: 0}
+
+
+def test_a_daemon_that_ends_is_no_longer_counted_while_it_drains(daemons: Daemons) -> None:
+    one, other = daemons.open(), daemons.open()
+    one.take(2)
+
+    one.retire()
+
+    view = other.beat("")
+    assert view.loads == {other.me: 0}
+    assert view.free == {0, 1, 3}
+
+
+def test_shards_are_kept_over_a_new_connection(daemons: Daemons) -> None:
+    """The old connection may be half open: its locks are ended with it."""
+    cut = daemons.cut()
+    one = daemons.open(cut, instance="a" * 16)
+    one.take(2)
+
+    again = daemons.open(cut, instance="a" * 16)
+
+    assert again.resume({2: 1}) == frozenset()
+    assert again.beat("").held == {2}
+    assert daemons.epochs()[2] == 1
+
+
+def test_shards_that_another_has_had_meanwhile_are_lost(daemons: Daemons) -> None:
+    one, other = daemons.open(instance="a" * 16), daemons.open()
+    one.take(1)
+    one.take(2)
+    one.close()
+    while (taken := other.take(2)) is None:
+        pass
+    other.release(2)
+
+    again = daemons.open(instance="a" * 16)
+
+    assert taken.epoch == 2
+    assert again.resume({1: 1, 2: 1}) == {2}
+    assert again.beat("").held == {1}
+
+
+def test_a_silent_daemon_loses_its_lease_by_the_server(daemons: Daemons) -> None:
+    one, other = daemons.open(), daemons.open()
+    one.take(2)
+
+    while 2 not in other.beat("").free:
+        pass
+
+    assert other.take(2) == Taken(2, epoch=2, stale=())
+    with pytest.raises(LedgerError) as refused:
+        one.beat("")
+    assert refused.value.reason == "ledger_unreachable"
+    assert one.lost
+
+
+def test_a_transaction_of_the_last_holder_delays_a_take_and_loses_nothing(daemons: Daemons) -> None:
+    one = daemons.open()
+    with daemons.holding(2):
+        with pytest.raises(LedgerError) as refused:
+            one.take(2)
+
+        assert (refused.value.reason, refused.value.transient) == ("ledger_busy", True)
+        assert not one.lost
+        assert one.beat("").free == set(range(4))
+
+    assert one.take(2) == Taken(2, epoch=1, stale=())
+
+
+def test_topic_filters_of_an_earlier_holder_are_known_to_the_next(daemons: Daemons) -> None:
+    before = daemons.open(daemons.cut(filters=("a/+", "b/+")))
+    before.take(2)
+    before.subscribed(2)
+    before.release(2)
+
+    after = daemons.open(daemons.cut(filters=("b/+", "c/+")))
+
+    assert after.take(2) == Taken(2, epoch=2, stale=("a/+",))
+    assert daemons.sessions() == {"stationkey-x-4-2": '["b/+", "c/+", "a/+"]'}
+    after.subscribed(2)
+    assert daemons.sessions() == {"stationkey-x-4-2": '["b/+", "c/+"]'}
+
+
+class TestAnotherNumberOfShards:
+    def test_is_not_served_while_a_daemon_has_a_shard_of_the_old_one(self, daemons: Daemons) -> None:
+        old = daemons.open(daemons.cut(4))
+        old.take(2)
+
+        new = daemons.open(daemons.cut(2))
+
+        view = new.beat("")
+        assert view.others
+        assert view.old
+        assert new.adopt() is None
+        assert new.take(0) is None
+        assert daemons.epochs()[0] == 0
+
+    def test_is_adopted_when_none_has(self, daemons: Daemons) -> None:
+        old = daemons.open(daemons.cut(4))
+        for number in range(4):
+            old.take(number)
+            old.subscribed(number)
+            old.release(number)
+        new = daemons.open(daemons.cut(2))
+
+        adopted = new.adopt()
+
+        assert adopted is not None
+        taken, sessions = adopted
+        assert [(one.number, one.epoch) for one in taken] == [(0, 3), (1, 3)]
+        assert sessions == [Session(f"stationkey-x-4-{number}", number, 4, ("+/josev/cs",)) for number in range(4)]
+        assert daemons.epochs() == {0: 3, 1: 3, 2: 2, 3: 2}
+        assert old.take(3) is None, "the old cut is over"
+
+    def test_is_served_by_all_once_the_old_sessions_have_ended(self, daemons: Daemons) -> None:
+        old = daemons.open(daemons.cut(1))
+        old.take(0)
+        old.close()
+        one, other = daemons.open(daemons.cut(2)), daemons.open(daemons.cut(2))
+        while one.adopt() is None:
+            pass
+        one.release(1)
+        assert other.take(1) is None
+
+        one.ended("stationkey-x-1-0")
+
+        assert other.take(1) == Taken(1, epoch=3, stale=())
+
+    def test_is_adopted_anew_if_the_daemon_that_did_so_dies(self, daemons: Daemons) -> None:
+        old = daemons.open(daemons.cut(1))
+        old.take(0)
+        old.close()
+        one, other = daemons.open(daemons.cut(2)), daemons.open(daemons.cut(2))
+        while one.adopt() is None:
+            pass
+        assert other.adopt() is None
+
+        one.close()
+
+        while (adopted := other.adopt()) is None:
+            pass
+        assert adopted[1] == [Session("stationkey-x-1-0", 0, 1, ("+/josev/cs",))]
+
+
+def test_the_lease_is_the_one_of_these_tests(daemons: Daemons) -> None:
+    daemon = daemons.open()
+    ((lease,),) = daemons.database.admin("SELECT lease FROM stationkey.daemon")
+
+    daemon.leave()
+
+    assert lease == LEASE
+    assert daemons.database.admin("SELECT instance FROM stationkey.daemon") == []

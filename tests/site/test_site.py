@@ -1,0 +1,210 @@
+"""Daemons share the stations of a site; whatever becomes of one of them, every request is answered, by one CSR."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from asker import until
+from siterig import SiteRig
+
+SHARDS = 8
+
+
+class Site(SiteRig):
+    """A site of two daemons, and what PostgreSQL and the daemons say of it."""
+
+    def epochs(self) -> list[int]:
+        """How often each shard was taken."""
+        return [int(epoch) for (epoch,) in self.rows("SELECT epoch FROM stationkey.shard WHERE of > 0 ORDER BY number")]
+
+    def shares(self) -> list[int]:
+        """How many shards each living daemon has, by PostgreSQL's locks."""
+        found = self.rows(
+            "SELECT presence.pid, shard.objid FROM pg_locks presence LEFT JOIN pg_locks shard"
+            " ON shard.pid = presence.pid AND shard.locktype = 'advisory' AND shard.classid = x'534B0002'::int"
+            " WHERE presence.locktype = 'advisory' AND presence.classid = x'534B0001'::int"
+        )
+        return sorted(Counter(pid for pid, shard in found if shard is not None).values())
+
+    def sessions(self) -> list[int]:
+        """The number of shards of each MQTT session that may exist."""
+        return [int(of) for (of,) in self.rows("SELECT of FROM stationkey.session ORDER BY of, number")]
+
+    def wait_for_shares(self, *shares: int) -> None:
+        until(lambda: self.shares() == sorted(shares), f"the shares are {shares}, not {self.shares()}")
+
+    def subscriptions(self, daemon: int) -> int:
+        """How often a daemon has subscribed, in all its runs."""
+        return self.daemons[daemon].log.count('"event": "ready"')
+
+    def serve(self) -> None:
+        """Start the daemons, and wait until each has its share and every station can ask."""
+        for daemon in self.daemons:
+            daemon.launch()
+        self.wait_for_shares(4, 4)
+        until(lambda: self.subscriptions(0) + self.subscriptions(1) >= SHARDS, "each shard has subscribed")
+
+    def serve_alone(self) -> None:
+        """Start one daemon, and wait until every station can ask."""
+        self.daemons[0].launch()
+        self.wait_for_shares(SHARDS)
+        until(lambda: self.subscriptions(0) == SHARDS, "each shard has subscribed")
+
+    def ask_all(self) -> None:
+        """Have each station ask once, and be answered."""
+        for station in self.depot.stations:
+            self.depot.publish(station)
+        self.depot.wait_for_all()
+        assert not self.depot.rejected
+        assert self.depot.accepted.keys() == self.depot.requests.keys()
+
+
+@pytest.fixture
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with Site(tmp_path_factory.mktemp("site"), daemons=2, shards=SHARDS, stations=12) as rig:
+        yield rig
+
+
+def test_one_daemon_serves_all_and_shares_with_a_second(site: Site) -> None:
+    site.serve_alone()
+    other = site.daemons[1]
+    site.ask_all()
+
+    other.launch()
+    site.wait_for_shares(4, 4)
+    site.ask_all()
+
+    other.terminate()
+    site.wait_for_shares(8)
+    site.ask_all()
+
+
+def test_a_killed_daemon_is_replaced_and_nothing_is_lost(site: Site) -> None:
+    site.serve()
+    site.depot.keep_up(16)
+    site.depot.wait_for(lambda: len(site.depot.answers) > 40, "there is load")
+
+    site.daemons[0].kill()
+
+    site.wait_for_shares(8)
+    answered = len(site.depot.answers)
+    site.depot.wait_for(lambda: len(site.depot.answers) > answered + 40, "the other answers")
+    site.depot.keep_up(0)
+    site.depot.wait_for_all()
+    assert site.depot.accepted.keys() == site.depot.requests.keys()
+
+
+def test_a_stopped_daemon_is_replaced_and_writes_nothing_when_it_comes_back(site: Site) -> None:
+    site.serve()
+    site.depot.keep_up(16)
+    site.depot.wait_for(lambda: len(site.depot.answers) > 40, "there is load")
+
+    site.daemons[0].freeze()
+    site.wait_for_shares(8)
+    epochs = site.epochs()
+    site.daemons[0].thaw()
+
+    site.wait_for_shares(4, 4)
+    site.depot.keep_up(0)
+    site.depot.wait_for_all()
+    assert site.depot.accepted.keys() == site.depot.requests.keys()
+    assert site.daemons[0].log.count("shard_lost") >= 4
+    assert sum(site.epochs()) == sum(epochs) + 4
+
+
+def test_an_ending_daemon_hands_over_without_waiting_for_a_heartbeat(site: Site) -> None:
+    site.lease = 200.0
+    for number, line in enumerate(site.lines):
+        site.configure(site.folder / f"daemon-{number}", port=line.port)
+    site.serve_alone()
+    one, other = site.daemons
+    other.launch()
+    until(lambda: "keystore" in other.log, "the second has begun")
+    site.depot.keep_up(16)
+
+    one.terminate()
+
+    site.wait_for_shares(8)
+    site.depot.keep_up(0)
+    site.depot.wait_for_all()
+    assert site.depot.accepted.keys() == site.depot.requests.keys()
+    assert '"event": "stopped"' in one.log
+
+
+def test_a_restart_of_postgresql_moves_nothing(site: Site) -> None:
+    site.serve()
+    site.ask_all()
+    epochs = site.epochs()
+
+    site.postgresql.terminate()
+    site.postgresql.start()
+
+    site.wait_for_shares(4, 4)
+    site.ask_all()
+    assert site.epochs() == epochs
+
+
+def test_a_cut_lease_connection_moves_nothing(site: Site) -> None:
+    site.serve_alone()
+
+    ((pid,),) = site.rows("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'stationkey lease%'")
+    site.rows("SELECT pg_terminate_backend(%s)", pid)
+    until(lambda: site.rows("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", pid) == [(0,)], "it is gone")
+
+    site.wait_for_shares(8)
+    site.ask_all()
+    assert set(site.epochs()) == {1}
+    assert site.subscriptions(0) == SHARDS
+
+
+def test_a_daemon_behind_a_silent_network_is_replaced_and_comes_back(site: Site) -> None:
+    site.serve()
+    site.depot.keep_up(8)
+
+    site.lines[0].silence()
+    site.wait_for_shares(8)
+    site.lines[0].mend()
+
+    site.wait_for_shares(4, 4)
+    site.depot.keep_up(0)
+    site.depot.wait_for_all(again=5.0)
+    assert "shard_lost" in site.daemons[0].log
+
+
+def test_a_daemon_waits_for_postgresql_and_ends_meanwhile_at_once(site: Site) -> None:
+    site.postgresql.terminate()
+    one = site.daemons[0]
+    one.launch()
+    until(lambda: "ledger_unreachable" in one.log, "it says so")
+
+    one.terminate()
+
+    one.launch()
+    site.postgresql.start()
+    site.wait_for_shares(8)
+    until(lambda: site.subscriptions(0) == SHARDS, "each shard has subscribed")
+    site.ask_all()
+
+
+def test_another_number_of_shards_waits_for_the_old_one_and_then_answers_what_it_left(site: Site) -> None:
+    site.serve_alone()
+    old, new = site.daemons
+    site.shards = 3
+    site.configure(site.folder / "daemon-1", port=site.lines[1].port)
+    new.launch()
+    until(lambda: "shard_count_differs" in new.log, "it says so")
+    site.ask_all()
+    new.terminate()
+    old.terminate()
+    for station in site.depot.stations:
+        site.depot.publish(station)
+
+    new.launch()
+
+    site.depot.wait_for_all()
+    site.wait_for_shares(3)
+    until(lambda: site.sessions() == [3, 3, 3], "the old sessions have ended")
+    site.ask_all()
+    assert not site.depot.rejected
