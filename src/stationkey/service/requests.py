@@ -431,9 +431,20 @@ class StationKeyService:
             await recorded
             await self._withdraw(request.id, station)
             raise
-        for key_id in await recorded:
+        try:
+            crowded = await recorded
+        except LedgerError as error:
+            if error.reason != "commit_unknown" or not await self._was_recorded(request.id, station, key):
+                raise
+            crowded = []
+        for key_id in crowded:
             log.warning("too many pending keys: the oldest destroyed", extra={"key_id": key_id, **_of(station)})
         return pem
+
+    async def _was_recorded(self, request_id: str, station: str, key: KeyRef) -> bool:
+        """Return whether a key is recorded as the answer to a request, by a new connection to the ledger."""
+        answered = await self._ledger(lambda ledger: ledger.answers.find(request_id, station=station))
+        return answered is not None and answered.key_id == key.key_id
 
     async def _withdraw(self, request_id: str, station: str) -> None:
         """Remove a recorded answer that must not be sent."""
