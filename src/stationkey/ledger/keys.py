@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from stationkey.contract.active_names import file_name
+from stationkey.contract.active_names import Owner, file_name
 from stationkey.errors import Scope, StationKeyError
 from stationkey.ledger.engine import Engine
 from stationkey.ledger.lifecycle import INITIAL, KeyState
@@ -176,14 +176,19 @@ class Keys:
 
         Active keys come first, so that what is in use is written first.
         """
+        named, which = ("", ()) if station is None else (" AND station = ?", (station,))
         files = {}
-        named, which = ("", ()) if station is None else (" AND key.station = ?", (station,))
-        active = self._mine(f"state = ? AND {LIVING}{named}", KeyState.ACTIVE, *which)
-        before = self._mine(f"state = ? AND previous = 1 AND {LIVING}{named}", KeyState.DEACTIVATED, *which)
-        for key in active + before:
-            if (reference := self.ref(key.key_id)) is not None:
-                name = file_name(key.owner, key.root, key.previous)
-                files[name] = reference.pem() + (key.chain or "").encode()
+        with self._engine.reading() as sql:
+            for condition, state in (("", KeyState.ACTIVE), (" AND previous = 1", KeyState.DEACTIVATED)):
+                rows = sql.execute(
+                    "SELECT scheme, key_type, public, private, station, certificate_type, evse_id, root, previous,"  # noqa: S608 - this package's own text
+                    " chain FROM key JOIN secret ON secret.key_number = key.number"
+                    f" WHERE state = ? AND {LIVING}{condition}{named}{sql.mine('key')} ORDER BY asked",
+                    (state, *which),
+                ).fetchall()
+                for *ref, of_station, certificate_type, evse_id, root, previous, chain in rows:
+                    owner = Owner(of_station, certificate_type, evse_id)
+                    files[file_name(owner, root, bool(previous))] = read_key_ref(*ref).pem() + (chain or "").encode()
         return files
 
     def others_installed(self, key: KeyRecord) -> bool:
