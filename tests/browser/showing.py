@@ -15,6 +15,7 @@ from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.observability.health import Health
 from stationkey.observability.http import Endpoint
 from stationkey.observability.page import StatusPage
+from stationkey.observability.status import DaemonGlance, ShardCondition, ShardGlance, SiteCondition, SiteGlance
 from stationkey.system.listener import Address, Listener
 from stationkey.system.systemd import ServiceManager
 
@@ -23,6 +24,32 @@ DAY = 86400.0
 BIDI = "\u202emoc.elpmaxe\u202c\u2066evil"
 HOSTILE = f'<script>document.title="owned"</script><img src=x onerror=alert(1)>"&\'{{{{7*7}}}}{BIDI}'
 """Of what the contract does not let in, too: the page does not count on it."""
+
+
+OWN = SiteCondition(2, True, 0.5, "", (ShardCondition(0, 3, True, 1, 0),))
+GLANCE = SiteGlance(
+    shards=(
+        ShardGlance(
+            number=0,
+            holder="host-a",
+            held=True,
+            seconds=61.0,
+            epoch=3,
+            stations=41,
+            in_hand=1,
+            waiting=0,
+            undelivered=2,
+        ),
+        ShardGlance(
+            number=1, holder="", held=False, seconds=5.0, epoch=7, stations=39, in_hand=0, waiting=0, undelivered=5
+        ),
+    ),
+    daemons=(
+        DaemonGlance(name="host-a", version="0.1.0", living=True, seconds=1.0, shards=1, trouble=""),
+        DaemonGlance(name=HOSTILE, version="0.1.0", living=False, seconds=9.0, shards=0, trouble=""),
+    ),
+)
+"""A site of two daemons, of which one is gone, with the shard that it had."""
 
 
 class Edge:
@@ -43,6 +70,17 @@ def watching(here: Station, *, connected: bool = True, keystore: str = TPM) -> H
     health.descriptions["default"] = "TPM 2.0 by Example, firmware 7.85"
     health.watch(here.service, Edge(connected=connected))
     (health.connected if connected else health.away)()
+    return health
+
+
+def in_site(health: Health) -> Health:
+    """Let the daemon have a shard of the site that `GLANCE` shows."""
+
+    async def glance() -> SiteGlance:
+        return GLANCE
+
+    health.site = lambda: OWN
+    health.glance = glance
     return health
 
 

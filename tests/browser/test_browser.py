@@ -18,7 +18,7 @@ from outside import BOUND, Josev, generate_csr
 from outside import Station as DaemonStation
 from peers import Mosquitto, Swtpm, free_port
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, async_playwright
-from showing import HOSTILE, fill, key, showing, watching
+from showing import HOSTILE, fill, in_site, key, showing, watching
 
 from parts import E1, V2G, Station, station
 
@@ -111,6 +111,21 @@ LOOKS = [
     pytest.param({"viewport": PHONE, "is_mobile": True}, True, id="phone"),
     pytest.param({"viewport": PHONE, "is_mobile": True, "color_scheme": "dark"}, False, id="phone-dark"),
 ]
+
+
+@pytest.mark.parametrize("look", [pytest.param({}, id="wide"), pytest.param({"viewport": PHONE}, id="phone")])
+async def test_a_site_is_shown_and_can_be_read(
+    browser: Browser, here: Station, look: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    health = in_site(watching(here))
+    async with (
+        showing(here, health) as url,
+        opened(browser, url, f"site-{request.node.callspec.id}", **look) as page,
+    ):
+        assert await page.locator("section[aria-labelledby=site] table").count() == 2
+        assert await page.locator("section[aria-labelledby=site] .dot.bad").count() == 2
+        assert await width_of(page) <= (look.get("viewport") or WIDE)["width"]
+        assert await faults_of(page) == []
 
 
 @pytest.mark.parametrize(("look", "names"), LOOKS)

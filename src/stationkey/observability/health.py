@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -22,7 +22,7 @@ from stationkey.errors import LedgerError
 from stationkey.keystore.stores import KeyStores, Store
 from stationkey.keystore.worker import Task, Turn
 from stationkey.ledger import Figures
-from stationkey.observability.status import Condition, SiteCondition, StoreCondition
+from stationkey.observability.status import Condition, SiteCondition, SiteGlance, StoreCondition
 from stationkey.system.counters import Counters, Counts
 from stationkey.system.systemd import ServiceManager
 from stationkey.system.tasks import Work, background
@@ -147,6 +147,7 @@ class Health:
         edge: the edge to the broker, as soon as there is one.
         connections: number of subscriptions in this run.
         site: returns this daemon's part in a site, if it is one of a site's.
+        glance: looks at the whole site, if there is one; for the status page.
         descriptions: description of each key store by its name; missing until it has answered.
     """
 
@@ -163,6 +164,7 @@ class Health:
         self.keystores = keystores
         self.service: Serving | None = None
         self.site: Callable[[], SiteCondition] | None = None
+        self.glance: Callable[[], Awaitable[SiteGlance]] | None = None
         self.edge: Connecting | None = None
         self.connections = 0
         self.descriptions = {store.name: "" for store in keystores}

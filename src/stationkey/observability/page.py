@@ -32,7 +32,7 @@ from stationkey.observability.health import LEDGER_PATIENCE, Health
 from stationkey.observability.http import Reply
 from stationkey.observability.kept import Kept
 from stationkey.observability.problems import problems
-from stationkey.observability.status import StoreCondition
+from stationkey.observability.status import SiteCondition, SiteGlance, StoreCondition
 from stationkey.system.text import printable
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ class StatusPage:
             self._loaded = _load()
         figures = await self._health.figures()
         view = self._view(figures, None if figures is None else await self._overview())
+        condition = self._health.condition().site
+        view["site"] = None if condition is None else _site_view(condition, await self._glance())
         return self._loaded.template.render(view, live=live).encode()
 
     async def _overview(self) -> Overview | None:
@@ -116,6 +118,16 @@ class StatusPage:
         try:
             async with asyncio.timeout(LEDGER_PATIENCE):
                 return await service.overview(keys=KEYS, happenings=HAPPENINGS)
+        except (LedgerError, TimeoutError):
+            return None
+
+    async def _glance(self) -> SiteGlance | None:
+        """Return all shards and daemons of the site; None if the database does not show them."""
+        if self._health.glance is None:
+            return None
+        try:
+            async with asyncio.timeout(LEDGER_PATIENCE):
+                return await self._health.glance()
         except (LedgerError, TimeoutError):
             return None
 
@@ -263,6 +275,38 @@ def _load() -> _Template:
 def _kind(certificate_type: str) -> str:
     """Return the display name of a certificate type; an unknown one is its own name."""
     return _TITLES.get(certificate_type, printable(certificate_type))
+
+
+def _site_view(condition: SiteCondition, glance: SiteGlance | None) -> dict[str, Any]:
+    """Return this daemon's part in a site, and all shards and daemons if the database shows them."""
+    return {
+        "shards": condition.shards,
+        "own": [shard.number for shard in condition.held],
+        "trouble": condition.words,
+        "shown": glance is not None,
+        "all": [
+            {
+                "number": shard.number,
+                "holder": printable(shard.holder) or ("unknown" if shard.held else "nobody"),
+                "level": "good" if shard.held else "bad",
+                "since": "never taken" if shard.seconds is None else f"for {_span(shard.seconds)}",
+                "epoch": shard.epoch,
+                "stations": shard.stations,
+                "backlog": f"{shard.in_hand} in hand, {shard.waiting} waiting, {shard.undelivered} undelivered",
+            }
+            for shard in (() if glance is None else glance.shards)
+        ],
+        "daemons": [
+            {
+                "name": printable(daemon.name),
+                "version": daemon.version,
+                "level": "bad" if not daemon.living else "warn" if daemon.trouble else "good",
+                "state": (daemon.trouble or "running") if daemon.living else f"gone for {_span(daemon.seconds)}",
+                "shards": daemon.shards,
+            }
+            for daemon in (() if glance is None else glance.daemons)
+        ],
+    }
 
 
 def _count(figures: Figures | None, state: KeyState) -> int | None:

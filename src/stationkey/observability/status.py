@@ -109,6 +109,69 @@ class SiteCondition(Struct, frozen=True):
         }
 
 
+class ShardGlance(Struct, frozen=True, kw_only=True):
+    """A shard of the site, whoever has it.
+
+    Attributes:
+        number: of the shard, from 0.
+        holder: name of the daemon that has it; empty if none has.
+        held: whether a living connection has its lock.
+        seconds: since when its holder has it, or nobody; None if it never had one.
+        epoch: how often it was taken.
+        stations: how many of its stations have a key.
+        in_hand: messages in flight, at the holder's last heartbeat.
+        waiting: messages that wait at the holder.
+        undelivered: answers on record that no broker has acknowledged.
+    """
+
+    number: int
+    holder: str
+    held: bool
+    seconds: float | None
+    epoch: int
+    stations: int
+    in_hand: int
+    waiting: int
+    undelivered: int
+
+
+class DaemonGlance(Struct, frozen=True, kw_only=True):
+    """A daemon of the site.
+
+    Attributes:
+        name: the same after a restart.
+        version: of stationkey.
+        living: whether its connection to PostgreSQL lives.
+        seconds: since its last heartbeat, by PostgreSQL's clock.
+        shards: how many it holds.
+        trouble: reason why it serves nothing; empty if none.
+    """
+
+    name: str
+    version: str
+    living: bool
+    seconds: float
+    shards: int
+    trouble: str
+
+
+class SiteGlance(Struct, frozen=True, kw_only=True):
+    """A site with all its daemons, as its database shows it.
+
+    Attributes:
+        shards: by their number.
+        daemons: the living ones, and those that ended without a word within a day.
+    """
+
+    shards: tuple[ShardGlance, ...]
+    daemons: tuple[DaemonGlance, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every shard has a holder."""
+        return bool(self.shards) and all(shard.held for shard in self.shards)
+
+
 class Condition(Struct, frozen=True, kw_only=True):
     """The daemon's condition at one moment.
 
