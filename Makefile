@@ -1,4 +1,5 @@
 # make demo   try it: installs what is missing, answers requests with keys in a simulated TPM and a PKCS#11 token, ends by itself
+# make demo-site  try a site: three daemons serve twenty stations on PostgreSQL and a shared token, one is killed; ends by itself
 # make check  the quick part: lint, types, and every test that starts no process
 # make test   every check: lint, types, all tests
 # make coverage  all tests once more, with branch coverage of the daemon and the commands too; takes twice as long
@@ -11,7 +12,7 @@
 # make docs   the documents as a site: build/site/README.html
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo check test coverage bench fuzz simulate screenshot deb deb-check docs sbom audit lint pin clean
+.PHONY: help setup demo demo-site check test coverage bench fuzz simulate screenshot deb deb-check docs sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -22,6 +23,10 @@ setup:
 demo:
 	@scripts/setup demo
 	@.venv/bin/python scripts/demo.py
+
+demo-site:
+	@scripts/setup demo
+	@.venv/bin/python scripts/demo_site.py
 
 # A worker for each processor; one that has nothing left to do takes over half of what another still has.
 pytest = .venv/bin/python -m pytest --numprocesses auto --dist worksteal

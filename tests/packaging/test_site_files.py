@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,7 @@ from peers import Mosquitto, Postgresql, free_port, is_listening
 from unit import ROOT, UNIT, Unit
 
 from secured import Authority
+from stationkey.cli.serve import serve
 from stationkey.config.file import read_file, settle
 from stationkey.config.secrets import SecretReference
 from stationkey.ledger.postgresql.connection import connect
@@ -72,6 +74,12 @@ class TestUnit:
         ours = [line for line in verified.stderr.splitlines() if str(tmp_path) in line or "site.conf" in line]
         assert (verified.returncode, ours) == (0, [])
 
+    def test_it_starts_what_the_command_understands(self) -> None:
+        (start,) = (line for line in Unit(DROP_IN).all("ExecStart") if line)
+        program, command, *arguments = shlex.split(start)
+        assert [program, command] == Unit().words("ExecStart")[:2]
+        assert serve.make_context("serve", arguments).params["site"] is True
+
     def test_it_names_no_other_setting_than_the_unit_and_no_weaker_one(self) -> None:
         harmless = {"After", "Wants", "ExecStart", "LoadCredential", "MemoryMax", "TasksMax", "LimitNOFILE"}
         others = {name: value for _, name, value in Unit(DROP_IN) if name not in harmless}
@@ -87,12 +95,18 @@ class TestThreeMachines:
         assert alike[0] == alike[1] == alike[2]
         assert {one["hostname"] for one in DAEMONS.values()} == set(DAEMONS)
 
+    def test_they_are_started_as_the_command_understands(self) -> None:
+        for daemon in DAEMONS.values():
+            command, *arguments = daemon["command"]
+            assert command == "serve"
+            assert serve.make_context("serve", arguments).params["site"] is True
+
     def test_every_file_that_it_names_is_here(self) -> None:
         mounted = {
             volume.partition(":")[0]
             for service in COMPOSE["services"].values()
             for volume in service.get("volumes", [])
-            if volume.startswith("./")
+            if volume.startswith(".")
         }
         assert mounted
         assert [name for name in mounted if not (SITE / name).exists()] == []
@@ -163,7 +177,7 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
         "/etc/mosquitto/certs/clients-ca.crt": authority.file,
         "/etc/mosquitto/certs/broker.crt": server.certificate,
         "/etc/mosquitto/certs/broker.key": server.key,
-        "/etc/mosquitto/site.acl": SITE / "site.acl",
+        "/etc/mosquitto/stationkey.acl": ROOT / "packaging/mosquitto/site.acl",
         **{f"listener {old}": f"listener {new} 127.0.0.1" for old, new in ports.items()},
     }.items():
         assert old in text

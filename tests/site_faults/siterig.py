@@ -33,6 +33,10 @@ pending_total = 10000
 """Bounds so wide that no key of a test has to make room for another, and no limit on how often a test may ask."""
 
 
+PATIENCE: Final = 60.0
+"""Seconds after which a site that does not serve has failed."""
+
+
 class SiteRig:
     """Everything of a site, on this machine; the daemons are started by the test and ended with the rig.
 
@@ -63,7 +67,7 @@ class SiteRig:
     ) -> None:
         self.folder = folder
         self.lease, self.shards, self.filters, self._config = lease, shards, tuple(filters), config
-        self.broker = Mosquitto(folder / "broker", "max_queued_messages 0")
+        self.broker = Mosquitto(folder / "broker", "max_queued_messages 0", "max_inflight_messages 0")
         self.postgresql = Postgresql(folder / "postgresql")
         self.token = SharedToken(folder / "token")
         self.depot = Depot(self.broker, [f"depot7/s{number}" for number in range(stations)], filters=self.filters)
@@ -125,10 +129,13 @@ class SiteRig:
         (home / "stationkey.toml").write_text(text + self._config + config)
 
     def start(self) -> None:
-        """Start every daemon, and wait until each shard has a holder."""
+        """Start every daemon, and wait until each station has an answer: then the broker knows each shard."""
         for daemon in self.daemons:
             daemon.launch()
         self.wait_until_held()
+        for station in self.depot.stations:
+            self.depot.publish(station)
+        self.depot.wait_for_all(bound=PATIENCE, again=2.0)
 
     def kill(self) -> None:
         """End every daemon as a loss of power would."""
@@ -167,7 +174,7 @@ class SiteRig:
             for number in self.held_by(daemon)
         }
 
-    def wait_until_held(self, *, bound: float = 30.0) -> None:
+    def wait_until_held(self, *, bound: float = PATIENCE) -> None:
         """Wait until each shard is held by a connection that lives."""
         until(lambda: self.held() == set(range(self.shards)), "each shard has a holder", bound=bound)
 
