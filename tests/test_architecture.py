@@ -313,6 +313,18 @@ def test_a_station_needs_nothing_that_is_for_trying(start: str) -> None:
     assert libraries & FOR_TRYING == set()
 
 
+@pytest.mark.parametrize("start", ["daemon", "cli", *COMMANDS])
+def test_a_station_loads_nothing_of_a_site(start: str) -> None:
+    """Imports inside functions not included: those of a site are there."""
+    reached, ahead = set[str](), {start}
+    while ahead:
+        reached |= ahead
+        found = [one for one in IMPORTS if one.importer in ahead and one.at_start and not one.for_types]
+        ahead = {one.ours for one in found if one.ours is not None} - reached
+
+    assert [module for module in reached if module.startswith(("ledger.postgresql", "site."))] == []
+
+
 def test_the_handshake_is_a_program_that_needs_no_package() -> None:
     """It is run as a script, under a service's configuration of OpenSSL: nobody imports it, and it imports nothing."""
     imported = {one.imported.partition(".")[0] for one in IMPORTS if one.importer == "openssl.handshake"}

@@ -8,6 +8,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from depots import open_engine, take
+from plans import through_whole_tables
+from postgresql import Database
 from recording import (
     ahead,
     answer,
@@ -22,7 +25,7 @@ from stationkey.ledger.hints import Hint
 from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.ledger.overview import look
 
-pytest_plugins = ["ledgers"]
+pytest_plugins = ["ledgers", "depots"]
 
 OWNER = (V2G, E1)
 
@@ -202,6 +205,31 @@ def test_no_query_goes_through_a_table_that_grows(fast_ledger: Ledger, operation
     assert queries
     through_all = [plan for plan in plans if re.match(r"SCAN (key|answer|event)\b", plan)]
     assert {plan.partition(" INDEX ")[2] for plan in through_all} <= {"key_living", "key_hint"}
+
+
+NOT_ON_POSTGRESQL = frozenset({"usable", "overview", "figures", "active_files", "destruction and wipe"})
+"""Operations that read all living keys of a shard, at a start or when a person asks for them; and SQLite's own."""
+
+
+@pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - NOT_ON_POSTGRESQL))
+def test_no_query_goes_through_a_table_that_grows_on_postgresql(
+    depot: Database, tmp_path: Path, operation: str
+) -> None:
+    with closing(Ledger.on(open_engine(depot, tmp_path, shard=take(depot, 0, 1)))) as ledger:
+        active = with_history(ledger, 3)
+        with through_whole_tables() as found:
+            OPERATIONS[operation](ledger, active)
+
+    assert found == []
+
+
+def test_such_a_query_would_be_found(depot: Database, tmp_path: Path) -> None:
+    engine = open_engine(depot, tmp_path)
+    with closing(engine), engine.reading() as sql, through_whole_tables() as found:
+        sql.execute("SELECT count(*) FROM event WHERE reason = ?", ("none",))
+        sql.execute("SELECT max(csr) FROM answer")
+
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("bounds", [Bounds(), Bounds(pending_total=1000)], ids=["one key ends for each", "none ends"])

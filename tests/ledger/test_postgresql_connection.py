@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psycopg
 import pytest
 from peers import free_port
 from postgresql import Database
@@ -17,7 +18,7 @@ from postgresql import Database
 from stationkey.config.secrets import SecretReference
 from stationkey.errors import LedgerError
 from stationkey.ledger.postgresql import connection as module
-from stationkey.ledger.postgresql.connection import Connection, Server, connect, explained, judged
+from stationkey.ledger.postgresql.connection import Connection, Server, connect, explained, judged, of_error
 
 pytest_plugins = ["postgresql"]
 
@@ -84,6 +85,12 @@ def test_a_user_whose_settings_make_the_ledger_unsafe_is_refused(database: Datab
 
     reason = {"synchronous_commit": "ledger_not_durable", "default_transaction_read_only": "ledger_read_only"}[setting]
     assert refused(database.uri, database.password).reason == reason
+
+
+def test_a_pooler_is_told_from_a_server() -> None:
+    error = of_error("opened", psycopg.OperationalError("FATAL:  unsupported startup parameter: options"))
+
+    assert (error.reason, error.transient) == ("ledger_unsupported", False)
 
 
 FIT = Server(15, False, True, True, "on", "", "UTF8")
@@ -160,6 +167,10 @@ def test_another_thread_ends_a_call_that_waits(database: Database) -> None:
         ("CREATE SCHEMA pg_mine", "ledger_error"),
         ("SELECT * FROM pg_authid", "ledger_unusable"),
         ("SELECT 1 FROM nothing", "ledger_error"),
+        *(
+            (f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{state}'; END $$", reason)
+            for state, reason in {"53100": "disk_full", "XX001": "ledger_damaged", "SK001": "key_given_up"}.items()
+        ),
     ],
 )
 def test_a_failed_statement_has_its_reason(database: Database, statement: str, reason: str) -> None:

@@ -400,6 +400,40 @@ def test_while_the_server_is_away_the_outcome_is_unknown(own_depot: Database, en
     assert noted(own_depot) == {"committed", "next"}
 
 
+@contextmanager
+def absent_standby(database: Database) -> Iterator[None]:
+    """Let each commit wait for a standby that is not there."""
+
+    def reload(*changes: str) -> None:
+        for change in changes:
+            database.admin(change)
+        database.admin("SELECT pg_reload_conf()")
+
+    reload("ALTER SYSTEM SET synchronous_standby_names = 'absent'")
+    try:
+        wait_for(lambda: database.admin("SHOW synchronous_standby_names") == [("absent",)])
+        yield
+    finally:
+        reload("ALTER SYSTEM RESET synchronous_standby_names")
+        wait_for(lambda: database.admin("SHOW synchronous_standby_names") == [("",)])
+
+
+def test_a_commit_that_no_standby_has_is_not_taken_for_one(depot: Database, engine_of: Opener) -> None:
+    engine = engine_of(depot, shard=take(depot))
+    write(engine, "before")
+    with (
+        mock.patch.object(module, "PATIENCE", 0.5),
+        mock.patch.object(connection_module, "HANG", 0.3),
+        absent_standby(depot),
+    ):
+        error = failing(lambda: write(engine, "waiting"))
+        meanwhile = noted(depot)
+    wait_for(lambda: noted(depot) == {"before", "waiting"})
+
+    assert (error.reason, error.transient) == ("commit_unknown", True)
+    assert meanwhile == {"before"}
+
+
 def test_the_server_restarts_in_the_middle_of_everything(own_depot: Database, engine_of: Opener) -> None:
     engine = engine_of(own_depot, shard=take(own_depot))
     with mock.patch.object(module, "PATIENCE", 30):

@@ -185,6 +185,7 @@ class PostgresqlDatabase:
         Raises:
             LedgerError: nothing was written; or with reason ``commit_unknown`` that is not known.
         """
+        assert not self._inside
         with self._explained(act):
             number = self._begin(time.monotonic() + PATIENCE)
             self._inside = True
@@ -232,14 +233,19 @@ class PostgresqlDatabase:
                 return number
 
     def _beginning(self) -> bytes:
-        """Return the statements that begin a transaction: one round trip."""
+        """Return the statements that begin a transaction: one round trip.
+
+        Without a timeout of the server: it would cut short a commit's wait for a synchronous standby, and confirm it.
+        """
         rows = "" if self._shard is None else f" WHERE number = {self._shard.number}"
         return (
-            f"BEGIN; SELECT epoch FROM shard{rows} ORDER BY number FOR UPDATE; SELECT pg_current_xact_id()::text"  # noqa: S608 - a number
+            f"BEGIN; SET LOCAL statement_timeout = 0; SELECT epoch FROM shard{rows} ORDER BY number FOR UPDATE;"  # noqa: S608 - a number
+            " SELECT pg_current_xact_id()::text"
         ).encode()
 
     def _fenced(self, cursor: psycopg.Cursor[tuple[Any, ...]]) -> str:
         """Return the transaction's number, or raise if another daemon holds the shard."""
+        cursor.nextset()
         cursor.nextset()
         epochs = cursor.fetchall()
         cursor.nextset()
