@@ -87,6 +87,17 @@ def test_a_standby_takes_nothing_from_the_one_that_serves() -> None:
     assert balance(1, me=1, loads={1: 1, 2: 0}, held={0}, free=()) == Move()
 
 
+def test_a_daemon_that_cannot_serve_leaves_its_shards_to_those_that_can() -> None:
+    loads = {1: 4, 2: 4}
+
+    assert balance(8, me=1, loads=loads, held={0, 1, 2, 3}, free=(), unfit={1}) == Move(release=(0, 1, 2, 3))
+    assert set(balance(8, me=2, loads=loads, held={4, 5, 6, 7}, free={0, 1}, unfit={1}).take) == {0, 1}
+
+
+def test_where_none_can_serve_all_share() -> None:
+    assert balance(8, me=1, loads={1: 4, 2: 4}, held={0, 1, 2, 3}, free=(), unfit={1, 2}) == Move()
+
+
 def test_two_that_start_together_begin_at_different_shards() -> None:
     first = balance(8, me=1, loads={1: 0, 2: 0}, held=set(), free=range(8))
     second = balance(8, me=2, loads={1: 0, 2: 0}, held=set(), free=range(8))

@@ -20,7 +20,15 @@ class Move(Struct, frozen=True):
     release: tuple[int, ...] = ()
 
 
-def balance(shards: int, *, me: int, loads: Mapping[int, int], held: AbstractSet[int], free: Collection[int]) -> Move:
+def balance(
+    shards: int,
+    *,
+    me: int,
+    loads: Mapping[int, int],
+    held: AbstractSet[int],
+    free: Collection[int],
+    unfit: AbstractSet[int] = frozenset(),
+) -> Move:
     """Return the next move of a daemon, towards shares that differ by one at most.
 
     All daemons that see the same come to shares that add up, without a word between them: each share is
@@ -32,8 +40,12 @@ def balance(shards: int, *, me: int, loads: Mapping[int, int], held: AbstractSet
         loads: number of shards of each living daemon.
         held: shards of this daemon; their number counts, not what `loads` says of it.
         free: shards that nobody has.
+        unfit: daemons that cannot serve, in their own opinion; they get nothing, unless all are.
     """
-    now = {**loads, me: len(held)}
+    living = {**loads, me: len(held)}
+    now = {daemon: load for daemon, load in living.items() if daemon not in unfit} or living
+    if me not in now:
+        return Move(release=tuple(sorted(held)))
     share, extra = divmod(shards, len(now))
     rank = sorted(now, key=lambda daemon: (-now[daemon], daemon)).index(me)
     share += rank < extra

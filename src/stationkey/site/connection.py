@@ -38,7 +38,9 @@ _FORGET: Final = "DELETE FROM daemon WHERE seen < clock_timestamp() - interval '
 """Of daemons that were killed."""
 _BEAT: Final = (
     f"WITH beat AS ({_WRITE_SEEN}) SELECT seen.*, {_FOREIGN_ROWS},"  # noqa: S608 - constants
-    " clock_timestamp() - pg_postmaster_start_time() < make_interval(secs => %(lease)s)"
+    " clock_timestamp() - pg_postmaster_start_time() < make_interval(secs => %(lease)s),"
+    " (SELECT array_agg(backend) FROM daemon WHERE trouble <> ''"
+    "  AND seen > clock_timestamp() - make_interval(secs => 2 * lease))"
     f" FROM ({_LOCKS}) seen"
 )
 
@@ -131,6 +133,7 @@ class View(Struct, frozen=True):
         free: shards that it may take.
         others: daemons of another cut that have shards.
         old: whether shards or MQTT sessions of another cut are on record.
+        unfit: daemons that cannot serve, in their own opinion, by their backends.
     """
 
     me: int
@@ -139,6 +142,7 @@ class View(Struct, frozen=True):
     free: frozenset[int]
     others: bool
     old: bool
+    unfit: frozenset[int] = frozenset()
 
 
 class Backlog(Struct, frozen=True):
@@ -243,8 +247,10 @@ class LeaseConnection:
         about = {**self._about(trouble), "client_ids": self._cut.sessions}
         rows = self._rows(_BEAT, about)
         locks = [(one, number, backend) for one, number, backend, *_ in rows]
-        old, young = (rows[0][3] > 0, rows[0][4]) if rows else (False, False)
-        return self._view(locks, old=old, reserved=self._reserved() if young else frozenset())
+        foreign, young, unfit = rows[0][3:] if rows else (0, False, None)
+        unfit = {*(unfit or ())} - {self.me} | ({self.me} if trouble else set())
+        reserved = self._reserved() if young else frozenset()
+        return self._view(locks, old=foreign > 0, reserved=reserved, unfit=frozenset(unfit))
 
     def take(self, number: int) -> Taken | None:
         """Take a shard; None if another daemon has it, or has cut the site otherwise.
@@ -366,7 +372,14 @@ class LeaseConnection:
             "trouble": trouble,
         }
 
-    def _view(self, locks: Collection[tuple[int, int, int]], *, old: bool, reserved: frozenset[int]) -> View:
+    def _view(
+        self,
+        locks: Collection[tuple[int, int, int]],
+        *,
+        old: bool,
+        reserved: frozenset[int],
+        unfit: frozenset[int],
+    ) -> View:
         present = {backend: number for one, number, backend in locks if one == LockClass.PRESENCE}
         holders = {number: backend for one, number, backend in locks if one == LockClass.SHARD}
         count = Counter(holders.values())
@@ -377,6 +390,7 @@ class LeaseConnection:
             free=frozenset(range(self._cut.shards)) - holders.keys() - reserved,
             others=any(present.get(backend, self._cut.layout) != self._cut.layout for backend in holders.values()),
             old=old,
+            unfit=unfit,
         )
 
     def _reserved(self) -> frozenset[int]:

@@ -41,6 +41,7 @@ from stationkey.service.strays import Strays
 from stationkey.site.adoption import Adoption, AllShards
 from stationkey.site.balance import balance
 from stationkey.site.connection import Cut, Identity, LeaseConnection, Session, Taken, View
+from stationkey.site.fitness import Fitness
 from stationkey.site.lease import Lease
 from stationkey.site.shard import Blocking, Dialling, Shard, Surroundings
 from stationkey.site.whole import Whole
@@ -211,6 +212,12 @@ class Site:
             for store in process.keystores
             if store.shared
         }
+        self._fitness = Fitness(
+            process,
+            self._shards.values,
+            client_id=f"{client_id}-probe-{access.instance[:8]}",
+            patience=cut.lease,
+        )
         whole = Whole(
             self._shards.values,
             self._lease,
@@ -228,7 +235,7 @@ class Site:
             StationKeyError: it can never serve.
         """
         process = self._process
-        works: dict[str, Work] = {"lease": self._keep_lease}
+        works: dict[str, Work] = {"lease": self._keep_lease, "probe": self._fitness.probe}
         works |= {name: strays.run for name, strays in self._strays.items()}
         try:
             # What an earlier run that was killed has left, of stations that another daemon may serve by now.
@@ -310,7 +317,8 @@ class Site:
 
     async def _beat(self) -> View:
         view = await self._lease.beat(
-            self._trouble, {number: shard.backlog for number, shard in self._shards.items() if shard.connected}
+            self._trouble or self._fitness.trouble(),
+            {number: shard.backlog for number, shard in self._shards.items() if shard.connected},
         )
         if self._away:
             log.info("PostgreSQL is back")
@@ -356,7 +364,14 @@ class Site:
             await self._move_from_old(view)
             return
         self._in_trouble(None)
-        move = balance(self._cut.shards, me=view.me, loads=view.loads, held=self._lease.held.keys(), free=view.free)
+        move = balance(
+            self._cut.shards,
+            me=view.me,
+            loads=view.loads,
+            held=self._lease.held.keys(),
+            free=view.free,
+            unfit=view.unfit,
+        )
         for number in move.release:
             shard = self._shards.get(number)
             if shard is not None and not shard.draining:
