@@ -96,9 +96,21 @@ def test_requests_are_shown_with_their_station(site: Path) -> None:
     assert of_site(site, "requests").count("depot7/s1") == 2
 
 
+def test_the_status_names_stations(site: Path) -> None:
+    shown = command("status", "--json", "--config", str(site / "stationkey.toml"), "--state-dir", str(site))
+    found = json.loads(shown.stdout)
+    assert sorted(key["station"] for key in found["keys"]) == ["depot7/s1", "depot7/s2"]
+    assert {one["station"] for one in found["happenings"]} == {"depot7/s1", "depot7/s2"}
+    shown = command("status", "--config", str(site / "stationkey.toml"), "--state-dir", str(site), COLUMNS="200")
+    assert shown.stdout.count("depot7/s1") == 3
+    assert shown.stdout.count("STATION") == 2
+
+
 def test_a_single_station_is_not_named(state: Path) -> None:
-    for arguments in (("keys", "list"), ("keys", "list", "--json"), ("requests",), ("requests", "--json")):
-        assert "station" not in command(*arguments, "--state-dir", str(state), COLUMNS="250").stdout.lower()
+    for arguments in (("keys", "list"), ("keys", "list", "--json"), ("requests",), ("requests", "--json"), ("status",)):
+        shown = command(*arguments, "--state-dir", str(state), COLUMNS="250").stdout.lower()
+        assert "station " not in shown.replace("station key", "")
+        assert '"station"' not in shown
 
 
 @pytest.mark.parametrize("columns", [80, 60, 200])

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import click
@@ -37,6 +37,8 @@ _KEY_COLUMNS: Final = (
     Column("CERTIFICATE EXPIRES"),
     Column("COMMON NAME", 2),
 )
+_STATION: Final = Column("STATION", most=20)
+"""Where a key or event on the screen is of a station of a site: after the first column."""
 _HAPPENING_COLUMNS: Final = (
     Column("TIME"),
     Column("EVENT"),
@@ -115,6 +117,7 @@ def look(settings: Settings) -> dict[str, Any]:
         {
             "key_id": key.key_id,
             "state": str(key.state),
+            **({"station": key.station} if key.station else {}),
             "certificate_type": key.certificate_type,
             "evse_id": key.evse_id or None,
             "common_name": key.common_name,
@@ -126,6 +129,7 @@ def look(settings: Settings) -> dict[str, Any]:
         {
             "at": utc(one.at),
             "event": one.event,
+            **({"station": one.station} if one.station else {}),
             "reason": one.reason or one.words or None,
             "key_id": one.key_id or None,
             "id": one.message_id or None,
@@ -158,9 +162,23 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     if not seen:
         return
     yield "\n"
-    yield from listed(_KEY_COLUMNS, map(_key_row, found["keys"]), empty="no keys yet")
+    yield from _table(_KEY_COLUMNS, _key_row, found["keys"], empty="no keys yet")
     yield "\n"
-    yield from listed(_HAPPENING_COLUMNS, map(_happening_row, found["happenings"]), empty="nothing has happened yet")
+    yield from _table(_HAPPENING_COLUMNS, _happening_row, found["happenings"], empty="nothing has happened yet")
+
+
+def _table(
+    columns: tuple[Column, ...],
+    row: Callable[[dict[str, Any]], tuple[str, ...]],
+    items: list[dict[str, Any]],
+    *,
+    empty: str,
+) -> Iterator[str]:
+    """Yield the lines of a table, with a column for the station if one has a name."""
+    if not any("station" in item for item in items):
+        return listed(columns, map(row, items), empty=empty)
+    rows = ((first, item.get("station", "-"), *rest) for item in items for first, *rest in (row(item),))
+    return listed((columns[0], _STATION, *columns[1:]), rows, empty=empty)
 
 
 def _state(part: dict[str, Any], **wanted: bool) -> str:

@@ -460,7 +460,7 @@ def _judge_keys(
 
 
 def _called(key: KeyRecord) -> str:
-    return f"{key.key_id} ({f'{key.certificate_type} {key.evse_id or str()}'.strip()})"
+    return f"{key.key_id} ({' '.join(filter(None, (key.station, key.certificate_type, key.evse_id)))})"
 
 
 def _judge_key(key: KeyRecord, now: float) -> Iterator[Finding]:
