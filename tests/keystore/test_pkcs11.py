@@ -110,7 +110,7 @@ def test_a_key_is_recorded_before_the_token_is_asked_to_make_it(token: Token, op
     later = opened(token)
     assert isinstance(later, Sweeping)
     for _ in range(9):
-        assert later.sweep([]) == 0
+        assert later.sweep([]).destroyed == 0
         assert len(recorded(token)) == 1  # the token may still be at it
     later.sweep([])
     assert recorded(token) == set()
@@ -122,11 +122,11 @@ def test_a_key_that_the_token_finished_after_the_crash_is_destroyed(token: Token
     (token.directory / "pkcs11" / identifier).touch()
     store = opened(token)
     assert isinstance(store, Sweeping)
-    assert store.sweep([]) == 0
+    assert store.sweep([]).destroyed == 0
 
     named = ("--label", f"stationkey {identifier}", "--id", identifier)
     token.tool("--keypairgen", "--key-type", "EC:prime256v1", *named)
-    assert store.sweep([]) == 1
+    assert store.sweep([]).destroyed == 1
     assert token.objects() == {}
     assert recorded(token) == set()
 
@@ -140,8 +140,8 @@ def test_what_a_crash_left_is_destroyed_and_nothing_else(token: Token, opened: O
 
     later = opened(token)  # as after a crash: the ledger has one of them
     assert isinstance(later, Sweeping)
-    assert later.sweep([kept]) == 1
-    assert later.sweep([kept]) == 0
+    assert later.sweep([kept]).destroyed == 1
+    assert later.sweep([kept]).destroyed == 0
 
     assert len(token.objects().keys() - stranger) == 2  # the public and the private part of one key
     assert stranger <= token.objects().keys()
@@ -154,10 +154,10 @@ def test_a_key_on_its_way_to_the_ledger_is_not_swept(token: Token, opened: Open)
     key = store.generate(EC)
     assert isinstance(store, Sweeping)
 
-    assert store.sweep([]) == 0  # not in the ledger yet
-    assert store.sweep([key]) == 0  # there
+    assert store.sweep([]).destroyed == 0  # not in the ledger yet
+    assert store.sweep([key]).destroyed == 0  # there
     sign(store, key)
-    assert store.sweep([]) == 1  # destroyed on record, by a command beside the daemon
+    assert store.sweep([]).destroyed == 1  # destroyed on record, by a command beside the daemon
     assert token.objects() == {}
 
 
@@ -167,7 +167,7 @@ def test_a_key_that_missed_its_way_to_the_ledger_is_swept_in_the_end(token: Toke
     store.generate(EC)
     assert isinstance(store, Sweeping)
 
-    assert [store.sweep([]) for _ in range(10)] == [0] * 9 + [1]
+    assert [store.sweep([]).destroyed for _ in range(10)] == [0] * 9 + [1]
     assert token.objects() == {}
     assert recorded(token) == set()
 

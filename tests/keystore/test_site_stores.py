@@ -165,7 +165,7 @@ async def test_a_shard_that_is_taken_over_has_the_token_swept_at_once_and_again_
     dead.stores.close()
     heir = machine("heir", token.uri)
     strays = Strays(None, heir.store, lease=0.2)
-    assert await strays.sweep() == 0
+    assert (await strays.sweep()).destroyed == 0
     running = asyncio.create_task(strays.run())
     dead.be_seen(lease=0.01)
     strays.soon()

@@ -48,14 +48,14 @@ def test_what_is_in_another_token_of_the_same_name_is_neither_destroyed_nor_forg
             store.destroy(key)
         assert refused.value.reason == "key_of_another_token"
         assert isinstance(store, Sweeping)
-        assert store.sweep([]) == 0
+        assert store.sweep([]).destroyed == 0
         assert len(recorded(token.directory)) == 1
     exchanged.remove()
     bring_back()
     assert len(token.objects()) == 2
     with opened(token) as store:
         assert isinstance(store, Sweeping)
-        assert store.sweep([]) == 1
+        assert store.sweep([]).destroyed == 1
     assert (token.objects(), recorded(token.directory)) == ({}, set())
 
 
@@ -129,7 +129,7 @@ def test_two_tokens_by_two_modules_are_used_in_one_process_and_each_is_swept_for
         stores = [open_stores.enter_context(closing(keystore_opener(uri, state_dir=tmp_path)())) for uri in uris]
         for store, left in zip(stores, ((0, 2), (0, 0)), strict=True):
             assert isinstance(store, Sweeping)
-            assert store.sweep([]) == 1
+            assert store.sweep([]).destroyed == 1
             assert (len(token.objects()), len(other.objects())) == left
     other.remove()
 

@@ -106,7 +106,7 @@ def site(database: Database) -> Iterator[Site]:
 
 
 def ended(inventory: SiteInventory) -> list[bytes]:
-    return inventory.ended(None, lambda: TOKEN)
+    return inventory.ended(None, lambda: TOKEN).identifiers
 
 
 def refusal(site: Site, identifier: bytes) -> str | None:
@@ -154,7 +154,7 @@ def test_keys_that_are_not_in_a_token_are_none_of_its_business(site: Site) -> No
 def test_a_key_in_the_making_of_a_living_daemon_is_not_ended(site: Site) -> None:
     one, other = site.daemon("a"), site.daemon("b")
     key = one.new(TOKEN)
-    assert other.ended(None, lambda: pytest.fail("the token is opened")) == []
+    assert other.ended(None, lambda: pytest.fail("the token is opened")).identifiers == []
     site.record(key)
 
 
@@ -207,7 +207,7 @@ def test_one_daemon_at_a_time_looks_for_a_key_and_only_in_its_own_token(site: Si
     assert ended(other) == [third]
     one.drop(third)
     site.later("10 minutes")
-    assert other.ended(None, lambda: OTHER) == []
+    assert other.ended(None, lambda: OTHER).identifiers == []
     assert len(ended(other)) == 2
 
 
@@ -224,6 +224,14 @@ def test_a_key_that_is_not_found_is_looked_for_again_for_days(site: Site) -> Non
             inventory.drop_missing(key)
         site.later("1 hour")
     assert looks > 40
+
+
+def test_a_sweep_says_that_there_is_more_to_look_for(site: Site) -> None:
+    inventory = site.daemon("a")
+    for _ in range(40):
+        inventory.end(inventory.new(TOKEN))
+    sweeps = [inventory.ended(None, lambda: TOKEN) for _ in range(2)]
+    assert [(len(sweep.identifiers), sweep.more) for sweep in sweeps] == [(32, True), (8, False)]
 
 
 def test_a_batch_that_was_given_up_meanwhile_is_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,11 @@ class KeyMaker:
 
     def sweep(self) -> str:
         assert isinstance(self.store, Sweeping)
-        return str(self.store.sweep(None))
+        destroyed, more = 0, True
+        while more:
+            swept = self.store.sweep(None)
+            destroyed, more = destroyed + swept.destroyed, swept.more
+        return str(destroyed)
 
     def work(self, seed: str) -> str:
         chance = random.Random(int(seed))

@@ -103,6 +103,18 @@ class Support(Struct, frozen=True):
         return self.key_type is not None
 
 
+class Swept(Struct, frozen=True):
+    """The result of a sweep.
+
+    Attributes:
+        destroyed: how many keys were destroyed.
+        more: whether others wait for a look: a sweep ends after some, so that requests have their turn.
+    """
+
+    destroyed: int = 0
+    more: bool = False
+
+
 class KeyStore(Protocol):
     """A key store. Not thread-safe: all calls come from the thread that opened it."""
 
@@ -243,15 +255,12 @@ class Lending(Protocol):
 class Sweeping(Protocol):
     """A store whose keys are in its device, where a crash can leave one that the ledger does not know."""
 
-    def sweep(self, living: Collection[KeyRef] | None) -> int:
+    def sweep(self, living: Collection[KeyRef] | None) -> Swept:
         """Destroy the keys of this station or site in the device that are certainly not in the ledger any more.
 
         Args:
             living: the keys in the ledger that have a private part; None if the record of what is in the device knows
                 them, as in a site.
-
-        Returns:
-            How many were destroyed.
 
         Raises:
             KeyStoreError: the device failed; the rest is left to the next call.

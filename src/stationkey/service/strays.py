@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 from typing import Final
 
 from stationkey.errors import LedgerError, StationKeyError
-from stationkey.keystore import KeyStore, Sweeping
+from stationkey.keystore import KeyStore, Sweeping, Swept
 from stationkey.keystore.schemes import SCHEMES
 from stationkey.keystore.stores import Store
 from stationkey.keystore.worker import Task, Turn, on_keystore
@@ -67,30 +67,29 @@ class Strays:
         """Sweep at once, and again when the lease of a daemon that has just died is over."""
         self._woken.set()
 
-    async def sweep(self) -> int:
-        """Compare the ledger with the device once; return how many keys were destroyed."""
+    async def sweep(self) -> Swept:
+        """Compare the ledger with the device once."""
         living = None
         if self._custody is not None:
             living = await self._custody.ledger(lambda ledger: ledger.keys.refs(self._store.uri.scheme.name))
 
-        def sweep(store: KeyStore) -> int:
-            return store.sweep(living) if isinstance(store, Sweeping) else 0
+        def sweep(store: KeyStore) -> Swept:
+            return store.sweep(living) if isinstance(store, Sweeping) else Swept()
 
-        destroyed = await on_keystore(
-            self._store.thread, sweep, timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY
-        )
-        if destroyed:
+        swept = await on_keystore(self._store.thread, sweep, timeout=PROOF_DEADLINE, turn=Turn.SPARE, task=Task.DESTROY)
+        if swept.destroyed:
             log.warning(
-                "destroyed keys that a crash left in the key store", extra={"keys": destroyed, **self._store.about}
+                "destroyed keys that a crash left in the key store",
+                extra={"keys": swept.destroyed, **self._store.about},
             )
-        return destroyed
+        return swept
 
     async def run(self) -> None:
         """Sweep periodically until cancelled. An absent device is logged and retried."""
         pause = _SWEEP
         while True:
             try:
-                while await self.sweep() and self._store.shared:  # a site's sweep ends after some keys
+                while (await self.sweep()).more:
                     pass
             except StationKeyError as error:
                 log.error("the key store was not swept: %s", error, extra={"reason": error.reason, **self._store.about})

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from stationkey.errors import KeyStoreError
 from stationkey.keystore.pkcs11.uri import object_uri
@@ -34,6 +34,18 @@ LABEL: Final = "stationkey {}"
 """CKA_LABEL of a key, by its CKA_ID in hexadecimal."""
 
 
+class Ended(NamedTuple):
+    """Keys to be looked for in a token, and destroyed.
+
+    Attributes:
+        identifiers: their CKA_IDs.
+        more: whether there are others.
+    """
+
+    identifiers: list[bytes]
+    more: bool = False
+
+
 class Inventory(Protocol):
     """The record. Its methods are called on the threads of the key stores, and may be called on several at a time.
 
@@ -49,7 +61,7 @@ class Inventory(Protocol):
         """
         ...
 
-    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> list[bytes]:
+    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> Ended:
         """Return the keys on record in a token that are certainly not in the ledger any more.
 
         Args:
@@ -153,7 +165,7 @@ class FileInventory:
         if self._looked(identifier):
             self.drop(identifier)
 
-    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> list[bytes]:
+    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> Ended:
         """See `Inventory.ended`.
 
         A key of this process that was never in the ledger may be on its way there for a while, though a request that
@@ -166,9 +178,9 @@ class FileInventory:
         self._known |= {identifier for identifier in names - self._known if self._looked(identifier)}
         ended = sorted((names & self._known) - set(living))
         if not ended:
-            return []
+            return Ended([])
         there = token()
-        return [identifier for identifier in ended if self.is_in(identifier, there)]
+        return Ended([identifier for identifier in ended if self.is_in(identifier, there)])
 
     def end(self, identifier: bytes) -> bool:  # noqa: ARG002 - the ledger that has the key is its only user's
         """See `Inventory.end`."""

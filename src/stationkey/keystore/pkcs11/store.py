@@ -22,7 +22,7 @@ from stationkey.keystore.pkcs11 import keyfile, keys
 from stationkey.keystore.pkcs11.inventory import Inventory
 from stationkey.keystore.pkcs11.token import Connection
 from stationkey.keystore.pkcs11.uri import TokenUri, identifier_of, object_uri, token_uri
-from stationkey.keystore.protocol import KeyRef, Support
+from stationkey.keystore.protocol import KeyRef, Support, Swept
 from stationkey.x509.csr import PrivateKey, PublicKey
 
 _SCHEME: Final = "pkcs11"
@@ -174,17 +174,18 @@ class Pkcs11KeyStore:
     def destroy(self, key: KeyRef) -> None:
         self._end(_identifier(key))
 
-    def sweep(self, living: Collection[KeyRef] | None) -> int:
+    def sweep(self, living: Collection[KeyRef] | None) -> Swept:
         """Destroy keys that the ledger no longer has: see `stationkey.keystore.Sweeping`."""
         kept = None if living is None else {_identifier(key) for key in living if key.scheme == _SCHEME}
         destroyed = 0
-        for identifier in self._inventory.ended(kept, self._names):
+        ended = self._inventory.ended(kept, self._names)
+        for identifier in ended.identifiers:
             if self._destroyed(identifier):
                 self._inventory.drop(identifier)
                 destroyed += 1
             else:
                 self._inventory.drop_missing(identifier)
-        return destroyed
+        return Swept(destroyed, ended.more)
 
     def unload(self) -> None:
         """Nothing to do: a token has no slots to clear."""

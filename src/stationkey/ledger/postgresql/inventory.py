@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 import psycopg
 
 from stationkey.errors import ConfigurationError, LedgerError, Scope
-from stationkey.keystore.pkcs11.inventory import ID_LENGTH
+from stationkey.keystore.pkcs11.inventory import ID_LENGTH, Ended
 from stationkey.keystore.pkcs11.uri import token_uri
 from stationkey.ledger.postgresql.connection import Connection, explained, is_lost
 
@@ -85,6 +85,7 @@ class SiteInventory:
         self._batches: dict[str, list[str]] = {}
         self._size = _BATCHES[0]
         self._checked = 0.0
+        self._in: dict[str, str] = {}  # CKA_IDs of keys about to be destroyed, and the URIs of their tokens
         self._given: dict[str, float] = {}  # CKA_IDs of keys being made, and when they were given to the key store
 
     # The devices.
@@ -159,7 +160,7 @@ class SiteInventory:
         self._checked = time.monotonic()
         return [identifier for (identifier,) in rows]
 
-    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> list[bytes]:
+    def ended(self, living: Collection[bytes] | None, token: Callable[[], Mapping[str, str]]) -> Ended:
         """See `stationkey.keystore.pkcs11.inventory.Inventory`."""
         if living is not None:
             raise ValueError("the table tells which keys the ledger has")
@@ -178,19 +179,27 @@ class SiteInventory:
         for identifier in late:
             self._given.pop(identifier, None)
         if not found:
-            return []
+            return Ended([])
         where = token_uri(token())
         rows = self._run(lambda sql: sql.execute(_CLAIM, (where,)).fetchall(), "written")
-        return [bytes.fromhex(identifier) for (identifier,) in rows]
+        self._in = dict.fromkeys((identifier for (identifier,) in rows), where)
+        return Ended([bytes.fromhex(identifier) for identifier in self._in], more=len(rows) == _PART)
 
     def end(self, identifier: bytes) -> bool:
         """See `stationkey.keystore.pkcs11.inventory.Inventory`."""
         self._given.pop(identifier.hex(), None)
-        statement = "UPDATE token_key SET ended = coalesce(ended, clock_timestamp()) WHERE id = %s"
-        return bool(self._run(lambda sql: sql.execute(statement, (identifier.hex(),)).rowcount, "written"))
+        statement = "UPDATE token_key SET ended = coalesce(ended, clock_timestamp()) WHERE id = %s RETURNING token"
+        row = self._run(lambda sql: sql.execute(statement, (identifier.hex(),)).fetchone(), "written")
+        if row is None:
+            return False
+        self._in = {identifier.hex(): row[0]}
+        return True
 
     def is_in(self, identifier: bytes, token: Mapping[str, str]) -> bool:
         """See `stationkey.keystore.pkcs11.inventory.Inventory`."""
+        known = self._in.get(identifier.hex())
+        if known is not None:
+            return known == token_uri(token)
         statement = "SELECT token FROM token_key WHERE id = %s"
         row = self._run(lambda sql: sql.execute(statement, (identifier.hex(),)).fetchone(), "read")
         return row is None or row[0] == token_uri(token)
