@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Final
 
+from asker import until
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import load_pem_x509_csr
 from depot import Asked
@@ -13,6 +15,9 @@ from siterig import SiteRig
 from stationkey.keystore import key_id_of
 from stationkey.keystore.pkcs11 import keyfile
 from stationkey.keystore.pkcs11.uri import identifier_of
+
+PATIENCE: Final = 120.0
+"""Seconds after which what is waited for has failed: a request without an answer is lost."""
 
 
 def judge(rig: SiteRig) -> None:
@@ -37,6 +42,30 @@ def judge_token(rig: SiteRig) -> int:
     assert found["Private"] <= living, f"{len(found['Private'] - living)} strays are in the token"
     assert found["Public"] == living
     return len(living)
+
+
+def settle(rig: SiteRig, *, again: float | None = None) -> int:
+    """Let everything be answered, end the daemons, let another find what they left in the token, and judge.
+
+    A key that a living daemon made and did not record, as it had lost the shard meanwhile, is destroyed when that
+    daemon has ended, or after ten minutes.
+
+    Args:
+        rig: the site.
+        again: repeat what has no answer for so many seconds.
+
+    Returns:
+        How many keys there are.
+    """
+    rig.depot.keep_up(0)
+    rig.wait_until_held(bound=PATIENCE)
+    rig.depot.wait_for_all(bound=PATIENCE, again=again)
+    rig.terminate()
+    rig.daemons[0].launch()
+    until(lambda: strays(rig) == 0, "the token has no strays", bound=PATIENCE)
+    rig.terminate()
+    judge(rig)
+    return judge_token(rig)
 
 
 def strays(rig: SiteRig) -> int:

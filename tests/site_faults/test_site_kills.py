@@ -13,10 +13,9 @@ from statistics import median
 from typing import Final
 
 import pytest
-from asker import until
 from peers import Daemon
 from siterig import SiteRig
-from sitetruth import judge, judge_token, strays
+from sitetruth import PATIENCE, settle
 
 KILLS: Final = int(os.environ.get("STATIONKEY_SITE_KILLS", "0")) or 8
 """How many daemons are killed; the environment may ask for more."""
@@ -24,8 +23,6 @@ STATIONS: Final = 200
 SHARDS: Final = 8
 LOAD: Final = 16
 """How many requests are without an answer at any time."""
-PATIENCE: Final = 120.0
-"""Seconds after which a request that has no answer is lost."""
 
 
 @dataclass
@@ -70,15 +67,9 @@ def test_no_kill_cut_or_stop_of_a_daemon_loses_or_doubles_anything(tmp_path: Pat
                 wait_for_takeover(rig, stations, killed)
                 note_takeovers(rig, stations, killed, takeovers, "killed")
             daemon.launch()
-        rig.depot.keep_up(0)
-        rig.wait_until_held()
-        rig.depot.wait_for_all(bound=PATIENCE)
-        until(lambda: strays(rig) == 0, "the token has no strays", bound=PATIENCE)
-        rig.terminate()
+        keys = settle(rig)
         assert rig.depot.taken >= rig.depot.requests.keys()
         assert rig.depot.rejected == set()
-        judge(rig)
-        keys = judge_token(rig)
         asked, answers = len(rig.depot.requests), sum(map(len, rig.depot.answers.values()))
         takeovers.tell(rig)
     print(f"{KILLS} kills, {asked} requests, {answers} answers, {keys} keys")  # noqa: T201

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import pytest
 from asker import until
@@ -15,8 +17,9 @@ from reasons import Ended, command
 from stationkey.ledger.postgresql import schema
 from stationkey.ledger.postgresql.connection import Connection, connect
 from stationkey.ledger.postgresql.slots import shard_of
+from stationkey.observability.status import SiteGlance
 from stationkey.site.locks import LockClass
-from stationkey.site.overview import look
+from stationkey.site.overview import Looking, look
 
 pytest_plugins = ["postgresql"]
 
@@ -166,3 +169,23 @@ class TestCommand:
         config = tmp_path / "stationkey.toml"
         config.write_text('[site]\nstations = "depot7/+"\n')
         assert command("status", "--site", "--config", str(config)).reason == "site_local"
+
+
+class TestPage:
+    async def test_those_who_ask_while_a_look_hangs_wait_for_the_same(self) -> None:
+        goes_on, looks = Event(), list[None]()
+        glance = SiteGlance(shards=(), daemons=())
+
+        def act() -> SiteGlance:
+            looks.append(None)
+            assert goes_on.wait(10)
+            return glance
+
+        looking = Looking(act)
+        asked = [asyncio.create_task(looking()) for _ in range(3)]
+        await asyncio.sleep(0)  # each has asked
+        asked[0].cancel()  # the page has given up
+        goes_on.set()
+        assert [await each for each in asked[1:]] == [glance, glance]
+        assert len(looks) == 1
+        looking.close()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, Final, Protocol
 
 from stationkey.ledger.postgresql.slots import SLOTS
 from stationkey.observability.status import DaemonGlance, ShardGlance, SiteGlance
 from stationkey.site.locks import LockClass
+from stationkey.system.threads import Worker
 
 _LOCKED: Final = (
     "EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
@@ -39,6 +42,33 @@ class Asking(Protocol):
 
     def execute(self, query: Any, /) -> Any:
         """Run a query; what it returns has ``fetchall()``."""
+
+
+class Looking:
+    """Looks at the site for the status page, on a thread of its own. A look that hangs is waited for by all who ask.
+
+    Args:
+        act: looks; blocks, and ends sooner or later.
+    """
+
+    def __init__(self, act: Callable[[], SiteGlance]) -> None:
+        self._act = act
+        self._worker = Worker("site-page")
+        self._current: Future[SiteGlance] | None = None
+
+    async def __call__(self) -> SiteGlance:
+        """Return the site's state.
+
+        Raises:
+            LedgerError: the database does not show it.
+        """
+        if self._current is None or self._current.done():
+            self._current = self._worker.submit(self._act)
+        return await asyncio.shield(asyncio.wrap_future(self._current))
+
+    def close(self) -> None:
+        """End the thread as soon as its look returns."""
+        self._worker.close(0)
 
 
 def look(connection: Asking, *, stations: bool = True) -> SiteGlance:

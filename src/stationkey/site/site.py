@@ -36,6 +36,7 @@ from stationkey.mqtt.topics import Stations
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import unless
 from stationkey.observability.health import Health
+from stationkey.observability.status import SiteGlance
 from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.strays import Strays
 from stationkey.site.adoption import Adoption, AllShards
@@ -43,6 +44,7 @@ from stationkey.site.balance import balance
 from stationkey.site.connection import Cut, Identity, LeaseConnection, Session, Taken, View
 from stationkey.site.fitness import Fitness
 from stationkey.site.lease import Lease
+from stationkey.site.overview import Looking, look
 from stationkey.site.shard import Blocking, Dialling, Shard, Surroundings
 from stationkey.site.whole import Whole
 from stationkey.system.backoff import Backoff
@@ -122,6 +124,11 @@ class _Access:
             connection.close()
             raise
         return connection
+
+    def look(self) -> SiteGlance:
+        """Look at all shards and daemons of the site."""
+        with self.connect("page") as connection, explained("read"):
+            return look(connection)
 
     def client_id(self) -> str:
         """Return what the client identifiers of the site's MQTT sessions begin with; made once."""
@@ -227,6 +234,8 @@ class Site:
         )
         process.health.watch(whole, whole)
         process.health.site = whole.site
+        self._looking = None if process.settings.metrics is None else Looking(access.look)
+        process.health.glance = self._looking
 
     async def run(self, stopped: asyncio.Task[bool]) -> None:
         """Serve until `stopped` is done.
@@ -261,6 +270,8 @@ class Site:
             async with asyncio.timeout(LEAVING):
                 await self._lease.leave()
         self._lease.close()
+        if self._looking is not None:
+            self._looking.close()
 
     def _open_lease(self, present: bool) -> LeaseConnection:
         return LeaseConnection(
