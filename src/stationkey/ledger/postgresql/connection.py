@@ -30,6 +30,8 @@ _LOCK_TIMEOUT: Final = 5
 """Seconds to wait for another transaction; SQLite's are as many."""
 _IDLE_TIMEOUT: Final = 4
 """Seconds after which the server ends the transaction of a stopped daemon: its locks keep another from taking over."""
+_LOST_AFTER: Final = 2
+"""Seconds after which a statement ends whose client is gone: it keeps locks."""
 _OLDEST: Final = 15
 """Version of PostgreSQL."""
 
@@ -49,6 +51,7 @@ PARAMETERS: Final = {
             "statement_timeout": int(STATEMENT_TIMEOUT * 1000),
             "lock_timeout": _LOCK_TIMEOUT * 1000,
             "idle_in_transaction_session_timeout": _IDLE_TIMEOUT * 1000,
+            "client_connection_check_interval": _LOST_AFTER * 1000,
             "jit": "off",
         }.items()
     ),
