@@ -65,7 +65,9 @@ NATURES: Final[dict[str, tuple[bool, Scope]]] = {
     **dict.fromkeys(
         ["ledger_unreachable", "ledger_crowded", "ledger_in_use", "shard_lost", "commit_unknown"], (True, Scope.STORE)
     ),
-    **dict.fromkeys(["ledger_login_refused", "ledger_unsupported", "ledger_not_durable"], (False, Scope.STORE)),
+    **dict.fromkeys(
+        ["ledger_login_refused", "ledger_untrusted", "ledger_unsupported", "ledger_not_durable"], (False, Scope.STORE)
+    ),
     **dict.fromkeys(
         [
             *("ledger_unusable", "ledger_missing", "ledger_damaged", "ledger_newer", "ledger_older", "ledger_error"),

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import threading
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import psycopg
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from issuing import issue
 from peers import free_port
 from postgresql import Database
 
@@ -85,6 +95,58 @@ def test_a_user_whose_settings_make_the_ledger_unsafe_is_refused(database: Datab
 
     reason = {"synchronous_commit": "ledger_not_durable", "default_transaction_read_only": "ledger_read_only"}[setting]
     assert refused(database.uri, database.password).reason == reason
+
+
+@contextmanager
+def with_tls(database: Database, folder: Path) -> Iterator[Path]:
+    """Give the server a certificate for 127.0.0.1; its file, for who connects."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "database")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    ends = now + timedelta(days=1)
+    made = issue(name, key.public_key(), [(address, False)], issuer=name, key=key, begins=now, ends=ends)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    for file, content in {"server.crt": made.public_bytes(Encoding.PEM), "server.key": private}.items():
+        (folder / file).write_bytes(content)
+        placed = database.server.data / file
+        placed.write_bytes(content)
+        placed.chmod(0o600)
+        if database.server.user is not None:
+            shutil.chown(placed, database.server.user)
+    for change in ("ALTER SYSTEM SET ssl = on", "SELECT pg_reload_conf()"):
+        database.admin(change)
+    try:
+        yield folder / "server.crt"
+    finally:
+        for change in ("ALTER SYSTEM RESET ssl", "SELECT pg_reload_conf()"):
+            database.admin(change)
+
+
+def test_a_server_is_verified_where_the_uri_says_so(database: Database, tmp_path: Path) -> None:
+    plain = refused(f"{database.uri}?sslmode=require", database.password)
+    with with_tls(database, tmp_path) as certificate:
+        verified = f"{database.uri}?sslmode=verify-full&sslrootcert={certificate}"
+        wait_for(lambda: connects(verified, database))
+        with closing(connect(verified, database.password, name="test")) as connection:
+            assert connection.pgconn.ssl_in_use
+        other = refused(verified.replace("127.0.0.1", "localhost"), database.password)
+
+    assert (plain.reason, other.reason) == ("ledger_untrusted", "ledger_untrusted")
+
+
+def connects(uri: str, database: Database) -> bool:
+    try:
+        connect(uri, database.password, name="test").close()
+    except LedgerError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)  # a reload of the server's configuration tells nobody
 
 
 def test_a_pooler_is_told_from_a_server() -> None:

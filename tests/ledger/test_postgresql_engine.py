@@ -434,6 +434,37 @@ def test_a_commit_that_no_standby_has_is_not_taken_for_one(depot: Database, engi
     assert meanwhile == {"before"}
 
 
+def test_a_backend_that_is_ended_at_its_commit_has_committed(depot: Database, engine_of: Opener) -> None:
+    engine = engine_of(depot, shard=take(depot))
+    thread = threading.Thread(target=write, args=(engine, "ended"))
+    with absent_standby(depot):
+        thread.start()
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        wait_for(lambda: depot.admin(waits) == [(1,)])
+        depot.end_sessions()
+        thread.join()
+
+    assert engine.trouble == ""
+    assert noted(depot) == {"ended"}
+
+
+def test_a_backend_that_crashes_takes_all_along_and_the_call_is_made_again(
+    own_depot: Database, engine_of: Opener
+) -> None:
+    engine = engine_of(own_depot, shard=take(own_depot))
+    crashes = iter([lambda: own_depot.signal(signal.SIGKILL)])
+
+    def crashed() -> None:
+        with engine.transaction() as sql:
+            next(crashes, lambda: None)()
+            note(sql, "once")
+
+    with mock.patch.object(module, "PATIENCE", 30):
+        engine.attempt(crashed)
+
+    assert noted(own_depot) == {"once"}
+
+
 def test_the_server_restarts_in_the_middle_of_everything(own_depot: Database, engine_of: Opener) -> None:
     engine = engine_of(own_depot, shard=take(own_depot))
     with mock.patch.object(module, "PATIENCE", 30):

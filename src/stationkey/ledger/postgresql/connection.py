@@ -79,6 +79,7 @@ _LOGIN: Final = (
 _READ_ONLY: Final = ("ledger_read_only", "this is a standby, or read-only by its settings: name the primary", True)
 _CROWDED: Final = ("ledger_crowded", "raise max_connections of PostgreSQL, or end other programs", True)
 _POOLED: Final = ("ledger_unsupported", "connect to PostgreSQL itself: a pooler keeps no locks of a session", False)
+_UNTRUSTED: Final = ("ledger_untrusted", "see sslmode and sslrootcert in the URI, and the server's certificate", False)
 _BUSY: Final = ("ledger_busy", "does a stationkey keys command or another program hold a lock?", True)
 _NO_DATABASE: Final = ("ledger_missing", "create it: CREATE DATABASE NAME OWNER USER", False)
 _FULL: Final = ("disk_full", "free some space on the database's machine", True)
@@ -104,9 +105,10 @@ _BY_STATE: Final = {
 }
 """The nature of an SQLSTATE, or of those that begin with it [PostgreSQL, Appendix A]."""
 _BY_WORDS: Final = (
+    (re.compile("certificate|SSL (was|error)"), _UNTRUSTED),
     (re.compile("password|pg_hba|role .* does not exist|authentication"), _LOGIN),
     (re.compile("database .* does not exist"), _NO_DATABASE),
-    (re.compile("read-only|read/write|recovery mode"), _READ_ONLY),
+    (re.compile("read-only|read/write"), _READ_ONLY),
     (re.compile("unsupported startup parameter"), _POOLED),
     (re.compile("too many (clients|connections)|connection slots"), _CROWDED),
 )
