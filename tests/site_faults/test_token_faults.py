@@ -25,7 +25,7 @@ from stationkey.ledger.postgresql.connection import connect
 pytest_plugins = ["postgresql"]
 
 PROGRAM: Final = Path(__file__).with_name("key_maker.py")
-KILLS: Final = int(os.environ.get("STATIONKEY_KILLS", "0")) or 12
+KILLS: Final = int(os.environ.get("STATIONKEY_KILLS", "0")) or 8
 """How many daemons are killed at random; the environment may ask for more."""
 
 

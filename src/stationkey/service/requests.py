@@ -382,7 +382,12 @@ class StationKeyService:
                 turn = self._turns.turn(station, store, rsa=is_rsa(request), until=until) if station else nullcontext()
                 async with turn:
                     key, csr = await self._sign(request, store, None if ahead is None else ahead.key, until)
-                return key, await self._record(request, station, key, csr, ahead=ahead is not None)
+                try:
+                    return key, await self._record(request, station, key, csr, ahead=ahead is not None)
+                except BaseException:
+                    if store.shared:  # where the ledger has the key after all, the site's record refuses
+                        self.custody.destroy_in_device(key)
+                    raise
             except Exception as error:
                 if ahead is None or not await pool.take_back(ahead, error):
                     raise

@@ -30,7 +30,7 @@ _BATCHES: Final = (4, 32)
 """Labels of the first batch, and at most; each has twice as many as the one before. A daemon that dies leaves a few."""
 _FRESH: Final = 2.0
 """Seconds for which a batch is taken for this daemon's own without asking: its lease may have ended meanwhile."""
-_RECORDED_BY: Final = 600.0
+_RECORDED_BY: Final = 180.0
 """Seconds after which a key of this daemon that is not in the ledger never will be."""
 _PART: Final = 32
 """Keys that one call of `ended` returns at most: the key store's thread is busy with them, and a request waits."""
