@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
-from asker import until
+from asker import BOUND, until
 from line import Line
 from siterig import SiteRig
 
@@ -289,3 +291,25 @@ def test_topics_that_are_no_longer_configured_are_unsubscribed(site: Site) -> No
     until(lambda: site.subscriptions(0) == 2 * SHARDS, "each shard has subscribed again")
     until(lambda: site.recorded() == {'["depot7/+/josev/cs"]'}, "that is on record")
     site.ask_all()
+
+
+def test_a_standby_is_ready_for_its_service_manager_without_a_shard(site: Site, tmp_path: Path) -> None:
+    site.shards = 1
+    for number, line in enumerate(site.lines):
+        site.configure(site.folder / f"daemon-{number}", port=line.port)
+    site.daemons[0].launch()
+    site.wait_for_shares(1)
+    until(lambda: site.subscriptions(0) == 1, "the shard has subscribed")
+    standby = site.daemons[1]
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(BOUND)
+        standby.environment = {**standby.environment, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        standby.launch()
+
+        assert manager.recv(1024) == b"READY=1"
+
+    site.daemons[0].kill()
+    site.ask_all()
+    assert site.subscriptions(1) == 1

@@ -326,6 +326,8 @@ class StationKeyService:
         for last in (self._save_running, self._rejections.aclose):
             try:
                 await last()
+            except ShardLost:
+                break
             except StationKeyError as error:
                 log.error("%s", error, extra={"reason": error.reason})
         self.renewal.close()

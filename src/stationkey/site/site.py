@@ -57,8 +57,8 @@ RETRY_LAST: Final = 2.0
 """Seconds before PostgreSQL is tried again; doubled each time, with a lease up to the interval of heartbeats."""
 PAUSE: Final = 0.05
 """Shortest time in seconds between two heartbeats."""
-LEAVING: Final = 1.0
-"""Seconds for each of the last words to PostgreSQL."""
+LEAVING: Final = 0.5
+"""Seconds for each of the last words to PostgreSQL: it may be away, and the process ends within 10."""
 
 
 async def serve(settings: Settings) -> signal.Signals:
@@ -509,9 +509,7 @@ class Site:
     async def _end(self) -> None:
         """Finish the messages in flight, and release the shards so that others take them at once."""
         self._ending = True
-        with suppress(LedgerError, TimeoutError):
-            async with asyncio.timeout(LEAVING):
-                await self._lease.retire()
+        self._note(self._lease.retire())
         if self._adoption is not None:
             self._adoption.cancel()
         for shard in self._shards.values():

@@ -58,7 +58,8 @@ class Whole:
         self._trouble = trouble
 
     def _services(self) -> list[StationKeyService]:
-        return [shard.service for shard in self._shards() if shard.service is not None]
+        services = [shard.service for shard in self._shards() if shard.service is not None]
+        return [service for service in services if not service.closed]
 
     # As the edge.
 
