@@ -239,6 +239,9 @@ def test_another_number_of_shards_waits_for_the_old_one_and_then_answers_what_it
         site.depot.publish(station)
 
     new.launch()
+    until(lambda: "adopting" in new.log, "it begins")
+    new.kill()
+    new.launch()
 
     site.depot.wait_for_all()
     site.wait_for_shares(3)

@@ -21,12 +21,12 @@ from stationkey.daemon import DRAIN, Process
 from stationkey.errors import StationKeyError
 from stationkey.ledger.postgresql.slots import shard_of
 from stationkey.mqtt.answering import Answering
-from stationkey.mqtt.connection import MqttConnection, connect
+from stationkey.mqtt.connection import MqttConnection
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.mqtt.topics import Stations
 from stationkey.service.requests import StationKeyService
 from stationkey.site.connection import Cut, Session
-from stationkey.site.shard import Shard
+from stationkey.site.shard import Dialling, Shard
 from stationkey.system.backoff import Backoff
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class Adoption:
         cut: the new cut.
         stations: the stations of the site.
         service: answers for all of them.
+        dial: connects to the broker.
         confirm: returns once PostgreSQL has confirmed that this daemon has all shards.
         ended: records that a session no longer exists.
     """
@@ -113,6 +114,7 @@ class Adoption:
         stations: Stations,
         service: Answering,
         *,
+        dial: Dialling,
         confirm: Callable[[], Awaitable[None]],
         ended: Callable[[str], Awaitable[None]],
     ) -> None:
@@ -124,8 +126,9 @@ class Adoption:
         self._ended = ended
         settings = process.settings
         self._terms = replace(settings.mqtt, availability_topic=None)
+        self._connect = dial
         self._dial = partial(
-            connect, process.broker, terms=self._terms, in_hand=1, max_payload=settings.policy.payload_bytes
+            dial, process.broker, terms=self._terms, in_hand=1, max_payload=settings.policy.payload_bytes
         )
 
     async def end(self, sessions: Iterable[Session]) -> None:
@@ -177,7 +180,7 @@ class Adoption:
 
         async def connect_confirmed(*positional: Any, **named: Any) -> MqttConnection:
             await self._confirm()
-            return await connect(*positional, **named)
+            return await self._connect(*positional, **named)
 
         edge = MqttEdge(
             self._process.broker,

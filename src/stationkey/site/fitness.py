@@ -12,9 +12,8 @@ from stationkey.daemon import Process
 from stationkey.errors import StationKeyError
 from stationkey.keystore.stores import Store
 from stationkey.keystore.worker import Task, Turn, on_keystore
-from stationkey.mqtt.connection import connect
 from stationkey.observability.status import StoreCondition
-from stationkey.site.shard import Shard
+from stationkey.site.shard import Dialling, Shard
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +29,23 @@ class Fitness:
     Args:
         process: the broker, and the key stores.
         shards: returns the shards of this daemon.
+        dial: connects to the broker.
         client_id: client identifier for probes of the broker.
         patience: seconds after which this daemon does not count as fit.
     """
 
     def __init__(
-        self, process: Process, shards: Callable[[], Collection[Shard]], *, client_id: str, patience: float
+        self,
+        process: Process,
+        shards: Callable[[], Collection[Shard]],
+        dial: Dialling,
+        *,
+        client_id: str,
+        patience: float,
     ) -> None:
         self._process = process
         self._shards = shards
+        self._dial = dial
         self._client_id = client_id
         self._patience = patience
         self._now = asyncio.get_running_loop().time
@@ -47,7 +54,7 @@ class Fitness:
 
     def trouble(self) -> str:
         """Return why this daemon cannot serve; empty if it can, as far as is known."""
-        shards = [shard for shard in self._shards() if not shard.draining]
+        shards = [shard for shard in self._shards() if shard.admitted and not shard.draining]
         if shards:  # else what was known of the broker stays so, until a probe
             self._note("broker", well=any(shard.connected for shard in shards))
         reasons = {"broker": "broker_unreachable"}
@@ -85,7 +92,7 @@ class Fitness:
 
     async def _probe_broker(self) -> None:
         process = self._process
-        connection = await connect(
+        connection = await self._dial(
             process.broker, client_id=self._client_id, persistent=False, terms=process.settings.mqtt
         )
         await connection.close()

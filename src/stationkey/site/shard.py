@@ -160,6 +160,11 @@ class Shard:
         return self._part is not None and self._part.edge.connected
 
     @property
+    def admitted(self) -> bool:
+        """Whether it may use its MQTT session."""
+        return self._gate.is_set()
+
+    @property
     def draining(self) -> bool:
         """Whether it is being released."""
         return self._stop.is_set()

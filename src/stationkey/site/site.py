@@ -222,6 +222,7 @@ class Site:
         self._fitness = Fitness(
             process,
             self._shards.values,
+            self._around.dial,
             client_id=f"{client_id}-probe-{access.instance[:8]}",
             patience=cut.lease,
         )
@@ -429,6 +430,7 @@ class Site:
             self._cut,
             self._stations,
             AllShards(lambda station: self._shards[shard_of(station, self._cut.shards)]),
+            dial=self._around.dial,
             confirm=self._confirm,
             ended=self._lease.ended,
         )
