@@ -215,8 +215,7 @@ class Shard:
         self._open = opened = await around.blocking(self._opening)
         if self.abandoned:  # meanwhile
             opened.database.abandon()
-        await opened.service.custody.show_active()
-        self.opened.set()
+        self.opened.set()  # the first sweep, soon after, writes `active/`: that may take seconds
         if not await self._may_serve():
             return
         self._part = self._make_part(opened.service)
