@@ -110,6 +110,7 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "expiring": lambda ledger, _: ledger.keys.expiring(until=10, limit=5),
     "is_due": lambda ledger, key_id: ledger.retention.is_due(key_id, 0),
     "due": lambda ledger, _: ledger.retention.due(10),
+    "crowd_out": lambda ledger, _: ledger.retention.crowd_out(5),
     "next_due": lambda ledger, _: ledger.retention.next_due(),
     "adopt": lambda ledger, _: ledger.retention.adopt(pending_due=1, grace_due=1),
     "apply": lambda ledger, key_id: ledger.transitions.apply(key_id, KeyEvent.RETIRED, reason="", now=0),
@@ -159,7 +160,18 @@ def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
 
 OF_ALL_STATIONS = frozenset(
     {
-        *("undelivered", "usable", "expiring", "active_files", "figures", "overview", "due", "next_due", "adopt"),
+        *(
+            "undelivered",
+            "usable",
+            "expiring",
+            "active_files",
+            "figures",
+            "overview",
+            "due",
+            "next_due",
+            "adopt",
+            "crowd_out",
+        ),
         *("forget, nothing", "forget, a batch of keys", "forget, a batch of answers", "destruction and wipe"),
     }
 )

@@ -86,13 +86,19 @@ def _forgotten(ledger: Ledger) -> None:
 
 
 def _rejected(ledger: Ledger) -> None:
+    station = next(name for name in map(str, range(20)) if ledger.database.owns(name))
     for _ in range(5):
-        ledger.rejections.note("", reason="", message="", now=0, station="depot/")
+        ledger.rejections.note("", reason="", message="", now=0, station=station)
     ledger.rejections.write()
+
+
+def _crowded_out(ledger: Ledger) -> None:
+    assert ledger.retention.crowd_out(1)
 
 
 SWEEPS: dict[str, Callable[[Ledger], object]] = {
     "retention.adopt": lambda ledger: ledger.retention.adopt(pending_due=1, grace_due=1),
+    "retention.crowd_out": _crowded_out,
     "retention.forget": _forgotten,
     "retention.wipe": lambda ledger: ledger.retention.wipe(),
     "rejections.write": _rejected,
@@ -104,15 +110,19 @@ def test_a_sweep_changes_nothing_of_another_shard(
     shards: Shards, depot: Database, monkeypatch: pytest.MonkeyPatch, sweep: str
 ) -> None:
     monkeypatch.setattr("stationkey.ledger.rejections.MAX_REJECTIONS", 1)
+    monkeypatch.setattr("stationkey.ledger.retention.MAX_OF_NEW_STATIONS", 0)
+    for number, ledger in enumerate(shards.ledgers):
+        new = next(name for name in map(str, range(20)) if shard_of(name, 2) == number)
+        answer(ledger, station=new, running=5)
     answer(shards.ledgers[1], station=shards.stations[1])
-    depot.admin("UPDATE key SET due = NULL WHERE state = 'pre-activation'")
-    before = told(shards.ledgers[1], shards.stations[1])
-    rejections = depot.admin("SELECT * FROM rejection WHERE station = %s", shards.stations[1])
+    if sweep == "retention.adopt":
+        depot.admin("UPDATE key SET due = NULL WHERE state = 'pre-activation'")
+    queries = [f"SELECT * FROM {table} WHERE slot >= 2048 ORDER BY 1" for table in ("key", "answer", "rejection")]
+    before = told(shards.ledgers[1], shards.stations[1]), [depot.admin(query) for query in queries]
 
     SWEEPS[sweep](shards.ledgers[0])
 
-    assert told(shards.ledgers[1], shards.stations[1]) == before
-    assert depot.admin("SELECT * FROM rejection WHERE station = %s", shards.stations[1]) == rejections
+    assert (told(shards.ledgers[1], shards.stations[1]), [depot.admin(query) for query in queries]) == before
 
 
 def test_strays_are_judged_by_the_keys_of_all_shards(shards: Shards) -> None:

@@ -98,7 +98,7 @@ OF_NO_STATION = {
 }
 """Changes that are not seen in what the ledger tells of a station."""
 
-ADOPTED = {"retention.adopt"}
+ADOPTED = {"retention.adopt", "retention.crowd_out"}
 """What is done to the keys of all stations at once."""
 
 
@@ -264,6 +264,20 @@ def test_the_history_of_each_station_is_bounded_however_many_there_are(
 
     assert {station: [key.key_id for key in ledger.keys.stream(station=station)] for station in stations} == kept
     assert ledger.keys.figures(expiries=0).destroyed == sum(map(len, kept.values()))
+
+
+def test_made_up_stations_cost_no_key_of_a_station_that_has_one_in_use(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As made-up EVSE IDs cost none of an EVSE that has one: the oldest of the others expire."""
+    monkeypatch.setattr("stationkey.ledger.retention.MAX_OF_NEW_STATIONS", 3)
+    used = [activate(ledger, ONE, E1), answer(ledger, station=ONE), answer(ledger)]
+    made_up = [answer(ledger, station=f"depot/{number}", running=100) for number in range(90, 95)]
+
+    assert (ledger.retention.crowd_out(50), ledger.retention.crowd_out(50)) == (2, 0)
+
+    assert {key_id for key_id, _, _ in ledger.retention.due(50)} == set(made_up[:2])
+    assert {key.key_id for key in ledger.keys.usable()} == {*used, *made_up}
 
 
 def test_a_key_made_ahead_is_taken_by_the_station_that_asks(ledger: Ledger) -> None:

@@ -17,6 +17,16 @@ _DUE: Final = 100
 _STATIONS: Final = 500
 """How many stations one call of `Retention.forget` looks at: a few microseconds for each."""
 
+MAX_OF_NEW_STATIONS: Final = 50_000
+"""Pending keys of stations without an active key: more than a shard's stations need when all are commissioned at once.
+Whoever may publish for any station can make up their names."""
+
+_CROWDED: Final = (
+    "SELECT number FROM key AS pending WHERE state = ? AND pending.station > '' AND due > ?"  # noqa: S608 - `LIVING` is this package's own text
+    f" AND {LIVING}{{mine}} AND NOT EXISTS (SELECT 1 FROM key WHERE state = ? AND key.station = pending.station"
+    f" AND key.{LIVING}) ORDER BY asked DESC LIMIT ? OFFSET ?"
+)
+
 _HISTORIES: Final = (
     "WITH RECURSIVE walk (station, place) AS ("
     " SELECT (SELECT min(station) FROM key WHERE ended IS NOT NULL AND station >= :first), 1 UNION ALL"
@@ -90,6 +100,25 @@ class Retention:
                 f" AND certificate_type > '' AND {LIVING}{sql.mine('key')}",
                 [(pending_due, KeyState.PRE_ACTIVATION), (grace_due, KeyState.DEACTIVATED)],
             )
+
+    def crowd_out(self, running: int) -> int:
+        """Let the oldest pending keys beyond `MAX_OF_NEW_STATIONS` expire now, some at a time.
+
+        Args:
+            running: running time in milliseconds.
+
+        Returns:
+            How many expire.
+        """
+        with self._engine.reading() as sql:
+            crowded = sql.execute(
+                _CROWDED.format(mine=sql.mine("pending")),
+                (KeyState.PRE_ACTIVATION, running, KeyState.ACTIVE, _DUE, MAX_OF_NEW_STATIONS),
+            ).fetchall()
+        if crowded:
+            with self._engine.transaction() as sql:
+                sql.executemany("UPDATE key SET due = ? WHERE number = ?", [(running, number) for (number,) in crowded])
+        return len(crowded)
 
     def due(self, running: int) -> list[tuple[str, str, str]]:
         """Return id, certificate type and station of the expired keys, the first to expire first."""

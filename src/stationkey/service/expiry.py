@@ -56,6 +56,8 @@ class Expiry:
                 pending_due=running + self._terms.pending, grace_due=running + self._terms.grace
             )
         )
+        if crowded := await self._custody.ledger(lambda ledger: ledger.retention.crowd_out(running)):
+            log.warning("too many pending keys of new stations: the oldest expire", extra={"keys": crowded})
         due = await self._custody.ledger(lambda ledger: ledger.retention.due(running))
         locks = [
             (self._custody.one_at_a_time(certificate_type, station), key_id)
