@@ -164,7 +164,8 @@ class SiteInventory:
         """See `stationkey.keystore.pkcs11.inventory.Inventory`."""
         if living is not None:
             raise ValueError("the table tells which keys the ledger has")
-        late = [identifier for identifier, at in self._given.copy().items() if at < time.monotonic() - _RECORDED_BY]
+        age = {identifier: time.monotonic() - at for identifier, at in self._given.copy().items()}
+        late = [identifier for identifier, seconds in age.items() if seconds >= _RECORDED_BY]
 
         def find(sql: Connection) -> bool:
             sql.execute(_GIVE_UP, (late, self._instance))
@@ -177,7 +178,8 @@ class SiteInventory:
 
         found = self._run(find, "written")
         for identifier in late:
-            self._given.pop(identifier, None)
+            if age[identifier] >= 2 * _RECORDED_BY:  # until then again: a transaction under way holds its row
+                self._given.pop(identifier, None)
         if not found:
             return Ended([])
         where = token_uri(token())
@@ -187,9 +189,9 @@ class SiteInventory:
 
     def end(self, identifier: bytes) -> bool:
         """See `stationkey.keystore.pkcs11.inventory.Inventory`."""
-        self._given.pop(identifier.hex(), None)
         statement = "UPDATE token_key SET ended = coalesce(ended, clock_timestamp()) WHERE id = %s RETURNING token"
         row = self._run(lambda sql: sql.execute(statement, (identifier.hex(),)).fetchone(), "written")
+        self._given.pop(identifier.hex(), None)
         if row is None:
             return False
         self._in = {identifier.hex(): row[0]}
