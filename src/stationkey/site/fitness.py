@@ -60,9 +60,9 @@ class Fitness:
         reasons = {"broker": "broker_unreachable"}
         for store in self._process.keystores:
             condition = StoreCondition(store.name, store.thread.stuck, store.thread.last)
-            self._note(f"store {store.name}", well=not condition.trouble(""))
-            outcome = store.thread.last
-            reasons[f"store {store.name}"] = (outcome and outcome[1].reason) or "keystore_timeout"
+            # Reachable alone: what store or record refuse to this daemon, they refuse to others, too.
+            self._note(f"store {store.name}", well=condition.reachable)
+            reasons[f"store {store.name}"] = (condition.last and condition.last[1].reason) or "keystore_timeout"
         long_enough = [what for what, since in self._since.items() if self._now() - since > self._patience]
         reason = reasons[long_enough[0]] if long_enough else ""
         if reason and not self._told:
