@@ -191,6 +191,30 @@ class Keys:
                     files[file_name(owner, root, bool(previous))] = read_key_ref(*ref).pem() + (chain or "").encode()
         return files
 
+    def changed_stations(self, after: int | None) -> tuple[set[str], int]:
+        """Return the stations of this shard whose keys have had an event, and the number of the last event.
+
+        The events of a shard are numbered in the order of their commits, an operator's included. Those of others need
+        not be: a number that is still to come may be less than theirs.
+
+        Args:
+            after: the number that was returned before; None for all stations with living keys.
+        """
+        with self._engine.reading() as sql:
+            if after is None:
+                last = sql.execute(
+                    "SELECT seq FROM event JOIN key ON number = key_number"  # noqa: S608 - the engine's own text
+                    f" WHERE seq > 0{sql.mine('key')} ORDER BY seq DESC LIMIT 1"
+                ).fetchone()
+                rows = sql.execute(f"SELECT DISTINCT station FROM key WHERE {LIVING}{sql.mine('key')}").fetchall()  # noqa: S608 - same
+                return {station for (station,) in rows}, 0 if last is None else int(last[0])
+            rows = sql.execute(
+                "SELECT station, max(seq) FROM event JOIN key ON number = key_number"  # noqa: S608 - same
+                f" WHERE seq > ?{sql.mine('key')} GROUP BY station",
+                (after,),
+            ).fetchall()
+        return {station for station, _ in rows}, max([after, *(int(seq) for _, seq in rows)])
+
     def others_installed(self, key: KeyRecord) -> bool:
         """Return whether a certificate of another key of the same owner may still be installed.
 

@@ -62,6 +62,11 @@ class LedgerThread:
         self._ledger.rejections.note(request_id, reason=reason, message=message, now=now, name=name, station=station)
 
     @property
+    def local(self) -> bool:
+        """Whether this machine alone has the ledger; see `Engine.local`."""
+        return self._ledger.database.local
+
+    @property
     def trouble(self) -> str:
         """Reason of the last failure until the next successful write, or an empty text."""
         return self._ledger.database.trouble

@@ -85,6 +85,14 @@ class ActiveDirectory:
             raise self._unwritable(troubles[0])
         return [path for path in written if path is not None]
 
+    def stations(self) -> set[str]:
+        """Return the stations that have a file; none if the directory cannot be read."""
+        try:
+            names = [read_name(file.name) for file in self.path.iterdir()]
+        except OSError:
+            return set()
+        return {name.owner.station for name in names if name is not None}
+
     def _unwritable(self, error: OSError) -> LedgerError:
         path = error.filename or self.path
         hint = "make room, or give this user the rights; the ledger is right, and the file is written later"

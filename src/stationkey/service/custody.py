@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar
 from weakref import WeakValueDictionary
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 PROOF_DEADLINE: Final = 30.0
 """Seconds allowed to load a key and sign, or to destroy it."""
+
+_PART: Final = 20
+"""Stations whose files are written in one step, while a request may wait."""
 
 
 class Custody:
@@ -69,6 +73,10 @@ class Custody:
         self._active = active
         self._clock = clock
         self._on_change = on_change
+        self._shown: int | None = None
+        """The event up to which the files of a shard were updated."""
+        self._unshown: set[str] = set()
+        """Stations whose files are to be updated."""
 
     def now(self) -> int:
         """Return Unix time in milliseconds."""
@@ -90,30 +98,61 @@ class Custody:
             step: the step.
             station: the station of a site whose keys alone it changes; then only its files are looked at.
         """
+        stations = frozenset({station}) if station else None
 
         def both(ledger: Ledger) -> tuple[T, list[Path] | LedgerError]:
-            return step(ledger), self._show(ledger, station)
+            return step(ledger), self._show(ledger, stations)
 
         result, shown = await self.ledger(both)
         self._on_change()
-        if isinstance(shown, LedgerError):
-            self.counters.not_shown.add(shown.reason)
-            log.error("%s", shown, extra={"reason": shown.reason})
-        else:
-            for path in shown:
-                log.info("written", extra={"file": str(path)})
+        self._tell(shown)
         return result
 
     async def show_active(self) -> None:
-        """Make the files under ``active/`` match the ledger. Retried with every sweep."""
-        await self.change(lambda _: None)
+        """Make the files under ``active/`` match the ledger. Retried with every sweep.
 
-    def _show(self, ledger: Ledger, station: str) -> list[Path] | LedgerError:
-        """Write the files, and return the error if they cannot be written: the step is taken anyway."""
+        In a shard of a site those of stations whose keys changed since the last call; at first all, in parts, so that
+        requests get in between.
+        """
+        if self.ledger.local:
+            await self.change(lambda _: None)
+            return
+        first = self._shown is None
+        changed, self._shown = await self.ledger(lambda ledger: ledger.keys.changed_stations(self._shown))
+        self._unshown |= changed
+        if first:  # files that a daemon which was killed left behind
+            self._unshown |= await self.ledger(self._left_behind)
+        while self._unshown:
+            part = frozenset(islice(self._unshown, _PART))
+            if not self._tell(await self.ledger(self._show, part)):
+                return
+            self._unshown -= part
+        if changed:
+            self._on_change()
+
+    def _left_behind(self, ledger: Ledger) -> set[str]:
+        return {station for station in self._active.stations() if ledger.database.owns(station)}
+
+    def _tell(self, shown: list[Path] | LedgerError) -> bool:
+        """Log what was written, and return whether all of it was."""
+        if isinstance(shown, LedgerError):
+            self.counters.not_shown.add(shown.reason)
+            log.error("%s", shown, extra={"reason": shown.reason})
+            return False
+        for path in shown:
+            log.info("written", extra={"file": str(path)})
+        return True
+
+    def _show(self, ledger: Ledger, stations: frozenset[str] | None) -> list[Path] | LedgerError:
+        """Write the files of some stations, or of all; return the error if they cannot be: the step is taken anyway."""
         try:
-            if station:
-                return self._active.sync(partial(ledger.keys.active_files, station), owns=station.__eq__)
-            return self._active.sync(ledger.keys.active_files, owns=ledger.database.owns)
+            if stations is None:
+                return self._active.sync(ledger.keys.active_files, owns=ledger.database.owns)
+
+            def wanted() -> dict[str, bytes]:
+                return {name: file for one in stations for name, file in ledger.keys.active_files(one).items()}
+
+            return self._active.sync(wanted, owns=stations.__contains__)
         except LedgerError as error:
             return error
 
