@@ -485,7 +485,7 @@ _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zl", "Zp"})
 
 def _check_text(field: str, value: object) -> None:
     """Refuse control characters and unpaired surrogates in a text."""
-    if not isinstance(value, str) or value.isalnum():
+    if not isinstance(value, str) or value.isalnum() or (value.isascii() and value.isprintable()):
         return
     for character in value:
         category = unicodedata.category(character)

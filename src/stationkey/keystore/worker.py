@@ -28,7 +28,7 @@ from msgspec import Struct
 from stationkey.errors import KeyStoreError, Scope, StationKeyError
 from stationkey.keystore.protocol import Abandonable, KeyStore, Timed
 from stationkey.system.counters import OTHER, Durations
-from stationkey.system.threads import Worker
+from stationkey.system.threads import Reply, Worker
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class _Job(Struct, frozen=True):
     run: Callable[[KeyStore], Any]
     expires: float
     timeout: float
-    future: Future[Any]
+    future: Future[Any] | Reply[Any]
     turn: Turn
     task: str
 
@@ -158,6 +158,10 @@ class _Jobs:
     def idle(self) -> float:
         with self._lock:
             return 0.0 if self._wanted else self._clock() - self._last_done
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self._waiting.values()))
 
     @property
     def waiting(self) -> dict[Turn, int]:
@@ -340,15 +344,28 @@ class KeyStoreThread:
             job itself. The caller must give up after `timeout`: a hung call never completes it.
         """
         future: Future[T] = Future()
+        self._queue(run, future, timeout=timeout, turn=turn, task=task)
+        return future
+
+    def ask(
+        self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT, task: str = Task.OTHER
+    ) -> asyncio.Future[T]:
+        """Queue a job as `submit` does, and return a future of the running event loop."""
+        reply: Reply[T] = Reply()
+        self._queue(run, reply, timeout=timeout, turn=turn, task=task)
+        return reply.future
+
+    def _queue(
+        self, run: Callable[[KeyStore], T], future: Future[T] | Reply[T], *, timeout: float, turn: Turn, task: str
+    ) -> None:
         now = self._clock()
-        if sum(self.waiting.values()) >= MAX_JOBS:
+        if self._jobs.count >= MAX_JOBS:
             future.set_exception(overdue())
-            return future
+            return
         with self._lock:
             self._take_over_if_hung()
             self._jobs.put(_Job(run, now + timeout, timeout, future, turn, task))
             self._shift.worker.put(self._shift.do_next)
-        return future
 
     def _take_over_if_hung(self) -> None:
         """Give up the shift whose job is overdue, if a worker is free; that one does the jobs that wait."""
@@ -444,8 +461,14 @@ async def on_keystore(
     Raises:
         KeyStoreError: it was not done within `timeout` seconds; a late result is discarded.
     """
+    answer = keystore.ask(job, timeout=timeout, turn=turn, task=task)
+    deadline = answer.get_loop().call_later(timeout, _give_up, answer)
     try:
-        async with asyncio.timeout(timeout):
-            return await asyncio.wrap_future(keystore.submit(job, timeout=timeout, turn=turn, task=task))
-    except TimeoutError:
-        raise overdue() from None
+        return await answer
+    finally:
+        deadline.cancel()
+
+
+def _give_up(answer: asyncio.Future[T]) -> None:
+    if not answer.done():
+        answer.set_exception(overdue())

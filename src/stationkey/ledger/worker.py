@@ -47,7 +47,7 @@ class LedgerThread:
         if self._closed:
             raise RuntimeError("the ledger's thread is closed")
         made = partial(call, self._ledger, *args, **kwargs)
-        return asyncio.wrap_future(self._worker.submit(partial(self._ledger.database.attempt, made)))
+        return self._worker.ask(partial(self._ledger.database.attempt, made))
 
     # Notes in memory: made by the caller's thread, because they wait for nothing.
 

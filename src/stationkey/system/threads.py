@@ -8,6 +8,7 @@ instruction, forever if memory is short.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -16,10 +17,45 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 log = logging.getLogger(__name__)
+
+
+class Reply(Generic[T]):
+    """A future of the running event loop, completed by another thread as a `concurrent.futures.Future` is.
+
+    To wrap one of those takes two locks, and turns of the loop, for each call.
+
+    Attributes:
+        future: the future.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[T] = self._loop.create_future()
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Return whether somebody still waits."""
+        return not self.future.done()
+
+    def set_result(self, result: T) -> None:
+        """Complete the future, unless nobody waits any more."""
+        self._tell(self.future.set_result, result)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Let the future fail, unless nobody waits any more."""
+        self._tell(self.future.set_exception, error)
+
+    def _tell(self, complete: Callable[[U], None], value: U) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._complete, complete, value)
+
+    def _complete(self, complete: Callable[[U], None], value: U) -> None:
+        if not self.future.done():
+            complete(value)
 
 
 class Worker:
@@ -60,6 +96,12 @@ class Worker:
         future.set_running_or_notify_cancel()
         self.put(partial(_settle, future, call))
         return future
+
+    def ask(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """Queue a call as `submit` does, and return a future of the running event loop."""
+        reply: Reply[T] = Reply()
+        self.put(partial(_settle, reply, call))
+        return reply.future
 
     @property
     def idle(self) -> bool:
@@ -154,7 +196,7 @@ class Workers:
                 self._workers.append(worker)
 
 
-def _settle(future: Future[T], call: Callable[[], T]) -> None:
+def _settle(future: Future[T] | Reply[T], call: Callable[[], T]) -> None:
     try:
         future.set_result(call())
     except BaseException as error:  # noqa: BLE001 - passed to the caller who waits

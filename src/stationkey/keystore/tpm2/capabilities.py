@@ -12,6 +12,7 @@ from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.return_codes import TpmError
 from stationkey.keystore.tpm2.signing import ECDSA, HASHES, RSASSA
 
+_TRANSIENT: Final = 0x80000000
 _PAGE: Final = 64  # entries asked for at a time; the TPM may give fewer
 _FIXED: Final = 0x100
 _VARIABLE: Final = 0x200
@@ -60,6 +61,12 @@ def handles(esapi: Any, first: int, last: int) -> list[int]:
 def persistent(esapi: Any, handle: int) -> bool:
     """Whether there is an object at a persistent handle."""
     return handle in handles(esapi, handle, handle)
+
+
+def loaded(esapi: Any) -> list[int]:
+    """Every loaded object."""
+    _, page = _page(esapi, commands.HANDLES, _TRANSIENT, ())  # a TPM has 64 at the most
+    return [handle for handle in map(_number, page) if handle >> 24 == _TRANSIENT >> 24]
 
 
 def sessions(esapi: Any, *, saved: bool = True) -> list[int]:

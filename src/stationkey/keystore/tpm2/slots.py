@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
 
 from stationkey.keystore.tpm2 import capabilities
@@ -107,8 +108,7 @@ class _Record:
     def write(self, contents: _Contents) -> None:
         """Write at once: a killed program leaves the new content or the old."""
         with suppress(OSError):
-            told = {"boot": contents.boot, "loaded": contents.loaded, "coming": contents.coming}
-            os.pwrite(self._descriptor, json.dumps(told).encode().ljust(_SIZE), 0)
+            os.pwrite(self._descriptor, msgspec.json.encode(contents).ljust(_SIZE), 0)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -156,7 +156,7 @@ class Slots:
             taken = {handle & _INDEX for handle in capabilities.sessions(self._esapi)}
             handle, area = (_POLICY if arguments[2] == _SE_POLICY else _HMAC) | _first_free(taken, 0), b""
         else:
-            taken = set(capabilities.handles(self._esapi, *_TRANSIENT))
+            taken = set(capabilities.loaded(self._esapi))
             handle = _first_free(taken, _TRANSIENT[0])
             if method != "create_primary":  # the parent is persistent, and has that slot as long as the command lasts
                 handle = _first_free({*taken, handle}, _TRANSIENT[0])
@@ -196,7 +196,7 @@ class Slots:
     def relieve(self) -> None:
         """Unload objects of programs that have certainly ended."""
         if self._alone:
-            present = capabilities.handles(self._esapi, *_TRANSIENT) + capabilities.sessions(self._esapi, saved=False)
+            present = capabilities.loaded(self._esapi) + capabilities.sessions(self._esapi, saved=False)
             self._flush(handle for handle in present if f"{handle:x}" not in self._mine.loaded)
             return
         for path in self._paths():
@@ -211,7 +211,7 @@ class Slots:
 
     def _left(self, contents: _Contents) -> Iterator[int]:
         """The handles of what a dead store has left loaded."""
-        present = capabilities.handles(self._esapi, *_TRANSIENT) + capabilities.sessions(self._esapi, saved=False)
+        present = capabilities.loaded(self._esapi) + capabilities.sessions(self._esapi, saved=False)
         coming, area = contents.coming or ("", "")
         for handle in present:
             name = f"{handle:x}"
