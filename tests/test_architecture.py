@@ -38,6 +38,8 @@ ROWS: list[set[str]] = [
     {"observability", "openssl", "simulators"},
     {"daemon", "doctor"},  # the composition root is given its configuration; the doctor looks at all of it
     {"site"},  # the same daemon, with several of its parts
+    {"given"},  # by command line, environment and file
+    {"serving"},  # `serve`, without the library of the command line
     {"cli"},
     {"__main__"},
 ]

@@ -99,13 +99,26 @@ class _Commands(click.Group):
                 raise
             ctx.exit(EXIT_INTERRUPTED)
         except (StationKeyError, ModuleNotFoundError) as failure:
-            error = failure if isinstance(failure, StationKeyError) else _missing(failure)
-            click.echo(f"stationkey: {printable(error.message)}", err=True)
-            if error.hint:
-                click.echo(f"  {printable(error.hint)}", err=True)
-            if (file := ctx.meta.get("stationkey.configuration")) and str(file) not in error.message:
-                click.echo(f"  configuration file: {printable(str(file))}", err=True)
-            ctx.exit(error.exit_code)
+            ctx.exit(report(failure, ctx.meta.get("stationkey.configuration")))
+
+
+def report(failure: StationKeyError | ModuleNotFoundError, file: Path | None) -> int:
+    """Print an error, and return its exit status.
+
+    Args:
+        failure: the error, or that of a library that is not installed.
+        file: the configuration file that was read, if one was.
+
+    Raises:
+        ModuleNotFoundError: a module of stationkey is missing.
+    """
+    error = failure if isinstance(failure, StationKeyError) else _missing(failure)
+    click.echo(f"stationkey: {printable(error.message)}", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint)}", err=True)
+    if file and str(file) not in error.message:
+        click.echo(f"  configuration file: {printable(str(file))}", err=True)
+    return error.exit_code
 
 
 def _fail(words: str) -> NoReturn:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
-from stationkey.config import file as configuration
-from stationkey.config.file import Given, place_of, read_file, read_table, settle
+from stationkey.config.file import settle
 from stationkey.config.options import options_of
 from stationkey.config.settings import LogFormat, Settings
 from stationkey.contract.profiles import CertificateType
-from stationkey.errors import ConfigurationError, KeyStoreError, MessageError, StationKeyError
+from stationkey.errors import ConfigurationError, KeyStoreError, MessageError
+from stationkey.given import PREFIX, combined, file_of, read
 
-PREFIX: Final = "STATIONKEY"
-"""Prefix of the options' environment variables."""
 CONFIG_TEXT: Final = "Configuration file (TOML)."
 CLIENT_TEXT: Final = "Configuration file (TOML) with the broker's URL. The daemon's login in it is not used."
 BROKER: Final = (
@@ -39,14 +34,6 @@ Configured = Callable[[], Settings]
 # An unreadable file is reported in our words, with the exit status of every problem with a file.
 _path: Final = click.Path(path_type=Path, readable=False)
 _DECLARED: Final = {option.place: option for option in options_of(Settings)}
-CHECKED: Final = {
-    "broker": ("stationkey.mqtt.url", "Broker.parse"),
-    "topic_prefix": ("stationkey.mqtt.topics", "topics"),
-    "keystore": ("stationkey.keystore", "KeyStoreUri.parse"),
-    "keystores": ("stationkey.keystore", "KeyStoreUri.parse"),
-    "metrics.listen": ("stationkey.system.listener", "Address.parse"),
-}
-"""Module and name of the parser that checks an option's text, loaded only for options that are given."""
 _OF_A_CLIENT: Final = (("broker",), ("topic_prefix",), ("mqtt", "ca_file"), ("mqtt", "server_name"))
 """Options that another client of the broker takes from the system's file, whose login is the daemon's."""
 CHOSEN: Final = "stationkey.configuration"
@@ -90,49 +77,11 @@ def option(name: str, *names: str, **terms: Any) -> Decorator:
     return click.option(name, *names, envvar=f"{PREFIX}_{variable}", show_envvar=True, **terms)
 
 
-def checked(place: str, value: str) -> None:
-    """Check the text of an option of `CHECKED` with its parser.
-
-    Raises:
-        StationKeyError: of the parser.
-    """
-    module, reader = CHECKED[place]
-    attrgetter(reader)(import_module(module))(value)
-
-
-def refused_texts(path: Path, given: Given) -> Iterator[ConfigurationError]:
-    """Yield the errors of the options of `CHECKED` in a file that is otherwise valid."""
-    for place in CHECKED:
-        value = given.get((place.removesuffix(".listen"),))
-        texts = {f".{name}": text for name, text in value.items()} if isinstance(value, Mapping) else {"": value}
-        for name, text in texts.items():
-            try:
-                if text is not None:
-                    checked(place, str(text))
-            except StationKeyError as error:
-                told = f"{place_of(path, place + name)}: {error.message}"
-                yield ConfigurationError(told, reason=error.reason, hint=error.hint)
-
-
-def _read(path: Path | None, told: dict[str, Any] | None) -> Given:
-    """Read a file; unless `told` is None, check the options of `CHECKED` in it that `told` does not replace."""
-    filed = read_file(path)
-    if path is not None and told is not None:
-        for error in refused_texts(path, {name: value for name, value in filed.items() if not told.get(name[0])}):
-            raise error
-    return filed
-
-
 def chosen_file(given: Path | None) -> Path | None:
-    """Return the configuration file to read: the given one, or that of the system if this user may read it.
-
-    An empty STATIONKEY_CONFIG names none.
-    """
-    if given is None and os.environ.get(f"{PREFIX}_CONFIG") != "" and os.access(configuration.SYSTEM_FILE, os.R_OK):
-        given = configuration.SYSTEM_FILE
-    if given is not None:
-        click.get_current_context().meta[CHOSEN] = given
-    return given
+    """Return `stationkey.given.file_of`, and note it for the message of an error."""
+    if (file := file_of(given)) is not None:
+        click.get_current_context().meta[CHOSEN] = file
+    return file
 
 
 @contextmanager
@@ -142,10 +91,6 @@ def wrong_usage() -> Iterator[None]:
         yield
     except (ConfigurationError, MessageError, KeyStoreError) as error:
         raise click.UsageError(str(error)) from error
-
-
-def _texts(table: dict[str, Any]) -> dict[str, Any]:
-    return {name: value or "" for name, value in table.items()}
 
 
 def setting_option(place: str, text: str = "") -> Decorator:
@@ -196,15 +141,11 @@ def configured(
                 given[table][name] = others.pop(place.replace(".", "_"))
 
             def settings() -> Settings:
-                filed = _read(chosen_file(config_file), given[""] if serves else None)
+                filed = read(chosen_file(config_file), given[""] if serves else None)
                 if client:
                     filed = {path: filed[path] for path in _OF_A_CLIENT if path in filed}
                 with wrong_usage():
-                    for place in CHECKED:
-                        if value := given[""].get(place):
-                            checked(place, value)
-                    tables = {table: _texts(one) for table, one in given.items() if table}
-                    told = {**filed, **read_table(tables, source="the command line")}
+                    told = combined(given, filed)
                 return settle(told, needs_keystore=needs_keystore, **given[""])
 
             return command(settings=settings, **others)

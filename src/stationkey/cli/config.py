@@ -9,10 +9,11 @@ from typing import Final
 
 import click
 
-from stationkey.cli._options import PREFIX, chosen_file, refused_texts
+from stationkey.cli._options import chosen_file
 from stationkey.config import file as configuration
 from stationkey.config.file import read_parts, settle
 from stationkey.errors import ConfigurationError
+from stationkey.given import PREFIX, refused_texts
 from stationkey.system.text import printable
 
 _LINE: Final = re.compile(r": line (\d+): ")
