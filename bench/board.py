@@ -20,7 +20,6 @@ from bench.sides import (
     LIFECYCLE,
     Station,
     Unavailable,
-    child_environment,
     serve_arguments,
     start_once,
     station,
@@ -122,9 +121,7 @@ def _ask(plain: Station, count: int) -> None:
 def _usage(words: tuple[str, ...]) -> tuple[float, float]:
     """Return seconds of processor time and the most MiB of a command."""
     # By way of a small process: a child begins with the peak memory of the one that started it.
-    done = subprocess.run(
-        (sys.executable, "-c", _MEASURED, *words), env=child_environment(), capture_output=True, check=False
-    )
+    done = subprocess.run((sys.executable, "-c", _MEASURED, *words), capture_output=True, check=False)
     if done.returncode != 0:
         raise Unavailable(f"{' '.join(words[2:5])} failed")
     used, kilobytes = map(float, done.stdout.split())

@@ -35,7 +35,6 @@ from bench.sides import (
     Station,
     StockMosquitto,
     Unavailable,
-    child_environment,
     command,
     composite,
     processor_time,
@@ -405,7 +404,6 @@ def _imported(words: tuple[str, ...]) -> set[str]:
     """The packages that a Python command imports."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *words],
-        env=child_environment(),
         capture_output=True,
         text=True,
         check=True,

@@ -23,6 +23,8 @@ from typing import Any, Final
 
 # Read when tpm2-tss is loaded. It would print each TPM error by itself; here they are exceptions.
 os.environ.setdefault("TSS2_LOG", "all+none")
+# An installed package has its byte code. A daemon that compiles itself takes a MiB and tenths of a second more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -167,13 +169,8 @@ def programs(side: str, kind: Kind, tpm: Swtpm, folder: Path) -> Act:
         raise Unavailable(f"{', '.join(missing)} is not installed")
     folder.mkdir(exist_ok=True)
     (folder / "data").write_bytes(b"to be signed")
-    environment = {**child_environment(), "TPM2OPENSSL_TCTI": tpm.tcti, "TPM2TOOLS_TCTI": tpm.tcti}
+    environment = {**os.environ, "TPM2OPENSSL_TCTI": tpm.tcti, "TPM2TOOLS_TCTI": tpm.tcti}
     return lambda: sum(command(words, environment=environment, folder=folder) for words in commands[side])
-
-
-def child_environment() -> dict[str, str]:
-    """This environment, with byte code kept: an installed package has it, and would not compile itself every time."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def command(words: tuple[str, ...], *, environment: dict[str, str] | None = None, folder: Path | None = None) -> float:
@@ -185,7 +182,7 @@ def command(words: tuple[str, ...], *, environment: dict[str, str] | None = None
     started = time.perf_counter()
     done = subprocess.run(
         words,
-        env=environment or child_environment(),
+        env=environment,
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -417,7 +414,7 @@ def start_once(home: Path, arguments: tuple[str, ...], *, before: tuple[str, ...
     """
     address = f"stationkey-bench-{uuid.uuid4().hex}"
     words = [*before, sys.executable, "-m", "stationkey", "serve", "--log-format", "json", *arguments]
-    environment = {**child_environment(), "NOTIFY_SOCKET": f"@{address}"}
+    environment = {**os.environ, "NOTIFY_SOCKET": f"@{address}"}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, (home / "log").open("wb") as log:
         told.bind(f"\0{address}")
         told.settimeout(PATIENCE)

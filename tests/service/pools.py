@@ -31,6 +31,7 @@ from stationkey.service.pool import KeyPool
 from stationkey.service.requests import StationKeyService
 from stationkey.service.running_time import RunningTime
 from stationkey.system.state_dir import DATABASE_NAME
+from stationkey.system.threads import Reply
 from stationkey.x509.csr import PrivateKey
 
 T = TypeVar("T")
@@ -90,21 +91,21 @@ class NotedThread(KeyStoreThread):
         self.submitted: list[Turn] = []
         self.done: list[Turn] = []
         self.most_spare = 0
-        self._spare: list[Future[Any]] = []
+        self._spare: list[Future[Any] | asyncio.Future[Any]] = []
 
-    def submit(
-        self, run: Callable[[KeyStore], T], *, timeout: float, turn: Turn = Turn.SHORT, task: str = "other"
-    ) -> Future[T]:
+    def _queue(
+        self, run: Callable[[KeyStore], T], future: Future[T] | Reply[T], *, timeout: float, turn: Turn, task: str
+    ) -> None:
         def noted(store: KeyStore) -> T:
             self.done.append(turn)
             return run(store)
 
         self.submitted.append(turn)
-        future = super().submit(noted, timeout=timeout, turn=turn, task=task)
+        super()._queue(noted, future, timeout=timeout, turn=turn, task=task)
         if turn is Turn.SPARE:
-            self._spare = [*(spare for spare in self._spare if not spare.done()), future]
+            result = future.future if isinstance(future, Reply) else future
+            self._spare = [*(spare for spare in self._spare if not spare.done()), result]
             self.most_spare = max(self.most_spare, len(self._spare))
-        return future
 
 
 @dataclass

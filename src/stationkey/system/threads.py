@@ -17,11 +17,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
 log = logging.getLogger(__name__)
+
+_TRIES: Final = 200
+_PAUSE: Final = 0.01
+"""Seconds between tries to complete a future without memory."""
 
 
 class Reply(Generic[T]):
@@ -50,8 +54,15 @@ class Reply(Generic[T]):
         self._tell(self.future.set_exception, error)
 
     def _tell(self, complete: Callable[[U], None], value: U) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._complete, complete, value)
+        for _ in range(_TRIES):
+            try:
+                self._loop.call_soon_threadsafe(self._complete, complete, value)
+            except MemoryError:  # that moment may pass; a lost reply would be waited for
+                time.sleep(_PAUSE)
+            except RuntimeError:  # the loop is closed
+                return
+            else:
+                return
 
     def _complete(self, complete: Callable[[U], None], value: U) -> None:
         if not self.future.done():

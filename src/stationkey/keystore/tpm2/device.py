@@ -151,6 +151,13 @@ class Device:
                 raise doubt.error from None
 
     def _attempt(self, command: Callable[[], T]) -> T:
+        try:
+            return self._try(command)
+        except MemoryError:  # perhaps between a command and its response, or with something loaded and not recorded
+            self._forget()
+            raise
+
+    def _try(self, command: Callable[[], T]) -> T:
         if self._esapi is not None:
             try:
                 return command()

@@ -107,7 +107,10 @@ def marshalled_again(private: bytes, public: bytes) -> tuple[bytes, bytes]:
     Raises:
         TpmError: it cannot.
     """
-    return _read(TPM2B_PRIVATE, private).marshal(), _read(TPM2B_PUBLIC, public).marshal()
+    try:
+        return _read(TPM2B_PRIVATE, private).marshal(), _read(TPM2B_PUBLIC, public).marshal()
+    except TSS2_Exception as error:  # read, but with a value that is none
+        raise TpmError(int(error.rc)) from None
 
 
 def words_of(public: bytes, *, needed: int) -> str:
