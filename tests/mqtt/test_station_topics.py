@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 from gateways import Service, answers, payload, serving
+from hypothesis import given
+from hypothesis import strategies as st
 from mqtt_sides import at
 from peers import Mosquitto
 
@@ -108,6 +110,22 @@ def test_draining_subscribes_to_nothing_and_knows_its_stations() -> None:
     draining = DEPOT.draining()
     assert (draining.filters, draining.of(requests_of("depot7/s1"))) == ((), "depot7/s1")
     assert DEPOT.filters
+
+
+@given(st.text(max_size=30), st.lists(st.sampled_from(["+", "a", "a b", "é"]), min_size=1, max_size=3))
+def test_a_topic_is_of_one_station_or_has_a_flaw_or_is_not_subscribed(text: str, pattern: list[str]) -> None:
+    stations = Stations("p", ["/".join(pattern)])
+    topic = f"p/{text}/josev/cs"
+    station, flaw = stations.of(topic), stations.flaw(topic)
+    levels = text.split("/")
+    subscribed = len(levels) == len(pattern) and all(
+        wanted in {"+", level} for wanted, level in zip(pattern, levels, strict=True)
+    )
+    assert (station is not None or flaw != "") is subscribed
+    assert station is None or flaw == ""
+    if station is not None:
+        assert stations.request_topic(station) == topic
+        assert topics("p", station) == (topic, stations.response_topic(station))
 
 
 # One edge.

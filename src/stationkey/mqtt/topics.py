@@ -62,6 +62,10 @@ class Stations:
         name = self._name(topic) if self.several else None
         return "" if name is None else station_flaw(name)
 
+    def example(self, level: str) -> str:
+        """Return the name of a station that the first pattern matches, with `level` for any level."""
+        return "/".join(level if part == ANY_LEVEL else part for part in next(iter(self._levels), ()))
+
     def request_topic(self, station: str) -> str:
         """Return the topic of a station's requests and statuses."""
         return f"{self._prefix}{station}/{REQUEST_TOPIC}" if station else self._request

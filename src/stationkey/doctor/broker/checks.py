@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
-from stationkey.contract.stations import ANY_LEVEL
 from stationkey.doctor.broker.probe import LARGE, Visit, visit
 from stationkey.doctor.config.certificates import MONTH
 from stationkey.doctor.config.checks import named_secrets
@@ -26,7 +25,7 @@ from stationkey.doctor.runner import Check, within
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.connection import ProtocolRefused
 from stationkey.mqtt.tls import introduction, no_handshake
-from stationkey.mqtt.topics import MAX_PREFIX, topics
+from stationkey.mqtt.topics import MAX_PREFIX, Stations, topics
 from stationkey.mqtt.url import DEFAULT_TLS_PORT, Broker
 from stationkey.system.addresses import is_loopback
 
@@ -37,8 +36,6 @@ _PATIENCE: Final = 2.0
 _PLAIN_PORT: Final = "is it a port without TLS (1883)?"
 _NAGLE: Final = 0.020
 """Seconds that nothing but a delayed acknowledgement adds; it is 40 ms on Linux."""
-_STATION: Final = "doctor"
-"""In a site, takes the place of any level: a station that the doctor makes up."""
 _SHIPPED: Final = "(/usr/share/doc/stationkey/examples/mosquitto)"
 _HINTS: Final = {
     "broker_refuses": "does the broker know user name and password? Its log says more; an access control list by "
@@ -185,9 +182,8 @@ def _visit(context: Context) -> Visit | Finding:
     if isinstance(terms, Finding):
         return terms
     settings, running = context.settings, context.daemon.running
-    station = next(iter(settings.site.stations), "").replace(ANY_LEVEL, _STATION)
-    visiting = visit(_broker_of(context), terms, settings.topic_prefix, station=station, daemon_running=running)
-    return asyncio.run(visiting)
+    stations = Stations(settings.topic_prefix, settings.site.stations)
+    return asyncio.run(visit(_broker_of(context), terms, stations, daemon_running=running))
 
 
 def _at_hand(context: Context) -> MqttTerms | Finding:
@@ -329,7 +325,7 @@ def _judge_josev(seen: Visit) -> Finding:
 
 def _judge_retained(seen: Visit) -> Finding:
     if not seen.retained:
-        return ok(f"no message is retained on {seen.requests}")
+        return ok(f"no message is retained on {listed(seen.filters)}")
     told = f"a message is retained on {listed(seen.retained)}: the broker sends it at every subscription, as if new"
     clear = f"mosquitto_pub {seen.at} -t {seen.retained[0]} -r -n"
     return warning(

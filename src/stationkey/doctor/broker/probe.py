@@ -16,7 +16,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,7 +24,7 @@ from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import REQUEST_TOPIC, RESPONSE_TOPIC
 from stationkey.errors import BrokerError, StationKeyError
 from stationkey.mqtt.connection import ConnectionLost, MqttConnection, connect
-from stationkey.mqtt.topics import topics
+from stationkey.mqtt.topics import Stations
 from stationkey.mqtt.url import Broker
 
 _LOGIN: Final = 4.5
@@ -58,6 +58,7 @@ class Visit:
 
     Attributes:
         site: whether the topics are those of a station that the doctor made up.
+        filters: the topic filters that the daemon subscribes to.
         at: the broker, as the options of Mosquitto's clients name it.
         refused: why there is no connection.
         named: whether we have a user name or a certificate there.
@@ -76,6 +77,7 @@ class Visit:
     requests: str = REQUEST_TOPIC
     responses: str = RESPONSE_TOPIC
     site: bool = False
+    filters: tuple[str, ...] = (REQUEST_TOPIC,)
     at: str = ""
     refused: StationKeyError | None = None
     named: bool = False
@@ -96,6 +98,8 @@ class Visit:
 
 
 _OURS: Final = "stationkey_doctor"
+_STATION: Final = "doctor"
+"""In a site, any level of the station's name that the doctor makes up."""
 LARGE: Final = 4096
 """Octets. An answer with a CSR of RSA-3072 has some 2000."""
 
@@ -109,12 +113,13 @@ def _client_id() -> str:
     return f"stationkey-doctor-{uuid.uuid4().hex[:8]}"
 
 
-async def visit(broker: Broker, terms: MqttTerms, prefix: str, *, station: str = "", daemon_running: bool) -> Visit:
-    """Look around at the broker, with the daemon's identity and without any; in a site, as a station would."""
-    (requests, responses), client_id = topics(prefix, station), _client_id()
+async def visit(broker: Broker, terms: MqttTerms, stations: Stations, *, daemon_running: bool) -> Visit:
+    """Look around at the broker, with the daemon's identity and without any; in a site, as a made-up station."""
+    station, client_id = stations.example(_STATION), _client_id()
+    requests, responses = stations.request_topic(station), stations.response_topic(station)
     named = terms.username is not None or terms.certificate_file is not None
     seen = Visit(requests=requests, responses=responses, at=f"-h {broker.host} -p {broker.port}", named=named)
-    seen.site = bool(station)
+    seen.site, seen.filters = stations.several, stations.filters
     nobody = MqttTerms(ca_file=terms.ca_file, server_name=terms.server_name)
     connection, stranger = await asyncio.gather(
         _enter(broker, terms, client_id, persistent=named, goes_if_resumed=daemon_running),
@@ -178,6 +183,11 @@ def _usual(seconds: list[float]) -> float:
     return settled[len(settled) // 4]
 
 
+async def _subscribe(connection: MqttConnection, topics: Sequence[str]) -> None:
+    for topic in topics:
+        await connection.subscribe(topic)
+
+
 class _Round:
     """A look around on one connection; what was seen so far is in `seen`, whatever comes."""
 
@@ -199,7 +209,7 @@ class _Round:
         own.answers, seen.josev, seen.why = await self._publish(self._connection, seen.responses, _harmless())
         own.asks, _, _ = await self._publish(self._connection, seen.requests, _harmless())
         try:
-            await self._connection.subscribe(seen.requests)
+            await _subscribe(self._connection, seen.filters)
         except ConnectionLost:
             raise
         except BrokerError as error:
@@ -214,7 +224,7 @@ class _Round:
         probe = _harmless()
         if acknowledged:
             await self._publish(sender, self._seen.requests, probe)
-        return await self._brought(self._connection, self._seen.requests, probe)
+        return await self._brought(self._connection, self._seen.filters, probe)
 
     async def _publish(self, connection: MqttConnection, topic: str, payload: bytes) -> tuple[bool, bool | None, str]:
         """Whether the broker takes it, whether anybody gets it (where it says so), and what it said."""
@@ -226,12 +236,12 @@ class _Round:
             return False, None, error.message
         return True, heard if connection.is_v5 else None, ""
 
-    async def _brought(self, connection: MqttConnection, topic: str, probe: bytes) -> bool:
-        """Whether the broker brings a message on `topic`; what lies there is noted by the way.
+    async def _brought(self, connection: MqttConnection, topics: Sequence[str], probe: bytes) -> bool:
+        """Whether the broker brings a message on one of `topics`; what lies there is noted by the way.
 
         A subscription is answered after what was published before it, so hardly anything is waited for besides.
         """
-        await connection.subscribe(topic)
+        await _subscribe(connection, topics)
         try:
             async with asyncio.timeout(_ECHO):
                 while True:
@@ -250,9 +260,9 @@ class _Round:
         singles, pairs = [], []
         for _ in range(_ROUNDS):
             begin = time.perf_counter()
-            await self._connection.subscribe(self._seen.requests)
+            await self._connection.subscribe(self._seen.filters[0])
             middle = time.perf_counter()
-            await asyncio.gather(*(self._connection.subscribe(self._seen.requests) for _ in range(2)))
+            await asyncio.gather(*(self._connection.subscribe(self._seen.filters[0]) for _ in range(2)))
             singles.append(middle - begin)
             pairs.append(time.perf_counter() - middle)
         self._seen.single, self._seen.pair = _usual(singles), _usual(pairs)
@@ -266,7 +276,7 @@ class _Round:
         try:
             await stranger.subscribe(seen.responses)
             taken, _, _ = await self._publish(self._connection, seen.responses, probe)
-            rights.listens = await self._brought(stranger, seen.responses, probe) if taken else None
+            rights.listens = await self._brought(stranger, (seen.responses,), probe) if taken else None
         except ConnectionLost:
             raise
         except BrokerError:
