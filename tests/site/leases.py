@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 from secrets import token_hex
 
 import pytest
-from postgresql import Database, database, session_postgresql
+from postgresql import Database, database, own_postgresql, session_postgresql
 
 from stationkey.ledger.postgresql import schema
 from stationkey.ledger.postgresql.connection import connect, explained
 from stationkey.site.connection import Cut, Identity, LeaseConnection
 
-__all__ = ["Daemons", "daemons", "database", "session_postgresql"]
+__all__ = ["Daemons", "daemons", "database", "own_postgresql", "restarting", "session_postgresql"]
 
 LEASE = 2.0
 """Seconds: the shortest that the configuration allows."""
@@ -29,22 +29,24 @@ class Daemons:
             schema.prepare(connection)
 
     def cut(
-        self, shards: int = 4, *, client_id: str = "stationkey-x", filters: tuple[str, ...] = ("+/josev/cs",)
+        self,
+        shards: int = 4,
+        *,
+        client_id: str = "stationkey-x",
+        filters: tuple[str, ...] = ("+/josev/cs",),
+        lease: float = LEASE,
     ) -> Cut:
-        return Cut(shards, client_id, filters, LEASE)
+        return Cut(shards, client_id, filters, lease)
 
     def open(
-        self, cut: Cut | None = None, *, instance: str = "", port: int | None = None, present: bool = True
+        self, cut: Cut | None = None, *, instance: str = "", name: str = "", present: bool = True
     ) -> LeaseConnection:
         """Open a lease connection; by default of a new daemon."""
-        uri = self.database.uri
-        if port is not None:
-            uri = uri.replace(f":{self.database.server.port}/", f":{port}/")
         instance = instance or token_hex(8)
         connection = LeaseConnection(
-            lambda name: connect(uri, self.database.password, name=name),
+            lambda label: connect(self.database.uri, self.database.password, name=label),
             explained=explained,
-            identity=Identity(instance, f"daemon-{instance}", "here", 1, schema.version()),
+            identity=Identity(instance, name or f"daemon-{instance}", "here", 1, schema.version()),
             cut=cut or self.cut(),
             present=present,
         )
@@ -71,6 +73,13 @@ class Daemons:
             str(one): str(filters)
             for one, filters in self.database.admin("SELECT client_id, filters FROM stationkey.session")
         }
+
+
+@pytest.fixture
+def restarting(own_postgresql: Database) -> Iterator[Daemons]:
+    """Daemons on a server of their own, which the test may restart."""
+    with ExitStack() as opened:
+        yield Daemons(own_postgresql, opened)
 
 
 @pytest.fixture

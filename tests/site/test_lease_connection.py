@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from leases import LEASE, Daemons, daemons, database, session_postgresql
+from leases import LEASE, Daemons, daemons, database, own_postgresql, restarting, session_postgresql
 
 from stationkey.errors import LedgerError
 from stationkey.site.connection import Session, Taken
 
-__all__ = ["daemons", "database", "session_postgresql"]
+__all__ = ["daemons", "database", "own_postgresql", "restarting", "session_postgresql"]
 
 
 def test_a_daemon_sees_itself_and_free_shards(daemons: Daemons) -> None:
@@ -129,6 +129,33 @@ def test_topic_filters_of_an_earlier_holder_are_known_to_the_next(daemons: Daemo
     assert daemons.sessions() == {"stationkey-x-4-2": '["b/+", "c/+", "a/+"]'}
     after.subscribed(2)
     assert daemons.sessions() == {"stationkey-x-4-2": '["b/+", "c/+"]'}
+
+
+def test_after_a_start_of_the_server_shards_wait_for_their_holders(restarting: Daemons) -> None:
+    cut = restarting.cut(lease=60)
+    one = restarting.open(cut, instance="a" * 16, name="one")
+    one.take(1)
+    one.take(2)
+    one.release(1)
+    restarting.database.server.terminate()
+    restarting.database.server.start()
+
+    other = restarting.open(cut)
+
+    assert other.beat("").free == {0, 1, 3}
+    again = restarting.open(cut, instance="a" * 16, name="one")
+    assert again.resume({2: 1}) == frozenset()
+
+
+def test_after_a_start_of_the_server_no_shard_waits_for_a_daemon_that_was_started_again(restarting: Daemons) -> None:
+    cut = restarting.cut(lease=60)
+    restarting.open(cut, name="one").take(2)
+    restarting.database.server.terminate()
+    restarting.database.server.start()
+
+    successor = restarting.open(cut, name="one")
+
+    assert successor.beat("").free == {0, 1, 2, 3}
 
 
 class TestAnotherNumberOfShards:

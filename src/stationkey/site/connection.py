@@ -394,10 +394,13 @@ class LeaseConnection:
         )
 
     def _reserved(self) -> frozenset[int]:
-        """Return the shards whose holders are expected back: the server has just been started, and ended all locks."""
+        """Return the shards whose holders are expected back: the server has just been started, and ended all locks.
+
+        Not those of a daemon that was itself started again meanwhile.
+        """
         rows = self._rows(
-            "SELECT number FROM shard JOIN daemon ON instance = holder"
-            " WHERE holder <> %s AND seen > pg_postmaster_start_time() - make_interval(secs => 2 * lease)",
+            "SELECT number FROM shard JOIN daemon last ON last.instance = holder WHERE holder <> %s AND NOT EXISTS"
+            " (SELECT 1 FROM daemon next WHERE next.name = last.name AND next.started > last.started)",
             (self._identity.instance,),
         )
         return frozenset(number for (number,) in rows)
