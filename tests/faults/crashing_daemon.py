@@ -46,6 +46,8 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "tables of version 3 written, not committed": (AFTER, "sql", "PRAGMA user_version=3"),
     "tables of version 3 made": (BEFORE, "sql", "ALTER TABLE key ADD COLUMN root"),
     "tables of version 4 written, not committed": (AFTER, "sql", "PRAGMA user_version=4"),
+    "tables of version 5 made": (BEFORE, "sql", "ALTER TABLE key ADD COLUMN station"),
+    "tables of version 6 written, not committed": (AFTER, "sql", "PRAGMA user_version=6"),
     "client identifier written": (AFTER, Ledger, "client_id"),
     # A request.
     "request received": (BEFORE, requests.StationKeyService, "answer"),
@@ -61,13 +63,13 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "acknowledged": (AFTER, MqttConnection, "acknowledge"),
     # A key made ahead.
     "key made ahead, not written": (BEFORE, Transitions, "make_ahead"),
-    "key made ahead written, not committed": (AFTER, "sql", "INSERT OR REPLACE INTO meta"),
+    "key made ahead written, not committed": (AFTER, "sql", "INSERT INTO secret, INSERT INTO meta"),
     "key made ahead committed": (AFTER, Transitions, "make_ahead"),
     "keys made ahead read": (AFTER, Keys, "made_ahead"),
     # A request that is served with one.
     "key taken": (AFTER, KeyPool, "take"),
     "signed with the key taken": (AFTER, requests, "sign_csr"),
-    "owner written, answer not": (AFTER, "sql", "UPDATE key SET certificate_type"),
+    "owner written, answer not": (AFTER, "sql", "UPDATE key SET station"),
     "answer with the key taken written, not committed": (AFTER, "sql", "INSERT INTO answer"),
     "answer with the key taken committed": (AFTER, Answers, "record"),
     "publishing the answer with the key taken": (BEFORE, MqttConnection, "publish"),
