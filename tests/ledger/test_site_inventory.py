@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 
 import psycopg
 import pytest
@@ -276,6 +276,7 @@ def test_a_lost_connection_is_opened_again(site: Site) -> None:
 
 def test_without_the_server_no_label_is_given_and_no_time_is_lost(own_postgresql: Database) -> None:
     site, attempts = Site(own_postgresql), 0
+    site.connection.close()
 
     def counted() -> Connection:
         nonlocal attempts
@@ -290,6 +291,26 @@ def test_without_the_server_no_label_is_given_and_no_time_is_lost(own_postgresql
             inventory.new(TOKEN)
         assert (refused.value.reason, refused.value.transient) == ("ledger_unreachable", True)
     assert attempts == 2
+    inventory.close()
+
+
+def test_an_outage_of_the_server_is_waited_for_within_the_time_of_a_request(own_postgresql: Database) -> None:
+    site, came_back = Site(own_postgresql), Event()
+    site.connection.close()
+
+    def opened() -> Connection:
+        if not came_back.is_set():
+            came_back.set()
+            own_postgresql.server.start()
+            raise LedgerError("starting", reason="ledger_unreachable", transient=True)
+        return connect(site.database.uri, site.database.password, name="a")
+
+    came_back.set()
+    inventory = SiteInventory(opened, "a")
+    inventory.admit(token_uri(TOKEN), fits=lambda _: False, reached=lambda _: True)
+    own_postgresql.server.kill()
+    came_back.clear()
+    assert inventory.new(TOKEN, within=30.0)
     inventory.close()
 
 

@@ -53,11 +53,12 @@ class Inventory(Protocol):
         StationKeyError: the record cannot be read or written; nothing was changed.
     """
 
-    def new(self, token: Mapping[str, str]) -> bytes:
+    def new(self, token: Mapping[str, str], *, within: float = 0.0) -> bytes:
         """Record a key that is about to be made, durably, and return its CKA_ID.
 
         Args:
             token: what names the token, by attribute.
+            within: seconds to wait for a record that is away for a moment.
         """
         ...
 
@@ -133,7 +134,7 @@ class FileInventory:
         self._looks: Counter[bytes] = Counter()
         self._known = {bytes.fromhex(name) for name in self._names()}  # by earlier processes, or once in the ledger
 
-    def new(self, token: Mapping[str, str]) -> bytes:
+    def new(self, token: Mapping[str, str], *, within: float = 0.0) -> bytes:  # noqa: ARG002 - a disk is there or not
         """See `Inventory.new`.
 
         Raises:

@@ -6,6 +6,7 @@ A token keeps its keys by itself, and a crash does not undo what it has made. So
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,6 +27,8 @@ from stationkey.keystore.protocol import KeyRef, Support, Swept
 from stationkey.x509.csr import PrivateKey, PublicKey
 
 _SCHEME: Final = "pkcs11"
+_FOR_THE_RECORD: Final = 0.7
+"""The share of a call's time that a key may wait for its record; it is made and used in the rest."""
 
 
 class Pkcs11KeyStore:
@@ -42,7 +45,12 @@ class Pkcs11KeyStore:
         self.uri = uri
         self._connection = Connection(token, refused)
         self._inventory = inventory
+        self._until = 0.0  # when the record has to be there, on the monotonic clock
         self._proven: set[Algorithm] = set()
+
+    def within(self, seconds: float) -> None:
+        """See `stationkey.keystore.protocol.Timed`: what passes here is an outage of a site's record."""
+        self._until = time.monotonic() + seconds * _FOR_THE_RECORD
 
     @property
     def description(self) -> str:
@@ -121,7 +129,7 @@ class Pkcs11KeyStore:
             raise UnsupportedAlgorithm(
                 f"{algorithm} cannot be served: {support.missing}", reason="algorithm_unsupported_by_token"
             )
-        identifier = self._inventory.new(self._connection.names())
+        identifier = self._inventory.new(self._connection.names(), within=self._until - time.monotonic())
         try:
             public = self._connection.call(
                 "C_GenerateKeyPair", partial(keys.generate, kind=support.key_type, identifier=identifier), again=False

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import psycopg
 
@@ -34,8 +34,13 @@ _RECORDED_BY: Final = 180.0
 """Seconds after which a key of this daemon that is not in the ledger never will be."""
 _PART: Final = 32
 """Keys that one call of `ended` returns at most: the key store's thread is busy with them, and a request waits."""
+_PATIENCE: Final = 20.0
+"""Seconds to wait for the server, at most, before a request for a key is rejected; as the ledger does."""
+_STEP: Final = 0.25
+"""Seconds between two attempts meanwhile."""
 _PAUSE: Final = 1.0
-"""Seconds after a failed connection in which none is tried: each try may take seconds of the key store's thread."""
+"""Seconds between two attempts later. In between, all fails at once: an attempt may take seconds of the key store's
+thread."""
 _ADMISSION: Final = 0x534B0005
 """Class of the advisory lock under which a device is recorded."""
 
@@ -67,6 +72,14 @@ _IN_USE: Final = (
 """Whether a daemon that lives uses a device, or a living key is in it. Keys in tokens name theirs; there is one TPM."""
 
 
+class _Outage(NamedTuple):
+    """The server is away: since when, when it was last tried, and how that ended. Times are monotonic."""
+
+    begun: float
+    tried: float
+    error: LedgerError
+
+
 class SiteInventory:
     """The record of one daemon. Each method may be called on any thread; one waits for the other.
 
@@ -80,7 +93,8 @@ class SiteInventory:
         self._instance = instance
         self._turn = threading.Lock()
         self._connection: Connection | None = None
-        self._away: tuple[float, LedgerError] | None = None
+        self._over = threading.Event()
+        self._outage: _Outage | None = None
         self._admitted: set[str] = set()
         self._batches: dict[str, list[str]] = {}
         self._size = _BATCHES[0]
@@ -128,19 +142,20 @@ class SiteInventory:
 
     # The keys in tokens.
 
-    def new(self, token: Mapping[str, str]) -> bytes:
+    def new(self, token: Mapping[str, str], *, within: float = 0.0) -> bytes:
         """See `stationkey.keystore.pkcs11.inventory.Inventory`."""
         where = token_uri(token)
         if where not in self._admitted:  # exchanged while it was in use
             raise _differs(where, ", ".join(sorted(self._admitted)))
+        end = time.monotonic() + min(within, _PATIENCE)
         with self._turn:
             batch = self._batches.setdefault(where, [])
             if batch and time.monotonic() > self._checked + _FRESH:
-                batch[:] = self._attempt(lambda sql: self._still_ours(sql, batch), "read")
+                batch[:] = self._attempt(lambda sql: self._still_ours(sql, batch), "read", end)
             if not batch:
                 batch[:] = [secrets.token_hex(ID_LENGTH) for _ in range(self._size)]
                 try:
-                    self._attempt(lambda sql: self._reserve(sql, where, batch), "written")
+                    self._attempt(lambda sql: self._reserve(sql, where, batch), "written", end)
                 except BaseException:
                     batch.clear()
                     raise
@@ -225,6 +240,7 @@ class SiteInventory:
 
     def close(self) -> None:
         """Release the labels that no key was made for, and close the connection. Call it after the key stores."""
+        self._over.set()
         with self._turn:
             unused = [identifier for batch in self._batches.values() for identifier in batch]
             self._batches.clear()
@@ -237,24 +253,22 @@ class SiteInventory:
         with self._turn:
             return self._attempt(use, act)
 
-    def _attempt(self, use: Callable[[Connection], T], act: str) -> T:
-        """Use the connection, and once more with a new one if it was lost. What is done may be done twice.
+    def _attempt(self, use: Callable[[Connection], T], act: str, end: float = 0.0) -> T:
+        """Use the connection, and a new one if it was lost: until `end`, once at least. It may be done twice.
 
         Raises:
             LedgerError: nothing was changed, or it is not known.
         """
+        again = self._connection is not None
         with explained(act):
-            if self._connection is not None:
+            while True:
+                connection = self._connected(end)
                 try:
-                    return use(self._connection)
+                    return use(connection)
                 except psycopg.Error as error:
-                    if not self._is_lost(error):
+                    if not self._is_lost(error) or not (again or self._waits(end)):
                         raise
-            try:
-                return use(self._connected())
-            except psycopg.Error as error:
-                self._is_lost(error)
-                raise
+                    again = False
 
     def _is_lost(self, error: psycopg.Error) -> bool:
         """Return whether the connection is lost; if so, close it."""
@@ -263,16 +277,25 @@ class SiteInventory:
             self._disconnect()
         return lost
 
-    def _connected(self) -> Connection:
-        if self._away is not None and time.monotonic() < self._away[0] + _PAUSE:
-            raise self._away[1]
-        try:
-            self._connection = self._connect()
-        except LedgerError as error:
-            self._away = (time.monotonic(), error)
-            raise
-        self._away = None
+    def _connected(self, end: float) -> Connection:
+        while self._connection is None:
+            if self._outage is not None:
+                end = min(end, self._outage.begun + _PATIENCE)
+                if time.monotonic() >= end and time.monotonic() < self._outage.tried + _PAUSE:
+                    raise self._outage.error
+            try:
+                self._connection = self._connect()
+            except LedgerError as error:
+                now = time.monotonic()
+                self._outage = _Outage(now if self._outage is None else self._outage.begun, now, error)
+                if not error.transient or not self._waits(end):
+                    raise
+        self._outage = None
         return self._connection
+
+    def _waits(self, end: float) -> bool:
+        """Wait before another attempt; return False if there is no time for one."""
+        return time.monotonic() + _STEP < end and not self._over.wait(_STEP)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
