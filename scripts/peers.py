@@ -170,7 +170,11 @@ class Peer:
         self.process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # a test that may start no process is skipped here, too
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
