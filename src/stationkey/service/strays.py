@@ -28,7 +28,9 @@ async def tell_left_behind(custody: Custody, state_dir: Path) -> None:
     They stay on record there, and are destroyed once the configuration names the device again.
     """
     for scheme in SCHEMES.values():
-        if scheme.resident and (recorded := resolve_name(scheme.recorded)(state_dir)):
+        if not scheme.resident or not (state_dir / scheme.name).exists():  # without a record, its code stays unloaded
+            continue
+        if recorded := resolve_name(scheme.recorded)(state_dir):
             await _tell_left_behind(custody, scheme.name, recorded)
 
 
