@@ -111,7 +111,7 @@ def serve() -> None:
 
         setattr(home, name, noting)
 
-    note(connection.MqttConnection, "_on_message", before="received")
+    note(connection.MqttConnection, "_take_message", before="received")
     note(gateway, "decode", after="decoded")
     note(store.Tpm2KeyStore, "generate", before="begun", after="made")
     note(commands.Commands, "create_loaded", after="created")

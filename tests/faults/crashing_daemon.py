@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import paho.mqtt.client as paho
-
 from stationkey import cli
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.ledger import Ledger
@@ -57,7 +55,7 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "answer written, not committed": (AFTER, "sql", "INSERT INTO event"),
     "committed": (AFTER, Answers, "record"),
     "publishing": (BEFORE, MqttConnection, "publish"),
-    "published, not confirmed": (AFTER, paho.Client, "publish"),
+    "published, not confirmed": (AFTER, MqttConnection, "_send_publish"),
     "confirmed, not noted": (BEFORE, Answers, "mark_delivered"),
     "noted, not acknowledged": (BEFORE, MqttConnection, "acknowledge"),
     "acknowledged": (AFTER, MqttConnection, "acknowledge"),
@@ -73,7 +71,7 @@ MOMENTS: Final[dict[str, tuple[str, Any, str]]] = {
     "answer with the key taken written, not committed": (AFTER, "sql", "INSERT INTO answer"),
     "answer with the key taken committed": (AFTER, Answers, "record"),
     "publishing the answer with the key taken": (BEFORE, MqttConnection, "publish"),
-    "answer with the key taken published": (AFTER, paho.Client, "publish"),
+    "answer with the key taken published": (AFTER, MqttConnection, "_send_publish"),
     # A certificate installed.
     "key proved": (BEFORE, Transitions, "activate"),
     "activation written, not committed": (AFTER, "sql", "UPDATE key SET chain"),

@@ -10,10 +10,9 @@ import logging
 import sys
 from typing import Any, Final
 
-import paho.mqtt.client
-
 from stationkey import cli
 from stationkey.mqtt import gateway
+from stationkey.mqtt.connection import MqttConnection
 from stationkey.mqtt.gateway import MqttEdge
 from stationkey.mqtt.retained import RetainedTopic
 from stationkey.observability.health import Health
@@ -36,7 +35,7 @@ FAULTS: Final[dict[str, tuple[Any, str]]] = {
     "deliver-recorded": (StationKeyService, "undelivered"),
     "retained": (RetainedTopic, "keep"),
     "answer": (gateway, "decode"),
-    "keepalive": (paho.mqtt.client.Client, "loop_misc"),
+    "keepalive": (MqttConnection, "_look_for_life"),
 }
 """By task, what fails in it."""
 

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 from gateways import Service, answers, payload, serving
 from mqtt_sides import at, josev, reasons
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from peers import Mosquitto
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import GenerateCsrRequest, GenerateCsrResponse, accepted
 from stationkey.errors import BrokerError
+from stationkey.mqtt import codec
 from stationkey.mqtt.connection import ConnectionLost, MqttConnection, connect
-from stationkey.mqtt.gateway import GIVE_UP_AFTER
 from stationkey.mqtt.server_limits import ServerLimits, refused_publication
 
 LARGE = "a large CSR " * 200
@@ -58,8 +56,7 @@ def ids(number: int) -> list[str]:
     ("limit", "connections"),
     [
         pytest.param("max_packet_size 1000", 1, id="announced"),
-        # Mosquitto answers with a reason code that a PUBACK cannot have, and paho drops the connection over it.
-        pytest.param("message_size_limit 1000", 1 + GIVE_UP_AFTER + 1, id="not announced"),
+        pytest.param("message_size_limit 1000", 1, id="not announced, refused by PUBACK 0x95"),
     ],
 )
 async def test_an_answer_that_the_broker_does_not_take_stops_no_other(
@@ -133,19 +130,12 @@ async def test_a_session_that_is_kept_for_less_is_said_once(
     assert "3600 s" in record.getMessage()  # words: how long
 
 
-def connack(**values: int) -> Properties:
-    properties = Properties(PacketTypes.CONNACK)  # type: ignore[no-untyped-call] # paho types its client only
-    for name, value in values.items():
-        setattr(properties, name, value)
-    return properties
-
-
 def test_a_connack_without_properties_grants_what_the_standard_says() -> None:
-    assert ServerLimits.of(connack()) == ServerLimits.of(None) == ServerLimits()
+    assert ServerLimits.of({}) == ServerLimits()
 
 
 def test_each_property_is_read() -> None:
-    given = connack(MaximumPacketSize=100, MaximumQoS=0, RetainAvailable=0, ReceiveMaximum=7, SessionExpiryInterval=60)
+    given = {0x27: 100, 0x24: 0, 0x25: 0, 0x21: 7, 0x11: 60}  # MQTT 5, 2.2.2.2
 
     assert ServerLimits.of(given) == ServerLimits(
         maximum_packet_size=100, maximum_qos=0, retain_available=False, receive_maximum=7, session_expiry=60
@@ -153,11 +143,12 @@ def test_each_property_is_read() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 100, 120, 121, 122, 200, 16_370, 16_380, 16_400])
-def test_the_size_of_a_packet_is_what_paho_writes(length: int) -> None:
+def test_the_size_of_a_packet_is_what_is_sent(length: int) -> None:
     """Remaining Length takes one byte more from 128 on, and from 16,384 on [MQTT 5 1.5.5]."""
     content = b"x" * length
     remaining = 2 + 1 + 2 + 1 + length  # topic "t", packet identifier, no properties
     size = 1 + (1 if remaining < 128 else 2 if remaining < 16_384 else 3) + remaining
+    assert size == len(codec.publish(codec.V5, "t", content, identifier=1))
 
     ServerLimits(maximum_packet_size=size).check_size("t", content)
     with pytest.raises(BrokerError) as refusal:
@@ -170,12 +161,13 @@ def test_the_size_of_a_packet_is_what_paho_writes(length: int) -> None:
     [
         pytest.param(0x87, "publication_refused", False, True, id="not authorized"),
         pytest.param(0x97, "publication_quota", True, True, id="quota exceeded"),
+        pytest.param(0x95, "publication_too_large", False, True, id="packet too large"),
         pytest.param(0x80, "publication_refused", False, False, id="unspecified"),
         pytest.param(0x99, "publication_refused", False, False, id="payload format invalid"),
     ],
 )
 def test_the_hint_about_access_belongs_to_not_authorized(code: int, reason: str, transient: bool, hinted: bool) -> None:
-    error = refused_publication("cs/josev", code, "words")
+    error = refused_publication("cs/josev", code)
 
     assert (error.reason, error.transient, bool(error.hint)) == (reason, transient, hinted)
     assert ("access" in error.hint) is (code == 0x87)  # words: what to look at
@@ -200,7 +192,7 @@ async def test_a_message_for_which_there_is_no_room_now_is_published_again(
     async def full(self: MqttConnection, topic: str, content: bytes, *, retain: bool = False) -> bool:
         if topic == "cs/josev" and len(refused) < 2:
             refused.append(topic)
-            raise refused_publication(topic, 0x97, "Quota exceeded")
+            raise refused_publication(topic, 0x97)
         return await real(self, topic, content, retain=retain)
 
     monkeypatch.setattr(MqttConnection, "publish", full)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paho.mqtt.enums import MQTTProtocolVersion
 from peers import Mosquitto
 from tls_brokers import BOUND, VERSIONS, echo, opened
 
@@ -21,6 +20,7 @@ from secured import NAME, Authority, Identity, SecuredMosquitto, terms
 from stationkey.errors import BrokerError
 from stationkey.mqtt import connection as mqtt
 from stationkey.mqtt import tls
+from stationkey.mqtt.codec import V5
 from stationkey.mqtt.connection import ConnectionLost, MqttConnection, ProtocolRefused
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import MAX_CONNECTING
@@ -41,18 +41,21 @@ def shared(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> It
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_broker_whose_certificate_leads_to_the_ca_file_is_spoken_to(
-    shared: SecuredMosquitto, authority: Authority, version: MQTTProtocolVersion
+    shared: SecuredMosquitto, authority: Authority, version: int
 ) -> None:
     connection = MqttConnection(
         shared.tls, client_id="test", persistent=False, terms=terms(authority), protocol=version
     )
     async with connection:
         await connection.open()
-        assert connection.is_v5 is (version is MQTTProtocolVersion.MQTTv5)
+        assert connection.is_v5 is (version == V5)
         assert await echo(connection) == b"echo"
-        assert connection._tls is not None  # noqa: SLF001 - the socket is nobody else's business
-        assert connection._tls.version() == "TLSv1.3"  # noqa: SLF001 - same
-        assert connection._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0  # noqa: SLF001 - same
+        transport = connection._transport  # noqa: SLF001 - the socket is nobody else's business
+        assert transport is not None
+        sock = transport.tls
+        assert sock is not None
+        assert sock.version() == "TLSv1.3"
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 @pytest.mark.parametrize(

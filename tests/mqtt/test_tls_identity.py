@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from paho.mqtt.enums import MQTTProtocolVersion
 from peers import Mosquitto
 from tls_brokers import BOUND, VERSIONS, echo, opened
 
@@ -240,7 +239,7 @@ def set_password(broker: Mosquitto, password: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_user_name_and_password_are_read_at_each_connection(
-    tmp_path: Path, guarded: Mosquitto, version: MQTTProtocolVersion, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, guarded: Mosquitto, version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     write_secret(tmp_path / "name", "stationkey\n")

@@ -6,11 +6,11 @@ import asyncio
 import uuid
 
 import pytest
-from paho.mqtt.enums import MQTTProtocolVersion
 
 from secured import Authority, Identity
 from stationkey.config.settings import MqttTerms
 from stationkey.mqtt import connection as mqtt
+from stationkey.mqtt.codec import V5, V311
 from stationkey.mqtt.connection import MqttConnection, connect
 from stationkey.mqtt.url import Broker
 
@@ -18,7 +18,7 @@ BOUND = 30.0
 """Seconds after which a test that waits for something has failed. Nothing is measured by it."""
 
 
-VERSIONS = [MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311]
+VERSIONS = [V5, V311]
 
 
 @pytest.fixture(scope="module")

@@ -23,5 +23,5 @@ MAX_UNSENT: Final = 4096
 """Packets that may wait for the broker to read them; a broker that reads nothing is disconnected."""
 PACKET_MARGIN: Final = 64 * 1024
 """Bytes that a packet may exceed the largest payload by. A larger packet is cut there and rejected by its id: see
-`stationkey.mqtt.packet_limit`. Maximum Packet Size [MQTT 5 3.1.2.11.4] is not set: Mosquitto 2.0.21 counts a QoS 1
+`stationkey.mqtt.codec.Decoder`. Maximum Packet Size [MQTT 5 3.1.2.11.4] is not set: Mosquitto 2.0.21 counts a QoS 1
 message that it drops as in flight forever, and delivers nothing after `ReceiveMaximum` of them."""

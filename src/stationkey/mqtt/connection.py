@@ -1,7 +1,7 @@
 """A connection to the broker, QoS 1 both ways, with explicit acknowledgements.
 
-It uses paho-mqtt directly, because aiomqtt acknowledges by itself (checked in 2.5.1). `stationkey.mqtt.gateway` handles
-the messages.
+`stationkey.mqtt.codec` has the packets, `stationkey.mqtt.gateway` handles the messages. The event loop reads and writes
+the socket; a thread connects it, because name resolution, TLS and a TPM block.
 
 MQTT 5 is tried first, then 3.1.1. Every socket has TCP_NODELAY: with Nagle's algorithm and delayed acknowledgements a
 request takes some 80 ms longer.
@@ -13,21 +13,16 @@ import asyncio
 import logging
 import socket
 import ssl
-import threading
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Self
+from typing import Final, Self
 
-import paho.mqtt.client as paho
 from msgspec import Struct
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
 
 from stationkey.config.settings import MqttTerms
 from stationkey.contract.messages import MAX_PAYLOAD
 from stationkey.errors import BrokerError
+from stationkey.mqtt import codec
 from stationkey.mqtt.bounds import (
     MAX_IN_HAND,
     MAX_RECEIVED_BYTES,
@@ -36,16 +31,18 @@ from stationkey.mqtt.bounds import (
     MESSAGE_OVERHEAD,
     PACKET_MARGIN,
 )
-from stationkey.mqtt.packet_limit import PacketBound
-from stationkey.mqtt.paho_client import (
-    MALFORMED_PACKET,
-    PROTOCOL_ERROR,
-    TOPIC_NAME_INVALID,
-    Client,
-    ProtocolViolation,
+from stationkey.mqtt.codec import V5, V311, ProtocolViolation
+from stationkey.mqtt.reason_codes import (
+    FAILURE,
+    NO_MATCHING_SUBSCRIBERS,
+    PUBACK,
+    SUBACK,
+    UNSUBACK,
+    UNSUPPORTED_VERSION,
 )
 from stationkey.mqtt.server_limits import ServerLimits, refused_publication
-from stationkey.mqtt.tls import BrokerSocket, closed_without_a_word, introduction, no_handshake, refused
+from stationkey.mqtt.tls import Introduction, closed_without_a_word, introduction, no_handshake, refused
+from stationkey.mqtt.transport import Transport
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
 from stationkey.system.tasks import unforeseen
@@ -54,6 +51,8 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE: Final = 30
 """Seconds [MQTT 5 3.1.2.10]."""
+LOOK: Final = 5.0
+"""Seconds between two looks at a connection at most."""
 MQTT5_TIMEOUT: Final = 3.0
 """Seconds to wait for the answer to an MQTT 5 CONNECT before 3.1.1 is tried: some brokers that know only 3.1.1 misread
 the longer packet and wait for more bytes forever (amqtt 0.12)."""
@@ -64,12 +63,9 @@ PLAIN: Final = MqttTerms()
 ONLINE: Final = b"online"
 OFFLINE: Final = b"offline"
 """The availability message [MQTT 5 3.1.2.5]."""
-_NO_MATCHING_SUBSCRIBERS: Final = 0x10
-"""[MQTT 5 3.4.2.1]."""
-_UNSPECIFIED_ERROR: Final = 0x80
-"""[MQTT 5 3.14.2.1]."""
-_UNSUPPORTED_PROTOCOL_VERSION: Final = 132
-"""MQTT 5 reason code 0x84; paho gives the same for return code 1 of 3.1.1."""
+
+
+_CLOSED: Final = "connection closed by peer or lost"
 
 
 class ConnectionLost(BrokerError):
@@ -120,7 +116,7 @@ class MqttConnection:
         will: topic on which the broker retains `OFFLINE` if this connection ends without a DISCONNECT.
         in_hand: messages that the broker may send before one of them is acknowledged.
         max_payload: bytes of a payload; a payload that is larger by more than a margin is cut.
-        protocol: MQTT version to speak.
+        protocol: MQTT version to speak, `V5` or `V311` of `stationkey.mqtt.codec`.
     """
 
     def __init__(
@@ -133,21 +129,25 @@ class MqttConnection:
         will: str | None = None,
         in_hand: int = MAX_IN_HAND,
         max_payload: int = MAX_PAYLOAD,
-        protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
+        protocol: int = V5,
     ) -> None:
         self._broker = broker
+        self._client_id = client_id
         self._terms = terms
         self._persistent = persistent
+        self._will = None if will is None else (will, OFFLINE)
         self._in_hand = in_hand
-        self._max_payload = max_payload
+        self._version = protocol
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
+        self._decoder = codec.Decoder(protocol, max_payload + PACKET_MARGIN)
         self._received: asyncio.Queue[Message | None] = asyncio.Queue()  # None: no more messages
         self._received_bytes = 0
         self._overrun = False
         self._dropping = False
         self._accepted: asyncio.Future[None] = self._loop.create_future()
-        self._waiting: dict[tuple[int, int], asyncio.Future[ReasonCode]] = {}  # by type and identifier of the answer
+        self._waiting: dict[int, tuple[int, asyncio.Future[int]]] = {}
+        """By packet identifier, the type of packet that answers it, and the future of its reason code."""
+        self._identifier = 0
         self.lost: asyncio.Future[str] = (
             self._loop.create_future()
         )  # done with the reason when the connection has ended
@@ -155,33 +155,15 @@ class MqttConnection:
         self._unacknowledged = asyncio.Semaphore(self.limits.receive_maximum)
         self._loss = partial(ConnectionLost, reason="connection_lost")
         self.resumed = False  # whether the broker had a session for us, or for a client with our user name
-        self._sock: socket.socket | None = None
-        self._tls: BrokerSocket | None = None  # the same, with TLS; kept after the end, to say why it ended
+        self._transport: Transport | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self.is_v5 = protocol is MQTTProtocolVersion.MQTTv5
+        self._keep_alive_seconds: float = KEEPALIVE
+        self._pinged: float | None = None
+        self._failed: Exception | None = None
+        self._why: str | None = None
+        """Why the connection ends, which may take two attempts if memory is short."""
+        self.is_v5 = protocol == V5
         """Whether MQTT 5 is used; with 3.1.1 a broker cannot report that it refuses a publication."""
-        self._client = client = Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            protocol=protocol,
-            clean_session=None if self.is_v5 else not persistent,
-            reconnect_on_failure=False,
-            manual_ack=True,
-        )
-        client.bound = PacketBound(max_payload + PACKET_MARGIN)
-        client.connect_timeout = CONNECT_TIMEOUT / 2
-        if will is not None:
-            client.will_set(will, OFFLINE, qos=1, retain=True)
-        client.on_connect = self._on_connect
-        client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
-        client.on_publish = self._on_publish
-        client.on_subscribe = self._on_subscribe
-        client.on_unsubscribe = self._on_unsubscribe
-        client.on_socket_open = self._on_socket_open
-        client.on_socket_close = self._on_socket_close
-        client.on_socket_register_write = self._on_socket_register_write
-        client.on_socket_unregister_write = self._on_socket_unregister_write
 
     async def open(self) -> None:
         """Connect.
@@ -191,16 +173,9 @@ class MqttConnection:
             BrokerError: no connection.
             ConfigurationError: a file of the settings is unreadable, or not applicable to this broker.
         """
-        properties = None
-        arguments: dict[str, Any] = {}
-        if self.is_v5:
-            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho types its client only
-            properties.SessionExpiryInterval = SESSION_EXPIRY if self._persistent else 0
-            properties.ReceiveMaximum = self._in_hand
-            arguments = {"clean_start": not self._persistent, "properties": properties}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await in_thread(lambda: self._dial(arguments))
+                we = await in_thread(self._dial)
         except ssl.SSLError as error:
             raise no_handshake(str(self._broker), error) from None
         except (OSError, ValueError) as error:
@@ -211,6 +186,19 @@ class MqttConnection:
         except asyncio.CancelledError:
             self._drop("not connected")
             raise
+        self._send(
+            codec.connect(
+                self._version,
+                self._client_id,
+                clean=not self._persistent,
+                keep_alive=KEEPALIVE,
+                session_expiry=SESSION_EXPIRY if self._persistent else 0,
+                receive_maximum=self._in_hand,
+                will=self._will,
+                username=we.username,
+                password=we.password,
+            )
+        )
         try:
             await asyncio.wait_for(asyncio.shield(self._accepted), MQTT5_TIMEOUT if self.is_v5 else CONNECT_TIMEOUT)
         except TimeoutError:
@@ -222,13 +210,36 @@ class MqttConnection:
             raise
         self._keeper = self._loop.create_task(self._keep_alive(), name="mqtt-keepalive")
 
-    def _dial(self, arguments: dict[str, Any]) -> None:
+    def _dial(self) -> Introduction:
         """Do the blocking part of connecting: files, name resolution, TCP, TLS (perhaps with a TPM)."""
         we = introduction(self._terms, tls=self._broker.tls)
-        self._client.username_pw_set(we.username, we.password)  # type: ignore[arg-type] # a password is binary data
-        if we.tls is not None:
-            self._client.tls_set_context(we.tls)
-        self._client.connect(self._broker.host, self._broker.port, KEEPALIVE, **arguments)
+        sock = socket.create_connection((self._broker.host, self._broker.port), timeout=CONNECT_TIMEOUT / 2)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if we.tls is not None:
+                sock = we.tls.wrap_socket(sock, server_hostname=self._broker.host)
+            sock.setblocking(False)
+            self._loop.call_soon_threadsafe(self._watch, sock)
+        except BaseException:
+            sock.close()
+            raise
+        return we
+
+    def _watch(self, sock: socket.socket) -> None:
+        if self.lost.done():
+            sock.close()  # the connection was given up meanwhile
+            return
+        self._transport = Transport(sock, received=self._take_all, ended=self._ended)
+
+    def _ended(self, error: Exception | None) -> None:
+        if error is None:
+            self._drop(_CLOSED)
+        else:
+            self.abandon(error)
+
+    def _send(self, packet: bytes) -> None:
+        if self._transport is not None:
+            self._transport.send(packet)
 
     async def close(self, *, forget: bool = False) -> None:
         """Send DISCONNECT if possible, and close.
@@ -238,10 +249,10 @@ class MqttConnection:
         """
         if self._keeper is not None:
             self._keeper.cancel()
-        if not self.lost.done():
-            self._client.leave(forget=forget)
-            # paho ends the connection once the DISCONNECT is written; a broker that does not read must not hold us.
-            await asyncio.wait({self.lost}, timeout=1.0)
+        if self._transport is not None and not self.lost.done():
+            self._send(codec.disconnect(self._version, forget=forget))
+            if not self._transport.close_when_sent():  # a broker that does not read must not hold us
+                await asyncio.wait({self.lost}, timeout=1.0)
         self._drop("closed")
 
     async def __aenter__(self) -> Self:
@@ -259,15 +270,16 @@ class MqttConnection:
             BrokerError: the broker refuses, for example for lack of rights.
             ConnectionLost: the connection ended.
         """
-        code, mid = self._client.subscribe_once(topic)
-        granted = await self._answer(PacketTypes.SUBACK, code, mid)
-        if granted.is_failure:
+        identifier = self._next_identifier()
+        self._ask(SUBACK, identifier, codec.subscribe(self._version, topic, identifier=identifier))
+        granted = await self._answer(identifier)
+        if granted >= FAILURE:
             raise BrokerError(
                 f"the broker refuses a subscription to {topic}",
                 reason="subscription_refused",
                 hint="check its access control list",
             )
-        if granted.value < 1:
+        if granted < 1:
             log.warning("the broker grants QoS 0 for %s: messages are lost while disconnected", topic)
 
     async def unsubscribe(self, topic: str) -> None:
@@ -276,7 +288,9 @@ class MqttConnection:
         Raises:
             ConnectionLost: the connection ended.
         """
-        await self._answer(PacketTypes.UNSUBACK, *self._client.unsubscribe(topic))
+        identifier = self._next_identifier()
+        self._ask(UNSUBACK, identifier, codec.unsubscribe(self._version, topic, identifier=identifier))
+        await self._answer(identifier)  # 3.1.1 gives no reason, and it does not matter whether it existed
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         """Publish at QoS 1 and wait for the PUBACK; at QoS 0 if the broker grants no more [MQTT-3.2.2-11].
@@ -297,13 +311,13 @@ class MqttConnection:
         qos = min(1, self.limits.maximum_qos)
         retain = retain and self.limits.retain_available
         async with self._unacknowledged:
-            info = self._client.publish(topic, payload, qos=qos, retain=retain)
-            if qos == 0 and info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            identifier = self._send_publish(topic, payload, qos=qos, retain=retain)
+            if not identifier:
                 return True
-            reason = await self._answer(PacketTypes.PUBACK, info.rc, info.mid)
-        if reason.is_failure:
-            raise refused_publication(topic, reason.value, str(reason))
-        return reason.value != _NO_MATCHING_SUBSCRIBERS
+            code = await self._answer(identifier)
+        if code >= FAILURE:
+            raise refused_publication(topic, code)
+        return code != NO_MATCHING_SUBSCRIBERS
 
     @property
     def waiting(self) -> int:
@@ -332,196 +346,190 @@ class MqttConnection:
 
     def acknowledge(self, message: Message) -> None:
         """Send the PUBACK for a message of this connection; see `Message.acknowledge`."""
-        if not self.lost.done() and message.qos > 0:
-            self._client.ack(message.mid, message.qos)
-            if self._client.unsent > MAX_UNSENT:
+        if self._transport is not None and not self.lost.done() and message.qos > 0:
+            self._transport.send(codec.puback(message.mid))
+            if self._transport.unsent > MAX_UNSENT:
                 self._drop("the broker reads nothing")
 
-    async def _answer(self, kind: int, code: MQTTErrorCode, mid: int | None) -> ReasonCode:
-        """Wait for the broker's answer, of a type of `PacketTypes`, to the packet `mid`."""
-        if self.lost.done() or code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
-            raise self._connection_lost()
-        waiting: asyncio.Future[ReasonCode] = self._loop.create_future()
-        self._waiting[kind, mid] = waiting
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                return await waiting
-        except TimeoutError:
-            self._drop(f"no acknowledgement within {CONNECT_TIMEOUT:g} s")
-            raise self._connection_lost() from None
-        finally:
-            self._waiting.pop((kind, mid), None)
+    def _send_publish(self, topic: str, payload: bytes, *, qos: int, retain: bool) -> int:
+        """Send a PUBLISH; return its packet identifier, or 0 at QoS 0."""
+        if qos == 0:
+            self._check_open()
+            self._send(codec.publish(self._version, topic, payload, retain=retain))
+            return 0
+        identifier = self._next_identifier()
+        self._ask(
+            PUBACK, identifier, codec.publish(self._version, topic, payload, identifier=identifier, retain=retain)
+        )
+        return identifier
 
-    def _connection_lost(self) -> ConnectionLost:
-        why = self.lost.result() if self.lost.done() else "not connected"
+    def _next_identifier(self) -> int:
+        """Return a packet identifier that is not in use [MQTT-2.2.1-3]."""
+        while True:
+            self._identifier = self._identifier % 65_535 + 1
+            if self._identifier not in self._waiting:
+                return self._identifier
+
+    def _ask(self, kind: int, identifier: int, packet: bytes) -> None:
+        """Send a packet that is answered by one of type `kind`; `_answer` is next."""
+        self._check_open()
+        self._waiting[identifier] = kind, self._loop.create_future()
+        self._send(packet)
+
+    async def _answer(self, identifier: int) -> int:
+        """Wait for the broker's answer to a packet; return its reason code."""
+        late = f"no acknowledgement within {CONNECT_TIMEOUT:g} s"
+        timer = self._loop.call_later(CONNECT_TIMEOUT, self._drop, late)
+        try:
+            return await self._waiting[identifier][1]
+        finally:
+            timer.cancel()
+            del self._waiting[identifier]
+
+    def _check_open(self) -> None:
+        if self._transport is None or self.lost.done():
+            raise self._connection_lost()
+
+    def _connection_lost(self, why: str = "not connected") -> ConnectionLost:
+        why = self.lost.result() if self.lost.done() else why
         return self._loss(f"the connection to {self._broker} ended: {why}")
 
     async def _keep_alive(self) -> None:
-        try:
-            while self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - paho must be polled
-                await asyncio.sleep(1.0)
-            self._drop("no sign of life")
-        except Exception as error:  # noqa: BLE001 - the boundary of this task: its error ends the connection
-            self.abandon(error)
+        while not self.lost.done():
+            try:
+                pause = self._look_for_life()
+            except Exception as error:  # noqa: BLE001 - the boundary of this task: its error ends the connection
+                self._failed, pause = self._failed or error, LOOK
+            try:
+                await asyncio.sleep(min(pause, LOOK))
+            except MemoryError:
+                await asyncio.sleep(0)  # needs next to none
+
+    def _look_for_life(self) -> float:
+        """Send PINGREQ if it is time, and end what could not be ended for lack of memory; return seconds to wait."""
+        transport, now, limit = self._transport, self._loop.time(), self._keep_alive_seconds
+        if self._failed is not None:
+            self.abandon(self._failed)
+        elif self._why is not None or transport is None or transport.closed:
+            self._drop(self._why or _CLOSED)
+        elif self._pinged is not None and transport.heard < self._pinged:
+            if now - self._pinged >= limit:
+                self._drop("no sign of life")
+            return self._pinged + limit - now
+        elif (quiet := now - min(transport.heard, transport.said)) < limit:
+            self._pinged = None
+            return limit - quiet
+        else:
+            transport.send(codec.PINGREQ)
+            self._pinged = now
+        return limit
 
     def abandon(self, error: Exception) -> None:
         """End the connection after an unhandled error: unacknowledged messages are redelivered."""
+        self._failed = error
         cause = unforeseen(error)
         self._loss = partial(ConnectionLost, reason=cause.reason)
         self._drop(cause.message)
 
     def _drop(self, why: str) -> None:
         """End the connection from this side, in any state."""
-        sock = self._sock
-        self._on_socket_close(self._client, None, sock)
-        if sock is not None:
-            sock.close()
+        self._why = self._why or why
+        if self._transport is not None:
+            self._transport.close()
         self._end(why)
 
     def _end(self, why: str) -> None:
+        """Tell all who wait. `lost` is last: if memory is short, this is repeated until it is done."""
         if self.lost.done():
             return
-        self.lost.set_result(why)
-        self._received.put_nowait(None)
-        for waiting in self._waiting.values():
+        for _, waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(self._connection_lost())
+                waiting.set_exception(self._connection_lost(why))
         if not self._accepted.done():
             self._accepted.set_exception(self._not_accepted(why))
             self._accepted.exception()  # retrieved, so that asyncio does not warn
+        self._received.put_nowait(None)
+        self.lost.set_result(why)
 
     def _not_accepted(self, why: str) -> BrokerError:
         """Return the error for a connection that ended before the CONNACK."""
-        if self._tls is not None and self._tls.failure is not None:
-            return refused(str(self._broker), self._tls.failure)
-        if self._tls is not None:
+        tls = self._broker.tls and self._transport is not None
+        if self._transport is not None and self._transport.failure is not None:
+            return refused(str(self._broker), self._transport.failure)
+        if tls:
             closed_without_a_word()
         # Some brokers without MQTT 5 close the connection without an answer.
         return ProtocolRefused(
             f"{self._broker} closed the connection: {why}",
             reason="broker_refuses",
-            hint="" if self._tls is None else "does it require a client certificate, and trust this one?",
+            hint="does it require a client certificate, and trust this one?" if tls else "",
         )
 
-    # paho's callbacks. During connect, those about the socket come from the connecting thread.
-    def _on_socket_open(self, client: paho.Client, userdata: object, sock: Any) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock = sock
-        if isinstance(sock, BrokerSocket):
-            self._tls = sock
-        self._loop.call_soon_threadsafe(self._watch, sock)
-
-    def _watch(self, sock: socket.socket) -> None:
-        if self.lost.done():
-            sock.close()  # the connection was given up meanwhile
-        elif sock.fileno() != -1:
-            self._loop.add_reader(sock, self._read, sock)
-
-    def _read(self, sock: socket.socket) -> None:
-        """Read packets. With TLS, decrypted data may contain further packets, which the socket does not signal."""
-        if sock.fileno() == -1:
+    def _take_all(self, data: bytes) -> None:
+        """Take what has arrived."""
+        if self._failed is not None:
+            self.abandon(self._failed)
             return
         try:
-            self._client.loop_read()
+            for packet in self._decoder.packets(data):
+                self._take(packet)
+                if self.lost.done():
+                    return
         except ProtocolViolation as error:
-            self._refuse(error.code, str(error))
-        except MemoryError as error:
+            self._refuse(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of a callback: its error ends the connection
             self.abandon(error)
-        except Exception as error:  # noqa: BLE001 - paho raises anything over an invalid packet
-            self._refuse(MALFORMED_PACKET, f"an invalid packet ({type(error).__name__})")
-        if isinstance(sock, BrokerSocket) and sock.fileno() != -1 and sock.pending() > 0:
-            self._loop.call_soon(self._read, sock)
 
-    def _refuse(self, code: int, what: str) -> None:
+    def _refuse(self, violation: ProtocolViolation) -> None:
         """End the connection after a protocol violation, with the reason code of MQTT 5 [4.13.1]."""
         with suppress(Exception):  # whatever it is, the connection ends
-            self._client.leave(code=code)
+            self._send(codec.disconnect(self._version, code=violation.code))
         self._loss = partial(ConnectionLost, reason="broker_violates_protocol")
-        self._drop(f"the broker sent {what}")
+        self._drop(f"the broker sent {violation}")
 
-    def _on_socket_close(self, client: paho.Client, userdata: object, sock: Any) -> None:
-        if self._sock is not None and self._sock.fileno() != -1:
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
-        self._sock = None
+    def _take(self, packet: codec.Packet) -> None:
+        match packet:
+            case codec.Publish():
+                self._take_message(packet)
+            case codec.Acknowledgement():
+                kind, waiting = self._waiting.get(packet.identifier, (0, None))
+                if waiting is not None and kind == packet.kind and not waiting.done():
+                    waiting.set_result(packet.code)
+            case codec.Connack():
+                self._take_connack(packet)
+            case codec.Disconnect():
+                self._drop(packet.words)
+            case codec.Pingresp():
+                pass  # a sign of life, as all that arrives
 
-    def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
-        if threading.get_ident() == self._thread:
-            self._write(sock)  # at once: paho asks only when a packet is complete
-        else:
-            self._loop.call_soon_threadsafe(self._write, sock)
-
-    def _write(self, sock: socket.socket) -> None:
-        """Write as much as the socket takes now, and the rest when it is writable again."""
-        try:
-            if sock.fileno() != -1:
-                self._client.loop_write()
-        except Exception as error:  # noqa: BLE001 - paho has lost the packet, and the broker would misread the next
-            self.abandon(error)
-        if sock.fileno() == -1:
-            return
-        if self._client.want_write():
-            self._loop.add_writer(sock, self._write, sock)
-        elif isinstance(sock, BrokerSocket) and sock.reading_wants_to_write:
-            self._loop.add_writer(sock, self._read_on, sock)
-
-    def _read_on(self, sock: socket.socket) -> None:
-        """Continue reading after TLS had to wait for a write."""
-        self._loop.remove_writer(sock)
-        self._read(sock)
-
-    def _on_socket_unregister_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
-        if sock.fileno() != -1:
-            self._loop.remove_writer(sock)
-
-    def _on_connect(
-        self, client: paho.Client, userdata: object, flags: paho.ConnectFlags, reason: ReasonCode, properties: object
-    ) -> None:
+    def _take_connack(self, packet: codec.Connack) -> None:
         if self._accepted.done():
             return
-        if not reason.is_failure:
-            self.limits = limits = ServerLimits.of(properties)
+        if packet.code < FAILURE:
+            self.limits = limits = ServerLimits.of(packet.properties)
             self._unacknowledged = asyncio.Semaphore(limits.receive_maximum)
-            self.resumed = flags.session_present
+            self._keep_alive_seconds = min(KEEPALIVE, packet.properties.get(codec.SERVER_KEEP_ALIVE) or KEEPALIVE)
+            self.resumed = packet.session_present
             self._accepted.set_result(None)
-        elif reason.value == _UNSUPPORTED_PROTOCOL_VERSION:
+        elif packet.code == UNSUPPORTED_VERSION:
             self._accepted.set_exception(
                 ProtocolRefused(f"{self._broker} does not speak this MQTT version", reason="broker_refuses")
             )
         else:
             self._accepted.set_exception(
-                BrokerError(f"{self._broker} refuses the connection: {reason}", reason="broker_refuses")
+                BrokerError(f"{self._broker} refuses the connection: {packet.words}", reason="broker_refuses")
             )
 
-    def _on_disconnect(
-        self,
-        client: paho.Client,
-        userdata: object,
-        flags: paho.DisconnectFlags,
-        reason: ReasonCode,
-        properties: object,
-    ) -> None:
-        # paho reports an unspecified error if no reason was given.
-        closed = reason.value == _UNSPECIFIED_ERROR and not flags.is_disconnect_packet_from_server
-        self._end("connection closed by peer or lost" if closed else str(reason))
-
-    def _on_message(self, client: paho.Client, userdata: object, message: paho.MQTTMessage) -> None:
-        topic = message.topic
-        if not topic:
-            raise ProtocolViolation(PROTOCOL_ERROR, "a PUBLISH without a topic")  # there are no aliases [3.3.2.3.4]
-        if {"+", "#", "\0"} & set(topic):
-            raise ProtocolViolation(TOPIC_NAME_INVALID, "a PUBLISH whose topic has a wildcard")
-        if message.qos > 0 and message.mid == 0:
-            raise ProtocolViolation(PROTOCOL_ERROR, "a packet identifier of 0")  # [MQTT-2.2.1-3]
+    def _take_message(self, message: codec.Publish) -> None:
         received = Message(
-            bytes(message.payload),
+            message.payload,
             self,
-            message.mid,
+            message.identifier,
             message.qos,
             self._loop.time(),
-            topic=topic,
-            retained=bool(message.retain),
-            redelivered=bool(message.dup),
+            topic=message.topic,
+            retained=message.retain,
+            redelivered=message.dup,
         )
         # Of two messages the first is not passed over for the second: their order may matter.
         self._overrun |= self._received_bytes + received.size > MAX_RECEIVED_BYTES
@@ -533,27 +541,6 @@ class MqttConnection:
         elif not self._dropping:
             self._dropping = True  # logged once, until every waiting message was taken
             log.warning("QoS 0 messages dropped: they arrive faster than they are answered")
-
-    def _on_publish(
-        self, client: paho.Client, userdata: object, mid: int, reason: ReasonCode, properties: object
-    ) -> None:
-        self._answered(PacketTypes.PUBACK, mid, reason)
-
-    def _on_subscribe(
-        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
-    ) -> None:
-        self._answered(PacketTypes.SUBACK, mid, reasons[0])
-
-    def _on_unsubscribe(
-        self, client: paho.Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: object
-    ) -> None:
-        # 3.1.1 gives no reason, and it does not matter whether the subscription existed.
-        self._answered(PacketTypes.UNSUBACK, mid, ReasonCode(PacketTypes.UNSUBACK, "Success"))
-
-    def _answered(self, kind: int, mid: int, reason: ReasonCode) -> None:
-        waiting = self._waiting.get((kind, mid))
-        if waiting is not None and not waiting.done():
-            waiting.set_result(reason)
 
 
 async def connect(
@@ -574,7 +561,7 @@ async def connect(
         BrokerError: neither version works.
         ConfigurationError: a file of `terms` cannot be read, or is not applicable to this broker.
     """
-    for protocol in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
+    for protocol in (V5, V311):
         connection = MqttConnection(
             broker,
             client_id=client_id,
@@ -588,7 +575,7 @@ async def connect(
         try:
             await connection.open()
         except ProtocolRefused as error:
-            if protocol is MQTTProtocolVersion.MQTTv311:
+            if protocol == V311:
                 raise
             log.debug("trying MQTT 3.1.1: %s", error)
         else:

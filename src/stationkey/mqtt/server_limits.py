@@ -7,12 +7,20 @@ from typing import Any, Final, Self
 from msgspec import Struct
 
 from stationkey.errors import BrokerError
-from stationkey.mqtt.paho_client import PROTOCOL_ERROR, ProtocolViolation
+from stationkey.mqtt.codec import (
+    MAXIMUM_PACKET_SIZE,
+    MAXIMUM_QOS,
+    RECEIVE_MAXIMUM,
+    RETAIN_AVAILABLE,
+    SESSION_EXPIRY,
+    ProtocolViolation,
+    packet_size,
+)
+from stationkey.mqtt.reason_codes import NAMES, NOT_AUTHORIZED, PACKET_TOO_LARGE, PROTOCOL_ERROR, PUBACK, QUOTA_EXCEEDED
 
 _PUBLISH_OVERHEAD: Final = 2 + 2 + 1
 """Bytes of a PUBLISH beside topic and payload: length of the topic, packet identifier, no properties [3.3]."""
-_NOT_AUTHORIZED: Final = 0x87
-_QUOTA_EXCEEDED: Final = 0x97
+_TAKES_LARGER: Final = "raise the broker's limit (Mosquitto: max_packet_size, message_size_limit)"
 
 
 class ServerLimits(Struct, frozen=True):
@@ -41,18 +49,14 @@ class ServerLimits(Struct, frozen=True):
             raise ProtocolViolation(PROTOCOL_ERROR, "a CONNACK with a limit of 0")
 
     @classmethod
-    def of(cls, properties: object) -> Self:
-        """Read the properties of a CONNACK, as paho gives them; None for 3.1.1."""
-
-        def value(name: str, default: Any) -> Any:
-            return getattr(properties, name, default)
-
+    def of(cls, properties: dict[int, Any]) -> Self:
+        """Read the properties of a CONNACK; none for 3.1.1."""
         return cls(
-            maximum_packet_size=value("MaximumPacketSize", None),
-            maximum_qos=value("MaximumQoS", 2),
-            retain_available=bool(value("RetainAvailable", 1)),
-            receive_maximum=value("ReceiveMaximum", 65_535),
-            session_expiry=value("SessionExpiryInterval", None),
+            maximum_packet_size=properties.get(MAXIMUM_PACKET_SIZE),
+            maximum_qos=properties.get(MAXIMUM_QOS, 2),
+            retain_available=bool(properties.get(RETAIN_AVAILABLE, 1)),
+            receive_maximum=properties.get(RECEIVE_MAXIMUM, 65_535),
+            session_expiry=properties.get(SESSION_EXPIRY),
         )
 
     def check_size(self, topic: str, payload: bytes) -> None:
@@ -61,31 +65,27 @@ class ServerLimits(Struct, frozen=True):
         Raises:
             BrokerError: its packet would be larger than Maximum Packet Size.
         """
-        size = _packet_size(len(topic.encode()) + len(payload) + _PUBLISH_OVERHEAD)
+        size = packet_size(len(topic.encode()) + len(payload) + _PUBLISH_OVERHEAD)
         if self.maximum_packet_size is not None and size > self.maximum_packet_size:
             raise BrokerError(
                 f"the packet has {size} bytes, the broker's maximum is {self.maximum_packet_size}",
                 reason="publication_too_large",
-                hint="raise the broker's limit (Mosquitto: max_packet_size)",
+                hint=_TAKES_LARGER,
                 transient=False,
             )
 
 
-def _packet_size(remaining: int) -> int:
-    """The bytes of a packet by its Remaining Length, a variable byte integer [MQTT 5 1.5.5, 2.1.4]."""
-    return 1 + max(1, (remaining.bit_length() + 6) // 7) + remaining
-
-
-def refused_publication(topic: str, code: int, words: str) -> BrokerError:
+def refused_publication(topic: str, code: int) -> BrokerError:
     """Return the error for a PUBACK that refuses a message.
 
     Args:
         topic: of the message.
         code: reason code, 0x80 or more.
-        words: name of the reason code.
     """
-    what = f"the broker refuses a message on {topic}: {words}"
-    if code == _QUOTA_EXCEEDED:
+    what = f"the broker refuses a message on {topic}: {NAMES[PUBACK][code]}"
+    if code == QUOTA_EXCEEDED:
         return BrokerError(what, reason="publication_quota", hint="retrying")
-    hint = "check the broker's access control list" if code == _NOT_AUTHORIZED else ""
+    if code == PACKET_TOO_LARGE:
+        return BrokerError(what, reason="publication_too_large", hint=_TAKES_LARGER, transient=False)
+    hint = "check the broker's access control list" if code == NOT_AUTHORIZED else ""
     return BrokerError(what, reason="publication_refused", hint=hint, transient=False)

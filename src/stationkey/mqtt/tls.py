@@ -43,40 +43,6 @@ _NO_CERTIFICATE: Final = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
 """Alerts that a broker sends to a client without a certificate, or whose key does not work."""
 
 
-class BrokerSocket(ssl.SSLSocket):
-    """A TLS connection that remembers what paho-mqtt does not pass on.
-
-    Attributes:
-        reading_wants_to_write: the last read could not go on before something is written [SSL_read(3)].
-        failure: OpenSSL's name for the end of the connection, such as the broker's alert, or None.
-    """
-
-    reading_wants_to_write = False
-    failure: str | None = None
-
-    def do_handshake(self, block: bool = False) -> None:
-        """As in `ssl`; on failure the socket is closed, which paho does not do reliably."""
-        try:
-            super().do_handshake(block)
-        except BaseException:
-            self.close()
-            raise
-
-    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        """As in `ssl`."""
-        self.reading_wants_to_write = False
-        try:
-            return super().recv(buflen, flags)
-        except ssl.SSLWantReadError:
-            raise
-        except ssl.SSLWantWriteError:
-            self.reading_wants_to_write = True
-            raise
-        except ssl.SSLError as error:
-            self.failure = error.reason
-            raise
-
-
 class BrokerContext(ssl.SSLContext):
     """The TLS context of every connection to the broker: TLS 1.2 or later, the broker's certificate verified.
 
@@ -85,7 +51,6 @@ class BrokerContext(ssl.SSLContext):
     """
 
     server_name: str | None = None
-    sslsocket_class = BrokerSocket
 
     def __new__(cls) -> Self:
         """Create the bare context; `introduction` adds the files."""
@@ -96,8 +61,7 @@ class BrokerContext(ssl.SSLContext):
         return context
 
     def wrap_socket(self, sock: socket.socket, *arguments: Any, **options: Any) -> ssl.SSLSocket:
-        """As in `ssl`, with the name in the broker's certificate, and without Nagle's algorithm."""
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        """As in `ssl`, with the name in the broker's certificate."""
         if self.server_name is not None:
             options["server_hostname"] = self.server_name
         return super().wrap_socket(sock, *arguments, **options)
