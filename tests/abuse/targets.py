@@ -22,6 +22,7 @@ import msgspec
 from cryptography.hazmat.primitives import serialization
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # it ships no types
+from mqtt_target import check_mqtt, packet_streams
 
 from parts import STATION, Authority, pem, software_key
 from stationkey.cli import schema as schema_documents
@@ -538,6 +539,11 @@ TARGETS: Final = {
                 lambda texts: "".join(texts).encode("utf-8", "replace")
             )
             | st.binary(max_size=32),
+        ),
+        Target(
+            "mqtt",
+            check_mqtt,
+            packet_streams() | st.tuples(packet_streams(), damage).map(lambda both: both[1](both[0])),
         ),
         Target(
             "private_key_path",
