@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-FILES = ("runtime.txt", "build.txt", "dev.txt", "docs.txt", "iso15118.txt")
+FILES = ("runtime.txt", "peers.txt", "build.txt", "dev.txt", "docs.txt", "iso15118.txt")
 """What a station and its trials run, what that is built with, and what checks and documents need."""
 
 EXIT_KNOWN = 1

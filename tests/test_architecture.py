@@ -49,7 +49,6 @@ ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row}
 HOMES: dict[str, set[str]] = {
     "click": {"cli"},
     "rich": {"cli"},
-    "paho": {"mqtt"},
     "tpm2_pytss": {"keystore.tpm2", "doctor.tpm"},  # the doctor asks, and changes nothing: the key store may not
     "pkcs11": {"keystore.pkcs11", "doctor.pkcs11"},
     "sqlite3": {"ledger"},
@@ -77,7 +76,7 @@ COMES_WITH = {"jsonschema": "ocpp"}
 """A library that is imported and not named among our dependencies: the one that it belongs to makes use of it."""
 
 FOR_TRYING = {"ocpp", "jsonschema", "websockets"}
-"""What only the extra ``josev`` installs; paho is installed by ``station``, too."""
+"""What only the extra ``josev`` installs."""
 FOR_TOKENS = {"pkcs11"}
 """What only the extra ``pkcs11`` installs; the library is called python-pkcs11."""
 FOR_SITES = {"psycopg"}
@@ -185,7 +184,7 @@ def test_imports_run_one_way() -> None:
         pytest.param("keystore.worker", "from stationkey.keystore import KeyRef", [], id="inside the package"),
         pytest.param("keystore.tpm2.store", "from stationkey.ledger import Ledger", [0], id="out of the package"),
         pytest.param("mqtt.url", "from stationkey._version import __version__", [], id="the version"),
-        pytest.param("mqtt", "import asyncio, paho", [], id="not ours"),
+        pytest.param("mqtt", "import asyncio, rich", [], id="not ours"),
     ],
 )
 def test_an_import_that_runs_the_wrong_way_would_be_seen(importer: str, source: str, expected: list[int]) -> None:
@@ -268,7 +267,7 @@ def test_what_is_imported_is_what_the_package_depends_on() -> None:
     project = tomllib.loads(PROJECT.read_text())["project"]
     given = {"core": project["dependencies"], **project["optional-dependencies"]}
     found = {
-        extra: {dependency.partition(">")[0].replace("-", "_").removesuffix("_mqtt") for dependency in dependencies}
+        extra: {dependency.partition(">")[0].replace("-", "_") for dependency in dependencies}
         for extra, dependencies in given.items()
     }
 
@@ -277,7 +276,7 @@ def test_what_is_imported_is_what_the_package_depends_on() -> None:
     )
     assert found["pkcs11"] == {f"python_{library}" for library in FOR_TOKENS}
     assert found["site"] == FOR_SITES
-    assert found["josev"] == FOR_TRYING - COMES_WITH.keys() | {"paho"}
+    assert found["josev"] == FOR_TRYING - COMES_WITH.keys()
     josev = found["josev"] | COMES_WITH.keys()
     assert {"station": found["station"], "pkcs11": FOR_TOKENS, "site": FOR_SITES, "josev": josev} == _EXTRAS
 

@@ -65,7 +65,7 @@ def test_reading_a_request_loads_no_tpm_x509_or_mqtt_library() -> None:
     program = (
         "import sys\n"
         "from stationkey import MessageError, decode\n"
-        "print(*sorted({'cryptography', 'paho', 'tpm2_pytss', 'click'} & set(sys.modules)))\n"
+        "print(*sorted({'cryptography', 'stationkey.mqtt', 'tpm2_pytss', 'click'} & set(sys.modules)))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

@@ -33,7 +33,7 @@ suppress_warnings = [
     "myst.header",  # a role page begins with its list
 ]
 
-autodoc_mock_imports = ["paho", "prometheus_client", "tpm2_pytss"]  # a station's libraries, not needed for their words
+autodoc_mock_imports = ["prometheus_client", "tpm2_pytss"]  # a station's libraries, not needed for their words
 autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"
 

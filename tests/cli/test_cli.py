@@ -419,8 +419,8 @@ def test_looking_loads_no_tpm_x509_or_mqtt_library(new_state: Path, arguments: l
         "import sys\n"
         "from stationkey.cli import main\n"
         "main(sys.argv[1:], standalone_mode=False)\n"
-        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
-        "told = loaded & {'tpm2_pytss', 'cryptography', 'paho', 'ocpp', 'psycopg', 'stationkey'}\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules} | set(sys.modules)\n"
+        "told = loaded & {'tpm2_pytss', 'cryptography', 'stationkey.mqtt', 'ocpp', 'psycopg', 'stationkey'}\n"
         "print('loaded', *sorted(told), file=sys.stderr)\n"
     )
     if arguments[0] == "keys":

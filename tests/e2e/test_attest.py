@@ -260,7 +260,7 @@ def test_the_judge_runs_where_there_is_no_tpm_stack_and_nothing_of_the_station(
     evidence.write_text(pole.attest(key_id).stdout)
     program = (
         "import sys\n"
-        "for name in ('tpm2_pytss', 'paho', 'sqlite3', 'stationkey.keystore', 'stationkey.ledger'):\n"
+        "for name in ('tpm2_pytss', 'stationkey.mqtt', 'sqlite3', 'stationkey.keystore', 'stationkey.ledger'):\n"
         "    sys.modules[name] = None\n"  # to import it fails
         "from stationkey.cli import main\n"
         "main(sys.argv[1:])\n"

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 from forgery import Object, an_ak, evidence
+from peers import free_port
 from unit import ROOT
 
 from stationkey.attestation import documents
 
 CORE = (ROOT / "requirements/core.txt").read_text()
 PINS = re.findall(r"^([\w.-]+)==", CORE, re.MULTILINE)
-LEFT_OUT = ("tpm2_pytss", "paho", "prometheus_client", "jinja2", "rich", "ocpp", "websockets")
+LEFT_OUT = ("tpm2_pytss", "prometheus_client", "jinja2", "rich", "ocpp", "websockets")
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,8 @@ NAMES = ("--common-name", "CS-7", "--organization-name", "Example CPO", "--count
 @pytest.mark.parametrize(
     ("arguments", "extra"),
     [
-        (("serve", "--keystore", "software:", "--allow-software-keys", "--state-dir", "STATE"), "[station]"),
-        (("request", "v2g_certificate", *NAMES), "[station]"),
-        (("doctor",), "[station]"),
+        (("attest",), "[station]"),
+        (("keys", "list", "--state-dir", "STATE"), "[station]"),
         (("josev", "--help"), "[josev]"),
         (("csms",), "[josev]"),
     ],
@@ -116,3 +116,9 @@ def test_what_needs_an_extra_says_which(core: Path, tmp_path: Path, arguments: t
     assert "Traceback" not in said.stderr
     assert extra in said.stderr  # words: which extra is missing
     assert "pip install" not in said.stderr  # words: a station's package is no package of an index
+
+
+def test_mqtt_needs_no_extra(core: Path) -> None:
+    said = command(core, "request", "v2g_certificate", *NAMES, "--broker", f"mqtt://127.0.0.1:{free_port()}")
+    assert said.returncode == 1
+    assert "no broker at mqtt://127.0.0.1" in said.stderr  # words: the broker is missing, no library

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 _EXTRAS: Final = {
-    "station": {"jinja2", "paho", "prometheus_client", "rich", "tpm2_pytss"},
+    "station": {"jinja2", "prometheus_client", "rich", "tpm2_pytss"},
     "pkcs11": {"pkcs11"},
     "site": {"psycopg"},
-    "josev": {"jsonschema", "ocpp", "paho", "websockets"},
+    "josev": {"jsonschema", "ocpp", "websockets"},
 }
 """The libraries of each extra in pyproject.toml."""
 _UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
