@@ -116,6 +116,7 @@ class MqttConnection:
         will: topic on which the broker retains `OFFLINE` if this connection ends without a DISCONNECT.
         in_hand: messages that the broker may send before one of them is acknowledged.
         max_payload: bytes of a payload; a payload that is larger by more than a margin is cut.
+        max_received: times `MAX_RECEIVED_BYTES` that the messages that wait may take.
         protocol: MQTT version to speak, `V5` or `V311` of `stationkey.mqtt.codec`.
     """
 
@@ -129,6 +130,7 @@ class MqttConnection:
         will: str | None = None,
         in_hand: int = MAX_IN_HAND,
         max_payload: int = MAX_PAYLOAD,
+        max_received: int = 1,
         protocol: int = V5,
     ) -> None:
         self._broker = broker
@@ -137,6 +139,7 @@ class MqttConnection:
         self._persistent = persistent
         self._will = None if will is None else (will, OFFLINE)
         self._in_hand = in_hand
+        self._max_received = max_received
         self._version = protocol
         self._loop = asyncio.get_running_loop()
         self._decoder = codec.Decoder(protocol, max_payload + PACKET_MARGIN)
@@ -532,7 +535,7 @@ class MqttConnection:
             redelivered=message.dup,
         )
         # Of two messages the first is not passed over for the second: their order may matter.
-        self._overrun |= self._received_bytes + received.size > MAX_RECEIVED_BYTES
+        self._overrun |= self._received_bytes + received.size > self._max_received * MAX_RECEIVED_BYTES
         if self._overrun:
             return
         if message.qos > 0 or self._received.qsize() < MAX_WAITING:
@@ -552,10 +555,11 @@ async def connect(
     will: str | None = None,
     in_hand: int = MAX_IN_HAND,
     max_payload: int = MAX_PAYLOAD,
+    max_received: int = 1,
 ) -> MqttConnection:
     """Connect with MQTT 5, else 3.1.1; ``async with`` closes the connection.
 
-    The arguments are those of `MqttConnection`; only an MQTT 5 broker is told the last two.
+    The arguments are those of `MqttConnection`; only an MQTT 5 broker is told `in_hand`.
 
     Raises:
         BrokerError: neither version works.
@@ -570,6 +574,7 @@ async def connect(
             will=will,
             in_hand=in_hand,
             max_payload=max_payload,
+            max_received=max_received,
             protocol=protocol,
         )
         try:

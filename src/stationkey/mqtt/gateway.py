@@ -263,6 +263,7 @@ class MqttEdge:
             terms=self._terms,
             in_hand=self._queue + self._room,
             max_payload=self._payload_bytes,
+            **({"max_received": 1 + STATUS_ROOM} if self._room else {}),
         )
         self._announces = self._availability is not None
         try:
