@@ -52,10 +52,6 @@ DEADLINE: Final = 30.0
 """Seconds within which a request for an EC key is accepted or rejected."""
 RSA_DEADLINE: Final = 60.0
 """The same for RSA: a hardware TPM searches for primes for tens of seconds."""
-RECORD_PATIENCE: Final = 20.0
-"""Seconds that a request waits for the record of a site's tokens; as long as for the ledger, which is as far away."""
-RECORD_RETRY: Final = 0.5
-"""Seconds between two attempts."""
 
 
 class StationKeyService:
@@ -387,7 +383,7 @@ class StationKeyService:
             try:
                 turn = self._turns.turn(station, store, rsa=is_rsa(request), until=until) if station else nullcontext()
                 async with turn:
-                    key, csr = await self._signed(request, store, None if ahead is None else ahead.key, until)
+                    key, csr = await self._sign(request, store, None if ahead is None else ahead.key, until)
                 try:
                     return key, await self._record(request, station, key, csr, ahead=ahead is not None)
                 except BaseException:
@@ -397,20 +393,6 @@ class StationKeyService:
             except Exception as error:
                 if ahead is None or not await pool.take_back(ahead, error):
                     raise
-
-    async def _signed(
-        self, request: GenerateCsrRequest, store: Store, ahead: KeyRef | None, until: float
-    ) -> tuple[KeyRef, Csr]:
-        """Return the key and its CSR; wait for the record of a site's tokens, which a key needs before it is made."""
-        now = asyncio.get_running_loop().time
-        end = min(until, now() + RECORD_PATIENCE)
-        while True:
-            try:
-                return await self._sign(request, store, ahead, until)
-            except LedgerError as error:
-                if isinstance(error, ShardLost) or not error.transient or now() + RECORD_RETRY > end:
-                    raise
-            await asyncio.sleep(RECORD_RETRY)
 
     async def _sign(
         self, request: GenerateCsrRequest, store: Store, ahead: KeyRef | None, until: float
