@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from asker import until
@@ -23,12 +24,12 @@ PATIENCE: Final = 120.0
 def judge(rig: SiteRig) -> None:
     """Hold a site that no daemon serves against what its stations asked and received.
 
-    Every request has an answer. Every CSR received is on record under its station and id, and is for a key on record.
-    Every key on record has the answer and the event that say why it was made. No two CSRs are for one key.
+    Every request was accepted in the end. Every CSR received is on record under its station and id, and is for a key on
+    record. Every key on record has the answer and the event that say why it was made. No two CSRs are for one key.
     """
     depot = rig.depot
     assert depot.open == []
-    assert depot.requests.keys() == depot.answers.keys()
+    assert depot.requests.keys() == depot.accepted.keys()
     _judge_answers(rig, depot.accepted)
     _judge_keys(rig)
 
@@ -60,12 +61,20 @@ def settle(rig: SiteRig, *, again: float | None = None) -> int:
     rig.depot.keep_up(0)
     rig.wait_until_held(bound=PATIENCE)
     rig.depot.wait_for_all(bound=PATIENCE, again=again)
+    for asked in rig.depot.rejected - rig.depot.accepted.keys():
+        until(partial(accepted_again, rig, asked), f"{asked} is accepted", bound=PATIENCE)
     rig.terminate()
     rig.daemons[0].launch()
     until(lambda: strays(rig) == 0, "the token has no strays", bound=PATIENCE)
     rig.terminate()
     judge(rig)
     return judge_token(rig)
+
+
+def accepted_again(rig: SiteRig, asked: Asked) -> bool:
+    """Whether a request that was rejected for a passing reason is accepted when it is sent again."""
+    answer = rig.depot.ask(asked.station, rig.depot.requests[asked], bound=PATIENCE)
+    return answer.response.data.status == "accepted"
 
 
 def strays(rig: SiteRig) -> int:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from urllib.request import urlopen
 
 import pytest
 from asker import until
+from peers import free_port
 from postgresql import Database
 from reasons import Ended, command
+from siterig import PATIENCE, SiteRig
 
 from stationkey.ledger.postgresql import schema
 from stationkey.ledger.postgresql.connection import Connection, connect
@@ -189,3 +193,19 @@ class TestPage:
         assert [await each for each in asked[1:]] == [glance, glance]
         assert len(looks) == 1
         looking.close()
+
+
+class TestRunning:
+    def test_each_daemon_shows_every_shard_with_its_holder(self, tmp_path: Path) -> None:
+        address = f"127.0.0.1:{free_port()}"
+        with SiteRig(
+            tmp_path, daemons=1, shards=SHARDS, stations=4, config=f'[metrics]\nlisten = "{address}"\n'
+        ) as rig:
+            rig.start()
+            with urlopen(f"http://{address}/", timeout=PATIENCE) as response:
+                page = response.read().decode()
+            with urlopen(f"http://{address}/metrics", timeout=PATIENCE) as response:
+                figures = response.read().decode()
+        numbers = [str(number) for number in range(SHARDS)]
+        assert re.findall(r'data-label="Shard"><span>(\d+)<', page) == numbers
+        assert re.findall(r'stationkey_shard_held\{shard="(\d+)"\} 1', figures) == numbers
