@@ -52,6 +52,8 @@ FOUND: dict[str, Callable[[Ledger], set[str]]] = {
     "keys.active_files": lambda ledger: {
         name.owner.station for name in map(read_name, ledger.keys.active_files()) if name
     },
+    "keys.changed_stations, all": lambda ledger: ledger.keys.changed_stations(None)[0],
+    "keys.changed_stations": lambda ledger: ledger.keys.changed_stations(0)[0],
     "retention.due": lambda ledger: {station for _, _, station in ledger.retention.due(LATE)},
     "hints.all": lambda ledger: {ledger.keys.named(key_id).station for key_id in ledger.hints.all()},
     "messages.newest": lambda ledger: {one.station for one in messages.newest(ledger.database, 99)[0]},

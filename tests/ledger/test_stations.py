@@ -144,6 +144,7 @@ ALL = {
     *("answers.ids", "answers.undelivered"),
     *("keys.all", "keys.stream", "keys.named", "keys.expiring", "keys.newest_installed", "keys.usable", "keys.ref"),
     *("keys.refs", "keys.made_ahead", "keys.seconds_to_make", "keys.history", "keys.active_files", "keys.figures"),
+    "keys.changed_stations",
     *("retention.running", "retention.due", "retention.is_due", "retention.next_due", "hints.all"),
 }
 """Queries that are about all stations, or about one key."""

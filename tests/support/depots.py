@@ -42,8 +42,11 @@ def open_engine(database: Database, folder: Path, **options: object) -> Postgres
 
 @pytest.fixture(scope="session")
 def session_depot(session_postgresql: Postgresql) -> Database:
-    """A database with the tables of a site, which the tests of a worker share."""
-    return prepared(make(session_postgresql))
+    """A database with the tables of a site, which the tests of a worker share. No test makes statistics for another."""
+    database = prepared(make(session_postgresql))
+    for (table,) in database.admin("SELECT tablename::text FROM pg_tables WHERE schemaname = 'stationkey'"):
+        database.admin(f"ALTER TABLE stationkey.{table} SET (autovacuum_enabled = off)")
+    return database
 
 
 _EMPTY = """
