@@ -128,12 +128,16 @@ class SiteRig:
         )
         (home / "stationkey.toml").write_text(text + self._config + config)
 
-    def start(self) -> None:
-        """Start every daemon, and wait until each station has an answer: then the broker knows each shard."""
+    def start(self, *stations: str) -> None:
+        """Start every daemon, and wait until each station has an answer: then the broker knows each shard.
+
+        Args:
+            stations: those that are served; all, if none is named.
+        """
         for daemon in self.daemons:
             daemon.launch()
         self.wait_until_held()
-        for station in self.depot.stations:
+        for station in stations or self.depot.stations:
             self.depot.publish(station)
         self.depot.wait_for_all(bound=PATIENCE, again=2.0)
 

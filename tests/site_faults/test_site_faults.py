@@ -211,7 +211,7 @@ class TestConfiguration:
         rig.filters = (first, "depot8/+")
         for daemon, line in zip(rig.daemons, rig.lines, strict=True):
             rig.configure(rig.home(daemon), port=line.port)
-        rig.start()
+        rig.start(first)
         for asked, csr in before.items():
             if asked.station == first:
                 again = rig.depot.ask(first, rig.depot.requests[asked], bound=PATIENCE)
