@@ -7,6 +7,7 @@ from leases import LEASE, Daemons, daemons, database, own_postgresql, restarting
 
 from stationkey.errors import LedgerError
 from stationkey.site.connection import Session, Taken
+from stationkey.site.lease import Lease
 
 __all__ = ["daemons", "database", "own_postgresql", "restarting", "session_postgresql"]
 
@@ -227,3 +228,30 @@ def test_the_lease_is_the_one_of_these_tests(daemons: Daemons) -> None:
 
     assert lease == LEASE
     assert daemons.database.admin("SELECT instance FROM stationkey.daemon") == []
+
+
+class _Late:
+    """A deadline that is over just when the call has ended."""
+
+    def __init__(self, _: float) -> None:
+        pass
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *_: object) -> None:
+        raise TimeoutError
+
+
+async def test_a_shard_that_is_taken_at_the_last_moment_is_not_forgotten(
+    daemons: Daemons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease(lambda present: daemons.open(present=present), seconds=2.0)
+    await lease.beat()
+    monkeypatch.setattr("stationkey.site.lease.asyncio.timeout", _Late)
+    taken = await lease.take(0)
+    monkeypatch.undo()
+    assert taken is not None
+    assert lease.held == {0: taken.epoch}
+    assert (await lease.beat()).held == {0}
+    lease.close()

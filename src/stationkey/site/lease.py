@@ -263,6 +263,8 @@ class Lease:
             async with asyncio.timeout(self._seconds / 2):
                 return await asyncio.shield(done)
         except TimeoutError:
+            if done.done():  # at the last moment: a shard that was taken must not be forgotten
+                return done.result()
             raise LedgerError(
                 f"PostgreSQL did not answer within {self._seconds / 2:g} s",
                 reason="ledger_unreachable",

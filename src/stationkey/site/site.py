@@ -376,6 +376,8 @@ class Site:
             await self._move_from_old(view)
             return
         self._in_trouble(None)
+        for number in view.held - self._lease.held.keys():  # not served: else nobody could take it
+            await self._lease.release(number)
         move = balance(
             self._cut.shards,
             me=view.me,
