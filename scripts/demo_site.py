@@ -27,7 +27,7 @@ DAEMONS: Final = ("A", "B", "C")
 VICTIM: Final = "B"
 STATIONS: Final = tuple(f"depot7/s{number:02}" for number in range(1, 21))
 SHARDS: Final = 6
-LEASE: Final = 3
+LEASE: Final = 2
 ROUNDS: Final = 4
 """Requests of each station while a daemon is killed."""
 BOUND: Final = 30.0
@@ -155,6 +155,14 @@ def judge(console: Console, depot: Depot, token: SharedToken) -> bool:
         f"{len(depot.requests)} requests, {len(accepted)} accepted, each with one CSR, {verified} verified by openssl."
     )
     keys = keys_in(token)
+    end = time.monotonic() + BOUND
+    if left := keys - len(accepted):
+        console.print(
+            f"{left} keys that {VICTIM} was making when it died are still in the token: swept after 3 leases."
+        )
+    while keys > len(accepted) and time.monotonic() < end:
+        time.sleep(0.2)  # nobody else tells what is in a token
+        keys = keys_in(token)
     console.print(f"{keys} keys are in the token.\n")
     return len(depot.requests) == len(accepted) == verified == len(set(accepted.values())) == keys
 
@@ -186,8 +194,6 @@ def play(console: Console, folder: Path) -> bool:
         site.daemons[VICTIM].launch()
         console.print(f"{VICTIM} is started again, and takes its share:\n")
         show(console, site, site.until_held(len(DAEMONS)))
-        for daemon in site.daemons.values():
-            daemon.terminate()
         return judge(console, depot, token) and right
 
 
