@@ -143,8 +143,12 @@ def keys_in(token: SharedToken) -> int:
     import pkcs11  # noqa: PLC0415 - it reads the environment that is set by then
 
     opened = pkcs11.lib(str(token.client_module())).get_token(token_label=token.label)
-    with opened.open(user_pin=token.pin) as session:
-        return sum(1 for _ in session.get_objects({pkcs11.Attribute.CLASS: pkcs11.ObjectClass.PRIVATE_KEY}))
+    while True:
+        try:
+            with opened.open(user_pin=token.pin) as session:
+                return sum(1 for _ in session.get_objects({pkcs11.Attribute.CLASS: pkcs11.ObjectClass.PRIVATE_KEY}))
+        except pkcs11.exceptions.ObjectHandleInvalid:
+            continue  # a daemon destroyed it meanwhile
 
 
 def judge(console: Console, depot: Depot, token: SharedToken) -> bool:
