@@ -35,7 +35,7 @@ class SiteMosquitto(Mosquitto):
         lines = [*configuration.read_text().splitlines(), "max_queued_messages 1000"]
         lines = [line for line in lines if line != "allow_anonymous true"]
         lines += [f"acl_file {SHIPPED / 'site.acl'}", f"password_file {passwords}", "allow_anonymous false"]
-        configuration.write_text("\n".join([*lines, (SHIPPED / "site.conf").read_text()]))
+        configuration.write_text("\n".join([*lines, (SHIPPED / "site.example").read_text()]))
 
     def password(self, user: str) -> str:
         return f"of-{user}"
