@@ -23,8 +23,9 @@ from stationkey.system.backoff import Backoff
 if TYPE_CHECKING:
     from stationkey.keystore.tpm2.esapi import Esapi
 
-_FIRST: Final = 0.01
+_FIRST: Final = 0.001
 _LIMIT: Final = 1.0
+"""Seconds before a command is submitted again, at first and at most; doubled each time."""
 
 
 class Context:
