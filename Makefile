@@ -28,22 +28,24 @@ demo-site:
 	@scripts/setup demo
 	@.venv/bin/python scripts/demo_site.py
 
-# A worker for each processor; one that has nothing left to do takes over half of what another still has.
-pytest = .venv/bin/python -m pytest --numprocesses auto --dist worksteal
+# A worker that has nothing left to do takes over half of what another still has. Quick tests need a processor each; the
+# others mostly wait for the programs that they started.
+pytest = .venv/bin/python -m pytest --dist worksteal --numprocesses
+workers = $(shell expr 2 '*' "$$(nproc)")
 
 check:
 	@scripts/setup test
 	@$(MAKE) --no-print-directory lint
-	$(pytest) --quick -r fE
+	$(pytest) auto --quick -r fE
 
 test:
 	@scripts/setup test
 	@$(MAKE) --no-print-directory lint
-	$(pytest)
+	$(pytest) $(workers)
 
 coverage:
 	@scripts/setup test
-	$(pytest) --cov=stationkey --cov-branch --cov-report=term-missing:skip-covered
+	$(pytest) $(workers) --cov=stationkey --cov-branch --cov-report=term-missing:skip-covered
 
 bench:
 	@scripts/setup bench
