@@ -39,8 +39,8 @@ def test_a_moment_without_memory_costs_no_more_than_that_moment(tmp_path: Path, 
             asker.wait_for(lambda: len(asker.answers) > requests, "all is answered", bound=3.0)
         resource.prlimit(process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
+        asker.wait_for(lambda: set(asker.answers) == set(asker.requests), "all is answered", bound=60.0)
         assert asker.ask().data.status == "accepted"
         assert process.poll() is None
-        asker.wait_for(lambda: set(asker.answers) == set(asker.requests), "all is answered", bound=60.0)
         process.terminate()
         assert process.wait(10) == 0
