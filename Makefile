@@ -29,9 +29,9 @@ demo-site:
 	@.venv/bin/python scripts/demo_site.py
 
 # A worker that has nothing left to do takes over half of what another still has. Quick tests need a processor each; the
-# others mostly wait for the programs that they started.
+# others mostly wait for the programs that they started, so one more is needed to keep all busy.
 pytest = .venv/bin/python -m pytest --dist worksteal --numprocesses
-workers = $(shell expr 2 '*' "$$(nproc)")
+workers = $(shell expr 1 + "$$(nproc)")
 
 check:
 	@scripts/setup test
