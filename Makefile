@@ -28,15 +28,15 @@ demo-site:
 	@scripts/setup demo
 	@.venv/bin/python scripts/demo_site.py
 
-# A worker that has nothing left to do takes over half of what another still has. Quick tests need a processor each; the
-# others mostly wait for the programs that they started, so one more is needed to keep all busy.
+# One worker more than there are processors, because tests wait. One that has nothing left to do takes over half of what
+# another still has.
 pytest = .venv/bin/python -m pytest --dist worksteal --numprocesses
 workers = $(shell expr 1 + "$$(nproc)")
 
 check:
 	@scripts/setup test
 	@$(MAKE) --no-print-directory lint
-	$(pytest) auto --quick -r fE
+	$(pytest) $(workers) --quick -r fE
 
 test:
 	@scripts/setup test
