@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from peers import Peer, free_port, is_listening
+from peers import Peer, free_port
 from showing import fill, watching
 from unit import ROOT
 
@@ -57,7 +57,12 @@ class Prometheus(Peer):
         ]
 
     def listening(self) -> bool:
-        return is_listening(self.port)
+        """Whether it answers queries; it listens before it does, and says 503 meanwhile."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=BOUND):
+                return True
+        except OSError:  # an HTTPError is one, too
+            return False
 
     def ask(self, path: str, **parameters: str) -> Any:
         """What its API says; it is not asked for long."""
