@@ -226,6 +226,23 @@ def test_a_key_that_is_not_found_is_looked_for_again_for_days(site: Site) -> Non
     assert looks > 40
 
 
+def test_a_look_that_a_dead_daemon_did_not_finish_is_taken_up_by_another(site: Site) -> None:
+    """However old the key is; only a look that was finished is not repeated for as long as the key is old."""
+    one, other = site.daemon("a"), site.daemon("b")
+    key = one.new(TOKEN)
+    one.close()
+    assert one.end(key)
+    for _ in range(3):
+        site.later("8 hours")
+        assert ended(one) == [key]
+        assert ended(other) == []
+        site.later("1 minute")
+        assert ended(other) == [key]
+        other.drop_missing(key)
+        site.later("50 minutes")
+        assert ended(one) == ended(other) == []
+
+
 def test_a_sweep_says_that_there_is_more_to_look_for(site: Site) -> None:
     inventory = site.daemon("a")
     for _ in range(40):

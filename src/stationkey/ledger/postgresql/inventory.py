@@ -57,12 +57,17 @@ _GIVE_UP: Final = (
     " FOR UPDATE OF token_key SKIP LOCKED)"
 )
 _CLAIM: Final = (
-    "UPDATE token_key SET"  # noqa: S608 - this module's own text
-    " look = clock_timestamp() + least(interval '1 hour', greatest(interval '30 seconds', clock_timestamp() - ended))"
+    "UPDATE token_key SET look = clock_timestamp() + interval '30 seconds'"  # noqa: S608 - this module's own text
     " WHERE id IN (SELECT id FROM token_key WHERE token = %s AND ended IS NOT NULL AND look <= clock_timestamp()"
     f" ORDER BY ended DESC LIMIT {_PART} FOR UPDATE SKIP LOCKED) RETURNING id"
 )
-"""Take keys for a look. No other daemon looks for them meanwhile; the intervals grow as the key grows older."""
+"""Take keys for a look. No other daemon looks for them meanwhile; if this one dies, another does soon."""
+_NOT_FOUND: Final = (
+    "WITH old AS (DELETE FROM token_key WHERE id = %(id)s AND ended < now() - interval '2 days')"
+    " UPDATE token_key SET look = now() + least(interval '1 hour', greatest(interval '30 seconds', now() - ended))"
+    " WHERE id = %(id)s AND ended >= now() - interval '2 days'"
+)
+"""After a look that found nothing: the intervals grow as the key grows older, for two days."""
 _IN_USE: Final = (
     "SELECT EXISTS (SELECT 1 FROM keystore LEFT JOIN daemon USING (instance) WHERE identity = %(identity)s"
     " AND (noted > clock_timestamp() - interval '1 minute' OR seen > clock_timestamp() - interval '10 minutes'))"
@@ -224,17 +229,14 @@ class SiteInventory:
     def drop(self, identifier: bytes, *, found: bool = True) -> None:
         """See `stationkey.keystore.pkcs11.inventory.Inventory`."""
         if found:
-            self._delete(identifier, "")
+            statement = "DELETE FROM token_key WHERE id = %s"
+            self._run(lambda sql: sql.execute(statement, (identifier.hex(),)), "written")
         else:
             self.drop_missing(identifier)
 
     def drop_missing(self, identifier: bytes) -> None:
-        """Forget a key that the token has not made, two days after it was given up."""
-        self._delete(identifier, " AND ended < clock_timestamp() - interval '2 days'")
-
-    def _delete(self, identifier: bytes, condition: str) -> None:
-        statement = f"DELETE FROM token_key WHERE id = %s{condition}"  # noqa: S608 - a text of this class
-        self._run(lambda sql: sql.execute(statement.encode(), (identifier.hex(),)), "written")
+        """Have a key that the token has not made looked for again, or forget it, two days after it was given up."""
+        self._run(lambda sql: sql.execute(_NOT_FOUND, {"id": identifier.hex()}), "written")
 
     # The connection.
 
