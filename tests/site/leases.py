@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from secrets import token_hex
 
 import pytest
@@ -54,10 +54,25 @@ class Daemons:
         return connection
 
     @contextmanager
-    def holding(self, number: int) -> Iterator[None]:
-        """Keep a transaction open that has a shard's row, as a daemon that was stopped in the middle of one does."""
-        with connect(self.database.uri, self.database.password, name="test") as connection, connection.transaction():
-            connection.execute("SELECT epoch FROM shard WHERE number = %s FOR UPDATE", (number,))
+    def holding(self, number: int, *, name: str = "test", pipeline: bool = False) -> Iterator[None]:
+        """Keep a transaction open that has a shard's row, as a daemon that was stopped in the middle of one does.
+
+        Args:
+            number: of the shard.
+            name: of the connection.
+            pipeline: whether it is stopped within a pipeline; the server then does not take it for idle.
+        """
+        with closing(connect(self.database.uri, self.database.password, name=name)) as connection:
+            connection.execute("BEGIN")
+            statement, values = b"SELECT epoch FROM shard WHERE number = $1 FOR UPDATE", [str(number).encode()]
+            if pipeline:
+                connection.pgconn.enter_pipeline_mode()
+                connection.pgconn.send_query_params(statement, values)
+                connection.pgconn.send_flush_request()
+                connection.pgconn.flush()
+                connection.pgconn.get_result()  # it is done, and the row is locked
+            else:
+                connection.pgconn.exec_params(statement, values)
             yield
 
     def epochs(self) -> dict[int, int]:

@@ -6,7 +6,7 @@ import pytest
 from leases import LEASE, Daemons, daemons, database, own_postgresql, restarting, session_postgresql
 
 from stationkey.errors import LedgerError
-from stationkey.site.connection import Session, Taken
+from stationkey.site.connection import Session, Taken, shard_connection
 from stationkey.site.lease import Lease
 
 __all__ = ["daemons", "database", "own_postgresql", "restarting", "session_postgresql"]
@@ -105,7 +105,27 @@ def test_a_silent_daemon_loses_its_lease_by_the_server(daemons: Daemons) -> None
     assert one.lost
 
 
-def test_a_transaction_of_the_last_holder_delays_a_take_and_loses_nothing(daemons: Daemons) -> None:
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_a_transaction_that_the_last_holder_was_stopped_in_is_ended(daemons: Daemons, *, pipeline: bool) -> None:
+    one = daemons.open()
+    with daemons.holding(2, name=shard_connection(2, "a" * 16), pipeline=pipeline):
+        with daemons.holding(1, name=shard_connection(1, "a" * 16), pipeline=pipeline):
+            assert one.take(2) == Taken(2, epoch=1, stale=())  # else it would raise: the row would be locked
+        assert one.take(1) == Taken(1, epoch=1, stale=())
+
+
+def test_transactions_that_daemons_of_an_old_cut_were_stopped_in_are_ended(daemons: Daemons) -> None:
+    before = daemons.open(daemons.cut(8))
+    before.take(7)
+    before.close()
+    after = daemons.open(daemons.cut(4))
+    with daemons.holding(7, name=shard_connection(7, "a" * 16), pipeline=True):
+        while (adopted := after.adopt()) is None:  # until the server has noticed that the first has ended
+            pass
+        assert [taken.number for taken in adopted[0]] == [0, 1, 2, 3]
+
+
+def test_a_transaction_of_another_program_delays_a_take_and_loses_nothing(daemons: Daemons) -> None:
     one = daemons.open()
     with daemons.holding(2):
         with pytest.raises(LedgerError) as refused:

@@ -44,7 +44,7 @@ class Sql(Protocol):
     def execute(self, statement: str, arguments: Arguments = (), /) -> Rows:
         """Execute a statement."""
 
-    def executemany(self, statement: str, arguments: Iterable[Arguments], /) -> Rows:
+    def executemany(self, statement: str, arguments: Iterable[Arguments], /) -> object:
         """Execute a statement with each of several sets of arguments."""
 
     def mine(self, table: str, /) -> str:

@@ -45,6 +45,19 @@ _BEAT: Final = (
 )
 
 
+_END_TRANSACTIONS: Final = (
+    "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity WHERE application_name LIKE %s"
+    " AND usename = current_user AND datname = current_database() AND state <> 'idle' AND wait_event = 'ClientRead'"
+)
+"""End the transactions that wait for their daemon's next word. One that commits is not: it may wait for a standby, and
+would be confirmed without it."""
+
+
+def shard_connection(shard: int | str, instance: str) -> str:
+    """Return the name of a daemon's connection for a shard, for ``pg_stat_activity``."""
+    return f"shard {shard} {instance}"
+
+
 class Identity(Struct, frozen=True):
     """Who a daemon is, for other daemons and the operator.
 
@@ -196,6 +209,8 @@ class LeaseConnection:
             "statement_timeout": milliseconds,
             # Heartbeats are not sent while another transaction is waited for.
             "lock_timeout": milliseconds // 4,
+            # In a transaction that takes shards, it is stopped with others' takings behind it.
+            "idle_in_transaction_session_timeout": milliseconds,
         }
         for setting, value in limits.items():
             self._rows("SELECT set_config(%s, %s, false)", (setting, str(value)))
@@ -262,6 +277,8 @@ class LeaseConnection:
         try:
             with self._taking():
                 locked = not self._may_not_take() and self._lock(number)
+                if locked:
+                    self._end_transactions(number)
                 return self._taken(number) if locked else None
         except BaseException:
             self._unlock_all([number] if locked else ())
@@ -300,6 +317,7 @@ class LeaseConnection:
                 if holders:
                     return None
                 locked.extend(number for number in numbers if self._lock(number))
+                self._end_transactions("%")
                 # Of all rows, so that a daemon of the old cut that was stopped writes nothing when it comes back.
                 self._write(
                     "UPDATE shard SET epoch = epoch + 1, holder = NULL,"
@@ -410,6 +428,14 @@ class LeaseConnection:
             f"SELECT {_FOREIGN_ROWS}", {"shards": self._cut.shards, "client_ids": self._cut.sessions}
         )
         return bool(foreign)
+
+    def _end_transactions(self, shard: int | str) -> None:
+        """End the transactions of a shard's last holder, or with ``%`` of all shards' last holders.
+
+        They keep the shard's row, and it has lost the shard. A timeout of the server is not enough: where a daemon was
+        stopped within a pipeline or a large message, the server does not count its transaction as idle.
+        """
+        self._rows(_END_TRANSACTIONS, (f"stationkey {shard_connection(shard, '%')}",))
 
     def _taken(self, number: int) -> Taken:
         """Begin a new epoch of a shard, and record its MQTT session before there is one."""

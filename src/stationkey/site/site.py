@@ -41,7 +41,7 @@ from stationkey.service.active_files import ActiveDirectory
 from stationkey.service.strays import Strays
 from stationkey.site.adoption import Adoption, AllShards
 from stationkey.site.balance import balance
-from stationkey.site.connection import Cut, Identity, LeaseConnection, Session, Taken, View
+from stationkey.site.connection import Cut, Identity, LeaseConnection, Session, Taken, View, shard_connection
 from stationkey.site.fitness import Fitness
 from stationkey.site.lease import Lease
 from stationkey.site.overview import Looking, look
@@ -148,7 +148,7 @@ class _Access:
             directory=self._settings.state_dir,
             shard=Bound(taken.number, shards, taken.epoch),
             on_lost=on_lost,
-            name=f"shard {taken.number} {self.instance}",
+            name=shard_connection(taken.number, self.instance),
         )
 
 

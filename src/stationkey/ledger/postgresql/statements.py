@@ -64,11 +64,14 @@ class PostgresqlSql:
         """Execute a statement."""
         return self._connection.execute(translated(statement), arguments)
 
-    def executemany(self, statement: str, arguments: Iterable[Arguments], /) -> Cursor[tuple[Any, ...]]:
-        """Execute a statement with each of several sets of arguments."""
-        cursor = self._connection.cursor()
-        cursor.executemany(translated(statement), arguments)
-        return cursor
+    def executemany(self, statement: str, arguments: Iterable[Arguments], /) -> None:
+        """Execute a statement with each of several sets of arguments.
+
+        Without psycopg's pipeline: the server does not count a transaction as idle in the middle of one, and would keep
+        the locks of a daemon that is stopped there.
+        """
+        for each in arguments:
+            self.execute(statement, each)
 
     def mine(self, table: str, /) -> str:
         """Return the condition for the rows of this shard."""
