@@ -49,10 +49,11 @@ def test_a_connection_is_named_and_bounded(database: Database) -> None:
         settings = connection.execute(
             "SELECT current_setting('application_name'), current_setting('statement_timeout'),"
             " current_setting('idle_in_transaction_session_timeout'), current_setting('search_path'),"
-            " current_setting('client_connection_check_interval')"
+            " current_setting('client_connection_check_interval'), current_setting('tcp_keepalives_idle')::int"
+            " + current_setting('tcp_keepalives_interval')::int * current_setting('tcp_keepalives_count')::int"
         ).fetchone()
 
-    assert settings == ("stationkey test", "6s", "4s", "stationkey", "2s")
+    assert settings == ("stationkey test", "6s", "4s", "stationkey", "2s", 11)
 
 
 def test_a_wrong_password_is_refused_and_not_shown(database: Database, tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ PARAMETERS: Final = {
             "lock_timeout": _LOCK_TIMEOUT * 1000,
             "idle_in_transaction_session_timeout": _IDLE_TIMEOUT * 1000,
             "client_connection_check_interval": _LOST_AFTER * 1000,
+            # Else the server waits for hours for the rest of a message whose sender is gone.
+            "tcp_keepalives_idle": 5,
+            "tcp_keepalives_interval": 2,
+            "tcp_keepalives_count": 3,
             "jit": "off",
         }.items()
     ),

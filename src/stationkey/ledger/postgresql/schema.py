@@ -245,7 +245,8 @@ def _migrate(connection: Connection, found: int) -> None:
     connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}".encode())
     for step in MIGRATIONS[found:]:
         connection.execute(step.statements.encode())
-    connection.cursor().executemany(
-        "INSERT INTO meta (name, value) VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-        [("schema", str(version())), ("readable_from", str(readable_from))],
+    connection.execute(
+        "INSERT INTO meta (name, value) VALUES ('schema', %s), ('readable_from', %s)"
+        " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+        (str(version()), str(readable_from)),
     )
