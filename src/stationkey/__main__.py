@@ -24,7 +24,10 @@ def run() -> None:
     leave_at_once()
     try:
         if sys.argv[1:2] == ["serve"]:
-            from stationkey.serving import serve  # noqa: PLC0415 - this is what may be interrupted
+            from stationkey.system.spared import spare_openssl  # noqa: PLC0415 - this is what may be interrupted
+
+            spare_openssl()
+            from stationkey.serving import serve  # noqa: PLC0415 - same
 
             if (status := serve(sys.argv[2:], _report)) is not None:
                 sys.exit(status)

@@ -27,8 +27,8 @@ from stationkey.keystore.worker import Task, on_keystore, overdue
 from stationkey.ledger import Ledger
 from stationkey.mqtt.connection import MqttConnection, connect
 from stationkey.mqtt.gateway import MqttEdge
+from stationkey.mqtt.introduction import check
 from stationkey.mqtt.retained import RetainedTopic
-from stationkey.mqtt.tls import check
 from stationkey.mqtt.topics import Stations, renewal
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import unless

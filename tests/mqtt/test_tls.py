@@ -51,11 +51,9 @@ async def test_a_broker_whose_certificate_leads_to_the_ca_file_is_spoken_to(
         assert connection.is_v5 is (version == V5)
         assert await echo(connection) == b"echo"
         transport = connection._transport  # noqa: SLF001 - the socket is nobody else's business
-        assert transport is not None
-        sock = transport.tls
-        assert sock is not None
-        assert sock.version() == "TLSv1.3"
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+        assert isinstance(transport, tls.TlsTransport)
+        assert transport.tls.version() == "TLSv1.3"
+        assert transport.tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 @pytest.mark.parametrize(

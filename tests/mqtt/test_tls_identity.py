@@ -20,9 +20,9 @@ from secured import NAME, Authority, Identity, SecuredMosquitto, terms, write_se
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
 from stationkey.errors import BrokerError, ConfigurationError
-from stationkey.mqtt import tls, tpm_provider
+from stationkey.mqtt import tpm_provider
 from stationkey.mqtt.connection import MqttConnection
-from stationkey.mqtt.tls import check
+from stationkey.mqtt.introduction import check, introduction
 from stationkey.mqtt.url import Broker
 
 pytest_plugins = ["tls_brokers"]
@@ -296,4 +296,4 @@ async def test_a_password_in_the_clear_over_a_network_is_warned_of(
 def test_what_a_connection_begins_with_does_not_show_its_password(tmp_path: Path) -> None:
     file = write_secret(tmp_path / "password", "secret word")
     by = MqttTerms(username="stationkey", password=SecretReference(str(file)))
-    assert "secret word" not in repr(tls.introduction(by, tls=False))
+    assert "secret word" not in repr(introduction(by, tls=False))

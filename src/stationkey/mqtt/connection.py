@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Final, Self
@@ -32,6 +32,7 @@ from stationkey.mqtt.bounds import (
     PACKET_MARGIN,
 )
 from stationkey.mqtt.codec import V5, V311, ProtocolViolation
+from stationkey.mqtt.introduction import Introduction, introduction
 from stationkey.mqtt.reason_codes import (
     FAILURE,
     NO_MATCHING_SUBSCRIBERS,
@@ -41,7 +42,6 @@ from stationkey.mqtt.reason_codes import (
     UNSUPPORTED_VERSION,
 )
 from stationkey.mqtt.server_limits import ServerLimits, refused_publication
-from stationkey.mqtt.tls import Introduction, closed_without_a_word, introduction, no_handshake, refused
 from stationkey.mqtt.transport import Transport
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
@@ -179,8 +179,6 @@ class MqttConnection:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 we = await in_thread(self._dial)
-        except ssl.SSLError as error:
-            raise no_handshake(str(self._broker), error) from None
         except (OSError, ValueError) as error:
             self._drop("not connected")  # after a timeout the thread goes on; see _watch
             why = getattr(error, "strerror", None) or str(error) or f"no connection within {CONNECT_TIMEOUT:g} s"
@@ -219,20 +217,23 @@ class MqttConnection:
         sock = socket.create_connection((self._broker.host, self._broker.port), timeout=CONNECT_TIMEOUT / 2)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            transport: Callable[..., Transport] = Transport
             if we.tls is not None:
-                sock = we.tls.wrap_socket(sock, server_hostname=self._broker.host)
+                from stationkey.mqtt.tls import TlsTransport, shaken  # noqa: PLC0415 - with `ssl`
+
+                sock, transport = shaken(we.tls, sock, self._broker), TlsTransport
             sock.setblocking(False)
-            self._loop.call_soon_threadsafe(self._watch, sock)
+            self._loop.call_soon_threadsafe(self._watch, sock, transport)
         except BaseException:
             sock.close()
             raise
         return we
 
-    def _watch(self, sock: socket.socket) -> None:
+    def _watch(self, sock: socket.socket, transport: Callable[..., Transport]) -> None:
         if self.lost.done():
             sock.close()  # the connection was given up meanwhile
             return
-        self._transport = Transport(sock, received=self._take_all, ended=self._ended)
+        self._transport = transport(sock, received=self._take_all, ended=self._ended)
 
     def _ended(self, error: Exception | None) -> None:
         if error is None:
@@ -457,9 +458,11 @@ class MqttConnection:
     def _not_accepted(self, why: str) -> BrokerError:
         """Return the error for a connection that ended before the CONNACK."""
         tls = self._broker.tls and self._transport is not None
-        if self._transport is not None and self._transport.failure is not None:
-            return refused(str(self._broker), self._transport.failure)
-        if tls:
+        if self._transport is not None and tls:
+            from stationkey.mqtt.tls import closed_without_a_word, refused  # noqa: PLC0415 - with `ssl`
+
+            if self._transport.failure is not None:
+                return refused(str(self._broker), self._transport.failure)
             closed_without_a_word()
         # Some brokers without MQTT 5 close the connection without an answer.
         return ProtocolRefused(

@@ -1,4 +1,4 @@
-"""TLS towards the broker: trust anchors, and our certificate.
+"""TLS towards the broker: trust anchors, our certificate, and the socket. Loaded only where TLS is used.
 
 The broker's certificate is always verified, its name included; no setting turns that off. The client's key may be in a
 TPM; see `stationkey.mqtt.tpm_provider`.
@@ -6,29 +6,23 @@ TPM; see `stationkey.mqtt.tpm_provider`.
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import logging
 import socket
 import ssl
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, Self
 
 from msgspec import Struct
 
-from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
 from stationkey.errors import BrokerError, ConfigurationError
 from stationkey.mqtt.tpm_provider import TPM_PROVIDER
+from stationkey.mqtt.transport import PIECE, Transport
 from stationkey.mqtt.url import Broker
-from stationkey.mqtt.waiting import CONNECT_TIMEOUT, in_thread
-from stationkey.system.addresses import is_loopback
 from stationkey.system.files import read_regular
 from stationkey.system.pem import blocks
-
-log = logging.getLogger(__name__)
 
 MAX_PEM: Final = 1024 * 1024
 """Largest file of certificates or a key, in bytes."""
@@ -80,58 +74,7 @@ class _Files(Struct, frozen=True):
         return self.key is not None and b"-----BEGIN TSS2 PRIVATE KEY-----" in self.key
 
 
-@dataclass(frozen=True, slots=True)
-class Introduction:
-    """TLS context and credentials of a connection.
-
-    Attributes:
-        tls: the context, or None without TLS.
-        username: user name, or None.
-        password: password, or None.
-    """
-
-    tls: ssl.SSLContext | None
-    username: str | None
-    password: bytes | None = field(repr=False)
-
-
-def introduction(terms: MqttTerms, *, tls: bool) -> Introduction:
-    """Read the files of `terms`. Blocks; a key in a TPM is loaded there.
-
-    Args:
-        terms: TLS and credentials.
-        tls: whether TLS is used.
-
-    Raises:
-        ConfigurationError: a file is unreadable or invalid, or needs TLS.
-        BrokerError: the TPM does not load the key now.
-    """
-    if not tls and any((terms.ca_file, terms.certificate_file, terms.key_file, terms.server_name)):
-        raise ConfigurationError(
-            "the broker's URL is without TLS, but CA file, certificate, key or server name are set",
-            reason="tls_options_unused",
-            hint="begin the URL with mqtts://, or remove them",
-        )
-    username, password = _credentials(terms)
-    return Introduction(_client_context(terms) if tls else None, username, password)
-
-
-async def check(broker: Broker, terms: MqttTerms) -> None:
-    """Check the terms before the first connection, without connecting.
-
-    Raises:
-        ConfigurationError: a file is unreadable or invalid, or not applicable to this broker.
-    """
-    if terms.password is not None and not broker.tls and not is_loopback(broker.host):
-        log.warning("the password crosses the network to %s in the clear: use mqtts://", broker)
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            await in_thread(lambda: introduction(terms, tls=broker.tls))
-    except (BrokerError, TimeoutError) as error:
-        log.debug("the TPM does not provide the TLS key yet: %s", error)  # each connection retries, and logs it
-
-
-def _client_context(terms: MqttTerms) -> ssl.SSLContext:
+def client_context(terms: MqttTerms) -> ssl.SSLContext:
     """Return the TLS context for a connection to the broker."""
     files = _read(terms)
     return _TPM.context(files) if files.key_is_in_tpm else _context(files)
@@ -270,6 +213,55 @@ class _Tpm:
 _TPM: Final = _Tpm()
 
 
+class TlsTransport(Transport):
+    """A connected socket after its handshake."""
+
+    def __init__(
+        self,
+        sock: ssl.SSLSocket,
+        *,
+        received: Callable[[bytes], None],
+        ended: Callable[[Exception | None], None],
+    ) -> None:
+        super().__init__(sock, received=received, ended=ended)
+        self.tls = sock
+
+    def _take_from(self) -> bytes | None:
+        try:
+            return self.tls.recv(PIECE)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        except ssl.SSLWantWriteError:
+            self._read_when_writable()
+        except ssl.SSLError as error:
+            self.failure = error.reason
+            raise
+        return None
+
+    def _put_into(self, data: bytes | memoryview) -> int:
+        try:
+            return self.tls.send(data)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+
+    def _has_more(self) -> bool:
+        """See `Transport`; more may be decrypted already, which the socket does not signal."""
+        return self.tls.fileno() != -1 and self.tls.pending() > 0
+
+
+def shaken(context: ssl.SSLContext, sock: socket.socket, broker: Broker) -> ssl.SSLSocket:
+    """Do the handshake, which blocks, and return the socket that speaks TLS.
+
+    Raises:
+        BrokerError: it failed.
+        OSError: the connection ended.
+    """
+    try:
+        return context.wrap_socket(sock, server_hostname=broker.host)
+    except ssl.SSLError as error:
+        raise no_handshake(str(broker), error) from None
+
+
 def no_handshake(broker: str, error: ssl.SSLError) -> BrokerError:
     """Return the error for a failed handshake.
 
@@ -321,13 +313,3 @@ def closed_without_a_word() -> None:
 
 def _words(failure: str | None) -> str:
     return "it failed" if failure is None else failure.lower().replace("_", " ")
-
-
-def _credentials(terms: MqttTerms) -> tuple[str | None, bytes | None]:
-    username = terms.username
-    if isinstance(username, SecretReference):
-        try:
-            username = username.read().decode()
-        except UnicodeDecodeError:  # [MQTT 5 3.1.3.5]
-            raise ConfigurationError("the user name for the broker is not UTF-8", reason="secret_unreadable") from None
-    return username, None if terms.password is None else terms.password.read()

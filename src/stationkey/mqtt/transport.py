@@ -1,4 +1,4 @@
-"""A connected socket in the event loop, with or without TLS.
+"""A connected socket in the event loop; `stationkey.mqtt.tls` has the one with TLS.
 
 asyncio's own TLS does the handshake in the event loop, and a TPM that hangs would block it. So the socket comes
 connected, and its handshake done.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -41,7 +40,6 @@ class Transport:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
-        self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
         self._received = received
         self._ended = ended
         self._unsent: deque[bytes | memoryview] = deque()
@@ -61,11 +59,6 @@ class Transport:
     def closed(self) -> bool:
         """Whether it has ended."""
         return self._closed
-
-    @property
-    def tls(self) -> ssl.SSLSocket | None:
-        """The socket if it speaks TLS."""
-        return self._tls
 
     def send(self, packet: bytes) -> None:
         """Send a packet: as much as the socket takes now, and the rest when it is writable again."""
@@ -102,9 +95,7 @@ class Transport:
     def _write(self, data: bytes | memoryview) -> int:
         """Return how many bytes the socket has taken."""
         try:
-            return self._sock.send(data)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
+            return self._put_into(data)
         except OSError:
             self._end(None)
         except Exception as error:  # noqa: BLE001 - part of the packet may be sent, and the peer would misread the next
@@ -131,23 +122,17 @@ class Transport:
             self._loop.remove_writer(self._sock)
 
     def _read(self) -> None:
-        """Read what has arrived. With TLS, more may be decrypted already, which the socket does not signal."""
+        """Hand over what has arrived."""
         if self._closed:
             return
         try:
-            data = self._sock.recv(PIECE)
+            data = self._take_from()
+            if data is None:
+                return
             self.heard = self._loop.time()
             if data:
                 self._received(data)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return
-        except ssl.SSLWantWriteError:
-            self._read_again = True
-            self._loop.add_writer(self._sock, self._flush)
-            return
-        except OSError as error:
-            if isinstance(error, ssl.SSLError):
-                self.failure = error.reason
+        except OSError:
             self._end(None)
             return
         except MemoryError as error:
@@ -155,5 +140,29 @@ class Transport:
             return
         if not data:
             self._end(None)
-        elif self._tls is not None and self._tls.fileno() != -1 and self._tls.pending() > 0:
+        elif self._has_more():
             self._loop.call_soon(self._read)
+
+    def _read_when_writable(self) -> None:
+        self._read_again = True
+        self._loop.add_writer(self._sock, self._flush)
+
+    # What TLS does otherwise.
+
+    def _take_from(self) -> bytes | None:
+        """Return what has arrived, empty at the end; None for nothing yet."""
+        try:
+            return self._sock.recv(PIECE)
+        except BlockingIOError:
+            return None
+
+    def _put_into(self, data: bytes | memoryview) -> int:
+        """Return how many bytes the socket has taken."""
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+
+    def _has_more(self) -> bool:
+        """Return whether something has arrived that the socket does not signal."""
+        return False

@@ -31,7 +31,7 @@ from stationkey.ledger.postgresql.engine import PostgresqlDatabase
 from stationkey.ledger.postgresql.engine import Shard as Bound
 from stationkey.ledger.postgresql.inventory import SiteInventory
 from stationkey.ledger.postgresql.slots import shard_of
-from stationkey.mqtt.tls import check
+from stationkey.mqtt.introduction import check
 from stationkey.mqtt.topics import Stations
 from stationkey.mqtt.url import Broker
 from stationkey.mqtt.waiting import unless

@@ -24,7 +24,8 @@ from stationkey.doctor.report import Finding, failure, hidden, listed, ok, refus
 from stationkey.doctor.runner import Check, within
 from stationkey.errors import ConfigurationError, StationKeyError
 from stationkey.mqtt.connection import ProtocolRefused
-from stationkey.mqtt.tls import introduction, no_handshake
+from stationkey.mqtt.introduction import introduction
+from stationkey.mqtt.tls import no_handshake
 from stationkey.mqtt.topics import MAX_PREFIX, Stations, topics
 from stationkey.mqtt.url import DEFAULT_TLS_PORT, Broker
 from stationkey.system.addresses import is_loopback

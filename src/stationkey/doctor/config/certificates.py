@@ -20,7 +20,7 @@ from stationkey.doctor.host.files import READ, Facts, Kind, User, look_at, octal
 from stationkey.doctor.report import Finding, failure, hidden, ok, refusal, unknown, warning
 from stationkey.doctor.runner import Check
 from stationkey.errors import ConfigurationError, StationKeyError
-from stationkey.mqtt.tls import introduction
+from stationkey.mqtt.introduction import introduction
 from stationkey.system.files import read_regular
 
 MONTH: Final = timedelta(days=30)

@@ -28,7 +28,7 @@ from stationkey.doctor.report import Finding, Level, failure, hidden, listed, ok
 from stationkey.doctor.runner import Check
 from stationkey.errors import ConfigurationError
 from stationkey.keystore.pkcs11.uri import TokenUri
-from stationkey.mqtt.tls import introduction
+from stationkey.mqtt.introduction import introduction
 from stationkey.mqtt.topics import availability, renewal
 from stationkey.service.josev_files import MAX_CERTIFICATE_FILES, STATION
 from stationkey.system.addresses import is_loopback
