@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from issuing import issue
-from peers import Mosquitto, free_port
+from peers import Mosquitto, free_port, is_listening
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
@@ -127,6 +127,9 @@ class SecuredMosquitto(Mosquitto):
         if clients is not None:
             lines += [f"cafile {clients.file}", "require_certificate true", "use_identity_as_username true"]
         super().__init__(directory, *extra, *lines)
+
+    def listening(self) -> bool:
+        return super().listening() and is_listening(self.tls_port)  # which it opens after the plain one
 
     @property
     def tls_url(self) -> str:
