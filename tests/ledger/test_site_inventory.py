@@ -245,10 +245,10 @@ def test_a_look_that_a_dead_daemon_did_not_finish_is_taken_up_by_another(site: S
 
 def test_a_sweep_says_that_there_is_more_to_look_for(site: Site) -> None:
     inventory = site.daemon("a")
-    for _ in range(40):
+    for _ in range(9):
         inventory.end(inventory.new(TOKEN))
-    sweeps = [inventory.ended(None, lambda: TOKEN) for _ in range(2)]
-    assert [(len(sweep.identifiers), sweep.more) for sweep in sweeps] == [(32, True), (8, False)]
+    sweeps = [inventory.ended(None, lambda: TOKEN) for _ in range(3)]
+    assert [(len(sweep.identifiers), sweep.more) for sweep in sweeps] == [(4, True), (4, True), (1, False)]
 
 
 def test_a_batch_that_was_given_up_meanwhile_is_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,9 @@ _FRESH: Final = 2.0
 """Seconds for which a batch is taken for this daemon's own without asking: its lease may have ended meanwhile."""
 _RECORDED_BY: Final = 180.0
 """Seconds after which a key of this daemon that is not in the ledger never will be."""
-_PART: Final = 32
-"""Keys that one call of `ended` returns at most: the key store's thread is busy with them, and a request waits."""
+_PART: Final = 4
+"""Keys that one call of `ended` returns at most: the key store's thread is busy with them, and a request waits. To look
+for a key may take a tenth of a second."""
 _PATIENCE: Final = 20.0
 """Seconds to wait for the server, at most, before a request for a key is rejected; as the ledger does."""
 _STEP: Final = 0.25
