@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from stationkey.system.interrupts import leave_at_once
@@ -24,9 +25,10 @@ def run() -> None:
     leave_at_once()
     try:
         if sys.argv[1:2] == ["serve"]:
-            from stationkey.system.spared import spare_openssl  # noqa: PLC0415 - this is what may be interrupted
+            from stationkey.system.spared import spare  # noqa: PLC0415 - this is what may be interrupted
 
-            spare_openssl()
+            gc.disable()  # nothing is garbage yet; `daemon` enables it when it is ready
+            spare()
             from stationkey.serving import serve  # noqa: PLC0415 - same
 
             if (status := serve(sys.argv[2:], _report)) is not None:

@@ -6,7 +6,6 @@ is read here; any other, and any error, is left to `stationkey.cli`, whose words
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -65,7 +64,6 @@ def serve(arguments: Sequence[str], report: Report) -> int | None:
         arguments: the command line.
         report: prints an error, with the configuration file that was read, and returns the exit status.
     """
-    gc.disable()  # nothing is garbage yet; `daemon` enables it when it is ready
     told = _told(arguments)
     if told is None:
         return None

@@ -48,7 +48,7 @@ def test_with_tls_it_loads_what_that_needs(tmp_path: Path) -> None:
 def test_what_is_imported_already_stays_as_it_is(before: str) -> None:
     """A program that has its own use of OpenSSL loses none of it."""
     program = (
-        f"import {before}\nfrom stationkey.system.spared import spare_openssl\nspare_openssl()\n"
+        f"import {before}\nfrom stationkey.system.spared import spare\nspare()\n"
         "import asyncio.base_events, hashlib, ssl\n"
         "print(asyncio.base_events.ssl is ssl, hasattr(hashlib, 'scrypt'))"
     )

@@ -17,6 +17,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from msgspec import structs
 from peers import Swtpm
 from softhsm import PIN, Token
 from tokens import opencryptoki, tpm2_pkcs11
@@ -220,7 +221,7 @@ def test_a_key_outlives_its_store_and_a_loss_of_power(
     device: Device, store: KeyStore, algorithm: Algorithm, served: KeyRef
 ) -> None:
     """All there is to keep are the fields of the `KeyRef`."""
-    kept = dataclasses.asdict(served) | {"key_type": KINDS[algorithm]}
+    kept = structs.asdict(served) | {"key_type": KINDS[algorithm]}
     store.close()
     device.restart()
     later = device.open()
@@ -234,7 +235,7 @@ def test_a_key_that_works_passes_the_check_and_a_damaged_one_does_not(store: Key
     for as_new in (False, True):
         check_key(store, key, as_new=as_new)
         with pytest.raises(KeyStoreError) as caught:
-            check_key(store, dataclasses.replace(key, private=key.private[:-7]), as_new=as_new)
+            check_key(store, structs.replace(key, private=key.private[:-7]), as_new=as_new)
         assert caught.value.reason == "key_damaged"
 
 
@@ -248,7 +249,7 @@ def test_a_destroyed_key_takes_no_other_with_it(device: Device, store: KeyStore,
 
 def test_a_key_of_another_store_is_refused_in_words(store: KeyStore, key: KeyRef) -> None:
     for scheme in SCHEMES.keys() - {key.scheme}:
-        with pytest.raises(KeyStoreError) as signing, store.signer(dataclasses.replace(key, scheme=scheme)):
+        with pytest.raises(KeyStoreError) as signing, store.signer(structs.replace(key, scheme=scheme)):
             pass
         assert signing.value.reason == "key_of_another_store"
         assert key.key_id in str(signing.value)
@@ -263,14 +264,14 @@ def test_a_key_of_another_store_is_refused_in_words(store: KeyStore, key: KeyRef
     ],
 )
 def test_a_damaged_key_is_refused_in_words(store: KeyStore, key: KeyRef, private: bytes) -> None:
-    with pytest.raises(KeyStoreError) as signing, store.signer(dataclasses.replace(key, private=private)):
+    with pytest.raises(KeyStoreError) as signing, store.signer(structs.replace(key, private=private)):
         pass
     assert signing.value.reason == "key_damaged"
     assert key.key_id in str(signing.value)
 
 
 def test_a_key_cut_short_is_refused_in_words(store: KeyStore, key: KeyRef) -> None:
-    short = dataclasses.replace(key, private=key.private[:-7])
+    short = structs.replace(key, private=key.private[:-7])
     with pytest.raises(KeyStoreError) as caught, store.signer(short):
         pass
     assert caught.value.reason == "key_damaged"

@@ -5,7 +5,6 @@ Where a test asks the TPM itself, it does so on a connection of its own, and by 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from unittest import mock
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from msgspec import structs
 from peers import Swtpm
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CC, TPM2_ECC, TPM2_SE, TPMA_OBJECT
@@ -467,6 +467,6 @@ def test_a_file_named_in_the_place_of_a_device_is_never_written_to(tmp_path: Pat
 def test_a_blob_that_was_tampered_with_is_refused_by_the_tpm(store: Tpm2KeyStore) -> None:
     key = store.generate(P256)
     assert works(store, key)
-    broken = dataclasses.replace(key, private=key.private[:-1] + bytes([key.private[-1] ^ 1]))
+    broken = structs.replace(key, private=key.private[:-1] + bytes([key.private[-1] ^ 1]))
     assert reason_of(lambda: works(store, broken)) == "key_of_another_tpm"
     assert works(store, key)

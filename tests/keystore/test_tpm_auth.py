@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import os
 import stat
 from contextlib import closing
@@ -76,7 +75,7 @@ def test_a_key_under_a_hierarchy_is_refused_in_words(opened: Opener) -> None:
     """As other programs write them: its parent is made anew at each use, and none of ours was."""
     store = opened()
     key = sign(store)
-    other = dataclasses.replace(key, private=replace(KeyFile.read(key.private), parent=0x40000001).der())
+    other = replace(key, private=replace(KeyFile.read(key.private), parent=0x40000001).der())
     assert refusal(lambda: sign(store, other)).reason == "parent_missing"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import subprocess
 from typing import Any
@@ -185,7 +184,7 @@ def test_a_register_that_changes_while_the_policy_is_shown_costs_a_second_try(
 def test_a_policy_of_another_kind_is_told_as_damage(opened: Opener, policy: tuple[Command, ...]) -> None:
     store = opened()
     key = sign(store)
-    other = dataclasses.replace(key, private=replace(KeyFile.read(key.private), policy=policy).der())
+    other = replace(key, private=replace(KeyFile.read(key.private), policy=policy).der())
     assert refusal(lambda: sign(store, other)).reason == "key_damaged"
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import product
 
 import pytest
 from ledgers import Place
+from msgspec.structs import replace
 from recording import (
     INTO,
     a_key,

@@ -7,11 +7,11 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from msgspec.structs import replace
 from showing import Edge
 
 from parts import E1, E2, STATION, V2G, V2G20, Station, request, station

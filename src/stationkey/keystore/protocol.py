@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
@@ -34,8 +33,7 @@ def key_id_of(public: bytes) -> str:
     return hashlib.sha256(public).hexdigest()[:KEY_ID_LENGTH]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyRef:
+class KeyRef(Struct, frozen=True, kw_only=True):
     """Everything that a key store needs to use a key again.
 
     Attributes:
@@ -50,8 +48,12 @@ class KeyRef:
 
     scheme: str
     key_type: KeyType
-    public: bytes = field(repr=False)
-    private: bytes = field(repr=False)
+    public: bytes
+    private: bytes
+
+    def __repr__(self) -> str:
+        """Show neither part of the key itself."""
+        return f"KeyRef(scheme={self.scheme!r}, key_type={self.key_type!r})"
 
     @property
     def key_id(self) -> str:

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from msgspec import Struct
 
@@ -214,7 +214,10 @@ class MqttConnection:
     def _dial(self) -> Introduction:
         """Do the blocking part of connecting: files, name resolution, TCP, TLS (perhaps with a TPM)."""
         we = introduction(self._terms, tls=self._broker.tls)
-        sock = socket.create_connection((self._broker.host, self._broker.port), timeout=CONNECT_TIMEOUT / 2)
+        host: Any = self._broker.host
+        if host.isascii():
+            host = host.encode()  # a text would have Python load the tables of IDNA
+        sock = socket.create_connection((host, self._broker.port), timeout=CONNECT_TIMEOUT / 2)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             transport: Callable[..., Transport] = Transport

@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -307,7 +306,7 @@ class _Reading:
         if chain is None:
             return []
         self._certificates += chain.certificates
-        return replace(chain, path=str(path)).seen_from_each()
+        return structs.replace(chain, path=str(path)).seen_from_each()
 
     def _content(self, path: Path) -> bytes | None:
         """Return the content of a regular file; None for a link to a folder that is read anyway.

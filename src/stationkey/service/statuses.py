@@ -10,9 +10,10 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Final
 from weakref import WeakValueDictionary
+
+from msgspec import Struct, field
 
 from stationkey.config.settings import DAY, Bounds, Terms
 from stationkey.contract.messages import CertificateInstallationStatus
@@ -50,8 +51,7 @@ UNKNOWN_LIFE: Final = 365 * DAY
 """Assumed validity of an unreadable certificate, in milliseconds."""
 
 
-@dataclass(slots=True, weakref_slot=True)
-class _Line:
+class _Line(Struct, weakref=True, eq=False):
     """The statuses of one station about the keys of one key store, which wait in order.
 
     Attributes:

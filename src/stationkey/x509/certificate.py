@@ -7,7 +7,6 @@ installer verifies the chain].
 from __future__ import annotations
 
 import base64
-import dataclasses
 import re
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 from msgspec import Struct
+from msgspec.structs import replace
 
 from stationkey.contract.profiles import CertificateProfile
 from stationkey.errors import KeyStoreError, StationKeyError
@@ -37,19 +37,26 @@ UNREADABLE: Final = (ValueError, x509.DuplicateExtension, x509.UnsupportedGenera
 """The exceptions of cryptography for invalid extensions, which it parses on access."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(Struct, frozen=True, eq=False):
     """A leaf certificate and the other certificates of its file, in their order.
 
     Attributes:
         certificates: leaf first, as in OCPP's ``certificateChain``.
         position: index of the leaf, for a file in another order.
-        path: the file, if it is known.
+        path: the file, if it is known; two chains do not differ by it.
     """
 
     certificates: tuple[Certificate, ...]
     position: int = 0
-    path: str = dataclasses.field(default="", compare=False)
+    path: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare all but the file."""
+        return isinstance(other, Chain) and (self.certificates, self.position) == (other.certificates, other.position)
+
+    def __hash__(self) -> int:
+        """As `__eq__`."""
+        return hash((self.certificates, self.position))
 
     @property
     def own(self) -> Certificate:
@@ -73,7 +80,7 @@ class Chain:
         A certificate with an unreadable key or validity is not a leaf of ours, and only follows another.
         """
         return [
-            dataclasses.replace(self, position=position)
+            replace(self, position=position)
             for position, certificate in enumerate(self.certificates)
             if _unreadable(certificate) is None
         ]

@@ -6,7 +6,6 @@ some CAs issue such certificates. So a certificate is split here, and cryptograp
 
 from __future__ import annotations
 
-import dataclasses
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from msgspec import Struct
 
 from stationkey.system.text import printable
 
@@ -84,8 +84,7 @@ def _encoded(tag: int, content: bytes) -> bytes:
     return bytes([tag]) + (length if size < _LONG else bytes([_LONG | len(length)]) + length) + content
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Certificate:
+class Certificate(Struct, frozen=True):
     """A certificate by its parts, each in DER.
 
     Attributes:
@@ -105,7 +104,7 @@ class Certificate:
     subject: bytes
     key: bytes
     signature: bytes
-    loaded: x509.Certificate | None = dataclasses.field(compare=False)
+    loaded: x509.Certificate | None
     odd: tuple[str, ...] = ()
 
     @property

@@ -6,9 +6,8 @@ tpm2-pytss's class for it knows no policy. Without a policy, the bytes here are 
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Final
+from typing import Final
 
-from cryptography.hazmat import asn1
 from cryptography.x509 import ObjectIdentifier
 from msgspec import Struct
 
@@ -24,22 +23,6 @@ POLICY_PCR: Final = 0x17F
 
 _NO_DIGEST: Final = bytes(32)
 """Where every policy begins."""
-
-
-@asn1.sequence
-class _Command:
-    code: Annotated[int, asn1.Explicit(0)]
-    policy: Annotated[bytes, asn1.Explicit(1)]
-
-
-@asn1.sequence
-class _File:
-    type: ObjectIdentifier
-    empty_auth: Annotated[bool | None, asn1.Explicit(0)]
-    policy: Annotated[list[_Command] | None, asn1.Explicit(1)]
-    parent: int
-    public: bytes
-    private: bytes
 
 
 class Command(Struct, frozen=True):
@@ -76,9 +59,11 @@ class KeyFile(Struct, frozen=True):
 
     def der(self) -> bytes:
         """The file's content."""
-        commands = [_Command(code=command.code, policy=command.policy) for command in self.policy]
+        from stationkey.keystore.tpm2 import keyfile_asn1 as asn1  # noqa: PLC0415 - not before there is a key
+
+        commands = [asn1.Command(code=command.code, policy=command.policy) for command in self.policy]
         return asn1.encode_der(
-            _File(
+            asn1.File(
                 type=self.type,
                 empty_auth=self.empty_auth,
                 policy=commands or None,
@@ -95,7 +80,9 @@ class KeyFile(Struct, frozen=True):
         Raises:
             ValueError: it did not.
         """
-        file = asn1.decode_der(_File, der)
+        from stationkey.keystore.tpm2 import keyfile_asn1 as asn1  # noqa: PLC0415 - not before there is a key
+
+        file = asn1.decode_der(asn1.File, der)
         if file.type not in {KEY, SEALED}:
             raise ValueError("neither a key nor sealed data")
         return cls(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
@@ -20,6 +19,7 @@ from typing import Any, Final, TypeVar
 from cryptography.exceptions import UnsupportedAlgorithm as CryptographyUnsupported
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from msgspec import Struct
 from msgspec.structs import replace
 
 from stationkey.config.settings import TpmTerms
@@ -409,8 +409,7 @@ class Tpm2KeyStore(Device):
             self._open()
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
+class _Loaded(Struct, frozen=True):
     """A key in one of the TPM's slots, and the authorisation that it needs.
 
     Attributes:
@@ -421,9 +420,13 @@ class _Loaded:
     key: KeyRef
     handle: Any
     policy: PcrPolicy | None
-    auth: bytes = field(repr=False)
+    auth: bytes
     plain: bool
     public_key: PublicKey | None = None
+
+    def __repr__(self) -> str:
+        """Show no authorisation value."""
+        return f"_Loaded({self.key!r}, {self.handle!r})"
 
 
 def _own(key: KeyRef) -> None:
