@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -150,10 +151,96 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)  # a reload of the server's configuration tells nobody
 
 
-def test_a_pooler_is_told_from_a_server() -> None:
-    error = of_error("opened", psycopg.OperationalError("FATAL:  unsupported startup parameter: options"))
+@contextmanager
+def speaking_german(database: Database) -> Iterator[None]:
+    """Have the server speak German, where its messages are installed."""
+    for change in ("ALTER SYSTEM SET lc_messages = 'C.UTF-8'", "SELECT pg_reload_conf()"):
+        database.admin(change)
+    try:
+        wait_for(lambda: database.admin("SHOW lc_messages") == [("C.UTF-8",)])
+        yield
+    finally:
+        for change in ("ALTER SYSTEM RESET lc_messages", "SELECT pg_reload_conf()"):
+            database.admin(change)
 
-    assert (error.reason, error.transient) == ("ledger_unsupported", False)
+
+def test_a_refusal_has_its_reason_in_every_language(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "wrong").write_text("hunter2")
+    (tmp_path / "wrong").chmod(0o600)
+    with speaking_german(database):
+        login = refused(database.uri, SecretReference(str(tmp_path / "wrong")))
+        missing = refused(f"{database.uri}_more", database.password)
+        database.admin(f"ALTER DATABASE {database.name} CONNECTION LIMIT 1")
+        with closing(opened(database)):
+            crowded = refused(database.uri, database.password)
+
+    reasons = [error.reason for error in (login, missing, crowded)]
+    assert reasons == ["ledger_login_refused", "ledger_missing", "ledger_crowded"]
+
+
+SSL_REQUEST = 80877103
+
+
+@contextmanager
+def refusing(state: str) -> Iterator[str]:
+    """A server that refuses each connection with an SQLSTATE, and words that nobody knows; its URI."""
+    fields = {b"S": "SEVERE", b"V": "FATAL", b"C": state, b"M": "keine Lust: 28P01", b"F": "a.c", b"L": "1", b"R": "f"}
+    body = b"".join(kind + value.encode() + b"\0" for kind, value in fields.items()) + b"\0"
+
+    def refuse() -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = listener.accept()
+                with client, client.makefile("rb") as sent:
+                    length, code = struct.unpack("!II", sent.read(8))
+                    if code == SSL_REQUEST:
+                        client.sendall(b"N")
+                        length, _ = struct.unpack("!II", sent.read(8))
+                    sent.read(length - 8)
+                    client.sendall(b"E" + struct.pack("!I", len(body) + 4) + body)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        try:
+            yield f"postgresql://u@127.0.0.1:{listener.getsockname()[1]}/x"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "transient"),
+    [
+        ("28000", "ledger_login_refused", False),
+        ("3D000", "ledger_missing", False),
+        ("42501", "ledger_unusable", False),
+        ("53300", "ledger_crowded", True),
+        ("57P03", "ledger_unreachable", True),
+        ("08P01", "ledger_unsupported", False),
+        ("ZZ999", "ledger_unreachable", True),
+    ],
+)
+def test_a_refusal_is_told_by_its_state_alone(state: str, reason: str, *, transient: bool) -> None:
+    with refusing(state) as uri:
+        error = refused(uri)
+
+    assert (error.reason, error.transient) == (reason, transient)
+    assert error.message.endswith("SEVERE: keine Lust: 28P01")
+
+
+def test_of_several_refusals_the_last_one_counts(database: Database) -> None:
+    with refusing("57P03") as other:
+        first = other.removeprefix("postgresql://u@").removesuffix("/x")
+        uri = database.uri.replace("127.0.0.1", f"{first},127.0.0.1")
+
+        assert refused(f"{uri}_more", database.password).reason == "ledger_missing"
+
+
+def test_a_handshake_that_is_cut_off_is_tried_again() -> None:
+    cut = "connection failed: SSL error: unexpected eof while reading"
+
+    assert of_error("opened", psycopg.OperationalError(cut)).transient
 
 
 FIT = Server(15, False, True, True, "on", "", "UTF8")

@@ -67,7 +67,9 @@ def make(server: Postgresql) -> Database:
 @pytest.fixture(scope="session")
 def session_postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgresql]:
     """A running server that the tests of a worker share: to be used and left as it was found."""
-    with Postgresql(tmp_path_factory.mktemp("postgresql")) as server:
+    server = Postgresql(tmp_path_factory.mktemp("postgresql"))
+    server.environment = {"LANGUAGE": "de"}  # unused while lc_messages is C
+    with server:
         yield server
 
 

@@ -6,15 +6,16 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import psycopg
 from psycopg import conninfo
-from psycopg.abc import PQGen
+from psycopg.abc import PQGen, PQGenConn
 from psycopg.rows import TupleRow
 
 from stationkey.config.secrets import SecretReference
 from stationkey.errors import LedgerError, Scope
+from stationkey.ledger.postgresql.opening import opening
 
 T = TypeVar("T")
 
@@ -103,20 +104,18 @@ _BY_STATE: Final = {
     "42501": _FORBIDDEN,
     "XX001": _DAMAGED,
     "XX002": _DAMAGED,
+    "08P01": _POOLED,  # PostgreSQL itself has no word to say against our protocol
     "08": _UNREACHABLE,
     "57P": _UNREACHABLE,
     "25P03": _UNREACHABLE,
 }
 """The nature of an SQLSTATE, or of those that begin with it [PostgreSQL, Appendix A]."""
 _BY_WORDS: Final = (
-    (re.compile("certificate|SSL (was|error)"), _UNTRUSTED),
-    (re.compile("password|pg_hba|role .* does not exist|authentication"), _LOGIN),
-    (re.compile("database .* does not exist"), _NO_DATABASE),
+    (re.compile("certificate|SSL was|SSL error: (?!unexpected eof)"), _UNTRUSTED),
+    (re.compile("no password|authentication"), _LOGIN),
     (re.compile("read-only|read/write"), _READ_ONLY),
-    (re.compile("unsupported startup parameter"), _POOLED),
-    (re.compile("too many (clients|connections)|connection slots"), _CROWDED),
 )
-"""The nature of a refused connection, of which libpq tells no SQLSTATE. Other languages get `_UNREACHABLE`."""
+"""The nature of what libpq says itself, without an SQLSTATE: in English, because Python does not set LC_MESSAGES."""
 
 
 class Connection(psycopg.Connection[TupleRow]):
@@ -127,6 +126,11 @@ class Connection(psycopg.Connection[TupleRow]):
     """
 
     hang: float | None = None
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        """Connect; psycopg's own loses the SQLSTATE of a refusal."""
+        return cls((yield from opening(conninfo)))
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait for the server; see psycopg's.
