@@ -114,12 +114,17 @@ def test_a_password_in_the_uri_is_refused_and_shown_nowhere(file: Path, uri: str
         (f'ledger_password_file = "/x"\n{SITE}', "ledger_password_file"),
         (f"{LEDGER}{SITE}[pool]\nrsa = 1\n", "pool.rsa"),
         (f"{SITE}[pool]\nec = 2\n", "pool.ec"),
+        (f'{LEDGER}{SITE}[tpm]\nkey_auth = "generated"\n', "tpm.key_auth"),
         (f'{SITE}[josev]\ncertificate_dir = "/josev"\n', "josev.certificate_dir"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(file: Path, text: str, place: str) -> None:
     assert place in refused(file, text)
     assert read_parts(file).complaints
+
+
+def test_one_daemon_for_a_site_may_have_a_generated_value(file: Path) -> None:
+    assert settings(file, f'{SITE}[tpm]\nkey_auth = "generated"\n').tpm.key_auth == "generated"
 
 
 def test_a_site_has_shards_a_lease_and_no_keys_made_ahead(file: Path) -> None:

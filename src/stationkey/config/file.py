@@ -333,6 +333,9 @@ def contradictory_site(given: Given) -> Iterator[tuple[str, str]]:
     for name in ("ec", "rsa"):
         if stations and given.get(("pool", name)):
             yield f"pool.{name}", f"pool.{name}: no keys are made ahead in a site; leave it out"
+    if ledger and given.get(("tpm", "key_auth")) == "generated":
+        place, daemons = "tpm.key_auth", "each daemon would have a value of its own, and not those of the others"
+        yield place, f"{place}: {daemons}; name a file, with the same value for every daemon"
     if stations and "{station}" not in str(given.get(("certificate_dir",), "{station}")):
         place = "josev.certificate_dir"
         yield place, f"{place}: in a site each station needs a directory of its own; put {{station}} into the path"
