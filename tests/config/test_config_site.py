@@ -114,6 +114,7 @@ def test_a_password_in_the_uri_is_refused_and_shown_nowhere(file: Path, uri: str
         (f'ledger_password_file = "/x"\n{SITE}', "ledger_password_file"),
         (f"{LEDGER}{SITE}[pool]\nrsa = 1\n", "pool.rsa"),
         (f"{SITE}[pool]\nec = 2\n", "pool.ec"),
+        (f"{LEDGER}{SITE}shards = 4\n[lifecycle]\npending_in = {{ default = 3 }}\n", "lifecycle.pending_in"),
         (f'{LEDGER}{SITE}[tpm]\nkey_auth = "generated"\n', "tpm.key_auth"),
         (f'{SITE}[josev]\ncertificate_dir = "/josev"\n', "josev.certificate_dir"),
     ],
@@ -125,6 +126,15 @@ def test_options_that_contradict_each_other_are_refused(file: Path, text: str, p
 
 def test_one_daemon_for_a_site_may_have_a_generated_value(file: Path) -> None:
     assert settings(file, f'{SITE}[tpm]\nkey_auth = "generated"\n').tpm.key_auth == "generated"
+
+
+def test_the_shards_divide_the_room_of_a_token(file: Path) -> None:
+    limits = "[lifecycle]\npending_total = 9\npending_in = { default = 30 }\n"
+    site = settings(file, f"{LEDGER}{SITE}shards = 4\n{limits}").bounds_of("v2g_certificate")
+    single = settings(file, limits).bounds_of("v2g_certificate")
+
+    assert (site.pending_of_shard, site.pending_total) == (7, 7)
+    assert (single.pending_of_shard, single.pending_total) == (None, 30)
 
 
 def test_a_site_has_shards_a_lease_and_no_keys_made_ahead(file: Path) -> None:

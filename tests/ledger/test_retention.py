@@ -133,7 +133,7 @@ class Eventful:
         bounds = Bounds(pending_limit=60)
         crowded = self.ledger.answers.record(one, key, csr, now=0, running=0, due=1, bounds=bounds, ahead=ahead)
         self.live[key.key_id] = key
-        self.gone += [self.live.pop(key_id) for key_id in crowded]
+        self.gone += [self.live.pop(key_id) for key_id, _ in crowded]
 
     def taken(self) -> None:
         if self.stock:

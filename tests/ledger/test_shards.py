@@ -13,6 +13,7 @@ from postgresql import Database
 from recording import answer, bring
 from scenes import Scene, happen, told
 
+from stationkey.config.settings import Bounds
 from stationkey.contract.active_names import read_name
 from stationkey.ledger import Ledger, messages
 from stationkey.ledger.lifecycle import KeyEvent
@@ -98,7 +99,14 @@ def _crowded_out(ledger: Ledger) -> None:
     assert ledger.retention.crowd_out(1)
 
 
+def _one_too_many(ledger: Ledger) -> None:
+    for station in filter(ledger.database.owns, map(str, range(20))):
+        answer(ledger, station=station, bounds=Bounds(pending_of_shard=2))
+    assert [key.installed for key in ledger.keys.usable()].count(0) == 2
+
+
 SWEEPS: dict[str, Callable[[Ledger], object]] = {
+    "answers.record, beyond the shard's bound": _one_too_many,
     "retention.adopt": lambda ledger: ledger.retention.adopt(pending_due=1, grace_due=1),
     "retention.crowd_out": _crowded_out,
     "retention.forget": _forgotten,

@@ -211,6 +211,39 @@ def test_a_station_makes_room_among_its_own_keys_by_what_it_has_itself(ledger: L
     assert len(ledger.keys.pending(V2G, E2, station=OTHER)) == 3
 
 
+def test_a_bound_of_a_whole_token_costs_the_station_with_the_most_pending_keys_one(ledger: Ledger) -> None:
+    bounds = Bounds(pending_of_shard=4)
+    modest = answer(ledger, request(V2G, E1), station=ONE, bounds=bounds)
+    flood = [answer(ledger, request(V2G, f"DE*ABC*E{n}"), station=OTHER, bounds=bounds) for n in range(9)]
+    newest = answer(ledger, request(V2G, E1), station="depot/s3", bounds=bounds)
+
+    assert {key.key_id for key in ledger.keys.usable()} == {modest, *flood[-2:], newest}
+
+
+def test_among_stations_with_as_many_pending_keys_one_with_a_key_in_use_loses_none(ledger: Ledger) -> None:
+    bounds = Bounds(pending_of_shard=2)
+    activate(ledger, ONE, E1)
+    renewal = answer(ledger, request(V2G, E1), station=ONE, bounds=bounds)
+    answer(ledger, request(V2G, E1), station=OTHER, bounds=bounds)
+    newest = answer(ledger, request(V2G, E1), station="depot/s3", bounds=bounds)
+
+    assert [key.key_id for key in ledger.keys.usable() if key.state is KeyState.PRE_ACTIVATION] == [renewal, newest]
+
+
+def test_a_lowered_bound_of_a_whole_token_is_kept_after_some_requests(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stationkey.ledger.answers._AT_ONCE", 2)
+    for number in range(6):
+        answer(ledger, request(V2G, E1), station=f"depot/s{number}")
+    left = []
+    for _ in range(4):
+        answer(ledger, request(V2G, E2), station=ONE, bounds=Bounds(pending_of_shard=3))
+        left.append(len(ledger.keys.usable()))
+
+    assert left == [5, 4, 3, 3]
+
+
 def activate(ledger: Ledger, station: str, evse_id: str, *, bounds: Bounds | None = None) -> str:
     key_id = answer(ledger, request(V2G, evse_id), station=station)
     ledger.transitions.activate(

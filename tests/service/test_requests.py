@@ -41,7 +41,7 @@ from stationkey.config.settings import PolicyTerms
 from stationkey.keystore.software import SoftwareKeyStore
 from stationkey.keystore.stores import KeyStores
 from stationkey.keystore.worker import on_keystore
-from stationkey.ledger.answers import Answers
+from stationkey.ledger.answers import Answers, Crowded
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.ledger.rejections import Rejections
 from stationkey.service import rejections as rejections_module
@@ -229,7 +229,7 @@ async def test_an_answer_is_on_record_when_it_is_given(
     recorded: list[str] = []
     record_answer = Answers.record
 
-    def record(own: Answers, asked: GenerateCsrRequest, key: KeyRef, csr: str, **terms: Any) -> list[str]:
+    def record(own: Answers, asked: GenerateCsrRequest, key: KeyRef, csr: str, **terms: Any) -> list[Crowded]:
         crowded = record_answer(own, asked, key, csr, **terms)
         recorded.append(csr)
         return crowded

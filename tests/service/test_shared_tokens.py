@@ -17,6 +17,7 @@ from softhsm import Token
 from parts import request
 from stationkey.config.file import read_table, settle
 from stationkey.errors import LedgerError
+from stationkey.keystore.pkcs11 import errors, keys
 from stationkey.keystore.stores import checked_stores
 from stationkey.keystore.worker import Turn, on_keystore
 from stationkey.ledger import Ledger
@@ -24,8 +25,12 @@ from stationkey.ledger.answers import Answers
 from stationkey.ledger.postgresql.connection import connect
 from stationkey.ledger.postgresql.inventory import SiteInventory
 from stationkey.service.requests import StationKeyService
+from stationkey.service.strays import Strays
 
 pytest_plugins = ["depots"]
+
+ROOM = 3
+"""Pending keys in the token."""
 
 
 @pytest.fixture
@@ -42,15 +47,25 @@ async def service(depot: Database, token: Token, tmp_path: Path) -> AsyncIterato
         " VALUES ('here', '', '', 0, '', 1, 1, 86400, 0)"
     )
     inventory = SiteInventory(lambda: connect(depot.uri, depot.password, name="inventory"), "here")
-    table: dict[str, object] = {"keystore": token.uri, "state_dir": str(tmp_path)}
-    stores = checked_stores(settle(read_table(table, source="here")), site=inventory)()
+    table: dict[str, object] = {
+        "keystore": token.uri,
+        "state_dir": str(tmp_path),
+        "site": {"stations": "depot7/+"},
+        "lifecycle": {"pending_in": {"default": ROOM}},
+    }
+    settings = settle(read_table(table, source="here"))
+    stores = checked_stores(settings, site=inventory)()
     with closing(inventory), closing(Ledger.on(open_engine(depot, tmp_path, shard=take(depot)))) as ledger:
-        made = StationKeyService(stores, ledger)
+        made = StationKeyService(stores, ledger, terms=settings.lifecycle)
         try:
             yield made
         finally:
             await made.aclose()
             await asyncio.to_thread(stores.close)
+
+
+def full(*_: Any, **__: Any) -> NoReturn:
+    raise errors.full(8)
 
 
 def lost(*_: Any, **__: Any) -> NoReturn:
@@ -88,3 +103,34 @@ async def test_a_key_that_the_ledger_recorded_after_all_stays_in_the_token(
     assert len(token.objects()) == 2
     assert (await service.answer(asked, station="depot7/s1")).data.status == "accepted"
     assert depot.admin("SELECT count(*) FROM secret") == [(1,)]
+
+
+async def test_a_token_has_no_more_pending_keys_than_it_has_room_for_whoever_asks(
+    service: StationKeyService, token: Token, depot: Database
+) -> None:
+    for number in range(5):
+        await service.answer(request(evse_id=f"DE*ABC*E{number}"), station="depot7/flood")
+    await service.answer(request(), station="depot7/s1")
+
+    depot.admin("UPDATE token_key SET look = now()")  # as after a minute
+    [store] = service.custody.keystores
+    await Strays(None, store).sweep()
+    assert depot.admin("SELECT station FROM key WHERE state = 'pre-activation' ORDER BY station") == [
+        *[("depot7/flood",)] * (ROOM - 1),
+        ("depot7/s1",),
+    ]
+    assert len(token.objects()) == 2 * ROOM
+
+
+async def test_a_full_token_costs_no_key_and_the_request_is_rejected(
+    service: StationKeyService, token: Token, depot: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await service.answer(request(), station="depot7/s1")
+    monkeypatch.setattr(keys, "generate", full)
+    asked = request()
+    assert (await service.answer(asked, station="depot7/s2")).data.status == "rejected"
+    monkeypatch.undo()
+
+    assert depot.admin("SELECT station FROM key WHERE state = 'pre-activation'") == [("depot7/s1",)]
+    assert (await service.answer(asked, station="depot7/s2")).data.status == "accepted"
+    assert len(token.objects()) == 4

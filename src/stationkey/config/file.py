@@ -326,10 +326,15 @@ def contradictory_stores(given: Given) -> Iterator[tuple[str, str]]:
 def contradictory_site(given: Given) -> Iterator[tuple[str, str]]:
     """Yield the contradictions about a site: the place of an option, and a message that begins with it."""
     stations, ledger = given.get(("site", "stations")), given.get(("ledger",))
-    yield from contradictions(stations, ledger, given.get(("site", "shards"), 1))
+    shards: int = given.get(("site", "shards"), 1)
+    yield from contradictions(stations, ledger, shards)
     if ("ledger_password",) in given and not ledger:
         place = "ledger_password_file"
         yield place, f"{place}: there is no ledger on PostgreSQL; set ledger"
+    limited: Mapping[str, int] = given.get(("lifecycle", "bounds", "pending_in"), {})
+    if stations and (small := [name for name, room in limited.items() if room < shards]):
+        place = "lifecycle.pending_in"
+        yield place, f"{place}: {small[0]} has fewer places than the site has shards, which divide them"
     for name in ("ec", "rsa"):
         if stations and given.get(("pool", name)):
             yield f"pool.{name}", f"pool.{name}: no keys are made ahead in a site; leave it out"
@@ -373,6 +378,7 @@ def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> S
     keystore = given.setdefault(("keystore",), "")
     if given.get(("site", "stations")):
         given["pool", "ec"] = given["pool", "rsa"] = 0  # a key made ahead has no station, so no shard
+        given["lifecycle", "bounds", "shards"] = given.get(("site", "shards"), 1)
     for uri in (keystore, *given.get(("keystores",), {}).values()):
         if uri.startswith("tpm2:"):  # a client key in a TPM is in this one
             given["mqtt", "tcti"] = uri.removeprefix("tpm2:")

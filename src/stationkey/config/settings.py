@@ -93,8 +93,8 @@ _Stores = Annotated[
     Meta(max_length=7, extra={FORM: 'a table of NAME = "URI", 7 at most, a name of a-z, 0-9, - and _'}),
 ]
 _Limits = Annotated[
-    dict[_StoreName, Annotated[int, Meta(ge=1, le=10_000)]],
-    Meta(max_length=7, extra={FORM: "a table of NAME = LIMIT, 7 at most, a limit from 1 to 10000"}),
+    dict[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")], Annotated[int, Meta(ge=1, le=10_000)]],
+    Meta(max_length=8, extra={FORM: "a table of NAME = LIMIT, 8 at most, a limit from 1 to 10000"}),
 ]
 _Registers = Annotated[tuple[Annotated[int, Meta(ge=0, le=23)], ...], Meta(max_length=24)]
 _MANY: Final = Meta(max_length=256)
@@ -156,6 +156,8 @@ class Bounds(Struct, frozen=True, kw_only=True):
 
     Attributes:
         types: certificate types whose keys are counted together: those of one key store.
+        shards: of the site; 0 for a single station.
+        pending_of_shard: most pending keys of all stations of a shard in that store; None for no limit.
     """
 
     pending_limit: Annotated[
@@ -167,7 +169,8 @@ class Bounds(Struct, frozen=True, kw_only=True):
     pending_in: Annotated[
         Mapping[str, int],
         Option(
-            "The same for a key store with little room, by its name.", Form(_Limits, lambda limits: limits or UNSET)
+            "The same for a key store with little room, by its name; of all stations of a site.",
+            Form(_Limits, lambda limits: limits or UNSET),
         ),
     ] = {}
     active_limit: Annotated[int, Meta(ge=1, le=10_000), Option("Most active keys in a key store.")] = 256
@@ -181,6 +184,8 @@ class Bounds(Struct, frozen=True, kw_only=True):
     ] = 1000
 
     types: tuple[CertificateType, ...] = tuple(CertificateType)
+    shards: int = 0
+    pending_of_shard: int | None = None
 
     def within(self, store: str, types: Iterable[CertificateType]) -> "Bounds":
         """Return the limits of one key store.
@@ -189,8 +194,11 @@ class Bounds(Struct, frozen=True, kw_only=True):
             store: its name.
             types: certificate types whose keys are made in it.
         """
-        total = self.pending_in.get(store, self.pending_total)
-        return replace(self, types=tuple(sorted(types)), pending_total=total)
+        total, room = self.pending_total, self.pending_in.get(store)
+        part = room // self.shards if room is not None and self.shards else None
+        if room is not None:
+            total = room if part is None else min(total, part)
+        return replace(self, types=tuple(sorted(types)), pending_total=total, pending_of_shard=part)
 
 
 class Terms(Struct, frozen=True, kw_only=True):

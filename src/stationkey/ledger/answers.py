@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from stationkey.config.settings import Bounds
 from stationkey.contract.active_names import Owner
@@ -31,6 +31,24 @@ _PENDING_OWNERS: Final = (
 )
 """The two owners of a station that are first to lose a pending key, with their number of pending keys; see
 `_most_crowded`."""
+
+
+_PENDING_STATIONS: Final = (
+    "SELECT station, own FROM (SELECT station, count(*) AS own, min(asked) AS oldest FROM key"  # noqa: S608 - `LIVING` is this package's own text
+    f" WHERE state = :pending AND {{types}} AND {LIVING}{{mine}} GROUP BY station) AS waiting ORDER BY own DESC,"
+    f" EXISTS (SELECT 1 FROM key WHERE state = :active AND station = waiting.station AND {LIVING}), oldest LIMIT 2"
+)
+"""The two stations of a shard that are first to lose a pending key, with their number of pending keys."""
+
+_AT_ONCE: Final = 32
+"""Keys of other stations that one request destroys at most, after a limit was lowered."""
+
+
+class Crowded(NamedTuple):
+    """A pending key that was destroyed to keep a bound, and the station that it was made for."""
+
+    key_id: str
+    station: str
 
 
 class Answers:
@@ -75,7 +93,7 @@ class Answers:
         bounds: Bounds,
         ahead: bool = False,
         station: str = "",
-    ) -> list[str]:
+    ) -> list[Crowded]:
         """Record a key and the answer with its CSR in one transaction.
 
         Args:
@@ -85,12 +103,12 @@ class Answers:
             now: Unix time in milliseconds.
             running: running time in milliseconds.
             due: expiry of the key if no certificate is installed, in milliseconds of running time.
-            bounds: how many keys of the station may be pending.
+            bounds: how many keys of the station, and of all stations of the shard, may be pending.
             ahead: whether the key was made ahead: then it is on record and gets its owner now.
             station: which station asks.
 
         Returns:
-            The ids of older pending keys destroyed to keep the bounds.
+            The older pending keys destroyed to keep the bounds.
 
         Raises:
             LedgerError: nothing was written. With reason ``key_taken``, the key has an owner or was destroyed; try
@@ -145,8 +163,8 @@ class Answers:
         return [Answered(*row) for row in rows]
 
 
-def _make_room(sql: Sql, owner: Owner, bounds: Bounds, *, now: int) -> list[str]:
-    """Destroy the oldest pending keys beyond the bounds and return their ids. Keys made ahead do not count."""
+def _make_room(sql: Sql, owner: Owner, bounds: Bounds, *, now: int) -> list[Crowded]:
+    """Destroy the oldest pending keys beyond the bounds, and return them. Keys made ahead do not count."""
     types, named = of_types(bounds.types)
     pending = f"SELECT count(*) FROM key WHERE state = :pending AND station = :station AND {LIVING} AND"  # noqa: S608 - `LIVING` is this package's own text
     own, every = sql.execute(
@@ -160,7 +178,35 @@ def _make_room(sql: Sql, owner: Owner, bounds: Bounds, *, now: int) -> list[str]
     # The owner's own keys come first: each that goes saves one of another owner.
     for _ in range(every - len(crowded) - bounds.pending_total):
         crowded += _end_oldest(sql, _most_crowded(sql, owner, bounds), count=1, now=now)
+    if bounds.pending_of_shard is not None:
+        beyond = _pending_of_shard(sql, bounds) - bounds.pending_of_shard
+        for _ in range(min(beyond, _AT_ONCE)):
+            crowded += _end_oldest(sql, _most_crowded(sql, _in_largest(sql, owner, bounds), bounds), count=1, now=now)
     return crowded
+
+
+def _pending_of_shard(sql: Sql, bounds: Bounds) -> int:
+    types, named = of_types(bounds.types)
+    (count,) = sql.execute(
+        f"SELECT count(*) FROM key WHERE state = :pending AND {types} AND {LIVING}{sql.mine('key')}",  # noqa: S608 - this package's own text
+        {"pending": INITIAL, **named},
+    ).fetchone()
+    return int(count)
+
+
+def _in_largest(sql: Sql, newest: Owner, bounds: Bounds) -> Owner:
+    """Return an owner in the station of the shard that loses a pending key for the one that `newest` just got.
+
+    That with the most pending keys, so that a flood of one station costs another nothing; among equals one without an
+    active key; then that with the oldest. It is `newest` itself in its own station, so that its key is not the one.
+    """
+    types, named = of_types(bounds.types)
+    stations = sql.execute(
+        _PENDING_STATIONS.format(types=types, mine=sql.mine("key")),
+        {"pending": INITIAL, "active": KeyState.ACTIVE, **named},
+    ).fetchall()
+    station = next((name for name, own in stations if name != newest.station or own > 1), newest.station)
+    return newest if station == newest.station else Owner(station, "", "")
 
 
 def _most_crowded(sql: Sql, newest: Owner, bounds: Bounds) -> Owner:
@@ -180,7 +226,7 @@ def _most_crowded(sql: Sql, newest: Owner, bounds: Bounds) -> Owner:
     return others[0] if others else newest
 
 
-def _end_oldest(sql: Sql, owner: Owner, *, count: int, now: int) -> list[str]:
+def _end_oldest(sql: Sql, owner: Owner, *, count: int, now: int) -> list[Crowded]:
     rows = sql.execute(
         f"SELECT key_id FROM key WHERE state = ? AND station = ? AND certificate_type = ? AND evse_id = ? AND {LIVING}"  # noqa: S608 - `LIVING` is this package's own text
         " ORDER BY asked LIMIT ?",
@@ -188,4 +234,4 @@ def _end_oldest(sql: Sql, owner: Owner, *, count: int, now: int) -> list[str]:
     ).fetchall()
     for (key_id,) in rows:
         advance(sql, key_id, KeyEvent.EXPIRED, reason="too many keys were pending", now=now)
-    return [key_id for (key_id,) in rows]
+    return [Crowded(key_id, owner.station) for (key_id,) in rows]

@@ -444,8 +444,9 @@ class StationKeyService:
             if error.reason != "commit_unknown" or not await self._was_recorded(request.id, station, key):
                 raise
             crowded = []
-        for key_id in crowded:
-            log.warning("too many pending keys: the oldest destroyed", extra={"key_id": key_id, **_of(station)})
+        for gone in crowded:
+            about = {"key_id": gone.key_id, **_of(gone.station)}
+            log.warning("too many pending keys: the oldest destroyed", extra=about)
         return pem
 
     async def _was_recorded(self, request_id: str, station: str, key: KeyRef) -> bool:

@@ -152,7 +152,7 @@ def _judge_room(_: NamedStore, __: Settings, objects: int, memory: list[int]) ->
     if not free or not any(memory[::2]):
         return ok(f"{told}; the token does not tell its room")
     told = f"{min(free)} octets are free in the token, {told}"
-    advice = "lower [lifecycle] pending_total and the pool, or remove what others keep in it"
+    advice = "lower [lifecycle] pending_total and the pool, in a site pending_in, or remove what others keep in it"
     if min(free) < _LITTLE:
         return warning("little", told, advice)
     return ok(told)

@@ -50,7 +50,7 @@ _PIN_UNSET: Final = Refusal(
 _FULL: Final = Refusal(
     reason="pkcs11_token_full",
     words="the token has no room for another key",
-    hint="lower [lifecycle] pending_total and the pool, or remove other programs' objects from it",
+    hint="lower [lifecycle] pending_total and pool, in a site pending_in; or remove other programs' objects",
     scope=Scope.STORE,
     transient=True,
 )
