@@ -103,7 +103,7 @@ class TestBroker:
         [
             ("message_size_limit 1000", Level.FAILURE, "too_large"),
             ("max_packet_size 1000", Level.FAILURE, "too_large"),
-            ("message_size_limit 20", Level.FAILURE, "refused"),
+            ("message_size_limit 20", Level.FAILURE, "too_large"),
             ("max_qos 0", Level.WARNING, "qos_0"),
         ],
     )

@@ -240,14 +240,15 @@ def _judge_publish(seen: Visit) -> Finding:
     if seen.own.answers is None and seen.cut:
         advice = "see the broker's log: does it limit messages (Mosquitto: max_qos, message_size_limit)?"
         return failure("no_acknowledgement", f"the broker did not acknowledge a message: {seen.cut}", advice)
+    if seen.too_large:
+        at_all = bool(seen.own.answers)
+        told = f"a short message, but not one of {LARGE} bytes" if at_all else "not even a short message"
+        advice = "remove the limit, or raise it (Mosquitto: message_size_limit and max_packet_size)"
+        return failure("too_large", f"the broker accepts {told}: {seen.too_large}", advice, stops=not at_all)
     if not seen.own.answers:
         told = f"answers do not get through: {seen.why or 'the broker refuses them'}"
         advice = f"let stationkey's identity write to {seen.responses} {_SHIPPED}"
         return failure("refused", told, advice, stops=False)
-    if seen.too_large:
-        told = f"the broker accepts a short message, but not one of {LARGE} bytes: {seen.too_large}"
-        advice = "remove the limit, or raise it (Mosquitto: message_size_limit and max_packet_size)"
-        return failure("too_large", told, advice, stops=False)
     if seen.maximum_qos < 1:
         told = "the broker takes QoS 0 only: an answer that is lost on the way is not sent again"
         return warning("qos_0", told, "allow QoS 1 (Mosquitto: max_qos)")

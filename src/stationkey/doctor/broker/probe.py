@@ -64,7 +64,8 @@ class Visit:
         named: whether we have a user name or a certificate there.
         maximum_qos: that the broker grants a message of ours.
         why: what the broker said where we may not do what we must.
-        too_large: what the broker said to a message of `LARGE` octets where it does not take it, or an empty text.
+        too_large: what the broker said to a message of `LARGE` octets, or to a short one where `own` does not say that
+            we may answer, for which it is too large; or an empty text.
         josev: whether somebody is subscribed to the topic of responses; None where the broker does not say.
         retained: topics that a message lies on.
         single: seconds that one exchange takes; `pair`: two at once.
@@ -198,7 +199,9 @@ class _Round:
     async def look(self, stranger: MqttConnection | None) -> None:
         """Look with our identity, then without any; last with what may end the connection."""
         self._seen.cut = await _until_lost(self._look_around())
-        if stranger is not None:
+        if self._seen.too_large:  # what is refused for its length says nothing of rights
+            self._seen.anonymous, self._seen.anonymous_why = None, self._seen.too_large
+        elif stranger is not None:
             await _until_lost(self._try_as(stranger))
         if self._seen.own.answers and not self._connection.lost.done():
             self._seen.too_large = await _until_lost(self._weigh()) or self._seen.too_large
@@ -206,7 +209,11 @@ class _Round:
     async def _look_around(self) -> None:
         """What we must be allowed to, then what we must not, then how quick it is."""
         seen, own = self._seen, self._seen.own
-        own.answers, seen.josev, seen.why = await self._publish(self._connection, seen.responses, _harmless())
+        own.answers, seen.josev, refusal = await self._publish(self._connection, seen.responses, _harmless())
+        if refusal is not None and refusal.reason == "publication_too_large":
+            own.answers, seen.too_large = None, refusal.message
+            return
+        seen.why = "" if refusal is None else refusal.message
         own.asks, _, _ = await self._publish(self._connection, seen.requests, _harmless())
         try:
             await _subscribe(self._connection, seen.filters)
@@ -226,15 +233,17 @@ class _Round:
             await self._publish(sender, self._seen.requests, probe)
         return await self._brought(self._connection, self._seen.filters, probe)
 
-    async def _publish(self, connection: MqttConnection, topic: str, payload: bytes) -> tuple[bool, bool | None, str]:
-        """Whether the broker takes it, whether anybody gets it (where it says so), and what it said."""
+    async def _publish(
+        self, connection: MqttConnection, topic: str, payload: bytes
+    ) -> tuple[bool, bool | None, BrokerError | None]:
+        """Whether the broker takes it, whether anybody gets it (where it says so), and why it does not take it."""
         try:
             heard = await connection.publish(topic, payload)
         except ConnectionLost:
             raise
         except BrokerError as error:
-            return False, None, error.message
-        return True, heard if connection.is_v5 else None, ""
+            return False, None, error
+        return True, heard if connection.is_v5 else None, None
 
     async def _brought(self, connection: MqttConnection, topics: Sequence[str], probe: bytes) -> bool:
         """Whether the broker brings a message on one of `topics`; what lies there is noted by the way.
@@ -268,7 +277,8 @@ class _Round:
         self._seen.single, self._seen.pair = _usual(singles), _usual(pairs)
 
     async def _weigh(self) -> None:
-        _, _, self._seen.too_large = await self._publish(self._connection, self._seen.responses, _harmless(LARGE))
+        _, _, refusal = await self._publish(self._connection, self._seen.responses, _harmless(LARGE))
+        self._seen.too_large = "" if refusal is None else refusal.message
 
     async def _try_as(self, stranger: MqttConnection) -> None:
         """What somebody without a name may do, with our help to be listened to."""
