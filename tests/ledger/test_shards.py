@@ -16,9 +16,10 @@ from scenes import Scene, happen, told
 from stationkey.config.settings import Bounds
 from stationkey.contract.active_names import read_name
 from stationkey.ledger import Ledger, messages
-from stationkey.ledger.lifecycle import KeyEvent
+from stationkey.ledger.lifecycle import CSR_ANSWERED, INITIAL, KeyEvent
 from stationkey.ledger.overview import look
 from stationkey.ledger.postgresql.slots import shard_of
+from stationkey.ledger.transitions import note
 
 pytest_plugins = ["depots"]
 
@@ -81,6 +82,31 @@ def test_the_next_expiry_is_that_of_a_shard(shards: Shards) -> None:
     first, second = shards.ledgers
     bring(first, shards.scenes[0].pending, KeyEvent.EXPIRED)
     assert (first.retention.next_due(), second.retention.next_due()) == (9000, 1003)
+
+
+def test_a_quiet_shard_shows_its_last_events_beside_a_busy_one(shards: Shards) -> None:
+    quiet, busy = shards.ledgers
+    newest = answer(quiet, station=shards.stations[0])
+    for _ in range(15):
+        answer(busy, station=shards.stations[1])
+
+    assert [one.key_id for one in look(quiet.database, keys=1, happenings=1).happenings] == [newest]
+
+
+def test_an_event_that_is_committed_after_the_next_one_was_read_is_read_too(
+    shards: Shards, depot: Database, tmp_path: Path
+) -> None:
+    first, second = shards.ledgers
+    with closing(open_engine(depot, tmp_path)) as site:
+        with first.database.transaction() as sql:
+            (number,) = sql.execute("SELECT max(number) FROM key WHERE station = ?", (shards.stations[0],)).fetchone()
+            note(sql, number, CSR_ANSWERED, INITIAL, reason="", now=0, message_id="late")
+            answer(second, station=shards.stations[1])
+            _, place = messages.newest(site, 99)
+        late, place = messages.newest(site, 99, after=place)
+        nothing, _ = messages.newest(site, 99, after=place)
+
+    assert ([one.message_id for one in late], nothing) == (["late"], [])
 
 
 def _forgotten(ledger: Ledger) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from stationkey.ledger.engine import Engine
+from stationkey.ledger.engine import Engine, Sql
 from stationkey.ledger.overview import IGNORED, REJECTED, Happening, read_happening
 
 REQUEST: Final = "generate_csr"
@@ -14,13 +14,24 @@ STATUS: Final = "certificate_installation_status"
 
 
 class Place(Struct, frozen=True):
-    """How far the record was read: the last event of a key, and the last rejection."""
+    """How far the record was read.
+
+    Attributes:
+        event: the last event of a key.
+        rejection: the last rejection.
+        events: those before it that are not to be read again.
+        rejections: the same.
+    """
 
     event: int = 0
     rejection: int = 0
+    events: frozenset[int] = frozenset()
+    rejections: frozenset[int] = frozenset()
 
 
 _START: Final = Place()
+_AGAIN: Final = 1000
+"""How many events are read again where several daemons write: one may commit after the next in number was read."""
 _EVENTS: Final = (
     "SELECT seq, at, event, '', reason, certificate_type, evse_id, common_name, key_id, message_id,"
     " station FROM event JOIN key ON number = key_number WHERE message_id IS NOT NULL AND seq > :after"
@@ -46,15 +57,24 @@ def newest(engine: Engine, limit: int, *, after: Place = _START, beginning: str 
         LedgerError: the ledger cannot be read.
     """
     beginning = beginning.lower()
-    wanted = {"beginning": beginning, "length": len(beginning), "limit": limit}
+    again = 0 if engine.local else _AGAIN
+    wanted = {"beginning": beginning, "length": len(beginning), "limit": limit + again}
     with engine.reading() as sql:
-        events = sql.execute(_EVENTS.format(mine=sql.mine("key")), {**wanted, "after": after.event}).fetchall()
-        rejections = sql.execute(
-            _REJECTIONS.format(mine=sql.mine("rejection")), {**wanted, "after": after.rejection}
-        ).fetchall()
-    read = Place(
-        event=max((after.event, *(row[0] for row in events))),
-        rejection=max((after.rejection, *(row[0] for row in rejections))),
-    )
+        # Before the rest is read: what is committed meanwhile is not among them, and is read the next time.
+        known = [_numbers(sql, table, again) for table in ("event", "rejection")]
+        read = sql.execute(_EVENTS.format(mine=sql.mine("key")), {**wanted, "after": after.event - again})
+        events = [row for row in read.fetchall() if row[0] not in after.events]
+        read = sql.execute(_REJECTIONS.format(mine=sql.mine("rejection")), {**wanted, "after": after.rejection - again})
+        rejections = [row for row in read.fetchall() if row[0] not in after.rejections]
+    seen = [numbers.union(row[0] for row in rows) for numbers, rows in zip(known, (events, rejections), strict=True)]
+    place = Place(max((after.event, *seen[0])), max((after.rejection, *seen[1])), *(seen if again else ()))
     found = [read_happening(row[1:]) for row in (*reversed(events), *reversed(rejections))]
-    return sorted(found, key=lambda happening: happening.at)[-limit:], read
+    return sorted(found, key=lambda happening: happening.at)[-limit:], place
+
+
+def _numbers(sql: Sql, table: str, count: int) -> frozenset[int]:
+    """Return the numbers of the last rows of a table."""
+    if not count:
+        return frozenset()
+    statement = f"SELECT seq FROM {table} WHERE seq > (SELECT coalesce(max(seq), 0) FROM {table}) - ?"  # noqa: S608 - a name of ours
+    return frozenset(seq for (seq,) in sql.execute(statement, (count,)).fetchall())

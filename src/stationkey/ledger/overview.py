@@ -17,6 +17,8 @@ IGNORED: Final = "ignored"
 
 _SCANNED: Final = 10
 """How many events are read for each that is wanted: those of keys made ahead are passed over."""
+_SCANNED_OF_SITE: Final = 160
+"""The same for a shard: those of the other shards are passed over."""
 
 
 class KeyGlance(Struct, frozen=True, kw_only=True):
@@ -92,6 +94,7 @@ def look(engine: Engine, *, keys: int, happenings: int) -> Overview:
         LedgerError: the ledger cannot be read.
     """
     with engine.reading() as sql:
+        scanned = _SCANNED_OF_SITE if sql.mine("key") else _SCANNED
         living = sql.execute(
             "SELECT key_id, certificate_type, evse_id, key_type, common_name, key.state,"  # noqa: S608 - `LIVING` is this package's own text
             " coalesce(asking.at, created_at), installing.at, not_after, due, failed, station"
@@ -106,7 +109,7 @@ def look(engine: Engine, *, keys: int, happenings: int) -> Overview:
             "SELECT at, event, '', reason, certificate_type, evse_id, common_name, key_id, coalesce(message_id, ''),"  # noqa: S608 - this package's own text
             " station FROM event JOIN key ON key.number = key_number"
             f" WHERE seq > (SELECT max(seq) FROM event) - ? AND event != ?{sql.mine('key')} ORDER BY seq DESC LIMIT ?",
-            (happenings * _SCANNED, MADE_AHEAD, happenings),
+            (happenings * scanned, MADE_AHEAD, happenings),
         ).fetchall()
         rejections = sql.execute(
             f"SELECT at, '{REJECTED}', reason, message, '', '', '', '', request_id, station FROM rejection"  # noqa: S608 - this package's own text
