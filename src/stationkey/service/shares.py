@@ -69,7 +69,7 @@ class Turns:
         """Hold one of a station's turns at a key store.
 
         Args:
-            station: the station; the single one need not wait.
+            station: of a site.
             store: the key store.
             rsa: whether it is for an RSA key.
             until: deadline, in the event loop's time.
@@ -77,9 +77,6 @@ class Turns:
         Raises:
             KeyStoreError: the deadline has passed.
         """
-        if not station:
-            yield
-            return
         turns = self._turns.setdefault((station, store.name, rsa), asyncio.Semaphore(RSA_TURNS if rsa else EC_TURNS))
         self._wanted[store.name] += 1
         try:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.asymmetric.padding import AsymmetricPadding, PKCS1v15
+from cryptography.hazmat.primitives.asymmetric.padding import AsymmetricPadding
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from stationkey.contract.profiles import SECP256R1, SECP521R1, KeyType, RsaModulus
+from stationkey.keystore.signing import Buffer, EccKey, RsaKey, hash_of, refuse_other
 from stationkey.x509.csr import PublicKey
 
-Buffer = bytes | bytearray | memoryview
 Sign = Callable[[Buffer, int, hashes.HashAlgorithm], bytes]
 """Signs data by a TPM_ALG_ID and one of cryptography's hashes; returns the TPMT_SIGNATURE, marshalled."""
 
@@ -25,81 +25,22 @@ HASHES: Final[dict[str, int]] = {"sha256": 0x000B, "sha384": 0x000C, "sha512": 0
 _POINTS: Final[dict[KeyType, ec.EllipticCurve]] = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
 
 
-class _InTpm:
-    """What a key in a TPM does not do."""
-
-    def _refused(self, *_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError("a key in a TPM only signs")
-
-    private_numbers = private_bytes = exchange = decrypt = _refused
-
-    def __copy__(self) -> Any:
-        return self
-
-    def __deepcopy__(self, _: Any) -> Any:
-        return self
-
-
-class EccPrivateKey(_InTpm, ec.EllipticCurvePrivateKey):
-    """An EC key.
-
-    Args:
-        sign: see `Sign`.
-        public_key: its public part.
-    """
-
-    def __init__(self, sign: Sign, public_key: ec.EllipticCurvePublicKey) -> None:
-        self._sign = sign
-        self._public_key = public_key
-
-    def public_key(self) -> ec.EllipticCurvePublicKey:
-        """Known without asking the TPM."""
-        return self._public_key
-
-    @property
-    def curve(self) -> ec.EllipticCurve:
-        """Of the public key."""
-        return self._public_key.curve
-
-    @property
-    def key_size(self) -> int:
-        """Bits of the curve."""
-        return self._public_key.key_size
+class EccPrivateKey(EccKey[Sign]):
+    """An EC key in the TPM."""
 
     def sign(self, data: Buffer, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
-        """DER [RFC 3279 2.2.3]."""
-        algorithm = signature_algorithm.algorithm
-        assert isinstance(algorithm, hashes.HashAlgorithm)
-        signature = self._sign(data, ECDSA, algorithm)
+        """Return the signature in DER [RFC 3279 2.2.3]."""
+        signature = self._sign(data, ECDSA, hash_of(signature_algorithm))
         # Two algorithm identifiers, then r and s [TPM 2.0 part 2, 11.3.2 and 11.3.4].
         return encode_dss_signature(*_two_numbers(signature[4:]))
 
 
-class RsaPrivateKey(_InTpm, rsa.RSAPrivateKey):
-    """An RSA key, with PKCS #1 v1.5 padding [RFC 8017 8.2], as the contract's algorithms have it.
-
-    Args:
-        sign: see `Sign`.
-        public_key: its public part.
-    """
-
-    def __init__(self, sign: Sign, public_key: rsa.RSAPublicKey) -> None:
-        self._sign = sign
-        self._public_key = public_key
-
-    def public_key(self) -> rsa.RSAPublicKey:
-        """Known without asking the TPM."""
-        return self._public_key
-
-    @property
-    def key_size(self) -> int:
-        """Bits of the modulus."""
-        return self._public_key.key_size
+class RsaPrivateKey(RsaKey[Sign]):
+    """An RSA key in the TPM."""
 
     def sign(self, data: Buffer, padding: AsymmetricPadding, algorithm: Any) -> bytes:
-        """As RFC 8017 8.2 has it."""
-        if not isinstance(padding, PKCS1v15):
-            raise ValueError(f"{padding.name} is not one of the contract's")  # noqa: TRY004 - as cryptography's own keys say it
+        """Return the signature [RFC 8017 8.2]."""
+        refuse_other(padding)
         return self._sign(data, RSASSA, algorithm)[6:]  # after two identifiers and the size [part 2, 11.3.1]
 
 

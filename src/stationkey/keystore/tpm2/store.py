@@ -26,6 +26,7 @@ from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import Algorithm, EllipticCurve, KeyType
 from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
 from stationkey.keystore.protocol import KeyRef, Support
+from stationkey.keystore.signing import Buffer
 from stationkey.keystore.tpm2 import capabilities, errors, signing, templates
 from stationkey.keystore.tpm2 import return_codes as rc
 from stationkey.keystore.tpm2.context import Context
@@ -372,7 +373,7 @@ class Tpm2KeyStore(Device):
             self._context.policy_auth_value(session)
         return session
 
-    def _sign(self, key: KeyRef, data: signing.Buffer, scheme: int, algorithm: hashes.HashAlgorithm) -> bytes:
+    def _sign(self, key: KeyRef, data: Buffer, scheme: int, algorithm: hashes.HashAlgorithm) -> bytes:
         digest = hashes.Hash(algorithm)
         digest.update(data)
         message, how = digest.finalize(), signing_scheme(scheme, algorithm.name)
