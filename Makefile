@@ -28,6 +28,9 @@ demo-site:
 	@scripts/setup demo
 	@.venv/bin/python scripts/demo_site.py
 
+# What tests start hundreds of times is compiled once, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One worker more than there are processors, because tests wait. One that has nothing left to do takes over half of what
 # another still has.
 pytest = .venv/bin/python -m pytest --dist worksteal --numprocesses
