@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,29 +136,53 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
 """All that is done with a ledger while requests wait, but for listing it."""
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
-    """Counted in instructions of SQLite's virtual machine, which are the same on every machine."""
-    monkeypatch.setattr("stationkey.ledger.retention._BATCH", 10)
-    steps = [0, 0]
-    for number, destroyed in enumerate((40, 400)):
-        with closing(Ledger(tmp_path / f"{destroyed}.sqlite3")) as ledger:
+@dataclass(frozen=True)
+class Filled:
+    """A ledger with a history, and the name of its active key."""
+
+    path: Path
+    active: str
+
+    @classmethod
+    def make(cls, path: Path, fill: Callable[[Ledger], str]) -> Filled:
+        with closing(Ledger(path)) as ledger:
+            sqlite_of(ledger)._connection.execute("PRAGMA synchronous=OFF")  # noqa: SLF001 - no power is lost
+            return cls(path, fill(ledger))
+
+    def steps(self, folder: Path, operation: str) -> int:
+        """How many instructions of SQLite's virtual machine an operation takes in a copy; the same on every machine."""
+        steps = 0
+
+        def count() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        with closing(Ledger(Path(shutil.copy(self.path, folder)))) as ledger:
             connection = sqlite_of(ledger)._connection  # noqa: SLF001 - what it is given to do is the point
             connection.execute("PRAGMA synchronous=OFF")
-            active = with_history(ledger, destroyed)
-
-            def count(number: int = number) -> int:
-                steps[number] += 1
-                return 0
-
             connection.set_progress_handler(count, 1)
-            OPERATIONS[operation](ledger, active)
+            OPERATIONS[operation](ledger, self.active)
             connection.set_progress_handler(None, 0)
+        return steps
 
-    assert steps[0] > 10
-    assert abs(steps[1] - steps[0]) <= 20
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory: pytest.TempPathFactory) -> list[Filled]:
+    """A ledger with a short history, and one with a long one."""
+    folder = tmp_path_factory.mktemp("histories")
+    return [Filled.make(folder / f"{count}.sqlite3", partial(with_history, destroyed=count)) for count in (40, 400)]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_done_while_requests_wait_costs_no_more_with_a_long_history(
+    histories: list[Filled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    monkeypatch.setattr("stationkey.ledger.retention._BATCH", 10)
+    short, long = (filled.steps(tmp_path, operation) for filled in histories)
+
+    assert short > 10
+    assert abs(long - short) <= 20
 
 
 OF_ALL_STATIONS = frozenset(
@@ -178,29 +205,30 @@ OF_ALL_STATIONS = frozenset(
 """Operations that look at the keys of every station, once a minute or when asked for."""
 
 
+def with_stations(ledger: Ledger, count: int) -> str:
+    """Fill a ledger with keys of other stations, and those of one; the name of its active one."""
+    for station in range(count):
+        for _ in range(2):
+            key_id = answer(ledger, request(*OWNER), station=f"depot/{station:03}")
+        bring(ledger, key_id, KeyEvent.INSTALLED)
+    return with_history(ledger, 10)
+
+
+@pytest.fixture(scope="module")
+def depots(tmp_path_factory: pytest.TempPathFactory) -> list[Filled]:
+    """A ledger with a few stations, and one with many."""
+    folder = tmp_path_factory.mktemp("depots")
+    return [Filled.make(folder / f"{count}.sqlite3", partial(with_stations, count=count)) for count in (10, 100)]
+
+
 @pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - OF_ALL_STATIONS))
-def test_what_is_done_for_one_station_costs_no_more_with_many_stations(path: Path, operation: str) -> None:
-    steps = [0, 0]
-    for number, stations in enumerate((10, 100)):
-        with closing(Ledger(path.with_name(f"{stations}.sqlite3"))) as ledger:
-            connection = sqlite_of(ledger)._connection  # noqa: SLF001 - what it is given to do is the point
-            connection.execute("PRAGMA synchronous=OFF")
-            for station in range(stations):
-                for _ in range(2):
-                    key_id = answer(ledger, request(*OWNER), station=f"depot/{station:03}")
-                bring(ledger, key_id, KeyEvent.INSTALLED)
-            active = with_history(ledger, 10)
+def test_what_is_done_for_one_station_costs_no_more_with_many_stations(
+    depots: list[Filled], tmp_path: Path, operation: str
+) -> None:
+    few, many = (filled.steps(tmp_path, operation) for filled in depots)
 
-            def count(number: int = number) -> int:
-                steps[number] += 1
-                return 0
-
-            connection.set_progress_handler(count, 1)
-            OPERATIONS[operation](ledger, active)
-            connection.set_progress_handler(None, 0)
-
-    assert steps[0] > 10
-    assert abs(steps[1] - steps[0]) <= 20
+    assert few > 10
+    assert abs(many - few) <= 20
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
