@@ -15,6 +15,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def name_of(path: Path) -> str:
 
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+KNOWN = {"stationkey" + (f".{name}" if name else "") for name in MODULES}
 
 
 def imports_of(importer: str, source: str) -> Iterator[Import]:
@@ -129,8 +131,7 @@ def imports_of(importer: str, source: str) -> Iterator[Import]:
                 targets = [(alias.name, alias.name) for alias in names]
             case ast.ImportFrom(module=str(module), names=names, level=0):
                 full = [f"{module}.{alias.name}" for alias in names]
-                known = {"stationkey" + (f".{name}" if name else "") for name in MODULES}
-                targets = [(name if name in known else module, name) for name in full]
+                targets = [(name if name in KNOWN else module, name) for name in full]
             case ast.ImportFrom():
                 raise AssertionError(f"{importer}, line {node.lineno}: a relative import")
             case _:
@@ -145,7 +146,10 @@ def imports_of(importer: str, source: str) -> Iterator[Import]:
     yield from walk(ast.parse(source), at_start=True, for_types=False)
 
 
-IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path.read_text())]
+@cache
+def all_imports() -> list[Import]:
+    """Every import of ours. Not at the import of this module, since each worker does that, and one runs its tests."""
+    return [found for name, path in MODULES.items() for found in imports_of(name, path.read_text())]
 
 
 def wrong_way(found: Import) -> bool:
@@ -165,7 +169,7 @@ def test_every_package_has_a_row(module: str) -> None:
 
 
 def test_imports_run_one_way() -> None:
-    assert [str(found) for found in IMPORTS if wrong_way(found)] == []
+    assert [str(found) for found in all_imports() if wrong_way(found)] == []
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_an_import_that_runs_the_wrong_way_would_be_seen(importer: str, source: 
 def test_no_module_needs_itself() -> None:
     """Inside packages too; imports inside functions, and those that only a type checker reads, included."""
     needs: dict[str, set[str]] = {name: set() for name in MODULES}
-    for found in IMPORTS:
+    for found in all_imports():
         if found.ours is not None and found.importer:  # the package's own are lazy, and for types; see below
             needs[found.importer].add(found.ours)
 
@@ -217,7 +221,7 @@ def test_what_is_private_to_a_package_is_used_by_no_other() -> None:
     """A module or a name that begins with an underscore is its own package's; the version is everybody's."""
     strays = [
         str(found)
-        for found in IMPORTS
+        for found in all_imports()
         if found.ours not in {None, "_version"}
         and re.search(r"\._[a-z]", found.path)
         and found.importer.partition(".")[0] != (found.ours or "").partition(".")[0]
@@ -227,13 +231,13 @@ def test_what_is_private_to_a_package_is_used_by_no_other() -> None:
 
 
 def test_the_package_itself_imports_its_version_alone() -> None:
-    ours = {one.ours for one in IMPORTS if not one.importer and one.ours and not one.for_types}
+    ours = {one.ours for one in all_imports() if not one.importer and one.ours and not one.for_types}
 
     assert ours == {"_version"}
 
 
 def test_nothing_imports_the_front_door() -> None:
-    assert [str(one) for one in IMPORTS if one.imported == "stationkey" or one.ours == ""] == []
+    assert [str(one) for one in all_imports() if one.imported == "stationkey" or one.ours == ""] == []
 
 
 def home_of(found: Import) -> str | None:
@@ -245,7 +249,7 @@ def home_of(found: Import) -> str | None:
 def test_each_library_is_imported_in_its_home() -> None:
     strays = [
         str(found)
-        for found in IMPORTS
+        for found in all_imports()
         for library in [found.imported.partition(".")[0]]
         if (library in HOMES or library not in sys.stdlib_module_names | {"stationkey"}) and home_of(found) is None
     ]
@@ -254,7 +258,7 @@ def test_each_library_is_imported_in_its_home() -> None:
 
 
 def test_every_home_is_lived_in() -> None:
-    used = {(found.imported.partition(".")[0], home_of(found)) for found in IMPORTS}
+    used = {(found.imported.partition(".")[0], home_of(found)) for found in all_imports()}
 
     assert {(library, home) for library, homes in HOMES.items() for home in homes} - used == set()
 
@@ -307,9 +311,11 @@ def test_a_station_needs_nothing_that_is_for_trying(start: str) -> None:
     reached, ahead = set[str](), {start}
     while ahead:
         reached |= ahead
-        found = [one for one in IMPORTS if one.importer in ahead and not one.for_types]
+        found = [one for one in all_imports() if one.importer in ahead and not one.for_types]
         ahead = {one.ours for one in found if one.ours is not None} - reached
-    libraries = {one.imported.partition(".")[0] for one in IMPORTS if one.importer in reached and not one.for_types}
+    libraries = {
+        one.imported.partition(".")[0] for one in all_imports() if one.importer in reached and not one.for_types
+    }
 
     assert libraries & FOR_TRYING == set()
 
@@ -320,7 +326,7 @@ def test_a_station_loads_nothing_of_a_site(start: str) -> None:
     reached, ahead = set[str](), {start}
     while ahead:
         reached |= ahead
-        found = [one for one in IMPORTS if one.importer in ahead and one.at_start and not one.for_types]
+        found = [one for one in all_imports() if one.importer in ahead and one.at_start and not one.for_types]
         ahead = {one.ours for one in found if one.ours is not None} - reached
 
     assert [module for module in reached if module.startswith(("ledger.postgresql", "site."))] == []
@@ -328,15 +334,15 @@ def test_a_station_loads_nothing_of_a_site(start: str) -> None:
 
 def test_the_handshake_is_a_program_that_needs_no_package() -> None:
     """It is run as a script, under a service's configuration of OpenSSL: nobody imports it, and it imports nothing."""
-    imported = {one.imported.partition(".")[0] for one in IMPORTS if one.importer == "openssl.handshake"}
+    imported = {one.imported.partition(".")[0] for one in all_imports() if one.importer == "openssl.handshake"}
 
     assert imported - sys.stdlib_module_names == set()
-    assert [str(one) for one in IMPORTS if one.ours == "openssl.handshake"] == []
+    assert [str(one) for one in all_imports() if one.ours == "openssl.handshake"] == []
 
 
 def test_the_judge_of_evidence_needs_nothing_but_cryptography_and_the_errors() -> None:
     """Whoever has to believe a verdict must not have to read the station's code for it."""
-    judge = [one for one in IMPORTS if one.importer.partition(".")[0] == "attestation"]
+    judge = [one for one in all_imports() if one.importer.partition(".")[0] == "attestation"]
     libraries = {one.imported.partition(".")[0] for one in judge} - sys.stdlib_module_names
     ours = {one.ours.partition(".")[0] for one in judge if one.ours is not None}
 

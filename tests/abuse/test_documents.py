@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from named_tests import names_in
 
 TESTS = Path(__file__).parent.parent
 DOCS = TESTS.parent / "docs"
 THREAT_MODEL = (DOCS / "threat-model.md").read_text()
-
-
-def names_in(folder: Path) -> Iterator[str]:
-    """The names of the tests in a folder and below."""
-    for path in folder.rglob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
-                yield node.name
 
 
 @pytest.mark.parametrize("name", ["threat-model.md", "security-checklist.md"])
@@ -27,7 +18,7 @@ def test_every_test_that_a_document_names_is_there(name: str) -> None:
     named = set(re.findall(r"`(test_\w+)`", (DOCS / name).read_text()))
 
     assert len(named) > 20
-    assert sorted(named - set(names_in(TESTS))) == []
+    assert sorted(named - names_in(TESTS)) == []
 
 
 def test_no_promise_is_without_a_test() -> None:
