@@ -6,16 +6,12 @@ from stationkey.mqtt import waiting
 
 setattr(waiting, "CONNECT_TIMEOUT", 1.5)  # noqa: B010 - before it is imported elsewhere
 
+import hasty_daemon  # noqa: E402, F401 - same; its delays are those of this one
+
 from stationkey.cli import main  # noqa: E402 - same
 from stationkey.mqtt import connection, gateway  # noqa: E402 - same
 
-for module, name, seconds in (
-    (connection, "MQTT5_TIMEOUT", 0.7),
-    (gateway, "FIRST_DELAY", 0.01),
-    (gateway, "LAST_DELAY", 0.05),
-    (gateway, "UNSTEADY_DELAY", 0.02),
-    (gateway, "QUOTA_FIRST", 0.05),
-):
+for module, name, seconds in ((connection, "MQTT5_TIMEOUT", 0.7), (gateway, "QUOTA_FIRST", 0.05)):
     setattr(module, name, seconds)
 
 if __name__ == "__main__":

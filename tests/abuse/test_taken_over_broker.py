@@ -15,6 +15,8 @@ import pytest
 from flood import BOUND, memory, packet, packets, request, text, wire
 from peers import Daemon
 
+from stationkey.mqtt.connection import KEEPALIVE
+
 MEMORY: Final = 16 * 1024
 """KiB that the daemon may grow by. A packet is 256 MiB."""
 LARGEST: Final = 268_435_455
@@ -93,12 +95,19 @@ class Broker:
         self._send(connection, packet(0x32, front, filler=filler), *pieces)
 
 
+class HastyDaemon(Daemon):
+    """`hasty_daemon.py`, in the place of ``stationkey serve``."""
+
+    def command(self) -> list[str]:
+        return [str(Path(__file__).with_name("hasty_daemon.py")), *super().command()[2:]]
+
+
 @contextmanager
-def serving(folder: Path, broker: Broker) -> Iterator[Daemon]:
+def serving(folder: Path, broker: Broker, daemon: type[Daemon] = Daemon) -> Iterator[Daemon]:
     options = ("--broker", broker.url, "--state-dir", str(folder / "state"))
     software = ("--keystore", "software:", "--allow-software-keys")
-    with Daemon(folder / "daemon", *options, *software) as daemon:
-        yield daemon
+    with daemon(folder / "daemon", *options, *software) as running:
+        yield running
 
 
 @pytest.mark.parametrize("level", [pytest.param(4, id="3.1.1"), pytest.param(5, id="5")])
@@ -153,18 +162,18 @@ ILLEGAL: Final = {
     "a length of five bytes": b"\x32\xff\xff\xff\xff\xff",
     "properties longer than the packet": b"\x32\x12\0\x08josev/cs\0\1\x05\xff\xff\xff\xff\xff",
     "an unknown property": publish(b"josev/cs", properties=b"\2\x7f\0"),
-    "a PUBACK with a reason that it cannot have": packet(0x40, b"\0\7\x95"),
+    "a PUBACK with a reason that it cannot have": packet(0x40, b"\0\7\x8d"),
     "a PUBACK of one byte": packet(0x40, b"\0"),
 }
 
 
 def test_no_packet_ends_the_daemon(tmp_path: Path) -> None:
     """Each ends its connection, and nothing else: the next one serves."""
-    with Broker(5) as broker, serving(tmp_path, broker) as daemon:
+    with Broker(5) as broker, serving(tmp_path, broker, HastyDaemon) as daemon:
         connection = broker.connections.get(timeout=BOUND)
         for name, illegal in ILLEGAL.items():
             broker._send(connection, illegal)  # noqa: SLF001 - raw bytes
-            connection = broker.connections.get(timeout=BOUND)
+            connection = broker.connections.get(timeout=KEEPALIVE)  # by the packet, not by a ping without an answer
             broker.publish(connection, wire(request()), 1)
             assert broker.answers.get(timeout=BOUND)["data"]["status"] == "accepted", name
         assert daemon.process is not None
