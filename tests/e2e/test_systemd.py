@@ -151,7 +151,7 @@ def test_a_tpm_that_is_gone_does_not_hang_and_the_status_says_what_it_is(
     tmp_path: Path, mosquitto: Mosquitto, swtpm: Swtpm, manager: Manager
 ) -> None:
     """A new process would find it gone as well."""
-    with watched(tmp_path, mosquitto, swtpm, manager, IMPATIENT) as station, Josev(mosquitto) as josev:
+    with watched(tmp_path, mosquitto, swtpm, manager) as station, Josev(mosquitto) as josev:
         swtpm.kill()
         assert josev.ask(generate_csr()).data == {"status": "rejected"}
         gone = manager.status("the key store cannot serve (tpm_unreachable)")
