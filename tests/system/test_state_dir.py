@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,13 +52,13 @@ class Volume:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory.name.startswith(("pytest-", "popen-")) or directory == tmp_path:
-            directory.chmod(0o755)  # pytest's are closed to others
-    volume = tmp_path / "data"
-    volume.mkdir()
-    return volume
+def path() -> Iterator[Path]:
+    """A directory that others can reach, as they cannot reach pytest's: its next run would close them again."""
+    with tempfile.TemporaryDirectory(prefix="stationkey-volume-") as name:
+        Path(name).chmod(0o755)
+        volume = Path(name) / "data"
+        volume.mkdir()
+        yield volume
 
 
 def made(path: Path, *, mode: int, group: int) -> Path:
