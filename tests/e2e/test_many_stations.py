@@ -224,7 +224,7 @@ def test_statuses_that_a_killed_daemon_had_in_hand_are_applied_after_its_start(h
     here.daemon.kill()
     here.daemon.start()
     until(lambda: here.keys() == {station: Counter({"active": 1}) for station in STATIONS}, "all are applied")
-    assert len(list(here.active_dir.glob("station-*.pem"))) == len(STATIONS)
+    until(lambda: len(list(here.active_dir.glob("station-*.pem"))) == len(STATIONS), "each is shown, a moment later")
 
 
 def test_a_station_can_be_tried_by_hand(here: Site) -> None:
