@@ -68,6 +68,16 @@ def is_listening(port: int) -> bool:
     return any(row[1] == address and row[3] == listen for row in rows)
 
 
+def is_listening_at(path: Path) -> bool:
+    """Whether a server listens on a Unix socket, without a connection to it [proc(5), /proc/net/unix].
+
+    The socket is there before: a connection between the two calls of the server is refused.
+    """
+    accepting = "00010000"
+    rows = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()]
+    return any(row[7:] == [str(path)] and row[3] == accepting for row in rows)
+
+
 def search_path() -> str:
     """Where programs are: Debian keeps some servers out of a user's PATH."""
     servers = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
@@ -360,7 +370,7 @@ class SharedToken(Peer):
         return ["server", "--foreground", *where, f"pkcs11:token={self.label}"]
 
     def listening(self) -> bool:
-        return self._socket.is_socket()
+        return is_listening_at(self._socket)
 
     def launch(self) -> Self:
         if self._folder is None:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from peers import Peer
+from peers import Peer, is_listening_at
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 PIN = "73519284"
@@ -65,7 +65,7 @@ class _Server(Peer):
         return ["server", "--foreground", *where, f"pkcs11:token={self.label}"]
 
     def listening(self) -> bool:
-        return self.socket.is_socket()
+        return is_listening_at(self.socket)
 
 
 @dataclass
