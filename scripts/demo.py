@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm
@@ -216,37 +217,45 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*STATIONKEY, *arguments], capture_output=True, text=True, check=False)
 
 
-def main() -> int:
-    """Run the demo; 0 if everything was as it should be."""
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="stationkey-demo-") as name:
-        folder = Path(name)
-        config, state_dir = folder / "stationkey.toml", folder / "state"
-        with (
-            Mosquitto(folder / "broker") as broker,
-            Swtpm(folder / "tpm") as tpm,
-            Bus(folder / "bus") as bus,
-            ResourceManager(folder / "manager", tpm=tpm.tcti, bus=bus) as manager,
-        ):
-            os.environ.update(manager.environment)
-            keystore = f"tpm2:{manager.tcti}"
-            config.write_text(CONFIG.format(tpm=keystore, token=soft_token(folder / "token"), folder=folder))
-            daemon = Daemon(
-                folder / "daemon",
-                *("--broker", broker.url, "--state-dir", str(state_dir), "--config", str(config)),
+def play(console: Console, folder: Path) -> bool:
+    """Run the demo; whether everything was as it should be."""
+    config, state_dir = folder / "stationkey.toml", folder / "state"
+    with (
+        Mosquitto(folder / "broker") as broker,
+        Swtpm(folder / "tpm") as tpm,
+        Bus(folder / "bus") as bus,
+        ResourceManager(folder / "manager", tpm=tpm.tcti, bus=bus) as manager,
+    ):
+        os.environ.update(manager.environment)
+        keystore = f"tpm2:{manager.tcti}"
+        config.write_text(CONFIG.format(tpm=keystore, token=soft_token(folder / "token"), folder=folder))
+        daemon = Daemon(
+            folder / "daemon",
+            *("--broker", broker.url, "--state-dir", str(state_dir), "--config", str(config)),
+        )
+        with daemon:
+            console.print(
+                f"Mosquitto at {broker.url}, a TPM 2.0 (swtpm) behind a resource manager as in a station,"
+                " a PKCS#11 token (SoftHSM) in the place of a secure element, and stationkey serve between them."
             )
-            with daemon:
-                console.print(
-                    f"Mosquitto at {broker.url}, a TPM 2.0 (swtpm) behind a resource manager as in a station,"
-                    " a PKCS#11 token (SoftHSM) in the place of a secure element, and stationkey serve between them."
-                )
-                console.print("Asking with stationkey request, as Josev would:\n")
-                right = show_accepted(console, broker) and show_rejected(console, broker, daemon)
-                right = asyncio.run(show_circle(console, broker, folder)) and right
-                right = until_active(state_dir) and right
-                right = show_handshakes(console, config, state_dir) and right
-                right = show_evidence(console, keystore, state_dir, folder) and right
-                daemon.terminate()
+            console.print("Asking with stationkey request, as Josev would:\n")
+            right = show_accepted(console, broker) and show_rejected(console, broker, daemon)
+            right = asyncio.run(show_circle(console, broker, folder)) and right
+            right = until_active(state_dir) and right
+            right = show_handshakes(console, config, state_dir) and right
+            right = show_evidence(console, keystore, state_dir, folder) and right
+            daemon.terminate()
+    return right
+
+
+def perform(play: Callable[[Console, Path], bool]) -> int:
+    """Play a demo in a folder of its own; its exit status: 0 if everything was as it should be."""
+    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    try:
+        with tempfile.TemporaryDirectory(prefix="stationkey-demo-") as name:
+            right = play(console, Path(name))
+    except KeyboardInterrupt:
+        return 130
     console.print("Everything that was started is stopped, and its files are gone.")
     if not right:
         console.print("[red]Something above is not as it should be.")
@@ -254,7 +263,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(perform(play))

@@ -9,13 +9,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from demo import STATIONKEY, openssl_verifies
+from demo import STATIONKEY, openssl_verifies, perform
 from depot import Depot
 from peers import Daemon, Mosquitto, Postgresql, SharedToken
 from rich.console import Console
@@ -201,19 +200,5 @@ def play(console: Console, folder: Path) -> bool:
         return judge(console, depot, token) and right
 
 
-def main() -> int:
-    """Run the demo; 0 if everything was as it should be."""
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="stationkey-demo-") as name:
-        right = play(console, Path(name))
-    console.print("Everything that was started is stopped, and its files are gone.")
-    if not right:
-        console.print("[red]Something above is not as it should be.")
-    return 0 if right else 1
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(perform(play))
