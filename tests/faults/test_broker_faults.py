@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from asker import BOUND, Asker, until
+from asker import Asker, until
+from asking import BOUND
 from cutting_proxy import CuttingProxy
 from peers import Daemon, Mosquitto
 from rig import Rig
@@ -48,11 +49,11 @@ def test_a_broker_that_is_killed_under_load_gets_no_second_csr_for_an_id(scene: 
         asker.wait_for(lambda: len(asker.accepted) >= 4 * number, "some requests are answered")  # noqa: B023 - called in here only
         scene.broker.kill()
         scene.broker.start()
-        for request in asker.open:
-            asker.publish(request)
+        for request_id in asker.open:
+            asker.repeat(request_id)
     asker.keep_up(0)
-    for request in [*asker.open, *asker.requests.values()]:
-        asker.ask(request)
+    for request_id in [*asker.open, *asker.requests]:
+        asker.ask(asker.requests[request_id])
     scene.daemon.terminate()
     assert asker.rejected == set()
     assert asker.accepted.keys() == asker.requests.keys()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from asker import BOUND, Asker, until
+from asker import Asker, until
+from asking import BOUND
 from crashing_daemon import ANY_STATEMENT, MOMENTS
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from peers import Daemon

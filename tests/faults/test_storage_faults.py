@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from asker import BOUND, until
+from asker import until
+from asking import BOUND
 from peers import Daemon
 from scene import Scene
 from small_disk import DaemonOnDisk, SmallDisk

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from asker import BOUND, until
+from asker import until
+from asking import BOUND
 from peers import Daemon, Swtpm
 from scene import Scene
 from truth import events_brought, judge, key_of, reasons_of
@@ -44,7 +45,7 @@ def ask_for_rsa(scene: Scene) -> str:
         # 30 ms of computing: ten times what anything but an RSA key takes.
         ticks = 3 * os.sysconf("SC_CLK_TCK") // 100
         until(lambda: processor_time(scene.tpm) >= before + ticks, "it makes an RSA key")  # noqa: B023 - called in here only
-        if request in scene.asker.open:  # or the primes were found at once
+        if request.id in scene.asker.open:  # or the primes were found at once
             return request.id
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from asker import BOUND, until
+from asker import until
+from asking import BOUND
 from line import Line
 from siterig import SiteRig
 
