@@ -1,10 +1,10 @@
 """``make sbom``: what a station's stationkey is made of, as a CycloneDX document.
 
-The packages are those of ``requirements/station.txt``. cyclonedx-py reads that file for versions and hashes, and an
-environment where they are installed for licences and for what needs what. What a package has built into it, OpenSSL in
-cryptography for one, comes from the SBOM that the package brings along [PEP 770], and stands inside it.
+The packages are those of ``requirements/station.txt``, or of another file. cyclonedx-py reads it for versions and
+hashes, and an environment where they are installed for licences and for what needs what. What a package has built in,
+OpenSSL in cryptography for one, comes from the SBOM that the package brings along [PEP 770], and stands inside it.
 
-Use: sbom.py [--python ENVIRONMENT'S] [--debian PACKAGE ...] FILE
+Use: sbom.py [--python ENVIRONMENT'S] [--pinned FILE] [--debian PACKAGE ...] FILE
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
+from packaging.markers import Marker
 
 ROOT = Path(__file__).parent.parent
 PINNED = ROOT / "requirements/station.txt"
@@ -91,9 +93,17 @@ def package_of_debian(name: str) -> Component:
     }
 
 
-def document(python: Path, debian: list[str]) -> Component:
+def not_for_here(requirements: str) -> set[str]:
+    """The packages that are pinned for other systems or versions of Python [PEP 508]."""
+    found = re.findall(r"^([\w.-]+)==\S+ ; ([^\\\n]+)", requirements, re.MULTILINE)
+    return {name for name, marker in found if not Marker(marker.strip()).evaluate()}
+
+
+def document(python: Path, debian: list[str], pinned_in: Path = PINNED) -> Component:
     """The whole SBOM."""
-    pinned = {name_of(component): component for component in cyclonedx("requirements", PINNED)["components"]}
+    others = not_for_here(pinned_in.read_text())
+    listed = {name_of(component): component for component in cyclonedx("requirements", pinned_in)["components"]}
+    pinned = {name: component for name, component in listed.items() if name not in others}
     sbom = cyclonedx("environment", python)
     installed = {name_of(component): component for component in sbom.get("components", [])}
     site_packages = subprocess.run(
@@ -133,10 +143,11 @@ def main(arguments: list[str]) -> int:
     """Write it, if it is to the specification."""
     parser = argparse.ArgumentParser(description="Write the SBOM of what a station runs.")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter of the environment")
+    parser.add_argument("--pinned", type=Path, default=PINNED, help="requirements file of the packages")
     parser.add_argument("--debian", nargs="*", default=[], metavar="PACKAGE", help="packages of the system in it")
     parser.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
-    text = json.dumps(document(options.python, options.debian), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(document(options.python, options.debian, options.pinned), indent=2, ensure_ascii=False) + "\n"
     if (wrong := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)) is not None:
         raise SystemExit(f"sbom: what was made is no CycloneDX: {wrong}")
     options.file.parent.mkdir(parents=True, exist_ok=True)

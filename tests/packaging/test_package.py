@@ -88,3 +88,15 @@ def test_it_is_built_of_what_is_pinned_for_a_station_and_without_fapi() -> None:
     assert "--require-hashes" in BUILD
     assert "requirements/station.txt" in BUILD
     assert "requirements/runtime.txt" not in BUILD
+
+
+def test_that_of_a_site_has_the_same_versions_and_what_reaches_postgresql_and_tokens() -> None:
+    site, runtime = (pins_of(ROOT / "requirements" / name) for name in ("site.txt", "runtime.txt"))
+    assert pins_of(ROOT / "requirements/station.txt") <= site <= runtime
+    assert {pin.partition("==")[0] for pin in site} >= {"psycopg", "python-pkcs11"}
+    assert {pin.partition("==")[0] for pin in site}.isdisjoint({"ocpp", "websockets"})
+    assert "more=libpq5" in BUILD  # which psycopg loads by its name
+
+
+def pins_of(file: Path) -> set[str]:
+    return set(re.findall(r"^[\w.-]+==[\w.]+", file.read_text(), re.MULTILINE))
