@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import ALGORITHMS, SECP256R1, SECP521R1, Algorithm, EllipticCurve
-from stationkey.errors import ConfigurationError, KeyStoreError, Scope
+from stationkey.errors import KeyStoreError, Scope
 from stationkey.keystore.protocol import KeyRef, KeyStore, Support
+from stationkey.keystore.refusal import refuse_foreign, refuse_tpm_terms
 from stationkey.x509.csr import PrivateKey, PublicKey
 
 _CURVES: Final = {SECP256R1: ec.SECP256R1(), SECP521R1: ec.SECP521R1()}
@@ -78,25 +79,12 @@ def opener(
     Raises:
         ConfigurationError: options that need a TPM, and would not protect software keys.
     """
-    default = TpmTerms()
-    given = terms or default
-    names = [name for name in TpmTerms.__struct_fields__ if getattr(given, name) != getattr(default, name)]
-    if names:
-        raise ConfigurationError(
-            f"[tpm] {', '.join(names)} cannot be had from a software key store",
-            reason="tpm_terms_without_tpm",
-            hint="name a TPM, or take these out of the configuration",
-        )
+    refuse_tpm_terms(terms, _SCHEME)
     return SoftwareKeyStore
 
 
 def _load(key: KeyRef) -> PrivateKey:
-    if key.scheme != _SCHEME:
-        raise KeyStoreError(
-            f"key {key.key_id} was made by a {key.scheme}: key store, and this one is software:",
-            reason="key_of_another_store",
-            scope=Scope.KEY,
-        )
+    refuse_foreign(key, _SCHEME)
     try:
         private_key = serialization.load_der_private_key(key.private, password=None)
     except (ValueError, TypeError, CryptographyUnsupported):

@@ -11,6 +11,7 @@ from stationkey.config.settings import TpmTerms
 from stationkey.errors import ConfigurationError
 from stationkey.keystore.pkcs11.inventory import DIRECTORY_NAME, FileInventory, Inventory, refused_pin
 from stationkey.keystore.pkcs11.uri import TokenUri
+from stationkey.keystore.refusal import refuse_tpm_terms
 
 if TYPE_CHECKING:
     from stationkey.keystore.protocol import KeyStore
@@ -39,13 +40,7 @@ def opener(
         ConfigurationError: invalid URI, unsafe module, no state directory, python-pkcs11 is missing, or TPM options.
     """
     token = TokenUri.parse(location)
-    given, default = terms or TpmTerms(), TpmTerms()
-    if names := [name for name in TpmTerms.__struct_fields__ if getattr(given, name) != getattr(default, name)]:
-        raise ConfigurationError(
-            f"[tpm] {', '.join(names)} does not apply to a pkcs11 key store",
-            reason="tpm_terms_without_tpm",
-            hint="remove these options, or name a TPM as the key store",
-        )
+    refuse_tpm_terms(terms, "pkcs11")
     if state_dir is None:
         raise ConfigurationError("a pkcs11 key store needs a state directory", reason="state_dir_unnamed")
     if find_spec("pkcs11") is None:

@@ -24,6 +24,7 @@ from stationkey.keystore.pkcs11.inventory import Inventory
 from stationkey.keystore.pkcs11.token import Connection
 from stationkey.keystore.pkcs11.uri import TokenUri, identifier_of, object_uri, token_uri
 from stationkey.keystore.protocol import KeyRef, Support, Swept
+from stationkey.keystore.refusal import refuse_foreign
 from stationkey.x509.csr import PrivateKey, PublicKey
 
 _SCHEME: Final = "pkcs11"
@@ -218,12 +219,7 @@ class Pkcs11KeyStore:
 
 
 def _identifier(key: KeyRef) -> bytes:
-    if key.scheme != _SCHEME:
-        raise KeyStoreError(
-            f"key {key.key_id} is in a {key.scheme} key store, and this one is pkcs11",
-            reason="key_of_another_store",
-            scope=Scope.KEY,
-        )
+    refuse_foreign(key, _SCHEME)
     try:
         return identifier_of(keyfile.uri_of(key.private))
     except ValueError:

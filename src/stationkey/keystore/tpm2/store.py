@@ -26,6 +26,7 @@ from stationkey.config.settings import TpmTerms
 from stationkey.contract.profiles import Algorithm, EllipticCurve, KeyType
 from stationkey.errors import KeyStoreError, Scope, UnsupportedAlgorithm
 from stationkey.keystore.protocol import KeyRef, Support
+from stationkey.keystore.refusal import refuse_foreign
 from stationkey.keystore.signing import Buffer
 from stationkey.keystore.tpm2 import capabilities, errors, signing, templates
 from stationkey.keystore.tpm2 import return_codes as rc
@@ -135,7 +136,7 @@ class Tpm2KeyStore(Device):
 
     def destroy(self, key: KeyRef) -> None:
         """Unload it where it is loaded. The TPM holds nothing else of it: the wrapped blob is all there is."""
-        _own(key)
+        refuse_foreign(key, _SCHEME)
         if self._loaded is not None and self._loaded.key == key:
             self.unload()
 
@@ -430,18 +431,9 @@ class _Loaded(Struct, frozen=True):
         return f"_Loaded({self.key!r}, {self.handle!r})"
 
 
-def _own(key: KeyRef) -> None:
-    if key.scheme != _SCHEME:
-        raise KeyStoreError(
-            f"key {key.key_id} was made by a {key.scheme}: key store, and this one is {_SCHEME}:",
-            reason="key_of_another_store",
-            scope=Scope.KEY,
-        )
-
-
 def _file(key: KeyRef) -> tuple[KeyFile, PcrPolicy | None]:
     """Return the key file of a key of ours: wrapped private part, public part and policy."""
-    _own(key)
+    refuse_foreign(key, _SCHEME)
     try:
         file = KeyFile.read(key.private)
         return file, PcrPolicy.read(file.policy)
