@@ -9,16 +9,20 @@ from collections.abc import AsyncIterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from parts import E1, E2, NOW, STATION, V2G, Authority, Station, key_id_in, new_id, pem, request, station
+from parts import E1, E2, NOW, STATION, V2G, Authority, Station, key_id_in, new_id, pem, request, station, status
 from stationkey.config.settings import DAY
 from stationkey.contract.active_names import percent_encoded
 from stationkey.contract.stations import station_flaw
 from stationkey.errors import KeyStoreError, MessageError
 from stationkey.ledger.lifecycle import KeyState
 from stationkey.service import statuses
+from stationkey.site.adoption import AllShards
+from stationkey.site.shard import Shard
 from stationkey.system.state_dir import DATABASE_NAME
 from stationkey.x509.certificate import prove
 
@@ -352,3 +356,34 @@ async def test_a_station_whose_certificates_are_all_due_hides_no_other(
         here.clocks.pass_by(80 * DAY)
         await here.service.renewal.look()
         assert sorted(certificate.station for certificate in here.service.renewal.due) == [A, A, A, B]
+
+
+async def test_a_status_from_an_old_session_is_not_followed_by_its_copy_from_the_new_one(here: Station) -> None:
+    """It came before the station had a key, and is read again when it has one."""
+    opened = asyncio.Event()
+    opened.set()
+    shard = cast("Shard", SimpleNamespace(service=here.service, opened=opened))
+    early = status("deleted", V2G)
+    await AllShards(lambda _: shard).note_status(early, station=A)
+    key = await here.key(station=A)
+    await here.told("installed", station=A)
+
+    await here.service.note_status(early, station=A)
+    assert here.states(key) == [ACTIVE]
+    await here.service.note_status(early, station=A)  # sent once more, which nothing tells from a new one
+    assert here.states(key) == [DESTROYED]
+
+
+async def test_the_copies_that_are_expected_are_bounded(here: Station, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statuses, "MAX_COPIES", 2)
+    key = await here.key(station=A)
+    await here.told("installed", station=A)
+    early = [status("deleted", V2G) for _ in range(3)]
+    for one in early:
+        here.service.expect_copy(one, station=A)
+
+    for one in reversed(early[1:]):
+        await here.service.note_status(one, station=A)
+    assert here.states(key) == [ACTIVE]
+    await here.service.note_status(early[0], station=A)
+    assert here.states(key) == [DESTROYED]

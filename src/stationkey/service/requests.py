@@ -246,6 +246,10 @@ class StationKeyService:
             return
         await self._statuses.note_status(status, station=station)
 
+    def expect_copy(self, status: CertificateInstallationStatus, *, station: str = "") -> None:
+        """Pass over the next status of a station with this id; see `Statuses.expect_copy`."""
+        self._statuses.expect_copy(status, station=station)
+
     async def undelivered(self) -> list[tuple[str, GenerateCsrResponse]]:
         """Return the recorded answers for which `delivered` was not called, with their stations: publish them again."""
         responses = []

@@ -43,6 +43,8 @@ MAX_WAITING: Final = 16
 """Statuses that may wait at a time: they must not take the places of requests."""
 FEW_STATUSES: Final = 8
 """Statuses in flight that a station of a site may have however many others do: more than one renewal of each type."""
+MAX_COPIES: Final = 1000
+"""Statuses of which a copy is expected at a time; the oldest is forgotten first."""
 PATIENCE: Final = 20.0
 """Seconds that further statuses wait if nothing is away but each takes long: a full certificate directory, a slow TPM.
 A normal burst of statuses is done by then."""
@@ -102,6 +104,7 @@ class Statuses:
         self._profiles = profiles
         self._lines: WeakValueDictionary[tuple[str, str], _Line] = WeakValueDictionary()  # those in use
         self._shares = Shares(room, few=FEW_STATUSES)
+        self._copies: dict[tuple[str, str], None] = {}  # in the order of arrival
 
     async def note_status(self, status: CertificateInstallationStatus, *, station: str = "") -> None:
         """Apply a status to its key. A status that cannot be applied is logged and counted; no key is guessed.
@@ -112,6 +115,11 @@ class Statuses:
         none waits. Certificate types whose keys are made in different key stores do not wait for each other, nor do
         stations. In a site, what a station sends beyond its share of the room is given up at once.
         """
+        if self._copies and (station, status.id) in self._copies:
+            del self._copies[station, status.id]
+            log.info("'%s' was received before", status.data.status, extra=_about(status, station))
+            self._count(status, "repeated")
+            return
         if not self._shares.has_room(station):
             self.refuse(status, _crowd(), station=station)
             return
@@ -119,6 +127,16 @@ class Statuses:
         line = self._lines.setdefault((station, store.name), _Line())
         with self._shares.place(station):
             await self._queue(status, station, line)
+
+    def expect_copy(self, status: CertificateInstallationStatus, *, station: str = "") -> None:
+        """Pass over the next status of a station with this id, whatever became of this one.
+
+        One that changed nothing could change something the next time: a ``deleted`` from before the station had a key
+        would destroy the one that it has now.
+        """
+        if len(self._copies) >= MAX_COPIES:
+            del self._copies[next(iter(self._copies))]
+        self._copies[station, status.id] = None
 
     async def _queue(self, status: CertificateInstallationStatus, station: str, line: _Line) -> None:
         beyond = line.waiting >= MAX_WAITING

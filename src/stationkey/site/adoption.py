@@ -2,8 +2,8 @@
 
 The old sessions hold the messages of the time in which no daemon ran. So, in this order: the new sessions are
 subscribed; the old ones are unsubscribed; what they hold is answered, by all shards of the new cut in one process; they
-are ended. Only then the new sessions are served. What came between the first two steps is in both, and answered twice,
-the same way.
+are ended. Only then the new sessions are served. What came between the first two steps is in both: a request is
+answered twice, the same way, and the copy of a status is passed over.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ class AllShards(Answering):
     async def note_status(
         self, status: CertificateInstallationStatus, *, station: str = "", retained: bool = False
     ) -> None:
-        """Handle a status; see `Answering`."""
-        await (await self._service(station)).note_status(status, station=station, retained=retained)
+        """Handle a status; see `Answering`. The session of the new cut may have a copy of it."""
+        service = await self._service(station)
+        await service.note_status(status, station=station, retained=retained)
+        service.expect_copy(status, station=station)
 
     async def undelivered(self) -> list[tuple[str, GenerateCsrResponse]]:
         """Return nothing: each shard publishes its own."""
