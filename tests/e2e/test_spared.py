@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from outside import Station
 from peers import Mosquitto
 
+import stationkey
 from secured import Authority, SecuredMosquitto
 
 TOLD = """
@@ -54,3 +56,15 @@ def test_what_is_imported_already_stays_as_it_is(before: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+def test_nothing_here_uses_what_hashlib_has_from_openssl_alone() -> None:
+    sources = "\n".join(path.read_text() for path in Path(stationkey.__file__).parent.rglob("*.py"))
+    used = set(re.findall(r"\bhashlib\.(\w+)", sources)) | set(re.findall(r"from hashlib import (\w+)", sources))
+    program = (
+        "from stationkey.system.spared import spare\nspare()\n"
+        f"import hashlib\nprint([name for name in {sorted(used)!r} if not hasattr(hashlib, name)])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert "sha256" in used
+    assert (done.stdout, done.stderr) == ("[]\n", "")

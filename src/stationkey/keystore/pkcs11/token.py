@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import stat
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pkcs11
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from pkcs11 import TokenFlag
 
 from stationkey.errors import ConfigurationError, KeyStoreError, Scope
@@ -236,4 +236,5 @@ def was_refused(record: Path, pin: str) -> bool:
 
 def _digest(pin: str, salt: bytes) -> bytes:
     """Digest a PIN that is wrong, slowly: it may be close to the right one."""
-    return hashlib.scrypt(pin.encode(), salt=salt, n=2**14, r=8, p=1, dklen=_MARK - _SALT)
+    # Not hashlib's, which a daemon without TLS has no OpenSSL for: see `stationkey.system.spared`.
+    return Scrypt(salt=salt, length=_MARK - _SALT, n=2**14, r=8, p=1).derive(pin.encode())

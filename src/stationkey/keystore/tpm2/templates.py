@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from typing import Final
+
+from cryptography.hazmat.primitives import hashes
 
 from stationkey.contract.profiles import SECP256R1, SECP521R1, EllipticCurve, KeyType, RsaModulus
 
@@ -36,15 +37,15 @@ _SEALED: Final = FIXED_TPM | FIXED_PARENT | USER_WITH_AUTH | NO_DA
 RSA: Final = 0x0001
 _KEYEDHASH: Final = 0x0008
 _SHA256: Final = 0x000B
-_HASHES: Final = {
-    0x0004: "sha1",
-    _SHA256: "sha256",
-    0x000C: "sha384",
-    0x000D: "sha512",
-    0x0012: "sm3",
-    0x0027: "sha3_256",
-    0x0028: "sha3_384",
-    0x0029: "sha3_512",
+_HASHES: Final[dict[int, type[hashes.HashAlgorithm]]] = {
+    0x0004: hashes.SHA1,
+    _SHA256: hashes.SHA256,
+    0x000C: hashes.SHA384,
+    0x000D: hashes.SHA512,
+    0x0012: hashes.SM3,
+    0x0027: hashes.SHA3_256,
+    0x0028: hashes.SHA3_384,
+    0x0029: hashes.SHA3_512,
 }
 _NULL: Final = b"\x00\x10"
 ECC: Final = 0x0023
@@ -135,7 +136,12 @@ def name_of(public: bytes) -> bytes:
         ValueError: unknown name algorithm.
     """
     algorithm = public[4:6]
-    return algorithm + hashlib.new(_HASHES.get(int.from_bytes(algorithm, "big"), "none"), public[2:]).digest()
+    kind = _HASHES.get(int.from_bytes(algorithm, "big"))
+    if kind is None:
+        raise ValueError("unknown name algorithm")
+    digest = hashes.Hash(kind())
+    digest.update(public[2:])
+    return algorithm + digest.finalize()
 
 
 def is_sized(data: bytes, *, exactly: bool = True) -> bool:
