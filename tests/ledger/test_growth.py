@@ -89,6 +89,9 @@ OPERATIONS: dict[str, Callable[[Ledger, str], object]] = {
     "record_answer that makes room": lambda ledger, _: answer(
         ledger, request(*OWNER), bounds=Bounds(pending_limit=3, pending_total=2)
     ),
+    "record_answer that makes room in a token": lambda ledger, _: answer(
+        ledger, request(*OWNER), bounds=Bounds(pending_of_shard=1)
+    ),
     "record_answer with a key made ahead": lambda ledger, _: answer(
         ledger, request(*OWNER), key=stock_of(ledger)[0], taken=True
     ),
@@ -198,6 +201,7 @@ OF_ALL_STATIONS = frozenset(
             "next_due",
             "adopt",
             "crowd_out",
+            "record_answer that makes room in a token",
         ),
         *("forget, nothing", "forget, a batch of keys", "forget, a batch of answers", "destruction and wipe"),
     }
