@@ -104,7 +104,6 @@ _BY_STATE: Final = {
     "42501": _FORBIDDEN,
     "XX001": _DAMAGED,
     "XX002": _DAMAGED,
-    "08P01": _POOLED,  # PostgreSQL itself has no word to say against our protocol
     "08": _UNREACHABLE,
     "57P": _UNREACHABLE,
     "25P03": _UNREACHABLE,
@@ -178,7 +177,11 @@ def connect(uri: str, password: SecretReference | None, *, name: str) -> Connect
     several = {"target_session_attrs": "read-write"} if "," in uri else {}
     with explained("opened"):
         parameters: dict[str, Any] = {**several, **conninfo.conninfo_to_dict(uri), **PARAMETERS, **secret}
-        connection = Connection.connect("", autocommit=True, application_name=f"stationkey {name}"[:63], **parameters)
+        try:
+            who = f"stationkey {name}"[:63]
+            connection = Connection.connect("", autocommit=True, application_name=who, **parameters)
+        except psycopg.errors.ProtocolViolation as error:  # PostgreSQL itself takes libpq's start-up message
+            raise _error("opened", _words(error), _POOLED) from None
     try:
         with explained("opened"):
             _refuse_unfit(connection)
