@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asker import Asker
+from peers import Mosquitto
 from rig import Rig
 
 from stationkey.contract.messages import GenerateCsrRequest
@@ -28,8 +29,8 @@ on how often a test may ask."""
 class Scene(Rig):
     """A rig with an asker."""
 
-    def __init__(self, folder: Path, *, tpm: bool, keystore: str = "") -> None:
-        super().__init__(folder, tpm=tpm, keystore=keystore, config=CONFIG)
+    def __init__(self, folder: Path, *, tpm: bool, keystore: str = "", broker: Mosquitto | None = None) -> None:
+        super().__init__(folder, tpm=tpm, keystore=keystore, config=CONFIG, broker=broker)
         self.asker = Asker(self.broker)
 
     def peers(self) -> list[contextlib.AbstractContextManager[Any]]:
