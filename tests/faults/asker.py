@@ -40,6 +40,7 @@ class Asker(Asking[str]):
 
     def __init__(self, broker: Mosquitto) -> None:
         super().__init__(broker, "asker", [_RESPONSES])
+        self._client.reconnect_delay_set(0.1, 0.1)  # type: ignore[arg-type] # it is added to a time
         self._client.on_socket_open = lambda _client, _data, sock: _without_nagle(sock)
         self._evses = itertools.count(1)
 
