@@ -441,7 +441,8 @@ def run(
         loop = runner.get_loop()
         serving = loop.create_task(program(settings), name="serve")
         while not serving.done():
-            # The event loop itself needs memory for each turn; where it gets none, the next turn is tried.
-            with suppress(MemoryError):
+            # The event loop itself needs memory for each turn; where it gets none, the next turn is tried. CPython
+            # sometimes forgets to say that it was the memory, and raises SystemError.
+            with suppress(MemoryError, SystemError):
                 loop.run_until_complete(serving)
         return serving.result()
