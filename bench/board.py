@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -63,10 +64,15 @@ def stay_idle(world: World, sides: Collection[str], measured: Measured) -> None:
 
 def write_little(world: World, sides: Collection[str], measured: Measured) -> None:
     """Count what a request writes: once with room for each key, and once with an older key that ends for each."""
-    settings = {rows.REQUEST_PAGES: LIFECYCLE, rows.ENDING_PAGES: "[lifecycle]\npending_total = 1\n"}
+    ending = "[lifecycle]\npending_total = 1\n"
     for number, side in enumerate(sides):
-        with station(world.folder, world.broker, world.tpm, f"disk{number}", configuration=settings[side]) as plain:
+        settings = ending if side == rows.ENDING_PAGES else LIFECYCLE
+        with station(world.folder, world.broker, world.tpm, f"disk{number}", configuration=settings) as plain:
             _ask(plain, _REQUESTS)
+            if side == rows.REQUEST_SYNCS:
+                with measured.told(side):
+                    measured.samples[side] = [_syncs(plain, world.folder / "syncs") / _REQUESTS]
+                continue
             before = _written(plain.daemon)
             _ask(plain, _REQUESTS)
             measured.samples[side] = [(_written(plain.daemon) - before) / _PAGE / _REQUESTS]
@@ -116,6 +122,27 @@ def _ask(plain: Station, count: int) -> None:
     act = plain.asker.act(KIND["P-256"])
     for _ in range(count):
         act()
+
+
+def _syncs(plain: Station, log: Path) -> int:
+    """Return how often the daemon waits for the disk in so many requests.
+
+    Raises:
+        Unavailable: strace is missing, or may not look.
+    """
+    if (strace := shutil.which("strace")) is None:
+        raise Unavailable("strace is not installed")
+    assert plain.daemon.process is not None
+    words = (strace, "-f", "-e", "trace=fsync,fdatasync", "-o", str(log), "-p", str(plain.daemon.process.pid))
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        if "attached" not in tracer.stderr.readline():
+            raise Unavailable("strace may not attach to the daemon")
+        try:
+            _ask(plain, _REQUESTS)
+        finally:
+            tracer.terminate()
+    return sum("sync(" in line for line in log.read_text().splitlines())
 
 
 def _usage(words: tuple[str, ...]) -> tuple[float, float]:

@@ -69,6 +69,7 @@ class Effort:
         starts: of a daemon, or of a command.
         idle: seconds of watching an idle daemon.
         many: requests between the two looks at the memory.
+        site: rounds of the sides of a site.
     """
 
     rounds: dict[str, int]
@@ -78,6 +79,7 @@ class Effort:
     starts: int
     idle: float
     many: int
+    site: int
 
 
 FULL: Final = Effort(
@@ -88,9 +90,10 @@ FULL: Final = Effort(
     starts=30,
     idle=60.0,
     many=10_000,
+    site=5,
 )
 QUICK: Final = Effort(
-    {"P-256": 6, "P-521": 6, "RSA-3072": 3}, blocks=3, block=150, ledger=60, starts=7, idle=10.0, many=1_000
+    {"P-256": 6, "P-521": 6, "RSA-3072": 3}, blocks=3, block=150, ledger=60, starts=7, idle=10.0, many=1_000, site=1
 )
 
 
@@ -383,6 +386,14 @@ def _remember(world: World, sides: Collection[str], measured: Measured) -> None:
             measured.samples[rows.GROWTH] = [resident(plain.daemon) - idle]
 
 
+def _share(world: World, sides: Collection[str], measured: Measured) -> None:
+    """Answers a second of a site on PostgreSQL beside one on SQLite."""
+    from bench import site  # noqa: PLC0415 - it needs PostgreSQL
+
+    rates, _, _ = site.measure(world.effort.site)
+    measured.samples |= {side: rates[side] for side in sides}
+
+
 def _command(world: World, sides: Collection[str], measured: Measured) -> None:
     """The commands that an operator and a program call, beside the start of a Python that can do what they need."""
     with station(world.folder, world.broker, world.tpm, "plain") as plain:
@@ -432,6 +443,7 @@ _MEASUREMENTS: Final[dict[str, Callable[[World, Collection[str], Measured], None
     rows.DISK: board.write_little,
     rows.LISTS: board.list_many,
     rows.SLOW: board.run_slowly,
+    rows.SITE: _share,
     # Last: each TPM command is a TCP connection here, and the port of one stays taken for a minute. After so many,
     # there are few ports left.
     rows.MEMORY: _remember,

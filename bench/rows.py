@@ -41,6 +41,7 @@ IDLE_BYTES: Final = "bytes written"
 DISK: Final = "disk"
 REQUEST_PAGES: Final = "a request"
 ENDING_PAGES: Final = "a request that ends a key"
+REQUEST_SYNCS: Final = "syncs of a request"
 LISTS: Final = "100,000 keys"
 LIST_TIME: Final = "keys list, processor time"
 LIST_MEMORY: Final = "keys list, memory"
@@ -49,6 +50,12 @@ JSON_MEMORY: Final = "keys list --json, memory"
 SLOW: Final = "a tenth of a core"
 SLOW_REQUEST: Final = "request"
 SLOW_START: Final = "start"
+SITE: Final = "site"
+SITE_SQLITE: Final = "SQLite, 1 daemon"
+SITE_ONE: Final = "PostgreSQL, 1 daemon"
+SITE_TWO: Final = "PostgreSQL, 2 daemons"
+SITE_THREE: Final = "PostgreSQL, 3 daemons"
+"""A site of 30 stations and one token: see `bench.site`."""
 SIZES: Final = (1_000, 10_000, 100_000)
 """Keys in the ledger, where its growth is measured."""
 
@@ -163,6 +170,10 @@ def _slow(name: str, what: str, side: str) -> Row:
     return Row(name, what, Series(SLOW, side), None, How.SHOWN, inf)
 
 
+def _site(name: str, what: str, side: str) -> Row:
+    return Row(name, what, Series(SITE, side), Series(SITE, SITE_SQLITE), How.SHOWN, inf, "per s")
+
+
 ROWS: Final = (
     _slow("slow-request", "a tenth of a core: P-256, request to response", SLOW_REQUEST),
     _slow("slow-start", "a tenth of a core: exec to ready", SLOW_START),
@@ -203,11 +214,14 @@ ROWS: Final = (
     _value("idle-wake-ups", "idle: wake-ups of the daemon", BOARD, WAKE_UPS, 2.0, "per s"),
     _value("idle-bytes", "idle: written to the disk in a minute", BOARD, IDLE_BYTES, 0.0, "bytes"),
     _value("disk-request", "written to the disk for a request", DISK, REQUEST_PAGES, 8.0, "x 4 KiB"),
+    _value("disk-syncs", "waits for the disk (fsync, fdatasync)", DISK, REQUEST_SYNCS, 1.0, "per request"),
     Row("disk-ending", "the same, and a key ends", Series(DISK, ENDING_PAGES), None, How.SHOWN, inf, "x 4 KiB"),
     _value("list-time", "`stationkey keys list` with 100,000 keys, processor time", LISTS, LIST_TIME, 3.0, "s"),
     _value("list-memory", "the same, memory", LISTS, LIST_MEMORY, 80.0, "MiB"),
     _value("json-time", "`keys list --json` with 100,000 keys, processor time", LISTS, JSON_TIME, 3.0, "s"),
     _value("json-memory", "the same, memory", LISTS, JSON_MEMORY, 80.0, "MiB"),
+    _site("site", "a site on PostgreSQL, one daemon: answers", SITE_ONE),
+    _site("site-three", "the same, three daemons", SITE_THREE),
     _command("keys-list", KEYS_LIST),
     _command("schema", SCHEMA),
 )

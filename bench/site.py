@@ -23,11 +23,11 @@ from peers import Daemon, Mosquitto, Postgresql, SharedToken
 
 from bench import ROOT
 from bench.report import number
+from bench.rows import SITE_ONE, SITE_SQLITE, SITE_THREE, SITE_TWO
 from bench.sides import NO_LIMIT, StockMosquitto, processor_time
 
 PAGE: Final = ROOT / "docs/site.md"
-SQLITE: Final = "SQLite, 1 daemon"
-SIDES: Final = {SQLITE: 0, "PostgreSQL, 1 daemon": 1, "PostgreSQL, 2 daemons": 2, "PostgreSQL, 3 daemons": 3}
+SIDES: Final = {SITE_SQLITE: 0, SITE_ONE: 1, SITE_TWO: 2, SITE_THREE: 3}
 """How many daemons share a ledger on PostgreSQL, by the name of the side."""
 SHARDS: Final = 6
 STATIONS: Final = 30
@@ -164,11 +164,11 @@ def server_time(server: Postgresql) -> float:
     return total
 
 
-def measure() -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Return rates and times of each side, and what a request costs where there is one daemon."""
+def measure(rounds: int = ROUNDS) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Return rates and times of each side in some rounds, and what a request costs where there is one daemon."""
     base = ROOT / ".bench"
     base.mkdir(exist_ok=True)
-    costed = (SQLITE, "PostgreSQL, 1 daemon")
+    costed = (SITE_SQLITE, SITE_ONE)
     with tempfile.TemporaryDirectory(dir=base) as name, ExitStack() as stack:
         folder = Path(name)
         settings = (
@@ -187,21 +187,21 @@ def measure() -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str,
         rates: dict[str, list[float]] = {side: [] for side in sides}
         times: dict[str, list[float]] = {side: [] for side in costed}
         costs: dict[str, dict[str, float]] = {side: {} for side in costed}
-        in_turns(rates, lambda side: sides[side].rate())
-        for _ in range(ROUNDS):
+        in_turns(rates, lambda side: sides[side].rate(), rounds)
+        for _ in range(rounds):
             for side in costed:
                 before, answers = sides[side].spent(), len(sides[side].depot.answers)
                 times[side].append(sides[side].single())
                 asked = len(sides[side].depot.answers) - answers
                 for what, value in sides[side].spent().items():
                     costs[side].setdefault(what, 0.0)
-                    costs[side][what] += (value - before[what]) / asked / ROUNDS
+                    costs[side][what] += (value - before[what]) / asked / rounds
         return rates, times, costs
 
 
-def in_turns(samples: dict[str, list[float]], act: Callable[[str], float]) -> None:
+def in_turns(samples: dict[str, list[float]], act: Callable[[str], float], rounds: int) -> None:
     """Take a sample of each side, round after round; the first round only warms up."""
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds + 1):
         for side, taken in samples.items():
             value = act(side)
             if round_:
@@ -210,7 +210,7 @@ def in_turns(samples: dict[str, list[float]], act: Callable[[str], float]) -> No
 
 def tables(rates: dict[str, list[float]], times: dict[str, list[float]], costs: dict[str, dict[str, float]]) -> str:
     """Return what was measured, in Markdown."""
-    base = statistics.median(rates[SQLITE])
+    base = statistics.median(rates[SITE_SQLITE])
     lines = ["| | answers a second | beside SQLite |", "|---|---:|---:|"]
     for side, samples in rates.items():
         median = statistics.median(samples)
