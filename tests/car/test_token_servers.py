@@ -133,6 +133,8 @@ def test_a_server_as_printed_serves_sixty_handshakes_six_at_a_time(
         write(tmp_path / name, content)
     text = as_on_this_system(printed.stdout, tmp_path)
     with serving(server, text, file, tmp_path, secc.environment) as port:
+        if server == "stunnel":  # pkcs11-provider logs in once for each of its threads that begin at once: docs/tls.md
+            assert handshake(port, secc.root(kind), VERSIONS[kind]) == "ok"
         assert sixty(port, secc.root(kind), VERSIONS[kind]) == {"ok": 60}
 
 
