@@ -7,13 +7,14 @@ seconds.
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -328,16 +329,20 @@ def _grow(world: World, sides: Collection[str], measured: Measured) -> None:
         with station(world.folder, world.broker, world.tpm, template.name, configuration=LIFECYCLE) as first:
             first.asker.act(KIND["P-256"])()
         _destroy_all(template / "state" / DATABASE_NAME)
+
+        def with_history(name: str, size: int) -> Path:
+            shutil.copytree(template / "state", world.folder / name / "state")
+            database = world.folder / name / "state" / DATABASE_NAME
+            _fill(database, size)
+            return database
+
         acts = {}
         for number, (side, size) in enumerate(sizes.items()):
-            state = world.folder / f"ledger{number}" / "state"
-            shutil.copytree(template / "state", state)
-            _fill(state / DATABASE_NAME, size)
+            with_history(f"ledger{number}", size)
             daemon = stack.enter_context(
                 station(world.folder, world.broker, world.tpm, f"ledger{number}", configuration=LIFECYCLE)
             )
             acts[side] = daemon.asker.act(KIND["P-256"])
-        shutil.rmtree(template)
         for act in acts.values():
             for _ in range(WARM_UP):
                 act()
@@ -346,6 +351,30 @@ def _grow(world: World, sides: Collection[str], measured: Measured) -> None:
             for side, act in acts.items():
                 measured.take(side, act)
                 time.sleep(GAP)
+        if rows.SWEPT in sides:
+            quiet = rows.keys(rows.SIZES[-1])
+            _sweep(world, with_history("swept", rows.SIZES[-1]), {quiet: acts[quiet]}, measured)
+
+
+def _sweep(world: World, database: Path, acts: Mapping[str, Act], measured: Measured) -> None:
+    """One request while the daemon forgets most of its history, in turns with other acts."""
+    keeping = LIFECYCLE.replace("history_limit = 100000", "history_limit = 1000")
+    with station(world.folder, world.broker, world.tpm, "swept", configuration=keeping) as sweeping:
+        before = _count(database)
+        acts = {rows.SWEPT: sweeping.asker.act(KIND["P-256"]), **acts}
+        for _ in range(world.effort.ledger // 4):
+            for side, act in acts.items():
+                measured.take(side, act)
+        left = _count(database)
+    if not rows.SIZES[0] < left < before:
+        raise RuntimeError(f"no sweep was going on: {before} keys before, {left} after")
+
+
+def _count(database: Path) -> int:
+    """Return how many keys are on record."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM key").fetchone()
+        return int(count)
 
 
 def _destroy_all(database: Path) -> None:

@@ -58,6 +58,8 @@ SITE_THREE: Final = "PostgreSQL, 3 daemons"
 """A site of 30 stations and one token: see `bench.site`."""
 SIZES: Final = (1_000, 10_000, 100_000)
 """Keys in the ledger, where its growth is measured."""
+SWEPT: Final = "100,000 keys, being swept"
+"""All but the last thousand are forgotten meanwhile: the longest sweep."""
 
 
 def sustained(kind: str) -> str:
@@ -199,6 +201,14 @@ ROWS: Final = (
         Series(LEDGER, keys(SIZES[0])),
         How.OVER,
         1.1,
+    ),
+    Row(
+        "sweep",
+        "a full sweep of 100,000 keys going on",
+        Series(LEDGER, SWEPT),
+        Series(LEDGER, keys(SIZES[2])),
+        How.OVER,
+        1.3,
     ),
     Row("start", "start: exec to ready", Series(START, OURS), Series(START, IMPORTS), How.OVER, 1.3),
     Row("memory-idle", "resident memory, idle after 100 requests", Series(MEMORY, IDLE), None, How.VALUE, 40.0, "MiB"),

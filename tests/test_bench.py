@@ -66,6 +66,7 @@ TARGETS = {
     "sustained-p256": 0.75,
     "sustained-p521": 0.9,
     "ledger": 1.1,
+    "sweep": 1.3,
     "start": 1.3,
     "memory-idle": 40,
     "memory-growth": 2,
