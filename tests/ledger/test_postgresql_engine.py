@@ -166,6 +166,24 @@ def test_a_lock_that_is_not_given_up_is_waited_for_so_long(depot: Database, engi
     assert noted(depot) == {"then"}
 
 
+def test_a_daemon_that_is_stopped_among_many_statements_is_idle_for_the_server(
+    depot: Database, engine_of: Opener
+) -> None:
+    """So its timeout ends the transaction; in the middle of a pipeline it would not."""
+    states: list[object] = []
+
+    def names() -> Iterator[tuple[str]]:
+        for name in "abc":
+            yield (name,)
+            states.extend(depot.admin("SELECT state FROM pg_stat_activity WHERE backend_xid IS NOT NULL"))
+
+    with engine_of(depot, shard=take(depot)).transaction() as sql:
+        sql.executemany("INSERT INTO meta (name, value) VALUES (?, 'x')", names())
+
+    assert states == [("idle in transaction",)] * 3
+    assert noted(depot) == {"a", "b", "c"}
+
+
 def test_an_engine_serves_the_stations_of_its_shard(depot: Database, engine_of: Opener) -> None:
     engines = [engine_of(depot, shard=take(depot, number, 3)) for number in range(3)]
     stations = [f"depot/{number}" for number in range(30)]
