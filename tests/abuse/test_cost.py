@@ -6,11 +6,12 @@ bounded: 64 KiB.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tracemalloc
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -57,6 +58,16 @@ FAMILIES: dict[str, Callable[[int], bytes]] = {
 }
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would run what other tests have left to be finalized."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def instructions(call: Callable[[], object]) -> int:
     """How many instructions of Python's own machine a call takes."""
     count = 0
@@ -69,24 +80,31 @@ def instructions(call: Callable[[], object]) -> int:
         return each
 
     before = sys.gettrace()
-    sys.settrace(each)
-    try:
-        with suppress(MessageError):
-            call()
-    finally:
-        sys.settrace(before)
+    with uncollected():
+        sys.settrace(each)
+        try:
+            with suppress(MessageError):
+                call()
+        finally:
+            sys.settrace(before)
     return count
 
 
 def memory(call: Callable[[], object]) -> int:
-    """How many bytes a call has at most at a time."""
-    tracemalloc.start()
-    try:
-        with suppress(MessageError):
-            call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    """How many bytes a call has at most at a time, and other threads meanwhile."""
+    with uncollected():
+        tracemalloc.start()
+        try:
+            with suppress(MessageError):
+                call()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+
+def needs_no_more(call: Callable[[], object], most: int) -> bool:
+    """Whether a call makes do with so many bytes; what other threads have, they do not have each time."""
+    return any(memory(call) <= most for _ in range(3))
 
 
 @pytest.mark.parametrize("reader", [decode, decode_response], ids=["decode", "decode_response"])
@@ -101,7 +119,7 @@ def test_a_message_costs_no_more_than_in_proportion_to_its_size(
     counted = instructions(lambda: reader(small)), instructions(lambda: reader(large))
 
     assert counted[1] <= 1.5 * len(large) / len(small) * counted[0] + 100
-    assert memory(lambda: reader(large)) <= 150 * len(large) + 100_000
+    assert needs_no_more(lambda: reader(large), 150 * len(large) + 100_000)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -109,14 +127,14 @@ def test_of_a_message_that_is_too_large_no_more_than_64_kib_is_looked_at(family:
     large, larger = family(8 * SMALL), family(20 * MAX_PAYLOAD)
 
     # Of one that is a byte too large just as much is looked at.
-    assert memory(lambda: decode(larger)) <= memory(lambda: decode(larger[: MAX_PAYLOAD + 1])) + 10_000
-    assert memory(lambda: decode(larger)) <= 150 * MAX_PAYLOAD + 100_000
+    most = min(150 * MAX_PAYLOAD + 100_000, memory(lambda: decode(larger[: MAX_PAYLOAD + 1])) + 10_000)
     if b"\xff" not in larger:  # which is looked for before
-        assert memory(lambda: decode(larger)) <= 4 * memory(lambda: decode(large)) + 150 * MAX_PAYLOAD
+        most = min(most, 4 * memory(lambda: decode(large)) + 150 * MAX_PAYLOAD)
+    assert needs_no_more(lambda: decode(larger), most)
 
 
 def test_a_file_of_certificates_costs_in_proportion_to_its_size() -> None:
     armour = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 
-    assert memory(lambda: read_chain(armour * 1000)) <= 100 * len(armour * 1000)
+    assert needs_no_more(lambda: read_chain(armour * 1000), 100 * len(armour * 1000))
     assert read_name("%" * 65_536) is None
