@@ -7,11 +7,13 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from rich.cells import cell_len, set_cell_size
 
 from stationkey.system.text import printable
+
+T = TypeVar("T")
 
 PLAIN_WIDTH: Final = 80
 """Columns if standard output is not a terminal and ``COLUMNS`` is not set."""
@@ -47,8 +49,13 @@ def width() -> int:
 
 def listed(columns: tuple[Column, ...], rows: Iterable[tuple[str, ...]], *, empty: str) -> Iterator[str]:
     """Yield the lines of a table, a part of the rows at a time; see `lined_up`."""
-    rest = iter(rows)
-    yield from lined_up(columns, iter(lambda: list(islice(rest, _PART)), []), empty=empty)
+    yield from lined_up(columns, in_parts(rows, _PART), empty=empty)
+
+
+def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items as lists of up to `size`."""
+    rest = iter(items)
+    return iter(lambda: list(islice(rest, size)), [])
 
 
 def lined_up(columns: tuple[Column, ...], parts: Iterable[Iterable[tuple[str, ...]]], *, empty: str) -> Iterator[str]:
@@ -64,7 +71,7 @@ def lined_up(columns: tuple[Column, ...], parts: Iterable[Iterable[tuple[str, ..
     shown: list[int] = []
     for rows in parts:
         part = [tuple(map(printable, row)) for row in rows]
-        widths = [max(known, *(cell_len(row[at]) for row in part)) for at, known in enumerate(widths)]
+        widths = [max(known, _widest(cells)) for known, *cells in zip(widths, *part, strict=False)]
         if not shown:
             shown = _chosen(columns, widths, room)
             part.insert(0, tuple(column.heading for column in columns))
@@ -72,8 +79,7 @@ def lined_up(columns: tuple[Column, ...], parts: Iterable[Iterable[tuple[str, ..
         if _total([widths[at] for at in shown]) <= room:
             limits = [widths[at] for at in shown]
         for row in part:
-            yield _GAP.join(_fit(row[at], limit) for at, limit in zip(shown, limits, strict=True)).rstrip()
-            yield "\n"
+            yield _GAP.join(_fit(row[at], limit) for at, limit in zip(shown, limits, strict=True)).rstrip() + "\n"
             yield from (line for note in row[len(columns) :] for line in _noted(note, room))
     if not shown:
         yield empty + "\n"
@@ -102,8 +108,14 @@ def _total(widths: list[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
+def _widest(texts: Iterable[str]) -> int:
+    return max(map(len if "".join(texts).isascii() else cell_len, texts))
+
+
 def _fit(text: str, limit: int) -> str:
     """Cut or pad a text to a number of columns; a wide character takes two."""
+    if text.isascii() and len(text) <= limit:
+        return text.ljust(limit)
     return set_cell_size(text, limit) if cell_len(text) <= limit else set_cell_size(text, limit - 1) + "…"
 
 

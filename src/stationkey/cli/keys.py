@@ -6,15 +6,15 @@ import json
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
 import click
+import msgspec
 
 from stationkey.cli._ledger import opened_ledger
 from stationkey.cli._options import Configured, chosen_file, configured, json_option
-from stationkey.cli._table import SHORT_ID, Column, listed, write
+from stationkey.cli._table import SHORT_ID, Column, in_parts, listed, write
 from stationkey.config.file import read_file, settle
 from stationkey.config.settings import RenewalTerms
 from stationkey.errors import Scope, StationKeyError
@@ -43,6 +43,8 @@ _EVENT_COLUMNS: Final = (
     Column("MESSAGE", 3),
 )
 
+_PART = 100
+"""Keys that are encoded together, so that a list needs bounded memory."""
 _COMPLETED = 100
 """Most ids that completion offers."""
 _EMPTYING = 0.5
@@ -96,7 +98,7 @@ def _key_json(key: KeyRecord, renewal: Callable[[KeyRecord], str | None]) -> dic
 
 def utc(milliseconds: int) -> str:
     """Return a Unix time for people and programs."""
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(milliseconds // 1000))
 
 
 def _age(milliseconds: int) -> str:
@@ -126,10 +128,11 @@ def keys_list(station: str | None, settings: Configured, as_json: bool) -> None:
 
 
 def _json_array(items: Iterable[object]) -> Iterator[str]:
-    """Yield a JSON array in the format of `json.dumps` with indent 2, item by item."""
+    """Yield a JSON array in the format of `json.dumps` with indent 2, a part at a time."""
     before = "["
-    for item in items:
-        yield before + json.dumps([item], indent=2)[1:-2]
+    for part in in_parts(items, _PART):
+        # With indent, json.dumps encodes in Python: five times the processor time.
+        yield before + msgspec.json.format(json.dumps(part), indent=2)[1:-2]
         before = ","
     yield "[]\n" if before == "[" else "\n]\n"
 
