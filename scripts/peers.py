@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-START_TIMEOUT = 10.0
+START_TIMEOUT = 30.0
 
 
 _reserved: collections.deque[contextlib.ExitStack] = collections.deque()
@@ -159,7 +159,7 @@ class Peer:
         if self.process is not None:
             self.process.terminate()
             try:
-                self.process.wait(5)
+                self.process.wait(20)
             except subprocess.TimeoutExpired:
                 self.kill()
             self.process = None
@@ -543,7 +543,7 @@ class Postgresql(Peer):
         self.thaw()
         self.process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
+            self.process.wait(20)
         super().kill()
 
     def __exit__(self, *_: object) -> None:

@@ -112,7 +112,7 @@ class TestRunning:
         assert left_behind
 
     def test_checks_run_at_once(self) -> None:
-        both = threading.Barrier(2, timeout=10)
+        both = threading.Barrier(2, timeout=30)
 
         def meet(_: None) -> tuple[str]:
             both.wait()

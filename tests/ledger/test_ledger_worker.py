@@ -18,7 +18,7 @@ from stationkey.ledger.worker import LedgerThread
 
 pytest_plugins = ["ledgers"]
 
-BOUND = 10.0
+BOUND = 30.0
 """Seconds that nothing here takes unless it hangs."""
 
 

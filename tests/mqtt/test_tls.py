@@ -112,7 +112,7 @@ async def test_tls_below_1_2_is_not_spoken(authority: Authority) -> None:
             context.wrap_socket(connection, server_side=True)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)  # where nobody comes, the test has failed and must not hang
+        listener.settimeout(30)  # where nobody comes, the test has failed and must not hang
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
         with pytest.raises(BrokerError) as refused:

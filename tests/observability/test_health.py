@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import threading
 from collections.abc import AsyncIterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -200,13 +200,24 @@ class TestAsking:
         manager.alive.side_effect = lambda: signs.put_nowait(None)
         health, go_on = Health(here.keystores, manager, broker="", patience=BOUND), threading.Event()
         health.watch(here.service, _Edge())
+        looks, condition = asyncio.Queue[None](), health.condition
+
+        def look() -> Condition:
+            looks.put_nowait(None)
+            return condition()
+
+        monkeypatch.setattr(health, "condition", look)
         async with health.watching(), asyncio.timeout(BOUND):
             await signs.get()
             held = here.service._ledger(lambda _: go_on.wait(BOUND))  # noqa: SLF001 - a disk that hangs
-            with suppress(TimeoutError):  # they come every 10 ms, until they come no more
-                while True:
-                    await asyncio.wait_for(signs.get(), 0.5)
-            [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+            while not (errors := [record for record in caplog.records if record.levelno == logging.ERROR]):
+                await looks.get()
+            [record] = errors
+            while not signs.empty():  # they have come until then
+                signs.get_nowait()
+            for _ in range(looks.qsize() + 5):
+                await looks.get()
+            assert signs.empty()
             assert (record.name, record.exc_info) == ("stationkey.observability.health", None)
             assert "ledger" in record.getMessage()  # words: what hangs
             go_on.set()
@@ -375,7 +386,7 @@ async def test_the_line_of_status_tells_of_a_hang_long_before_the_next_sign_of_l
     async with health.watching():
         here.keystore.submit(lambda _: go_on.wait(BOUND), timeout=0.05)
         try:
-            await asyncio.wait_for(told.wait(), BOUND / 3)
+            await asyncio.wait_for(told.wait(), BOUND)
         finally:
             go_on.set()
     assert manager.alive.call_count == 1

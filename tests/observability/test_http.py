@@ -321,9 +321,10 @@ class TestWhoeverHoldsItUp:
                 await asyncio.sleep(0.01)
 
     async def test_when_all_places_wait_for_their_page_the_oldest_has_to_go(self) -> None:
-        go_on = asyncio.Event()
+        go_on, asked = asyncio.Event(), asyncio.Semaphore(0)
 
         async def slow() -> Reply:
+            asked.release()
             await go_on.wait()
             return Reply(PAGE)
 
@@ -331,7 +332,9 @@ class TestWhoeverHoldsItUp:
         with Listener(address) as listener:
             async with Endpoint(listener, {"/slow": slow, "/page": page}):
                 asking = [asyncio.create_task(get(address, "/slow")) for _ in range(MAX_CONNECTIONS)]
-                assert not (await asyncio.wait(asking, timeout=0.2))[0]
+                async with asyncio.timeout(BOUND):
+                    for _ in asking:
+                        await asked.acquire()
                 assert PAGE in await get(address)
                 go_on.set()
                 answers = await asyncio.gather(*asking, return_exceptions=True)

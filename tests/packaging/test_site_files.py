@@ -33,7 +33,7 @@ DROP_IN = SITE / "stationkey.service.d.conf"
 TOML = tomllib.loads((SITE / "stationkey.toml").read_text())
 COMPOSE = yaml.safe_load((SITE / "three-machines.yml").read_text())
 DAEMONS = {name: one for name, one in COMPOSE["services"].items() if one["image"].startswith("stationkey")}
-BOUND = 10.0
+BOUND = 30.0
 """Seconds after which a broker that has not answered has failed."""
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, aclosing, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -563,16 +564,20 @@ async def test_a_rejection_is_on_record_soon_and_nobody_waits_for_it(
         loop.call_soon_threadsafe(written.set)
         return more
 
+    due = asyncio.Semaphore(0)
+    clock = SimpleNamespace(sleep=lambda _: due.acquire(), create_task=asyncio.create_task)
     monkeypatch.setattr(Rejections, "write", note)
-    monkeypatch.setattr(rejections_module, "RECORD_WITHIN", 0.01)
+    monkeypatch.setattr(rejections_module, "asyncio", clock)
     for reason in ("one", "two"):
         await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason=reason))
     assert rejections(tmp_path) == []
-    await asyncio.wait_for(written.wait(), 10)
+    due.release()
+    await asyncio.wait_for(written.wait(), 30)
     assert [reason for _, reason, _ in rejections(tmp_path)] == ["one", "two"]
     await answering.reject(str(uuid.uuid4()), MessageError("wrong", reason="three"))
     written.clear()
-    await asyncio.wait_for(written.wait(), 10)
+    due.release()
+    await asyncio.wait_for(written.wait(), 30)
     assert [reason for _, reason, _ in rejections(tmp_path)] == ["one", "two", "three"]
 
 

@@ -76,7 +76,7 @@ class RawStation:
         self.module = module
         self.received = received
         self.says = "Accepted"
-        self.point = Point("CS001", websocket, response_timeout=10)
+        self.point = Point("CS001", websocket, response_timeout=30)
 
     async def boot(self) -> str:
         fields = (
@@ -104,7 +104,7 @@ class RawStation:
         return str(answer.status), (getattr(answer, "status_info", None) or {}).get("additional_info", "")
 
     async def next(self) -> tuple[str, dict[str, Any]]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self.received.get()
 
 
@@ -152,7 +152,7 @@ class Command:
     async def until(self, words: str) -> str:
         """The first line with these words, from here on."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while True:
                 line = (await self.process.stdout.readline()).decode()
                 assert line, "".join(self.lines)

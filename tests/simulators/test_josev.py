@@ -102,7 +102,7 @@ class Trial:
 
     async def key_is(self, state: str, *, failed: bool = False, number: int = -1) -> KeyRecord:
         """The key, once the daemon has it in `state`: the status travels by MQTT, and nobody answers it."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 keys = self.on_record()
                 if keys and keys[number].state == state and keys[number].failed == failed:

@@ -61,7 +61,7 @@ class Backend:
 
     async def next(self, action: str) -> Frame:
         """The next call of that name; nothing else may come before it."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             frame = await self.calls.get()
         assert frame[2] == action
         return frame
@@ -105,7 +105,7 @@ async def played(
 
 
 async def heard(told: asyncio.Queue[str], words: str) -> str:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(30):
         while words not in (line := await told.get()):
             pass
     return line
@@ -132,7 +132,7 @@ async def test_a_call_to_a_rejected_station_is_answered_with_security_error(tmp_
         assert backend.socket is not None
         trigger = [CALL, "1", "TriggerMessage", {"requestedMessage": "SignChargingStationCertificate"}]
         await backend.socket.send(json.dumps(trigger))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             answer = await backend.calls.get()
 
     assert answer[:3] == [ERROR, "1", "SecurityError"]

@@ -182,7 +182,7 @@ class TestPage:
 
         def act() -> SiteGlance:
             looks.append(None)
-            assert goes_on.wait(10)
+            assert goes_on.wait(30)
             return glance
 
         looking = Looking(act)

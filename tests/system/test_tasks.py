@@ -31,7 +31,7 @@ async def test_a_task_that_fails_runs_again(
         other.set()
 
     with caplog.at_level(logging.ERROR):
-        async with asyncio.timeout(10), background({"failing": failing, "steady": steady}, failures):
+        async with asyncio.timeout(30), background({"failing": failing, "steady": steady}, failures):
             await other.wait()
 
     assert failures.items() == [(("failing", unforeseen(error).reason), 2)]
