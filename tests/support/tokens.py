@@ -83,8 +83,12 @@ class _Pkcsslotd(Peer):
         return ["-f"]
 
     def listening(self) -> bool:
-        # It takes a connection that ends at once for a fault.
-        return any(is_listening_at(path) for path in Path("/run").rglob("pkcsslotd.socket"))
+        # A connection that ends at once breaks it. The place that is built in may be said as /var/run.
+        return any(
+            is_listening_at(said)
+            for path in Path("/run").rglob("pkcsslotd.socket")
+            for said in (path, Path(f"/var{path}"))
+        )
 
     def kill(self) -> None:
         """End it, and the processes that it has started or become."""
