@@ -10,7 +10,7 @@ import pytest
 from postgresql import Database, database, own_postgresql, session_postgresql
 
 from stationkey.ledger.postgresql import schema
-from stationkey.ledger.postgresql.connection import connect, explained
+from stationkey.ledger.postgresql.connection import Connection, connect, explained
 from stationkey.site.connection import Cut, Identity, LeaseConnection
 
 __all__ = ["Daemons", "daemons", "database", "own_postgresql", "restarting", "session_postgresql"]
@@ -39,12 +39,25 @@ class Daemons:
         return Cut(shards, client_id, filters, lease)
 
     def open(
-        self, cut: Cut | None = None, *, instance: str = "", name: str = "", present: bool = True
+        self,
+        cut: Cut | None = None,
+        *,
+        instance: str = "",
+        name: str = "",
+        present: bool = True,
+        set_back: bool = False,
     ) -> LeaseConnection:
-        """Open a lease connection; by default of a new daemon."""
+        """Open a lease connection; by default of a new daemon. It may find the clock of the test for the server's."""
+
+        def connected(label: str) -> Connection:
+            connection = connect(self.database.uri, self.database.password, name=label)
+            if set_back:
+                connection.execute("SET search_path = stationkey, pg_catalog")
+            return connection
+
         instance = instance or token_hex(8)
         connection = LeaseConnection(
-            lambda label: connect(self.database.uri, self.database.password, name=label),
+            connected,
             explained=explained,
             identity=Identity(instance, name or f"daemon-{instance}", "here", 1, schema.version()),
             cut=cut or self.cut(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from asker import until
 from leases import LEASE, Daemons, daemons, database, own_postgresql, restarting, session_postgresql
 
 from stationkey.errors import LedgerError
@@ -179,7 +180,39 @@ def test_after_a_start_of_the_server_no_shard_waits_for_a_daemon_that_was_starte
     assert successor.beat("").free == {0, 1, 2, 3}
 
 
+def test_a_server_whose_clock_is_set_back_keeps_no_shard_for_a_dead_daemon(daemons: Daemons) -> None:
+    """It has not been started since: by its clock, it was started in the future."""
+    dead = daemons.open()
+    dead.take(2)
+    daemons.database.admin(
+        "CREATE FUNCTION stationkey.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS"
+        " $$ SELECT pg_catalog.clock_timestamp() - interval '30 days' $$"
+    )
+    dead.close()
+    other = daemons.open(set_back=True)
+
+    until(lambda: 2 in other.beat("").free, "it is free")
+
+
 class TestAnotherNumberOfShards:
+    def test_leaves_no_shards_behind_where_it_is_refused(self, daemons: Daemons) -> None:
+        serving = daemons.open(daemons.cut(2))
+        serving.take(0)
+
+        refused = daemons.open(daemons.cut(4))
+
+        assert refused.beat("").others
+        assert daemons.epochs().keys() == {0, 1}
+
+    def test_is_not_served_while_holders_of_the_old_one_are_expected_back(self, restarting: Daemons) -> None:
+        """PostgreSQL has been restarted, and so nobody has a lock."""
+        old, new = restarting.cut(2, lease=60), restarting.cut(4, lease=60)
+        restarting.open(old, instance="a" * 16).take(0)
+        restarting.database.server.terminate()
+        restarting.database.server.start()
+
+        assert restarting.open(new).beat("").others
+
     def test_is_not_served_while_a_daemon_has_a_shard_of_the_old_one(self, daemons: Daemons) -> None:
         old = daemons.open(daemons.cut(4))
         old.take(2)

@@ -34,14 +34,17 @@ _FOREIGN_ROWS: Final = (
     " + (SELECT count(*) FROM session WHERE client_id <> ALL(%(client_ids)s))"
 )
 """Rows of another cut of the site than ours."""
+_ADD_ROWS: Final = (
+    "INSERT INTO shard (number, of) SELECT number, %(shards)s FROM generate_series(0, %(shards)s - 1) number"
+)
 _FORGET: Final = "DELETE FROM daemon WHERE seen < clock_timestamp() - interval '1 day'"
 """Of daemons that were killed."""
 _BEAT: Final = (
     f"WITH beat AS ({_WRITE_SEEN}) SELECT seen.*, {_FOREIGN_ROWS},"  # noqa: S608 - constants
-    " clock_timestamp() - pg_postmaster_start_time() < make_interval(secs => %(lease)s),"
+    " clock_timestamp() BETWEEN start AND start + make_interval(secs => %(lease)s),"
     " (SELECT array_agg(backend) FROM daemon WHERE trouble <> ''"
     "  AND seen > clock_timestamp() - make_interval(secs => 2 * lease))"
-    f" FROM ({_LOCKS}) seen"
+    f" FROM ({_LOCKS}) seen, pg_postmaster_start_time() start"
 )
 
 
@@ -144,7 +147,7 @@ class View(Struct, frozen=True):
         loads: number of shards of each living daemon of this cut, by its backend.
         held: shards that this daemon has.
         free: shards that it may take.
-        others: daemons of another cut that have shards.
+        others: daemons of another cut have shards, or are expected back.
         old: whether shards or MQTT sessions of another cut are on record.
         unfit: daemons that cannot serve, in their own opinion, by their backends.
     """
@@ -224,14 +227,19 @@ class LeaseConnection:
             self._connection.execute(f"LISTEN {CHANNEL}")
         ((self.me,),) = self._rows("SELECT pg_backend_pid()")
         self._write(_WRITE_SEEN, self._about(""))
-        self._write(
-            "INSERT INTO shard (number, of) SELECT number, %(shards)s FROM generate_series(0, %(shards)s - 1) number"
-            " ON CONFLICT DO NOTHING",
-            {"shards": self._cut.shards},
-        )
+        self._add_rows()
         self._write(_FORGET)
         if present:
             self._rows("SELECT pg_advisory_lock_shared(%s, %s)", (int(LockClass.PRESENCE), self._cut.layout))
+
+    def _add_rows(self) -> None:
+        """Add a row for each shard of a new site. Those of another cut are adopted, or stay as they are."""
+        if not self._rows("SELECT FROM shard LIMIT 1"):
+            with self._taking():
+                self._write(
+                    f"{_ADD_ROWS} WHERE NOT EXISTS (SELECT FROM shard) ON CONFLICT DO NOTHING",
+                    {"shards": self._cut.shards},
+                )
 
     def fileno(self) -> int:
         """Return the socket; it is readable when a shard was released, or the connection has ended."""
@@ -264,7 +272,7 @@ class LeaseConnection:
         locks = [(one, number, backend) for one, number, backend, *_ in rows]
         foreign, young, unfit = rows[0][3:] if rows else (0, False, None)
         unfit = {*(unfit or ())} - {self.me} | ({self.me} if trouble else set())
-        reserved = self._reserved() if young else frozenset()
+        reserved = self._reserved() if young else {}
         return self._view(locks, old=foreign > 0, reserved=reserved, unfit=frozenset(unfit))
 
     def take(self, number: int) -> Taken | None:
@@ -318,6 +326,7 @@ class LeaseConnection:
                     return None
                 locked.extend(number for number in numbers if self._lock(number))
                 self._end_transactions("%")
+                self._write(f"{_ADD_ROWS} ON CONFLICT DO NOTHING", {"shards": self._cut.shards})
                 # Of all rows, so that a daemon of the old cut that was stopped writes nothing when it comes back.
                 self._write(
                     "UPDATE shard SET epoch = epoch + 1, holder = NULL,"
@@ -395,7 +404,7 @@ class LeaseConnection:
         locks: Collection[tuple[int, int, int]],
         *,
         old: bool,
-        reserved: frozenset[int],
+        reserved: Mapping[int, int],
         unfit: frozenset[int],
     ) -> View:
         present = {backend: number for one, number, backend in locks if one == LockClass.PRESENCE}
@@ -405,23 +414,24 @@ class LeaseConnection:
             me=self.me,
             loads={backend: count[backend] for backend, number in present.items() if number == self._cut.layout},
             held=frozenset(number for number, backend in holders.items() if backend == self.me),
-            free=frozenset(range(self._cut.shards)) - holders.keys() - reserved,
-            others=any(present.get(backend, self._cut.layout) != self._cut.layout for backend in holders.values()),
+            free=frozenset(range(self._cut.shards)) - holders.keys() - reserved.keys(),
+            others=any(present.get(backend, self._cut.layout) != self._cut.layout for backend in holders.values())
+            or any(of != self._cut.shards for of in reserved.values()),
             old=old,
             unfit=unfit,
         )
 
-    def _reserved(self) -> frozenset[int]:
+    def _reserved(self) -> dict[int, int]:
         """Return the shards whose holders are expected back: the server has just been started, and ended all locks.
 
         Not those of a daemon that was itself started again meanwhile.
         """
         rows = self._rows(
-            "SELECT number FROM shard JOIN daemon last ON last.instance = holder WHERE holder <> %s AND NOT EXISTS"
+            "SELECT number, of FROM shard JOIN daemon last ON last.instance = holder WHERE holder <> %s AND NOT EXISTS"
             " (SELECT 1 FROM daemon next WHERE next.name = last.name AND next.started > last.started)",
             (self._identity.instance,),
         )
-        return frozenset(number for (number,) in rows)
+        return dict(rows)
 
     def _may_not_take(self) -> bool:
         ((foreign,),) = self._rows(
