@@ -271,6 +271,32 @@ def test_a_daemon_that_the_broker_cannot_hear_leaves_its_shards_and_gets_them_ba
         lonely.kill()
 
 
+def test_a_daemon_that_the_broker_cannot_hear_leaves_a_new_number_of_shards_to_others(site: Site) -> None:
+    site.serve_alone()
+    lonely, other = site.daemons
+    lonely.terminate()
+    for station in site.depot.stations:
+        site.depot.publish(station)
+    site.shards = 3
+    with Line(site.broker.port) as line:
+        line.cut()
+        for number, network in enumerate(site.lines):
+            site.configure(site.folder / f"daemon-{number}", port=network.port)
+        lonely.arguments = tuple(
+            f"mqtt://127.0.0.1:{line.port}" if one == site.broker.url else one for one in lonely.arguments
+        )
+        lonely.launch()
+        until(lambda: "adopting" in lonely.log, "it begins")
+
+        other.launch()
+
+        site.wait_for_shares(3)
+        until(lambda: site.sessions() == [3, 3, 3], "the old sessions have ended")
+        site.depot.wait_for_all()
+        assert not site.depot.rejected
+        lonely.kill()
+
+
 def test_a_lost_broker_moves_nothing_for_long(site: Site) -> None:
     site.serve()
 

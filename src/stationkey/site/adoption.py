@@ -107,6 +107,9 @@ class Adoption:
         dial: connects to the broker.
         confirm: returns once PostgreSQL has confirmed that this daemon has all shards.
         ended: records that a session no longer exists.
+
+    Attributes:
+        connected: whether the last attempt to reach the broker was successful.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Adoption:
         confirm: Callable[[], Awaitable[None]],
         ended: Callable[[str], Awaitable[None]],
     ) -> None:
+        self.connected = True
         self._process = process
         self._cut = cut
         self._stations = stations
@@ -130,7 +134,7 @@ class Adoption:
         self._terms = replace(settings.mqtt, availability_topic=None)
         self._connect = dial
         self._dial = partial(
-            dial, process.broker, terms=self._terms, in_hand=1, max_payload=settings.policy.payload_bytes
+            self._noted, process.broker, terms=self._terms, in_hand=1, max_payload=settings.policy.payload_bytes
         )
 
     async def end(self, sessions: Iterable[Session]) -> None:
@@ -164,6 +168,13 @@ class Adoption:
             else:
                 return
 
+    async def _noted(self, *positional: Any, **named: Any) -> MqttConnection:
+        """Connect to the broker, and note whether that works."""
+        self.connected = False
+        connection = await self._connect(*positional, **named)
+        self.connected = True
+        return connection
+
     async def _subscribe(self, client_id: str) -> None:
         await self._confirm()
         async with await self._dial(client_id=client_id, persistent=True) as connection:
@@ -182,7 +193,7 @@ class Adoption:
 
         async def connect_confirmed(*positional: Any, **named: Any) -> MqttConnection:
             await self._confirm()
-            return await self._connect(*positional, **named)
+            return await self._noted(*positional, **named)
 
         edge = MqttEdge(
             self._process.broker,

@@ -160,6 +160,11 @@ class View(Struct, frozen=True):
     old: bool
     unfit: frozenset[int] = frozenset()
 
+    @property
+    def is_left_to_others(self) -> bool:
+        """Whether this daemon cannot serve, in its own opinion, and another one can."""
+        return self.me in self.unfit and bool(self.loads.keys() - self.unfit)
+
 
 class Backlog(Struct, frozen=True):
     """How many messages of a shard are in flight, and how many wait."""

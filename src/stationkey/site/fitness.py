@@ -13,6 +13,7 @@ from stationkey.errors import StationKeyError
 from stationkey.keystore.stores import Store
 from stationkey.keystore.worker import Task, Turn, on_keystore
 from stationkey.observability.status import StoreCondition
+from stationkey.site.adoption import Adoption
 from stationkey.site.shard import Dialling, Shard
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Fitness:
     Args:
         process: the broker, and the key stores.
         shards: returns the shards of this daemon.
+        adoption: returns the adoption that this daemon is about, or None.
         dial: connects to the broker.
         client_id: client identifier for probes of the broker.
         patience: seconds after which this daemon does not count as fit.
@@ -38,6 +40,7 @@ class Fitness:
         self,
         process: Process,
         shards: Callable[[], Collection[Shard]],
+        adoption: Callable[[], Adoption | None],
         dial: Dialling,
         *,
         client_id: str,
@@ -45,6 +48,7 @@ class Fitness:
     ) -> None:
         self._process = process
         self._shards = shards
+        self._adoption = adoption
         self._dial = dial
         self._client_id = client_id
         self._patience = patience
@@ -57,6 +61,8 @@ class Fitness:
         shards = [shard for shard in self._shards() if shard.admitted and not shard.draining]
         if shards:  # else what was known of the broker stays so, until a probe
             self._note("broker", well=any(shard.connected for shard in shards))
+        elif (adoption := self._adoption()) is not None:
+            self._note("broker", well=adoption.connected)
         reasons = {"broker": "broker_unreachable"}
         for store in self._process.keystores:
             condition = StoreCondition(store.name, store.thread.stuck, store.thread.last)

@@ -212,7 +212,8 @@ class Site:
         self._ending = False
         self._away = False
         self._trouble = ""
-        self._adoption: asyncio.Task[None] | None = None
+        self._adoption: Adoption | None = None
+        self._adopting: asyncio.Task[None] | None = None
         self._notes: set[asyncio.Task[None]] = set()
         self._strays = {
             f"strays{store.suffix}": Strays(None, store, lease=3 * cut.lease)
@@ -222,6 +223,7 @@ class Site:
         self._fitness = Fitness(
             process,
             self._shards.values,
+            lambda: self._adoption,
             self._around.dial,
             client_id=f"{client_id}-probe-{access.instance[:8]}",
             patience=cut.lease,
@@ -370,11 +372,17 @@ class Site:
 
     async def _move(self, view: View) -> None:
         """Take and release shards by what was seen."""
-        if self._ending or not self._fit or self._adoption is not None:
+        if self._ending or not self._fit:
             return
-        if view.old:
+        if self._adopting is not None:
+            if view.is_left_to_others:
+                self._give_up_adoption()
+        elif view.old:
             await self._move_from_old(view)
-            return
+        else:
+            await self._balance(view)
+
+    async def _balance(self, view: View) -> None:
         self._in_trouble(None)
         for number in view.held - self._lease.held.keys():  # not served: else nobody could take it
             await self._lease.release(number)
@@ -415,19 +423,16 @@ class Site:
                 )
             )
             return
-        adopted = await self._lease.adopt()
+        self._in_trouble(None)
+        adopted = None if view.is_left_to_others else await self._lease.adopt()
         if adopted is None:
             return  # another daemon is about it
-        self._in_trouble(None)
         taken, sessions = adopted
         log.warning("adopting a new number of shards", extra={"shards": len(taken), "old_sessions": len(sessions)})
         gate = asyncio.Event()
         for one in taken:
             self._start(one, gate)
-        self._adoption = self._loop.create_task(self._adopt(sessions, gate), name="adoption")
-
-    async def _adopt(self, sessions: list[Session], gate: asyncio.Event) -> None:
-        adoption = Adoption(
+        self._adoption = Adoption(
             self._process,
             self._cut,
             self._stations,
@@ -436,10 +441,13 @@ class Site:
             confirm=self._confirm,
             ended=self._lease.ended,
         )
+        self._adopting = self._loop.create_task(self._adopt(self._adoption, sessions, gate), name="adoption")
+
+    async def _adopt(self, adoption: Adoption, sessions: list[Session], gate: asyncio.Event) -> None:
         try:
             await keep_running(partial(adoption.end, sessions), "adoption", self._process.counters.task_failures)
         finally:
-            self._adoption = None
+            self._adoption = self._adopting = None
         gate.set()
         self._news.set()
 
@@ -488,10 +496,14 @@ class Site:
         log.warning("shard lost: another daemon has taken it", extra={"shard": number, "reason": "shard_lost"})
         shard.abandon()
         self._tasks[number].cancel()
-        if self._adoption is not None:  # it needs all of them
-            self._adoption.cancel()
-            for other in self._shards.values():
-                other.drain()
+        self._give_up_adoption()  # it needs all of them
+
+    def _give_up_adoption(self) -> None:
+        """Leave an adoption that goes on, and all shards, to another daemon."""
+        if self._adopting is not None:
+            self._adopting.cancel()
+            for shard in self._shards.values():
+                shard.drain()
 
     def _on_ready(self, taken: Taken) -> None:
         log.info("ready", extra={"shard": taken.number})
@@ -514,8 +526,8 @@ class Site:
         """Finish the messages in flight, and release the shards so that others take them at once."""
         self._ending = True
         self._note(self._lease.retire())
-        if self._adoption is not None:
-            self._adoption.cancel()
+        if self._adopting is not None:
+            self._adopting.cancel()
         for shard in self._shards.values():
             shard.drain()
         if self._tasks:
