@@ -64,7 +64,7 @@ class Site(SiteRig):
     def forget(self) -> None:
         """Begin anew: no tables, no logs, the configuration of all tests."""
         self.execute("DROP SCHEMA IF EXISTS stationkey CASCADE")
-        self.lease, self.shards = 3.0, SHARDS
+        self.lease, self.shards, self.filters = 3.0, SHARDS, ("depot7/+",)
         for number, line in enumerate(self.lines):
             self.daemons[number] = made = self.daemon(number, port=line.port)
             (made.directory / "log").unlink(missing_ok=True)
@@ -321,6 +321,19 @@ def test_topics_that_are_no_longer_configured_are_unsubscribed(site: Site) -> No
     until(lambda: site.subscriptions(0) == 2 * SHARDS, "each shard has subscribed again")
     until(lambda: site.recorded() == {'["depot7/+/josev/cs"]'}, "that is on record")
     site.ask_all()
+
+
+def test_daemons_with_different_stations_say_so(site: Site) -> None:
+    site.serve()
+    one, other = site.daemons
+    one.terminate()
+    site.filters = ("depot7/+", "depot8/+")
+    site.configure(site.folder / "daemon-0", port=site.lines[0].port)
+
+    one.launch()
+
+    until(lambda: "stations_differ" in one.log and "stations_differ" in other.log, "both say so")
+    assert "stations_differ" not in one.log.partition('"event": "stopped"')[0]
 
 
 def test_a_standby_is_ready_for_its_service_manager_without_a_shard(site: Site, tmp_path: Path) -> None:

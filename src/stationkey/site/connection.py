@@ -43,7 +43,9 @@ _BEAT: Final = (
     f"WITH beat AS ({_WRITE_SEEN}) SELECT seen.*, {_FOREIGN_ROWS},"  # noqa: S608 - constants
     " clock_timestamp() BETWEEN start AND start + make_interval(secs => %(lease)s),"
     " (SELECT array_agg(backend) FROM daemon WHERE trouble <> ''"
-    "  AND seen > clock_timestamp() - make_interval(secs => 2 * lease))"
+    "  AND seen > clock_timestamp() - make_interval(secs => 2 * lease)),"
+    " (SELECT array_agg(DISTINCT filters) FROM session JOIN shard USING (number)"
+    "  WHERE client_id = ANY(%(client_ids)s) AND holder <> %(instance)s)"
     f" FROM ({_LOCKS}) seen, pg_postmaster_start_time() start"
 )
 
@@ -150,6 +152,7 @@ class View(Struct, frozen=True):
         others: daemons of another cut have shards, or are expected back.
         old: whether shards or MQTT sessions of another cut are on record.
         unfit: daemons that cannot serve, in their own opinion, by their backends.
+        stations_differ: whether the shards of other daemons are subscribed to other topic filters.
     """
 
     me: int
@@ -159,6 +162,7 @@ class View(Struct, frozen=True):
     others: bool
     old: bool
     unfit: frozenset[int] = frozenset()
+    stations_differ: bool = False
 
     @property
     def is_left_to_others(self) -> bool:
@@ -275,10 +279,16 @@ class LeaseConnection:
         about = {**self._about(trouble), "client_ids": self._cut.sessions}
         rows = self._rows(_BEAT, about)
         locks = [(one, number, backend) for one, number, backend, *_ in rows]
-        foreign, young, unfit = rows[0][3:] if rows else (0, False, None)
+        foreign, young, unfit, subscribed = rows[0][3:] if rows else (0, False, None, None)
         unfit = {*(unfit or ())} - {self.me} | ({self.me} if trouble else set())
         reserved = self._reserved() if young else {}
-        return self._view(locks, old=foreign > 0, reserved=reserved, unfit=frozenset(unfit))
+        return self._view(
+            locks,
+            old=foreign > 0,
+            reserved=reserved,
+            unfit=frozenset(unfit),
+            stations_differ=any({*_filters(text)} != {*self._cut.filters} for text in subscribed or ()),
+        )
 
     def take(self, number: int) -> Taken | None:
         """Take a shard; None if another daemon has it, or has cut the site otherwise.
@@ -411,6 +421,7 @@ class LeaseConnection:
         old: bool,
         reserved: Mapping[int, int],
         unfit: frozenset[int],
+        stations_differ: bool,
     ) -> View:
         present = {backend: number for one, number, backend in locks if one == LockClass.PRESENCE}
         holders = {number: backend for one, number, backend in locks if one == LockClass.SHARD}
@@ -424,6 +435,7 @@ class LeaseConnection:
             or any(of != self._cut.shards for of in reserved.values()),
             old=old,
             unfit=unfit,
+            stations_differ=stations_differ,
         )
 
     def _reserved(self) -> dict[int, int]:

@@ -212,6 +212,7 @@ class Site:
         self._ending = False
         self._away = False
         self._trouble = ""
+        self._stations_differ = False
         self._adoption: Adoption | None = None
         self._adopting: asyncio.Task[None] | None = None
         self._notes: set[asyncio.Task[None]] = set()
@@ -384,6 +385,7 @@ class Site:
 
     async def _balance(self, view: View) -> None:
         self._in_trouble(None)
+        self._note_stations(differ=view.stations_differ)
         for number in view.held - self._lease.held.keys():  # not served: else nobody could take it
             await self._lease.release(number)
         move = balance(
@@ -457,6 +459,17 @@ class Site:
         if error is not None and reason != self._trouble:
             log.error("no shards taken: %s", error, extra={"reason": reason})
         self._trouble = reason
+
+    def _note_stations(self, *, differ: bool) -> None:
+        """Log once that other daemons serve other stations, as long as that is so."""
+        if differ and not self._stations_differ:
+            error = ConfigurationError(
+                "daemons of this site have different [site] stations",
+                reason="stations_differ",
+                hint="a station that not all of them have is answered by chance. Restart them with the same ones",
+            )
+            log.warning("%s", error, extra={"reason": error.reason})
+        self._stations_differ = differ
 
     def _start(self, taken: Taken, gate: asyncio.Event) -> None:
         number = taken.number
