@@ -137,6 +137,13 @@ def test_the_shards_divide_the_room_of_a_token(file: Path) -> None:
     assert (single.pending_of_shard, single.pending_total) == (None, 30)
 
 
+def test_a_bound_on_all_stations_is_a_sites(file: Path) -> None:
+    text = f"{SITE}active_keys = 600\n"
+
+    assert settings(file, text).bounds_of("v2g_certificate").active_of_site == 600
+    assert settings(file, "").bounds_of("v2g_certificate").active_of_site == 0
+
+
 def test_a_site_has_shards_a_lease_and_no_keys_made_ahead(file: Path) -> None:
     text = f'{LEDGER}ledger_password_file = "credential:db"\n{SITE}shards = 8\nlease_seconds = 4\n[pool]\nrsa = 0\n'
     site = settings(file, text)

@@ -268,6 +268,20 @@ def test_a_bound_of_active_keys_is_that_of_one_station(ledger: Ledger) -> None:
         assert refusal.value.reason == "too_many_active"
 
 
+def test_stations_that_are_made_up_get_no_more_active_keys_than_there_may_be(ledger: Ledger) -> None:
+    bounds = Bounds(active_of_site=2)
+    activate(ledger, ONE, E1, bounds=bounds)
+    activate(ledger, OTHER, E1, bounds=bounds)
+    for station in ("depot/made-up", ONE):
+        with pytest.raises(LedgerError) as refusal:
+            activate(ledger, station, E2, bounds=bounds)
+        assert refusal.value.reason == "too_many_in_site"
+
+    renewed = activate(ledger, ONE, E1, bounds=bounds)
+
+    assert [key.key_id for key in ledger.keys.active(V2G, E1, station=ONE)] == [renewed]
+
+
 def test_keys_to_go_back_to_are_bounded_for_each_station(ledger: Ledger) -> None:
     for station in (OTHER, ONE):
         for evse_id in (E1, E2):

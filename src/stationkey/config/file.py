@@ -379,6 +379,7 @@ def settle(given: Given, *, needs_keystore: bool = True, **options: object) -> S
     if given.get(("site", "stations")):
         given["pool", "ec"] = given["pool", "rsa"] = 0  # a key made ahead has no station, so no shard
         given["lifecycle", "bounds", "shards"] = given.get(("site", "shards"), 1)
+        given["lifecycle", "bounds", "active_of_site"] = given.get(("site", "active_keys"), 0)
     for uri in (keystore, *given.get(("keystores",), {}).values()):
         if uri.startswith("tpm2:"):  # a client key in a TPM is in this one
             given["mqtt", "tcti"] = uri.removeprefix("tpm2:")

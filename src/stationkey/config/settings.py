@@ -72,8 +72,7 @@ def _key_usage(usages: tuple[KeyUsage, ...]) -> tuple[KeyUsage, ...]:
 
 
 _Text = Annotated[str, Meta(max_length=4096)]
-# An empty text leaves an option unset.
-_TEXT: Final = Form(_Text, lambda text: text or UNSET)
+_TEXT: Final = Form(_Text, lambda text: text or UNSET)  # an empty text leaves an option unset
 _PATH: Final = Form(_Text, lambda text: Path(text) if text else UNSET)
 _SECRET: Final = Form(_Text, _secret)
 _DAYS: Final = Form(Annotated[float, Meta(gt=0, le=36_500)], lambda days: int(days * DAY))
@@ -157,6 +156,7 @@ class Bounds(Struct, frozen=True, kw_only=True):
     Attributes:
         types: certificate types whose keys are counted together: those of one key store.
         shards: of the site; 0 for a single station.
+        active_of_site: most active keys of all stations in that store; 0 for no limit.
         pending_of_shard: most pending keys of all stations of a shard in that store; None for no limit.
     """
 
@@ -185,6 +185,7 @@ class Bounds(Struct, frozen=True, kw_only=True):
 
     types: tuple[CertificateType, ...] = tuple(CertificateType)
     shards: int = 0
+    active_of_site: int = 0
     pending_of_shard: int | None = None
 
     def within(self, store: str, types: Iterable[CertificateType]) -> "Bounds":
@@ -194,10 +195,9 @@ class Bounds(Struct, frozen=True, kw_only=True):
             store: its name.
             types: certificate types whose keys are made in it.
         """
-        total, room = self.pending_total, self.pending_in.get(store)
-        part = room // self.shards if room is not None and self.shards else None
-        if room is not None:
-            total = room if part is None else min(total, part)
+        room = self.pending_in.get(store)
+        part = room // self.shards if room and self.shards else None
+        total = min(self.pending_total, part) if part else room or self.pending_total
         return replace(self, types=tuple(sorted(types)), pending_total=total, pending_of_shard=part)
 
 

@@ -124,6 +124,11 @@ class SiteTerms(Struct, frozen=True, kw_only=True):
             Form(Annotated[float, Meta(ge=2, le=300)], lambda seconds: seconds),
         ),
     ] = 10.0
+    active_keys: Annotated[
+        int,
+        Meta(ge=0, le=10_000_000),
+        Option("Most active keys of all stations together, in a key store; 0 for no limit."),
+    ] = 0
 
     def contradiction(self) -> str:
         """Return the contradiction between valid options; empty if there is none."""

@@ -469,6 +469,13 @@ def _refuse_beyond(sql: Sql, key_id: str, bounds: Bounds) -> None:
             hint="retire those that are not needed, or see [lifecycle] active_limit",
             scope=Scope.REQUEST,
         )
+    if bounds.active_of_site and _active_of_site(sql, bounds) > bounds.active_of_site:
+        raise LedgerError(
+            f"{bounds.active_of_site} keys of all stations are active, and no more may be",
+            reason="too_many_in_site",
+            hint="are there stations that do not exist? see stationkey keys list and [site] active_keys",
+            scope=Scope.REQUEST,
+        )
     if own > bounds.root_limit:
         raise LedgerError(
             f"keys of {bounds.root_limit} roots are active for this certificate type and EVSE, and no more may be",
@@ -476,3 +483,12 @@ def _refuse_beyond(sql: Sql, key_id: str, bounds: Bounds) -> None:
             hint="retire the key of a root that is not needed, or see [lifecycle] root_limit",
             scope=Scope.REQUEST,
         )
+
+
+def _active_of_site(sql: Sql, bounds: Bounds) -> int:
+    types, named = of_types(bounds.types)
+    (count,) = sql.execute(
+        f"SELECT count(*) FROM key WHERE state = :active AND {types} AND {LIVING}",  # noqa: S608 - this package's own text
+        {"active": KeyState.ACTIVE, **named},
+    ).fetchone()
+    return int(count)
