@@ -13,7 +13,8 @@ from stationkey.cli import doctor
 from stationkey.config import file as configuration
 from stationkey.config.options import Declared, options_of
 from stationkey.config.settings import CsrOverrides, Settings
-from stationkey.doctor import Options, Report
+from stationkey.doctor.host.context import Options
+from stationkey.doctor.report import Report
 from stationkey.ledger import Ledger
 from stationkey.system.state_dir import DATABASE_NAME
 

@@ -19,7 +19,9 @@ from cryptography.x509.oid import NameOID
 from peers import Swtpm, free_port
 
 from parts import station
-from stationkey.doctor import Finding, Level, Options, Report, examine
+from stationkey.doctor.examination import examine
+from stationkey.doctor.host.context import Options
+from stationkey.doctor.report import Finding, Level, Report
 
 DOCTOR = [sys.executable, "-m", "stationkey", "doctor"]
 NOBODY = 65534

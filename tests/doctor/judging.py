@@ -9,9 +9,9 @@ from typing import Any
 
 from stationkey.config.file import Given, read_file, settle
 from stationkey.config.settings import Settings
-from stationkey.doctor import CHECKS, Level
+from stationkey.doctor.examination import CHECKS
 from stationkey.doctor.host.files import Facts, User
-from stationkey.doctor.report import Finding
+from stationkey.doctor.report import Finding, Level
 
 OK, WARNING, FAILURE, NOT_CHECKED = Level.OK, Level.WARNING, Level.FAILURE, Level.NOT_CHECKED
 

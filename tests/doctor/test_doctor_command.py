@@ -20,7 +20,8 @@ import pytest
 from doctors import DOCTOR, command_output, look, read, tool, used
 from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port
 
-from stationkey.doctor import AREAS, Level
+from stationkey.doctor.examination import AREAS
+from stationkey.doctor.report import Level
 from stationkey.system.state_dir import DATABASE_NAME
 
 
@@ -134,7 +135,7 @@ class TestTheCommand:
         )
         assert done.returncode == 1
         assert done.stderr == ""
-        assert "FAILURE   config.file: " in done.stdout
+        assert "FAILURE   config.file:" in done.stdout
         assert done.stdout.splitlines()[0].startswith("2 failures, ")
         assert max(map(len, done.stdout.splitlines())) <= 80
         assert "\x1b" not in done.stdout

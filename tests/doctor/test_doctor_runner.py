@@ -15,8 +15,8 @@ from judging import FAILURE, NOT_CHECKED, OK
 
 from stationkey.config.options import options_of
 from stationkey.config.settings import Settings
-from stationkey.doctor import AREAS, CHECKS, Finding, Level, Report
-from stationkey.doctor.report import failure, ok, printable
+from stationkey.doctor.examination import AREAS, CHECKS
+from stationkey.doctor.report import Finding, Level, Report, failure, ok, printable
 from stationkey.doctor.runner import DEADLINE, AnyCheck, Check, ask, run
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,9 @@ from typing import Any, Final
 import click
 
 from stationkey.cli._options import chosen_file, config_option, json_option, option, setting_option
-from stationkey.doctor import AREAS, Finding, Level, Options, Report, examine
+from stationkey.doctor.examination import AREAS, examine
+from stationkey.doctor.host.context import Options
+from stationkey.doctor.report import Finding, Level, Report
 from stationkey.errors import ConfigurationError
 from stationkey.system.files import write_text
 from stationkey.system.text import printable

@@ -8,7 +8,8 @@ from itertools import groupby
 from pathlib import Path
 
 from stationkey._version import __version__
-from stationkey.doctor import AREAS, Report
+from stationkey.doctor.examination import AREAS
+from stationkey.doctor.report import Report
 from stationkey.system.text import printable
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from judging import FAILURE, NOT_CHECKED, OK, WARNING, judge, worst
 
-from stationkey.doctor import Level
 from stationkey.doctor.broker.probe import Rights, Visit
 from stationkey.doctor.config.certificates import judge_dates
-from stationkey.doctor.report import ok
+from stationkey.doctor.report import Level, ok
 from stationkey.errors import BrokerError
 from stationkey.mqtt.url import Broker
 

@@ -22,7 +22,7 @@ from peers import Daemon, Mosquitto, Swtpm, search_path
 
 from stationkey.config.secrets import SecretReference
 from stationkey.config.settings import MqttTerms
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 from stationkey.mqtt.connection import connect
 from stationkey.mqtt.url import Broker
 

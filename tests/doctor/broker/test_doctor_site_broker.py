@@ -9,7 +9,7 @@ from doctors import look, write_config
 from peers import Mosquitto
 from test_doctor_broker_setups import guarded
 
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 
 SHIPPED = Path(__file__).parents[3] / "packaging/mosquitto/site.acl"
 

@@ -9,10 +9,10 @@ import pytest
 from judging import FAILURE, NOT_CHECKED, OK, STATION, WARNING, facts, judge, reasons, settings, worst
 
 from stationkey.config.secrets import SecretReference
-from stationkey.doctor import Level
 from stationkey.doctor.config import checks
 from stationkey.doctor.config.checks import named_secrets
 from stationkey.doctor.host.context import Configured, Unit
+from stationkey.doctor.report import Level
 
 
 class TestConfiguration:

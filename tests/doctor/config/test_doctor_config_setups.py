@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from doctors import Pki, as_nobody, look, write_config
 from peers import free_port
 
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 
 
 class TestConfiguration:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from judging import FAILURE, NOT_CHECKED, OK, ROOT, STATION, STRANGER, WARNING, facts, judge, reasons, worst
 
-from stationkey.doctor import Level
 from stationkey.doctor.host import machine
 from stationkey.doctor.host.context import Daemon, Unit, find_lock
 from stationkey.doctor.host.files import User, permits
+from stationkey.doctor.report import Level
 
 
 class TestLocks:

@@ -6,7 +6,7 @@ import pytest
 from judging import FAILURE, OK, WARNING, judge, reasons, settings, worst
 
 from stationkey.contract.profiles import Algorithm
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 
 STORE = settings(keystore="pkcs11:token=se?module-path=/m.so").stores[0]
 ALL = dict.fromkeys(Algorithm, "")

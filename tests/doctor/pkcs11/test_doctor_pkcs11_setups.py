@@ -12,7 +12,7 @@ from peers import Swtpm
 from softhsm import PIN, Token
 
 from stationkey.contract.profiles import Algorithm
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 from stationkey.errors import KeyStoreError
 from stationkey.keystore import KeyRef, keystore_opener
 from wire import Wire, WithoutP521

@@ -8,7 +8,7 @@ from pathlib import Path
 from doctors import command_output, read
 from small_disk import SmallDisk
 
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 
 
 def test_a_full_disk_and_one_in_memory_are_told(tmp_path: Path) -> None:

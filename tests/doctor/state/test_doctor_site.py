@@ -10,7 +10,7 @@ from depots import take
 from doctors import Findings, look
 from postgresql import Database
 
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 from stationkey.doctor.state.site import judge_refusal, judge_site
 from stationkey.errors import LedgerError
 from stationkey.ledger.postgresql.connection import connect

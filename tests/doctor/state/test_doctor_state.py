@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from stationkey.config.settings import DAY
 from stationkey.contract.profiles import CertificateType
-from stationkey.doctor import Level
 from stationkey.doctor.host.files import Facts, User
+from stationkey.doctor.report import Level
 from stationkey.doctor.state import checks
 from stationkey.errors import ConfigurationError
 from stationkey.ledger import KeyRecord

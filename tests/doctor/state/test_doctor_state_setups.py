@@ -13,7 +13,7 @@ import pytest
 from doctors import NOBODY, as_nobody, look, used, write_config
 from peers import Daemon, Mosquitto, Swtpm
 
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 from stationkey.errors import StationKeyError
 from stationkey.system.state_dir import DATABASE_NAME, StateDirectory
 

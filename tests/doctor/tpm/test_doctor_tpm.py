@@ -23,10 +23,9 @@ from judging import (
 )
 
 from stationkey.contract.profiles import Algorithm
-from stationkey.doctor import Level
 from stationkey.doctor.host.files import User
 from stationkey.doctor.probes import Answers
-from stationkey.doctor.report import Finding
+from stationkey.doctor.report import Finding, Level
 from stationkey.doctor.tpm.device import Chip
 from stationkey.doctor.tpm.facts import Seen, Way
 from stationkey.doctor.tpm.state import CHECKS

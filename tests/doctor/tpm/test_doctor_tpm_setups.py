@@ -12,7 +12,7 @@ from doctors import look, tool, used, write_config
 from peers import Mosquitto, Swtpm, free_port
 
 from stationkey.contract.profiles import Algorithm
-from stationkey.doctor import Level
+from stationkey.doctor.report import Level
 from stationkey.keystore.tpm2.store import Tpm2KeyStore
 from stationkey.ledger import Ledger
 from stationkey.system.state_dir import DATABASE_NAME
