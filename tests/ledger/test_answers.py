@@ -144,6 +144,23 @@ def test_nobody_makes_room_where_an_owner_has_made_it(ledger: Ledger) -> None:
     assert states(ledger).count(KeyState.PRE_ACTIVATION) == 4
 
 
+def test_pending_keys_are_bounded_also_after_some_ended_and_commits_failed(ledger: Ledger, place: Place) -> None:
+    bounds = Bounds(pending_total=4)
+    asked = request(V2G, E1)
+    keys = [answer(ledger, asked, bounds=bounds), *(answer(ledger, request(V2G, E1), bounds=bounds) for _ in range(3))]
+    for _ in range(3):
+        with pytest.raises(LedgerError):
+            answer(ledger, asked, bounds=bounds)
+    for key_id in keys[:2]:
+        bring(ledger, key_id, KeyEvent.INSTALLED)
+    keys = keys[2:] + [answer(ledger, request(V2G, E1), bounds=bounds) for _ in range(3)]
+    assert pending(ledger) == keys[-4:]
+
+    with closing(place.open()) as later:
+        keys.append(answer(later, request(V2G, E1), bounds=bounds))
+        assert pending(later) == keys[-4:]
+
+
 def test_keys_made_ahead_are_no_pending_keys(ledger: Ledger, place: Place) -> None:
     bounds = Bounds(pending_limit=2, pending_total=2)
     stock = [ahead(ledger) for _ in range(5)]

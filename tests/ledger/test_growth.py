@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -287,3 +288,14 @@ def test_an_answer_writes_at_most_32_kib_to_the_log(fast_ledger: Ledger, path: P
         fast_ledger.answers.mark_delivered(asked.id)
 
     assert 0 < log.stat().st_size <= 100 * 32 * 1024
+
+
+def test_an_answer_takes_no_more_steps_where_a_thousand_keys_are_pending(fast_ledger: Ledger) -> None:
+    steps = Counter[int]()
+    connection = sqlite_of(fast_ledger)._connection  # noqa: SLF001 - what SQLite does is the point
+    bounds = Bounds(pending_total=10_000)
+    for number in range(1000):
+        connection.set_progress_handler(partial(steps.update, [number]), 1)
+        answer(fast_ledger, request(V2G, f"DE*ABC*E{number % 200}"), bounds=bounds)
+
+    assert max(steps[number] for number in range(990, 1000)) < 2 * steps[10]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from stationkey.config.settings import Bounds
@@ -44,6 +46,10 @@ _AT_ONCE: Final = 32
 """Keys of other stations that one request destroys at most, after a limit was lowered."""
 
 
+_COUNTED: Final = 4096
+"""Numbers of pending keys that are remembered: one for each station."""
+
+
 class Crowded(NamedTuple):
     """A pending key that was destroyed to keep a bound, and the station that it was made for."""
 
@@ -51,11 +57,34 @@ class Crowded(NamedTuple):
     station: str
 
 
+class _AtMost:
+    """Upper bounds on numbers of pending keys, so that not every request counts them: others only get fewer.
+
+    A commit that fails leaves a bound one too high.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, int] = {}
+
+    def excess(self, which: Hashable, limit: int, count: Callable[[], int]) -> int:
+        """Return how many keys more than `limit` are pending, if any, after one was added."""
+        known = self._known.get(which, limit) + 1
+        excess = 0
+        if known > limit:
+            known = count()
+            excess = known - limit
+        if len(self._known) >= _COUNTED:
+            self._known.clear()
+        self._known[which] = known
+        return excess
+
+
 class Answers:
     """The accepted answers."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._pending = _AtMost()
 
     def find(self, request_id: str, *, station: str = "") -> Answered | None:
         """Return the accepted answer to a station's request, or None. The letter case of the id does not matter."""
@@ -128,7 +157,7 @@ class Answers:
                 " VALUES (?, ?, ?, ?, ?, '', ?)",
                 (seq, number, now, CSR_ANSWERED, INITIAL, request.id),
             )
-            return _make_room(sql, owner, bounds, now=now)
+            return _make_room(sql, owner, bounds, self._pending, now=now)
 
     def withdraw(self, request_id: str, *, now: int, station: str = "") -> None:
         """Delete an answer that must not be published and destroy its key; the id may be used again.
@@ -163,32 +192,30 @@ class Answers:
         return [Answered(*row) for row in rows]
 
 
-def _make_room(sql: Sql, owner: Owner, bounds: Bounds, *, now: int) -> list[Crowded]:
+def _make_room(sql: Sql, owner: Owner, bounds: Bounds, pending: _AtMost, *, now: int) -> list[Crowded]:
     """Destroy the oldest pending keys beyond the bounds, and return them. Keys made ahead do not count."""
     types, named = of_types(bounds.types)
-    pending = f"SELECT count(*) FROM key WHERE state = :pending AND station = :station AND {LIVING} AND"  # noqa: S608 - `LIVING` is this package's own text
-    own, every = sql.execute(
-        f"SELECT ({pending} certificate_type = :type AND evse_id = :evse_id), ({pending} {types})",
-        {"station": owner.station, "type": owner.certificate_type, "evse_id": owner.evse_id}
-        | {"pending": INITIAL, **named},
-    ).fetchone()
+    of_owner = {"station": owner.station, "type": owner.certificate_type, "evse_id": owner.evse_id}
+    own = _count(sql, "station = :station AND certificate_type = :type AND evse_id = :evse_id", of_owner)
     crowded = []
     if own > bounds.pending_limit:
         crowded = _end_oldest(sql, owner, count=own - bounds.pending_limit, now=now)
-    # The owner's own keys come first: each that goes saves one of another owner.
-    for _ in range(every - len(crowded) - bounds.pending_total):
+
+    # The owner's own keys came first: each that goes saves one of another owner.
+    of_station = partial(_count, sql, f"station = :station AND {types}", {"station": owner.station, **named})
+    for _ in range(pending.excess((owner.station, bounds.types), bounds.pending_total, of_station)):
         crowded += _end_oldest(sql, _most_crowded(sql, owner, bounds), count=1, now=now)
     if bounds.pending_of_shard is not None:
-        beyond = _pending_of_shard(sql, bounds) - bounds.pending_of_shard
-        for _ in range(min(beyond, _AT_ONCE)):
+        of_shard = partial(_count, sql, types + sql.mine("key"), named)
+        for _ in range(min(pending.excess(bounds.types, bounds.pending_of_shard, of_shard), _AT_ONCE)):
             crowded += _end_oldest(sql, _most_crowded(sql, _in_largest(sql, owner, bounds), bounds), count=1, now=now)
     return crowded
 
 
-def _pending_of_shard(sql: Sql, bounds: Bounds) -> int:
-    types, named = of_types(bounds.types)
+def _count(sql: Sql, which: str, named: Mapping[str, object]) -> int:
+    """Count pending keys."""
     (count,) = sql.execute(
-        f"SELECT count(*) FROM key WHERE state = :pending AND {types} AND {LIVING}{sql.mine('key')}",  # noqa: S608 - this package's own text
+        f"SELECT count(*) FROM key WHERE state = :pending AND {LIVING} AND {which}",  # noqa: S608 - this package's own text
         {"pending": INITIAL, **named},
     ).fetchone()
     return int(count)
