@@ -104,6 +104,21 @@ def test_a_daemon_whose_shard_was_taken_writes_nothing_more(depot: Database, eng
     assert noted(depot) == {"before", "by the other"}
 
 
+def test_an_epoch_that_comes_again_after_a_restore_is_not_taken_for_ones_own(
+    depot: Database, engine_of: Opener
+) -> None:
+    """The backup was older than the taking, and another daemon has taken the shard since."""
+    number, of, epoch, _ = take(depot)
+    depot.admin("UPDATE shard SET holder = 'one'")
+    stopped = engine_of(depot, shard=Shard(number, of, epoch, "one"))
+    write(stopped, "before")
+
+    depot.admin("UPDATE shard SET holder = 'other'")
+
+    write(engine_of(depot, shard=Shard(number, of, epoch, "other")), "by the other")
+    assert failing(lambda: write(stopped, "after")).reason == "shard_lost"
+
+
 def test_who_takes_a_shard_waits_for_a_transaction_that_has_begun(depot: Database, engine_of: Opener) -> None:
     engine = engine_of(depot, shard=take(depot))
     taken = threading.Event()

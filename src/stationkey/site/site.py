@@ -146,7 +146,7 @@ class _Access:
             self._settings.ledger,
             self._settings.ledger_password,
             directory=self._settings.state_dir,
-            shard=Bound(taken.number, shards, taken.epoch),
+            shard=Bound(taken.number, shards, taken.epoch, self.instance),
             on_lost=on_lost,
             name=shard_connection(taken.number, self.instance),
         )

@@ -37,11 +37,18 @@ class Shard(NamedTuple):
         number: from 0.
         of: how many there are.
         epoch: of this holder: another has a higher one.
+        holder: who it is; empty if that need not be compared. In a database that was restored, or fell back to a
+            standby that lacks something, an epoch may come again.
     """
 
     number: int
     of: int
     epoch: int
+    holder: str = ""
+
+    def is_of(self, epoch: int, holder: str | None) -> bool:
+        """Return whether this holder is the one on record."""
+        return epoch == self.epoch and self.holder in {"", holder}
 
 
 class PostgresqlDatabase:
@@ -239,7 +246,7 @@ class PostgresqlDatabase:
         """
         rows = "" if self._shard is None else f" WHERE number = {self._shard.number}"
         return (
-            f"BEGIN; SET LOCAL statement_timeout = 0; SELECT epoch FROM shard{rows} ORDER BY number FOR UPDATE;"  # noqa: S608 - a number
+            f"BEGIN; SET LOCAL statement_timeout = 0; SELECT epoch, holder FROM shard{rows} ORDER BY number FOR UPDATE;"  # noqa: S608 - a number
             " SELECT pg_current_xact_id()::text"
         ).encode()
 
@@ -247,11 +254,11 @@ class PostgresqlDatabase:
         """Return the transaction's number, or raise if another daemon holds the shard."""
         cursor.nextset()
         cursor.nextset()
-        epochs = cursor.fetchall()
+        holders = cursor.fetchall()
         cursor.nextset()
         number = cursor.fetchone()
         assert number is not None
-        if self._shard is not None and epochs != [(self._shard.epoch,)]:
+        if self._shard is not None and not any(self._shard.is_of(*one) for one in holders):
             if not self._over.is_set():
                 self._over.set()
                 self._on_lost()
