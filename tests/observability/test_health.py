@@ -45,6 +45,7 @@ WELL = Condition(
     changed=1_700_000_000.0,
     stores=(StoreCondition("default", stuck=False, last=(3.0, Outcome())),),
     ledger="",
+    ledger_stuck=False,
     due=0,
     expired=0,
     clock_behind=False,
@@ -109,6 +110,9 @@ class TestCondition:
                 id="TPM gone",
             ),
             pytest.param({"ledger": "disk_full"}, "the ledger fails (disk_full)", id="disk full"),
+            pytest.param(
+                {"ledger": "no_answer", "ledger_stuck": True}, "the ledger fails (no_answer)", id="ledger hangs"
+            ),
         ],
     )
     def test_each_trouble_is_told_and_only_then_is_it_not_well(
@@ -117,7 +121,9 @@ class TestCondition:
         condition = replace(WELL, **change)
         quiet = {"well", "one key is another TPM's", "one algorithm is not there"}
         assert condition.healthy == (request.node.callspec.id in quiet)
-        assert json.loads(condition.report())["status"] == ("ok" if condition.healthy else "trouble")
+        report = json.loads(condition.report())
+        assert report["status"] == ("ok" if condition.healthy else "trouble")
+        assert report["watchdog"]["fed"] == (request.node.callspec.id not in {"TPM hangs", "ledger hangs"})
         assert words in condition.sentence(None)
 
     def test_of_several_key_stores_the_one_in_trouble_is_named(self) -> None:

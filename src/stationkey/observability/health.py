@@ -227,7 +227,9 @@ class Health:
 
     def condition(self) -> Condition:
         """Return the current condition of the daemon."""
-        renewal = None if self.service is None else self.service.renewal
+        service = self.service
+        renewal = None if service is None else service.renewal
+        ledger_stuck = service is not None and service.ledger_stuck
         due = () if renewal is None else renewal.due
         expired = sum(certificate.state is Due.EXPIRED for certificate in due)
         return Condition(
@@ -238,7 +240,8 @@ class Health:
             connections=self.connections,
             changed=self._changed_at,
             stores=tuple(StoreCondition(one.name, one.thread.stuck, one.thread.last) for one in self.keystores),
-            ledger="" if self.service is None else self.service.ledger_trouble or "no_answer" * self._silent,
+            ledger="" if service is None else service.ledger_trouble or "no_answer" * (self._silent or ledger_stuck),
+            ledger_stuck=ledger_stuck,
             due=len(due) - expired,
             expired=expired,
             clock_behind=renewal is not None and renewal.clock_behind,
@@ -289,8 +292,7 @@ class Health:
     async def _feed(self, watchdog: float | None) -> None:
         """Send keep-alives from the event loop while neither key store nor ledger hangs."""
         interval = PROBE_INTERVAL if watchdog is None else watchdog / 2
-        before, ledger_was_stuck = self.condition(), False
-        look, fed_at = min(interval, LOOK_INTERVAL), -interval
+        before, look, fed_at = self.condition(), min(interval, LOOK_INTERVAL), -interval
         while True:
             now = self.condition()
             for earlier, store in zip(before.stores, now.stores, strict=True):
@@ -298,16 +300,14 @@ class Health:
                     log.error("%s hangs", now.called(store))
                 elif earlier.stuck and not store.stuck:
                     log.warning("%s recovered", now.called(store).removeprefix("the "))
+            if now.ledger_stuck and not before.ledger_stuck:
+                log.error("the ledger hangs")
             if now.troubles != before.troubles:
                 self._news.set()
-            ledger_stuck = self.service is not None and self.service.ledger_stuck
-            if ledger_stuck and not ledger_was_stuck:
-                log.error("the ledger hangs")
-            ledger_was_stuck = ledger_stuck
             before = now
             if time.monotonic() - fed_at >= interval - look / 2:
                 fed_at = time.monotonic()
-                if watchdog is not None and not (now.stuck or ledger_stuck):
+                if watchdog is not None and not now.stuck:
                     self._manager.alive()
                 self._probe(interval)
             # Checked more often than fed, so that log and status line agree with /health.

@@ -52,7 +52,6 @@ def problems(health: Health, figures: Figures | None, keys: tuple[KeyGlance, ...
             for store in condition.stores
         ),
         *((True, Problem(trouble, _DOCTOR, serious=True)) for trouble in condition.troubles),
-        (service is not None and service.ledger_stuck, Problem("the ledger's disk hangs", _DOCTOR, serious=True)),
         (
             not all(store.uri.scheme.protected for store in health.keystores),
             Problem(

@@ -184,6 +184,7 @@ class Condition(Struct, frozen=True, kw_only=True):
         changed: when `connected` last changed; Unix time in seconds.
         stores: the key stores.
         ledger: reason of the ledger's last failure, or ``no_answer``; empty if it works.
+        ledger_stuck: a call to the ledger hangs.
         due: certificates of active keys that are due for renewal, without the expired ones.
         expired: certificates of active keys that are expired.
         clock_behind: the clock is before the newest certificate, so it is unknown which are due.
@@ -199,6 +200,7 @@ class Condition(Struct, frozen=True, kw_only=True):
     changed: float
     stores: tuple[StoreCondition, ...]
     ledger: str
+    ledger_stuck: bool
     due: int
     expired: int
     clock_behind: bool
@@ -207,8 +209,8 @@ class Condition(Struct, frozen=True, kw_only=True):
 
     @property
     def stuck(self) -> bool:
-        """Whether a call to a key store hangs."""
-        return any(store.stuck for store in self.stores)
+        """Whether a call to a key store or to the ledger hangs, so that keep-alives stop."""
+        return self.ledger_stuck or any(store.stuck for store in self.stores)
 
     def called(self, store: StoreCondition) -> str:
         """Return the text for a key store, with its name if there are several."""
