@@ -66,7 +66,7 @@ class TestNames:
     async def test_a_unix_socket_shows_who_asked_for_what(self, here: Station) -> None:
         await fill(here, NAME)
         text = await text_of(here, names=True)
-        ids = [one.key_id[:12] for one in here.ledger.keys.all()]
+        ids = [one.key_id[:10] for one in here.ledger.keys.all()]
         assert [name for name in (NAME, "DE*ABC*E3", "DE*ABC*E4", "board stolen", *ids) if name not in text] == []
 
     async def test_what_is_hostile_is_escaped(self, here: Station) -> None:

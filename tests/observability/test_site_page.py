@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from recording import answer
 from showing import GLANCE, in_site, watching
 
-from parts import Station, station
+from parts import E1, V2G, Station, request, station
 from stationkey.errors import LedgerError
 from stationkey.observability.health import Health
 from stationkey.observability.page import StatusPage
@@ -22,8 +23,8 @@ async def here(tmp_path: Path) -> AsyncIterator[Station]:
         yield here
 
 
-async def page_of(here: Station, health: Health) -> str:
-    page = StatusPage(health, names=False, clock=lambda: here.clocks.wall)
+async def page_of(here: Station, health: Health, *, names: bool = False) -> str:
+    page = StatusPage(health, names=names, clock=lambda: here.clocks.wall)
     return (await page.once()).body.decode()
 
 
@@ -55,6 +56,14 @@ async def test_without_the_database_it_shows_the_daemons_own_part(here: Station)
     text = await page_of(here, health)
     assert cells(text) == []
     assert "1 of 2 shards are here: 0" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("names", [True, False])
+async def test_the_station_of_a_key_and_of_an_event_is_shown_where_names_are(here: Station, names: bool) -> None:
+    answer(here.ledger, request(V2G, E1), station="depot/<s7>")
+    text = await page_of(here, in_site(watching(here)), names=names)
+    assert text.count("depot/&lt;s7&gt;") == (2 if names else 0)
+    assert "<s7>" not in text
 
 
 async def test_the_page_of_a_single_station_says_nothing_of_a_site(here: Station) -> None:

@@ -47,7 +47,8 @@ _MINUTE: Final = 60
 _HOUR: Final = 3600
 _DAY: Final = 86400
 _LIVE_SECONDS: Final = 10
-_SHORT_ID: Final = 12
+_SHORT_ID: Final = 10
+"""Characters of a key id, as in `stationkey keys list`."""
 
 _TITLES: Final = {str(kind): profile.title for kind, profile in PROFILES.items()}
 _OUTCOMES: Final = {
@@ -221,6 +222,7 @@ class StatusPage:
         begun = (key.installed_at or key.asked_at) / 1000
         return {
             "kind": _kind(key.certificate_type),
+            "station": printable(key.station) if self._names else "",
             "evse_id": printable(key.evse_id) if named else "",
             "common_name": printable(key.common_name) if self._names else "",
             "key_id": key.key_id[:_SHORT_ID] if self._names else "",
@@ -244,6 +246,7 @@ class StatusPage:
             "level": level,
             "reason": one.reason,
             "words": printable(one.words) if self._names else "",
+            "station": printable(one.station) if self._names else "",
             "common_name": printable(one.common_name) if self._names else "",
             "evse_id": printable(one.evse_id) if self._names else "",
             "message_id": printable(one.message_id) if self._names else "",
