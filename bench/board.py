@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from peers import Daemon
 
 from bench import rows
-from bench.history import fill
+from bench.history import fill_with_destroyed
 from bench.sides import (
     KIND,
     LIFECYCLE,
@@ -25,8 +25,6 @@ from bench.sides import (
     start_once,
     station,
 )
-from stationkey.ledger import Ledger
-from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.system.state_dir import DATABASE_NAME
 
 if TYPE_CHECKING:
@@ -84,11 +82,7 @@ def list_many(world: World, sides: Collection[str], measured: Measured) -> None:
     with station(world.folder, world.broker, world.tpm, home.name, configuration=LIFECYCLE) as first:
         _ask(first, 1)
     database = home / "state" / DATABASE_NAME
-    ledger = Ledger(database)
-    (key,) = ledger.keys.all()
-    ledger.transitions.apply(key.key_id, KeyEvent.EXPIRED, reason="its period has ended", now=key.created_at)
-    ledger.close()
-    fill(database, key.key_id, rows.SIZES[-1])
+    fill_with_destroyed(database, rows.SIZES[-1])
     for time_side, memory_side, more in (
         (rows.LIST_TIME, rows.LIST_MEMORY, ()),
         (rows.JSON_TIME, rows.JSON_MEMORY, ("--json",)),

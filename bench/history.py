@@ -1,4 +1,4 @@
-"""Fills a ledger with keys that were, without making them: a key that is on record is copied row by row."""
+"""Fill a ledger with keys without making them: a key that is on record is copied row by row."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+from stationkey.ledger import Ledger
+from stationkey.ledger.lifecycle import KeyEvent
+
 NAMES: Final = frozenset({"key_id", "canonical_id", "request_id", "public", "message_id"})
 """Columns that tell one key or request from another."""
 COUNTED: Final = frozenset({"number", "key_number", "ended"})
 """Columns that count keys; see `stationkey.ledger.migrations`."""
 EVENTS: Final = frozenset({"seq", "asked", "installed", "deleted"})
 """Columns that count events."""
+
+
+def fill_with_destroyed(database: Path, count: int) -> None:
+    """Destroy the only key of a ledger, and copy it until there are `count` of it."""
+    with closing(Ledger(database)) as ledger:
+        (key,) = ledger.keys.all()
+        ledger.transitions.apply(key.key_id, KeyEvent.EXPIRED, reason="its period has ended", now=key.created_at)
+    fill(database, key.key_id, count)
 
 
 def fill(database: Path, key_id: str, count: int) -> None:

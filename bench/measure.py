@@ -23,7 +23,7 @@ from typing import Final
 from peers import Mosquitto, Swtpm
 
 from bench import board, rows
-from bench.history import fill
+from bench.history import fill_with_destroyed
 from bench.rows import FLOOR, IMPORTS, KINDS, LOOP, LOOP_AHEAD, OURS, POOLED, PROCESSOR, PROGRAMS, Series
 from bench.sides import (
     GAP,
@@ -45,8 +45,6 @@ from bench.sides import (
     start_once,
     station,
 )
-from stationkey.ledger import Ledger
-from stationkey.ledger.lifecycle import KeyEvent
 from stationkey.system.state_dir import DATABASE_NAME
 
 WARM_UP: Final = 10
@@ -328,12 +326,11 @@ def _grow(world: World, sides: Collection[str], measured: Measured) -> None:
         template = world.folder / "template"
         with station(world.folder, world.broker, world.tpm, template.name, configuration=LIFECYCLE) as first:
             first.asker.act(KIND["P-256"])()
-        _destroy_all(template / "state" / DATABASE_NAME)
 
         def with_history(name: str, size: int) -> Path:
             shutil.copytree(template / "state", world.folder / name / "state")
             database = world.folder / name / "state" / DATABASE_NAME
-            _fill(database, size)
+            fill_with_destroyed(database, size)
             return database
 
         acts = {}
@@ -375,20 +372,6 @@ def _count(database: Path) -> int:
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         (count,) = connection.execute("SELECT count(*) FROM key").fetchone()
         return int(count)
-
-
-def _destroy_all(database: Path) -> None:
-    ledger = Ledger(database)
-    for key in ledger.keys.usable():
-        ledger.transitions.apply(key.key_id, KeyEvent.EXPIRED, reason="its time was over", now=key.created_at)
-    ledger.close()
-
-
-def _fill(database: Path, count: int) -> None:
-    ledger = Ledger(database)
-    (key,) = ledger.keys.all()
-    ledger.close()
-    fill(database, key.key_id, count)
 
 
 def _start(world: World, sides: Collection[str], measured: Measured) -> None:
