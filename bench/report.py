@@ -195,13 +195,21 @@ def fill_in(page: str, results: Results) -> str:
     """The page with its tables made from `results`.
 
     Raises:
-        ValueError: a marker is missing.
+        ValueError: a marker is missing, or there are several.
     """
     for name, table in TABLES.items():
-        opened, closed = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        between = re.compile(f"(?<={re.escape(opened)}\n).*?(?={re.escape(closed)})", re.DOTALL)
-        places = between.findall(page)
-        if len(places) != 1:
-            raise ValueError(f"the page has no one place for {name}")
-        page = page.replace(f"{opened}\n{places[0]}{closed}", f"{opened}\n{table(results)}\n{closed}")
+        page = put(page, name, table(results))
+    return page
+
+
+def put(page: str, name: str, text: str) -> str:
+    """Return the page with `text` between the markers of `name`.
+
+    Raises:
+        ValueError: the markers are missing, or there are several.
+    """
+    opened, closed = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    page, count = re.subn(f"(?<={opened}).*?(?={closed})", lambda _: text, page, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page has {count} places for {name}, and not one")
     return page

@@ -237,8 +237,5 @@ ROWS: Final = (
 )
 """The targets, in the order of the table."""
 
-EXTRA: Final = (
-    *(Series(kind, side) for kind in KINDS for side in SIDES),
-    Series(LEDGER, keys(SIZES[2])),
-)
-"""Series that the whole run measures for the plot and the page, whether or not a row compares them."""
+EXTRA: Final = tuple(Series(kind, side) for kind in KINDS for side in SIDES)
+"""Series that the whole run measures for the plot and the page, compared by a row or not."""

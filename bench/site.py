@@ -7,7 +7,6 @@ with ``--keep``.
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from depot import Depot
 from peers import Daemon, Mosquitto, Postgresql, SharedToken
 
 from bench import ROOT
-from bench.report import number
+from bench.report import number, put
 from bench.rows import SITE_ONE, SITE_SQLITE, SITE_THREE, SITE_TWO
 from bench.sides import NO_LIMIT, StockMosquitto, processor_time
 
@@ -239,9 +238,7 @@ def main() -> None:
     text = tables(*measure())
     print(text)  # noqa: T201 - what it is for
     if "--keep" in sys.argv:
-        opened, closed = "<!-- costs -->\n", "\n<!-- end of costs -->"
-        between = re.compile(f"(?<={re.escape(opened)}).*?(?={re.escape(closed.strip())})", re.DOTALL)
-        PAGE.write_text(between.sub(lambda _: text + "\n", PAGE.read_text()))
+        PAGE.write_text(put(PAGE.read_text(), "costs", text))
 
 
 if __name__ == "__main__":
