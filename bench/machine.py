@@ -19,6 +19,8 @@ _PACKAGES: Final = {
     "tpm2-tools": "tpm2-tools",
     "OpenSSL": "openssl",
     "Mosquitto": "mosquitto",
+    "PostgreSQL": "postgresql-1[0-9]",
+    "SoftHSM": "libsofthsm2",
 }
 """Debian packages, by what they are called here."""
 _LIBRARIES: Final = ("stationkey", "tpm2-pytss", "cryptography", "paho-mqtt")
