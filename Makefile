@@ -8,12 +8,13 @@
 # make simulate  whole stations in a deterministic simulation, by seeds: HOURS=8 for as long, SEED=7 for one, with its trace
 # make deb    what a station installs: dist/stationkey_VERSION_ARCH.deb
 # make deb-site  the same for a site: with a PKCS#11 key store and a ledger on PostgreSQL
-# make deb-check  builds it, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
+# make deb-site-check  builds it, installs it in a bare Debian with PostgreSQL, Mosquitto and SoftHSM, asks, purges it; as root
+# make deb-check  builds the first, installs it in a bare Debian, starts it in a chroot and under systemd, purges it; as root
 # make screenshot  docs/status-page.png, of a real daemon
 # make docs   the documents as a site: build/site/README.html
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo demo-site check test coverage bench fuzz simulate screenshot deb deb-site deb-check docs sbom audit lint pin clean
+.PHONY: help setup demo demo-site check test coverage bench fuzz simulate screenshot deb deb-site deb-site-check deb-check docs sbom audit lint pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -75,6 +76,10 @@ deb:
 deb-site:
 	@scripts/setup package
 	@scripts/deb site
+
+deb-site-check: deb-site
+	@scripts/setup deb-check
+	@scripts/deb-site-check
 
 deb-check: deb
 	@scripts/setup deb-check

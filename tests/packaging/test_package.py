@@ -23,7 +23,7 @@ def test_a_maintainer_script_is_a_program_for_any_shell(name: str) -> None:
     subprocess.run(["/bin/sh", "-n", str(script)], check=True)
 
 
-@pytest.mark.parametrize("name", ["deb", "deb-check", "setup", "pin"])
+@pytest.mark.parametrize("name", ["deb", "deb-check", "deb-site-check", "setup", "pin"])
 def test_a_script_that_builds_is_a_program_for_bash(name: str) -> None:
     script = ROOT / "scripts" / name
     assert script.read_text().startswith("#!/usr/bin/env bash\n")
