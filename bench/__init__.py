@@ -1,4 +1,4 @@
-"""How fast stationkey is, measured beside what it stands on and beside what else there is. Run: ``python -m bench``."""
+"""Measure stationkey beside the TPM alone and beside other programs. Run: ``python -m bench``."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _coloured(one: Verdict) -> str:
 
 
 def keep(results: Results) -> None:
-    """Write results and plot: a whole run's where git has them, a quick one's beside."""
+    """Write results and plot: of a whole run into the repository, of a quick one into ``.bench/``."""
     write(QUICK_RESULTS if results.quick else RESULTS, results)
     (QUICK_PLOT if results.quick else PLOT).write_text(draw(results))
     if not results.quick:
@@ -119,7 +119,7 @@ def keep(results: Results) -> None:
 
 
 def write(path: Path, results: Results) -> None:
-    """Results as JSON that a person can read in a diff."""
+    """Write results as JSON that a person can read in a diff."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
 
 

@@ -1,4 +1,4 @@
-"""What a small board notices: idle daemons, bytes for its flash, long lists, and a core at a tenth of its speed."""
+"""Measure what a small board notices: an idle daemon, bytes written to flash, long lists, a tenth of a core."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _PERIOD: Final = 10_000
 
 
 def stay_idle(world: World, sides: Collection[str], measured: Measured) -> None:
-    """Count wake-ups and written bytes of a minute in which nothing happens, some time after 100 requests."""
+    """Count wake-ups and written bytes of an idle minute, some time after 100 requests."""
     with station(world.folder, world.broker, world.tpm, "plain") as plain:
         _ask(plain, _REQUESTS)
         time.sleep(_SETTLED)
@@ -61,7 +61,7 @@ def stay_idle(world: World, sides: Collection[str], measured: Measured) -> None:
 
 
 def write_little(world: World, sides: Collection[str], measured: Measured) -> None:
-    """Count what a request writes: once with room for each key, and once with an older key that ends for each."""
+    """Count the pages that a request writes: with room for each key, and with an older key destroyed for each."""
     ending = "[lifecycle]\npending_total = 1\n"
     for number, side in enumerate(sides):
         settings = ending if side == rows.ENDING_PAGES else LIFECYCLE
@@ -77,7 +77,7 @@ def write_little(world: World, sides: Collection[str], measured: Measured) -> No
 
 
 def list_many(world: World, sides: Collection[str], measured: Measured) -> None:
-    """Take processor time and memory of ``keys list`` with a long history."""
+    """Measure processor time and memory of ``keys list`` with a long history."""
     home = world.folder / "many"
     with station(world.folder, world.broker, world.tpm, home.name, configuration=LIFECYCLE) as first:
         _ask(first, 1)
@@ -96,7 +96,7 @@ def list_many(world: World, sides: Collection[str], measured: Measured) -> None:
 
 
 def run_slowly(world: World, sides: Collection[str], measured: Measured) -> None:
-    """Take request and start of a daemon with a tenth of a core; broker, asker and simulated TPM have the others."""
+    """Time request and start of a daemon with a tenth of a core; broker, asker and simulated TPM have the rest."""
     with _tenth_of_a_core() as group:
         if rows.SLOW_START in sides:
             home = world.folder / "slow-start"
@@ -119,7 +119,7 @@ def _ask(plain: Station, count: int) -> None:
 
 
 def _syncs(plain: Station, log: Path) -> int:
-    """Return how often the daemon waits for the disk in so many requests.
+    """Return how often the daemon syncs files in `_REQUESTS` requests.
 
     Raises:
         Unavailable: strace is missing, or may not look.
@@ -150,7 +150,7 @@ def _usage(words: tuple[str, ...]) -> tuple[float, float]:
 
 
 def _switches(daemon: Daemon) -> int:
-    """Return how often the daemon's threads have waited and gone on [proc(5), voluntary_ctxt_switches]."""
+    """Return how often the daemon's threads have gone to sleep [proc(5), voluntary_ctxt_switches]."""
     assert daemon.process is not None
     lines = [
         line
@@ -169,7 +169,7 @@ def _written(daemon: Daemon) -> int:
 
 @contextmanager
 def _tenth_of_a_core() -> Iterator[Path]:
-    """Make a cgroup with a tenth of a core, for the length of a block; its file that takes processes.
+    """Make a cgroup with a tenth of a core while the block runs; give its file for process ids.
 
     Raises:
         Unavailable: no cgroup can be made here.

@@ -39,7 +39,7 @@ ROW: Final = "INSERT INTO answer VALUES (?, ?, ?, ?)"
 
 
 class Loop:
-    """Serves requests until it is killed.
+    """Serves requests until it is killed or the connection ends.
 
     Args:
         port: of the broker.
@@ -72,7 +72,7 @@ class Loop:
         self._socket = connection
 
     def run(self) -> None:
-        """See the class."""
+        """Serve requests."""
         while not self._client.is_connected():
             self._client.loop(0.1)
         self._client.subscribe(f"{self._prefix}/josev/cs", qos=1)

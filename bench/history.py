@@ -27,7 +27,7 @@ def fill_with_destroyed(database: Path, count: int) -> None:
 
 
 def fill(database: Path, key_id: str, count: int) -> None:
-    """Copy a key, with its answer, its events and what it has of a private part, until there are `count` of it.
+    """Copy a key, with its answer, events and private part if it has one, until there are `count` of it.
 
     Args:
         database: the ledger; no daemon runs on it.
@@ -53,7 +53,7 @@ def fill(database: Path, key_id: str, count: int) -> None:
 
 
 def _changed(column: str, value: object, copy: int, events: int) -> object:
-    """A value of a copy: of the same length where it is a name, so that the copy takes the same room on disk."""
+    """Return a value of a copy. A name keeps its length, so that the copy takes the same room on disk."""
     if isinstance(value, int):
         return value + copy * (column in COUNTED) + copy * events * (column in EVENTS)
     if column not in NAMES or value is None:

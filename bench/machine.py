@@ -1,4 +1,4 @@
-"""The machine by its properties: nothing that names it, its user or a place on it."""
+"""Describe the machine by its properties: nothing that names it, its user or a path on it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _PACKAGES: Final = {
     "PostgreSQL": "postgresql-1[0-9]",
     "SoftHSM": "libsofthsm2",
 }
-"""Debian packages, by what they are called here."""
+"""Debian packages by the name in the table."""
 _LIBRARIES: Final = ("stationkey", "tpm2-pytss", "cryptography", "paho-mqtt")
 
 
 def describe(state: Path) -> dict[str, str]:
-    """What a reader needs to compare numbers with those of another machine.
+    """Return what a reader needs to compare numbers with those of another machine.
 
     Args:
         state: where the state directories are, for the file system's type.
@@ -50,7 +50,7 @@ def describe(state: Path) -> dict[str, str]:
 
 
 def file_system(path: Path) -> str:
-    """The type of the file system that `path` is on."""
+    """Return the type of the file system that `path` is on."""
     return _said("findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(path)) or "unknown"
 
 
@@ -59,7 +59,7 @@ def _debian(package: str) -> str:
 
 
 def _said(*words: str) -> str:
-    """What a program prints; nothing where it is not there or fails."""
+    """Return what a program prints; an empty text if it is missing or fails."""
     if shutil.which(words[0]) is None:
         return ""
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()

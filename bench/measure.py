@@ -1,4 +1,4 @@
-"""The measurements. Each takes the sides it is asked for in turns, on one TPM and one broker, and returns samples.
+"""Take samples of each side of a group in turns, on one TPM and one broker.
 
 In turns, because a machine is not equally fast from one second to the next: what is compared was measured in the same
 seconds.
@@ -50,7 +50,7 @@ from stationkey.system.state_dir import DATABASE_NAME
 WARM_UP: Final = 10
 """Requests before the first sample: a daemon's first ones load modules and fill caches."""
 SLOW: Final = 2.0
-"""How much longer than in the best round the TPM alone takes, where the machine is in a slow phase."""
+"""Ratio of the TPM's time in a round to that in the best one, above which the machine is in a slow phase."""
 SETTLE: Final = 1.0
 """Seconds after which a daemon without requests is called idle."""
 
@@ -98,7 +98,7 @@ QUICK: Final = Effort(
 
 @dataclass(slots=True)
 class Measured:
-    """What came of a measurement, by side.
+    """The samples of a measurement, by side.
 
     Attributes:
         samples: in the unit of the group.
@@ -113,7 +113,7 @@ class Measured:
     slow: int = 0
 
     def take(self, side: str, act: Act) -> None:
-        """One more sample of a side. A side that fails is not measured any more, and has no samples."""
+        """Take one more sample of a side. A side that fails loses its samples, and is not measured again."""
         if side not in self.missing:
             with self.told(side):
                 self.samples.setdefault(side, []).append(act())
@@ -175,7 +175,7 @@ class World:
 
 @contextmanager
 def _world(base: Path, effort: Effort) -> Iterator[World]:
-    """A broker and a TPM of their own, and a folder on the disk that `base` is on; gone afterwards."""
+    """Start a broker and a TPM, with a temporary folder below `base`."""
     with (
         tempfile.TemporaryDirectory(prefix="run-", dir=base) as name,
         StockMosquitto(Path(name) / "broker") as broker,
@@ -204,7 +204,7 @@ def measure(group: str, sides: Collection[str], base: Path, effort: Effort) -> M
 
 
 def _make(kind: str, world: World, sides: Collection[str], measured: Measured) -> None:
-    """A key and its CSR, one at a time."""
+    """Time a key and its CSR, one at a time."""
     in_a_row = min(POOL_SIZE[kind], 8)
     with ExitStack() as stack:
         # Also where only others are measured: it is the one that puts a storage root key into the TPM.
@@ -239,7 +239,7 @@ def _make(kind: str, world: World, sides: Collection[str], measured: Measured) -
 
 @contextmanager
 def _processor(asked: dict[str, Station], count: int, taken: Measured) -> Iterator[None]:
-    """Take the processor time of those that are asked `count` times each."""
+    """Take the processor time of daemons that get `count` requests each in the block."""
     before = {side: processor_time(asked[side].daemon) for side in PROCESSOR.keys() & asked.keys()}
     yield
     for side, spent in before.items():
@@ -247,7 +247,7 @@ def _processor(asked: dict[str, Station], count: int, taken: Measured) -> Iterat
 
 
 def _loops(world: World, sides: Collection[str], measured: Measured, stack: ExitStack) -> dict[str, Station]:
-    """The composite floors among the sides."""
+    """Start the composite floors among the sides."""
     found = {}
     for side in (LOOP, LOOP_AHEAD):
         if side in sides or PROCESSOR.get(side) in sides:
@@ -259,7 +259,7 @@ def _loops(world: World, sides: Collection[str], measured: Measured, stack: Exit
 
 
 def _programs(kind: str, world: World, sides: Collection[str], measured: Measured) -> dict[str, Act]:
-    """The sides that are whole commands."""
+    """Return the sides that are whole commands."""
     found: dict[str, Act] = {}
     for side in sides:
         if side in PROGRAMS:
@@ -270,7 +270,7 @@ def _programs(kind: str, world: World, sides: Collection[str], measured: Measure
 
 @contextmanager
 def _pooled(world: World, measured: Measured) -> Iterator[Station | None]:
-    """A daemon with a pool that is full; None, and the reason noted, where there is none."""
+    """Start a daemon with a full pool; None, with the reason noted, if that fails."""
     with ExitStack() as stack:
         pooled = None
         with measured.told(POOLED):
@@ -283,7 +283,7 @@ def _pooled(world: World, measured: Measured) -> Iterator[Station | None]:
 
 
 def _draw(pooled: Station, kind: str, count: int, measured: Measured) -> None:
-    """Ask for as many keys as are ready, and wait until that many are ready again."""
+    """Time requests for as many keys as are ready, then wait until the pool is full again."""
     if POOLED in measured.missing:
         return
     seen = pooled.times_full()
@@ -296,7 +296,7 @@ def _draw(pooled: Station, kind: str, count: int, measured: Measured) -> None:
 
 
 def _sustain(kind: str, world: World, sides: Collection[str], measured: Measured) -> None:
-    """Answers a second under load, beside keys a second of the TPM alone, which then includes unloading them."""
+    """Measure answers a second under load, beside keys a second of the TPM alone, unloading included."""
     with station(world.folder, world.broker, world.tpm, "plain", configuration=LIFECYCLE) as plain:
         floor = Floor(world.tpm)
         make = floor.act(KIND[kind])
@@ -320,7 +320,7 @@ def _sustain(kind: str, world: World, sides: Collection[str], measured: Measured
 
 
 def _grow(world: World, sides: Collection[str], measured: Measured) -> None:
-    """One request, with ledgers of several sizes: the history is of keys that were used and destroyed."""
+    """Time a request with ledgers of several sizes, of keys that were used and destroyed."""
     sizes = {rows.keys(size): size for size in rows.SIZES if rows.keys(size) in sides}
     with ExitStack() as stack:
         template = world.folder / "template"
@@ -354,7 +354,7 @@ def _grow(world: World, sides: Collection[str], measured: Measured) -> None:
 
 
 def _sweep(world: World, database: Path, acts: Mapping[str, Act], measured: Measured) -> None:
-    """One request while the daemon forgets most of its history, in turns with other acts."""
+    """Time a request while the daemon forgets most of its history, in turns with other acts."""
     keeping = LIFECYCLE.replace("history_limit = 100000", "history_limit = 1000")
     with station(world.folder, world.broker, world.tpm, "swept", configuration=keeping) as sweeping:
         before = _count(database)
@@ -375,7 +375,7 @@ def _count(database: Path) -> int:
 
 
 def _start(world: World, sides: Collection[str], measured: Measured) -> None:
-    """From exec until requests are taken, with TPM and broker up, and a storage root key and a ledger there."""
+    """Time a start from exec to ready, with TPM and broker up, a storage root key and a ledger."""
     home = world.folder / "plain"
     arguments = serve_arguments(home, world.broker, world.tpm, home.name, configuration="")
     words = (sys.executable, "-c", "import cryptography.x509, tpm2_pytss")
@@ -384,7 +384,7 @@ def _start(world: World, sides: Collection[str], measured: Measured) -> None:
 
 
 def _remember(world: World, sides: Collection[str], measured: Measured) -> None:
-    """Resident memory after few requests and after many, with the bounds that are the default."""
+    """Measure resident memory after few requests and after many, with the default bounds."""
     with station(world.folder, world.broker, world.tpm, "plain") as plain:
         act = plain.asker.act(KIND["P-256"])
         for _ in range(100):
@@ -399,7 +399,7 @@ def _remember(world: World, sides: Collection[str], measured: Measured) -> None:
 
 
 def _share(world: World, sides: Collection[str], measured: Measured) -> None:
-    """Answers a second of a site on PostgreSQL beside one on SQLite."""
+    """Measure answers a second of a site on PostgreSQL beside one on SQLite."""
     from bench import site  # noqa: PLC0415 - it needs PostgreSQL
 
     rates, _, _ = site.measure(world.effort.site)
@@ -407,7 +407,7 @@ def _share(world: World, sides: Collection[str], measured: Measured) -> None:
 
 
 def _command(world: World, sides: Collection[str], measured: Measured) -> None:
-    """The commands that an operator and a program call, beside the start of a Python that can do what they need."""
+    """Time commands, beside the start of a Python with the modules that they need."""
     with station(world.folder, world.broker, world.tpm, "plain") as plain:
         act = plain.asker.act(KIND["P-256"])
         for _ in range(WARM_UP):
@@ -424,7 +424,7 @@ def _command(world: World, sides: Collection[str], measured: Measured) -> None:
 
 
 def _imported(words: tuple[str, ...]) -> set[str]:
-    """The packages that a Python command imports."""
+    """Return the packages that a Python command imports."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *words],
         capture_output=True,
@@ -462,9 +462,9 @@ _MEASUREMENTS: Final[dict[str, Callable[[World, Collection[str], Measured], None
 }
 
 GROUPS: Final = tuple(_MEASUREMENTS)
-"""What can be measured, in this order."""
+"""The groups, in the order in which they are measured."""
 
 
 def sides_of(group: str, wanted: Collection[Series]) -> list[str]:
-    """The sides of a group among the series wanted, each once, in their order."""
+    """Return the sides of a group among the series wanted, each once, in their order."""
     return list(dict.fromkeys(series.side for series in wanted if series.group == group))

@@ -1,4 +1,4 @@
-"""The picture: one panel for each kind of key, a logarithmic scale of milliseconds. SVG, written directly."""
+"""Draw the plot: a panel for each kind of key, a logarithmic scale of milliseconds. SVG, written directly."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LOWEST: Final = 0.5
 HIGHEST: Final = 5000.0
 TICKS: Final = (1, 10, 100, 1000)
 ROOM: Final = 44
-"""Where a value is written right of its dot; beyond it, left."""
+"""Width of a value's text. It stands right of its dot, or left where the panel ends."""
 
 
 def draw(results: Results) -> str:
-    """The picture of a run, as the text of an SVG file."""
+    """Return the plot of a run, as SVG."""
     machine = results.machine
     subtitle = (
         "Milliseconds on a logarithmic scale: median, and a line from p10 to p90; dotted: the TPM alone. Left is "
@@ -91,7 +91,7 @@ def _panel(left: int, kind: str, sides: dict[str, Summary]) -> Iterator[str]:
 
 
 def _mark(left: int, y: float, summary: Summary, colour: str) -> Iterator[str]:
-    """A dot at the median, a line over the spread, the value beside it."""
+    """Yield a dot at the median, a line from p10 to p90, and the value beside it."""
     low, middle, high = (left + _x(value) for value in (summary.p10, summary.median, summary.p90))
     yield f'<line x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}" stroke="{colour}" stroke-width="3" opacity="0.45"/>'
     yield f'<circle cx="{middle:.1f}" cy="{y}" r="5" fill="{colour}"/>'
@@ -107,7 +107,7 @@ def _colour(side: str) -> str:
 
 
 def _x(value: float) -> float:
-    """Where a value is within a panel."""
+    """Return the x of a value within a panel."""
     bounded = min(max(value, LOWEST), HIGHEST)
     return PANEL_WIDTH * math.log(bounded / LOWEST) / math.log(HIGHEST / LOWEST)
 

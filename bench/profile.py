@@ -87,7 +87,7 @@ def show(spans: list[tuple[float, float]], marks: list[tuple[str, float]]) -> No
 
 
 def serve() -> None:
-    """The daemon, with its points noted."""
+    """Run the daemon, and note the time at each point."""
     from stationkey import cli  # noqa: PLC0415 - see `main`
     from stationkey.keystore.tpm2 import commands, store  # noqa: PLC0415 - same
     from stationkey.ledger.answers import Answers  # noqa: PLC0415 - same

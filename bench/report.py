@@ -1,4 +1,4 @@
-"""From results to what people read: the table in the terminal, and the tables of ``docs/performance.md``."""
+"""Make tables of results, for the terminal and for ``docs/performance.md``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.summary import Summary
 
 
 class Results(Struct, frozen=True, kw_only=True):
-    """What one run found; ``bench/results.json``.
+    """The results of a run; ``bench/results.json``.
 
     Attributes:
         quick: whether it was a quick run, with few samples.
@@ -30,13 +30,13 @@ class Results(Struct, frozen=True, kw_only=True):
     faults: dict[str, dict[str, str]]
 
     def median(self, series: Series) -> float | None:
-        """The median of a series, or None where it was not measured."""
+        """Return the median of a series, or None if it was not measured."""
         found = self.series.get(series.group, {}).get(series.side)
         return None if found is None else found.median
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """A row of the table, in words."""
+    """A row of the table, as text."""
 
     name: str
     what: str
@@ -54,7 +54,7 @@ SHOWN: Final = "measured"
 
 
 def verdict(row: Row, results: Results) -> Verdict:
-    """What came of a row."""
+    """Return the result of a row."""
     ours = results.median(row.ours)
     other = None if row.other is None else results.median(row.other)
     complete = ours is not None and (row.other is None or other is not None)
@@ -100,7 +100,7 @@ def _target(row: Row) -> str:
 
 
 def _ratio(ratio: float, limit: float) -> str:
-    """As many digits as the target needs, or two more where it is small."""
+    """Return a ratio with as many digits as its target needs."""
     if limit < 0.1:  # noqa: PLR2004 - 0.04 against 0.05 is a difference, and 15.21 against 15.22 is none
         return f"{ratio:.3f}"
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"  # noqa: PLR2004 - same
@@ -111,14 +111,14 @@ def _quantity(value: float | None, unit: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
+    """Return a number with three significant digits."""
     if abs(value) < 100:  # noqa: PLR2004 - from here on three digits are whole ones
         return f"{float(f'{value:.3g}'):g}"
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
 def reasons(results: Results, rows: tuple[Row, ...] = ROWS) -> list[str]:
-    """Why rows could not be run, each reason once."""
+    """Return the reasons why rows could not be run, each once."""
     found = [results.missing.get(series.group, {}).get(series.side) for row in rows for series in row.needs]
     return list(dict.fromkeys(reason for reason in found if reason))
 
@@ -127,14 +127,14 @@ def reasons(results: Results, rows: tuple[Row, ...] = ROWS) -> list[str]:
 
 
 def targets_table(results: Results) -> str:
-    """The rows and what came of them, in Markdown."""
+    """Return the table of targets and results, in Markdown."""
     verdicts = [verdict(row, results) for row in ROWS]
     cells = [(one.what, one.ours, one.other, one.ratio, one.target, one.met) for one in verdicts]
     return _table(("", "ours", "compared with", "ratio", "target", ""), cells, right={1, 3})
 
 
 def times_table(results: Results) -> str:
-    """Every side of every kind of key, in Markdown."""
+    """Return the table of every side for every kind of key, in Markdown."""
     cells: list[tuple[str, ...]] = []
     for kind in KINDS:
         base = results.median(Series(kind, FLOOR))
@@ -147,7 +147,7 @@ def times_table(results: Results) -> str:
 
 
 def ledger_table(results: Results) -> str:
-    """A request with ledgers of several sizes, in Markdown."""
+    """Return the table of a request with ledgers of several sizes, in Markdown."""
     sides = [keys(size) for size in SIZES]
     base = results.median(Series(LEDGER, sides[0]))
     found = {side: results.series.get(LEDGER, {}).get(side) for side in sides}
@@ -160,7 +160,7 @@ def ledger_table(results: Results) -> str:
 
 
 def machine_table(results: Results) -> str:
-    """The machine, in Markdown."""
+    """Return the table of the machine, in Markdown."""
     return _table(("", ""), list(results.machine.items()))
 
 
@@ -188,11 +188,11 @@ TABLES: Final = {
     "ledger": ledger_table,
     "machine": machine_table,
 }
-"""What stands between the markers of the page."""
+"""The tables of the page, by the name of their markers."""
 
 
 def fill_in(page: str, results: Results) -> str:
-    """The page with its tables made from `results`.
+    """Return the page with its tables made from `results`.
 
     Raises:
         ValueError: a marker is missing, or there are several.

@@ -1,4 +1,4 @@
-"""What is promised: one row for each target, and which measured series it compares. A table and nothing else."""
+"""The table of targets: which measured series each compares, and the limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOOLS: Final = "tpm2-tools, no CSR"
 REQ_SOFTWARE: Final = "openssl req, software key"
 PROGRAMS: Final = (REQ_TPM, GENPKEY_TPM, TOOLS, REQ_SOFTWARE)
 SIDES: Final = (FLOOR, LOOP, LOOP_AHEAD, OURS, POOLED, *PROGRAMS)
-"""What makes keys, for each kind of key."""
+"""The sides of a group that is a kind of key."""
 PROCESSOR: Final = {OURS: "stationkey, processor time", LOOP: "one loop (H), processor time"}
 """The series of a side's processor time for one request."""
 
@@ -63,12 +63,12 @@ SWEPT: Final = "100,000 keys, being swept"
 
 
 def sustained(kind: str) -> str:
-    """The group of series with as many requests in flight as the TPM can be kept busy with."""
+    """Return the group of series with 16 requests in flight."""
     return f"sustained {kind}"
 
 
 def keys(count: int) -> str:
-    """The series of a daemon with so many keys in its ledger."""
+    """Return the series of a daemon with so many keys in its ledger."""
     return f"{count:,} keys"
 
 
@@ -113,17 +113,17 @@ class Row:
 
     @property
     def needs(self) -> tuple[Series, ...]:
-        """The series that must be measured for it."""
+        """Return the series that must be measured for it."""
         return (self.ours,) if self.other is None else (self.ours, self.other)
 
     def ratio(self, ours: float, other: float | None) -> float:
-        """What is compared with the target."""
+        """Return the ratio, or value, that is compared with the limit."""
         if other is None:
             return ours
         return other / ours if self.how is How.FASTER else ours / other
 
     def met(self, ratio: float) -> bool:
-        """Whether the target is met."""
+        """Return whether the target is met."""
         return ratio <= self.limit if self.how in {How.OVER, How.VALUE, How.SHOWN} else ratio >= self.limit
 
 

@@ -1,4 +1,4 @@
-"""What is measured: the TPM alone, the programs in use today, and stationkey's daemon. Each act returns its samples.
+"""The sides: the TPM alone, the programs in use today, and stationkey's daemon. Each act takes one sample.
 
 Everything here talks to one swtpm, so that what differs is the way to it. Times are in milliseconds.
 """
@@ -37,22 +37,22 @@ from bench.rows import GENPKEY_TPM, REQ_SOFTWARE, REQ_TPM, TOOLS
 
 SRK: Final = 0x81000001
 GAP: Final = 0.01
-"""Seconds between two samples: what a side does after its answer is not the next one's burden."""
+"""Seconds between two samples, so that what a side does after its answer does not slow down the next one."""
 PATIENCE: Final = 120.0
-"""Seconds that an answer or a full pool is waited for."""
+"""Seconds to wait for an answer or a full pool."""
 IN_FLIGHT: Final = 16
 
 Act = Callable[[], float]
-"""One sample: does it once and returns how long it took."""
+"""Takes one sample: does the work once, and returns its duration or rate."""
 
 
 class Unavailable(Exception):
-    """A side that cannot be measured here, and why."""
+    """The side cannot be measured here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A key type, in everybody's words."""
+    """A key type, by the name that each program has for it."""
 
     template: str
     scheme: Any
@@ -87,7 +87,7 @@ KIND: Final = {
 
 
 class Floor:
-    """Create, Load and Sign through tpm2-pytss, which is what a key and its signature cost without anything around."""
+    """Create, Load and Sign through tpm2-pytss: a key and its signature by the TPM alone."""
 
     _ATTRIBUTES: Final = (
         TPMA_OBJECT.FIXEDTPM
@@ -106,7 +106,7 @@ class Floor:
             raise Unavailable(f"no storage root key at {SRK:#x}: {error}") from None
 
     def act(self, kind: Kind) -> Act:
-        """One key and one signature; everything is prepared before, and the key is unloaded after."""
+        """Return the act of a key and a signature; preparing and unloading are not timed."""
         esapi, srk, sensitive = self._esapi, self._srk, TPM2B_SENSITIVE_CREATE()
         template = TPM2B_PUBLIC.parse(kind.template, objectAttributes=self._ATTRIBUTES)
         digest = bytes({"sha256": 32, "sha512": 64}[kind.digest])
@@ -126,13 +126,13 @@ class Floor:
         return once
 
     def flush(self) -> None:
-        """Unload what a program left loaded: a bare TPM has room for three keys."""
+        """Unload the keys that a program left: a bare TPM has three slots."""
         _, found = self._esapi.get_capability(TPM2_CAP.HANDLES, 0x80000000, 16)
         for handle in found.data.handles:
             self._esapi.flush_context(self._esapi.tr_from_tpmpublic(int(handle)))
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         self._esapi.close()
 
 
@@ -140,7 +140,7 @@ class Floor:
 
 
 def programs(side: str, kind: Kind, tpm: Swtpm, folder: Path) -> Act:
-    """Whole commands, starting them included.
+    """Return the act of whole commands, their start included.
 
     Raises:
         Unavailable: a program is not installed.
@@ -174,7 +174,7 @@ def programs(side: str, kind: Kind, tpm: Swtpm, folder: Path) -> Act:
 
 
 def command(words: tuple[str, ...], *, environment: dict[str, str] | None = None, folder: Path | None = None) -> float:
-    """How long a command takes, in milliseconds.
+    """Return how long a command takes, in milliseconds.
 
     Raises:
         Unavailable: it failed.
@@ -214,7 +214,7 @@ class StockMosquitto(Mosquitto):
 
 
 class Asker:
-    """Josev's part, as lean as paho allows: no thread, no JSON; bytes are published, and bytes are waited for."""
+    """Josev's part, as lean as paho allows: no thread, and no answer is parsed."""
 
     def __init__(self, broker: Mosquitto, prefix: str) -> None:
         self._topic = f"{prefix}/josev/cs"
@@ -247,7 +247,7 @@ class Asker:
             raise Unavailable("the broker closed the connection")
 
     def _request(self, algorithm: str) -> bytes:
-        """A new request. The EVSEs take turns, so that no key has to make room for another."""
+        """Return a new request. The EVSEs take turns, so that no key has to make room for another."""
         number = next(self._numbers)
         data = {
             "certificate_type": "charging_station_certificate",
@@ -260,7 +260,7 @@ class Asker:
         return json.dumps({"id": str(uuid.uuid4()), "name": "generate_csr", "type": "request", "data": data}).encode()
 
     def _take(self) -> float:
-        """The next answer; when it came."""
+        """Take the next answer, and return when it came."""
         while not self._received:
             self._turn()
         at, answer = self._received.pop(0)
@@ -269,7 +269,7 @@ class Asker:
         return at
 
     def act(self, kind: Kind) -> Act:
-        """One request, from its publication to its answer."""
+        """Return the act of a request, from its publication to its answer."""
 
         def once() -> float:
             payload = self._request(kind.algorithm)
@@ -280,7 +280,7 @@ class Asker:
         return once
 
     def rate(self, kind: Kind, count: int) -> float:
-        """Answers a second, with `IN_FLIGHT` requests in flight all the while: an answer brings the next request."""
+        """Return answers a second, with `IN_FLIGHT` requests in flight: each answer brings the next request."""
         payloads = [self._request(kind.algorithm) for _ in range(count)]
         started = time.perf_counter()
         for payload in payloads[:IN_FLIGHT]:
@@ -293,7 +293,7 @@ class Asker:
         return count / (ended - started)
 
     def close(self) -> None:
-        """Say goodbye."""
+        """Disconnect."""
         self._client.disconnect()
 
 
@@ -313,13 +313,13 @@ POOL_FULL: Final = '"event": "pool full"'
 
 @dataclass(slots=True)
 class Station:
-    """A daemon, and whoever asks it."""
+    """A daemon, and the client that asks it."""
 
     daemon: Daemon
     asker: Asker
 
     def times_full(self) -> int:
-        """How often its pool has become full in this run."""
+        """Return how often its pool has become full in this run."""
         return self.daemon.run_log.count(POOL_FULL)
 
     def until_full(self, seen: int) -> None:
@@ -333,7 +333,7 @@ class Station:
 
 @contextmanager
 def station(folder: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, configuration: str = "") -> Iterator[Station]:
-    """A daemon of its own, with topics of its own at the broker, in `folder`/`name`.
+    """Start a daemon with topics of its own, in `folder`/`name`.
 
     Raises:
         Unavailable: it did not start.
@@ -348,13 +348,13 @@ class Composite(Daemon):
     """The program of `bench.composite`."""
 
     def command(self) -> list[str]:
-        """Of Python."""
+        """Return the arguments of Python."""
         return ["-m", "bench.composite", *self.arguments]
 
 
 @contextmanager
 def composite(folder: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, ahead: bool) -> Iterator[Station]:
-    """The composite floor, as `station`; the TPM has a storage root key.
+    """Start the composite floor, as `station`; the TPM has a storage root key.
 
     Raises:
         Unavailable: it did not start.
@@ -383,7 +383,7 @@ def _asked(daemon: Daemon, broker: Mosquitto, name: str) -> Iterator[Station]:
 
 
 def serve_arguments(home: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, configuration: str) -> tuple[str, ...]:
-    """Arguments of ``stationkey serve``, with its files in `home`."""
+    """Return the arguments of ``stationkey serve``, with its files in `home`."""
     home.mkdir(parents=True, exist_ok=True)
     # A name of its own at the broker, also where its state was copied from another's.
     pool = "" if "[pool]" in configuration else NO_POOL
@@ -395,14 +395,14 @@ def serve_arguments(home: Path, broker: Mosquitto, tpm: Swtpm, name: str, *, con
 
 
 def _last_words(daemon: Daemon) -> str:
-    """The last line that it logged, without the path of the file it is about."""
+    """Return the last line of its log, without the path of its directory."""
     lines = daemon.run_log.strip().splitlines() or ["nothing was logged"]
     words = lines[-1]
     return words.replace(str(daemon.directory.parent), "").strip()
 
 
 def start_once(home: Path, arguments: tuple[str, ...], *, before: tuple[str, ...] = ()) -> float:
-    """How long the daemon takes from its start until its subscription stands, by what it tells a service manager.
+    """Return the milliseconds from the daemon's start until it is subscribed, by its ``READY=1`` to a service manager.
 
     Args:
         home: its folder.
@@ -434,14 +434,14 @@ def start_once(home: Path, arguments: tuple[str, ...], *, before: tuple[str, ...
 
 
 def processor_time(daemon: Daemon) -> float:
-    """Processor time of a program since it began, in milliseconds: of all its threads, user and system."""
+    """Return the processor time of a program's living threads, user and system, in milliseconds."""
     assert daemon.process is not None
     tasks = Path(f"/proc/{daemon.process.pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e6
 
 
 def resident(daemon: Daemon) -> float:
-    """Resident memory of a daemon, in MiB [proc(5), VmRSS]."""
+    """Return the resident memory of a daemon, in MiB [proc(5), VmRSS]."""
     assert daemon.process is not None
     status = Path(f"/proc/{daemon.process.pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))

@@ -111,7 +111,7 @@ class Side:
         self.depot.wait_for_all(bound=BOUND, again=5.0)
 
     def rate(self) -> float:
-        """Answers a second, with `IN_FLIGHT` requests in flight all the while."""
+        """Return answers a second, with `IN_FLIGHT` requests in flight."""
         before = len(self.depot.answers)
         started = time.perf_counter()
         self.depot.keep_up(IN_FLIGHT)
@@ -122,7 +122,7 @@ class Side:
         return rate
 
     def single(self) -> float:
-        """What a request takes, in milliseconds: the median of some, one after the other."""
+        """Return the median time of a request in milliseconds, one after the other."""
         taken = []
         for station in self.depot.stations[:SINGLE]:
             started = time.perf_counter()
@@ -131,7 +131,7 @@ class Side:
         return statistics.median(taken)
 
     def spent(self) -> dict[str, float]:
-        """What has been spent so far, by what it is."""
+        """Return what has been spent so far, by its name."""
         found = {"daemon": sum(processor_time(daemon) for daemon in self.daemons)}
         if self.postgresql is None:
             return found
@@ -150,7 +150,7 @@ class Side:
 
 
 def server_time(server: Postgresql) -> float:
-    """Processor time of the server's processes that live, in milliseconds."""
+    """Return the processor time of the server's living processes, in milliseconds."""
     assert server.process is not None
     total = 0.0
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -208,7 +208,7 @@ def in_turns(samples: dict[str, list[float]], act: Callable[[str], float], round
 
 
 def tables(rates: dict[str, list[float]], times: dict[str, list[float]], costs: dict[str, dict[str, float]]) -> str:
-    """Return what was measured, in Markdown."""
+    """Return the tables of the page, in Markdown."""
     base = statistics.median(rates[SITE_SQLITE])
     lines = ["| | answers a second | beside SQLite |", "|---|---:|---:|"]
     for side, samples in rates.items():
