@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import judging
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -41,12 +42,11 @@ class Findings:
 
     def level(self, name: str) -> Level:
         """The worst level that something has."""
-        order = [Level.FAILURE, Level.WARNING, Level.OK, Level.NOT_CHECKED]
-        return min((finding.level for finding in self[name]), key=order.index)
+        return judging.worst(self[name])
 
     def reasons(self, name: str) -> set[str]:
         """The reasons of what is not as it should be."""
-        return {finding.reason for finding in self[name]} - {"ok"}
+        return judging.reasons(self[name])
 
     def text(self, name: str) -> str:
         """All that is said of something, advice included: for values, files, options and commands in it."""
@@ -160,12 +160,13 @@ class Pki:
         )
 
 
-def tool(tpm: Swtpm, *words: str, fails: bool = False) -> None:
-    """A program of tpm2-tools."""
+def tool(tpm: Swtpm, *words: str, fails: bool = False) -> str:
+    """Run a program of tpm2-tools, and return what it prints."""
     done = subprocess.run(
         words, env={**os.environ, "TPM2TOOLS_TCTI": tpm.tcti}, capture_output=True, text=True, check=False
     )
     assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout
 
 
 def used(folder: Path, *, keystore: str = "software:", installed: bool = True) -> Path:

@@ -61,22 +61,8 @@ class TestWhereAllIsWell:
         tool(swtpm, "tpm2_createprimary", "-C", "o", "-G", "ecc", "-c", str(tmp_path / "stray"))  # stays loaded
         (tmp_path / "state").mkdir(mode=0o700)
         look(tmp_path, broker=mosquitto.url, keystore=swtpm.uri)
-        left = subprocess.run(
-            ["tpm2_getcap", "handles-persistent"],
-            env={**os.environ, "TPM2TOOLS_TCTI": swtpm.tcti},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        loaded = subprocess.run(
-            ["tpm2_getcap", "handles-transient"],
-            env={**os.environ, "TPM2TOOLS_TCTI": swtpm.tcti},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert left.stdout == ""
-        assert len(loaded.stdout.splitlines()) == 1
+        assert tool(swtpm, "tpm2_getcap", "handles-persistent") == ""
+        assert len(tool(swtpm, "tpm2_getcap", "handles-transient").splitlines()) == 1
         assert list((tmp_path / "state").iterdir()) == []
 
     @pytest.mark.parametrize("cut", [False, True], ids=["after an end in order", "after a loss of power"])

@@ -48,16 +48,19 @@ def guarded(folder: Path, acl: str, *extra: str) -> Iterator[tuple[Mosquitto, Pa
         yield broker, write_config(folder, text)
 
 
+async def resumed(broker: Mosquitto, folder: Path) -> bool:
+    """Whether the doctor has left a session at a `guarded` broker."""
+    terms = MqttTerms(username="stationkey", password=SecretReference(str(folder / "secret")))
+    at = Broker.parse(broker.url)
+    async with await connect(at, client_id=CLIENT_ID, persistent=True, terms=terms) as again:
+        return again.resumed
+
+
 OURS = "user stationkey\ntopic read josev/cs\ntopic write cs/josev\n"
-
-
 JOSEVS = "user josev\ntopic write josev/cs\ntopic read cs/josev\n"
-
-
 SHIPPED = ROOT / "packaging/mosquitto/stationkey.acl"
-
-
 CLOSED = "allow_anonymous false"
+CLIENT_ID = "stationkey-doctor-1"
 
 
 class TestBroker:
@@ -111,19 +114,12 @@ class TestBroker:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, level: Level, reason: str
     ) -> None:
         """And no session is left behind where the broker ends the connection for it."""
-        monkeypatch.setattr("stationkey.doctor.broker.probe._client_id", lambda: "stationkey-doctor-1")
+        monkeypatch.setattr("stationkey.doctor.broker.probe._client_id", lambda: CLIENT_ID)
         with guarded(tmp_path / "guarded", OURS, CLOSED, limit) as (broker, config):
             found = look(tmp_path, broker=None, config_file=config)
             assert found.level("broker.publish") is level
             assert found.reasons("broker.publish") == {reason}
-            terms = MqttTerms(username="stationkey", password=SecretReference(str(tmp_path / "guarded" / "secret")))
-
-            async def resumed() -> bool:
-                at = Broker.parse(broker.url)
-                async with await connect(at, client_id="stationkey-doctor-1", persistent=True, terms=terms) as again:
-                    return again.resumed
-
-            assert not asyncio.run(resumed())
+            assert not asyncio.run(resumed(broker, tmp_path / "guarded"))
 
     @pytest.mark.parametrize("prefix", ["a/#", "$SYS", "x" * 2000], ids=["a wildcard", "the broker's own", "too long"])
     def test_a_topic_prefix_that_is_none_is_told_with_what_it_may_be(self, tmp_path: Path, prefix: str) -> None:
@@ -182,17 +178,10 @@ class TestBroker:
 
     @pytest.mark.parametrize("acl", [OURS, ""], ids=["rights", "none"])
     def test_no_session_is_left_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acl: str) -> None:
-        monkeypatch.setattr("stationkey.doctor.broker.probe._client_id", lambda: "stationkey-doctor-1")
-
-        async def resumed(broker: Broker, terms: MqttTerms) -> bool:
-            async with await connect(broker, client_id="stationkey-doctor-1", persistent=True, terms=terms) as again:
-                return again.resumed
-
+        monkeypatch.setattr("stationkey.doctor.broker.probe._client_id", lambda: CLIENT_ID)
         with guarded(tmp_path / "guarded", acl, CLOSED) as (broker, config):
             look(tmp_path, broker=None, config_file=config)
-            secret = SecretReference(str(tmp_path / "guarded" / "secret"))
-            terms = MqttTerms(username="stationkey", password=secret)
-            assert not asyncio.run(resumed(Broker.parse(broker.url), terms))
+            assert not asyncio.run(resumed(broker, tmp_path / "guarded"))
 
     def test_a_wrong_password_is_told_apart(self, tmp_path: Path) -> None:
         with guarded(tmp_path / "guarded", OURS, CLOSED) as (_, config):

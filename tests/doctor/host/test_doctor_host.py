@@ -1,4 +1,4 @@
-"""What the doctor says of clock, machine, users, locks and machine."""
+"""What the doctor says of locks, rights, clock, users, unit and machine, as tables."""
 
 from __future__ import annotations
 
