@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm
+from peers import Daemon, Mosquitto, ResourceManager, Swtpm
 from rich.console import Console
 
 from stationkey import ALGORITHMS, PROFILES, Algorithm, Broker, CertificateType, inspect_csr
@@ -223,8 +223,7 @@ def play(console: Console, folder: Path) -> bool:
     with (
         Mosquitto(folder / "broker") as broker,
         Swtpm(folder / "tpm") as tpm,
-        Bus(folder / "bus") as bus,
-        ResourceManager(folder / "manager", tpm=tpm.tcti, bus=bus) as manager,
+        ResourceManager(folder / "manager", tpm=tpm.tcti) as manager,
     ):
         os.environ.update(manager.environment)
         keystore = f"tpm2:{manager.tcti}"

@@ -273,7 +273,7 @@ class Swtpm(Peer):
 
 
 class Bus(Peer):
-    """A D-Bus of its own: the resource manager is called through one."""
+    """A D-Bus, by which a resource manager is called."""
 
     program = "dbus-daemon"
 
@@ -293,15 +293,24 @@ class Bus(Peer):
 
 
 class ResourceManager(Peer):
-    """tpm2-abrmd in front of a TPM."""
+    """tpm2-abrmd in front of a TPM, on a bus of its own, which goes on while the manager is killed and started."""
 
     program = "tpm2-abrmd"
     tcti = "tabrmd:bus_type=session"
 
-    def __init__(self, directory: Path, *, tpm: str, bus: Bus) -> None:
+    def __init__(self, directory: Path, *, tpm: str) -> None:
         super().__init__(directory)
         self._tpm = tpm
-        self.environment = {"DBUS_SESSION_BUS_ADDRESS": bus.address}
+        self._bus = Bus(directory / "bus")
+        self.environment = {"DBUS_SESSION_BUS_ADDRESS": self._bus.address}
+
+    def __enter__(self) -> Self:
+        self._bus.start()
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._bus.kill()
 
     def command(self) -> list[str]:
         return ["--allow-root", "--session", f"--tcti={self._tpm}"]

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from demo import ORGANIZATION, SECC_ID, ask, show_circle, show_rejected, until_active
-from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port
+from peers import Daemon, Mosquitto, ResourceManager, Swtpm, free_port
 from playwright.async_api import async_playwright
 from rich.console import Console
 
@@ -51,8 +51,7 @@ def main() -> int:
         with (
             Mosquitto(folder / "broker") as broker,
             Swtpm(folder / "tpm") as tpm,
-            Bus(folder / "bus") as bus,
-            ResourceManager(folder / "manager", tpm=tpm.tcti, bus=bus) as manager,
+            ResourceManager(folder / "manager", tpm=tpm.tcti) as manager,
         ):
             os.environ.update(manager.environment)
             daemon = Daemon(

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from authority import Authority, write
 from outside import BOUND, Station
-from peers import Bus, ResourceManager
+from peers import ResourceManager
 from rig import Rig
 from softhsm import Token
 
@@ -110,15 +110,14 @@ class ChargingStation(CertifiedStation):
 
     def __init__(self, directory: Path, more: str = "") -> None:
         super().__init__(directory, tpm=True, more=more)
-        self._bus = Bus(directory / "bus")
-        self._manager = ResourceManager(directory / "resource-manager", tpm=self.tpm.tcti, bus=self._bus)
+        self._manager = ResourceManager(directory / "manager", tpm=self.tpm.tcti)
         self.tcti = self._manager.tcti
         self.environment = self._manager.environment
         self.keystore = f"tpm2:{self.tcti}"
         self.daemon = self.station = Station(directory, *self.options(), **self.environment)
 
     def peers(self) -> list[AbstractContextManager[Any]]:
-        return [*super().peers(), self._bus, self._manager, self.daemon]
+        return [*super().peers(), self._manager, self.daemon]
 
 
 class TokenStation(CertifiedStation):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from doctors import DOCTOR, command_output, look, read, tool, used
-from peers import Bus, Daemon, Mosquitto, ResourceManager, Swtpm, free_port
+from peers import Daemon, Mosquitto, ResourceManager, Swtpm, free_port
 
 from stationkey.doctor.examination import AREAS
 from stationkey.doctor.report import Level
@@ -94,10 +94,7 @@ class TestWhereAllIsWell:
             assert "warning" not in daemon.run_log
 
     def test_through_a_resource_manager_the_tpm_is_shared(self, tmp_path: Path, swtpm: Swtpm) -> None:
-        with (
-            Bus(tmp_path / "bus") as bus,
-            ResourceManager(tmp_path / "abrmd", tpm=swtpm.tcti, bus=bus) as manager,
-        ):
+        with ResourceManager(tmp_path / "manager", tpm=swtpm.tcti) as manager:
             text = command_output(
                 [*DOCTOR, "--json", "--keystore", f"tpm2:{manager.tcti}", "--state-dir", str(tmp_path / "state")],
                 {**os.environ, **manager.environment},

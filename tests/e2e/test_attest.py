@@ -18,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from outside import BOUND, Done, Josev, Station, generate_csr, run
-from peers import Bus, Mosquitto, ResourceManager, Swtpm
+from peers import Mosquitto, ResourceManager, Swtpm
 from test_attest_endorsement import ca_certificate, certify_ek
 
 from parts import Authority, key_id_in, new_id, pem
@@ -61,8 +61,7 @@ def pole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pole]:
     with (
         Mosquitto(folder / "mosquitto") as broker,
         Swtpm(folder / "swtpm") as tpm,
-        Bus(folder / "bus") as bus,
-        ResourceManager(folder / "resource-manager", tpm=tpm.tcti, bus=bus) as manager,
+        ResourceManager(folder / "manager", tpm=tpm.tcti) as manager,
     ):
         options = ("--broker", broker.url, "--keystore", f"tpm2:{manager.tcti}")
         with Station(folder, *options, **manager.environment) as station, Josev(broker) as josev:

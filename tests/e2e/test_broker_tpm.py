@@ -21,7 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from outside import BOUND, Station, run, software_station
-from peers import Bus, ResourceManager, Swtpm
+from peers import ResourceManager, Swtpm
 
 from secured import Authority, SecuredMosquitto, commands, write_secret
 from stationkey.contract.profiles import Algorithm
@@ -87,8 +87,7 @@ def site(tmp_path: Path, brokers: Authority) -> Iterator[Site]:
     clients = Authority(tmp_path / "clients")
     with (
         Swtpm(tmp_path / "swtpm") as tpm,
-        Bus(tmp_path / "bus") as bus,
-        ResourceManager(tmp_path / "resource-manager", tpm=tpm.tcti, bus=bus) as resource_manager,
+        ResourceManager(tmp_path / "manager", tpm=tpm.tcti) as resource_manager,
         SecuredMosquitto(tmp_path / "mosquitto", brokers.broker(), clients) as broker,
     ):
         yield Site(tmp_path, tpm, resource_manager, brokers, clients, broker)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 from asker import until
-from peers import Bus, ResourceManager, Swtpm
+from peers import ResourceManager, Swtpm
 from postgresql import Database
 from softhsm import Token
 
@@ -103,9 +103,7 @@ def test_a_tpm_on_a_second_machine_is_refused_and_the_first_ones_serves_on(machi
 def test_several_daemons_of_one_machine_share_its_tpm(
     machine: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tpm, bus = Swtpm(tmp_path / "tpm"), Bus(tmp_path / "bus")
-    manager = ResourceManager(tmp_path / "manager", tpm=tpm.tcti, bus=bus)
-    with tpm, bus, manager:
+    with Swtpm(tmp_path / "tpm") as tpm, ResourceManager(tmp_path / "manager", tpm=tpm.tcti) as manager:
         for name, value in manager.environment.items():
             monkeypatch.setenv(name, value)
         uri = f"tpm2:{manager.tcti}"

@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 from namespaces import own_namespaces
-from peers import Bus, Peer, ResourceManager, Swtpm, is_listening_at
+from peers import Peer, ResourceManager, Swtpm, is_listening_at
 from softhsm import PIN, SO_PIN
 
 from stationkey.contract.profiles import Algorithm
@@ -123,8 +123,8 @@ def opencryptoki(directory: Path) -> Iterator[OtherToken]:
 @contextmanager
 def tpm2_pkcs11(directory: Path) -> Iterator[OtherToken]:
     """A TPM's keys by PKCS#11, behind a resource manager as in a station. Its P-521 keys do not sign."""
-    tpm, bus = Swtpm(directory / "tpm"), Bus(directory / "bus")
-    manager = ResourceManager(directory / "manager", tpm=tpm.tcti, bus=bus)
+    tpm = Swtpm(directory / "tpm")
+    manager = ResourceManager(directory / "manager", tpm=tpm.tcti)
 
     def restart() -> None:
         manager.kill()
@@ -133,7 +133,7 @@ def tpm2_pkcs11(directory: Path) -> Iterator[OtherToken]:
         manager.start()
 
     with ExitStack() as running:
-        for peer in (tpm, bus, manager):
+        for peer in (tpm, manager):
             running.enter_context(peer)
         # Each loss of power counts as a wrong value: after three the TPM would be locked.
         lockout = ("--setup-parameters", "--max-tries=100", "--recovery-time=9", "--lockout-recovery-time=9")
