@@ -409,6 +409,19 @@ def test_a_commit_that_was_not_told_is_found(depot: Database, engine_of: Opener)
     assert engine.trouble == ""
 
 
+def test_after_a_restart_of_the_server_the_number_of_a_transaction_tells_nothing(
+    own_depot: Database, engine_of: Opener
+) -> None:
+    """After a crash, it may be that of another one."""
+    engine = engine_of(own_depot, shard=take(own_depot))
+
+    with lost_at_commit(executed=True, then=own_depot.server.restart):
+        error = failing(lambda: write(engine, "committed"))
+
+    assert (error.reason, error.transient) == ("commit_unknown", True)
+    assert noted(own_depot) == {"committed"}
+
+
 def test_a_commit_that_never_came_is_known_not_to_be(depot: Database, engine_of: Opener) -> None:
     engine = engine_of(depot, shard=take(depot))
 

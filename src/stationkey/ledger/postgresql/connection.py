@@ -68,7 +68,9 @@ _ASKED: Final = (
     " pg_is_in_recovery() OR current_setting('transaction_read_only')::bool,"
     " current_setting('fsync')::bool, current_setting('full_page_writes')::bool,"
     " current_setting('synchronous_commit'), current_setting('synchronous_standby_names'),"
-    " current_setting('server_encoding')"
+    " current_setting('server_encoding'),"
+    # The second is the time of the last recovery after a crash, which the first outlives if a backend has crashed.
+    " pg_postmaster_start_time() || ' ' || coalesce((SELECT stats_reset FROM pg_stat_bgwriter)::text, '')"
 )
 
 
@@ -122,9 +124,11 @@ class Connection(psycopg.Connection[TupleRow]):
 
     Attributes:
         hang: seconds after which the server counts as hung.
+        run: the same for all connections to a server until it is restarted, by a crash too.
     """
 
     hang: float | None = None
+    run: str = ""
 
     @classmethod
     def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
@@ -194,8 +198,10 @@ def connect(uri: str, password: SecretReference | None, *, name: str) -> Connect
 def _refuse_unfit(connection: Connection) -> None:
     row = connection.execute(_ASKED).fetchone()
     assert row is not None
-    if unfit := judged(Server(*row)):
+    server = Server(*row)
+    if unfit := judged(server):
         raise unfit
+    connection.run = server.run
 
 
 class Server(NamedTuple):
@@ -208,6 +214,7 @@ class Server(NamedTuple):
     synchronous_commit: str
     standbys: str
     encoding: str
+    run: str = ""
 
 
 def judged(server: Server) -> LedgerError | None:

@@ -271,23 +271,31 @@ class PostgresqlDatabase:
         Args:
             number: of the transaction.
         """
-        if self._connection is None:  # lost before, which somebody let through
+        connection = self._connection
+        if connection is None:  # lost before, which somebody let through
             raise self._noted(_away())
         try:
-            cursor = self._connection.execute("COMMIT")
+            cursor = connection.execute("COMMIT")
         except psycopg.Error as error:
             if not is_lost(error):
                 self._roll_back()
                 raise
             self._drop()
-            if not self._was_committed(number):
+            if not self._was_committed(number, run=connection.run):
                 raise
             return
         if cursor.statusmessage != "COMMIT":  # an error before, which nobody let through
             raise LedgerError("the ledger on PostgreSQL rolled a transaction back", reason="ledger_error")
 
-    def _was_committed(self, number: str) -> bool:
+    def _was_committed(self, number: str, *, run: str) -> bool:
         """Return whether a transaction was committed, by a new connection.
+
+        A server that has been restarted after a crash, or a standby that took its place, gives the numbers again that
+        it has not heard of: one that is committed there may be another transaction's.
+
+        Args:
+            number: of the transaction.
+            run: of the server that it was begun on.
 
         Raises:
             LedgerError: it is not known (``commit_unknown``).
@@ -296,8 +304,11 @@ class PostgresqlDatabase:
         status: str | None = None
         with suppress(LedgerError, psycopg.Error):
             while time.monotonic() < end:
-                row = self._connected(end).execute("SELECT pg_xact_status(%s::xid8)", (number,)).fetchone()
+                connection = self._connected(end)
+                row = connection.execute("SELECT pg_xact_status(%s::xid8)", (number,)).fetchone()
                 status = row[0] if row else None
+                if status == "committed" and connection.run != run:
+                    status = None
                 if status != "in progress":
                     break
                 self._over.wait(_PAUSE)  # for its backend, which has not noticed yet
