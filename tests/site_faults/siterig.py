@@ -116,7 +116,7 @@ class SiteRig:
         made.environment = self.token.clients
         return made
 
-    def configure(self, home: Path, *, port: int, config: str = "") -> None:
+    def configure(self, home: Path, *, port: int | str, config: str = "") -> None:
         """Write the configuration of a daemon, for its next start."""
         name = self.postgresql.name
         text = CONFIG.format(

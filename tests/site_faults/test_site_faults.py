@@ -13,6 +13,7 @@ from asker import until
 from peers import Daemon
 from siterig import SiteRig
 from sitetruth import PATIENCE, settle
+from standby import Standby
 
 from stationkey.ledger.postgresql.slots import shard_of
 
@@ -111,6 +112,22 @@ class TestDatabase:
             rig.cut_backends(chance)
         settle(rig)
         assert "ledger_unreachable" not in reasons(rig)
+
+    @pytest.mark.long
+    def test_a_standby_that_takes_the_place_of_a_server_that_hangs_has_lost_nothing(self, rig: SiteRig) -> None:
+        """The daemons try the server that hangs first, each time: that takes longer than a heartbeat of this lease."""
+        first = rig.postgresql
+        with Standby(rig.folder / "standby", first) as standby:
+            for daemon in rig.daemons:
+                rig.configure(rig.home(daemon), port=f"{first.port},127.0.0.1:{standby.port}")
+            rig.start()
+            serve(rig)
+            first.freeze()
+            standby.promote()
+            rig.postgresql = standby
+            serve(rig)
+            settle(rig)
+        rig.postgresql = first
 
     @pytest.mark.long
     def test_a_server_that_is_away_rejects_in_words_and_heals(self, rig: SiteRig) -> None:

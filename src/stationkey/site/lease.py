@@ -32,6 +32,7 @@ class Lease:
     Args:
         open_: opens a connection; blocks. Its argument: whether to count among those who share the shards.
         seconds: time of a lease.
+        detour: seconds more to connect, where one server after another is tried.
         on_news: called when the connection has something to say: a shard was released, or the connection has ended.
         clock: seconds; goes on while the process is stopped.
 
@@ -45,6 +46,7 @@ class Lease:
         open_: Callable[[bool], LeaseConnection],
         *,
         seconds: float,
+        detour: float = 0.0,
         on_news: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = _boot_time,
     ) -> None:
@@ -52,6 +54,7 @@ class Lease:
         self.trouble = ""
         self._open = open_
         self._seconds = seconds
+        self._detour = detour
         self._on_news = on_news
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -228,7 +231,7 @@ class Lease:
                 connection.close()
                 raise
 
-        connection, lost = await self._in_time(open_, discard=lambda opened: opened[0].close())
+        connection, lost = await self._in_time(open_, more=self._detour, discard=lambda opened: opened[0].close())
         for number in lost:
             self.held.pop(number, None)
         self._lost |= lost
@@ -242,6 +245,7 @@ class Lease:
         self,
         act: Callable[[], T],
         *,
+        more: float = 0.0,
         hang_up: Callable[[], None] = lambda: None,
         discard: Callable[[T], None] = lambda _: None,
     ) -> T:
@@ -249,6 +253,7 @@ class Lease:
 
         Args:
             act: the call.
+            more: seconds that it may take longer.
             hang_up: ends it.
             discard: undoes its result, if it comes too late.
         """
@@ -260,13 +265,13 @@ class Lease:
             ) from None
         done = asyncio.wrap_future(future)
         try:
-            async with asyncio.timeout(self._seconds / 2):
+            async with asyncio.timeout(self._seconds / 2 + more):
                 return await asyncio.shield(done)
         except TimeoutError:
             if done.done():  # at the last moment: a shard that was taken must not be forgotten
                 return done.result()
             raise LedgerError(
-                f"PostgreSQL did not answer within {self._seconds / 2:g} s",
+                f"PostgreSQL did not answer within {self._seconds / 2 + more:g} s",
                 reason="ledger_unreachable",
                 hint="is the server stopped, or the network cut?",
                 transient=True,

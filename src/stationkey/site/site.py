@@ -26,7 +26,7 @@ from stationkey.daemon import run as run_program
 from stationkey.errors import BrokerError, ConfigurationError, LedgerError, StationKeyError
 from stationkey.keystore.stores import checked_stores
 from stationkey.ledger.postgresql import schema
-from stationkey.ledger.postgresql.connection import Connection, connect, explained
+from stationkey.ledger.postgresql.connection import CONNECT_TIMEOUT, Connection, connect, explained
 from stationkey.ledger.postgresql.engine import PostgresqlDatabase
 from stationkey.ledger.postgresql.engine import Shard as Bound
 from stationkey.ledger.postgresql.inventory import SiteInventory
@@ -193,7 +193,8 @@ class Site:
         self._cut = cut = Cut(site.shards, client_id, stations.filters, site.lease_seconds)
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._lease = Lease(self._open_lease, seconds=cut.lease, on_news=self._news.set)
+        detour = CONNECT_TIMEOUT * process.settings.ledger.count(",")
+        self._lease = Lease(self._open_lease, seconds=cut.lease, detour=detour, on_news=self._news.set)
         self._around = Surroundings(
             process=process,
             cut=cut,
