@@ -9,7 +9,23 @@ import pytest
 
 from parts import request, station
 from stationkey.errors import LedgerError
-from stationkey.ledger.answers import Answers
+from stationkey.ledger.answers import Answers, Crowded
+
+
+async def test_it_is_recorded_again_if_it_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, lost = Answers.record, iter([True])
+
+    def lost_once(*arguments: Any, **others: Any) -> list[Crowded]:
+        if next(lost, False):
+            raise LedgerError("the connection was lost", reason="commit_unknown", transient=True)
+        return record(*arguments, **others)
+
+    monkeypatch.setattr(Answers, "record", lost_once)
+    asked = request()
+    async with station(tmp_path / "state") as here:
+        first = await here.service.answer(asked, station="depot7/s1")
+        assert first.data.status == "accepted"
+        assert await here.service.answer(asked, station="depot7/s1") == first
 
 
 @pytest.mark.parametrize("name", ["", "depot7/s1"])

@@ -44,6 +44,7 @@ from stationkey.system.threads import Worker
 from stationkey.x509.csr import Csr, check_recorded, check_signature, sign_csr, to_pem
 
 if TYPE_CHECKING:
+    from stationkey.ledger.answers import Crowded
     from stationkey.ledger.overview import Overview
 
 log = logging.getLogger(__name__)
@@ -423,8 +424,9 @@ class StationKeyService:
         """
         running, pem = self._running.now(), to_pem(csr)
         self._seen.add(request.id, station)
-        recorded = self._ledger(
-            lambda ledger: ledger.answers.record(
+
+        def record(ledger: Ledger) -> list[Crowded]:
+            return ledger.answers.record(
                 request,
                 key,
                 pem,
@@ -435,7 +437,8 @@ class StationKeyService:
                 ahead=ahead,
                 station=station,
             )
-        )
+
+        recorded = self._ledger(record)
         try:
             check_signature(csr)
         except KeyStoreError:
@@ -445,9 +448,10 @@ class StationKeyService:
         try:
             crowded = await recorded
         except LedgerError as error:
-            if error.reason != "commit_unknown" or not await self._was_recorded(request.id, station, key):
+            if error.reason != "commit_unknown":
                 raise
-            crowded = []
+            # If the first transaction still commits, this one fails by what is unique: id and key.
+            crowded = [] if await self._was_recorded(request.id, station, key) else await self._ledger(record)
         for gone in crowded:
             about = {"key_id": gone.key_id, **_of(gone.station)}
             log.warning("too many pending keys: the oldest destroyed", extra=about)
