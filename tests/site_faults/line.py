@@ -21,8 +21,8 @@ class Line(Between):
 
     def __init__(self, peer: int) -> None:
         super().__init__()
-        self._flows = threading.Event()
-        self._flows.set()
+        self._asks, self._answers = threading.Event(), threading.Event()
+        self._flow()
         self._whole = True
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self.port = self.listen(0, peer, self._there, self._back)
@@ -31,13 +31,13 @@ class Line(Between):
         return self
 
     def __exit__(self, *exits: object) -> None:
-        self._flows.set()
+        self._flow()
         super().__exit__(*exits)
 
     def cut(self) -> None:
         """End every connection, and let none be made until `mend`."""
         self._whole = False
-        self._flows.set()
+        self._flow()
         pairs, self._pairs = self._pairs, []
         for pair in pairs:
             for each in pair:
@@ -45,25 +45,35 @@ class Line(Between):
 
     def silence(self) -> None:
         """Let nothing pass, in either direction, and no side learn of it."""
-        self._flows.clear()
+        self._asks.clear()
+        self._answers.clear()
+
+    def silence_answers(self) -> None:
+        """Let what the program says pass, and nothing of what its peer says."""
+        self._answers.clear()
 
     def mend(self) -> None:
         """Be a network again."""
         self._whole = True
-        self._flows.set()
+        self._flow()
+
+    def _flow(self) -> None:
+        self._asks.set()
+        self._answers.set()
 
     def _there(self, program: socket.socket, peer: socket.socket) -> None:
         if not self._whole:
             return  # both are closed
         self._pairs.append((program, peer))
-        self._pass(program, peer)
+        self._pass(program, peer, self._asks)
 
     def _back(self, program: socket.socket, peer: socket.socket) -> None:
         if self._whole:
-            self._pass(peer, program)
+            self._pass(peer, program, self._answers)
 
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+    @staticmethod
+    def _pass(source: socket.socket, sink: socket.socket, flows: threading.Event) -> None:
         while data := source.recv(65536):
-            self._flows.wait()
+            flows.wait()
             sink.sendall(data)
-        self._flows.wait()  # nor is an end seen while it is silent
+        flows.wait()  # nor is an end seen while it is silent

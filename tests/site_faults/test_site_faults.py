@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import psycopg
 import pytest
 from asker import until
+from line import Line
 from peers import Daemon
 from siterig import SiteRig
 from sitetruth import PATIENCE, settle
@@ -47,6 +52,14 @@ def serve(rig: SiteRig) -> None:
     rig.depot.wait_for(lambda: len(rig.depot.answers) > before + LOAD, "they serve", bound=PATIENCE)
 
 
+def crash_a_process(rig: SiteRig) -> None:
+    """End a process of the database server, which ends all others then and recovers."""
+    query = "SELECT max(pid) FROM pg_stat_activity WHERE application_name LIKE 'stationkey shard%'"
+    [(pid,)] = rig.rows(query)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: f"PID {pid}) was terminated" in rig.postgresql.log, "the server has noticed")
+
+
 def accepted(rig: SiteRig, station: str) -> bool:
     """Whether a new request of a station is accepted."""
     return rig.depot.ask(station, bound=PATIENCE).response.data.status == "accepted"
@@ -80,14 +93,14 @@ class TestDaemons:
 
 
 class TestNetwork:
-    @pytest.mark.parametrize("silent", [pytest.param(True, id="half open"), pytest.param(False, id="cut")])
+    @pytest.mark.parametrize("how", [Line.silence, Line.silence_answers, Line.cut])
     def test_a_daemon_without_a_database_loses_its_shards_and_takes_its_share_again(
-        self, rig: SiteRig, silent: bool
+        self, rig: SiteRig, how: Callable[[Line], None]
     ) -> None:
         rig.start()
         serve(rig)
         (line, _), (lonely, other) = rig.lines, rig.daemons
-        (line.silence if silent else line.cut)()
+        how(line)
         until(lambda: rig.held_by(other) == set(range(rig.shards)), "its shards moved", bound=PATIENCE)
         answered_everywhere(rig)
         line.mend()
@@ -112,6 +125,22 @@ class TestDatabase:
             rig.cut_backends(chance)
         settle(rig)
         assert "ledger_unreachable" not in reasons(rig)
+
+    def test_a_process_of_the_server_that_crashes_costs_no_request(self, rig: SiteRig) -> None:
+        """The server ends all the others, and recovers: transactions that nobody heard of give their numbers back."""
+
+        def is_back() -> bool:
+            with suppress(psycopg.OperationalError):  # it is recovering, or about to
+                return rig.held() == set(range(rig.shards))
+            return False
+
+        rig.start()
+        for _ in range(4):
+            serve(rig)
+            crash_a_process(rig)
+            until(is_back, "it is back", bound=PATIENCE)
+        settle(rig)
+        assert not rig.depot.rejected
 
     @pytest.mark.long
     def test_a_standby_that_takes_the_place_of_a_server_that_hangs_has_lost_nothing(self, rig: SiteRig) -> None:
