@@ -506,13 +506,17 @@ class Postgresql(Peer):
         self._folder = tempfile.TemporaryDirectory(prefix="stationkey-postgresql-")
         if self.user is not None:
             shutil.chown(self._home, self.user)
+        self._make_data()
+        with (self.data / "postgresql.conf").open("a") as configuration:
+            lines = (*self._settings, f"unix_socket_directories = '{self._home}'")
+            configuration.write("\n".join(lines) + "\n")
+
+    def _make_data(self) -> None:
+        """Make the data folder, with the user and the database."""
         self._run(
             *("initdb", "-D", str(self.data), "-U", self.admin, "-E", "UTF8", "--locale=C", "--no-sync"),
             *("--auth-local=trust", "--auth-host=scram-sha-256"),
         )
-        with (self.data / "postgresql.conf").open("a") as configuration:
-            lines = (*self._settings, f"unix_socket_directories = '{self._home}'")
-            configuration.write("\n".join(lines) + "\n")
         statements = (
             f"CREATE USER {self.name} PASSWORD '{self.password}'",
             f"CREATE DATABASE {self.name} OWNER {self.name}",

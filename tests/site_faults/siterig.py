@@ -13,6 +13,7 @@ from asker import until
 from depot import Depot
 from line import Line
 from peers import Daemon, Mosquitto, Postgresql, SharedToken
+from postgresql import CopiedPostgresql
 
 from stationkey.ledger.postgresql.slots import shard_of
 from stationkey.site.locks import LockClass
@@ -68,7 +69,7 @@ class SiteRig:
         self.folder = folder
         self.lease, self.shards, self.filters, self._config = lease, shards, tuple(filters), config
         self.broker = Mosquitto(folder / "broker", "max_queued_messages 0", "max_inflight_messages 0")
-        self.postgresql = Postgresql(folder / "postgresql")
+        self.postgresql: Postgresql = CopiedPostgresql(folder / "postgresql")
         self.token = SharedToken(folder / "token")
         self.depot = Depot(self.broker, [f"depot7/s{number}" for number in range(stations)], filters=self.filters)
         self.daemons: list[Daemon] = []
