@@ -14,7 +14,7 @@
 # make docs   the documents as a site: build/site/README.html
 # make sbom   what it is made of: dist/stationkey.cdx.json, CycloneDX
 # make audit  whether anything is known against what is pinned
-.PHONY: help setup demo demo-site check test coverage bench fuzz simulate screenshot deb deb-site deb-site-check deb-check docs sbom audit lint pin clean
+.PHONY: help setup demo demo-site check test coverage bench fuzz simulate screenshot deb deb-site deb-site-check deb-check docs sbom audit lint compiled pin clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -40,12 +40,12 @@ workers = $(shell expr 1 + "$$(nproc)")
 
 check:
 	@scripts/setup test
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory --jobs lint compiled
 	$(pytest) $(workers) --quick -r fE
 
 test:
 	@scripts/setup test
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory --jobs lint compiled
 	$(pytest) $(workers)
 
 coverage:
@@ -97,6 +97,10 @@ sbom:
 audit:
 	@scripts/setup deb
 	@.venv/bin/python scripts/audit.py $(if $(AUDIT),-- $(AUDIT))
+
+# What each worker would compile for itself, while mypy keeps one processor busy. The tests tell what is wrong with it.
+compiled:
+	@.venv/bin/python -m pytest --collect-only --quiet >/dev/null 2>&1 || true
 
 lint:
 	.venv/bin/ruff check .
