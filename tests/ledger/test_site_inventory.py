@@ -251,6 +251,21 @@ def test_a_sweep_says_that_there_is_more_to_look_for(site: Site) -> None:
     assert [(len(sweep.identifiers), sweep.more) for sweep in sweeps] == [(4, True), (4, True), (1, False)]
 
 
+def test_a_key_that_nobody_has_looked_for_goes_before_many_that_were_not_found(site: Site) -> None:
+    """However many daemons die: each leaves keys in doubt that are looked for again and again."""
+    inventory = site.daemon("a")
+    for _ in range(8):
+        inventory.end(inventory.new(TOKEN))
+    for key in [*ended(inventory), *ended(inventory)]:
+        inventory.drop_missing(key)
+    waiting = inventory.new(TOKEN)
+    inventory.end(waiting)
+    older = "ended = ended - interval '1 hour', look = look - interval '1 hour'"
+    site.sql(f"UPDATE token_key SET {older} WHERE id = %s RETURNING 1", waiting.hex())
+    site.later("2 minutes")
+    assert waiting in ended(inventory)
+
+
 def test_a_batch_that_was_given_up_meanwhile_is_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = site.daemon("a"), site.daemon("b")
     one.new(TOKEN)

@@ -60,9 +60,10 @@ _GIVE_UP: Final = (
 _CLAIM: Final = (
     "UPDATE token_key SET look = clock_timestamp() + interval '30 seconds'"  # noqa: S608 - this module's own text
     " WHERE id IN (SELECT id FROM token_key WHERE token = %s AND ended IS NOT NULL AND look <= clock_timestamp()"
-    f" ORDER BY ended DESC LIMIT {_PART} FOR UPDATE SKIP LOCKED) RETURNING id"
+    f" ORDER BY look - ended, look LIMIT {_PART} FOR UPDATE SKIP LOCKED) RETURNING id"
 )
-"""Take keys for a look. No other daemon looks for them meanwhile; if this one dies, another does soon."""
+"""Take keys for a look: first those that nobody has looked for, last those looked for most often. No other daemon looks
+for them meanwhile; if this one dies, another does soon."""
 _NOT_FOUND: Final = (
     "WITH old AS (DELETE FROM token_key WHERE id = %(id)s AND ended < now() - interval '2 days')"
     " UPDATE token_key SET look = now() + least(interval '1 hour', greatest(interval '30 seconds', now() - ended))"
