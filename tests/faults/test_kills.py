@@ -23,7 +23,7 @@ POOLED_KILLS: Final = max(60, int(os.environ.get("STATIONKEY_KILLS", "0")) // 5)
 TOKEN_KILLS: Final = int(os.environ.get("STATIONKEY_KILLS", "0")) or 12
 """The same of a daemon with its keys in a PKCS#11 token."""
 PATIENT: Final = CONFIG.replace("ec = 2.0", "ec = 20.0")
-"""A machine that has other things to do is no reason to reject a request."""
+"""With a deadline that requests meet on a busy machine, too."""
 POOL: Final = "[pool]\nec = 6\nrsa = 0\nidle_seconds = 0.0\n"
 
 

@@ -47,7 +47,7 @@ _AT_ONCE: Final = 32
 
 
 _COUNTED: Final = 4096
-"""Numbers of pending keys that are remembered: one for each station."""
+"""Most upper bounds kept in memory: one per station and key store."""
 
 
 class Crowded(NamedTuple):
@@ -58,16 +58,22 @@ class Crowded(NamedTuple):
 
 
 class _AtMost:
-    """Upper bounds on numbers of pending keys, so that not every request counts them: others only get fewer.
+    """Upper bounds on numbers of pending keys, so that they are counted only when a limit may be reached.
 
-    A commit that fails leaves a bound one too high.
+    Only `Answers.record` adds a pending key. A failed commit leaves the bound one too high.
     """
 
     def __init__(self) -> None:
         self._known: dict[Hashable, int] = {}
 
     def excess(self, which: Hashable, limit: int, count: Callable[[], int]) -> int:
-        """Return how many keys more than `limit` are pending, if any, after one was added."""
+        """Return by how many the pending keys exceed a limit after one was added; 0 or less if they do not.
+
+        Args:
+            which: what is counted.
+            limit: most pending keys.
+            count: counts them, with the one that was added.
+        """
         known = self._known.get(which, limit) + 1
         excess = 0
         if known > limit:

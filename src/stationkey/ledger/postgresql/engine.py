@@ -272,7 +272,7 @@ class PostgresqlDatabase:
             number: of the transaction.
         """
         connection = self._connection
-        if connection is None:  # lost before, which somebody let through
+        if connection is None:  # lost earlier; the caller suppressed the error
             raise self._noted(_away())
         try:
             cursor = connection.execute("COMMIT")
